@@ -1,0 +1,133 @@
+//! virtio 1.2: the device model that the transport and the devices share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::GuestMemory;
+
+/// `VIRTIO_MMIO_INT_VRING`: a device used a buffer (VIRTIO 1.2, 4.2.2 `InterruptStatus`).
+pub const INTERRUPT_USED_BUFFER: u32 = 1;
+/// `VIRTIO_MMIO_INT_CONFIG`: the configuration changed.
+pub const INTERRUPT_CONFIG_CHANGE: u32 = 2;
+
+/// The interrupt line of a device, shared by its transport (which the driver asks for the cause) and its queues.
+#[derive(Debug)]
+pub struct Interrupt {
+    /// Bits of `InterruptStatus` that the driver has not acknowledged.
+    status: AtomicU32,
+    /// `ConfigGeneration`.
+    config_generation: AtomicU32,
+    /// An irqfd of the VM: a write raises the device's GSI.
+    irqfd: EventFd,
+}
+
+impl Interrupt {
+    /// An interrupt that raises the GSI behind `irqfd`.
+    pub fn new(irqfd: EventFd) -> Self {
+        Self { status: AtomicU32::new(0), config_generation: AtomicU32::new(0), irqfd }
+    }
+
+    /// The eventfd to register as irqfd.
+    pub fn irqfd(&self) -> &EventFd {
+        &self.irqfd
+    }
+
+    /// The bits not acknowledged yet.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The driver acknowledged `bits`.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// Forgets every pending cause: the device was reset.
+    pub fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
+    }
+
+    /// The value of `ConfigGeneration`.
+    pub fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::SeqCst)
+    }
+
+    /// Tells the driver that a queue has used buffers.
+    pub fn signal_used(&self) {
+        self.raise(INTERRUPT_USED_BUFFER);
+    }
+
+    /// Tells the driver that the configuration space or the status changed.
+    pub fn signal_config_change(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(INTERRUPT_CONFIG_CHANGE);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        if let Err(error) = self.irqfd.write(1) {
+            // The counter of an irqfd is drained by the kernel; a failed write means the VM is gone.
+            tracing::debug!(%error, "irqfd write");
+        }
+    }
+}
+
+/// What a device gets when the driver sets `DRIVER_OK`.
+#[derive(Debug)]
+pub struct Activation {
+    /// Guest physical memory.
+    pub memory: GuestMemory,
+    /// The queues that the driver made ready, by index; the others are `None`.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// How to interrupt the driver.
+    pub interrupt: Arc<Interrupt>,
+    /// The features both sides agreed on.
+    pub features: u64,
+}
+
+/// A queue that the driver made ready.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// The ring, checked to lie in guest memory.
+    pub queue: Queue,
+    /// An ioeventfd: readable when the driver kicks the queue.
+    pub kick: Arc<EventFd>,
+}
+
+/// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
+#[derive(Debug, thiserror::Error)]
+#[error("virtio device cannot start: {0}")]
+pub struct ActivateError(pub String);
+
+/// A virtio device behind a transport.
+///
+/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its
+/// queues on the device thread; `reset` returns only when no request of the device touches guest memory any more.
+pub trait VirtioDevice: Send {
+    /// The device ID (VIRTIO 1.2, chapter 5).
+    fn device_id(&self) -> u32;
+
+    /// All feature bits the device offers, `VIRTIO_F_VERSION_1` and the ring features included.
+    fn features(&self) -> u64;
+
+    /// The largest size of each queue, a power of two up to 256 (`QueueNumMax`).
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Reads the configuration space; bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the configuration space; writes to read-only fields or past its end have no effect.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+
+    /// The driver set `DRIVER_OK`: starts to serve the queues.
+    ///
+    /// # Errors
+    /// Where the device cannot serve; the device is then as after `reset`.
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// The driver wrote 0 to `Status`: stops, waits for requests in flight, and forgets the queues.
+    fn reset(&mut self);
+}

@@ -1,0 +1,218 @@
+//! The seam between disk formats and whoever moves bytes.
+
+use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
+
+/// A range of the virtual disk, in bytes. Its end never overflows a `u64`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteRange {
+    offset: u64,
+    len: u64,
+}
+
+impl ByteRange {
+    /// A range of `len` bytes from `offset`; `None` where the end would overflow.
+    pub fn new(offset: u64, len: u64) -> Option<Self> {
+        offset.checked_add(len)?;
+        Some(Self { offset, len })
+    }
+
+    /// First byte.
+    pub fn offset(self) -> u64 {
+        self.offset
+    }
+
+    /// Length in bytes.
+    pub fn len(self) -> u64 {
+        self.len
+    }
+
+    /// Whether the range covers no byte.
+    pub fn is_empty(self) -> bool {
+        self.len == 0
+    }
+
+    /// First byte past the range.
+    pub fn end(self) -> u64 {
+        self.offset + self.len
+    }
+}
+
+/// A sector size that VHDX and virtio-blk know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SectorSize {
+    /// 512 bytes.
+    B512,
+    /// 4096 bytes.
+    B4096,
+}
+
+impl SectorSize {
+    /// The size in bytes.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::B512 => 512,
+            Self::B4096 => 4096,
+        }
+    }
+}
+
+/// What a disk looks like from outside; fixed while the disk is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the virtual disk in bytes, a multiple of the logical sector size.
+    pub size: u64,
+    /// Smallest unit that a read or write addresses.
+    pub logical_sector: SectorSize,
+    /// Unit below which the medium has to read before it writes.
+    pub physical_sector: SectorSize,
+    /// Preferred size and alignment, in bytes, of a discard.
+    pub discard_granularity: u32,
+    /// Whether the disk was opened for reading alone.
+    pub read_only: bool,
+}
+
+/// A part of a virtual disk that is stored one way.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    /// First byte, as an offset into the virtual disk.
+    pub offset: u64,
+    /// Length in bytes, never zero.
+    pub len: u64,
+    /// Where the bytes are.
+    pub kind: ExtentKind,
+}
+
+/// Where the bytes of an extent are.
+#[derive(Clone, Debug)]
+pub enum ExtentKind {
+    /// In `file`, contiguous from `file_offset` bytes.
+    Data {
+        /// The file of the layer that holds the bytes.
+        file: Arc<File>,
+        /// Where in that file, in bytes.
+        file_offset: u64,
+    },
+    /// Described as zero: reads return zeros.
+    Zero,
+    /// Not described by any layer: reads return zeros.
+    Unmapped,
+}
+
+/// Names the allocation, if any, behind a resolved write. Given back through [`Disk::finish_write`] exactly once.
+#[must_use = "every resolved write is given back through `Disk::finish_write`"]
+#[derive(Debug, PartialEq, Eq)]
+pub struct WriteTicket(u64);
+
+impl WriteTicket {
+    /// The ticket of a write that allocated nothing.
+    pub const IN_PLACE: u64 = 0;
+
+    /// A ticket with a number that means something to the disk that made it.
+    pub fn new(number: u64) -> Self {
+        Self(number)
+    }
+
+    /// The number the disk gave it.
+    pub fn number(&self) -> u64 {
+        self.0
+    }
+}
+
+/// Why a request to an open disk failed. The disk stays open; a format says which failures poison it.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// The range does not lie inside the disk or is not aligned to the logical sector size.
+    #[error("range {offset:#x}+{len:#x} is outside the disk or not aligned to its sectors")]
+    Range {
+        /// First byte of the range.
+        offset: u64,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// A write to a disk that was opened for reading.
+    #[error("the disk is open for reading only")]
+    ReadOnly,
+    /// The host refused an operation on a file of the disk.
+    #[error("{operation} failed")]
+    Io {
+        /// What was tried, such as `extend the file to 0x400000`.
+        operation: String,
+        /// What the host said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file does not say what its format demands.
+    #[error("{structure} at file offset {offset:#x} is corrupt: {expected}")]
+    Corrupt {
+        /// The structure of the format, such as `BAT entry 7`.
+        structure: String,
+        /// Where it lies in the file, in bytes.
+        offset: u64,
+        /// What was expected and what was found.
+        expected: String,
+    },
+    /// An earlier failed metadata write left the disk in doubt; it serves no more writes until it is opened anew.
+    #[error("the disk refuses writes since an earlier metadata write failed; close and open it again")]
+    Poisoned,
+}
+
+/// An open virtual disk.
+///
+/// All methods take `&self` and may be called from several threads. The contract of a write is
+/// `resolve_write`, then the caller's own transfer to every `Data` extent it named, then `finish_write`.
+/// Nothing a write changed is promised to survive a power cut before a `flush` that began after its
+/// `finish_write` has returned.
+pub trait Disk: Send + Sync + fmt::Debug {
+    /// Size, sector sizes and mode.
+    fn geometry(&self) -> &Geometry;
+
+    /// Appends to `out`, in order and without gaps, the extents that hold `range`.
+    ///
+    /// # Errors
+    /// `Range` where the range is not inside the disk or not sector-aligned.
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError>;
+
+    /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a newly
+    /// allocated extent that the caller does not write read as zeros.
+    ///
+    /// # Errors
+    /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then nothing was allocated
+    /// and `out` is as it was.
+    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<WriteTicket, DiskError>;
+
+    /// Ends a resolved write: the transfer to all its extents is complete, or has failed (`ok` is false).
+    fn finish_write(&self, ticket: WriteTicket, ok: bool);
+
+    /// The file whose `fdatasync` alone is a flush at this moment; `None` where metadata waits to be written too and
+    /// [`Disk::flush`] has to be called.
+    fn flush_by_sync(&self) -> Option<Arc<File>>;
+
+    /// Makes every finished write durable. Blocks on the file.
+    ///
+    /// # Errors
+    /// `Io` and `Poisoned`; then durability of what was written since the last flush is unknown.
+    fn flush(&self) -> Result<(), DiskError>;
+
+    /// Tells that the content of the range is no longer needed; it reads as zeros or as before. Gives space back where the
+    /// format and the file system can. May block on the file.
+    ///
+    /// # Errors
+    /// `Range`, `ReadOnly`, `Poisoned`, `Io`.
+    fn discard(&self, range: ByteRange) -> Result<(), DiskError>;
+
+    /// Makes the range read as zeros, without allocating where it does so already. Where `may_unmap` is set the space
+    /// behind it may be given back. May block on the file.
+    ///
+    /// # Errors
+    /// `Range`, `ReadOnly`, `Poisoned`, `Io`.
+    fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError>;
+
+    /// Brings the file to its clean state (log empty, nothing pending) and makes it durable. The disk serves reads
+    /// afterwards; a later write makes it unclean again. Also done, errors logged, when the disk is dropped.
+    ///
+    /// # Errors
+    /// Like [`Disk::flush`].
+    fn close(&self) -> Result<(), DiskError>;
+}

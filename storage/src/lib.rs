@@ -1,0 +1,12 @@
+//! Virtual disks.
+//!
+//! The crate separates *where* from *how*. A [`Disk`] says where the bytes of a range of the virtual disk
+//! lie: it resolves the range to [`Extent`]s of its files, allocating for a write. An engine ([`io`]) moves
+//! the bytes between those extents and the caller's buffers. One answer of `resolve` serves a guest's
+//! request, a conversion tool and a memory mapping alike.
+//!
+//! The crate knows nothing of KVM or virtio.
+
+pub mod disk;
+
+pub use disk::{ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket};

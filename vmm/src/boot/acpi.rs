@@ -1,0 +1,1 @@
+//! Hardware-reduced ACPI tables.

@@ -1,0 +1,15 @@
+//! Coppice, a minimal KVM virtual machine monitor.
+//!
+//! ```text
+//! cli ──┐                       ┌─ boot   kernel, initrd, ACPI into guest memory
+//!       ├─ control ── machine ──┼─ vm     KVM: memory slots, irqchip, vCPU threads, exits
+//! api ──┘   (state)   (devices) └─ devices, storage (crates)
+//! ```
+//!
+//! [`config`] is what a user asks for, checked field by field. [`control`] takes it, from the command line or the
+//! REST socket ([`api`]), and refuses what comes in the wrong state. [`machine`] builds the guest and its devices and
+//! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one.
+
+pub mod boot;
+pub mod layout;
+pub mod vm;
