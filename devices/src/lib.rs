@@ -4,6 +4,7 @@
 //! documented error, never in a panic, an unbounded loop or an access outside guest memory.
 
 pub mod bus;
+pub mod legacy;
 pub mod virtio;
 
 /// Guest physical memory, as the devices see it.

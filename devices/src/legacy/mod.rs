@@ -1,0 +1,39 @@
+//! Devices of the PC on the I/O port bus: the few that a stock kernel needs or looks for.
+
+use std::sync::Arc;
+
+mod acpi_pm;
+mod i8042;
+mod pvpanic;
+mod rtc;
+mod serial;
+
+pub use acpi_pm::{AcpiPm, RESET_VALUE, S5_SLEEP_TYPE};
+pub use i8042::I8042;
+pub use pvpanic::Pvpanic;
+pub use rtc::CmosRtc;
+pub use serial::{SerialConsole, SerialInput, SerialPort};
+
+/// What a guest asks for, or tells, through a legacy device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerEvent {
+    /// ACPI sleep state S5.
+    PowerOff,
+    /// A reset, by the ACPI reset register or the i8042.
+    Reset,
+    /// The guest kernel panicked.
+    Panic,
+}
+
+/// Whom a device tells of a [`PowerEvent`]; called on a vCPU thread, must not block.
+pub type PowerSink = Arc<dyn Fn(PowerEvent) + Send + Sync>;
+
+#[cfg(test)]
+fn recorder() -> (PowerSink, Arc<std::sync::Mutex<Vec<PowerEvent>>>) {
+    let events = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let seen = events.clone();
+    (
+        Arc::new(move |event| seen.lock().unwrap().push(event)),
+        events,
+    )
+}

@@ -1,0 +1,243 @@
+//! COM1, a 16550A, and the host file that shows what the guest writes to it.
+//!
+//! The UART itself is vm-superio's. It sits behind its own lock, apart from the one of the bus, because writing to the host may
+//! block (a terminal that is held, a pipe that nobody reads): the guest's vCPU then waits, as it would for a slow line,
+//! but input, and with it the device thread, does not. [`SerialConsole::hang_up`] ends such a wait for good.
+
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::BusDevice;
+
+/// Raises the GSI of the port.
+struct Irqfd(EventFd);
+
+impl Trigger for Irqfd {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        if let Err(error) = self.0.write(1) {
+            tracing::debug!(%error, "serial irqfd write");
+        }
+        Ok(())
+    }
+}
+
+/// Tells the console that there is room for input again.
+struct Drained(EventFd);
+
+impl SerialEvents for Drained {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        if let Err(error) = self.0.write(1) {
+            tracing::debug!(%error, "serial drained event");
+        }
+    }
+}
+
+type Uart = Serial<Irqfd, Drained, Vec<u8>>;
+
+fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
+    uart.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The guest's side of COM1: eight ports.
+pub struct SerialPort {
+    uart: Arc<Mutex<Uart>>,
+    out: OwnedFd,
+    hang_up: Arc<OwnedFd>,
+    hung_up: bool,
+}
+
+/// The host's side of COM1.
+#[derive(Clone)]
+pub struct SerialConsole {
+    uart: Arc<Mutex<Uart>>,
+    hang_up: Arc<OwnedFd>,
+}
+
+/// The events of a serial port that its owner connects.
+pub struct SerialInput {
+    /// An irqfd of the port's GSI.
+    pub irqfd: EventFd,
+    /// Becomes readable when the guest has read all input.
+    pub drained: EventFd,
+}
+
+impl SerialPort {
+    /// Ports taken.
+    pub const PORTS: u64 = 8;
+
+    /// A port whose output goes to `out`.
+    ///
+    /// # Errors
+    /// Where the host has no file descriptor left.
+    pub fn new(out: OwnedFd, events: SerialInput) -> io::Result<(Self, SerialConsole)> {
+        let uart = Serial::with_events(Irqfd(events.irqfd), Drained(events.drained), Vec::new());
+        let uart = Arc::new(Mutex::new(uart));
+        let hang_up = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+        let console = SerialConsole {
+            uart: uart.clone(),
+            hang_up: hang_up.clone(),
+        };
+        Ok((
+            Self {
+                uart,
+                out,
+                hang_up,
+                hung_up: false,
+            },
+            console,
+        ))
+    }
+
+    /// Writes to the host, waiting where it is slow. Gives up for good where nobody can read any more.
+    fn transmit(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && !self.hung_up {
+            let mut ready = [
+                PollFd::new(&self.out, PollFlags::OUT),
+                PollFd::new(&self.hang_up, PollFlags::IN),
+            ];
+            match poll(&mut ready, None) {
+                Ok(_) if !ready[1].revents().is_empty() => self.hung_up = true,
+                Ok(_) => match rustix::io::write(&self.out, bytes) {
+                    Ok(written) => bytes = &bytes[written..],
+                    Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "serial output is lost from here on");
+                        self.hung_up = true;
+                    }
+                },
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    tracing::warn!(%error, "serial output is lost from here on");
+                    self.hung_up = true;
+                }
+            }
+        }
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let (Ok(register), [value]) = (u8::try_from(offset), data) {
+            *value = lock(&self.uart).read(register);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        let (Ok(register), &[value]) = (u8::try_from(offset), data) else {
+            return;
+        };
+        let output = {
+            let mut uart = lock(&self.uart);
+            // A full loopback buffer loses the byte, as the hardware does.
+            let _ = uart.write(register, value);
+            std::mem::take(uart.writer_mut())
+        };
+        self.transmit(&output);
+    }
+}
+
+impl SerialConsole {
+    /// Gives input to the guest; returns how many bytes the UART's buffer had room for.
+    pub fn input(&self, bytes: &[u8]) -> usize {
+        let mut uart = lock(&self.uart);
+        let room = uart.fifo_capacity().min(bytes.len());
+        // The buffer has room for them all; in loopback mode the UART takes none of them.
+        uart.enqueue_raw_bytes(&bytes[..room]).unwrap_or(0)
+    }
+
+    /// Output is dropped from now on, and a vCPU that waits to write goes on.
+    pub fn hang_up(&self) {
+        if let Err(error) = rustix::io::write(&self.hang_up, &1u64.to_ne_bytes()) {
+            tracing::debug!(%error, "serial hang-up event");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+
+    fn port() -> (SerialPort, SerialConsole, UnixStream, EventFd, EventFd) {
+        let (out, reader) = UnixStream::pair().unwrap();
+        let irqfd = EventFd::new(EFD_NONBLOCK).unwrap();
+        let drained = EventFd::new(EFD_NONBLOCK).unwrap();
+        let events = SerialInput {
+            irqfd: irqfd.try_clone().unwrap(),
+            drained: drained.try_clone().unwrap(),
+        };
+        let (port, console) = SerialPort::new(out.into(), events).unwrap();
+        (port, console, reader, irqfd, drained)
+    }
+
+    #[test]
+    fn what_the_guest_writes_reaches_the_host() {
+        let (mut port, _, mut reader, _, _) = port();
+        for byte in b"login: " {
+            port.write(DATA, &[*byte]);
+        }
+        let mut seen = [0; 7];
+        reader.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"login: ");
+    }
+
+    #[test]
+    fn input_interrupts_fills_the_buffer_and_its_end_is_told() {
+        let (mut port, console, _reader, irqfd, drained) = port();
+        port.write(INTERRUPT_ENABLE, &[1]);
+        let accepted = console.input(&[b'x'; 1000]);
+        assert!((1..1000).contains(&accepted), "the FIFO is bounded");
+        assert_eq!(console.input(b"y"), 0);
+        assert!(irqfd.read().is_ok());
+        assert!(drained.read().is_err());
+        for _ in 0..accepted {
+            let mut data = [0];
+            port.read(DATA, &mut data);
+            assert_eq!(data, *b"x");
+        }
+        assert!(drained.read().is_ok());
+        assert_eq!(console.input(b"y"), 1);
+    }
+
+    #[test]
+    fn a_stalled_reader_stalls_the_writer_alone_until_the_line_hangs_up() {
+        let (mut port, console, reader, _, _) = port();
+        // The peer's buffer is full from here on.
+        let mut filler = UnixStream::from(port.out.try_clone().unwrap());
+        filler.set_nonblocking(true).unwrap();
+        while filler.write(&[0; 4096]).is_ok() {}
+        let writer = std::thread::spawn(move || port.write(DATA, b"z"));
+        assert_eq!(console.input(b"y"), 1, "input goes on");
+        console.hang_up();
+        writer.join().unwrap();
+        drop(reader);
+    }
+
+    #[test]
+    fn a_reader_that_left_does_not_stop_the_guest() {
+        let (mut port, _, reader, _, _) = port();
+        drop(reader);
+        port.write(DATA, b"a");
+        port.write(DATA, b"b");
+    }
+}
