@@ -1,1 +1,255 @@
-//! The virtual machine as KVM sees it.
+//! The virtual machine as KVM sees it: memory slots, interrupt controllers, vCPUs.
+//!
+//! ```text
+//! Vm::new ── register_irqfd, register_ioevent, memory ──> Vm::start ──> Vcpus: pause <─> resume ── stop
+//! ```
+
+use devices::GuestMemory;
+use devices::bus::Bus;
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, MAX_VCPUS};
+
+mod cpuid;
+mod memory;
+mod threads;
+mod vcpu;
+
+#[cfg(test)]
+mod native_kvm;
+
+pub use memory::HugePages;
+pub use threads::Vcpus;
+pub use vcpu::{VcpuError, VcpuExit};
+
+/// Size and shape of a VM.
+#[derive(Clone, Copy, Debug)]
+pub struct VmSettings {
+    /// Guest RAM in bytes, a multiple of 4 KiB.
+    pub memory_bytes: u64,
+    /// vCPUs, 1 to 32.
+    pub vcpus: u8,
+    /// How RAM is backed.
+    pub huge_pages: HugePages,
+}
+
+/// The port I/O and memory-mapped I/O of a VM.
+pub struct Buses {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Guest physical addresses outside RAM.
+    pub mmio: Bus,
+}
+
+/// Why a VM cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// `/dev/kvm` cannot be opened.
+    #[error(
+        "cannot open /dev/kvm: {0}; load kvm_amd or kvm_intel, and be in the group that may use it (kvm)"
+    )]
+    Open(errno::Error),
+    /// An API that no kernel since 2007 speaks.
+    #[error("KVM speaks API version {0}, not 12")]
+    ApiVersion(i32),
+    /// The host's KVM lacks a capability.
+    #[error("the host's KVM lacks {0}; a newer kernel has it")]
+    Capability(&'static str),
+    /// Too few or too many vCPUs.
+    #[error("a guest has 1 to {MAX_VCPUS} vCPUs, not {0}")]
+    Vcpus(u8),
+    /// A size of RAM that cannot be.
+    #[error(
+        "guest RAM of {size:#x} bytes: it has to be a multiple of 4 KiB from {min:#x} to {max:#x}"
+    )]
+    MemorySize {
+        /// Asked for, in bytes.
+        size: u64,
+        /// Least, in bytes.
+        min: u64,
+        /// Most, in bytes.
+        max: u64,
+    },
+    /// The host does not map the RAM.
+    #[error("cannot map {size:#x} bytes of guest RAM: {source}")]
+    MapMemory {
+        /// Asked for, in bytes.
+        size: u64,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// More CPUID leaves than KVM takes.
+    #[error("CPUID of {0} leaves is longer than KVM takes")]
+    CpuidTooLong(usize),
+    /// KVM does not let an MSR be set.
+    #[error("KVM refuses to set MSR {0:#x}")]
+    Msr(u32),
+    /// A KVM request failed.
+    #[error("{request} failed: {source}")]
+    Kvm {
+        /// The ioctl or system call.
+        request: &'static str,
+        /// What the kernel said.
+        source: errno::Error,
+    },
+    /// The host starts no more threads.
+    #[error("cannot start the thread of vCPU {index}: {source}")]
+    Thread {
+        /// Number of the vCPU.
+        index: u8,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+impl VmError {
+    fn kvm(request: &'static str) -> impl FnOnce(errno::Error) -> Self {
+        move |source| Self::Kvm { request, source }
+    }
+}
+
+/// What the VM cannot do without.
+pub(crate) const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+];
+
+/// A virtual machine whose vCPUs do not run yet.
+pub struct Vm {
+    fd: VmFd,
+    memory: GuestMemory,
+    vcpus: Vec<vcpu::Vcpu>,
+}
+
+impl Vm {
+    /// Makes the VM: RAM, irqchip, and vCPUs as after reset.
+    pub fn new(settings: VmSettings) -> Result<Self, VmError> {
+        let VmSettings {
+            memory_bytes,
+            vcpus,
+            huge_pages,
+        } = settings;
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            return Err(VmError::Vcpus(vcpus));
+        }
+        let kvm = Kvm::new().map_err(VmError::Open)?;
+        if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
+            return Err(VmError::ApiVersion(kvm.get_api_version()));
+        }
+        for (capability, name) in REQUIRED_CAPABILITIES {
+            if !kvm.check_extension(capability) {
+                return Err(VmError::Capability(name));
+            }
+        }
+        let memory = memory::map(memory_bytes, huge_pages)?;
+        let cpuid = cpuid::Template::of_host(&kvm, vcpus)?;
+        let fd = kvm.create_vm().map_err(VmError::kvm("KVM_CREATE_VM"))?;
+        // Intel hosts without unrestricted guest need pages of their own; both lie in the hole.
+        fd.set_identity_map_address(KVM_IDENTITY_MAP)
+            .map_err(VmError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_tss_address(KVM_TSS as usize)
+            .map_err(VmError::kvm("KVM_SET_TSS_ADDR"))?;
+        fd.create_irq_chip()
+            .map_err(VmError::kvm("KVM_CREATE_IRQCHIP"))?;
+        if !cpuid.tsc_deadline {
+            create_pit(&fd)?;
+        }
+        add_slots(&fd, &memory)?;
+        let mut made = Vec::with_capacity(vcpus.into());
+        for index in 0..vcpus {
+            let vcpu_fd = fd
+                .create_vcpu(index.into())
+                .map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
+            vcpu_fd
+                .set_cpuid2(&cpuid.for_vcpu(index)?)
+                .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+            let vcpu = vcpu::Vcpu { fd: vcpu_fd, index };
+            vcpu.reset()?;
+            made.push(vcpu);
+        }
+        Ok(Self {
+            fd,
+            memory,
+            vcpus: made,
+        })
+    }
+
+    /// Guest RAM. The mapping lives as long as any clone of it.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// A write to `event` raises `gsi`.
+    pub fn register_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
+        self.fd
+            .register_irqfd(event, gsi)
+            .map_err(VmError::kvm("KVM_IRQFD"))
+    }
+
+    /// A four-byte guest write of `value` at guest physical `address` signals `event` and does not exit.
+    pub fn register_ioevent(
+        &self,
+        event: &EventFd,
+        address: u64,
+        value: u32,
+    ) -> Result<(), VmError> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), value)
+            .map_err(VmError::kvm("KVM_IOEVENTFD"))
+    }
+
+    /// Starts the vCPUs: the first with `regs`, and with what `set_sregs` makes of its system registers; the others wait for it to
+    /// start them.
+    ///
+    /// `on_exit` is called once, from a vCPU thread, when a vCPU ends the guest; it must not wait for the vCPUs.
+    pub fn start(
+        self,
+        buses: Buses,
+        regs: &kvm_regs,
+        set_sregs: impl FnOnce(&mut kvm_sregs),
+        on_exit: impl Fn(VcpuExit) + Send + Sync + 'static,
+    ) -> Result<Vcpus, VmError> {
+        if let Some(first) = self.vcpus.first() {
+            first.enter_at(regs, set_sregs)?;
+        }
+        Vcpus::start(self.vcpus, self.memory, buses, Box::new(on_exit))
+    }
+}
+
+/// The PIT costs a kernel thread and ticks: only guests without TSC-deadline timer need it, to calibrate theirs.
+fn create_pit(fd: &VmFd) -> Result<(), VmError> {
+    let config = kvm_pit_config {
+        flags: KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    fd.create_pit2(config)
+        .map_err(VmError::kvm("KVM_CREATE_PIT2"))
+}
+
+fn add_slots(fd: &VmFd, memory: &GuestMemory) -> Result<(), VmError> {
+    for (slot, guest_phys_addr, memory_size, userspace_addr) in memory::slots(memory) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr,
+            memory_size,
+            userspace_addr,
+            flags: 0,
+        };
+        // SAFETY: the range is a whole mapping of `memory`, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU can
+        // run. Slots and guest ranges come from a checked memory map and do not overlap.
+        unsafe { fd.set_user_memory_region(region) }
+            .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}

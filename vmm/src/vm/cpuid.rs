@@ -1,0 +1,206 @@
+//! CPUID of the guest: what the host's KVM supports, with topology and hypervisor bits of this guest.
+//!
+//! The guest sees one socket of `vcpus` cores with one thread each. Leaf numbers and fields: Intel SDM volume 2, CPUID;
+//! AMD64 APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+use super::VmError;
+
+const FEATURES: u32 = 0x1;
+const CACHE: u32 = 0x4;
+const PERFORMANCE_MONITORING: u32 = 0xa;
+const TOPOLOGY: u32 = 0xb;
+const TOPOLOGY_V2: u32 = 0x1f;
+const AMD_FEATURES: u32 = 0x8000_0001;
+const AMD_SIZES: u32 = 0x8000_0008;
+const AMD_CACHE: u32 = 0x8000_001d;
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// Leaf 1 ECX: TSC-deadline timer of the local APIC.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1 ECX: runs under a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1 EDX: more than one logical processor in the package.
+const HTT: u32 = 1 << 28;
+/// Leaf `0x8000_0001` ECX: the logical processors of the package are cores.
+const CMP_LEGACY: u32 = 1 << 1;
+
+/// The CPUID that all vCPUs share; [`for_vcpu`] makes it that of one.
+pub(super) struct Template {
+    entries: Vec<kvm_cpuid_entry2>,
+    vcpus: u8,
+    /// Whether the local APIC has a TSC-deadline timer: such a guest needs no PIT.
+    pub(super) tsc_deadline: bool,
+}
+
+impl Template {
+    /// What the host supports, for a guest of `vcpus`.
+    pub(super) fn of_host(kvm: &Kvm, vcpus: u8) -> Result<Self, VmError> {
+        let supported = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(VmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        // The bit is not among the supported ones: user space is to set it where the irqchip is KVM's.
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        Ok(Self {
+            entries: supported.as_slice().to_vec(),
+            vcpus,
+            tsc_deadline,
+        })
+    }
+
+    /// The CPUID of the vCPU with local APIC ID `apic_id`.
+    pub(super) fn for_vcpu(&self, apic_id: u8) -> Result<CpuId, VmError> {
+        let mut entries = self.entries.clone();
+        entries.retain(|e| e.function != TOPOLOGY && e.function != TOPOLOGY_V2);
+        for entry in &mut entries {
+            self.adapt(entry, u32::from(apic_id));
+        }
+        entries.extend(self.topology(apic_id));
+        CpuId::from_entries(&entries).map_err(|_| VmError::CpuidTooLong(entries.len()))
+    }
+
+    /// Bits of the APIC ID that number the cores of the package.
+    fn core_bits(&self) -> u32 {
+        u32::from(self.vcpus).next_power_of_two().trailing_zeros()
+    }
+
+    fn adapt(&self, entry: &mut kvm_cpuid_entry2, apic_id: u32) {
+        let vcpus = u32::from(self.vcpus);
+        let many = vcpus > 1;
+        let set = |register: &mut u32, bit: u32, on: bool| {
+            *register = if on {
+                *register | bit
+            } else {
+                *register & !bit
+            }
+        };
+        match entry.function {
+            FEATURES => {
+                entry.ebx =
+                    (apic_id << 24) | (vcpus.next_power_of_two() << 16) | (entry.ebx & 0xffff);
+                set(&mut entry.ecx, HYPERVISOR, true);
+                set(&mut entry.ecx, TSC_DEADLINE, self.tsc_deadline);
+                set(&mut entry.edx, HTT, many);
+            }
+            // EAX 31:26 cores of the package - 1, 25:14 logical processors that share this cache - 1.
+            CACHE if entry.eax & 0x1f != 0 => {
+                let level = (entry.eax >> 5) & 7;
+                let sharing = if level >= 3 { vcpus - 1 } else { 0 };
+                entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | ((vcpus - 1) << 26);
+            }
+            // No virtual PMU.
+            PERFORMANCE_MONITORING => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            AMD_FEATURES => set(&mut entry.ecx, CMP_LEGACY, many),
+            // ECX 15:12 APIC ID size, 7:0 cores - 1.
+            AMD_SIZES => entry.ecx = (entry.ecx & !0xf0ff) | (self.core_bits() << 12) | (vcpus - 1),
+            AMD_CACHE if entry.eax & 0x1f != 0 => {
+                let level = (entry.eax >> 5) & 7;
+                let sharing = if level >= 3 { vcpus - 1 } else { 0 };
+                entry.eax = (entry.eax & 0x3fff) | (sharing << 14);
+            }
+            // EAX extended APIC ID; EBX 15:8 threads of the core - 1, 7:0 core; ECX one node.
+            AMD_TOPOLOGY => (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id, 0),
+            _ => {}
+        }
+    }
+
+    /// Leaf `0xb`: thread level of one thread, core level of all cores.
+    fn topology(&self, apic_id: u8) -> [kvm_cpuid_entry2; 2] {
+        let level = |index: u32, shift: u32, processors: u32, kind: u32| kvm_cpuid_entry2 {
+            function: TOPOLOGY,
+            index,
+            flags: kvm_bindings::KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: processors,
+            ecx: (kind << 8) | index,
+            edx: u32::from(apic_id),
+            ..Default::default()
+        };
+        [
+            level(0, 0, 1, 1),
+            level(1, self.core_bits(), u32::from(self.vcpus), 2),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax: 0x7f,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        }
+    }
+
+    fn template(vcpus: u8) -> Template {
+        let leaves = [
+            FEATURES,
+            CACHE,
+            PERFORMANCE_MONITORING,
+            TOPOLOGY_V2,
+            AMD_FEATURES,
+            AMD_SIZES,
+            AMD_TOPOLOGY,
+        ];
+        Template {
+            entries: leaves.iter().map(|f| entry(*f, 0)).collect(),
+            vcpus,
+            tsc_deadline: false,
+        }
+    }
+
+    fn find(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *cpuid
+            .as_slice()
+            .iter()
+            .find(|e| e.function == function && e.index == index)
+            .unwrap()
+    }
+
+    #[test]
+    fn topology_is_one_socket_of_single_threaded_cores() {
+        let cpuid = template(6).for_vcpu(5).unwrap();
+        let features = find(&cpuid, FEATURES, 0);
+        assert_eq!(features.ebx >> 24, 5);
+        assert_eq!((features.ebx >> 16) & 0xff, 8);
+        assert_eq!(features.edx & HTT, HTT);
+        assert_eq!(find(&cpuid, CACHE, 0).eax >> 26, 5);
+        let (thread, core) = (find(&cpuid, TOPOLOGY, 0), find(&cpuid, TOPOLOGY, 1));
+        assert_eq!(
+            (thread.eax, thread.ebx, thread.ecx, thread.edx),
+            (0, 1, 0x100, 5)
+        );
+        assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (3, 6, 0x201, 5));
+        let sizes = find(&cpuid, AMD_SIZES, 0);
+        assert_eq!((sizes.ecx & 0xff, (sizes.ecx >> 12) & 0xf), (5, 3));
+        assert_eq!(find(&cpuid, AMD_TOPOLOGY, 0).eax, 5);
+        assert!(cpuid.as_slice().iter().all(|e| e.function != TOPOLOGY_V2));
+    }
+
+    #[test]
+    fn a_single_vcpu_claims_no_siblings() {
+        let cpuid = template(1).for_vcpu(0).unwrap();
+        assert_eq!(find(&cpuid, FEATURES, 0).edx & HTT, 0);
+        assert_eq!(find(&cpuid, AMD_FEATURES, 0).ecx & CMP_LEGACY, 0);
+        assert_eq!(find(&cpuid, TOPOLOGY, 1).eax, 0);
+    }
+
+    #[test]
+    fn the_hypervisor_is_told_and_the_pmu_is_not() {
+        let cpuid = template(1).for_vcpu(0).unwrap();
+        assert_eq!(
+            find(&cpuid, FEATURES, 0).ecx & (HYPERVISOR | TSC_DEADLINE),
+            HYPERVISOR
+        );
+        assert_eq!(find(&cpuid, PERFORMANCE_MONITORING, 0).eax, 0);
+    }
+}

@@ -1,0 +1,230 @@
+//! Tiny bare-metal guests on the machine's own `/dev/kvm`: exits, memory slots, eventfds, pause and resume.
+//!
+//! They run on any KVM, slow or fast. Where there is none they fail: there is nothing to test this module with.
+
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+
+use devices::bus::{Bus, BusDevice};
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+
+const CODE: u64 = 0x1000;
+const PORT: u64 = 0x10;
+const MMIO: u64 = MMIO_BASE;
+const MMIO_BASE: u64 = crate::layout::VIRTIO_MMIO_START;
+
+#[derive(Debug, PartialEq, Eq)]
+enum Access {
+    Read(u64, usize),
+    Write(u64, Vec<u8>),
+}
+
+/// Tells the test of each access; reads return 0x5a.
+struct Probe(std::sync::mpsc::Sender<Access>);
+
+impl BusDevice for Probe {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0x5a);
+        self.0.send(Access::Read(offset, data.len())).unwrap();
+    }
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.0.send(Access::Write(offset, data.to_vec())).unwrap();
+    }
+}
+
+fn vm(vcpus: u8, memory_bytes: u64) -> Vm {
+    Vm::new(VmSettings {
+        memory_bytes,
+        vcpus,
+        huge_pages: HugePages::Never,
+    })
+    .unwrap_or_else(|error| panic!("this test needs a working /dev/kvm: {error}"))
+}
+
+struct Running {
+    vcpus: Vcpus,
+    accesses: Receiver<Access>,
+    exits: Receiver<VcpuExit>,
+}
+
+/// Runs `code` at `CODE` in real mode, or in flat 32-bit protected mode.
+fn run(vm: Vm, code: &[u8], protected: bool) -> Running {
+    vm.memory().write_slice(code, GuestAddress(CODE)).unwrap();
+    let (sender, accesses) = channel();
+    let probe: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(Probe(sender)));
+    let mut buses = Buses {
+        pio: Bus::new(),
+        mmio: Bus::new(),
+    };
+    buses.pio.insert(PORT, 8, probe.clone()).unwrap();
+    buses.mmio.insert(MMIO, 0x1000, probe).unwrap();
+    let (sender, exits) = channel();
+    let sender = Mutex::new(sender);
+    let regs = kvm_regs {
+        rip: CODE,
+        rflags: 2,
+        ..Default::default()
+    };
+    let set_sregs = |sregs: &mut kvm_sregs| {
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        if protected {
+            sregs.cr0 |= 1;
+            sregs.idt.limit = 0;
+            for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
+                (segment.base, segment.limit, segment.g, segment.db) = (0, u32::MAX, 1, 1);
+            }
+        }
+    };
+    let on_exit = move |exit| sender.lock().unwrap().send(exit).unwrap();
+    let vcpus = vm.start(buses, &regs, set_sregs, on_exit).unwrap();
+    Running {
+        vcpus,
+        accesses,
+        exits,
+    }
+}
+
+#[test]
+fn port_accesses_reach_the_device_and_its_answer_the_guest() {
+    // in al, PORT; inc al; out PORT+1, al; hlt
+    let run = run(
+        vm(1, 4 << 20),
+        &[0xe4, 0x10, 0xfe, 0xc0, 0xe6, 0x11, 0xf4],
+        false,
+    );
+    assert_eq!(run.accesses.recv().unwrap(), Access::Read(0, 1));
+    assert_eq!(run.accesses.recv().unwrap(), Access::Write(1, vec![0x5b]));
+}
+
+#[test]
+fn an_unclaimed_port_reads_all_ones() {
+    // in al, 0x80; out PORT, al; hlt
+    let run = run(vm(1, 4 << 20), &[0xe4, 0x80, 0xe6, 0x10, 0xf4], false);
+    assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0xff]));
+}
+
+#[test]
+fn mmio_accesses_reach_the_device() {
+    let mut code = vec![0xa1]; // mov eax, [MMIO + 4]
+    code.extend((MMIO as u32 + 4).to_le_bytes());
+    code.push(0xa3); // mov [MMIO + 8], eax
+    code.extend((MMIO as u32 + 8).to_le_bytes());
+    code.push(0xf4); // hlt
+    let run = run(vm(1, 4 << 20), &code, true);
+    assert_eq!(run.accesses.recv().unwrap(), Access::Read(4, 4));
+    assert_eq!(
+        run.accesses.recv().unwrap(),
+        Access::Write(8, vec![0x5a; 4])
+    );
+}
+
+#[test]
+fn an_ioevent_takes_the_write_and_leaves_other_values_to_the_device() {
+    let vm = vm(1, 4 << 20);
+    let event = EventFd::new(0).unwrap();
+    vm.register_ioevent(&event, MMIO + 0x50, 1).unwrap();
+    let mut code = Vec::new();
+    for value in [1u32, 2] {
+        code.extend([0xc7, 0x05]); // mov dword [MMIO + 0x50], value
+        code.extend((MMIO as u32 + 0x50).to_le_bytes());
+        code.extend(value.to_le_bytes());
+    }
+    code.push(0xf4);
+    let run = run(vm, &code, true);
+    assert_eq!(
+        run.accesses.recv().unwrap(),
+        Access::Write(0x50, vec![2, 0, 0, 0])
+    );
+    assert_eq!(event.read().unwrap(), 1);
+}
+
+#[test]
+fn a_fault_without_a_handler_ends_the_guest_once() {
+    // int3, with an empty IDT
+    let run = run(vm(1, 4 << 20), &[0xcc], true);
+    // A KVM that interprets the guest gives up on the fault instead of raising the third.
+    let exit = run.exits.recv().unwrap();
+    assert!(
+        matches!(
+            exit,
+            VcpuExit::TripleFault | VcpuExit::Failed(VcpuError::Internal { .. })
+        ),
+        "{exit:?}"
+    );
+    drop(run.vcpus);
+    assert!(run.exits.recv().is_err(), "told a second time");
+}
+
+#[test]
+fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
+    // l: out PORT, al; jmp l
+    let run = run(vm(1, 4 << 20), &[0xe6, 0x10, 0xeb, 0xfc], false);
+    for _ in 0..3 {
+        run.accesses
+            .recv()
+            .unwrap_or_else(|_| panic!("{:?}", run.exits.try_recv()));
+        run.vcpus.pause();
+        while run.accesses.try_recv().is_ok() {}
+        run.vcpus.pause();
+        assert!(run.accesses.try_recv().is_err(), "an access while paused");
+        run.vcpus.resume();
+    }
+    run.accesses.recv().unwrap();
+}
+
+#[test]
+fn a_guest_that_never_exits_can_be_paused_and_stopped() {
+    // l: jmp l
+    let mut run = run(vm(1, 4 << 20), &[0xeb, 0xfe], false);
+    run.vcpus.pause();
+    run.vcpus.resume();
+    run.vcpus.stop();
+    run.vcpus.pause();
+    run.vcpus.resume();
+}
+
+#[test]
+fn vcpus_that_were_never_started_pause_and_stop() {
+    let run = run(vm(4, 4 << 20), &[0xeb, 0xfe], false);
+    run.vcpus.pause();
+    run.vcpus.resume();
+}
+
+#[test]
+fn ram_lies_on_both_sides_of_the_hole() {
+    let vm = vm(1, (3 << 30) + (64 << 20));
+    vm.memory()
+        .write_obj(0x77u8, GuestAddress((4 << 30) + (32 << 20)))
+        .unwrap();
+    assert!(
+        vm.memory().write_obj(0u8, GuestAddress(3 << 30)).is_err(),
+        "the hole"
+    );
+    // mov al, [0xbfffffff]; out PORT, al; hlt: the last byte below the hole.
+    vm.memory()
+        .write_obj(0x66u8, GuestAddress((3 << 30) - 1))
+        .unwrap();
+    let run = run(vm, &[0xa0, 0xff, 0xff, 0xff, 0xbf, 0xe6, 0x10, 0xf4], true);
+    assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0x66]));
+}
+
+#[test]
+fn impossible_settings_are_refused() {
+    let settings = VmSettings {
+        memory_bytes: 4 << 20,
+        vcpus: 33,
+        huge_pages: HugePages::Never,
+    };
+    assert!(matches!(Vm::new(settings), Err(VmError::Vcpus(33))));
+    assert!(matches!(
+        Vm::new(VmSettings {
+            vcpus: 0,
+            ..settings
+        }),
+        Err(VmError::Vcpus(0))
+    ));
+}

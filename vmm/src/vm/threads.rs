@@ -1,0 +1,241 @@
+//! The vCPU threads: start, pause, resume and stop.
+//!
+//! Each thread owns its vCPU. What they share is a table under one mutex: the state they should be in, how many are parked, and for
+//! each the `immediate_exit` byte of its `kvm_run` page. To get a vCPU out of the guest, the state is changed, `immediate_exit`
+//! set, and the thread signalled. The signal ends a `KVM_RUN` that is under way; one that has not begun yet returns at once
+//! because of `immediate_exit`. So no order of events loses a kick.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use devices::GuestMemory;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
+use super::{Buses, VmError};
+
+/// A vCPU thread runs device register accesses and little else.
+const STACK_SIZE: usize = 128 << 10;
+
+/// What all vCPUs should do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Run,
+    Pause,
+    Stop,
+}
+
+/// The `immediate_exit` byte of a vCPU's `kvm_run` page.
+struct ExitByte(*mut u8);
+
+// SAFETY: the pointer is used only under the table's mutex and only for atomic stores of a byte.
+unsafe impl Send for ExitByte {}
+
+struct Table {
+    target: Target,
+    /// By vCPU; `None` once its thread has left its loop, before the vCPU is dropped.
+    exit_bytes: Vec<Option<ExitByte>>,
+    parked: usize,
+}
+
+impl Table {
+    fn live(&self) -> usize {
+        self.exit_bytes.iter().flatten().count()
+    }
+
+    fn set_immediate_exit(&self, index: usize, value: u8) {
+        if let Some(Some(byte)) = self.exit_bytes.get(index) {
+            // SAFETY: the byte lies in the `kvm_run` mapping of a vCPU whose thread still owns it: the thread takes its entry out of
+            // the table, under the mutex that is held here, before it drops the vCPU. All user-space stores are atomic.
+            unsafe { AtomicU8::from_ptr(byte.0) }.store(value, Ordering::SeqCst);
+        }
+    }
+}
+
+struct Shared {
+    table: Mutex<Table>,
+    changed: Condvar,
+    ended: AtomicBool,
+    on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
+}
+
+impl Shared {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while the vCPUs are to be paused; false when they are to stop.
+    fn gate(&self, index: u8) -> bool {
+        let mut table = self.table();
+        table.set_immediate_exit(index.into(), 0);
+        while table.target == Target::Pause {
+            table.parked += 1;
+            self.changed.notify_all();
+            table = self
+                .changed
+                .wait(table)
+                .unwrap_or_else(PoisonError::into_inner);
+            table.parked -= 1;
+        }
+        table.target == Target::Run
+    }
+
+    fn end(&self, exit: VcpuExit) {
+        if !self.ended.swap(true, Ordering::SeqCst) {
+            (self.on_exit)(exit);
+        }
+    }
+
+    fn leave(&self, index: u8) {
+        let mut table = self.table();
+        if let Some(entry) = table.exit_bytes.get_mut(usize::from(index)) {
+            *entry = None;
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// The running vCPUs of a VM. Dropping it stops them.
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    /// What the memory slots of the VM map: not unmapped while a vCPU can run.
+    _memory: GuestMemory,
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+impl Vcpus {
+    pub(super) fn start(
+        mut vcpus: Vec<Vcpu>,
+        memory: GuestMemory,
+        buses: Buses,
+        on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
+    ) -> Result<Self, VmError> {
+        register_signal_handler(kick_signal(), on_kick).map_err(VmError::kvm("sigaction"))?;
+        let exit_bytes = vcpus
+            .iter_mut()
+            .map(|v| Some(ExitByte(&raw mut v.fd.get_kvm_run().immediate_exit)))
+            .collect();
+        let shared = Arc::new(Shared {
+            table: Mutex::new(Table {
+                target: Target::Pause,
+                exit_bytes,
+                parked: 0,
+            }),
+            changed: Condvar::new(),
+            ended: AtomicBool::new(false),
+            on_exit,
+        });
+        let buses = Arc::new(buses);
+        let mut this = Self {
+            shared,
+            threads: Vec::with_capacity(vcpus.len()),
+            _memory: memory,
+        };
+        for vcpu in vcpus {
+            let (shared, buses) = (this.shared.clone(), buses.clone());
+            let index = vcpu.index;
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(STACK_SIZE)
+                .spawn(move || thread_main(&shared, &buses, vcpu));
+            match thread {
+                Ok(thread) => this.threads.push(thread),
+                Err(source) => {
+                    // The vCPUs without a thread are gone with the closure that owned them, their pages with them.
+                    this.shared.table().exit_bytes.truncate(this.threads.len());
+                    return Err(VmError::Thread { index, source });
+                }
+            }
+        }
+        this.resume();
+        Ok(this)
+    }
+
+    fn set_target(&self, target: Target) -> MutexGuard<'_, Table> {
+        let mut table = self.shared.table();
+        if table.target != Target::Stop {
+            table.target = target;
+        }
+        for (index, thread) in self.threads.iter().enumerate() {
+            table.set_immediate_exit(index, 1);
+            if let Err(error) = thread.kill(kick_signal()) {
+                tracing::debug!(%error, index, "kick of a vCPU thread that has ended");
+            }
+        }
+        self.shared.changed.notify_all();
+        table
+    }
+
+    /// Takes all vCPUs out of the guest; returns when none is in it.
+    pub fn pause(&self) {
+        let mut table = self.set_target(Target::Pause);
+        while table.target == Target::Pause && table.parked < table.live() {
+            table = self
+                .shared
+                .changed
+                .wait(table)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Lets the vCPUs run on.
+    pub fn resume(&self) {
+        drop(self.set_target(Target::Run));
+    }
+
+    /// Takes all vCPUs out of the guest for good and ends their threads.
+    pub fn stop(&mut self) {
+        drop(self.set_target(Target::Stop));
+        for thread in self.threads.drain(..) {
+            // A panic of the thread has been told through `on_exit`.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu) {
+    let index = vcpu.index;
+    let looped = catch_unwind(AssertUnwindSafe(|| run_loop(shared, buses, &mut vcpu)));
+    let exit = looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })));
+    shared.leave(index);
+    drop(vcpu);
+    if let Some(exit) = exit {
+        shared.end(exit);
+    }
+}
+
+/// Runs the vCPU until it is to stop (`None`) or the guest ends.
+fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu) -> Option<VcpuExit> {
+    let mut paused = false;
+    while shared.gate(vcpu.index) {
+        if std::mem::take(&mut paused)
+            && let Err(error) = vcpu.fd.kvmclock_ctrl()
+        {
+            // EINVAL: the guest has not set up its kvm-clock; then it needs not be told of the pause.
+            tracing::debug!(%error, "KVM_KVMCLOCK_CTRL");
+        }
+        loop {
+            match vcpu.run(buses) {
+                Step::Handled => {}
+                Step::Interrupted => break,
+                Step::Ended(exit) => return Some(exit),
+            }
+        }
+        paused = true;
+    }
+    None
+}
