@@ -73,6 +73,20 @@ pub struct Geometry {
     pub read_only: bool,
 }
 
+impl Geometry {
+    /// Checks that a range lies inside the disk, on its logical sectors.
+    ///
+    /// # Errors
+    /// `Range`.
+    pub fn check(&self, range: ByteRange) -> Result<(), DiskError> {
+        let sector = u64::from(self.logical_sector.bytes());
+        if range.end() > self.size || range.offset() % sector != 0 || range.len() % sector != 0 {
+            return Err(DiskError::Range { offset: range.offset(), len: range.len() });
+        }
+        Ok(())
+    }
+}
+
 /// A part of a virtual disk that is stored one way.
 #[derive(Clone, Debug)]
 pub struct Extent {

@@ -8,5 +8,12 @@
 //! The crate knows nothing of KVM or virtio.
 
 pub mod disk;
+pub mod lock;
+mod medium;
+pub mod open;
+pub mod raw;
+pub mod vhdx;
 
 pub use disk::{ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket};
+pub use lock::OpenMode;
+pub use open::{Format, OpenError, OpenOptions, open};

@@ -1,0 +1,206 @@
+//! Locks that keep two processes from writing one disk.
+//!
+//! The locks are those of the open file description (`F_OFD_SETLK`), so they go with the last copy of
+//! the descriptor, whatever thread or process holds it. A writer locks the whole file for itself. A reader
+//! takes shared locks on the bytes that QEMU's `file-posix` driver gives a meaning, so that QEMU and this
+//! crate respect each other: both may read one file, neither writes what the other has open.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// Byte that QEMU holds while it reads an image (100 + `BLK_PERM_CONSISTENT_READ`).
+const READS: u64 = 100;
+/// Bytes that QEMU holds while it may write or resize an image (100 + the bit of the permission).
+const WRITES: [u64; 2] = [101, 103];
+/// Bytes that QEMU holds while nobody else may write or resize the image (200 + the bit of the permission).
+const KEEPS_WRITERS_OUT: [u64; 2] = [201, 203];
+
+/// What a disk is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpenMode {
+    /// For reading; others may read it too.
+    ReadOnly,
+    /// For reading and writing; nobody else has it open.
+    ReadWrite,
+}
+
+impl OpenMode {
+    /// Whether nothing may be written.
+    pub fn is_read_only(self) -> bool {
+        match self {
+            Self::ReadOnly => true,
+            Self::ReadWrite => false,
+        }
+    }
+}
+
+/// Why a file could not be locked.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Someone else writes the file.
+    #[error("in use for writing by another process")]
+    Written,
+    /// Someone else reads the file, so that it cannot be opened for writing.
+    #[error("in use for reading by another process")]
+    Read,
+    /// The host or the file system cannot lock the file.
+    #[error("cannot be locked: {0}")]
+    Host(io::Error),
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Shared,
+    Exclusive,
+}
+
+impl Kind {
+    #[allow(clippy::cast_possible_wrap)] // F_RDLCK and F_WRLCK are 0 and 1
+    fn raw(self) -> libc::c_short {
+        match self {
+            Self::Shared => libc::F_RDLCK as libc::c_short,
+            Self::Exclusive => libc::F_WRLCK as libc::c_short,
+        }
+    }
+}
+
+/// Locks `file` for `mode`, without waiting. The lock goes when the last copy of the descriptor is closed.
+///
+/// # Errors
+/// `Written` or `Read` says who is in the way; `Host` where the file system has no locks.
+pub fn lock(file: &File, mode: OpenMode) -> Result<(), LockError> {
+    match mode {
+        OpenMode::ReadWrite => {
+            // Length zero reaches to the end of the file, however far that moves.
+            if !set(file, Kind::Exclusive, 0, 0)? {
+                return Err(holder(file)?);
+            }
+        }
+        OpenMode::ReadOnly => {
+            for byte in [READS].into_iter().chain(KEEPS_WRITERS_OUT) {
+                if !set(file, Kind::Shared, byte, 1)? {
+                    return Err(LockError::Written);
+                }
+            }
+            // QEMU's writers hold shared locks only; they are seen by asking.
+            if is_written_by_qemu(file)? {
+                return Err(LockError::Written);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn holder(file: &File) -> Result<LockError, LockError> {
+    if is_written_by_qemu(file)? {
+        return Ok(LockError::Written);
+    }
+    Ok(match conflict(file, Kind::Exclusive, 0, 0)? {
+        Some(Kind::Exclusive) => LockError::Written,
+        // A holder that let go in between was in the way all the same.
+        Some(Kind::Shared) | None => LockError::Read,
+    })
+}
+
+fn is_written_by_qemu(file: &File) -> Result<bool, LockError> {
+    for byte in WRITES {
+        if conflict(file, Kind::Exclusive, byte, 1)?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Takes a lock; false where another holder is in the way.
+fn set(file: &File, kind: Kind, start: u64, len: u64) -> Result<bool, LockError> {
+    match fcntl(file, libc::F_OFD_SETLK, kind, start, len) {
+        Ok(_) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(e) => Err(LockError::Host(e)),
+    }
+}
+
+/// The lock of another holder that is in the way of `kind`.
+fn conflict(file: &File, kind: Kind, start: u64, len: u64) -> Result<Option<Kind>, LockError> {
+    let found = fcntl(file, libc::F_OFD_GETLK, kind, start, len).map_err(LockError::Host)?;
+    Ok(match libc::c_int::from(found.l_type) {
+        libc::F_UNLCK => None,
+        libc::F_WRLCK => Some(Kind::Exclusive),
+        _ => Some(Kind::Shared),
+    })
+}
+
+#[allow(clippy::cast_possible_wrap)] // the constants and byte numbers used here are small
+fn fcntl(
+    file: &File,
+    command: libc::c_int,
+    kind: Kind,
+    start: u64,
+    len: u64,
+) -> io::Result<libc::flock> {
+    let mut lock = libc::flock {
+        l_type: kind.raw(),
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start as libc::off_t,
+        l_len: len as libc::off_t,
+        // Zero is what the kernel demands for locks of an open file description.
+        l_pid: 0,
+    };
+    // SAFETY: `file` keeps the descriptor open for the call, both commands take a pointer to a `flock`, and `lock` lives
+    // on this stack for the whole call.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(lock)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn opened(path: &std::path::Path) -> File {
+        File::options().read(true).write(true).open(path).unwrap()
+    }
+
+    #[test]
+    fn readers_share_and_keep_a_writer_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, second, writer) = (
+            opened(file.path()),
+            opened(file.path()),
+            opened(file.path()),
+        );
+        lock(&first, OpenMode::ReadOnly).unwrap();
+        lock(&second, OpenMode::ReadOnly).unwrap();
+        assert!(matches!(
+            lock(&writer, OpenMode::ReadWrite),
+            Err(LockError::Read)
+        ));
+        drop(first);
+        drop(second);
+        lock(&writer, OpenMode::ReadWrite).unwrap();
+    }
+
+    #[test]
+    fn a_writer_keeps_everyone_out_until_its_last_descriptor_is_closed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let writer = opened(file.path());
+        lock(&writer, OpenMode::ReadWrite).unwrap();
+        let copy = writer.try_clone().unwrap();
+        drop(writer);
+        let other = opened(file.path());
+        assert!(matches!(
+            lock(&other, OpenMode::ReadOnly),
+            Err(LockError::Written)
+        ));
+        assert!(matches!(
+            lock(&other, OpenMode::ReadWrite),
+            Err(LockError::Written)
+        ));
+        drop(copy);
+        lock(&other, OpenMode::ReadOnly).unwrap();
+    }
+}

@@ -1,0 +1,256 @@
+//! Raw disks: the file is the disk.
+//!
+//! Regular files only. A block device is refused when it is opened, since the locks here mean nothing to others
+//! who use the device.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::disk::{
+    ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket,
+};
+use crate::lock::OpenMode;
+use crate::medium::Medium;
+use crate::open::Refusal;
+
+/// An open raw disk. Sectors of 512 bytes, as no file says otherwise.
+#[derive(Debug)]
+pub struct Raw {
+    file: Arc<File>,
+    geometry: Geometry,
+}
+
+impl Raw {
+    /// A disk over a file that is open and locked for `mode`.
+    pub(crate) fn new(file: Arc<File>, mode: OpenMode) -> Result<Self, Refusal> {
+        let size = Medium::len(&file).map_err(|error| Refusal::io("read the length", error))?;
+        let sector = SectorSize::B512;
+        if size == 0 {
+            return Err(Refusal::Empty);
+        }
+        if !size.is_multiple_of(u64::from(sector.bytes())) {
+            return Err(Refusal::RawSize { size });
+        }
+        Ok(Self {
+            file,
+            geometry: Geometry {
+                size,
+                logical_sector: sector,
+                // What nearly every host file system allocates in.
+                physical_sector: SectorSize::B4096,
+                discard_granularity: SectorSize::B4096.bytes(),
+                read_only: mode.is_read_only(),
+            },
+        })
+    }
+
+    fn extent(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
+        self.geometry.check(range)?;
+        if !range.is_empty() {
+            out.push(Extent {
+                offset: range.offset(),
+                len: range.len(),
+                kind: ExtentKind::Data {
+                    file: Arc::clone(&self.file),
+                    file_offset: range.offset(),
+                },
+            });
+        }
+        Ok(())
+    }
+
+    fn check_write(&self, range: ByteRange) -> Result<(), DiskError> {
+        if self.geometry.read_only {
+            return Err(DiskError::ReadOnly);
+        }
+        self.geometry.check(range)
+    }
+}
+
+impl Disk for Raw {
+    fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
+        self.extent(range, out)
+    }
+
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<WriteTicket, DiskError> {
+        self.check_write(range)?;
+        self.extent(range, out)?;
+        Ok(WriteTicket::new(WriteTicket::IN_PLACE))
+    }
+
+    fn finish_write(&self, _ticket: WriteTicket, _ok: bool) {}
+
+    fn flush_by_sync(&self) -> Option<Arc<File>> {
+        Some(Arc::clone(&self.file))
+    }
+
+    fn flush(&self) -> Result<(), DiskError> {
+        if self.geometry.read_only {
+            return Ok(());
+        }
+        self.file.sync_data().map_err(|source| DiskError::Io {
+            operation: "sync the file".into(),
+            source,
+        })
+    }
+
+    fn discard(&self, range: ByteRange) -> Result<(), DiskError> {
+        self.check_write(range)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        // A file system that cannot give space back leaves the bytes as they are, which a discard may.
+        self.file
+            .punch_hole(range.offset(), range.len())
+            .map(drop)
+            .map_err(|source| DiskError::Io {
+                operation: format!("punch a hole at {:#x}+{:#x}", range.offset(), range.len()),
+                source,
+            })
+    }
+
+    fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError> {
+        self.check_write(range)?;
+        zero(&self.file, range.offset(), range.len(), may_unmap)
+    }
+
+    fn close(&self) -> Result<(), DiskError> {
+        self.flush()
+    }
+}
+
+/// Makes a range of a file read as zeros, giving its space back where allowed and possible.
+pub(crate) fn zero(
+    medium: &dyn Medium,
+    offset: u64,
+    len: u64,
+    may_unmap: bool,
+) -> Result<(), DiskError> {
+    if len == 0 {
+        return Ok(());
+    }
+    let zeroed = || -> std::io::Result<()> {
+        if may_unmap && medium.punch_hole(offset, len)? {
+            return Ok(());
+        }
+        medium.zero(offset, len)
+    };
+    zeroed().map_err(|source| DiskError::Io {
+        operation: format!("write zeros at {offset:#x}+{len:#x}"),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    fn disk(mode: OpenMode) -> (Raw, Arc<File>) {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 65536]).unwrap();
+        let file = Arc::new(file);
+        (Raw::new(Arc::clone(&file), mode).unwrap(), file)
+    }
+
+    fn bytes(file: &File) -> Vec<u8> {
+        let mut all = vec![0; 65536];
+        file.read_exact_at(&mut all, 0).unwrap();
+        all
+    }
+
+    #[test]
+    fn a_range_is_one_extent_of_the_file() {
+        let (disk, _) = disk(OpenMode::ReadWrite);
+        let mut out = Vec::new();
+        disk.resolve_read(ByteRange::new(512, 1024).unwrap(), &mut out)
+            .unwrap();
+        let ticket = disk
+            .resolve_write(ByteRange::new(4096, 512).unwrap(), &mut out)
+            .unwrap();
+        disk.finish_write(ticket, true);
+        assert_eq!(out.len(), 2);
+        assert!(matches!(
+            out[0],
+            Extent {
+                offset: 512,
+                len: 1024,
+                kind: ExtentKind::Data {
+                    file_offset: 512,
+                    ..
+                }
+            }
+        ));
+        assert!(matches!(
+            out[1],
+            Extent {
+                offset: 4096,
+                len: 512,
+                kind: ExtentKind::Data {
+                    file_offset: 4096,
+                    ..
+                }
+            }
+        ));
+    }
+
+    #[test]
+    fn ranges_outside_or_off_the_sectors_are_refused() {
+        let (disk, _) = disk(OpenMode::ReadWrite);
+        for (offset, len) in [
+            (65536, 512),
+            (0, 66048),
+            (1, 512),
+            (0, 100),
+            (u64::MAX - 511, 511),
+        ] {
+            let range = ByteRange::new(offset, len).unwrap();
+            assert!(matches!(
+                disk.resolve_read(range, &mut Vec::new()),
+                Err(DiskError::Range { .. })
+            ));
+            assert!(matches!(disk.discard(range), Err(DiskError::Range { .. })));
+        }
+    }
+
+    #[test]
+    fn zeroed_and_discarded_ranges_read_as_zeros_and_leave_their_neighbours() {
+        let (disk, file) = disk(OpenMode::ReadWrite);
+        disk.write_zeroes(ByteRange::new(512, 1024).unwrap(), false)
+            .unwrap();
+        disk.write_zeroes(ByteRange::new(8192, 8192).unwrap(), true)
+            .unwrap();
+        disk.discard(ByteRange::new(32768, 4096).unwrap()).unwrap();
+        let mut expected = vec![7; 65536];
+        expected[512..1536].fill(0);
+        expected[8192..16384].fill(0);
+        expected[32768..36864].fill(0);
+        assert_eq!(bytes(&file), expected);
+    }
+
+    #[test]
+    fn a_disk_open_for_reading_takes_no_write() {
+        let (disk, file) = disk(OpenMode::ReadOnly);
+        let range = ByteRange::new(0, 512).unwrap();
+        assert!(matches!(
+            disk.resolve_write(range, &mut Vec::new()),
+            Err(DiskError::ReadOnly)
+        ));
+        assert!(matches!(disk.discard(range), Err(DiskError::ReadOnly)));
+        assert!(matches!(
+            disk.write_zeroes(range, true),
+            Err(DiskError::ReadOnly)
+        ));
+        assert_eq!(bytes(&file), vec![7; 65536]);
+    }
+}

@@ -1,0 +1,52 @@
+//! VHDX, the virtual disk format of [MS-VHDX] 8.0: fixed and dynamic disks.
+//!
+//! ```text
+//!  0       64 KiB   128 KiB  192 KiB        256 KiB        1 MiB
+//!  | identifier | header | header | region table | region table | log, metadata, BAT, payload blocks in any order ...
+//! ```
+//!
+//! A module a chapter of the specification: [`header`], [`region`], [`metadata`], [`log`], [`bat`], and [`format`] for
+//! all that lies on disk. [`view`] shows the file as it is after log replay; [`open`] and [`create`] tie them
+//! together. [`disk`] resolves ranges, [`commit`] makes what was allocated durable, [`pages`] and [`space`] are what they
+//! share.
+//!
+//! # Life of an open file
+//!
+//! ```text
+//!   open ──> untouched ──first write──> announced ──close──> untouched
+//!              (nothing is written)     (new FileWriteGuid, DataWriteGuid and LogGuid in both headers, durable)
+//! ```
+//!
+//! Opening writes nothing unless a log has to be replayed, and that only when all else was found sound. A file opened for
+//! reading is seen through its log and never written.
+//!
+//! # What survives a cut
+//!
+//! An allocating write takes space past the end of the last block, which reads as zeros, and changes the BAT in memory. A
+//! flush describes the changed BAT pages in the log, makes that durable together with all payload (one
+//! `fdatasync`), then writes the pages in place. Space of a log entry is used again when a later sync has made its pages
+//! durable. So at any cut the file opens, here and in any other reader: the log brings the table to the state of the last
+//! flush, or of the one that was under way, and space whose entry was lost is given back. An entry may be durable before
+//! the data of its block is: the block then reads as zeros, as it did before the write.
+
+mod bat;
+mod commit;
+mod create;
+mod disk;
+mod format;
+mod header;
+mod log;
+mod metadata;
+mod open;
+mod pages;
+mod region;
+mod space;
+mod view;
+
+#[cfg(test)]
+mod tests;
+
+pub use create::{CreateError, CreateOptions};
+pub use disk::Vhdx;
+
+pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE, SIGNATURE};
