@@ -15,7 +15,9 @@ pub trait BusDevice: Send {
 
 /// Two ranges on one bus overlap, or a range is empty or passes the end of the address space.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("bus range {base:#x}+{len:#x} is empty, overlaps another or passes the end of the address space")]
+#[error(
+    "bus range {base:#x}+{len:#x} is empty, overlaps another or passes the end of the address space"
+)]
 pub struct BusRangeError {
     /// First address.
     pub base: u64,
@@ -23,11 +25,14 @@ pub struct BusRangeError {
     pub len: u64,
 }
 
+/// First address, length in bytes, and who answers.
+type Mapped = (u64, u64, Arc<Mutex<dyn BusDevice>>);
+
 /// A set of devices by address range; filled before the guest starts and not changed after.
 #[derive(Default)]
 pub struct Bus {
     /// Sorted by base, without overlap.
-    ranges: Vec<(u64, u64, Arc<Mutex<dyn BusDevice>>)>,
+    ranges: Vec<Mapped>,
 }
 
 impl Bus {
@@ -40,9 +45,17 @@ impl Bus {
     ///
     /// # Errors
     /// [`BusRangeError`] where the range is not free.
-    pub fn insert(&mut self, base: u64, len: u64, device: Arc<Mutex<dyn BusDevice>>) -> Result<(), BusRangeError> {
+    pub fn insert(
+        &mut self,
+        base: u64,
+        len: u64,
+        device: Arc<Mutex<dyn BusDevice>>,
+    ) -> Result<(), BusRangeError> {
         let error = BusRangeError { base, len };
-        let end = base.checked_add(len).filter(|_| len > 0).ok_or(BusRangeError { base, len })?;
+        let end = base
+            .checked_add(len)
+            .filter(|_| len > 0)
+            .ok_or(BusRangeError { base, len })?;
         let at = self.ranges.partition_point(|(b, _, _)| *b < base);
         let hits_next = self.ranges.get(at).is_some_and(|(b, _, _)| *b < end);
         let hits_previous = at > 0 && self.ranges[at - 1].0 + self.ranges[at - 1].1 > base;
@@ -54,7 +67,10 @@ impl Bus {
     }
 
     fn find(&self, address: u64, size: usize) -> Option<(u64, &Mutex<dyn BusDevice>)> {
-        let at = self.ranges.partition_point(|(b, _, _)| *b <= address).checked_sub(1)?;
+        let at = self
+            .ranges
+            .partition_point(|(b, _, _)| *b <= address)
+            .checked_sub(1)?;
         let (base, len, device) = &self.ranges[at];
         let offset = address - base;
         (offset.checked_add(size as u64)? <= *len).then_some((offset, &**device))
@@ -62,15 +78,25 @@ impl Bus {
 
     /// Reads from the device at `address`; false, with `data` untouched, where there is none.
     pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        let Some((offset, device)) = self.find(address, data.len()) else { return false };
-        device.lock().unwrap_or_else(std::sync::PoisonError::into_inner).read(offset, data);
+        let Some((offset, device)) = self.find(address, data.len()) else {
+            return false;
+        };
+        device
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .read(offset, data);
         true
     }
 
     /// Writes to the device at `address`; false where there is none.
     pub fn write(&self, address: u64, data: &[u8]) -> bool {
-        let Some((offset, device)) = self.find(address, data.len()) else { return false };
-        device.lock().unwrap_or_else(std::sync::PoisonError::into_inner).write(offset, data);
+        let Some((offset, device)) = self.find(address, data.len()) else {
+            return false;
+        };
+        device
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .write(offset, data);
         true
     }
 }
@@ -105,7 +131,10 @@ mod tests {
         assert_eq!(data, [7 + 0xc; 4]);
         assert!(bus.read(0x1c, &mut data), "the last access that fits");
         assert_eq!(data, [0xc; 4]);
-        assert!(!bus.read(0x1d, &mut data), "an access that straddles two devices");
+        assert!(
+            !bus.read(0x1d, &mut data),
+            "an access that straddles two devices"
+        );
         assert!(!bus.read(0xf, &mut data));
         assert!(!bus.read(u64::MAX, &mut data));
         assert!(!bus.write(0x30, &[0]));
@@ -116,7 +145,10 @@ mod tests {
         let mut bus = Bus::new();
         bus.insert(0x10, 0x10, echo()).unwrap();
         for (base, len) in [(0x1f, 1), (0x8, 9), (0x10, 0x10), (0, 0), (u64::MAX, 2)] {
-            assert_eq!(bus.insert(base, len, echo()), Err(BusRangeError { base, len }));
+            assert_eq!(
+                bus.insert(base, len, echo()),
+                Err(BusRangeError { base, len })
+            );
         }
         bus.insert(0x8, 8, echo()).unwrap();
         bus.insert(0x20, 1, echo()).unwrap();

@@ -65,7 +65,9 @@ pub const PVPANIC_PORT: u16 = 0x505;
 /// ([`crate::boot::acpi`] names them in the FADT).
 pub const ACPI_PM_PORT: u16 = 0x600;
 /// GSIs for virtio-mmio devices, in order of use.
-pub const VIRTIO_GSIS: [u32; 18] = [5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+pub const VIRTIO_GSIS: [u32; 18] = [
+    5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,
+];
 
 /// Most vCPUs of a guest.
 pub const MAX_VCPUS: u8 = 32;

@@ -219,10 +219,10 @@ impl Vcpu {
 }
 
 fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, delivery: u32) {
-    let bytes: [u8; 4] = std::array::from_fn(|i| lapic.regs[register + i] as u8);
+    let bytes: [u8; 4] = std::array::from_fn(|i| lapic.regs[register + i].cast_unsigned());
     let value = (u32::from_le_bytes(bytes) & !DELIVERY_MASK) | delivery;
     for (at, byte) in value.to_le_bytes().into_iter().enumerate() {
-        lapic.regs[register + at] = byte as libc::c_char;
+        lapic.regs[register + at] = byte.cast_signed();
     }
 }
 
