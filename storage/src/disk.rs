@@ -80,8 +80,14 @@ impl Geometry {
     /// `Range`.
     pub fn check(&self, range: ByteRange) -> Result<(), DiskError> {
         let sector = u64::from(self.logical_sector.bytes());
-        if range.end() > self.size || range.offset() % sector != 0 || range.len() % sector != 0 {
-            return Err(DiskError::Range { offset: range.offset(), len: range.len() });
+        if range.end() > self.size
+            || !range.offset().is_multiple_of(sector)
+            || !range.len().is_multiple_of(sector)
+        {
+            return Err(DiskError::Range {
+                offset: range.offset(),
+                len: range.len(),
+            });
         }
         Ok(())
     }
@@ -168,7 +174,9 @@ pub enum DiskError {
         expected: String,
     },
     /// An earlier failed metadata write left the disk in doubt; it serves no more writes until it is opened anew.
-    #[error("the disk refuses writes since an earlier metadata write failed; close and open it again")]
+    #[error(
+        "the disk refuses writes since an earlier metadata write failed; close and open it again"
+    )]
     Poisoned,
 }
 
@@ -194,7 +202,11 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// # Errors
     /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then nothing was allocated
     /// and `out` is as it was.
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<WriteTicket, DiskError>;
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<WriteTicket, DiskError>;
 
     /// Ends a resolved write: the transfer to all its extents is complete, or has failed (`ok` is false).
     fn finish_write(&self, ticket: WriteTicket, ok: bool);

@@ -11,7 +11,7 @@ use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
 /// How much is written at once where zeros have to be written out.
-const ZEROS: [u8; 65536] = [0; 65536];
+static ZEROS: [u8; 65536] = [0; 65536];
 
 /// A file that holds a disk. Offsets and lengths are in bytes.
 pub(crate) trait Medium: Send + Sync + fmt::Debug {

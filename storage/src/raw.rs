@@ -158,7 +158,7 @@ mod tests {
 
     fn disk(mode: OpenMode) -> (Raw, Arc<File>) {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&[7; 65536]).unwrap();
+        file.write_all(&vec![7; 65536]).unwrap();
         let file = Arc::new(file);
         (Raw::new(Arc::clone(&file), mode).unwrap(), file)
     }

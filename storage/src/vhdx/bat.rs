@@ -336,7 +336,7 @@ mod tests {
         ];
         for (state, expected) in (0..).zip(expected) {
             assert_eq!(
-                Entry::decode(5 * MIB | state).ok(),
+                Entry::decode((5 * MIB) | state).ok(),
                 expected,
                 "state {state}"
             );

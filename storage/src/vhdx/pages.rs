@@ -36,7 +36,7 @@ pub(super) struct Taken {
 /// The cache. The caller locks.
 #[derive(Debug, Default)]
 pub(super) struct Pages {
-    pages: HashMap<u64, Page>,
+    by_number: HashMap<u64, Page>,
     clock: u64,
     evictions: u64,
 }
@@ -51,23 +51,23 @@ impl Pages {
     pub(super) fn insert(&mut self, page: u64, entries: Entries, wanted: &RangeInclusive<u64>) {
         self.clock += 1;
         let last_used = self.clock;
-        self.pages.entry(page).or_insert(Page {
+        self.by_number.entry(page).or_insert(Page {
             entries,
             dirty: false,
             committing: false,
             last_used,
         });
-        if self.pages.len() <= KEPT {
+        if self.by_number.len() <= KEPT {
             return;
         }
         let oldest = self
-            .pages
+            .by_number
             .iter()
             .filter(|(number, page)| !page.dirty && !page.committing && !wanted.contains(number))
             .min_by_key(|(_, page)| page.last_used)
             .map(|(number, _)| *number);
         if let Some(oldest) = oldest {
-            self.pages.remove(&oldest);
+            self.by_number.remove(&oldest);
             self.evictions += 1;
         }
     }
@@ -75,14 +75,14 @@ impl Pages {
     /// The entry of an index, if its page is here.
     pub(super) fn get(&mut self, index: u64) -> Option<u64> {
         self.clock += 1;
-        let page = self.pages.get_mut(&(index / ENTRIES_PER_PAGE))?;
+        let page = self.by_number.get_mut(&(index / ENTRIES_PER_PAGE))?;
         page.last_used = self.clock;
         Some(page.entries[(index % ENTRIES_PER_PAGE) as usize].get())
     }
 
     /// Changes an entry whose page is here.
     pub(super) fn set(&mut self, index: u64, raw: u64) {
-        if let Some(page) = self.pages.get_mut(&(index / ENTRIES_PER_PAGE)) {
+        if let Some(page) = self.by_number.get_mut(&(index / ENTRIES_PER_PAGE)) {
             page.entries[(index % ENTRIES_PER_PAGE) as usize] = raw.into();
             page.dirty = true;
         }
@@ -90,13 +90,13 @@ impl Pages {
 
     /// How many pages wait for a commit.
     pub(super) fn dirty(&self) -> usize {
-        self.pages.values().filter(|page| page.dirty).count()
+        self.by_number.values().filter(|page| page.dirty).count()
     }
 
     /// Whether a page waits for a commit, or for the end of one.
     pub(super) fn is_settled(&self) -> bool {
         !self
-            .pages
+            .by_number
             .values()
             .any(|page| page.dirty || page.committing)
     }
@@ -104,7 +104,7 @@ impl Pages {
     /// Copies all changed pages for a commit, in order.
     pub(super) fn take_dirty(&mut self) -> Vec<Taken> {
         let mut taken: Vec<Taken> = self
-            .pages
+            .by_number
             .iter_mut()
             .filter(|(_, page)| page.dirty)
             .map(|(number, page)| {
@@ -125,7 +125,7 @@ impl Pages {
     /// Ends the commit of pages that were taken.
     pub(super) fn committed(&mut self, taken: &[Taken]) {
         for taken in taken {
-            if let Some(page) = self.pages.get_mut(&taken.page) {
+            if let Some(page) = self.by_number.get_mut(&taken.page) {
                 page.committing = false;
             }
         }
@@ -146,7 +146,7 @@ mod tests {
         pages.insert(0, empty(), &(0..=0));
         pages.set(3, 42);
         let fill = |pages: &mut Pages| {
-            (1..200).for_each(|page| pages.insert(page, empty(), &(page..=page)))
+            (1..200).for_each(|page| pages.insert(page, empty(), &(page..=page)));
         };
         fill(&mut pages);
         assert_eq!(pages.get(3), Some(42));
@@ -161,7 +161,7 @@ mod tests {
         assert!(pages.is_settled());
         fill(&mut pages);
         assert_eq!(pages.get(3), None);
-        assert!(pages.pages.len() <= KEPT);
+        assert!(pages.by_number.len() <= KEPT);
     }
 
     #[test]

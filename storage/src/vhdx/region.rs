@@ -142,9 +142,9 @@ fn parse(table: &[u8], offset: u64, log: Region, file_len: u64) -> Result<Region
             region.offset, region.length, entry.guid
         );
         if region.offset < MIB
-            || region.offset % MIB != 0
+            || !region.offset.is_multiple_of(MIB)
             || region.length == 0
-            || region.length % MIB != 0
+            || !region.length.is_multiple_of(MIB)
         {
             return Err(corrupt(format!(
                 "expected a region in whole MiB after the first; {found}"

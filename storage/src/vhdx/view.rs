@@ -89,7 +89,7 @@ impl View {
             match *patch {
                 Patch::Zero { offset, len } => write_zeros(&*self.medium, offset, len)?,
                 Patch::Data { offset, .. } => {
-                    self.medium.write_all_at(&self.logged(patch)?, offset)?
+                    self.medium.write_all_at(&self.logged(patch)?, offset)?;
                 }
             }
         }

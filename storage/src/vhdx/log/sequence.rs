@@ -83,7 +83,7 @@ fn check(descriptor: &RawDescriptor, patch: &Patch, log: Region, len: u64) -> Re
         Patch::Data { .. } => LOG_SECTOR,
     };
     let found = format!("found {offset:#x}+{length:#x}");
-    if offset % LOG_SECTOR != 0 || length % LOG_SECTOR != 0 {
+    if !offset.is_multiple_of(LOG_SECTOR) || !length.is_multiple_of(LOG_SECTOR) {
         return Err(format!("expected whole sectors of 4 KiB; {found}"));
     }
     let Some(end) = offset.checked_add(length).filter(|end| *end <= len) else {
@@ -178,7 +178,8 @@ mod tests {
 
     #[test]
     fn the_run_with_the_highest_number_is_replayed_from_its_tail() {
-        let table: [(&str, &[Entry], Option<Vec<u64>>); 7] = [
+        type Case<'a> = (&'a str, &'a [Entry], Option<Vec<u64>>);
+        let table: [Case<'_>; 7] = [
             ("nothing", &[], None),
             ("one", &[entry(0, 1, 9, 0)], Some(vec![9])),
             (
