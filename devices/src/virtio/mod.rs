@@ -1,12 +1,23 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+//pub mod block;
+pub mod chain;
+pub mod mmio;
+pub mod rng;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+
+/// What every device offers: virtio 1, and the ring features that the queues here have.
+pub const RING_FEATURES: u64 =
+    (1 << VIRTIO_F_VERSION_1) | (1 << VIRTIO_RING_F_INDIRECT_DESC) | (1 << VIRTIO_RING_F_EVENT_IDX);
 
 /// `VIRTIO_MMIO_INT_VRING`: a device used a buffer (VIRTIO 1.2, 4.2.2 `InterruptStatus`).
 pub const INTERRUPT_USED_BUFFER: u32 = 1;
@@ -20,6 +31,7 @@ pub struct Interrupt {
     status: AtomicU32,
     /// `ConfigGeneration`.
     config_generation: AtomicU32,
+    needs_reset: AtomicBool,
     /// An irqfd of the VM: a write raises the device's GSI.
     irqfd: EventFd,
 }
@@ -27,7 +39,12 @@ pub struct Interrupt {
 impl Interrupt {
     /// An interrupt that raises the GSI behind `irqfd`.
     pub fn new(irqfd: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), config_generation: AtomicU32::new(0), irqfd }
+        Self {
+            status: AtomicU32::new(0),
+            config_generation: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+            irqfd,
+        }
     }
 
     /// The eventfd to register as irqfd.
@@ -48,11 +65,23 @@ impl Interrupt {
     /// Forgets every pending cause: the device was reset.
     pub fn reset(&self) {
         self.status.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
     }
 
     /// The value of `ConfigGeneration`.
     pub fn config_generation(&self) -> u32 {
         self.config_generation.load(Ordering::SeqCst)
+    }
+
+    /// The device is broken until the driver resets it (VIRTIO 1.2, 2.1 `DEVICE_NEEDS_RESET`).
+    pub fn fail(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.signal_config_change();
+    }
+
+    /// Whether the device waits for a reset.
+    pub fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
     }
 
     /// Tells the driver that a queue has used buffers.
@@ -80,21 +109,10 @@ impl Interrupt {
 pub struct Activation {
     /// Guest physical memory.
     pub memory: GuestMemory,
-    /// The queues that the driver made ready, by index; the others are `None`.
-    pub queues: Vec<Option<ActiveQueue>>,
-    /// How to interrupt the driver.
-    pub interrupt: Arc<Interrupt>,
+    /// The rings that the driver made ready, checked to lie in guest memory, by index; the others are `None`.
+    pub queues: Vec<Option<Queue>>,
     /// The features both sides agreed on.
     pub features: u64,
-}
-
-/// A queue that the driver made ready.
-#[derive(Debug)]
-pub struct ActiveQueue {
-    /// The ring, checked to lie in guest memory.
-    pub queue: Queue,
-    /// An ioeventfd: readable when the driver kicks the queue.
-    pub kick: Arc<EventFd>,
 }
 
 /// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
@@ -104,8 +122,9 @@ pub struct ActivateError(pub String);
 
 /// A virtio device behind a transport.
 ///
-/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its
-/// queues on the device thread; `reset` returns only when no request of the device touches guest memory any more.
+/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues on the device
+/// thread, when their kicks become readable; `reset` returns only when no request of the device touches guest
+/// memory any more. A kick of a device that is not active means nothing.
 pub trait VirtioDevice: Send {
     /// The device ID (VIRTIO 1.2, chapter 5).
     fn device_id(&self) -> u32;
@@ -115,6 +134,12 @@ pub trait VirtioDevice: Send {
 
     /// The largest size of each queue, a power of two up to 256 (`QueueNumMax`).
     fn queue_max_sizes(&self) -> &[u16];
+
+    /// An ioeventfd for each queue: readable when the driver notifies the queue.
+    fn kicks(&self) -> &[EventFd];
+
+    /// The interrupt line, which the transport asks for causes.
+    fn interrupt(&self) -> &Arc<Interrupt>;
 
     /// Reads the configuration space; bytes past its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);

@@ -1,0 +1,616 @@
+//! The virtio-mmio transport (VIRTIO 1.2, 4.2): registers, the status state machine, and the rings' addresses.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+
+use super::{ActivateError, Activation, Interrupt, VirtioDevice};
+use crate::GuestMemory;
+use crate::bus::BusDevice;
+
+/// `QueueNotify`: where to register the ioeventfds, with the queue's index as value.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"COPP");
+
+/// Register offsets (4.2.2, table 4.1).
+mod register {
+    pub const MAGIC_VALUE: u64 = 0x00;
+    pub const VERSION: u64 = 0x04;
+    pub const DEVICE_ID: u64 = 0x08;
+    pub const VENDOR_ID: u64 = 0x0c;
+    pub const DEVICE_FEATURES: u64 = 0x10;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub const DRIVER_FEATURES: u64 = 0x20;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub const QUEUE_SEL: u64 = 0x30;
+    pub const QUEUE_NUM_MAX: u64 = 0x34;
+    pub const QUEUE_NUM: u64 = 0x38;
+    pub const QUEUE_READY: u64 = 0x44;
+    pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const INTERRUPT_ACK: u64 = 0x64;
+    pub const STATUS: u64 = 0x70;
+    pub const QUEUE_DESC_LOW: u64 = 0x80;
+    pub const QUEUE_DESC_HIGH: u64 = 0x84;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x90;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    pub const QUEUE_DEVICE_LOW: u64 = 0xa0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub const SHM_LEN_LOW: u64 = 0xb0;
+    pub const SHM_BASE_HIGH: u64 = 0xbc;
+    pub const CONFIG_GENERATION: u64 = 0xfc;
+    pub const CONFIG: u64 = 0x100;
+}
+
+/// Bits of `Status` (2.1).
+mod status {
+    use super::{
+        VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
+        VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
+    };
+    pub const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
+    pub const DRIVER: u32 = ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER;
+    pub const FEATURES_OK: u32 = DRIVER | VIRTIO_CONFIG_S_FEATURES_OK;
+    pub const DRIVER_OK: u32 = FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK;
+    pub const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
+    pub const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
+}
+
+/// A queue as the driver describes it; nothing of it is trusted before `DRIVER_OK`.
+#[derive(Clone, Copy, Debug, Default)]
+struct QueueRegisters {
+    size: u16,
+    ready: bool,
+    /// Descriptor table, available ring (driver area), used ring (device area): guest physical addresses.
+    desc: u64,
+    driver: u64,
+    device: u64,
+}
+
+/// The register window of a device.
+pub struct MmioTransport {
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    interrupt: Arc<Interrupt>,
+    memory: GuestMemory,
+    offered: u64,
+    accepted: u64,
+    max_sizes: Vec<u16>,
+    queues: Vec<QueueRegisters>,
+    /// Without `DEVICE_NEEDS_RESET`, which is the interrupt's.
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    queue_sel: u32,
+}
+
+fn lock(device: &Mutex<dyn VirtioDevice>) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
+    device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Replaces the lower or the upper half of a 64-bit register.
+fn set_half(register: &mut u64, high: bool, value: u32) {
+    let shift = if high { 32 } else { 0 };
+    *register = (*register & !(u64::from(u32::MAX) << shift)) | (u64::from(value) << shift);
+}
+
+impl MmioTransport {
+    /// Size of the register window in bytes.
+    pub const SIZE: u64 = 0x1000;
+
+    /// A transport for `device`, whose rings lie in `memory`.
+    pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, memory: GuestMemory) -> Self {
+        let (interrupt, offered, max_sizes) = {
+            let device = lock(&device);
+            (
+                device.interrupt().clone(),
+                device.features(),
+                device.queue_max_sizes().to_vec(),
+            )
+        };
+        let queues = max_sizes
+            .iter()
+            .map(|size| QueueRegisters {
+                size: *size,
+                ..Default::default()
+            })
+            .collect();
+        Self {
+            device,
+            interrupt,
+            memory,
+            offered,
+            accepted: 0,
+            max_sizes,
+            queues,
+            status: 0,
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            queue_sel: 0,
+        }
+    }
+
+    fn status(&self) -> u32 {
+        self.status
+            | if self.interrupt.needs_reset() {
+                status::NEEDS_RESET
+            } else {
+                0
+            }
+    }
+
+    fn reset(&mut self) {
+        lock(&self.device).reset();
+        self.interrupt.reset();
+        self.accepted = 0;
+        self.status = 0;
+        self.device_features_sel = 0;
+        self.driver_features_sel = 0;
+        self.queue_sel = 0;
+        for (queue, size) in self.queues.iter_mut().zip(&self.max_sizes) {
+            *queue = QueueRegisters {
+                size: *size,
+                ..Default::default()
+            };
+        }
+    }
+
+    /// The driver writes `Status`: it sets one more bit, gives up, or resets (3.1.1). All else is ignored.
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let wanted = value & !(status::NEEDS_RESET | status::FAILED);
+        let next = match (self.status & !status::FAILED, wanted) {
+            (0, status::ACKNOWLEDGE) | (status::ACKNOWLEDGE, status::DRIVER) => Some(wanted),
+            (status::DRIVER, status::FEATURES_OK) => self.features_are_ok().then_some(wanted),
+            (status::FEATURES_OK, status::DRIVER_OK) => {
+                self.activate();
+                Some(wanted)
+            }
+            _ => None,
+        };
+        self.status = next.unwrap_or(self.status) | (value & status::FAILED);
+    }
+
+    fn features_are_ok(&self) -> bool {
+        self.accepted & !self.offered == 0 && self.accepted & (1 << VIRTIO_F_VERSION_1) != 0
+    }
+
+    fn activate(&mut self) {
+        let rings: Result<Vec<_>, _> = self
+            .queues
+            .iter()
+            .map(|registers| self.ring(registers))
+            .collect();
+        let activated = match rings {
+            Ok(queues) => {
+                let activation = Activation {
+                    memory: self.memory.clone(),
+                    queues,
+                    features: self.accepted,
+                };
+                lock(&self.device).activate(activation)
+            }
+            Err(error) => Err(ActivateError(format!(
+                "a ring is not where one can be: {error}"
+            ))),
+        };
+        if let Err(error) = activated {
+            tracing::warn!(%error, "a virtio device cannot start");
+            self.interrupt.fail();
+        }
+    }
+
+    /// The ring the driver described: `Some(None)` where it made none ready, `None` where it cannot be.
+    fn ring(&self, registers: &QueueRegisters) -> Option<Option<Queue>> {
+        if !registers.ready {
+            return Some(None);
+        }
+        let mut queue = Queue::new(registers.size).ok()?;
+        queue.try_set_size(registers.size).ok()?;
+        queue
+            .try_set_desc_table_address(GuestAddress(registers.desc))
+            .ok()?;
+        queue
+            .try_set_avail_ring_address(GuestAddress(registers.driver))
+            .ok()?;
+        queue
+            .try_set_used_ring_address(GuestAddress(registers.device))
+            .ok()?;
+        queue.set_event_idx(self.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        queue.set_ready(true);
+        if queue.is_valid(&self.memory) {
+            Ok(Some(queue))
+        } else {
+            Err(virtio_queue::Error::InvalidChain)
+        }
+    }
+
+    /// The selected queue, where the driver may set it up now (4.2.3.2: before `DRIVER_OK`).
+    fn configurable_queue(&mut self) -> Option<&mut QueueRegisters> {
+        if self.status != status::FEATURES_OK {
+            return None;
+        }
+        self.queues.get_mut(usize::try_from(self.queue_sel).ok()?)
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let queue = usize::try_from(self.queue_sel)
+            .ok()
+            .and_then(|index| self.queues.get(index));
+        match offset {
+            register::MAGIC_VALUE => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => lock(&self.device).device_id(),
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => match self.device_features_sel {
+                0 => self.offered as u32,
+                1 => (self.offered >> 32) as u32,
+                _ => 0,
+            },
+            register::QUEUE_NUM_MAX => usize::try_from(self.queue_sel)
+                .ok()
+                .and_then(|index| self.max_sizes.get(index))
+                .map_or(0, |size| u32::from(*size)),
+            register::QUEUE_READY => queue.map_or(0, |queue| queue.ready.into()),
+            register::INTERRUPT_STATUS => self.interrupt.status(),
+            register::STATUS => self.status(),
+            // There is no shared memory region: its length, and so its base, is all ones (4.2.2).
+            register::SHM_LEN_LOW..=register::SHM_BASE_HIGH => u32::MAX,
+            register::CONFIG_GENERATION => self.interrupt.config_generation(),
+            // Registers that only the driver writes, and those of features that are not offered.
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            register::DRIVER_FEATURES if self.status == status::DRIVER => {
+                match self.driver_features_sel {
+                    0 => set_half(&mut self.accepted, false, value),
+                    1 => set_half(&mut self.accepted, true, value),
+                    _ => {}
+                }
+            }
+            register::QUEUE_SEL => self.queue_sel = value,
+            register::INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            register::STATUS => self.set_status(value),
+            QUEUE_NOTIFY => self.notify(value),
+            _ => self.write_queue_register(offset, value),
+        }
+    }
+
+    fn write_queue_register(&mut self, offset: u64, value: u32) {
+        let max = usize::try_from(self.queue_sel)
+            .ok()
+            .and_then(|index| self.max_sizes.get(index).copied());
+        let Some(queue) = self.configurable_queue() else {
+            return;
+        };
+        match offset {
+            // A size that is none (2.7: a power of two, up to the maximum) leaves the queue as it was.
+            register::QUEUE_NUM => {
+                if let Some(size) = u16::try_from(value)
+                    .ok()
+                    .filter(|size| size.is_power_of_two() && Some(*size) <= max)
+                {
+                    queue.size = size;
+                }
+            }
+            register::QUEUE_READY => queue.ready = value == 1,
+            register::QUEUE_DESC_LOW => set_half(&mut queue.desc, false, value),
+            register::QUEUE_DESC_HIGH => set_half(&mut queue.desc, true, value),
+            register::QUEUE_DRIVER_LOW => set_half(&mut queue.driver, false, value),
+            register::QUEUE_DRIVER_HIGH => set_half(&mut queue.driver, true, value),
+            register::QUEUE_DEVICE_LOW => set_half(&mut queue.device, false, value),
+            register::QUEUE_DEVICE_HIGH => set_half(&mut queue.device, true, value),
+            _ => {}
+        }
+    }
+
+    /// A notification that no ioeventfd took.
+    fn notify(&self, queue: u32) {
+        let device = lock(&self.device);
+        if let Some(kick) = usize::try_from(queue)
+            .ok()
+            .and_then(|index| device.kicks().get(index))
+            && let Err(error) = kick.write(1)
+        {
+            tracing::debug!(%error, "virtio kick");
+        }
+    }
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
+            return lock(&self.device).read_config(config_offset, data);
+        }
+        data.fill(0);
+        // Registers are read and written whole (4.2.2.2).
+        if let (Ok(data), 0) = (<&mut [u8; 4]>::try_from(data), offset % 4) {
+            *data = self.read_register(offset).to_le_bytes();
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
+            // 4.2.3.1: the driver writes the configuration once the device knows its features.
+            if self.status & status::FEATURES_OK == status::FEATURES_OK {
+                lock(&self.device).write_config(config_offset, data);
+            }
+        } else if let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
+            self.write_register(offset, u32::from_le_bytes(data));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use vm_memory::GuestAddress;
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::virtio::RING_FEATURES;
+
+    /// Remembers what the transport did to it.
+    struct Probe {
+        interrupt: Arc<Interrupt>,
+        kicks: [EventFd; 2],
+        active: Option<(Vec<bool>, u64)>,
+        resets: usize,
+    }
+
+    impl VirtioDevice for Probe {
+        fn device_id(&self) -> u32 {
+            42
+        }
+        fn features(&self) -> u64 {
+            RING_FEATURES | 1
+        }
+        fn queue_max_sizes(&self) -> &[u16] {
+            &[256, 64]
+        }
+        fn kicks(&self) -> &[EventFd] {
+            &self.kicks
+        }
+        fn interrupt(&self) -> &Arc<Interrupt> {
+            &self.interrupt
+        }
+        fn read_config(&self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn write_config(&mut self, _: u64, _: &[u8]) {}
+        fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+            assert!(self.active.is_none(), "activated twice");
+            self.active = Some((
+                activation.queues.iter().map(Option::is_some).collect(),
+                activation.features,
+            ));
+            Ok(())
+        }
+        fn reset(&mut self) {
+            self.active = None;
+            self.resets += 1;
+        }
+    }
+
+    struct Driver {
+        transport: MmioTransport,
+        device: Arc<Mutex<Probe>>,
+    }
+
+    impl Driver {
+        fn new() -> Self {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+            let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+            let device = Arc::new(Mutex::new(Probe {
+                interrupt: Arc::new(Interrupt::new(event())),
+                kicks: [event(), event()],
+                active: None,
+                resets: 0,
+            }));
+            Self {
+                transport: MmioTransport::new(device.clone(), memory),
+                device,
+            }
+        }
+        fn read(&mut self, offset: u64) -> u32 {
+            let mut data = [0xff; 4];
+            self.transport.read(offset, &mut data);
+            u32::from_le_bytes(data)
+        }
+        fn write(&mut self, offset: u64, value: u32) {
+            self.transport.write(offset, &value.to_le_bytes());
+        }
+        fn status(&mut self, value: u32) -> u32 {
+            self.write(register::STATUS, value);
+            self.read(register::STATUS)
+        }
+        fn accept(&mut self, features: u64) {
+            for sel in 0..2u32 {
+                self.write(register::DRIVER_FEATURES_SEL, sel);
+                self.write(register::DRIVER_FEATURES, (features >> (32 * sel)) as u32);
+            }
+        }
+        fn to_features_ok(&mut self) {
+            self.status(status::ACKNOWLEDGE);
+            self.status(status::DRIVER);
+            self.accept(RING_FEATURES);
+            assert_eq!(self.status(status::FEATURES_OK), status::FEATURES_OK);
+        }
+        fn set_up_queue(&mut self, index: u32, base: u32) {
+            self.write(register::QUEUE_SEL, index);
+            self.write(register::QUEUE_NUM, 16);
+            self.write(register::QUEUE_DESC_LOW, base);
+            self.write(register::QUEUE_DRIVER_LOW, base + 0x1000);
+            self.write(register::QUEUE_DEVICE_LOW, base + 0x2000);
+            self.write(register::QUEUE_READY, 1);
+        }
+    }
+
+    #[test]
+    fn the_device_is_identified() {
+        let mut driver = Driver::new();
+        let identity = [
+            register::MAGIC_VALUE,
+            register::VERSION,
+            register::DEVICE_ID,
+        ]
+        .map(|r| driver.read(r));
+        assert_eq!(identity, [0x7472_6976, 2, 42]);
+        let mut byte = [0];
+        driver.transport.read(register::MAGIC_VALUE, &mut byte);
+        assert_eq!(byte, [0], "registers are read whole");
+        let mut config = [0; 2];
+        driver.transport.read(register::CONFIG + 6, &mut config);
+        assert_eq!(config, [6, 6]);
+        assert_eq!(driver.read(register::SHM_LEN_LOW), u32::MAX);
+    }
+
+    #[test]
+    fn a_driver_that_keeps_the_order_gets_its_device() {
+        let mut driver = Driver::new();
+        driver.to_features_ok();
+        driver.set_up_queue(1, 0x1_0000);
+        assert_eq!(driver.read(register::QUEUE_READY), 1);
+        assert_eq!(driver.status(status::DRIVER_OK), status::DRIVER_OK);
+        assert_eq!(
+            driver.device.lock().unwrap().active,
+            Some((vec![false, true], RING_FEATURES))
+        );
+        driver.write(QUEUE_NOTIFY, 1);
+        assert!(driver.device.lock().unwrap().kicks[1].read().is_ok());
+        assert_eq!(driver.status(0), 0);
+        assert_eq!(driver.device.lock().unwrap().active, None);
+        assert_eq!(driver.read(register::QUEUE_READY), 0);
+    }
+
+    #[test]
+    fn steps_out_of_order_are_ignored() {
+        let mut driver = Driver::new();
+        assert_eq!(driver.status(status::DRIVER_OK), 0);
+        driver.status(status::ACKNOWLEDGE);
+        assert_eq!(driver.status(status::FEATURES_OK), status::ACKNOWLEDGE);
+        driver.status(status::DRIVER);
+        driver.write(register::QUEUE_READY, 1);
+        assert_eq!(
+            driver.read(register::QUEUE_READY),
+            0,
+            "no queue before FEATURES_OK"
+        );
+        assert_eq!(
+            driver.status(status::ACKNOWLEDGE),
+            status::DRIVER,
+            "a status bit is never taken back"
+        );
+        assert_eq!(
+            driver.status(status::DRIVER | status::FAILED),
+            status::DRIVER | status::FAILED
+        );
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_refused() {
+        for features in [
+            RING_FEATURES | 2,
+            RING_FEATURES & !(1 << VIRTIO_F_VERSION_1),
+            0,
+        ] {
+            let mut driver = Driver::new();
+            driver.status(status::ACKNOWLEDGE);
+            driver.status(status::DRIVER);
+            driver.accept(features);
+            assert_eq!(
+                driver.status(status::FEATURES_OK),
+                status::DRIVER,
+                "{features:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_ring_outside_memory_leaves_a_device_that_needs_a_reset() {
+        for (register, value) in [
+            (register::QUEUE_DESC_LOW, 0x10_0000),
+            (register::QUEUE_DESC_HIGH, 1),
+            (register::QUEUE_DRIVER_HIGH, u32::MAX),
+            (register::QUEUE_DEVICE_LOW, 0xf_fff8),
+            (register::QUEUE_DESC_LOW, 0x1_0001),
+        ] {
+            let mut driver = Driver::new();
+            driver.to_features_ok();
+            driver.set_up_queue(0, 0x1_0000);
+            driver.write(register, value);
+            assert_eq!(
+                driver.status(status::DRIVER_OK),
+                status::DRIVER_OK | status::NEEDS_RESET
+            );
+            assert_eq!(
+                driver.read(register::INTERRUPT_STATUS),
+                super::super::INTERRUPT_CONFIG_CHANGE
+            );
+            assert_eq!(driver.device.lock().unwrap().active, None);
+            assert_eq!(driver.status(0), 0);
+        }
+    }
+
+    #[test]
+    fn queue_sizes_are_powers_of_two_up_to_the_maximum() {
+        let mut driver = Driver::new();
+        driver.to_features_ok();
+        driver.write(register::QUEUE_SEL, 1);
+        assert_eq!(driver.read(register::QUEUE_NUM_MAX), 64);
+        for (size, kept) in [(32, 32), (128, 64), (3, 64), (0, 64), (0x1_0010, 64)] {
+            driver.transport.queues[1].size = 64;
+            driver.write(register::QUEUE_NUM, size);
+            assert_eq!(driver.transport.queues[1].size, kept);
+        }
+        driver.write(register::QUEUE_SEL, 2);
+        assert_eq!(
+            driver.read(register::QUEUE_NUM_MAX),
+            0,
+            "a queue that is not there"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_sequence_of_accesses_keeps_the_status_a_step_of_the_protocol(
+            accesses in prop::collection::vec(
+                (prop_oneof![0..0x120u64, Just(register::STATUS), Just(register::DRIVER_FEATURES)],
+                 prop_oneof![any::<u32>(), Just(1), Just(3), Just(11), Just(15)],
+                 prop_oneof![Just(4usize), 1..9usize], any::<bool>()),
+                0..200)
+        ) {
+            let mut driver = Driver::new();
+            for (offset, value, width, is_write) in accesses {
+                let mut data = [0; 8];
+                data[..4].copy_from_slice(&value.to_le_bytes());
+                if is_write {
+                    driver.transport.write(offset, &data[..width]);
+                } else {
+                    driver.transport.read(offset, &mut data[..width]);
+                }
+                let status = driver.transport.status & !status::FAILED;
+                let steps = [0, status::ACKNOWLEDGE, status::DRIVER, status::FEATURES_OK, status::DRIVER_OK];
+                prop_assert!(steps.contains(&status), "{status:#x}");
+                if status & status::FEATURES_OK == status::FEATURES_OK {
+                    prop_assert!(driver.transport.features_are_ok());
+                }
+            }
+        }
+    }
+}
