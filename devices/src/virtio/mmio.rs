@@ -210,22 +210,15 @@ impl MmioTransport {
         }
     }
 
-    /// The ring the driver described: `Some(None)` where it made none ready, `None` where it cannot be.
-    fn ring(&self, registers: &QueueRegisters) -> Option<Option<Queue>> {
+    /// The ring the driver described; `None` where it made none ready.
+    fn ring(&self, registers: &QueueRegisters) -> Result<Option<Queue>, virtio_queue::Error> {
         if !registers.ready {
-            return Some(None);
+            return Ok(None);
         }
-        let mut queue = Queue::new(registers.size).ok()?;
-        queue.try_set_size(registers.size).ok()?;
-        queue
-            .try_set_desc_table_address(GuestAddress(registers.desc))
-            .ok()?;
-        queue
-            .try_set_avail_ring_address(GuestAddress(registers.driver))
-            .ok()?;
-        queue
-            .try_set_used_ring_address(GuestAddress(registers.device))
-            .ok()?;
+        let mut queue = Queue::new(registers.size)?;
+        queue.try_set_desc_table_address(GuestAddress(registers.desc))?;
+        queue.try_set_avail_ring_address(GuestAddress(registers.driver))?;
+        queue.try_set_used_ring_address(GuestAddress(registers.device))?;
         queue.set_event_idx(self.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         queue.set_ready(true);
         if queue.is_valid(&self.memory) {
