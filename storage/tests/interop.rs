@@ -1,5 +1,7 @@
 //! VHDX files between this crate and QEMU, in both directions.
 
+#![allow(clippy::unwrap_used, reason = "these are tests")]
+
 mod support;
 
 use std::fs::File;
@@ -158,7 +160,7 @@ fn contents_past_the_first_chunk_agree_in_both_directions() {
         .flat_map(|chunk| {
             [-2_i64, -1, 0, 1].map(|n| {
                 (chunk * 4 * GIB)
-                    .checked_add_signed(n * 2 * MIB as i64)
+                    .checked_add_signed(n * 2 * MIB.cast_signed())
                     .unwrap()
             })
         })

@@ -29,6 +29,9 @@ pub struct Vhdx {
     pub(super) geometry: Geometry,
     pub(super) view: View,
     pub(super) layout: Layout,
+    /// Where the file ends that payload is read from. Blocks of a file that is seen through its log can lie past it, where
+    /// replay would extend the file by zeros.
+    pub(super) held: u64,
     pub(super) state: Mutex<State>,
     /// Held by who changes the length of the file.
     pub(super) growth: Mutex<()>,
@@ -112,20 +115,51 @@ impl Vhdx {
             };
             let offset = range.offset().max(block * block_size);
             let len = range.end().min((block + 1) * block_size) - offset;
-            let kind = match entry {
-                Entry::Absent { zero: true } => ExtentKind::Zero,
-                Entry::Absent { zero: false } => ExtentKind::Unmapped,
-                Entry::Present { offset: at } => ExtentKind::Data {
-                    file: Arc::clone(self.view.medium.file()),
-                    file_offset: at + (offset - block * block_size),
-                },
-            };
-            if let Some(last) = out.get_mut(start..).and_then(<[_]>::last_mut)
-                && continues(last, &kind)
-            {
-                last.len += len;
-            } else {
-                out.push(Extent { offset, len, kind });
+            match entry {
+                Entry::Absent { zero: true } => append(
+                    out,
+                    start,
+                    Extent {
+                        offset,
+                        len,
+                        kind: ExtentKind::Zero,
+                    },
+                ),
+                Entry::Absent { zero: false } => append(
+                    out,
+                    start,
+                    Extent {
+                        offset,
+                        len,
+                        kind: ExtentKind::Unmapped,
+                    },
+                ),
+                Entry::Present { offset: at } => {
+                    let file_offset = at + (offset - block * block_size);
+                    let held = self.held.saturating_sub(file_offset).min(len);
+                    let kind = ExtentKind::Data {
+                        file: Arc::clone(self.view.medium.file()),
+                        file_offset,
+                    };
+                    append(
+                        out,
+                        start,
+                        Extent {
+                            offset,
+                            len: held,
+                            kind,
+                        },
+                    );
+                    append(
+                        out,
+                        start,
+                        Extent {
+                            offset: offset + held,
+                            len: len - held,
+                            kind: ExtentKind::Zero,
+                        },
+                    );
+                }
             }
         }
         Ok(Ok(()))
@@ -252,19 +286,31 @@ impl Vhdx {
     }
 }
 
-/// Whether bytes of `kind` follow those of `last` in the file, or are as little there.
-fn continues(last: &Extent, kind: &ExtentKind) -> bool {
-    match (&last.kind, kind) {
-        (
-            ExtentKind::Data {
-                file_offset: before,
-                ..
-            },
-            ExtentKind::Data { file_offset, .. },
-        ) => before + last.len == *file_offset,
-        (ExtentKind::Zero, ExtentKind::Zero) | (ExtentKind::Unmapped, ExtentKind::Unmapped) => true,
-        (ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Unmapped, _) => false,
+/// Appends an extent, if it has bytes, to those from `start` on, joining it to the last where they are one.
+fn append(out: &mut Vec<Extent>, start: usize, extent: Extent) {
+    if extent.len == 0 {
+        return;
     }
+    if let Some(last) = out.get_mut(start..).and_then(<[_]>::last_mut) {
+        let joins = match (&last.kind, &extent.kind) {
+            (
+                ExtentKind::Data {
+                    file_offset: before,
+                    ..
+                },
+                ExtentKind::Data { file_offset, .. },
+            ) => before + last.len == *file_offset,
+            (ExtentKind::Zero, ExtentKind::Zero) | (ExtentKind::Unmapped, ExtentKind::Unmapped) => {
+                true
+            }
+            (ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Unmapped, _) => false,
+        };
+        if joins {
+            last.len += extent.len;
+            return;
+        }
+    }
+    out.push(extent);
 }
 
 impl Disk for Vhdx {

@@ -63,6 +63,8 @@ pub(crate) const DATA_SIGNATURE: &[u8; 4] = b"data";
 pub(crate) const MAX_BAT: u64 = 513 * MIB;
 /// Most bytes of a metadata region.
 pub(crate) const MAX_METADATA: u64 = 128 * MIB;
+/// Most bytes of a file: the largest disk twice.
+pub(crate) const MAX_FILE: u64 = 2 * MAX_DISK;
 /// Most bytes of the log.
 pub(crate) const MAX_LOG: u64 = 1024 * MIB;
 

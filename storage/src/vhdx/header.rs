@@ -167,6 +167,21 @@ impl Headers {
         &self.current
     }
 
+    /// Refuses a file whose sequence number has no room for the updates that writing it takes.
+    pub(super) fn check_room(&self) -> Result<(), Refusal> {
+        if self.current.sequence > u64::MAX / 2 {
+            return Err(Refusal::corrupt(
+                "header",
+                HEADER_OFFSETS[self.slot],
+                format!(
+                    "expected a sequence number that can still grow, found {:#x}",
+                    self.current.sequence
+                ),
+            ));
+        }
+        Ok(())
+    }
+
     /// Writes a changed header over the one that is not current, and makes it durable and current.
     pub(super) fn update(
         &mut self,

@@ -62,8 +62,11 @@ impl Vhdx {
 
         if mode.is_read_only() {
             check_payload_untouched(&view, &regions)?;
-        } else if log_guid != Guid::ZERO {
-            replay(&mut view, &mut headers)?;
+        } else {
+            headers.check_room()?;
+            if log_guid != Guid::ZERO {
+                replay(&mut view, &mut headers)?;
+            }
         }
         tracing::debug!(
             size = metadata.size,
@@ -80,6 +83,11 @@ impl Vhdx {
                 physical_sector: metadata.physical_sector,
                 discard_granularity: metadata.block_size,
                 read_only: mode.is_read_only(),
+            },
+            held: if mode.is_read_only() {
+                file_len
+            } else {
+                u64::MAX
             },
             view,
             layout,

@@ -1,6 +1,7 @@
 //! What the tests of this folder share: a mover that does requests as an engine would, one at a time, and the peers.
 
 #![allow(dead_code, reason = "each test crate uses its part")]
+#![allow(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -26,7 +27,7 @@ pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
         let part = &mut bytes[start..start + usize::try_from(extent.len).unwrap()];
         match extent.kind {
             ExtentKind::Data { file, file_offset } => {
-                file.read_exact_at(part, file_offset).unwrap()
+                file.read_exact_at(part, file_offset).unwrap();
             }
             ExtentKind::Zero | ExtentKind::Unmapped => part.fill(0),
         }
@@ -121,4 +122,26 @@ pub fn qemu_io(path: &Path, commands: &[&str]) -> String {
     let said = run("qemu-io", &args);
     assert!(!said.contains("failed"), "{said}");
     said
+}
+
+/// What the current header of a VHDX says: its log identifier.
+pub fn log_guid(path: &Path) -> [u8; 16] {
+    let bytes = std::fs::File::open(path).unwrap();
+    let header = |offset: u64| {
+        let mut header = [0; 64];
+        bytes.read_exact_at(&mut header, offset).unwrap();
+        header
+    };
+    let sequence = |header: &[u8; 64]| u64::from_le_bytes(header[8..16].try_into().unwrap());
+    let current = [64 << 10, 128 << 10]
+        .map(header)
+        .into_iter()
+        .max_by_key(sequence)
+        .unwrap();
+    current[48..64].try_into().unwrap()
+}
+
+/// Copies a file with its holes.
+pub fn copy(from: &Path, to: &Path) {
+    run("cp", &["--sparse=always", arg(from), arg(to)]);
 }

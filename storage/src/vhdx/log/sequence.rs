@@ -4,7 +4,9 @@ use std::collections::HashMap;
 
 use super::entry::{Entry, Ring};
 use crate::open::Refusal;
-use crate::vhdx::format::{DESCRIPTOR_SIGNATURE, Guid, HEADER_OFFSETS, LOG_SECTOR, RawDescriptor};
+use crate::vhdx::format::{
+    DESCRIPTOR_SIGNATURE, Guid, HEADER_OFFSETS, LOG_SECTOR, MAX_FILE, RawDescriptor,
+};
 use crate::vhdx::region::Region;
 use crate::vhdx::view::Patch;
 
@@ -42,6 +44,15 @@ pub(in crate::vhdx) fn read(
             log.offset,
             format!(
                 "expected a file of at least {flushed:#x} bytes, found {file_len:#x}: it was truncated"
+            ),
+        ));
+    }
+    if last > MAX_FILE {
+        return Err(Refusal::corrupt(
+            "log",
+            log.offset,
+            format!(
+                "expected files of at most {MAX_FILE:#x} bytes, found that this one should have {last:#x}"
             ),
         ));
     }
