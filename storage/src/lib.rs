@@ -8,6 +8,7 @@
 //! The crate knows nothing of KVM or virtio.
 
 pub mod disk;
+pub mod io;
 pub mod lock;
 mod medium;
 pub mod open;

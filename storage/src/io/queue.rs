@@ -1,0 +1,688 @@
+//! Requests on one disk.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use super::buffer::{self, Cursor, IoBuffer};
+use super::engine::{Engine, EngineKind};
+use super::transfer::{Kind, Transfer};
+use super::worker::Outcome;
+use crate::{ByteRange, Disk, DiskError, Extent, ExtentKind, WriteTicket};
+
+/// What is asked of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Reads the range into the buffer.
+    Read(ByteRange),
+    /// Writes the buffer to the range.
+    Write(ByteRange),
+    /// Like `Write`, and durable when it completes.
+    WriteThrough(ByteRange),
+    /// Makes durable what was written before.
+    Flush,
+    /// Forgets the content of the ranges.
+    Discard(Vec<ByteRange>),
+    /// Makes the ranges read as zeros.
+    WriteZeroes {
+        /// Where.
+        ranges: Vec<ByteRange>,
+        /// Whether their space may be given back.
+        may_unmap: bool,
+    },
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum IoError {
+    /// The disk refused it.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The buffer is not as long as the range.
+    #[error("a buffer of {buffer} bytes for a range of {range}")]
+    BufferLen {
+        /// Bytes of the buffer.
+        buffer: u64,
+        /// Bytes of the range.
+        range: u64,
+    },
+    /// The host failed to move the bytes.
+    #[error("{operation} of the disk's file failed: {source}")]
+    Transfer {
+        /// Read, write or sync.
+        operation: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// A request that has come to its end.
+#[derive(Debug)]
+pub struct Completion<B> {
+    /// The buffer, with what was read.
+    pub buffer: B,
+    /// What became of it.
+    pub result: Result<(), IoError>,
+}
+
+/// What is left to do once a request's transfers are done.
+enum Then {
+    Complete,
+    FinishWrite { ticket: WriteTicket, flush: bool },
+}
+
+struct InFlight<B> {
+    buffer: B,
+    operation: &'static str,
+    transfers: usize,
+    error: Option<IoError>,
+    then: Then,
+}
+
+/// The requests on one disk.
+///
+/// Requests complete in any order; one that has to see the effect of another is submitted after that one has completed.
+pub struct DiskQueue<B: IoBuffer> {
+    disk: Arc<dyn Disk>,
+    engine: Engine,
+    slots: Vec<Option<InFlight<B>>>,
+    free: Vec<usize>,
+    completed: VecDeque<Completion<B>>,
+    extents: Vec<Extent>,
+}
+
+impl<B: IoBuffer> DiskQueue<B> {
+    /// A queue on `disk`.
+    ///
+    /// # Errors
+    /// Where the host has no file descriptor left, or refuses the engine that was asked for.
+    pub fn new(disk: Arc<dyn Disk>, kind: EngineKind) -> io::Result<Self> {
+        Ok(Self {
+            disk,
+            engine: Engine::new(kind)?,
+            slots: Vec::new(),
+            free: Vec::new(),
+            completed: VecDeque::new(),
+            extents: Vec::new(),
+        })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    /// Goes on with another disk; waits for what is in flight on the present one, which then is dropped.
+    pub fn replace_disk(&mut self, disk: Arc<dyn Disk>) {
+        self.drain();
+        self.disk = disk;
+    }
+
+    /// Starts a request. It reaches the kernel with [`DiskQueue::kick`].
+    pub fn submit(&mut self, request: Request, buffer: B) {
+        match request {
+            Request::Read(range) => self.read(range, buffer),
+            Request::Write(range) => self.write(range, buffer, false),
+            Request::WriteThrough(range) => self.write(range, buffer, true),
+            Request::Flush => {
+                let slot = self.insert(InFlight {
+                    buffer,
+                    operation: "sync",
+                    transfers: 0,
+                    error: None,
+                    then: Then::Complete,
+                });
+                self.flush(slot);
+                self.settle(slot);
+            }
+            Request::Discard(ranges) => {
+                self.call(buffer, move |disk| {
+                    ranges.iter().try_for_each(|range| disk.discard(*range))
+                });
+            }
+            Request::WriteZeroes { ranges, may_unmap } => self.call(buffer, move |disk| {
+                ranges
+                    .iter()
+                    .try_for_each(|range| disk.write_zeroes(*range, may_unmap))
+            }),
+        }
+    }
+
+    /// Lets the kernel start on all that was submitted.
+    pub fn kick(&mut self) {
+        self.engine.submit();
+    }
+
+    /// A request that has come to its end, if there is one. To be asked until there is none when the event is readable.
+    pub fn completion(&mut self) -> Option<Completion<B>> {
+        if self.completed.is_empty() {
+            self.reap();
+        }
+        self.completed.pop_front()
+    }
+
+    /// Waits for all requests; their completions can be had afterwards.
+    pub fn drain(&mut self) {
+        self.engine.submit();
+        while self.engine.in_flight() > 0 {
+            self.engine.wait();
+            self.reap();
+            self.engine.submit();
+        }
+    }
+
+    fn insert(&mut self, request: InFlight<B>) -> usize {
+        if let Some(slot) = self.free.pop() {
+            self.slots[slot] = Some(request);
+            slot
+        } else {
+            self.slots.push(Some(request));
+            self.slots.len() - 1
+        }
+    }
+
+    fn fail(&mut self, buffer: B, error: impl Into<IoError>) {
+        self.completed.push_back(Completion {
+            buffer,
+            result: Err(error.into()),
+        });
+    }
+
+    fn read(&mut self, range: ByteRange, buffer: B) {
+        if let Err(error) = check_len(&buffer, range) {
+            return self.fail(buffer, error);
+        }
+        let mut extents = std::mem::take(&mut self.extents);
+        match self.disk.resolve_read(range, &mut extents) {
+            Ok(()) => self.start(Kind::Read, "read", range, &extents, buffer, Then::Complete),
+            Err(error) => self.fail(buffer, error),
+        }
+        extents.clear();
+        self.extents = extents;
+    }
+
+    fn write(&mut self, range: ByteRange, buffer: B, flush: bool) {
+        if let Err(error) = check_len(&buffer, range) {
+            return self.fail(buffer, error);
+        }
+        let mut extents = std::mem::take(&mut self.extents);
+        match self.disk.resolve_write(range, &mut extents) {
+            Ok(ticket) => {
+                self.start(
+                    Kind::Write,
+                    "write",
+                    range,
+                    &extents,
+                    buffer,
+                    Then::FinishWrite { ticket, flush },
+                );
+            }
+            Err(error) => self.fail(buffer, error),
+        }
+        extents.clear();
+        self.extents = extents;
+    }
+
+    /// Starts a transfer for each extent that has bytes in a file.
+    fn start(
+        &mut self,
+        kind: Kind,
+        operation: &'static str,
+        range: ByteRange,
+        extents: &[Extent],
+        buffer: B,
+        then: Then,
+    ) {
+        let mut transfers = Vec::with_capacity(extents.len());
+        let mut cursor = Cursor::new(buffer.iovecs());
+        for extent in extents {
+            let iovecs = cursor.take(extent.len as usize);
+            match &extent.kind {
+                ExtentKind::Data { file, file_offset } => {
+                    transfers.push(Transfer::new(kind, file.clone(), *file_offset, iovecs));
+                }
+                ExtentKind::Zero | ExtentKind::Unmapped => {
+                    buffer::zero(
+                        &buffer,
+                        extent.offset.saturating_sub(range.offset()),
+                        extent.len,
+                    );
+                }
+            }
+        }
+        let slot = self.insert(InFlight {
+            buffer,
+            operation,
+            transfers: 0,
+            error: None,
+            then,
+        });
+        for transfer in transfers {
+            self.transfer(slot, transfer);
+        }
+        self.settle(slot);
+    }
+
+    fn transfer(&mut self, slot: usize, transfer: Transfer) {
+        let started = self.engine.transfer(slot, transfer);
+        let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
+        match started {
+            Ok(()) => request.transfers += 1,
+            Err(source) => {
+                request.error.get_or_insert(IoError::Transfer {
+                    operation: request.operation,
+                    source,
+                });
+            }
+        }
+    }
+
+    /// Starts what makes the disk durable.
+    fn flush(&mut self, slot: usize) {
+        if let Some(file) = self.disk.flush_by_sync() {
+            return self.transfer(slot, Transfer::new(Kind::Sync, file, 0, Vec::new()));
+        }
+        let disk = self.disk.clone();
+        let started = self.engine.call(slot, move || disk.flush());
+        self.note_call(slot, started);
+    }
+
+    fn call(
+        &mut self,
+        buffer: B,
+        call: impl FnOnce(&dyn Disk) -> Result<(), DiskError> + Send + 'static,
+    ) {
+        let slot = self.insert(InFlight {
+            buffer,
+            operation: "discard",
+            transfers: 0,
+            error: None,
+            then: Then::Complete,
+        });
+        let disk = self.disk.clone();
+        let started = self.engine.call(slot, move || call(&*disk));
+        self.note_call(slot, started);
+        self.settle(slot);
+    }
+
+    fn note_call(&mut self, slot: usize, started: io::Result<()>) {
+        let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
+        match started {
+            Ok(()) => request.transfers += 1,
+            Err(source) => {
+                request.error.get_or_insert(IoError::Transfer {
+                    operation: request.operation,
+                    source,
+                });
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        for (slot, outcome) in self.engine.reap() {
+            let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
+                continue;
+            };
+            request.transfers -= 1;
+            let operation = request.operation;
+            let error = match outcome {
+                Outcome::Transfer(result) => result
+                    .err()
+                    .map(|source| IoError::Transfer { operation, source }),
+                Outcome::Call(result) => result.err().map(IoError::Disk),
+            };
+            if let Some(error) = error {
+                request.error.get_or_insert(error);
+            }
+            self.settle(slot);
+        }
+    }
+
+    /// Goes on with a request whose transfers are all done.
+    fn settle(&mut self, slot: usize) {
+        let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
+            return;
+        };
+        if request.transfers > 0 {
+            return;
+        }
+        let failed = request.error.is_some();
+        if let Then::FinishWrite { ticket, flush } =
+            std::mem::replace(&mut request.then, Then::Complete)
+        {
+            self.disk.finish_write(ticket, !failed);
+            if flush && !failed {
+                self.flush(slot);
+                return self.settle(slot);
+            }
+        }
+        if let Some(InFlight { buffer, error, .. }) = self.slots[slot].take() {
+            self.free.push(slot);
+            self.completed.push_back(Completion {
+                buffer,
+                result: error.map_or(Ok(()), Err),
+            });
+        }
+    }
+}
+
+fn check_len<B: IoBuffer>(buffer: &B, range: ByteRange) -> Result<(), IoError> {
+    let len = buffer::total_len(buffer.iovecs());
+    if len == range.len() {
+        Ok(())
+    } else {
+        Err(IoError::BufferLen {
+            buffer: len,
+            range: range.len(),
+        })
+    }
+}
+
+impl<B: IoBuffer> AsRawFd for DiskQueue<B> {
+    /// The eventfd that is readable when there may be completions.
+    fn as_raw_fd(&self) -> RawFd {
+        self.engine.event_fd()
+    }
+}
+
+impl<B: IoBuffer> Drop for DiskQueue<B> {
+    fn drop(&mut self) {
+        // The kernel may still write to buffers that would be freed now.
+        self.drain();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::super::OwnedBuffer;
+    use super::*;
+    use crate::{Geometry, SectorSize};
+
+    const BLOCK: u64 = 4096;
+
+    /// Blocks of 4 KiB, scattered over a file in reverse order once they are written.
+    #[derive(Debug)]
+    struct Scattered {
+        geometry: Geometry,
+        file: Arc<File>,
+        mapped: Mutex<HashSet<u64>>,
+        finished: Mutex<Vec<bool>>,
+        flushes: AtomicUsize,
+        dirty: bool,
+    }
+
+    impl Scattered {
+        fn new(dirty: bool) -> Arc<Self> {
+            let geometry = Geometry {
+                size: 64 * BLOCK,
+                logical_sector: SectorSize::B512,
+                physical_sector: SectorSize::B4096,
+                discard_granularity: 4096,
+                read_only: false,
+            };
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(geometry.size).unwrap();
+            Arc::new(Self {
+                geometry,
+                file: Arc::new(file),
+                mapped: Mutex::default(),
+                finished: Mutex::default(),
+                flushes: AtomicUsize::new(0),
+                dirty,
+            })
+        }
+
+        fn extents(
+            &self,
+            range: ByteRange,
+            allocate: bool,
+            out: &mut Vec<Extent>,
+        ) -> Result<(), DiskError> {
+            if range.end() > self.geometry.size {
+                return Err(DiskError::Range {
+                    offset: range.offset(),
+                    len: range.len(),
+                });
+            }
+            let mut offset = range.offset();
+            let mut mapped = self.mapped.lock().unwrap();
+            while offset < range.end() {
+                let block = offset / BLOCK;
+                let len = ((block + 1) * BLOCK).min(range.end()) - offset;
+                if allocate {
+                    mapped.insert(block);
+                }
+                let kind = if mapped.contains(&block) {
+                    let file_offset = (63 - block) * BLOCK + offset % BLOCK;
+                    ExtentKind::Data {
+                        file: self.file.clone(),
+                        file_offset,
+                    }
+                } else {
+                    ExtentKind::Unmapped
+                };
+                out.push(Extent { offset, len, kind });
+                offset += len;
+            }
+            Ok(())
+        }
+    }
+
+    impl Disk for Scattered {
+        fn geometry(&self) -> &Geometry {
+            &self.geometry
+        }
+        fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
+            self.extents(range, false, out)
+        }
+        fn resolve_write(
+            &self,
+            range: ByteRange,
+            out: &mut Vec<Extent>,
+        ) -> Result<WriteTicket, DiskError> {
+            self.extents(range, true, out)?;
+            Ok(WriteTicket::new(7))
+        }
+        fn finish_write(&self, ticket: WriteTicket, ok: bool) {
+            assert_eq!(ticket.number(), 7);
+            self.finished.lock().unwrap().push(ok);
+        }
+        fn flush_by_sync(&self) -> Option<Arc<File>> {
+            (!self.dirty).then(|| self.file.clone())
+        }
+        fn flush(&self) -> Result<(), DiskError> {
+            self.flushes.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+        fn discard(&self, range: ByteRange) -> Result<(), DiskError> {
+            self.mapped
+                .lock()
+                .unwrap()
+                .remove(&(range.offset() / BLOCK));
+            Ok(())
+        }
+        fn write_zeroes(&self, _: ByteRange, _: bool) -> Result<(), DiskError> {
+            Err(DiskError::ReadOnly)
+        }
+        fn close(&self) -> Result<(), DiskError> {
+            Ok(())
+        }
+    }
+
+    fn range(offset: u64, len: u64) -> ByteRange {
+        ByteRange::new(offset, len).unwrap()
+    }
+
+    fn run(
+        queue: &mut DiskQueue<OwnedBuffer>,
+        request: Request,
+        bytes: Vec<u8>,
+    ) -> (Vec<u8>, Result<(), IoError>) {
+        queue.submit(request, OwnedBuffer::new(bytes));
+        queue.drain();
+        let Completion { buffer, result } = queue.completion().unwrap();
+        assert!(queue.completion().is_none());
+        (buffer.into_bytes(), result)
+    }
+
+    fn with_each_engine(test: impl Fn(EngineKind)) {
+        test(EngineKind::IoUring);
+        test(EngineKind::Worker);
+    }
+
+    #[test]
+    fn what_is_written_over_extents_is_read_again_and_the_rest_is_zero() {
+        with_each_engine(|kind| {
+            let disk = Scattered::new(false);
+            let mut queue = DiskQueue::new(disk.clone(), kind).unwrap();
+            let bytes: Vec<u8> = (0..3 * BLOCK).map(|i| (i / 512 + 1) as u8).collect();
+            run(
+                &mut queue,
+                Request::Write(range(512, bytes.len() as u64)),
+                bytes.clone(),
+            )
+            .1
+            .unwrap();
+            assert_eq!(*disk.finished.lock().unwrap(), [true]);
+            let (read, result) = run(
+                &mut queue,
+                Request::Read(range(0, 5 * BLOCK)),
+                vec![0xee; 5 * BLOCK as usize],
+            );
+            result.unwrap();
+            let mut expected = vec![0; 512];
+            expected.extend(bytes);
+            expected.resize(5 * BLOCK as usize, 0);
+            assert_eq!(read, expected);
+        });
+    }
+
+    #[test]
+    fn more_requests_than_the_ring_has_entries_all_complete() {
+        with_each_engine(|kind| {
+            let mut queue = DiskQueue::new(Scattered::new(false), kind).unwrap();
+            for round in 0..1000u64 {
+                let request = Request::Write(range((round % 64) * BLOCK, BLOCK));
+                queue.submit(request, OwnedBuffer::new(vec![round as u8; BLOCK as usize]));
+            }
+            queue.drain();
+            let completions: Vec<_> = std::iter::from_fn(|| queue.completion()).collect();
+            assert_eq!(completions.len(), 1000);
+            assert!(completions.iter().all(|c| c.result.is_ok()));
+        });
+    }
+
+    #[test]
+    fn a_flush_with_metadata_to_write_is_the_disks_own() {
+        with_each_engine(|kind| {
+            for dirty in [false, true] {
+                let disk = Scattered::new(dirty);
+                let mut queue = DiskQueue::new(disk.clone(), kind).unwrap();
+                run(&mut queue, Request::Flush, Vec::new()).1.unwrap();
+                let write = Request::WriteThrough(range(0, 512));
+                run(&mut queue, write, vec![1; 512]).1.unwrap();
+                assert_eq!(
+                    disk.flushes.load(Ordering::SeqCst),
+                    if dirty { 2 } else { 0 }
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn errors_come_back_with_the_buffer_and_the_queue_goes_on() {
+        with_each_engine(|kind| {
+            let disk = Scattered::new(false);
+            let mut queue = DiskQueue::new(disk.clone(), kind).unwrap();
+            let outside = run(
+                &mut queue,
+                Request::Read(range(64 * BLOCK, 512)),
+                vec![0; 512],
+            )
+            .1;
+            assert!(matches!(
+                outside,
+                Err(IoError::Disk(DiskError::Range { .. }))
+            ));
+            let short = run(&mut queue, Request::Read(range(0, 512)), vec![0; 511]).1;
+            assert!(matches!(
+                short,
+                Err(IoError::BufferLen {
+                    buffer: 511,
+                    range: 512
+                })
+            ));
+            let zeroes = Request::WriteZeroes {
+                ranges: vec![range(0, 512)],
+                may_unmap: false,
+            };
+            assert!(matches!(
+                run(&mut queue, zeroes, Vec::new()).1,
+                Err(IoError::Disk(DiskError::ReadOnly))
+            ));
+            run(
+                &mut queue,
+                Request::Write(range(0, BLOCK)),
+                vec![1; BLOCK as usize],
+            )
+            .1
+            .unwrap();
+            disk.file.set_len(63 * BLOCK + 100).unwrap();
+            let ended = run(
+                &mut queue,
+                Request::Read(range(0, BLOCK)),
+                vec![0; BLOCK as usize],
+            )
+            .1;
+            assert!(
+                matches!(
+                    ended,
+                    Err(IoError::Transfer {
+                        operation: "read",
+                        ..
+                    })
+                ),
+                "{ended:?}"
+            );
+            run(
+                &mut queue,
+                Request::Discard(vec![range(0, BLOCK)]),
+                Vec::new(),
+            )
+            .1
+            .unwrap();
+            assert_eq!(
+                run(&mut queue, Request::Read(range(0, 512)), vec![9; 512]).0,
+                [0; 512]
+            );
+        });
+    }
+
+    #[test]
+    fn a_dropped_queue_has_finished_its_writes() {
+        with_each_engine(|kind| {
+            let disk = Scattered::new(false);
+            let mut queue = DiskQueue::new(disk.clone(), kind).unwrap();
+            queue.submit(
+                Request::Write(range(0, 512)),
+                OwnedBuffer::new(vec![5; 512]),
+            );
+            queue.kick();
+            drop(queue);
+            let mut bytes = [0; 512];
+            disk.file.read_exact_at(&mut bytes, 63 * BLOCK).unwrap();
+            assert_eq!(bytes, [5; 512]);
+        });
+    }
+}
