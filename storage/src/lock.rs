@@ -39,10 +39,10 @@ impl OpenMode {
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Someone else writes the file.
-    #[error("in use for writing by another process")]
+    #[error("is in use for writing by another process")]
     Written,
     /// Someone else reads the file, so that it cannot be opened for writing.
-    #[error("in use for reading by another process")]
+    #[error("is in use for reading by another process")]
     Read,
     /// The host or the file system cannot lock the file.
     #[error("cannot be locked: {0}")]

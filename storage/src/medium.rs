@@ -94,7 +94,7 @@ impl Medium for Arc<File> {
 }
 
 /// Writes zeros out, for want of a better way.
-pub(crate) fn write_zeros(medium: &dyn Medium, offset: u64, len: u64) -> io::Result<()> {
+fn write_zeros(medium: &dyn Medium, offset: u64, len: u64) -> io::Result<()> {
     let mut done = 0;
     while done < len {
         let step = (len - done).min(ZEROS.len() as u64);

@@ -80,7 +80,7 @@ pub enum Refusal {
         found: &'static str,
     },
     /// Somebody else has it open.
-    #[error("is {0}")]
+    #[error("{0}")]
     Locked(LockError),
     /// The file has no bytes.
     #[error("is empty; a disk has at least one sector")]

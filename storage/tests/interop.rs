@@ -149,6 +149,65 @@ fn we_read_what_qemu_made_and_wrote() {
 }
 
 #[test]
+fn we_read_what_qemu_converted_in_all_its_ways() {
+    let folder = tempfile::tempdir().unwrap();
+    let raw = folder.path().join("source.raw");
+    let size = 70 * MIB + 4096;
+    let source = File::create_new(&raw).unwrap();
+    source.set_len(size).unwrap();
+    for (offset, len) in [
+        (0, 70_000),
+        (MIB, 4096),
+        (33 * MIB - 512, 3 << 20),
+        (size - 512, 512),
+    ] {
+        source.write_all_at(&pattern(offset, len), offset).unwrap();
+    }
+    let source = storage::open(
+        &raw,
+        &OpenOptions {
+            read_only: true,
+            format: None,
+        },
+    )
+    .unwrap();
+    for options in [
+        "subformat=dynamic",
+        "subformat=fixed",
+        "subformat=dynamic,block_state_zero=off,block_size=1M",
+        "subformat=dynamic,log_size=4M,block_size=4M",
+        "subformat=fixed,block_size=16M",
+    ] {
+        let path = folder.path().join("disk.vhdx");
+        run(
+            "qemu-img",
+            &[
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "vhdx",
+                "-o",
+                options,
+                arg(&raw),
+                arg(&path),
+            ],
+        );
+        let disk = open(&path, OpenMode::ReadOnly);
+        assert_eq!(disk.geometry().size, size, "{options}");
+        for at in (0..size).step_by(1 << 20) {
+            let len = (size - at).min(MIB) as usize;
+            assert!(
+                read(&disk, at, len) == read(&*source, at, len),
+                "{options}, {at:#x}"
+            );
+        }
+        drop(disk);
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+#[test]
 fn contents_past_the_first_chunk_agree_in_both_directions() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("ours.vhdx");

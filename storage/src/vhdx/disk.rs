@@ -27,6 +27,8 @@ const MAX_DIRTY: usize = 64;
 #[derive(Debug)]
 pub struct Vhdx {
     pub(super) geometry: Geometry,
+    /// The disk is to keep the space of its blocks.
+    pub(super) fixed: bool,
     pub(super) view: View,
     pub(super) layout: Layout,
     /// Where the file ends that payload is read from. Blocks of a file that is seen through its log can lie past it, where
@@ -55,7 +57,7 @@ pub(super) struct State {
 
 /// Why a request cannot be answered yet.
 enum Wait {
-    Page(u64),
+    Pages,
     Announcement,
     Growth(u64),
     Commit,
@@ -88,10 +90,7 @@ impl Vhdx {
 
     fn entry(&self, state: &mut State, block: u64) -> Result<Result<Entry, DiskError>, Wait> {
         let index = self.layout.index(block);
-        let raw = state
-            .pages
-            .get(index)
-            .ok_or(Wait::Page(index / ENTRIES_PER_PAGE))?;
+        let raw = state.pages.get(index).ok_or(Wait::Pages)?;
         Ok(Entry::decode(raw).map_err(|expected| DiskError::Corrupt {
             structure: format!("BAT entry {index}"),
             offset: self.layout.entry_offset(index),
@@ -213,7 +212,7 @@ impl Vhdx {
                 Err(wait) => wait,
             };
             match wait {
-                Wait::Page(page) => self.load(page, &self.pages(range))?,
+                Wait::Pages => self.load(&self.pages(range))?,
                 Wait::Announcement => self.announce()?,
                 Wait::Growth(needed) => self.grow(needed)?,
                 Wait::Commit => self.commit_pages()?,
@@ -221,27 +220,34 @@ impl Vhdx {
         }
     }
 
-    /// Reads a page for a request that needs all of `wanted`.
-    fn load(&self, page: u64, wanted: &RangeInclusive<u64>) -> Result<(), DiskError> {
-        loop {
-            let seen = lock(&self.state).pages.evictions();
-            let mut entries: Entries = Box::new([U64::ZERO; ENTRIES_PER_PAGE as usize]);
-            self.view
-                .read(entries.as_mut_bytes(), self.layout.page_offset(page))
-                .map_err(|source| DiskError::Io {
-                    operation: format!(
-                        "read the BAT at file offset {:#x}",
-                        self.layout.page_offset(page)
-                    ),
-                    source,
-                })?;
-            let mut state = lock(&self.state);
-            // While it was read the page may have been loaded, changed, committed and dropped by others.
-            if state.pages.evictions() == seen {
-                state.pages.insert(page, entries, wanted);
-                return Ok(());
+    /// Reads those of the pages that are not here.
+    fn load(&self, wanted: &RangeInclusive<u64>) -> Result<(), DiskError> {
+        for page in wanted.clone() {
+            loop {
+                let seen = {
+                    let state = lock(&self.state);
+                    if state.pages.has(page) {
+                        break;
+                    }
+                    state.pages.evictions()
+                };
+                let offset = self.layout.page_offset(page);
+                let mut entries: Entries = Box::new([U64::ZERO; ENTRIES_PER_PAGE as usize]);
+                self.view
+                    .read(entries.as_mut_bytes(), offset)
+                    .map_err(|source| DiskError::Io {
+                        operation: format!("read the BAT at file offset {offset:#x}"),
+                        source,
+                    })?;
+                let mut state = lock(&self.state);
+                // While it was read the page may have been loaded, changed, committed and dropped by others.
+                if state.pages.evictions() == seen {
+                    state.pages.insert(page, entries, wanted);
+                    break;
+                }
             }
         }
+        Ok(())
     }
 
     fn grow(&self, needed: u64) -> Result<(), DiskError> {
@@ -375,6 +381,9 @@ impl Disk for Vhdx {
     }
 
     fn discard(&self, range: ByteRange) -> Result<(), DiskError> {
+        if self.fixed {
+            return self.check_write(range);
+        }
         for (offset, len) in self.stored(range)? {
             // A file system that cannot give space back leaves the bytes as they are, which a discard may.
             self.view
@@ -390,7 +399,7 @@ impl Disk for Vhdx {
 
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError> {
         for (offset, len) in self.stored(range)? {
-            zero(&*self.view.medium, offset, len, may_unmap)?;
+            zero(&*self.view.medium, offset, len, may_unmap && !self.fixed)?;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use super::pages::Pages;
 use super::region::{Region, Regions};
 use super::space::Space;
 use super::view::View;
-use crate::disk::{DiskError, Geometry};
+use crate::disk::{DiskError, Geometry, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
 use crate::open::{OpenError, Refusal, open_locked};
@@ -81,7 +81,8 @@ impl Vhdx {
                 size: metadata.size,
                 logical_sector: metadata.logical_sector,
                 physical_sector: metadata.physical_sector,
-                discard_granularity: metadata.block_size,
+                // What the file system frees under a part of a block.
+                discard_granularity: SectorSize::B4096.bytes(),
                 read_only: mode.is_read_only(),
             },
             held: if mode.is_read_only() {
@@ -89,6 +90,7 @@ impl Vhdx {
             } else {
                 u64::MAX
             },
+            fixed: metadata.fixed,
             view,
             layout,
             state: Mutex::new(State {

@@ -42,6 +42,11 @@ pub(super) struct Pages {
 }
 
 impl Pages {
+    /// Whether a page is here.
+    pub(super) fn has(&self, page: u64) -> bool {
+        self.by_number.contains_key(&page)
+    }
+
     /// Counts the pages that were dropped. A page that was read while the count moved may be stale.
     pub(super) fn evictions(&self) -> u64 {
         self.evictions

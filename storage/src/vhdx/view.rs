@@ -3,7 +3,7 @@
 use std::io;
 
 use super::format::LOG_SECTOR;
-use crate::medium::{Medium, write_zeros};
+use crate::medium::Medium;
 
 /// A change that the log describes. It has been checked to lie outside the log and inside the file's length.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +87,12 @@ impl View {
         }
         for patch in &self.patches {
             match *patch {
-                Patch::Zero { offset, len } => write_zeros(&*self.medium, offset, len)?,
+                // A hole first: a range of zeros can be of any length.
+                Patch::Zero { offset, len } => {
+                    if !self.medium.punch_hole(offset, len)? {
+                        self.medium.zero(offset, len)?;
+                    }
+                }
                 Patch::Data { offset, .. } => {
                     self.medium.write_all_at(&self.logged(patch)?, offset)?;
                 }

@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use super::memory::{Memory, Op};
 use super::{SECTOR, created, opened, value, write};
-use crate::disk::{ByteRange, Disk, DiskError};
+use crate::disk::{ByteRange, Disk, DiskError, ExtentKind};
 use crate::lock::OpenMode;
 use crate::vhdx::CreateOptions;
+use crate::vhdx::disk::lock;
 use crate::vhdx::format::MIB;
 
 const BLOCK: u64 = MIB / SECTOR;
@@ -204,4 +205,51 @@ fn flushes_of_many_threads_end_with_everything_durable() {
             );
         }
     }
+}
+
+/// A disk whose every 512th block is in a page of its own.
+fn many_pages() -> CreateOptions {
+    CreateOptions {
+        block_size: 1 << 20,
+        ..CreateOptions::new(300 * 512 * MIB)
+    }
+}
+
+#[test]
+fn pages_are_committed_on_the_way_where_nobody_flushes() {
+    let memory = Memory::new(created(&many_pages()));
+    let disk = opened(&memory, OpenMode::ReadWrite);
+    for page in 0..299 {
+        write(&disk, &memory, page * 512 * BLOCK, 1, page as u32 + 1).unwrap();
+        assert!(lock(&disk.state).pages.dirty() <= 65);
+    }
+    disk.flush().unwrap();
+    let cut = Memory::new(memory.contents());
+    for (disk, memory) in [(opened(&cut, OpenMode::ReadOnly), cut), (disk, memory)] {
+        for page in 0..299 {
+            assert_eq!(
+                value(&disk, &memory, page * 512 * BLOCK).unwrap(),
+                page as u32 + 1
+            );
+        }
+    }
+}
+
+#[test]
+fn more_pages_than_the_log_holds_are_committed_in_turns() {
+    let memory = Memory::new(created(&many_pages()));
+    let disk = opened(&memory, OpenMode::ReadWrite);
+    let range = ByteRange::new(MIB, 299 * 512 * MIB).unwrap();
+    let mut out = Vec::new();
+    let ticket = disk.resolve_write(range, &mut out).unwrap();
+    disk.finish_write(ticket, true);
+    assert_eq!(out.len(), 1, "blocks taken together lie together");
+    disk.flush().unwrap();
+    let cut = Memory::new(memory.contents());
+    let reopened = opened(&cut, OpenMode::ReadOnly);
+    let mut found = Vec::new();
+    reopened.resolve_read(range, &mut found).unwrap();
+    assert!(matches!((&out[0].kind, &found[0].kind),
+        (ExtentKind::Data { file_offset: a, .. }, ExtentKind::Data { file_offset: b, .. }) if a == b));
+    assert_eq!(found[0].len, range.len());
 }
