@@ -438,7 +438,7 @@ mod tests {
                 self.write(register::DRIVER_FEATURES, (features >> (32 * sel)) as u32);
             }
         }
-        fn to_features_ok(&mut self) {
+        fn negotiate(&mut self) {
             self.status(status::ACKNOWLEDGE);
             self.status(status::DRIVER);
             self.accept(RING_FEATURES);
@@ -476,7 +476,7 @@ mod tests {
     #[test]
     fn a_driver_that_keeps_the_order_gets_its_device() {
         let mut driver = Driver::new();
-        driver.to_features_ok();
+        driver.negotiate();
         driver.set_up_queue(1, 0x1_0000);
         assert_eq!(driver.read(register::QUEUE_READY), 1);
         assert_eq!(driver.status(status::DRIVER_OK), status::DRIVER_OK);
@@ -544,7 +544,7 @@ mod tests {
             (register::QUEUE_DESC_LOW, 0x1_0001),
         ] {
             let mut driver = Driver::new();
-            driver.to_features_ok();
+            driver.negotiate();
             driver.set_up_queue(0, 0x1_0000);
             driver.write(register, value);
             assert_eq!(
@@ -563,7 +563,7 @@ mod tests {
     #[test]
     fn queue_sizes_are_powers_of_two_up_to_the_maximum() {
         let mut driver = Driver::new();
-        driver.to_features_ok();
+        driver.negotiate();
         driver.write(register::QUEUE_SEL, 1);
         assert_eq!(driver.read(register::QUEUE_NUM_MAX), 64);
         for (size, kept) in [(32, 32), (128, 64), (3, 64), (0, 64), (0x1_0010, 64)] {
