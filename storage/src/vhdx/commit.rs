@@ -33,43 +33,53 @@ fn io_error(operation: &str) -> impl FnOnce(std::io::Error) -> DiskError {
 }
 
 impl Vhdx {
-    /// Makes the identifiers of a file that is about to change durable, once an open. Reentered after a close.
+    /// Makes the identifiers of a file that is about to change durable, once an open, and anew after a close.
     pub(super) fn announce(&self) -> Result<(), DiskError> {
         let mut commit = lock(&self.commit);
-        self.or_poison(|| self.announce_under(&mut commit))
+        self.or_poison(|| self.announced(&mut commit).map(drop))
     }
 
-    fn announce_under(&self, commit: &mut Commit) -> Result<(), DiskError> {
-        if commit.log.is_some() {
-            return Ok(());
+    /// The open log of an announced file; announces it first where that has not been done.
+    fn announced<'a>(&self, commit: &'a mut Commit) -> Result<&'a mut LogWriter, DiskError> {
+        let Commit {
+            headers,
+            log,
+            damaged_region_table,
+            flushed: _,
+        } = commit;
+        match log {
+            Some(log) => Ok(log),
+            None => Ok(log.insert(self.start_log(headers, damaged_region_table)?)),
         }
+    }
+
+    /// Announces the file in steps that each are durable before the next: new identifiers, a log that says nothing, and the
+    /// log's identifier in both headers.
+    fn start_log(
+        &self,
+        headers: &mut Headers,
+        damaged_region_table: &mut Option<usize>,
+    ) -> Result<LogWriter, DiskError> {
         let medium = &*self.view.medium;
-        let (file_write_guid, data_write_guid) = (Guid::random(), Guid::random());
-        commit.headers.update(medium, |header| {
-            header.file_write_guid = file_write_guid;
-            header.data_write_guid = data_write_guid;
+        headers.update(medium, |header| {
+            header.file_write_guid = Guid::random();
+            header.data_write_guid = Guid::random();
         })?;
-        if let Some(copy) = commit.damaged_region_table {
+        if let Some(copy) = damaged_region_table.take() {
             region::repair(medium, copy).map_err(io_error("repair a region table"))?;
-            commit.damaged_region_table = None;
         }
-        let log = Region {
-            offset: commit.headers.current().log_offset,
-            length: commit.headers.current().log_length,
+        let region = Region {
+            offset: headers.current().log_offset,
+            length: headers.current().log_length,
         };
         let end = lock(&self.state).space.end();
-        let mut log = LogWriter::start(medium, log, end).map_err(io_error("start the log"))?;
-        medium.sync_data().map_err(io_error("sync the log"))?;
-        log.synced();
-        let log_guid = log.guid();
+        let mut log = LogWriter::start(medium, region, end).map_err(io_error("start the log"))?;
+        self.sync(Some(&mut log))?;
         for _ in 0..2 {
-            commit
-                .headers
-                .update(medium, |header| header.log_guid = log_guid)?;
+            headers.update(medium, |header| header.log_guid = log.guid())?;
         }
-        commit.log = Some(log);
         lock(&self.state).announced = true;
-        Ok(())
+        Ok(log)
     }
 
     /// Makes all finished writes durable. A flush that waited for another that began after it was asked for is done by that.
@@ -94,17 +104,17 @@ impl Vhdx {
 
     fn commit_under(&self, commit: &mut Commit) -> Result<(), DiskError> {
         if lock(&self.state).pages.dirty() == 0 {
-            return self.sync(commit);
+            return self.sync(commit.log.as_mut());
         }
         // A close may have come between an allocation and this.
-        self.announce_under(commit)?;
+        let log = self.announced(commit)?;
         // Taken together: all that these pages name lies before `end`.
         let (taken, end) = {
             let mut state = lock(&self.state);
             (state.pages.take_dirty(), state.space.end())
         };
         for pages in taken.chunks(MAX_SECTORS) {
-            self.commit_entry(commit, pages, end)?;
+            self.commit_entry(log, pages, end)?;
         }
         lock(&self.state).pages.committed(&taken);
         Ok(())
@@ -113,52 +123,42 @@ impl Vhdx {
     /// Commits as many pages as an entry of the log describes.
     fn commit_entry(
         &self,
-        commit: &mut Commit,
+        log: &mut LogWriter,
         pages: &[Taken],
         end: u64,
     ) -> Result<(), DiskError> {
         let medium = &*self.view.medium;
-        if commit
-            .log
-            .as_ref()
-            .is_some_and(|log| !log.has_room(pages.len()))
-        {
-            self.sync(commit)?;
-            if let Some(log) = &mut commit.log {
-                log.append(medium, &[], end)
-                    .map_err(io_error("write the log"))?;
-                log.applied();
-            }
-            self.sync(commit)?;
+        if !log.has_room(pages.len()) {
+            self.sync(Some(log))?;
+            log.append(medium, &[], end)
+                .map_err(io_error("write the log"))?;
+            log.applied();
+            self.sync(Some(log))?;
         }
         let sectors: Vec<_> = pages
             .iter()
             .map(|taken| (self.layout.page_offset(taken.page), &*taken.bytes))
             .collect();
-        if let Some(log) = &mut commit.log {
-            log.append(medium, &sectors, end)
-                .map_err(io_error("write the log"))?;
-        }
-        self.sync(commit)?;
+        log.append(medium, &sectors, end)
+            .map_err(io_error("write the log"))?;
+        self.sync(Some(log))?;
         for (offset, bytes) in sectors {
             medium
                 .write_all_at(bytes, offset)
                 .map_err(io_error("write the BAT"))?;
         }
-        if let Some(log) = &mut commit.log {
-            log.applied();
-        }
+        log.applied();
         lock(&self.state).unsynced = true;
         Ok(())
     }
 
-    /// Makes everything that was written durable, and what the log knows with it.
-    fn sync(&self, commit: &mut Commit) -> Result<(), DiskError> {
+    /// Makes everything that was written durable, and lets the log know.
+    fn sync(&self, log: Option<&mut LogWriter>) -> Result<(), DiskError> {
         self.view
             .medium
             .sync_data()
             .map_err(io_error("sync the file"))?;
-        if let Some(log) = &mut commit.log {
+        if let Some(log) = log {
             log.synced();
         }
         lock(&self.state).unsynced = false;
@@ -174,7 +174,7 @@ impl Vhdx {
         self.or_poison(|| {
             self.commit_under(&mut commit)?;
             // What the commit wrote in place.
-            self.sync(&mut commit)?;
+            self.sync(commit.log.as_mut())?;
             lock(&self.state).announced = false;
             commit.log = None;
             for _ in 0..2 {
