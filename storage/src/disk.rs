@@ -197,7 +197,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError>;
 
     /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a newly
-    /// allocated extent that the caller does not write read as zeros.
+    /// allocated extent that the caller does not write read as zeros. May block on the file at the first write and where the
+    /// file has to grow.
     ///
     /// # Errors
     /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then nothing was allocated

@@ -5,9 +5,9 @@
 //!  | identifier | header | header | region table | region table | log, metadata, BAT, payload blocks in any order ...
 //! ```
 //!
-//! A module a chapter of the specification: [`header`], [`region`], [`metadata`], [`log`], [`bat`], and [`format`] for
-//! all that lies on disk. [`view`] shows the file as it is after log replay; [`open`] and [`create`] tie them
-//! together. [`disk`] resolves ranges, [`commit`] makes what was allocated durable, [`pages`] and [`space`] are what they
+//! A module a chapter of the specification: `header`, `region`, `metadata`, `log`, `bat`, and `format` for
+//! all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
+//! together. `disk` resolves ranges, `commit` makes what was allocated durable, `pages` and `space` are what they
 //! share.
 //!
 //! # Life of an open file
@@ -19,6 +19,9 @@
 //!
 //! Opening writes nothing unless a log has to be replayed, and that only when all else was found sound. A file opened for
 //! reading is seen through its log and never written.
+//!
+//! The first write of an open waits for the announcement, four syncs; a write that needs more space than the file has waits for
+//! `ftruncate`. All other requests wait for no I/O but the reading of a BAT page.
 //!
 //! # What survives a cut
 //!
