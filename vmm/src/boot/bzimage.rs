@@ -20,6 +20,8 @@ const SETUP_HEADER_OFFSET: u64 = 0x1f1;
 const BOOT_FLAG: u16 = 0xaa55;
 /// 2.12: `xloadflags`, and with it the 64-bit entry point.
 const MIN_VERSION: u16 = 0x020c;
+/// `loadflags`: the protected-mode code loads high.
+const LOADED_HIGH: u8 = 1 << 0;
 /// `xloadflags`: the kernel has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1 << 0;
 /// The 64-bit entry point, in bytes from the start of the loaded kernel.
@@ -66,6 +68,15 @@ pub(super) fn parse(file: &File, path: &Path, len: u64) -> Result<BzImage, BootE
         return Err(error(
             0x236,
             format!("a 64-bit kernel expected, found load flags {flags:#x}"),
+        ));
+    }
+    if header.loadflags & LOADED_HIGH == 0 {
+        return Err(error(
+            0x211,
+            format!(
+                "a kernel that loads high expected, found load flags {:#x}",
+                header.loadflags
+            ),
         ));
     }
     // 0 means 4 (boot protocol, `setup_sects`).
@@ -126,7 +137,7 @@ pub(super) mod tests {
             boot_flag: BOOT_FLAG,
             header: u32::from_le_bytes(MAGIC),
             version: 0x020f,
-            loadflags: 1,
+            loadflags: LOADED_HIGH,
             xloadflags: XLF_KERNEL_64,
             pref_address: 0x10_0000,
             init_size: 0x10_0000,
@@ -162,6 +173,7 @@ pub(super) mod tests {
             (0x1fe, 0, "boot flag"),
             (0x207, 1, "boot protocol"),
             (0x236, 0, "64-bit"),
+            (0x211, 0, "high"),
         ] {
             let mut bytes = image(b"payload");
             bytes[offset] = value;

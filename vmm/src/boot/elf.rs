@@ -310,7 +310,7 @@ pub(super) mod tests {
         bytes.resize(0xc0, 0);
         bytes.extend([4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
         bytes.extend(b"Xen\0");
-        bytes.extend(0x10_0040u32.to_le_bytes());
+        bytes.extend(0x10_0008u32.to_le_bytes());
         bytes.resize(0x100, 0);
         bytes.extend([0xf4; 16]);
         bytes
@@ -333,7 +333,7 @@ pub(super) mod tests {
         };
         assert_eq!(elf.segments, [segment]);
         assert_eq!(elf.entry, GuestAddress(0x10_0000));
-        assert_eq!(elf.pvh_entry, Some(GuestAddress(0x10_0040)));
+        assert_eq!(elf.pvh_entry, Some(GuestAddress(0x10_0008)));
     }
 
     #[test]

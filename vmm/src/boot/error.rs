@@ -57,6 +57,14 @@ pub enum BootError {
         /// What was expected and what was found.
         expected: String,
     },
+    /// A compression that is not undone here.
+    #[error("{}: the kernel is compressed by {compression}; gzip, xz, lz4 and zstd are understood", path.display())]
+    Compression {
+        /// The file.
+        path: PathBuf,
+        /// How it is compressed.
+        compression: &'static str,
+    },
     /// A compressed kernel that cannot be unpacked.
     #[error("{}: cannot unpack the {compression} kernel: {source}", path.display())]
     Unpack {
@@ -74,6 +82,16 @@ pub enum BootError {
         path: PathBuf,
         /// What was asked for.
         protocol: &'static str,
+    },
+    /// Execution would start where nothing is loaded or mapped.
+    #[error("{}: the kernel's entry point {address:#x} is not in a loaded segment below {limit:#x}", path.display())]
+    Entry {
+        /// The file.
+        path: PathBuf,
+        /// The entry point, guest physical.
+        address: u64,
+        /// First address that the boot protocol does not reach.
+        limit: u64,
     },
     /// A part of the kernel does not fit into guest memory.
     #[error(

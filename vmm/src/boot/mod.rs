@@ -8,21 +8,20 @@
 //!                              └───────────────────── 64-bit entry, the guest unpacks
 //! ```
 
-use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use devices::GuestMemory;
-use linux_loader::loader::bootparam::setup_header;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::layout::{CMDLINE_MAX, HIGH_RAM_START};
+use crate::layout::HIGH_RAM_START;
 
 mod acpi;
 mod bzimage;
+mod compression;
 mod elf;
 mod error;
+mod files;
+mod kernel;
 mod params;
 mod registers;
 mod unpack;
@@ -31,8 +30,9 @@ pub use elf::LoadSegment;
 pub use error::BootError;
 pub use registers::BootState;
 
+use files::{copy, open_file};
+use kernel::{Kernel, check_entry, find_kernel};
 use params::{Initrd, Told};
-use unpack::{Compression, Packed};
 
 /// The command line where a user gives none: a console, and an end for a guest that panics.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
@@ -100,19 +100,6 @@ pub enum EntryPoint {
     },
 }
 
-/// A kernel, found and checked, not yet in guest memory.
-struct Kernel {
-    path: PathBuf,
-    file: File,
-    segments: Vec<LoadSegment>,
-    entry: EntryPoint,
-    header: Option<setup_header>,
-    /// Highest address an initrd may reach, where the kernel says so.
-    initrd_max: u64,
-    /// Longest command line in bytes.
-    cmdline_max: usize,
-}
-
 /// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`.
 ///
 /// # Errors
@@ -123,7 +110,7 @@ pub fn load(
     vcpus: u8,
     virtio: &[MmioDevice],
 ) -> Result<BootState, BootError> {
-    let kernel = find_kernel(source, Some(&unpack::cache_dir()))?;
+    let kernel = find_kernel(source, &unpack::cache_dir())?;
     let ram_end = low_ram_end(memory);
     let kernel_end = load_kernel(memory, &kernel, ram_end)?;
     let initrd = match &source.initrd {
@@ -151,207 +138,6 @@ pub fn load(
     Ok(state)
 }
 
-/// Opens a regular file for reading, without waiting for whatever else the path may name.
-fn open_file(path: &Path, role: &'static str) -> Result<(File, u64), BootError> {
-    let error = |action| {
-        move |source| BootError::File {
-            path: path.to_owned(),
-            role,
-            action,
-            source,
-        }
-    };
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(error("open"))?;
-    let metadata = file.metadata().map_err(error("read"))?;
-    if !metadata.is_file() {
-        return Err(BootError::NotAFile {
-            path: path.to_owned(),
-            role,
-        });
-    }
-    Ok((file, metadata.len()))
-}
-
-fn find_kernel(source: &BootSource, cache: Option<&Path>) -> Result<Kernel, BootError> {
-    let path = &source.kernel;
-    let (file, len) = open_file(path, "kernel")?;
-    let mut start = [0; (bzimage::MAGIC_OFFSET + 4) as usize];
-    let mut filled = 0;
-    while filled < start.len() {
-        let read = file
-            .read_at(&mut start[filled..], filled as u64)
-            .map_err(|source| BootError::File {
-                path: path.clone(),
-                role: "kernel",
-                action: "read",
-                source,
-            })?;
-        if read == 0 {
-            break;
-        }
-        filled += read;
-    }
-    let start = &start[..filled];
-    if start.starts_with(&elf::MAGIC) {
-        return elf_kernel(source.protocol, path, file, len);
-    }
-    if start.ends_with(&bzimage::MAGIC) && filled as u64 == bzimage::MAGIC_OFFSET + 4 {
-        return bzimage_kernel(source.protocol, path, file, len, cache);
-    }
-    if let Some(compression) = Compression::of(start) {
-        let unpacked = unpack::unpack(
-            Packed {
-                path,
-                file: &file,
-                compression,
-                offset: 0,
-                len,
-            },
-            cache,
-        )?;
-        return unpacked_kernel(source.protocol, path, unpacked);
-    }
-    let start = start
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect::<Vec<_>>()
-        .join(" ");
-    let start = if start.is_empty() {
-        "nothing: it is empty".to_owned()
-    } else {
-        start
-    };
-    Err(BootError::NotAKernel {
-        path: path.clone(),
-        start,
-    })
-}
-
-fn unpacked_kernel(protocol: Protocol, path: &Path, file: File) -> Result<Kernel, BootError> {
-    let len = file
-        .metadata()
-        .map_err(|source| BootError::File {
-            path: path.to_owned(),
-            role: "kernel",
-            action: "read",
-            source,
-        })?
-        .len();
-    elf_kernel(protocol, path, file, len)
-}
-
-fn elf_kernel(protocol: Protocol, path: &Path, file: File, len: u64) -> Result<Kernel, BootError> {
-    let no = |protocol| {
-        Err(BootError::Protocol {
-            path: path.to_owned(),
-            protocol,
-        })
-    };
-    let elf = elf::parse(&file, path, len)?;
-    let linux64 = EntryPoint::Linux64 { rip: elf.entry };
-    let entry = match (protocol, elf.pvh_entry) {
-        (Protocol::Auto | Protocol::Pvh, Some(rip)) => EntryPoint::Pvh { rip },
-        (Protocol::Auto, None) | (Protocol::Linux64, _) => linux64,
-        (Protocol::Pvh, None) => return no("PVH: it has no PVH entry note"),
-        (Protocol::BzImage, _) => return no("unpacking itself: it is no bzImage"),
-    };
-    Ok(Kernel {
-        path: path.to_owned(),
-        file,
-        segments: elf.segments,
-        entry,
-        header: None,
-        initrd_max: u64::MAX,
-        cmdline_max: CMDLINE_MAX as usize - 1,
-    })
-}
-
-fn bzimage_kernel(
-    protocol: Protocol,
-    path: &Path,
-    file: File,
-    len: u64,
-    cache: Option<&Path>,
-) -> Result<Kernel, BootError> {
-    let image = bzimage::parse(&file, path, len)?;
-    if protocol != Protocol::BzImage {
-        let (offset, len) = image.payload(path)?;
-        let mut magic = [0; 8];
-        let magic = match file.read_at(&mut magic, offset) {
-            Ok(read) => &magic[..read],
-            Err(source) => {
-                return Err(BootError::File {
-                    path: path.to_owned(),
-                    role: "kernel",
-                    action: "read",
-                    source,
-                });
-            }
-        };
-        match Compression::of(magic) {
-            Some(compression) => {
-                let unpacked = unpack::unpack(
-                    Packed {
-                        path,
-                        file: &file,
-                        compression,
-                        offset,
-                        len,
-                    },
-                    cache,
-                )?;
-                return unpacked_kernel(protocol, path, unpacked);
-            }
-            None if protocol == Protocol::Auto => {
-                tracing::info!(kernel = %path.display(), "compression not known to the host: the guest unpacks its kernel");
-            }
-            None => {
-                return Err(BootError::Protocol {
-                    path: path.to_owned(),
-                    protocol: "its ELF: its compression is not known",
-                });
-            }
-        }
-    }
-    let header = image.header;
-    // The preferred address is where a kernel runs that is not moved; it needs `init_size` bytes from there to unpack itself.
-    let address = header.pref_address;
-    let mem_len = u64::from(header.init_size).max(image.kernel_len);
-    let entry = address
-        .checked_add(bzimage::ENTRY_64)
-        .filter(|_| address.checked_add(mem_len).is_some());
-    let Some(rip) = entry else {
-        let expected = format!("an address that a guest can have expected, found {address:#x}");
-        return Err(BootError::BzImage {
-            path: path.to_owned(),
-            offset: 0x258,
-            expected,
-        });
-    };
-    let segment = LoadSegment {
-        file_offset: image.kernel_offset,
-        file_len: image.kernel_len,
-        guest_address: GuestAddress(address),
-        mem_len,
-    };
-    Ok(Kernel {
-        path: path.to_owned(),
-        file,
-        segments: vec![segment],
-        entry: EntryPoint::Linux64 {
-            rip: GuestAddress(rip),
-        },
-        header: Some(header),
-        initrd_max: u64::from(header.initrd_addr_max) + 1,
-        cmdline_max: header.cmdline_size as usize,
-    })
-}
-
 /// End of RAM below the hole.
 fn low_ram_end(memory: &GuestMemory) -> u64 {
     memory
@@ -362,6 +148,7 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
 
 /// Puts the kernel's segments into guest memory; returns the first address past them.
 fn load_kernel(memory: &GuestMemory, kernel: &Kernel, ram_end: u64) -> Result<u64, BootError> {
+    check_entry(kernel)?;
     let mut kernel_end = 0;
     for segment in &kernel.segments {
         let start = segment.guest_address.raw_value();
@@ -375,32 +162,11 @@ fn load_kernel(memory: &GuestMemory, kernel: &Kernel, ram_end: u64) -> Result<u6
                 ram_end,
             });
         }
-        // RAM is zero before the guest runs, so that what lies past `file_len` need not be written.
+        // What lies past `file_len` is zero, as RAM is.
         copy(memory, &kernel.path, "kernel", &kernel.file, segment)?;
         kernel_end = kernel_end.max(end);
     }
     Ok(kernel_end)
-}
-
-/// Reads a range of a file into guest memory.
-fn copy(
-    memory: &GuestMemory,
-    path: &Path,
-    role: &'static str,
-    mut file: &File,
-    segment: &LoadSegment,
-) -> Result<(), BootError> {
-    let error = |source| BootError::File {
-        path: path.to_owned(),
-        role,
-        action: "read",
-        source,
-    };
-    file.seek(SeekFrom::Start(segment.file_offset))
-        .map_err(error)?;
-    memory
-        .read_exact_volatile_from(segment.guest_address, &mut file, segment.file_len as usize)
-        .map_err(|failed| error(std::io::Error::other(failed.to_string())))
 }
 
 /// Puts the initrd as high as it goes, where no kernel needs the room.
@@ -437,6 +203,9 @@ fn load_initrd(
 mod tests {
     use std::io::Write;
 
+    use proptest::prelude::*;
+    use vm_memory::Bytes;
+
     use super::*;
 
     fn memory(size: usize) -> GuestMemory {
@@ -467,7 +236,7 @@ mod tests {
     fn each_protocol_has_its_entry() {
         let elf = elf::tests::kernel(0x1000);
         let pvh = EntryPoint::Pvh {
-            rip: GuestAddress(0x10_0040),
+            rip: GuestAddress(0x10_0008),
         };
         let linux64 = EntryPoint::Linux64 {
             rip: GuestAddress(0x10_0000),
@@ -497,6 +266,62 @@ mod tests {
         let loaded: [u8; 17] = memory.read_obj(GuestAddress(0x10_0000)).unwrap();
         assert_eq!(loaded[..16], [0xf4; 16]);
         assert_eq!(loaded[16], 0);
+    }
+
+    #[test]
+    fn an_entry_outside_the_kernel_is_refused() {
+        let mut bytes = elf::tests::kernel(0x1000);
+        bytes[24..32].copy_from_slice(&0xffff_ffff_8100_0000u64.to_le_bytes());
+        let error = boot(&bytes, Protocol::Linux64).unwrap_err();
+        assert!(error.to_string().contains("0xffffffff81000000"), "{error}");
+    }
+
+    #[test]
+    fn compressed_kernels_boot_as_elf_and_other_compressions_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cache");
+        let find = |bytes: &[u8]| {
+            let path = dir.path().join("vmlinuz");
+            std::fs::write(&path, bytes).unwrap();
+            find_kernel(&source(&path, Protocol::Auto), &cache).map(|kernel| kernel.entry)
+        };
+        let pvh = EntryPoint::Pvh {
+            rip: GuestAddress(0x10_0008),
+        };
+        for (compression, mut packed) in compression::tests::packed(&elf::tests::kernel(0x1000)) {
+            assert_eq!(find(&packed).unwrap(), pvh, "{compression:?}");
+            packed.extend(272u32.to_le_bytes());
+            let image = bzimage::tests::image(&packed);
+            assert_eq!(find(&image).unwrap(), pvh, "{compression:?} in a bzImage");
+        }
+        let error = find(b"BZh91AY&SY").unwrap_err();
+        assert!(error.to_string().contains("bzip2"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn no_file_panics_the_loader(
+            image: bool,
+            changes in prop::collection::vec((0..0x280usize, any::<u8>()), 0..16),
+            cut in 0..0x900usize,
+        ) {
+            let mut bytes = if image {
+                bzimage::tests::image(b"payload")
+            } else {
+                elf::tests::kernel(0x1000)
+            };
+            for (at, value) in changes {
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte = value;
+                }
+            }
+            bytes.truncate(cut.max(1));
+            for protocol in [Protocol::Pvh, Protocol::Linux64, Protocol::BzImage] {
+                if let Err(error) = boot(&bytes, protocol) {
+                    prop_assert!(!error.to_string().contains('\n'));
+                }
+            }
+        }
     }
 
     #[test]

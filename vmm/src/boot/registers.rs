@@ -20,8 +20,10 @@ const RFLAGS: u64 = 1 << 1;
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
-/// Entries of the GDT: two of them null.
-const GDT_LEN: usize = 5;
+/// Entries of the GDT, up to the IDT: two null ones, code and data. The task register is loaded, and neither protocol reads its
+/// descriptor again.
+const GDT_LEN: usize = 4;
+const _: () = assert!(BOOT_GDT + GDT_LEN as u64 * 8 <= BOOT_IDT);
 
 /// Present, writable, and large where it stands in a page directory.
 const PTE_PRESENT_WRITABLE: u64 = 0b11;
@@ -98,7 +100,6 @@ impl BootState {
             0,
             descriptor(&segment(CODE_SELECTOR, SegmentKind::Code { long })),
             descriptor(&segment(DATA_SELECTOR, SegmentKind::Data)),
-            descriptor(&segment(TSS_SELECTOR, SegmentKind::BusyTss)),
         ];
         for (address, entry) in (BOOT_GDT..).step_by(8).zip(gdt) {
             memory

@@ -2,140 +2,90 @@
 //!
 //! No guest spends time and memory on decompression, and every guest of one kernel reads the same pages of one file. A cached kernel
 //! is found by the identity of its source (device, inode, size, modification and change time): a source that is replaced or written to
-//! has another identity, and asking for it costs one `stat`, not a hash of the file. A cached kernel appears by rename,
-//! so it is whole, however many guests start at once.
+//! has another identity, and asking for it costs one `stat`, not a hash of the file. Of guests that start at once, one
+//! unpacks and the others wait for it; the kernel appears by rename, so it is whole.
+//!
+//! Pages of zeros (a kernel's `.bss` is in its file) become holes, of which nothing is read into guest memory.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{BootError, elf};
+use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
+
+use super::BootError;
+use super::compression::Compression;
+use super::elf;
 
 /// Larger kernels are refused: what expands further is not a kernel.
 const MAX_UNPACKED: u64 = 1 << 30;
 /// Changes with what is stored.
 const CACHE_VERSION: u32 = 1;
-/// The block size of the LZ4 legacy frame (LZ4 frame format, "Legacy frame").
-const LZ4_LEGACY_BLOCK: usize = 8 << 20;
-/// Memory that an XZ stream may ask for; the kernel's own limit is half of it.
-const XZ_MEMORY: u64 = 128 << 20;
+/// The name of a kernel that is not whole yet.
+const TEMPORARY_PREFIX: &str = ".unpacking-";
+/// Granularity of holes.
+const PAGE: usize = 4096;
+/// Unpacked bytes held before they are written, a multiple of the page size.
+const BUFFER: usize = 64 << 10;
 
-/// How a kernel is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Compression {
-    Gzip,
-    Xz,
-    Lz4,
-    Zstd,
+/// Writes a kernel to a file, with holes for its pages of zeros.
+struct KernelWriter {
+    file: File,
+    buffer: Vec<u8>,
+    /// Bytes before those in the buffer.
+    written: u64,
 }
 
-impl Compression {
-    /// Tells the compression by the first bytes.
-    pub(super) fn of(start: &[u8]) -> Option<Self> {
-        const MAGICS: [(&[u8], Compression); 4] = [
-            (b"\x1f\x8b", Compression::Gzip),
-            (b"\xfd7zXZ\0", Compression::Xz),
-            (b"\x02\x21\x4c\x18", Compression::Lz4),
-            (b"\x28\xb5\x2f\xfd", Compression::Zstd),
-        ];
-        MAGICS
-            .iter()
-            .find(|(magic, _)| start.starts_with(magic))
-            .map(|(_, compression)| *compression)
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Gzip => "gzip",
-            Self::Xz => "xz",
-            Self::Lz4 => "lz4",
-            Self::Zstd => "zstd",
+impl KernelWriter {
+    fn new(file: File) -> Self {
+        Self {
+            file,
+            buffer: Vec::with_capacity(BUFFER),
+            written: 0,
         }
     }
 
-    fn decode(self, packed: impl Read, out: &mut impl Write) -> io::Result<()> {
-        let mut out = Bounded {
-            out,
-            left: MAX_UNPACKED,
-        };
-        match self {
-            Self::Gzip => io::copy(&mut flate2::read::GzDecoder::new(packed), &mut out).map(drop),
-            Self::Xz => {
-                let stream = liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY, 0)
-                    .map_err(io::Error::other)?;
-                io::copy(
-                    &mut liblzma::read::XzDecoder::new_stream(packed, stream),
-                    &mut out,
-                )
-                .map(drop)
+    /// Writes what is held, but for a page that is not complete.
+    fn write_pages(&mut self) -> io::Result<()> {
+        let is_zero = |page: &[u8; PAGE]| page.iter().all(|byte| *byte == 0);
+        let (pages, _) = self.buffer.as_chunks::<PAGE>();
+        for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+            if !run.first().is_some_and(is_zero) {
+                self.file.write_all_at(run.as_flattened(), self.written)?;
             }
-            Self::Lz4 => decode_lz4_legacy(packed, &mut out),
-            Self::Zstd => {
-                let mut decoder =
-                    ruzstd::decoding::StreamingDecoder::new(packed).map_err(io::Error::other)?;
-                io::copy(&mut decoder, &mut out).map(drop)
-            }
+            self.written += run.as_flattened().len() as u64;
         }
+        let complete = self.buffer.len() / PAGE * PAGE;
+        self.buffer.drain(..complete);
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<File> {
+        self.write_pages()?;
+        self.file.write_all_at(&self.buffer, self.written)?;
+        self.file.set_len(self.written + self.buffer.len() as u64)?;
+        Ok(self.file)
     }
 }
 
-/// Fails instead of writing more than a kernel's worth.
-struct Bounded<'a, W> {
-    out: &'a mut W,
-    left: u64,
-}
-
-impl<W: Write> Write for Bounded<'_, W> {
+impl Write for KernelWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.left = self.left.checked_sub(bytes.len() as u64).ok_or_else(|| {
-            io::Error::other(format!("it unpacks to more than {MAX_UNPACKED} bytes"))
-        })?;
-        self.out.write_all(bytes)?;
-        Ok(bytes.len())
+        let room = BUFFER - self.buffer.len();
+        let taken = bytes.get(..room).unwrap_or(bytes);
+        if self.written + (self.buffer.len() + taken.len()) as u64 > MAX_UNPACKED {
+            let error = format!("it unpacks to more than {MAX_UNPACKED} bytes");
+            return Err(io::Error::other(error));
+        }
+        self.buffer.extend_from_slice(taken);
+        if self.buffer.len() == BUFFER {
+            self.write_pages()?;
+        }
+        Ok(taken.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-/// The legacy frame that kernels are packed in: a magic number, then blocks, each behind its compressed length.
-fn decode_lz4_legacy(mut packed: impl Read, out: &mut impl Write) -> io::Result<()> {
-    let mut word = [0; 4];
-    packed.read_exact(&mut word)?;
-    let mut unpacked = vec![0; LZ4_LEGACY_BLOCK];
-    let mut block = Vec::new();
-    while read_word(&mut packed, &mut word)? {
-        let len = u32::from_le_bytes(word) as usize;
-        if len > lz4_flex::block::get_maximum_output_size(LZ4_LEGACY_BLOCK) {
-            // Not a block: the length of the unpacked kernel, which the kernel's build puts behind the last one.
-            break;
-        }
-        block.resize(len, 0);
-        match packed.read_exact(&mut block) {
-            Ok(()) => {}
-            // A small kernel's length looks like that of a block, of which nothing follows.
-            Err(error)
-                if error.kind() == io::ErrorKind::UnexpectedEof && packed.read(&mut word)? == 0 =>
-            {
-                break;
-            }
-            Err(error) => return Err(error),
-        }
-        let len =
-            lz4_flex::block::decompress_into(&block, &mut unpacked).map_err(io::Error::other)?;
-        out.write_all(&unpacked[..len])?;
-    }
-    Ok(())
-}
-
-/// Reads four bytes; false at the end of the stream.
-fn read_word(packed: &mut impl Read, word: &mut [u8; 4]) -> io::Result<bool> {
-    match packed.read_exact(word) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error),
+        Ok(())
     }
 }
 
@@ -151,56 +101,84 @@ pub(super) struct Packed<'a> {
     pub(super) len: u64,
 }
 
-/// The unpacked kernel, from `cache` where it is there already. Without a usable cache it lies in an unlinked temporary file.
-pub(super) fn unpack(packed: Packed<'_>, cache: Option<&Path>) -> Result<File, BootError> {
-    let error = |source| BootError::Unpack {
-        path: packed.path.to_owned(),
-        compression: packed.compression.name(),
-        source,
-    };
-    let name = cache_name(&packed).map_err(error)?;
-    let Some(dir) = cache else {
-        return unpack_to(&packed, tempfile::tempfile().map_err(error)?).map_err(error);
-    };
-    if let Some(file) = open_cached(&dir.join(&name)) {
-        return Ok(file);
-    }
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    match made.and_then(|()| {
-        tempfile::Builder::new()
-            .prefix(".unpacking-")
-            .tempfile_in(dir)
-    }) {
-        Ok(temporary) => {
-            let file = unpack_to(&packed, temporary.reopen().map_err(error)?).map_err(error)?;
-            if let Err(failed) = temporary.persist(dir.join(&name)) {
-                tracing::warn!(dir = %dir.display(), error = %failed.error, "the unpacked kernel is not cached");
-            }
+/// The unpacked kernel, from `cache` where it is there already. Where the cache cannot be used, the kernel lies in memory
+/// until it is closed.
+pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<File, BootError> {
+    match cached(&packed, cache) {
+        Ok(file) => Ok(file),
+        // The cache or the kernel is at fault: if the kernel is, it cannot be unpacked anywhere.
+        Err(unusable) => {
+            let memory = memfd_create("kernel", MemfdFlags::CLOEXEC);
+            let file = memory
+                .map_err(io::Error::from)
+                .and_then(|memory| unpack_to(&packed, memory.into()))
+                .map_err(|source| BootError::Unpack {
+                    path: packed.path.to_owned(),
+                    compression: packed.compression.name(),
+                    source,
+                })?;
+            tracing::warn!(dir = %cache.display(), error = %unusable, "the kernel cache cannot be used; each guest unpacks its kernel");
             Ok(file)
-        }
-        Err(failed) => {
-            tracing::warn!(dir = %dir.display(), error = %failed, "the kernel cache cannot be used");
-            unpack_to(&packed, tempfile::tempfile().map_err(error)?).map_err(error)
         }
     }
 }
 
-fn unpack_to(packed: &Packed<'_>, mut out: File) -> io::Result<File> {
+fn cached(packed: &Packed<'_>, dir: &Path) -> io::Result<File> {
+    let name = cache_name(packed)?;
+    let path = dir.join(&name);
+    if let Some(file) = open_cached(&path) {
+        return Ok(file);
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let lock = File::open(dir)?;
+    flock(&lock, FlockOperation::LockExclusive)?;
+    if let Some(file) = open_cached(&path) {
+        return Ok(file);
+    }
+    remove_left_over(dir)?;
+    let temporary = tempfile::Builder::new()
+        .prefix(TEMPORARY_PREFIX)
+        .tempfile_in(dir)?;
+    let file = unpack_to(packed, temporary.reopen()?)?;
+    // A rename may outlive a power cut that the content does not.
+    file.sync_data()?;
+    if cache_name(packed)? == name {
+        temporary.persist(path)?;
+    }
+    Ok(file)
+}
+
+/// Removes what processes that were killed left: under the lock nobody else is unpacking.
+fn remove_left_over(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(TEMPORARY_PREFIX.as_bytes())
+        {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn unpack_to(packed: &Packed<'_>, out: File) -> io::Result<File> {
     let mut source = packed.file;
     source.seek(SeekFrom::Start(packed.offset))?;
+    let mut writer = KernelWriter::new(out);
     packed
         .compression
-        .decode(BufReader::new(source.take(packed.len)), &mut out)?;
+        .decode(BufReader::new(source.take(packed.len)), &mut writer)?;
+    let file = writer.finish()?;
     let mut magic = [0; 4];
-    out.rewind()?;
-    out.read_exact(&mut magic)
+    file.read_exact_at(&mut magic, 0)
         .map_err(|_| io::Error::other("it holds no kernel"))?;
     if magic != elf::MAGIC {
-        return Err(io::Error::other(format!(
-            "it holds no ELF kernel but a file that starts with {magic:02x?}"
-        )));
+        let error = format!("it holds no ELF kernel but a file that starts with {magic:02x?}");
+        return Err(io::Error::other(error));
     }
-    Ok(out)
+    Ok(file)
 }
 
 fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
@@ -246,131 +224,141 @@ pub(super) fn cache_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::boot::compression::tests as compression;
 
+    /// A kernel with a MiB of zeros inside.
     fn kernel() -> Vec<u8> {
         let mut bytes = elf::tests::kernel(16);
+        bytes.resize(bytes.len() + (1 << 20), 0);
         bytes.extend((0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()));
         bytes
     }
 
-    fn lz4_legacy(bytes: &[u8], trailer: &[u8]) -> Vec<u8> {
-        let mut packed = b"\x02\x21\x4c\x18".to_vec();
-        for block in bytes.chunks(LZ4_LEGACY_BLOCK) {
-            let block = lz4_flex::block::compress(block);
-            packed.extend((block.len() as u32).to_le_bytes());
-            packed.extend(block);
-        }
-        packed.extend(trailer);
-        packed
-    }
-
-    fn packed_kernels() -> Vec<(Compression, Vec<u8>)> {
-        let bytes = kernel();
-        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        gzip.write_all(&bytes).unwrap();
-        let mut xz = liblzma::write::XzEncoder::new(Vec::new(), 1);
-        xz.write_all(&bytes).unwrap();
-        let zstd = ruzstd::encoding::compress_to_vec(
-            &bytes[..],
-            ruzstd::encoding::CompressionLevel::Fastest,
-        );
-        vec![
-            (Compression::Gzip, gzip.finish().unwrap()),
-            (Compression::Xz, xz.finish().unwrap()),
-            (Compression::Zstd, zstd),
-            (Compression::Lz4, lz4_legacy(&bytes, &[])),
-            (
-                Compression::Lz4,
-                lz4_legacy(&bytes, &(bytes.len() as u32).to_le_bytes()),
-            ),
-            (
-                Compression::Lz4,
-                lz4_legacy(&bytes, &u32::MAX.to_le_bytes()),
-            ),
-        ]
-    }
-
-    fn run(
-        bytes: &[u8],
-        compression: Compression,
-        cache: Option<&Path>,
-    ) -> Result<Vec<u8>, BootError> {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        file.write_all(b"head").unwrap();
-        file.write_all(bytes).unwrap();
-        let path = file.path().to_owned();
-        let file = file.into_file();
+    fn open(source: &Path, compression: Compression, cache: &Path) -> Result<File, BootError> {
+        let file = File::open(source).unwrap();
         let packed = Packed {
-            path: &path,
+            path: source,
             file: &file,
             compression,
-            offset: 4,
-            len: bytes.len() as u64,
+            offset: 0,
+            len: file.metadata().unwrap().len(),
         };
-        let mut unpacked = Vec::new();
-        let mut out = unpack(packed, cache)?;
-        out.rewind().unwrap();
-        out.read_to_end(&mut unpacked).unwrap();
-        Ok(unpacked)
+        unpack(packed, cache)
+    }
+
+    fn content(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
     }
 
     #[test]
-    fn every_compression_is_told_and_unpacked() {
-        for (compression, bytes) in packed_kernels() {
-            assert_eq!(Compression::of(&bytes), Some(compression));
-            assert_eq!(
-                run(&bytes, compression, None).unwrap(),
-                kernel(),
+    fn kernels_of_every_compression_come_out_whole_and_their_zeros_as_holes() {
+        let dir = tempfile::tempdir().unwrap();
+        for (compression, bytes) in compression::packed(&kernel()) {
+            let source = dir.path().join("vmlinuz");
+            fs::write(&source, bytes).unwrap();
+            let file = open(&source, compression, &dir.path().join("cache")).unwrap();
+            assert!(content(&file) == kernel(), "{compression:?}");
+            let metadata = file.metadata().unwrap();
+            assert!(
+                metadata.blocks() * 512 < metadata.len() - (1 << 19),
                 "{compression:?}"
             );
+            fs::remove_file(source).unwrap();
         }
     }
 
     #[test]
-    fn damage_is_an_error_that_names_file_and_compression() {
-        for (compression, bytes) in packed_kernels() {
-            let error = run(&bytes[..bytes.len() / 2], compression, None)
-                .unwrap_err()
-                .to_string();
-            assert!(error.contains(compression.name()), "{error}");
-        }
-        let error = run(&lz4_legacy(b"no kernel", &[]), Compression::Lz4, None)
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("no ELF kernel"), "{error}");
-    }
-
-    #[test]
-    fn a_second_start_finds_the_first_ones_kernel() {
+    fn damage_is_an_error_that_names_file_and_compression_and_leaves_no_file() {
         let dir = tempfile::tempdir().unwrap();
-        let cache = dir.path().join("a/b");
-        let source = dir.path().join("vmlinuz");
-        std::fs::write(&source, lz4_legacy(&kernel(), &[])).unwrap();
-        let open = || {
-            let file = File::open(&source).unwrap();
-            let len = file.metadata().unwrap().len();
-            let packed = Packed {
-                path: &source,
-                file: &file,
-                compression: Compression::Lz4,
-                offset: 0,
-                len,
-            };
-            unpack(packed, Some(&cache))
-                .unwrap()
-                .metadata()
-                .unwrap()
-                .ino()
+        let (source, cache) = (dir.path().join("vmlinuz"), dir.path().join("cache"));
+        for (compression, bytes) in compression::packed(&kernel()) {
+            fs::write(&source, &bytes[..bytes.len() / 2]).unwrap();
+            let error = open(&source, compression, &cache).unwrap_err().to_string();
+            assert!(
+                error.contains(compression.name()) && error.contains("vmlinuz"),
+                "{error}"
+            );
+        }
+        fs::write(&source, compression::lz4_legacy(b"no kernel")).unwrap();
+        let error = open(&source, Compression::Lz4Legacy, &cache).unwrap_err();
+        assert!(error.to_string().contains("no ELF kernel"), "{error}");
+        assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn guests_that_start_at_once_share_one_kernel() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, cache) = (dir.path().join("vmlinuz"), dir.path().join("a/b"));
+        fs::write(&source, compression::lz4_legacy(&kernel())).unwrap();
+        fs::create_dir_all(&cache).unwrap();
+        fs::write(cache.join(".unpacking-killed"), b"half").unwrap();
+        let inode = || {
+            let file = open(&source, Compression::Lz4Legacy, &cache).unwrap();
+            file.metadata().unwrap().ino()
         };
-        assert_eq!(open(), open());
-        let cached: Vec<_> = std::fs::read_dir(&cache).unwrap().collect();
-        assert_eq!(cached.len(), 1, "one kernel and no temporary file");
+        let inodes: Vec<u64> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(inode)).collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect()
+        });
+        assert!(inodes.iter().all(|inode| *inode == inodes[0]));
+        assert_eq!(
+            fs::read_dir(&cache).unwrap().count(),
+            1,
+            "one kernel and no temporary file"
+        );
+    }
+
+    #[test]
+    fn a_source_that_changed_is_unpacked_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, cache) = (dir.path().join("vmlinuz"), dir.path().join("cache"));
+        fs::write(&source, compression::lz4_legacy(&kernel())).unwrap();
+        open(&source, Compression::Lz4Legacy, &cache).unwrap();
+        let mut other = kernel();
+        other.push(1);
+        fs::write(&source, compression::lz4_legacy(&other)).unwrap();
+        let file = open(&source, Compression::Lz4Legacy, &cache).unwrap();
+        assert!(content(&file) == other);
+    }
+
+    #[test]
+    fn a_cached_file_that_others_may_write_is_not_trusted() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let (source, cache) = (dir.path().join("vmlinuz"), dir.path().join("cache"));
+        fs::write(&source, compression::lz4_legacy(&kernel())).unwrap();
+        open(&source, Compression::Lz4Legacy, &cache).unwrap();
+        let entry = fs::read_dir(&cache)
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path();
+        fs::write(&entry, b"\x7fELF, planted").unwrap();
+        fs::set_permissions(&entry, fs::Permissions::from_mode(0o666)).unwrap();
+        let file = open(&source, Compression::Lz4Legacy, &cache).unwrap();
+        assert!(content(&file) == kernel());
     }
 
     #[test]
     fn without_a_cache_the_kernel_is_unpacked_all_the_same() {
-        let bytes = lz4_legacy(&kernel(), &[]);
-        let unpacked = run(&bytes, Compression::Lz4, Some(Path::new("/proc/nowhere"))).unwrap();
-        assert_eq!(unpacked, kernel());
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("vmlinuz");
+        fs::write(&source, compression::lz4_legacy(&kernel())).unwrap();
+        let file = open(&source, Compression::Lz4Legacy, Path::new("/proc/nowhere")).unwrap();
+        assert!(content(&file) == kernel());
+    }
+
+    #[test]
+    fn a_kernel_unpacks_to_a_bounded_length() {
+        let mut writer = KernelWriter::new(tempfile::tempfile().unwrap());
+        writer.written = MAX_UNPACKED - 1;
+        writer.write_all(b"x").unwrap();
+        assert!(writer.write_all(b"x").is_err());
     }
 }

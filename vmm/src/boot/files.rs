@@ -1,0 +1,127 @@
+//! Files, read into guest memory.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use devices::GuestMemory;
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::BootError;
+use super::elf::LoadSegment;
+
+/// Opens a regular file for reading, without waiting for whatever else the path may name.
+pub(super) fn open_file(path: &Path, role: &'static str) -> Result<(File, u64), BootError> {
+    let error = |action| {
+        move |source| BootError::File {
+            path: path.to_owned(),
+            role,
+            action,
+            source,
+        }
+    };
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(error("open"))?;
+    let metadata = file.metadata().map_err(error("read"))?;
+    if !metadata.is_file() {
+        return Err(BootError::NotAFile {
+            path: path.to_owned(),
+            role,
+        });
+    }
+    Ok((file, metadata.len()))
+}
+
+/// Reads a range of a file into guest memory, but for its holes: RAM is zero before the guest runs, and a page that is not written
+/// costs the host nothing.
+pub(super) fn copy(
+    memory: &GuestMemory,
+    path: &Path,
+    role: &'static str,
+    mut file: &File,
+    segment: &LoadSegment,
+) -> Result<(), BootError> {
+    let error = |source| BootError::File {
+        path: path.to_owned(),
+        role,
+        action: "read",
+        source,
+    };
+    let start = segment.file_offset;
+    let end = start + segment.file_len;
+    let mut at = start;
+    while let Some(data) = data_range(file, at, end).map_err(error)? {
+        file.seek(SeekFrom::Start(data.start)).map_err(error)?;
+        let address = GuestAddress(segment.guest_address.raw_value() + (data.start - start));
+        memory
+            .read_exact_volatile_from(address, &mut file, (data.end - data.start) as usize)
+            .map_err(|failed| error(std::io::Error::other(failed.to_string())))?;
+        at = data.end;
+    }
+    Ok(())
+}
+
+/// The first bytes of `file` in `at..end` that are no hole.
+fn data_range(file: &File, at: u64, end: u64) -> std::io::Result<Option<Range<u64>>> {
+    use rustix::fs::{SeekFrom, seek};
+    if at >= end {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => start,
+        // Nothing but a hole up to the end of the file.
+        Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let hole = seek(file, SeekFrom::Hole(start))?.min(end);
+    Ok((start < hole).then_some(start..hole))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn holes_of_the_file_are_not_read_into_memory() {
+        let sparse = tempfile::tempfile().unwrap();
+        sparse.write_all_at(b"head", 0).unwrap();
+        sparse.write_all_at(b"tail", 1 << 20).unwrap();
+        let ranges = |end: u64| {
+            let (mut at, mut ranges) = (2, Vec::new());
+            while let Some(range) = data_range(&sparse, at, end).unwrap() {
+                at = range.end;
+                ranges.push(range);
+            }
+            ranges
+        };
+        let mib = 1 << 20;
+        assert_eq!(ranges(mib + 4), [2..4096, mib..mib + 4]);
+        assert_eq!(ranges(mib), [2..4096]);
+        assert_eq!(ranges(3), [2..3]);
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+        let path = Path::new("sparse");
+        let segment = LoadSegment {
+            file_offset: 0,
+            file_len: mib + 4,
+            guest_address: GuestAddress(mib),
+            mem_len: mib + 4,
+        };
+        copy(&memory, path, "kernel", &sparse, &segment).unwrap();
+        let (head, tail) = (GuestAddress(mib), GuestAddress(2 * mib));
+        assert_eq!(&memory.read_obj::<[u8; 5]>(head).unwrap(), b"head\0");
+        assert_eq!(&memory.read_obj::<[u8; 4]>(tail).unwrap(), b"tail");
+        let too_long = LoadSegment {
+            file_len: mib + 5,
+            ..segment
+        };
+        // The file's end is as a hole: a file is checked against its length before.
+        copy(&memory, path, "kernel", &sparse, &too_long).unwrap();
+    }
+}
