@@ -1,6 +1,6 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
-//pub mod block;
+pub mod block;
 pub mod chain;
 pub mod mmio;
 pub mod rng;

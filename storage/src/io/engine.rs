@@ -109,10 +109,14 @@ impl Engine {
         }
     }
 
-    /// What has come to its end.
-    pub(super) fn reap(&mut self) -> Outcomes {
+    /// Makes the event unreadable until something else comes to its end. Comes before [`Engine::reap`], or an outcome would be missed.
+    pub(super) fn acknowledge(&self) {
         // The counter says only that there is something.
         let _ = self.event.read();
+    }
+
+    /// What has come to its end.
+    pub(super) fn reap(&mut self) -> Outcomes {
         let mut outcomes = Outcomes::new();
         if let Some(uring) = &mut self.uring {
             uring.reap(|token, result| outcomes.push((token, Outcome::Transfer(result))));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::buffer::{self, Cursor, IoBuffer};
 use super::engine::{Engine, EngineKind};
-use super::transfer::{Kind, Transfer};
+use super::transfer::{Failure, Kind, Transfer};
 use super::worker::Outcome;
 use crate::{ByteRange, Disk, DiskError, Extent, ExtentKind, WriteTicket};
 
@@ -30,6 +30,8 @@ pub enum Request {
         ranges: Vec<ByteRange>,
         /// Whether their space may be given back.
         may_unmap: bool,
+        /// Whether the zeros are durable when the request completes.
+        durable: bool,
     },
 }
 
@@ -48,11 +50,23 @@ pub enum IoError {
         range: u64,
     },
     /// The host failed to move the bytes.
-    #[error("{operation} of the disk's file failed: {source}")]
+    #[error("{operation} of the disk's file at offset {file_offset:#x} failed")]
     Transfer {
         /// Read, write or sync.
         operation: &'static str,
+        /// Where in the file the part of it begins that failed, in bytes; 0 for what has no place.
+        file_offset: u64,
         /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The host did not start the thread that the request needs.
+    #[error("no thread for a {operation}")]
+    Thread {
+        /// What was to be done.
+        operation: &'static str,
+        /// What the host said.
+        #[source]
         source: io::Error,
     },
 }
@@ -137,14 +151,19 @@ impl<B: IoBuffer> DiskQueue<B> {
                 self.settle(slot);
             }
             Request::Discard(ranges) => {
-                self.call(buffer, move |disk| {
+                self.call("discard", buffer, move |disk| {
                     ranges.iter().try_for_each(|range| disk.discard(*range))
                 });
             }
-            Request::WriteZeroes { ranges, may_unmap } => self.call(buffer, move |disk| {
+            Request::WriteZeroes {
+                ranges,
+                may_unmap,
+                durable,
+            } => self.call("write of zeros", buffer, move |disk| {
                 ranges
                     .iter()
-                    .try_for_each(|range| disk.write_zeroes(*range, may_unmap))
+                    .try_for_each(|range| disk.write_zeroes(*range, may_unmap))?;
+                if durable { disk.flush() } else { Ok(()) }
             }),
         }
     }
@@ -154,7 +173,13 @@ impl<B: IoBuffer> DiskQueue<B> {
         self.engine.submit();
     }
 
-    /// A request that has come to its end, if there is one. To be asked until there is none when the event is readable.
+    /// Makes the event unreadable until something else completes. Comes before the [`DiskQueue::completion`]s.
+    pub fn acknowledge(&self) {
+        self.engine.acknowledge();
+    }
+
+    /// A request that has come to its end, if there is one; no system call. To be asked until there is none when the event is
+    /// readable, and worth asking after a [`DiskQueue::kick`], since what the page cache holds completes at once.
     pub fn completion(&mut self) -> Option<Completion<B>> {
         if self.completed.is_empty() {
             self.reap();
@@ -167,8 +192,8 @@ impl<B: IoBuffer> DiskQueue<B> {
         self.engine.submit();
         while self.engine.in_flight() > 0 {
             self.engine.wait();
+            self.engine.acknowledge();
             self.reap();
-            self.engine.submit();
         }
     }
 
@@ -266,18 +291,7 @@ impl<B: IoBuffer> DiskQueue<B> {
 
     fn transfer(&mut self, slot: usize, transfer: Transfer) {
         let started = self.engine.transfer(slot, transfer);
-        let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
-            return;
-        };
-        match started {
-            Ok(()) => request.transfers += 1,
-            Err(source) => {
-                request.error.get_or_insert(IoError::Transfer {
-                    operation: request.operation,
-                    source,
-                });
-            }
-        }
+        self.note_start(slot, started);
     }
 
     /// Starts what makes the disk durable.
@@ -287,35 +301,36 @@ impl<B: IoBuffer> DiskQueue<B> {
         }
         let disk = self.disk.clone();
         let started = self.engine.call(slot, move || disk.flush());
-        self.note_call(slot, started);
+        self.note_start(slot, started);
     }
 
     fn call(
         &mut self,
+        operation: &'static str,
         buffer: B,
         call: impl FnOnce(&dyn Disk) -> Result<(), DiskError> + Send + 'static,
     ) {
         let slot = self.insert(InFlight {
             buffer,
-            operation: "discard",
+            operation,
             transfers: 0,
             error: None,
             then: Then::Complete,
         });
         let disk = self.disk.clone();
         let started = self.engine.call(slot, move || call(&*disk));
-        self.note_call(slot, started);
+        self.note_start(slot, started);
         self.settle(slot);
     }
 
-    fn note_call(&mut self, slot: usize, started: io::Result<()>) {
+    fn note_start(&mut self, slot: usize, started: io::Result<()>) {
         let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
             return;
         };
         match started {
             Ok(()) => request.transfers += 1,
             Err(source) => {
-                request.error.get_or_insert(IoError::Transfer {
+                request.error.get_or_insert(IoError::Thread {
                     operation: request.operation,
                     source,
                 });
@@ -331,9 +346,16 @@ impl<B: IoBuffer> DiskQueue<B> {
             request.transfers -= 1;
             let operation = request.operation;
             let error = match outcome {
-                Outcome::Transfer(result) => result
-                    .err()
-                    .map(|source| IoError::Transfer { operation, source }),
+                Outcome::Transfer(result) => result.err().map(
+                    |Failure {
+                         file_offset,
+                         source,
+                     }| IoError::Transfer {
+                        operation,
+                        file_offset,
+                        source,
+                    },
+                ),
                 Outcome::Call(result) => result.err().map(IoError::Disk),
             };
             if let Some(error) = error {
@@ -626,6 +648,7 @@ mod tests {
             let zeroes = Request::WriteZeroes {
                 ranges: vec![range(0, 512)],
                 may_unmap: false,
+                durable: true,
             };
             assert!(matches!(
                 run(&mut queue, zeroes, Vec::new()).1,

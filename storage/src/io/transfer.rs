@@ -42,7 +42,14 @@ pub(super) enum Progress {
     /// Some are left: try again.
     Again(Transfer),
     /// It cannot be done.
-    Failed(io::Error),
+    Failed(Failure),
+}
+
+/// Where a transfer failed, and why.
+pub(super) struct Failure {
+    /// Offset in the file, in bytes, of what was not moved.
+    pub(super) file_offset: u64,
+    pub(super) source: io::Error,
 }
 
 impl Transfer {
@@ -62,6 +69,13 @@ impl Transfer {
         &left[..left.len().min(MAX_IOVECS)]
     }
 
+    fn failed(&self, source: io::Error) -> Progress {
+        Progress::Failed(Failure {
+            file_offset: self.offset,
+            source,
+        })
+    }
+
     /// Takes note of an attempt's result: a count of bytes, or a negative error number.
     pub(super) fn advance(mut self, result: i32) -> Progress {
         let moved = match usize::try_from(result) {
@@ -69,13 +83,13 @@ impl Transfer {
             Err(_) if matches!(-result, libc::EINTR | libc::EAGAIN) => {
                 return Progress::Again(self);
             }
-            Err(_) => return Progress::Failed(io::Error::from_raw_os_error(-result)),
+            Err(_) => return self.failed(io::Error::from_raw_os_error(-result)),
         };
         if self.kind == Kind::Sync {
             return Progress::Finished;
         }
         if moved == 0 && !self.iovecs().is_empty() {
-            return Progress::Failed(match self.kind {
+            return self.failed(match self.kind {
                 Kind::Read => io::Error::new(
                     io::ErrorKind::UnexpectedEof,
                     "the file ends inside the extent",
@@ -108,7 +122,7 @@ impl Transfer {
         let ranges = self.iovecs();
         let (fd, count) = (self.file.as_raw_fd(), ranges.len() as libc::c_int);
         let Ok(offset) = libc::off64_t::try_from(self.offset) else {
-            return Progress::Failed(io::Error::from_raw_os_error(libc::EFBIG));
+            return self.failed(io::Error::from_raw_os_error(libc::EFBIG));
         };
         // SAFETY: the ranges are those of an `IoBuffer` that outlives the transfer, and `fd` is open as long as `file`. For a
         // sync no memory is involved.
@@ -130,7 +144,7 @@ impl Transfer {
     }
 
     /// Makes attempts until the end.
-    pub(super) fn run(mut self) -> io::Result<()> {
+    pub(super) fn run(mut self) -> Result<(), Failure> {
         loop {
             match self.attempt() {
                 Progress::Finished => return Ok(()),

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use io_uring::{IoUring, opcode, squeue, types};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::transfer::{Kind, Progress, Transfer};
+use super::transfer::{Failure, Kind, Progress, Transfer};
 
 /// Entries of the submission ring, and the most transfers that the kernel works on at once: the completion ring, which is twice as long,
 /// then never overflows. A longer burst waits here for its turn.
@@ -106,7 +106,7 @@ impl Uring {
     }
 
     /// Hands finished transfers to `finish`, and goes on with those that were short and those that waited.
-    pub(super) fn reap(&mut self, mut finish: impl FnMut(usize, io::Result<()>)) {
+    pub(super) fn reap(&mut self, mut finish: impl FnMut(usize, Result<(), Failure>)) {
         loop {
             let Some(completion) = self.ring.completion().next() else {
                 break;

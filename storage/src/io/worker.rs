@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::transfer::Transfer;
+use super::transfer::{Failure, Transfer};
 
 /// The jobs are a few system calls deep.
 const STACK_SIZE: usize = 128 << 10;
@@ -21,7 +21,7 @@ pub(super) enum Job<R> {
 
 /// What came of a job.
 pub(super) enum Outcome<R> {
-    Transfer(io::Result<()>),
+    Transfer(Result<(), Failure>),
     Call(R),
 }
 

@@ -1,0 +1,402 @@
+//! virtio-blk: a disk (VIRTIO 1.2, 5.2).
+//!
+//! ```text
+//! vCPU ── kick ──> device thread: ring ─ request ─> storage::io ── completion ──> ring ── interrupt ──> vCPU
+//! ```
+//!
+//! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and so on) run on any
+//! thread, under the device's mutex, and at most wait for what is in flight. From a ring no more requests are taken than
+//! it has descriptors, however often the driver makes one available, so that a guest cannot grow the host's memory.
+
+mod buffer;
+mod config_space;
+mod event_handler;
+#[cfg(test)]
+mod hostile;
+mod metrics;
+mod request;
+mod ring;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+use storage::Disk;
+use storage::io::{Completion, DiskQueue, EngineKind};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::buffer::{Operation, Ticket};
+use self::config_space::{ConfigSpace, bit};
+pub use self::metrics::BlockMetrics;
+use self::metrics::add;
+use self::request::{Command, ID_LEN, Rules};
+use self::ring::{Next, Ring};
+use super::chain;
+use super::{ActivateError, Activation, Interrupt, VirtioDevice};
+use crate::GuestMemory;
+
+/// What a block device is made of.
+#[derive(Clone, Debug)]
+pub struct BlockConfig {
+    /// The disk. Its geometry says whether the device is read-only.
+    pub disk: Arc<dyn Disk>,
+    /// The serial number; the guest sees its first 20 bytes.
+    pub serial: String,
+    /// Number of request queues, at least 1.
+    pub queues: u16,
+    /// Largest size of each queue, a power of two from 4 to 256.
+    pub queue_size: u16,
+    /// How bytes are moved.
+    pub engine: EngineKind,
+}
+
+/// A block device cannot be made or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// It needs a queue.
+    #[error("a block device with {0} queues: expected at least 1")]
+    Queues(u16),
+    /// The queue size is none.
+    #[error("a block device with queues of {0}: expected a power of two from 4 to 256")]
+    QueueSize(u16),
+    /// The host refused an event or the engine that was asked for.
+    #[error("the host refuses the device's disk I/O")]
+    Host(#[from] io::Error),
+    /// The driver was told of another kind of disk.
+    #[error("the new disk {0}, unlike the one it is to replace")]
+    Replacement(&'static str),
+}
+
+/// The device while a driver uses it.
+struct Active {
+    memory: Arc<GuestMemory>,
+    rings: Vec<Option<Ring>>,
+    write_through: bool,
+}
+
+/// The device.
+pub struct VirtioBlock {
+    interrupt: Arc<Interrupt>,
+    kicks: Vec<EventFd>,
+    queue_sizes: Vec<u16>,
+    config: ConfigSpace,
+    features: u64,
+    serial: [u8; ID_LEN],
+    disk: DiskQueue<Ticket>,
+    active: Option<Active>,
+    paused: bool,
+    metrics: Arc<BlockMetrics>,
+}
+
+impl VirtioBlock {
+    /// A device that interrupts through `interrupt`.
+    ///
+    /// # Errors
+    /// [`BlockError`], except `Replacement`.
+    pub fn new(config: BlockConfig, interrupt: Arc<Interrupt>) -> Result<Self, BlockError> {
+        let BlockConfig {
+            disk,
+            serial,
+            queues,
+            queue_size,
+            engine,
+        } = config;
+        if queues == 0 {
+            return Err(BlockError::Queues(queues));
+        }
+        if !queue_size.is_power_of_two() || !(4..=256).contains(&queue_size) {
+            return Err(BlockError::QueueSize(queue_size));
+        }
+        let mut padded = [0; ID_LEN];
+        for (to, from) in padded.iter_mut().zip(serial.bytes()) {
+            *to = from;
+        }
+        let kicks = (0..queues)
+            .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
+            .collect::<Result<_, _>>()?;
+        let geometry = disk.geometry();
+        Ok(Self {
+            interrupt,
+            kicks,
+            queue_sizes: vec![queue_size; queues.into()],
+            config: ConfigSpace::new(geometry, queues, queue_size),
+            features: config_space::features(geometry.read_only, queues),
+            serial: padded,
+            disk: DiskQueue::new(disk, engine)?,
+            active: None,
+            paused: false,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<BlockMetrics> {
+        self.metrics.clone()
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        self.disk.disk()
+    }
+
+    /// Waits for the requests in flight and tells the driver of them; serves nothing more until [`VirtioBlock::resume`]. Kicks are kept.
+    pub fn pause(&mut self) {
+        self.paused = true;
+        self.disk.drain();
+        self.finish();
+    }
+
+    /// Goes on, with what has come in while the device was paused.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        // Served by the device thread: the kernel ends the I/O of a thread that ends.
+        (0..self.kicks.len()).for_each(|queue| self.kick(queue));
+    }
+
+    /// Goes on with another disk, for example a larger one, and tells the driver. Waits for requests in flight.
+    ///
+    /// # Errors
+    /// `Replacement` where the disk differs in what the driver has been promised: sector size, and being writable.
+    pub fn replace_disk(&mut self, disk: Arc<dyn Disk>) -> Result<(), BlockError> {
+        let (old, new) = (self.disk.disk().geometry(), disk.geometry());
+        if new.logical_sector != old.logical_sector {
+            return Err(BlockError::Replacement("has another sector size"));
+        }
+        if new.read_only != old.read_only {
+            return Err(BlockError::Replacement(if new.read_only {
+                "is read-only"
+            } else {
+                "is writable"
+            }));
+        }
+        let queue_size = self.queue_sizes.first().copied().unwrap_or_default();
+        self.config = ConfigSpace::new(new, self.queue_sizes.len() as u16, queue_size);
+        self.disk.replace_disk(disk);
+        self.finish();
+        self.interrupt.signal_config_change();
+        Ok(())
+    }
+
+    /// Makes the device thread look at a queue.
+    fn kick(&self, queue: usize) {
+        if let Some(kick) = self.kicks.get(queue)
+            && let Err(error) = kick.write(1)
+        {
+            // Only a counter that is full refuses, and then it is readable already.
+            tracing::debug!(%error, "virtio-blk kick");
+        }
+    }
+
+    /// Takes the requests of a queue, and ends those that are done already.
+    fn serve(&mut self, queue: usize) {
+        if self.paused {
+            return;
+        }
+        if let Err(error) = self.take(queue) {
+            return self.fail(&error);
+        }
+        self.disk.kick();
+        self.finish();
+    }
+
+    /// Takes at most a queue's worth of requests.
+    fn take(&mut self, queue: usize) -> Result<(), RingFault> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let Some(ring) = active.rings.get_mut(queue).and_then(Option::as_mut) else {
+            return Ok(());
+        };
+        let geometry = *self.disk.disk().geometry();
+        let rules = Rules {
+            geometry: &geometry,
+            queue_size: ring.size(),
+            write_through: active.write_through,
+        };
+        for _ in 0..ring.size() {
+            let mut chain = match ring.next(&active.memory)? {
+                Next::Chain(chain) => chain,
+                Next::Empty | Next::Full => return Ok(()),
+            };
+            let head = chain.head;
+            // Without a status byte there is no way to tell the driver of anything.
+            let status = request::take_status(&mut chain).ok_or(RingFault::NoStatus)?;
+            let ended = match request::parse(&active.memory, chain, &rules) {
+                Ok(Command::GetId(segments)) => {
+                    let written = chain::write(&active.memory, &segments, &self.serial)?;
+                    let whole = chain::total_len(&segments) == u64::from(written);
+                    // What lies between the serial number and the status is not written, so not counted.
+                    (VIRTIO_BLK_S_OK as u8, written + u32::from(whole))
+                }
+                Ok(Command::Disk {
+                    request,
+                    operation,
+                    data,
+                }) => {
+                    let origin = (queue, head);
+                    let ticket = Ticket::new(&active.memory, &data, origin, status, operation)?;
+                    self.disk.submit(request, ticket);
+                    continue;
+                }
+                Err(refusal) => {
+                    add(&self.metrics.errors, 1);
+                    (refusal.status(), 0)
+                }
+            };
+            ring.finish(&active.memory, head, status, ended)?;
+        }
+        // The turn is over, and there may be more.
+        self.kick(queue);
+        Ok(())
+    }
+
+    /// Tells the driver of what is done.
+    fn finish(&mut self) {
+        if let Err(error) = self.try_finish() {
+            self.fail(&error);
+        }
+    }
+
+    fn try_finish(&mut self) -> Result<(), RingFault> {
+        while let Some(Completion { buffer, result }) = self.disk.completion() {
+            let ended = self.ended(&buffer, result);
+            let Some(active) = &mut self.active else {
+                continue;
+            };
+            let Some(ring) = active.rings.get_mut(buffer.queue).and_then(Option::as_mut) else {
+                continue;
+            };
+            if ring.complete(buffer.memory(), buffer.head, buffer.status, ended)? {
+                // There was no room for more; now there is.
+                self.kick(buffer.queue);
+            }
+        }
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let mut interrupt = false;
+        for ring in active.rings.iter_mut().flatten() {
+            interrupt |= ring.take_interrupt(&active.memory)?;
+        }
+        if interrupt {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// The status byte and the count of bytes written for a request that the disk has ended.
+    fn ended(&self, ticket: &Ticket, result: Result<(), storage::io::IoError>) -> (u8, u32) {
+        let metrics = &self.metrics;
+        let len = u64::from(ticket.len);
+        if let Err(error) = result {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, operation = ?ticket.operation, "virtio-blk request");
+            add(&metrics.errors, 1);
+            // Of a read it is unknown how much was written; the driver may rely on what is counted (2.7.8.2).
+            let written = u32::from(ticket.operation != Operation::Read);
+            return (VIRTIO_BLK_S_IOERR as u8, written);
+        }
+        let written = match ticket.operation {
+            Operation::Read => {
+                add(&metrics.reads, 1);
+                add(&metrics.read_bytes, len);
+                ticket.len.saturating_add(1)
+            }
+            Operation::Write => {
+                add(&metrics.writes, 1);
+                add(&metrics.written_bytes, len);
+                1
+            }
+            Operation::Flush => {
+                add(&metrics.flushes, 1);
+                1
+            }
+            Operation::Discard => {
+                add(&metrics.discards, 1);
+                1
+            }
+        };
+        (VIRTIO_BLK_S_OK as u8, written)
+    }
+
+    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no status byte can tell.
+    fn fail(&mut self, error: &RingFault) {
+        tracing::warn!(%error, "virtio-blk: the driver broke a ring; the device needs a reset");
+        add(&self.metrics.failures, 1);
+        self.stop();
+        self.interrupt.fail();
+    }
+
+    /// Lets go of guest memory.
+    fn stop(&mut self) {
+        self.active = None;
+        self.disk.drain();
+        while self.disk.completion().is_some() {}
+    }
+}
+
+/// The driver broke a ring.
+#[derive(Debug, thiserror::Error)]
+enum RingFault {
+    #[error(transparent)]
+    Queue(#[from] virtio_queue::Error),
+    #[error(transparent)]
+    Chain(#[from] chain::ChainError),
+    #[error("a request without a status byte")]
+    NoStatus,
+}
+
+impl VirtioDevice for VirtioBlock {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
+    fn interrupt(&self) -> &Arc<Interrupt> {
+        &self.interrupt
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation {
+            memory,
+            queues,
+            features,
+        } = activation;
+        if queues.iter().all(Option::is_none) {
+            return Err(ActivateError("no queue is ready".into()));
+        }
+        self.active = Some(Active {
+            memory: Arc::new(memory),
+            rings: queues
+                .into_iter()
+                .map(|queue| queue.map(Ring::new))
+                .collect(),
+            write_through: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
+        });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+}
