@@ -223,7 +223,7 @@ impl Vm {
         if let Some(first) = self.vcpus.first() {
             first.enter_at(regs, set_sregs)?;
         }
-        Vcpus::start(self.vcpus, self.memory, buses, Box::new(on_exit))
+        Vcpus::start(self.fd, self.vcpus, self.memory, buses, Box::new(on_exit))
     }
 }
 

@@ -11,7 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use devices::GuestMemory;
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use kvm_ioctls::VmFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
 use super::{Buses, VmError};
@@ -24,6 +25,14 @@ const STACK_SIZE: usize = 128 << 10;
 enum Target {
     Run,
     Pause,
+    Stop,
+}
+
+/// What [`Shared::gate`] lets a vCPU do.
+enum Gate {
+    /// Run; `waited` when it had to wait for that.
+    Run { waited: bool },
+    /// End its thread.
     Stop,
 }
 
@@ -66,11 +75,13 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the vCPUs are to be paused; false when they are to stop.
-    fn gate(&self, index: u8) -> bool {
+    /// Waits while the vCPUs are to be paused.
+    fn gate(&self, index: u8) -> Gate {
         let mut table = self.table();
         table.set_immediate_exit(index.into(), 0);
+        let mut waited = false;
         while table.target == Target::Pause {
+            waited = true;
             table.parked += 1;
             self.changed.notify_all();
             table = self
@@ -79,7 +90,10 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner);
             table.parked -= 1;
         }
-        table.target == Target::Run
+        match table.target {
+            Target::Stop => Gate::Stop,
+            Target::Run | Target::Pause => Gate::Run { waited },
+        }
     }
 
     fn end(&self, exit: VcpuExit) {
@@ -101,6 +115,8 @@ impl Shared {
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
+    _vm: VmFd,
     /// What the memory slots of the VM map: not unmapped while a vCPU can run.
     _memory: GuestMemory,
 }
@@ -113,6 +129,7 @@ fn kick_signal() -> libc::c_int {
 
 impl Vcpus {
     pub(super) fn start(
+        vm: VmFd,
         mut vcpus: Vec<Vcpu>,
         memory: GuestMemory,
         buses: Buses,
@@ -137,6 +154,7 @@ impl Vcpus {
         let mut this = Self {
             shared,
             threads: Vec::with_capacity(vcpus.len()),
+            _vm: vm,
             _memory: memory,
         };
         for vcpu in vcpus {
@@ -209,6 +227,10 @@ impl Drop for Vcpus {
 
 fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu) {
     let index = vcpu.index;
+    // The mask is inherited; a thread that waits for its signals by signalfd may have blocked this one too.
+    if let Err(error) = unblock_signal(kick_signal()) {
+        tracing::warn!(%error, index, "the kick signal stays as it was");
+    }
     let looped = catch_unwind(AssertUnwindSafe(|| run_loop(shared, buses, &mut vcpu)));
     let exit = looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })));
     shared.leave(index);
@@ -220,14 +242,17 @@ fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu) {
 
 /// Runs the vCPU until it is to stop (`None`) or the guest ends.
 fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu) -> Option<VcpuExit> {
-    let mut paused = false;
-    while shared.gate(vcpu.index) {
-        if std::mem::take(&mut paused)
+    // Every vCPU waits for the start of all; only a pause after that is one that the guest could notice.
+    let mut entered = false;
+    while let Gate::Run { waited } = shared.gate(vcpu.index) {
+        if waited
+            && entered
             && let Err(error) = vcpu.fd.kvmclock_ctrl()
         {
             // EINVAL: the guest has not set up its kvm-clock; then it needs not be told of the pause.
             tracing::debug!(%error, "KVM_KVMCLOCK_CTRL");
         }
+        entered = true;
         loop {
             match vcpu.run(buses) {
                 Step::Handled => {}
@@ -235,7 +260,6 @@ fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu) -> Option<VcpuExit>
                 Step::Ended(exit) => return Some(exit),
             }
         }
-        paused = true;
     }
     None
 }
