@@ -51,9 +51,7 @@ pub struct Buses {
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// `/dev/kvm` cannot be opened.
-    #[error(
-        "cannot open /dev/kvm: {0}; load kvm_amd or kvm_intel, and be in the group that may use it (kvm)"
-    )]
+    #[error("cannot open /dev/kvm: {0}; {advice}", advice = open_advice(*.0))]
     Open(errno::Error),
     /// An API that no kernel since 2007 speaks.
     #[error("KVM speaks API version {0}, not 12")]
@@ -111,6 +109,17 @@ pub enum VmError {
 impl VmError {
     fn kvm(request: &'static str) -> impl FnOnce(errno::Error) -> Self {
         move |source| Self::Kvm { request, source }
+    }
+}
+
+/// What to do where `/dev/kvm` cannot be opened.
+pub(crate) fn open_advice(error: errno::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => {
+            "load kvm_amd or kvm_intel; if that fails, enable virtualization in the firmware, or nesting in the hypervisor below"
+        }
+        libc::EACCES | libc::EPERM => "add yourself to the group kvm, and log in again",
+        _ => "see dmesg for what KVM says",
     }
 }
 

@@ -101,6 +101,31 @@ fn port_accesses_reach_the_device_and_its_answer_the_guest() {
 }
 
 #[test]
+fn a_string_access_is_one_access_for_each_element() {
+    let vm = vm(1, 4 << 20);
+    vm.memory()
+        .write_slice(b"abcdef", GuestAddress(0x3000))
+        .unwrap();
+    // mov dx, PORT; mov di, 0x3100; mov cx, 3; rep insb; mov si, 0x3000; mov cx, 3; rep outsw; mov si, 0x3100; outsw; hlt
+    let code = [
+        0xba, 0x10, 0x00, 0xbf, 0x00, 0x31, 0xb9, 0x03, 0x00, 0xf3, 0x6c, 0xbe, 0x00, 0x30, 0xb9,
+        0x03, 0x00, 0xf3, 0x6f, 0xbe, 0x00, 0x31, 0x6f, 0xf4,
+    ];
+    let run = run(vm, &code, false);
+    for expected in [
+        Access::Read(0, 1),
+        Access::Read(0, 1),
+        Access::Read(0, 1),
+        Access::Write(0, b"ab".to_vec()),
+        Access::Write(0, b"cd".to_vec()),
+        Access::Write(0, b"ef".to_vec()),
+        Access::Write(0, vec![0x5a; 2]),
+    ] {
+        assert_eq!(run.accesses.recv().unwrap(), expected);
+    }
+}
+
+#[test]
 fn an_unclaimed_port_reads_all_ones() {
     // in al, 0x80; out PORT, al; hlt
     let run = run(vm(1, 4 << 20), &[0xe4, 0x80, 0xe6, 0x10, 0xf4], false);
@@ -140,6 +165,43 @@ fn an_ioevent_takes_the_write_and_leaves_other_values_to_the_device() {
         Access::Write(0x50, vec![2, 0, 0, 0])
     );
     assert_eq!(event.read().unwrap(), 1);
+}
+
+#[test]
+fn an_irqfd_interrupts_a_halted_guest() {
+    const GSI: u32 = 1;
+    const HANDLER: u16 = 0x2000;
+    let vm = vm(1, 4 << 20);
+    let event = EventFd::new(0).unwrap();
+    vm.register_irqfd(&event, GSI).unwrap();
+    let vector = 0x20 + u64::from(GSI);
+    vm.memory()
+        .write_obj(HANDLER, GuestAddress(vector * 4))
+        .unwrap();
+    // out PORT+1, al; mov al, 0x20; out 0x20, al (end of interrupt); iret
+    let handler = [0xe6, 0x11, 0xb0, 0x20, 0xe6, 0x20, 0xcf];
+    vm.memory()
+        .write_slice(&handler, GuestAddress(HANDLER.into()))
+        .unwrap();
+    // The interrupt controller (8259): mov al, word; out port, al. Vectors from 0x20, a slave at line 2, 8086 mode, none masked.
+    let mut code = Vec::new();
+    for (port, word) in [
+        (0x20, 0x11),
+        (0x21, 0x20),
+        (0x21, 0x04),
+        (0x21, 0x01),
+        (0x21, 0x00),
+    ] {
+        code.extend([0xb0, word, 0xe6, port]);
+    }
+    // mov sp, 0x8000; sti; out PORT, al; l: hlt; jmp l
+    code.extend([0xbc, 0x00, 0x80, 0xfb, 0xe6, 0x10, 0xf4, 0xeb, 0xfd]);
+    let run = run(vm, &code, false);
+    assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0]));
+    for _ in 0..2 {
+        event.write(1).unwrap();
+        assert!(matches!(run.accesses.recv().unwrap(), Access::Write(1, _)));
+    }
 }
 
 #[test]
@@ -210,6 +272,14 @@ fn ram_lies_on_both_sides_of_the_hole() {
         .unwrap();
     let run = run(vm, &[0xa0, 0xff, 0xff, 0xff, 0xbf, 0xe6, 0x10, 0xf4], true);
     assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0x66]));
+}
+
+#[test]
+fn a_missing_kvm_says_what_to_do() {
+    for (errno, advice) in [(libc::ENOENT, "load kvm_amd"), (libc::EACCES, "group kvm")] {
+        let error = VmError::Open(errno::Error::new(errno)).to_string();
+        assert!(error.contains(advice) && !error.contains('\n'), "{error}");
+    }
 }
 
 #[test]

@@ -159,15 +159,26 @@ impl Vcpu {
         let failed = |error| Step::Ended(VcpuExit::Failed(error));
         match self.fd.run() {
             Ok(KvmExit::IoIn(port, data)) => {
-                if !buses.pio.read(port.into(), data) {
-                    data.fill(0xff);
-                    tracing::trace!(port, "read of an unclaimed port");
+                let data = &raw mut *data;
+                let size = element_size(&mut self.fd);
+                // SAFETY: the bytes lie in the mapping of `fd`'s `kvm_run`, behind the structure itself. Nobody else refers to them,
+                // and KVM writes them only in the next run of this vCPU, which `&mut self` holds back.
+                for element in unsafe { &mut *data }.chunks_exact_mut(size) {
+                    if !buses.pio.read(port.into(), element) {
+                        element.fill(0xff);
+                        tracing::trace!(port, "read of an unclaimed port");
+                    }
                 }
                 Step::Handled
             }
             Ok(KvmExit::IoOut(port, data)) => {
-                if !buses.pio.write(port.into(), data) {
-                    tracing::trace!(port, "write to an unclaimed port");
+                let data = &raw const *data;
+                let size = element_size(&mut self.fd);
+                // SAFETY: as for `IoIn`.
+                for element in unsafe { &*data }.chunks_exact(size) {
+                    if !buses.pio.write(port.into(), element) {
+                        tracing::trace!(port, "write to an unclaimed port");
+                    }
                 }
                 Step::Handled
             }
@@ -224,6 +235,14 @@ fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, delivery: u32) {
     for (at, byte) in value.to_le_bytes().into_iter().enumerate() {
         lapic.regs[register + at] = byte.cast_signed();
     }
+}
+
+/// Bytes of each element of the port access that the last run ended with: a string instruction brings many in one exit, all for the
+/// same port.
+fn element_size(fd: &mut VcpuFd) -> usize {
+    // SAFETY: the last exit was KVM_EXIT_IO, for which KVM fills this member of the union; any bits are a valid u8.
+    let size = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };
+    usize::from(size).max(1)
 }
 
 fn internal_suberror(fd: &mut VcpuFd) -> u32 {
