@@ -97,14 +97,14 @@ mod tests {
             let (mut at, mut ranges) = (2, Vec::new());
             while let Some(range) = data_range(&sparse, at, end).unwrap() {
                 at = range.end;
-                ranges.push(range);
+                ranges.push((range.start, range.end));
             }
             ranges
         };
         let mib = 1 << 20;
-        assert_eq!(ranges(mib + 4), [2..4096, mib..mib + 4]);
-        assert_eq!(ranges(mib), [2..4096]);
-        assert_eq!(ranges(3), [2..3]);
+        assert_eq!(ranges(mib + 4), [(2, 4096), (mib, mib + 4)]);
+        assert_eq!(ranges(mib), [(2, 4096)]);
+        assert_eq!(ranges(3), [(2, 3)]);
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let path = Path::new("sparse");
         let segment = LoadSegment {
