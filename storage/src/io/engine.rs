@@ -1,4 +1,4 @@
-//! Which way transfers go: io_uring, or the worker thread.
+//! Which way transfers go: `io_uring`, or the worker thread.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -13,10 +13,10 @@ use crate::DiskError;
 /// How transfers are to be made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
-    /// By io_uring where the kernel allows it, else by a worker thread.
+    /// By `io_uring` where the kernel allows it, else by a worker thread.
     #[default]
     Auto,
-    /// By io_uring, or not at all.
+    /// By `io_uring`, or not at all.
     IoUring,
     /// By a worker thread.
     Worker,

@@ -120,7 +120,10 @@ impl Transfer {
     /// Makes an attempt on this thread.
     pub(super) fn attempt(self) -> Progress {
         let ranges = self.iovecs();
-        let (fd, count) = (self.file.as_raw_fd(), ranges.len() as libc::c_int);
+        let (fd, count) = (
+            self.file.as_raw_fd(),
+            libc::c_int::try_from(ranges.len()).unwrap_or(libc::c_int::MAX),
+        );
         let Ok(offset) = libc::off64_t::try_from(self.offset) else {
             return self.failed(io::Error::from_raw_os_error(libc::EFBIG));
         };

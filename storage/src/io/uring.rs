@@ -1,4 +1,4 @@
-//! Transfers through io_uring.
+//! Transfers through `io_uring`.
 
 use std::collections::VecDeque;
 use std::io;
@@ -36,7 +36,7 @@ impl Uring {
     /// A ring that signals `event` at completions.
     ///
     /// # Errors
-    /// Where the kernel has no io_uring or forbids it.
+    /// Where the kernel has no `io_uring` or forbids it.
     pub(super) fn new(event: &EventFd) -> io::Result<Self> {
         let ring = IoUring::new(ENTRIES)?;
         ring.submitter().register_eventfd(event.as_raw_fd())?;

@@ -13,7 +13,7 @@ const STACK_SIZE: usize = 128 << 10;
 
 /// What the worker does.
 pub(super) enum Job<R> {
-    /// A transfer, where there is no io_uring.
+    /// A transfer, where there is no `io_uring`.
     Transfer(Transfer),
     /// Anything else that blocks.
     Call(Box<dyn FnOnce() -> R + Send>),

@@ -23,6 +23,7 @@ use super::*;
 pub(super) const DISK_SIZE: u64 = 1 << 20;
 pub(super) const QUEUE_SIZE: u16 = 16;
 const NEXT: u16 = 1;
+const INDIRECT: u16 = 4;
 pub(super) const WRITE: u16 = 2;
 /// Where the tests put header, data and status.
 const HEADER: u64 = 0x1_0000;
@@ -302,7 +303,6 @@ fn an_indirect_chain_is_served() {
         let at = GuestAddress(0x8000 + 16 * u64::from(index));
         memory.write_obj(descriptor, at).unwrap();
     }
-    const INDIRECT: u16 = 4;
     assert_eq!(driver.run(&[(0x8000, 48, INDIRECT)]), (OK, 513));
     assert_eq!(driver.bytes(DATA, 512), [9; 512]);
 }
