@@ -11,5 +11,7 @@
 //! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one.
 
 pub mod boot;
+pub mod config;
+pub mod doctor;
 pub mod layout;
 pub mod vm;

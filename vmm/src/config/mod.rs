@@ -1,0 +1,180 @@
+//! What a user asks for, in the shape of Firecracker's configuration file and REST bodies.
+//!
+//! ```json
+//! {
+//!   "boot-source": { "kernel_image_path": "vmlinux", "boot_args": "console=ttyS0" },
+//!   "drives": [ { "drive_id": "root", "path_on_host": "root.vhdx", "is_root_device": true } ],
+//!   "machine-config": { "vcpu_count": 2, "mem_size_mib": 256 },
+//!   "entropy": {}
+//! }
+//! ```
+//!
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, and `format`, `serial` and `num_queues` of a drive. A field
+//! that Coppice does not know is refused, and so is a value that it cannot honour: nothing that was asked for is left
+//! out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are such values.
+
+mod boot_source;
+mod drive;
+mod error;
+mod machine;
+mod output;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+pub use boot_source::{BootProtocol, BootSourceConfig};
+pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
+pub use error::ConfigError;
+pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
+pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
+
+use crate::layout;
+
+/// Longest configuration file, in bytes.
+pub const MAX_FILE_SIZE: u64 = 1 << 20;
+
+/// Everything about one guest.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmConfig {
+    /// The kernel, and what it is given. A guest cannot start without.
+    #[serde(default)]
+    pub boot_source: Option<BootSourceConfig>,
+    /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
+    #[serde(default)]
+    pub drives: Vec<DriveConfig>,
+    /// Memory and vCPUs.
+    #[serde(default)]
+    pub machine_config: MachineConfig,
+    /// The entropy device (virtio-rng); none where absent.
+    #[serde(default)]
+    pub entropy: Option<EntropyConfig>,
+    /// Where the output of the serial console goes; to standard output where absent.
+    #[serde(default)]
+    pub serial: Option<SerialConfig>,
+    /// The log.
+    #[serde(default)]
+    pub logger: Option<LoggerConfig>,
+    /// Where counters are written.
+    #[serde(default)]
+    pub metrics: Option<MetricsConfig>,
+}
+
+/// The entropy device. It has nothing to set.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyConfig {
+    /// Not supported: refused unless `null`.
+    #[serde(default, skip_serializing)]
+    pub rate_limiter: Option<IgnoredAny>,
+}
+
+impl VmConfig {
+    /// Reads a configuration file, of [`MAX_FILE_SIZE`] at most, and checks it.
+    ///
+    /// # Errors
+    /// `Read`, `TooLong`, `Json`, and those of [`VmConfig::validate`].
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let read = |source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let mut text = Vec::new();
+        File::open(path)
+            .map_err(read)?
+            .take(MAX_FILE_SIZE + 1)
+            .read_to_end(&mut text)
+            .map_err(read)?;
+        if text.len() as u64 > MAX_FILE_SIZE {
+            return Err(ConfigError::TooLong {
+                path: path.to_owned(),
+            });
+        }
+        let config: Self = serde_json::from_slice(&text).map_err(|source| ConfigError::Json {
+            path: path.to_owned(),
+            source,
+        })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks every field by itself and all of them together. Does not look at any file: see [`VmConfig::check_files`].
+    ///
+    /// # Errors
+    /// `Unsupported`, `Invalid`, `DuplicateDrive`, `SecondRoot`, `TooManyDevices`.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if let Some(boot_source) = &self.boot_source {
+            boot_source.validate()?;
+        }
+        self.machine_config.validate()?;
+        let mut ids = BTreeSet::new();
+        let mut root: Option<&str> = None;
+        for drive in &self.drives {
+            drive.validate()?;
+            if !ids.insert(drive.drive_id.as_str()) {
+                return Err(ConfigError::DuplicateDrive(drive.drive_id.clone()));
+            }
+            if drive.is_root_device
+                && let Some(first) = root.replace(&drive.drive_id)
+            {
+                return Err(ConfigError::SecondRoot {
+                    drive: drive.drive_id.clone(),
+                    first: first.to_owned(),
+                });
+            }
+        }
+        if self
+            .entropy
+            .is_some_and(|entropy| entropy.rate_limiter.is_some())
+        {
+            return Err(ConfigError::Unsupported {
+                field: "entropy.rate_limiter",
+            });
+        }
+        if let Some(serial) = &self.serial {
+            serial.validate()?;
+        }
+        if let Some(logger) = &self.logger {
+            logger.validate()?;
+        }
+        if let Some(metrics) = &self.metrics {
+            metrics.validate()?;
+        }
+        let devices = self.drives.len() + usize::from(self.entropy.is_some());
+        if devices > layout::VIRTIO_GSIS.len() {
+            return Err(ConfigError::TooManyDevices { found: devices });
+        }
+        Ok(())
+    }
+
+    /// Checks that the kernel, the initrd and every drive can be opened as they are going to be.
+    ///
+    /// # Errors
+    /// `File` and `NotAFile`.
+    pub fn check_files(&self) -> Result<(), ConfigError> {
+        if let Some(boot_source) = &self.boot_source {
+            boot_source.check_files()?;
+        }
+        self.drives.iter().try_for_each(DriveConfig::check_file)
+    }
+
+    /// Adds a drive, or replaces the one with the same `drive_id` in its place.
+    pub fn set_drive(&mut self, drive: DriveConfig) {
+        match self
+            .drives
+            .iter_mut()
+            .find(|other| other.drive_id == drive.drive_id)
+        {
+            Some(other) => *other = drive,
+            None => self.drives.push(drive),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
