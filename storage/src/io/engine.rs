@@ -115,7 +115,7 @@ impl Engine {
         let _ = self.event.read();
     }
 
-    /// What has come to its end.
+    /// What has come to its end. New work may result, so [`Engine::submit`] comes after.
     pub(super) fn reap(&mut self) -> Outcomes {
         let mut outcomes = Outcomes::new();
         if let Some(uring) = &mut self.uring {
@@ -124,7 +124,6 @@ impl Engine {
         if let Some(worker) = &mut self.worker {
             worker.reap(|token, outcome| outcomes.push((token, outcome)));
         }
-        self.submit();
         outcomes
     }
 

@@ -363,6 +363,8 @@ impl<B: IoBuffer> DiskQueue<B> {
             }
             self.settle(slot);
         }
+        // What was short, what waited for room, and the flush behind a write are new work for the kernel.
+        self.engine.submit();
     }
 
     /// Goes on with a request whose transfers are all done.
