@@ -14,4 +14,5 @@ pub mod boot;
 pub mod config;
 pub mod doctor;
 pub mod layout;
+pub mod machine;
 pub mod vm;
