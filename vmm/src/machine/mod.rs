@@ -161,10 +161,6 @@ fn event(device: &'static str) -> Result<EventFd, StartError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host(device))
 }
 
-fn clone_event(event: &EventFd, device: &'static str) -> Result<EventFd, StartError> {
-    event.try_clone().map_err(host(device))
-}
-
 /// The devices of a machine while it is put together.
 struct Builder<'a> {
     vm: &'a Vm,
@@ -284,12 +280,13 @@ fn new_block(drive: &DriveConfig) -> Result<VirtioBlock, StartError> {
 fn cmdline(config: &VmConfig, given: Option<&str>) -> String {
     let mut cmdline = given.unwrap_or(boot::DEFAULT_CMDLINE).to_owned();
     if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
-        match &root.partuuid {
-            Some(uuid) => cmdline.push_str(&format!(" root=PARTUUID={uuid}")),
-            // The root device is the first drive: its name in the guest is known.
-            None => cmdline.push_str(" root=/dev/vda"),
-        }
-        cmdline.push_str(if root.is_read_only { " ro" } else { " rw" });
+        // The root device is the first drive: its name in the guest is known.
+        let device = root
+            .partuuid
+            .as_ref()
+            .map_or("/dev/vda".to_owned(), |uuid| format!("PARTUUID={uuid}"));
+        let mode = if root.is_read_only { "ro" } else { "rw" };
+        cmdline = format!("{cmdline} root={device} {mode}");
     }
     cmdline
 }
