@@ -17,7 +17,11 @@ const AMD_FEATURES: u32 = 0x8000_0001;
 const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_CACHE: u32 = 0x8000_001d;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
+const AMD_PERFORMANCE_MONITORING: u32 = 0x8000_0022;
+const AMD_TOPOLOGY_V2: u32 = 0x8000_0026;
 
+/// Leaf 1 ECX: the MSR of performance capabilities.
+const PDCM: u32 = 1 << 15;
 /// Leaf 1 ECX: TSC-deadline timer of the local APIC.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1 ECX: runs under a hypervisor.
@@ -26,8 +30,10 @@ const HYPERVISOR: u32 = 1 << 31;
 const HTT: u32 = 1 << 28;
 /// Leaf `0x8000_0001` ECX: the logical processors of the package are cores.
 const CMP_LEGACY: u32 = 1 << 1;
+/// Leaf `0x8000_0001` ECX: six performance counters.
+const PERFCTR_CORE: u32 = 1 << 23;
 
-/// The CPUID that all vCPUs share; [`for_vcpu`] makes it that of one.
+/// The CPUID that all vCPUs share; [`Self::for_vcpu`] makes it that of one.
 pub(super) struct Template {
     entries: Vec<kvm_cpuid_entry2>,
     vcpus: u8,
@@ -53,7 +59,8 @@ impl Template {
     /// The CPUID of the vCPU with local APIC ID `apic_id`.
     pub(super) fn for_vcpu(&self, apic_id: u8) -> Result<CpuId, VmError> {
         let mut entries = self.entries.clone();
-        entries.retain(|e| e.function != TOPOLOGY && e.function != TOPOLOGY_V2);
+        // The host's own topology; leaf 0xb alone tells that of the guest.
+        entries.retain(|e| !matches!(e.function, TOPOLOGY | TOPOLOGY_V2 | AMD_TOPOLOGY_V2));
         for entry in &mut entries {
             self.adapt(entry, u32::from(apic_id));
         }
@@ -82,6 +89,7 @@ impl Template {
                     (apic_id << 24) | (vcpus.next_power_of_two() << 16) | (entry.ebx & 0xffff);
                 set(&mut entry.ecx, HYPERVISOR, true);
                 set(&mut entry.ecx, TSC_DEADLINE, self.tsc_deadline);
+                set(&mut entry.ecx, PDCM, false);
                 set(&mut entry.edx, HTT, many);
             }
             // EAX 31:26 cores of the package - 1, 25:14 logical processors that share this cache - 1.
@@ -91,8 +99,13 @@ impl Template {
                 entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | ((vcpus - 1) << 26);
             }
             // No virtual PMU.
-            PERFORMANCE_MONITORING => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-            AMD_FEATURES => set(&mut entry.ecx, CMP_LEGACY, many),
+            PERFORMANCE_MONITORING | AMD_PERFORMANCE_MONITORING => {
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0)
+            }
+            AMD_FEATURES => {
+                set(&mut entry.ecx, CMP_LEGACY, many);
+                set(&mut entry.ecx, PERFCTR_CORE, false);
+            }
             // ECX 15:12 APIC ID size, 7:0 cores - 1.
             AMD_SIZES => entry.ecx = (entry.ecx & !0xf0ff) | (self.core_bits() << 12) | (vcpus - 1),
             AMD_CACHE if entry.eax & 0x1f != 0 => {
@@ -150,6 +163,8 @@ mod tests {
             AMD_FEATURES,
             AMD_SIZES,
             AMD_TOPOLOGY,
+            AMD_PERFORMANCE_MONITORING,
+            AMD_TOPOLOGY_V2,
         ];
         Template {
             entries: leaves.iter().map(|f| entry(*f, 0)).collect(),
@@ -183,7 +198,9 @@ mod tests {
         let sizes = find(&cpuid, AMD_SIZES, 0);
         assert_eq!((sizes.ecx & 0xff, (sizes.ecx >> 12) & 0xf), (5, 3));
         assert_eq!(find(&cpuid, AMD_TOPOLOGY, 0).eax, 5);
-        assert!(cpuid.as_slice().iter().all(|e| e.function != TOPOLOGY_V2));
+        for hosts in [TOPOLOGY_V2, AMD_TOPOLOGY_V2] {
+            assert!(cpuid.as_slice().iter().all(|e| e.function != hosts));
+        }
     }
 
     #[test]
@@ -202,5 +219,8 @@ mod tests {
             HYPERVISOR
         );
         assert_eq!(find(&cpuid, PERFORMANCE_MONITORING, 0).eax, 0);
+        assert_eq!(find(&cpuid, AMD_PERFORMANCE_MONITORING, 0).eax, 0);
+        assert_eq!(find(&cpuid, FEATURES, 0).ecx & PDCM, 0);
+        assert_eq!(find(&cpuid, AMD_FEATURES, 0).ecx & PERFCTR_CORE, 0);
     }
 }
