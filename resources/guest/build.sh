@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# Turns Debian packages into guests, without root: a kernel, an initrd, and root file systems as VHDX, in target/guest/.
+#
+#   vmlinuz              Debian's cloud kernel
+#   initrd.cpio.gz       modules, busybox and `init` (resources/guest/init)
+#   host-initrd.cpio.gz  the same for the lab's host: KVM and PCI modules, `host-init`
+#   root.raw, root.vhdx  ext4 with busybox
+#   full.vhdx            ext4 with bash, coreutils and python3
+#
+# Versions are pinned in packages.lock. A version that the mirror no longer has is replaced by the newest, which is said.
+set -euo pipefail
+export LC_ALL=C SOURCE_DATE_EPOCH=1700000000
+PATH=$PATH:/sbin:/usr/sbin
+
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-$here/../../target/guest}
+mkdir -p "$out/packages"
+out=$(cd "$out" && pwd)
+
+# Everything is made anew when the recipe changes, and nothing when it does not.
+stamp=$(cat "$here"/{build.sh,packages.lock,init,host-init} | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
+    exit 0
+fi
+rm -f "$out/stamp"
+work=$(mktemp -d "$out/.build-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# fetch PACKAGE VERSION: prints the path of its .deb.
+fetch() {
+    local name=$1 version=$2 deb
+    deb=$out/packages/${name}_${version//:/%3a}_amd64.deb
+    if [ ! -f "$deb" ]; then
+        (cd "$work" && apt-get download -q "$name=$version" >/dev/null 2>&1) || {
+            echo "guest: $name $version is not on the mirror any more; taking the newest (make guest-update pins it)" >&2
+            (cd "$work" && apt-get download -q "$name" >/dev/null 2>"$work/error") || {
+                echo "guest: cannot download $name; is this machine offline, or apt-get update needed?" >&2
+                cat "$work/error" >&2
+                return 1
+            }
+        }
+        mv "$work/${name}"_*.deb "$deb"
+    fi
+    echo "$deb"
+}
+
+echo "guest: building in $out"
+mkdir "$work"/{kernel,busybox,full}
+while read -r name version; do
+    case $name in
+        '' | '#'*) continue ;;
+        linux-image-*) tree=kernel ;;
+        busybox-static) tree=busybox ;;
+        *) tree=full ;;
+    esac
+    deb=$(fetch "$name" "$version")
+    dpkg-deb -x "$deb" "$work/$tree"
+done <"$here/packages.lock"
+
+cp "$work"/kernel/boot/vmlinuz-* "$out/vmlinuz"
+modules=$(echo "$work"/kernel/lib/modules/*)
+
+# initrd NAME INIT MODULE...: an initrd with INIT as /init, and modules to be loaded in that order.
+initrd() {
+    local name=$1 init=$2 tree=$work/$1 module
+    shift 2
+    mkdir -p "$tree"/{bin,dev,mnt,modules,proc,root,sys,tmp}
+    cp "$work/busybox/bin/busybox" "$tree/bin/"
+    ln -s busybox "$tree/bin/sh"
+    cp "$here/$init" "$tree/init"
+    chmod 755 "$tree/init"
+    for module in "$@"; do
+        cp "$(find "$modules" -name "$module.ko" | grep .)" "$tree/modules/"
+        echo "$module" >>"$tree/modules/order"
+    done
+    find "$tree" -exec touch -h -d @$SOURCE_DATE_EPOCH {} +
+    (cd "$tree" && find . | sort | cpio -o -H newc -R 0:0 --reproducible --quiet) | gzip -9n >"$out/$name.cpio.gz"
+}
+
+initrd initrd init virtio_ring virtio virtio_mmio virtio_blk virtio-rng pvpanic pvpanic-mmio
+initrd host-initrd host-init irqbypass kvm kvm-amd virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev \
+    virtio_pci virtio_blk
+
+# rootfs NAME TREE SIZE: an ext4 file system as raw file and as VHDX.
+rootfs() {
+    local name=$1 tree=$2 size=$3
+    rm -f "$out/$name.raw" "$out/$name.vhdx"
+    E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH mke2fs -q -t ext4 -b 4096 -U 6f9f0b0e-6f5c-4c52-9d2b-0c0f5e3b8a11 \
+        -E root_owner=0:0,hash_seed=6f9f0b0e-6f5c-4c52-9d2b-0c0f5e3b8a11,lazy_itable_init=0 \
+        -d "$tree" "$out/$name.raw" "$size"
+    qemu-img convert -f raw -O vhdx -o subformat=dynamic "$out/$name.raw" "$out/$name.vhdx"
+}
+
+mkdir -p "$work/root"/{bin,dev,etc,mnt,proc,root,sbin,sys,tmp}
+cp "$work/busybox/bin/busybox" "$work/root/bin/"
+for applet in $("$work/busybox/bin/busybox" --list); do
+    [ "$applet" = busybox ] || ln -sf busybox "$work/root/bin/$applet"
+done
+cat >"$work/root/sbin/init" <<'INIT'
+#!/bin/sh
+# A shell on the console; leaving it powers off.
+mount -t devtmpfs dev /dev 2>/dev/null
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+echo "COPPICE-ROOT uptime=$(cut -d' ' -f1 /proc/uptime)"
+setsid cttyhack sh
+poweroff -f
+INIT
+chmod 755 "$work/root/sbin/init"
+rootfs root "$work/root" 64M
+
+mkdir -p "$work/full"/{dev,mnt,proc,root,sys,tmp,sbin}
+cp "$work/busybox/bin/busybox" "$work/full/bin/"
+ln -sf bash "$work/full/bin/sh"
+ln -sf python3.11 "$work/full/usr/bin/python3"
+cp "$work/root/sbin/init" "$work/full/sbin/init"
+for applet in mount cut poweroff setsid cttyhack; do
+    [ -e "$work/full/bin/$applet" ] || ln -s busybox "$work/full/bin/$applet"
+done
+rm -rf "$work/full/usr/share"/{doc,man,locale,info,lintian}
+rootfs full "$work/full" 256M
+rm -f "$out/full.raw"
+
+echo "$stamp" >"$out/stamp"
