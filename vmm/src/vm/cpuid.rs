@@ -100,7 +100,7 @@ impl Template {
             }
             // No virtual PMU.
             PERFORMANCE_MONITORING | AMD_PERFORMANCE_MONITORING => {
-                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0)
+                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
             AMD_FEATURES => {
                 set(&mut entry.ecx, CMP_LEGACY, many);

@@ -45,14 +45,29 @@ fn vm(vcpus: u8, memory_bytes: u64) -> Vm {
     .unwrap_or_else(|error| panic!("this test needs a working /dev/kvm: {error}"))
 }
 
+/// How the code of a test is run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    /// 16 bits.
+    Real,
+    /// 32 bits, flat, without paging.
+    Protected,
+    /// 64 bits; the second 2 MiB of addresses are at [`HIGH`].
+    Long,
+}
+
+/// Where the second page of the long mode's page tables lies: beyond 4 GiB.
+const HIGH: u64 = (4 << 30) + (32 << 20);
+const PAGE_TABLES: u64 = 0x9000;
+
 struct Running {
     vcpus: Vcpus,
     accesses: Receiver<Access>,
     exits: Receiver<VcpuExit>,
 }
 
-/// Runs `code` at `CODE` in real mode, or in flat 32-bit protected mode.
-fn run(vm: Vm, code: &[u8], protected: bool) -> Running {
+/// Runs `code` at `CODE`, with a [`Probe`] at `PORT` and at `MMIO`.
+fn run(vm: Vm, code: &[u8], mode: Mode) -> Running {
     vm.memory().write_slice(code, GuestAddress(CODE)).unwrap();
     let (sender, accesses) = channel();
     let probe: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(Probe(sender)));
@@ -69,14 +84,40 @@ fn run(vm: Vm, code: &[u8], protected: bool) -> Running {
         rflags: 2,
         ..Default::default()
     };
+    if mode == Mode::Long {
+        let present_writable = 0b11;
+        let large = 1 << 7;
+        for (at, entry) in [
+            (PAGE_TABLES, (PAGE_TABLES + 0x1000) | present_writable),
+            (
+                PAGE_TABLES + 0x1000,
+                (PAGE_TABLES + 0x2000) | present_writable,
+            ),
+            (PAGE_TABLES + 0x2000, present_writable | large),
+            (PAGE_TABLES + 0x2008, HIGH | present_writable | large),
+        ] {
+            vm.memory().write_obj(entry, GuestAddress(at)).unwrap();
+        }
+    }
     let set_sregs = |sregs: &mut kvm_sregs| {
         (sregs.cs.base, sregs.cs.selector) = (0, 0);
-        if protected {
-            sregs.cr0 |= 1;
-            sregs.idt.limit = 0;
-            for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
-                (segment.base, segment.limit, segment.g, segment.db) = (0, u32::MAX, 1, 1);
-            }
+        let (long, flat) = match mode {
+            Mode::Real => return,
+            Mode::Protected => (0, 1),
+            Mode::Long => (1, 0),
+        };
+        sregs.cr0 |= 1;
+        sregs.idt.limit = 0;
+        for segment in [&mut sregs.cs, &mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
+            (segment.base, segment.limit, segment.g) = (0, u32::MAX, 1);
+            (segment.l, segment.db) = (0, 1);
+        }
+        (sregs.cs.l, sregs.cs.db) = (long, flat);
+        if long == 1 {
+            sregs.cr3 = PAGE_TABLES;
+            sregs.cr4 = 1 << 5; // PAE
+            sregs.efer = (1 << 8) | (1 << 10); // LME, LMA
+            sregs.cr0 |= 1 << 31; // PG
         }
     };
     let on_exit = move |exit| sender.lock().unwrap().send(exit).unwrap();
@@ -94,7 +135,7 @@ fn port_accesses_reach_the_device_and_its_answer_the_guest() {
     let run = run(
         vm(1, 4 << 20),
         &[0xe4, 0x10, 0xfe, 0xc0, 0xe6, 0x11, 0xf4],
-        false,
+        Mode::Real,
     );
     assert_eq!(run.accesses.recv().unwrap(), Access::Read(0, 1));
     assert_eq!(run.accesses.recv().unwrap(), Access::Write(1, vec![0x5b]));
@@ -111,7 +152,7 @@ fn a_string_access_is_one_access_for_each_element() {
         0xba, 0x10, 0x00, 0xbf, 0x00, 0x31, 0xb9, 0x03, 0x00, 0xf3, 0x6c, 0xbe, 0x00, 0x30, 0xb9,
         0x03, 0x00, 0xf3, 0x6f, 0xbe, 0x00, 0x31, 0x6f, 0xf4,
     ];
-    let run = run(vm, &code, false);
+    let run = run(vm, &code, Mode::Real);
     for expected in [
         Access::Read(0, 1),
         Access::Read(0, 1),
@@ -128,7 +169,7 @@ fn a_string_access_is_one_access_for_each_element() {
 #[test]
 fn an_unclaimed_port_reads_all_ones() {
     // in al, 0x80; out PORT, al; hlt
-    let run = run(vm(1, 4 << 20), &[0xe4, 0x80, 0xe6, 0x10, 0xf4], false);
+    let run = run(vm(1, 4 << 20), &[0xe4, 0x80, 0xe6, 0x10, 0xf4], Mode::Real);
     assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0xff]));
 }
 
@@ -139,7 +180,7 @@ fn mmio_accesses_reach_the_device() {
     code.push(0xa3); // mov [MMIO + 8], eax
     code.extend((MMIO as u32 + 8).to_le_bytes());
     code.push(0xf4); // hlt
-    let run = run(vm(1, 4 << 20), &code, true);
+    let run = run(vm(1, 4 << 20), &code, Mode::Protected);
     assert_eq!(run.accesses.recv().unwrap(), Access::Read(4, 4));
     assert_eq!(
         run.accesses.recv().unwrap(),
@@ -159,7 +200,7 @@ fn an_ioevent_takes_the_write_and_leaves_other_values_to_the_device() {
         code.extend(value.to_le_bytes());
     }
     code.push(0xf4);
-    let run = run(vm, &code, true);
+    let run = run(vm, &code, Mode::Protected);
     assert_eq!(
         run.accesses.recv().unwrap(),
         Access::Write(0x50, vec![2, 0, 0, 0])
@@ -196,7 +237,7 @@ fn an_irqfd_interrupts_a_halted_guest() {
     }
     // mov sp, 0x8000; sti; out PORT, al; l: hlt; jmp l
     code.extend([0xbc, 0x00, 0x80, 0xfb, 0xe6, 0x10, 0xf4, 0xeb, 0xfd]);
-    let run = run(vm, &code, false);
+    let run = run(vm, &code, Mode::Real);
     assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0]));
     for _ in 0..2 {
         event.write(1).unwrap();
@@ -207,7 +248,7 @@ fn an_irqfd_interrupts_a_halted_guest() {
 #[test]
 fn a_fault_without_a_handler_ends_the_guest_once() {
     // int3, with an empty IDT
-    let run = run(vm(1, 4 << 20), &[0xcc], true);
+    let run = run(vm(1, 4 << 20), &[0xcc], Mode::Protected);
     // A KVM that interprets the guest gives up on the fault instead of raising the third.
     let exit = run.exits.recv().unwrap();
     assert!(
@@ -224,7 +265,7 @@ fn a_fault_without_a_handler_ends_the_guest_once() {
 #[test]
 fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
     // l: out PORT, al; jmp l
-    let run = run(vm(1, 4 << 20), &[0xe6, 0x10, 0xeb, 0xfc], false);
+    let run = run(vm(1, 4 << 20), &[0xe6, 0x10, 0xeb, 0xfc], Mode::Real);
     for _ in 0..3 {
         run.accesses
             .recv()
@@ -241,7 +282,7 @@ fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
 #[test]
 fn a_guest_that_never_exits_can_be_paused_and_stopped() {
     // l: jmp l
-    let mut run = run(vm(1, 4 << 20), &[0xeb, 0xfe], false);
+    let mut run = run(vm(1, 4 << 20), &[0xeb, 0xfe], Mode::Real);
     run.vcpus.pause();
     run.vcpus.resume();
     run.vcpus.stop();
@@ -251,27 +292,109 @@ fn a_guest_that_never_exits_can_be_paused_and_stopped() {
 
 #[test]
 fn vcpus_that_were_never_started_pause_and_stop() {
-    let run = run(vm(4, 4 << 20), &[0xeb, 0xfe], false);
+    let run = run(vm(4, 4 << 20), &[0xeb, 0xfe], Mode::Real);
     run.vcpus.pause();
     run.vcpus.resume();
 }
 
 #[test]
 fn ram_lies_on_both_sides_of_the_hole() {
-    let vm = vm(1, (3 << 30) + (64 << 20));
-    vm.memory()
-        .write_obj(0x77u8, GuestAddress((4 << 30) + (32 << 20)))
-        .unwrap();
+    let memory_bytes = (3 << 30) + (64 << 20);
+    let below_hole = vm(1, memory_bytes);
+    let memory = below_hole.memory();
     assert!(
-        vm.memory().write_obj(0u8, GuestAddress(3 << 30)).is_err(),
+        memory.write_obj(0u8, GuestAddress(3 << 30)).is_err(),
         "the hole"
     );
     // mov al, [0xbfffffff]; out PORT, al; hlt: the last byte below the hole.
-    vm.memory()
+    memory
         .write_obj(0x66u8, GuestAddress((3 << 30) - 1))
         .unwrap();
-    let run = run(vm, &[0xa0, 0xff, 0xff, 0xff, 0xbf, 0xe6, 0x10, 0xf4], true);
-    assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0x66]));
+    let code = [0xa0, 0xff, 0xff, 0xff, 0xbf, 0xe6, 0x10, 0xf4];
+    let running = run(below_hole, &code, Mode::Protected);
+    assert_eq!(
+        running.accesses.recv().unwrap(),
+        Access::Write(0, vec![0x66])
+    );
+
+    let beyond_hole = vm(1, memory_bytes);
+    let memory = beyond_hole.memory().clone();
+    memory.write_obj(0x77u8, GuestAddress(HIGH)).unwrap();
+    // mov al, [0x200000]; inc al; mov [0x200001], al; out PORT, al; hlt: 0x200000 is mapped to HIGH.
+    let code = [
+        0x8a, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xfe, 0xc0, 0x88, 0x04, 0x25, 0x01, 0x00, 0x20,
+        0x00, 0xe6, 0x10, 0xf4,
+    ];
+    let running = run(beyond_hole, &code, Mode::Long);
+    assert_eq!(
+        running.accesses.recv().unwrap(),
+        Access::Write(0, vec![0x78])
+    );
+    assert_eq!(memory.read_obj::<u8>(GuestAddress(HIGH + 1)).unwrap(), 0x78);
+}
+
+#[test]
+fn the_guest_starts_its_other_vcpus() {
+    const STARTED_AT: u64 = 0x2000;
+    let vm = vm(2, 4 << 20);
+    // mov al, 7; out PORT+1, al; hlt
+    vm.memory()
+        .write_slice(&[0xb0, 7, 0xe6, 0x11, 0xf4], GuestAddress(STARTED_AT))
+        .unwrap();
+    let mut code = Vec::new();
+    let command = crate::layout::LOCAL_APIC + 0x300;
+    // The interrupt command register: to all but self, INIT, then SIPI with the page of the code (SDM 3A, 11.6.1).
+    for value in [0xc_4500, 0xc_4600 | (STARTED_AT as u32 >> 12)] {
+        code.extend([0xc7, 0x05]); // mov dword [command], value
+        code.extend(command.to_le_bytes());
+        code.extend(value.to_le_bytes());
+    }
+    code.push(0xf4);
+    let run = run(vm, &code, Mode::Protected);
+    assert_eq!(run.accesses.recv().unwrap(), Access::Write(1, vec![7]));
+    run.vcpus.pause();
+}
+
+#[test]
+fn a_panic_on_a_vcpu_thread_ends_the_guest() {
+    struct Panics;
+    impl BusDevice for Panics {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+        fn write(&mut self, _: u64, _: &[u8]) {
+            panic!("as this test wants");
+        }
+    }
+    let vm = vm(2, 4 << 20);
+    // out PORT, al
+    vm.memory()
+        .write_slice(&[0xe6, 0x10], GuestAddress(CODE))
+        .unwrap();
+    let mut pio = Bus::new();
+    pio.insert(PORT, 1, Arc::new(Mutex::new(Panics))).unwrap();
+    let buses = Buses {
+        pio,
+        mmio: Bus::new(),
+    };
+    let regs = kvm_regs {
+        rip: CODE,
+        rflags: 2,
+        ..Default::default()
+    };
+    let (sender, exits) = channel();
+    let sender = Mutex::new(sender);
+    let vcpus = vm
+        .start(
+            buses,
+            &regs,
+            |sregs| (sregs.cs.base, sregs.cs.selector) = (0, 0),
+            move |exit| sender.lock().unwrap().send(exit).unwrap(),
+        )
+        .unwrap();
+    assert_eq!(
+        exits.recv().unwrap(),
+        VcpuExit::Failed(VcpuError::Panicked { index: 0 })
+    );
+    vcpus.pause();
 }
 
 #[test]
