@@ -1,0 +1,56 @@
+# The two commands of the README are `make demo` and `make test`; both set up what they need.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: help setup guest guest-update build demo test lint unit lab bench clean
+
+help:
+	@echo "make demo          boot four guests from one disk: natively where KVM can, else in the lab"
+	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, lab"
+	@echo "make build         the release binary, target/release/coppice"
+	@echo "make lint unit lab the parts of make test"
+	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
+	@echo "make guest         kernel, initrd and root file systems in target/guest"
+	@echo "make guest-update  pin the Debian packages of today"
+	@echo "make clean         remove target"
+
+setup:
+	resources/setup.sh
+
+guest: setup
+	resources/guest/build.sh
+
+guest-update:
+	resources/guest/update.sh
+
+build: setup
+	cargo build --release -p coppice
+
+demo: build guest
+	resources/demo.sh
+
+test: setup
+	resources/phase.sh lint $(MAKE) --no-print-directory lint
+	resources/phase.sh unit $(MAKE) --no-print-directory unit
+	resources/phase.sh lab $(MAKE) --no-print-directory lab
+	@echo "all tests passed"
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
+
+# Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail.
+unit:
+	cargo nextest run --workspace
+	cargo test --workspace --doc --quiet
+
+lab: guest
+	cargo run --quiet -p lab -- run --json target/lab/results.json
+
+bench: guest
+	cargo run --quiet -p lab -- run bench --json target/lab/bench.json
+	cargo bench -p storage
+
+clean:
+	cargo clean

@@ -1,0 +1,249 @@
+//! A guest that the agent has started, and its console.
+
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use base64::Engine as _;
+
+use crate::result::Failure;
+
+/// Longest wait for anything a guest does; it is emulated twice over.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// Text that grows while it is read.
+#[derive(Default)]
+struct Growing {
+    state: Mutex<(String, bool)>,
+    grew: Condvar,
+}
+
+impl Growing {
+    fn lock(&self) -> MutexGuard<'_, (String, bool)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
+        let this = self.clone();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(len) = source.read(&mut bytes) {
+                let mut state = this.lock();
+                state.0.push_str(&String::from_utf8_lossy(&bytes[..len]));
+                state.1 = len == 0;
+                this.grew.notify_all();
+                if len == 0 {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// How to start a guest.
+pub struct Start {
+    args: Vec<String>,
+    cmdline: String,
+    program: String,
+}
+
+impl Start {
+    /// A guest of 128 MiB and one CPU with Debian's kernel and the lab's initrd.
+    pub fn new() -> Self {
+        let args = [
+            "run",
+            "--kernel",
+            "guest/vmlinuz",
+            "--initrd",
+            "guest/initrd.cpio.gz",
+            "--log",
+            "info",
+        ];
+        Self {
+            args: args.map(str::to_owned).to_vec(),
+            cmdline: "console=ttyS0 reboot=k panic=-1 quiet".to_owned(),
+            program: "./coppice".to_owned(),
+        }
+    }
+
+    /// A program that waits to be configured, or is configured by a file.
+    pub fn bare(args: &[&str]) -> Self {
+        let args = std::iter::once("run")
+            .chain(args.iter().copied())
+            .map(str::to_owned)
+            .collect();
+        Self {
+            args,
+            cmdline: String::new(),
+            program: "./coppice".to_owned(),
+        }
+    }
+
+    /// More arguments.
+    pub fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().copied().map(str::to_owned));
+        self
+    }
+
+    /// More of a command line.
+    pub fn cmdline(mut self, more: &str) -> Self {
+        self.cmdline = format!("{} {more}", self.cmdline);
+        self
+    }
+
+    /// What the guest runs; it powers off afterwards.
+    pub fn script(self, script: &str) -> Self {
+        let word = script_word(script);
+        self.cmdline(&word)
+    }
+
+    /// Starts it.
+    pub fn spawn(mut self) -> Result<Guest, Failure> {
+        if !self.cmdline.is_empty() {
+            self.args.extend(["--cmdline".to_owned(), self.cmdline]);
+        }
+        let mut child = Command::new(&self.program)
+            .args(&self.args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(Failure::io("start coppice"))?;
+        let (console, log) = (Arc::<Growing>::default(), Arc::<Growing>::default());
+        if let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) {
+            console.follow(stdout);
+            log.follow(stderr);
+        }
+        Ok(Guest {
+            child,
+            console,
+            log,
+            started: Instant::now(),
+        })
+    }
+}
+
+/// `coppice.sh=` with the script.
+pub fn script_word(script: &str) -> String {
+    format!(
+        "coppice.sh={}",
+        base64::engine::general_purpose::STANDARD.encode(script)
+    )
+}
+
+/// A started guest; killed when dropped.
+pub struct Guest {
+    child: Child,
+    console: Arc<Growing>,
+    log: Arc<Growing>,
+    started: Instant,
+}
+
+impl Guest {
+    /// Waits until the console shows `text`; returns the time since the start.
+    pub fn wait_for(&self, text: &str) -> Result<Duration, Failure> {
+        let mut state = self.console.lock();
+        while !state.0.contains(text) {
+            let left = PATIENCE.saturating_sub(self.started.elapsed());
+            if state.1 || left.is_zero() {
+                return Failure::claim(format!("the console never showed {text:?}"));
+            }
+            state = self
+                .console
+                .grew
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        Ok(self.started.elapsed())
+    }
+
+    /// What the console has shown.
+    pub fn console(&self) -> String {
+        self.console.lock().0.clone()
+    }
+
+    /// The rest of the first console line that starts with `prefix`.
+    pub fn line(&self, prefix: &str) -> Result<String, Failure> {
+        let console = self.console();
+        let line = console.lines().find_map(|line| line.strip_prefix(prefix));
+        line.map(|rest| rest.trim().to_owned())
+            .ok_or_else(|| Failure::Claim(format!("no console line starts with {prefix:?}")))
+    }
+
+    /// Types on the console.
+    pub fn type_in(&mut self, text: &str) -> Result<(), Failure> {
+        let stdin = self.child.stdin.as_mut();
+        stdin
+            .map_or(Ok(()), |stdin| stdin.write_all(text.as_bytes()))
+            .map_err(Failure::io("type"))
+    }
+
+    /// Sends a signal to the VMM.
+    pub fn signal(&self, signal: rustix::process::Signal) -> Result<(), Failure> {
+        rustix::process::kill_process(self.pid(), signal).map_err(|e| Failure::io("kill")(e.into()))
+    }
+
+    fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.child)
+    }
+
+    /// `/proc/PID` of the VMM.
+    pub fn proc(&self) -> PathBuf {
+        Path::new("/proc").join(self.child.id().to_string())
+    }
+
+    /// Waits for the VMM's end.
+    pub fn wait(&mut self) -> Result<ExitStatus, Failure> {
+        loop {
+            if let Some(status) = self.child.try_wait().map_err(Failure::io("wait"))? {
+                return Ok(status);
+            }
+            if self.started.elapsed() > PATIENCE {
+                return Failure::claim("the VMM did not end");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for the end, which has to have this exit code.
+    pub fn expect_exit(&mut self, code: i32) -> Result<(), Failure> {
+        let status = self.wait()?;
+        if status.code() == Some(code) {
+            Ok(())
+        } else {
+            Failure::claim(format!("expected exit code {code}, got {status}"))
+        }
+    }
+
+    /// Console and log, for the report.
+    pub fn report(&self) -> String {
+        format!(
+            "--- console\n{}\n--- log\n{}\n",
+            self.console(),
+            self.log.lock().0
+        )
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        REPORTS
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_str(&self.report());
+    }
+}
+
+/// Reports of the guests that have ended since the last [`take_reports`].
+static REPORTS: Mutex<String> = Mutex::new(String::new());
+
+/// Takes what the guests of a scenario have shown.
+pub fn take_reports() -> String {
+    std::mem::take(&mut *REPORTS.lock().unwrap_or_else(PoisonError::into_inner))
+}

@@ -1,0 +1,342 @@
+//! This machine's part: builds what goes into the lab, boots it, and checks what comes out.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::result::{Failure, Figures, Outcome, Plan};
+use crate::scenarios::{self, Kind, Scenario};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// RAM of the lab's host in MiB.
+const MEMORY: &str = "4096";
+/// Least size of the lab disk, beside what is put on it.
+const SPARE: u64 = 768 << 20;
+/// The lab's host has to be done by then.
+const LIMIT: Duration = Duration::from_mins(25);
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("/"))
+        .to_owned()
+}
+
+/// Runs the scenarios whose names start with one of `names`; true where all passed.
+pub fn run(names: &[String], json: Option<&Path>, verbose: bool) -> Result<bool, Failure> {
+    let chosen = choose(names)?;
+    let (root, started) = (workspace(), Instant::now());
+    build(&root)?;
+    command(Command::new(root.join("resources/guest/build.sh")))?;
+    let lab = root.join("target/lab");
+    let disk = make_disk(&root, &lab, &chosen)?;
+    eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
+    let booted = boot(&root, &disk);
+    let out = lab.join("out");
+    let _ = fs::remove_dir_all(&out);
+    command(
+        Command::new("debugfs")
+            .args(["-R", &format!("rdump /out {}", lab.display())])
+            .arg(&disk),
+    )?;
+    let mut outcomes = Vec::new();
+    for scenario in &chosen {
+        outcomes.push(judge(scenario, &out));
+    }
+    for outcome in &outcomes {
+        let verdict = if outcome.failure.is_none() {
+            "PASS"
+        } else {
+            "FAIL"
+        };
+        println!(
+            "{verdict} [{:7.2}s] {} {}",
+            outcome.seconds,
+            outcome.name,
+            figures(outcome)
+        );
+        if let Some(failure) = &outcome.failure {
+            println!("    {failure}");
+        }
+        if outcome.failure.is_some() || verbose {
+            println!("{}", outcome.log);
+        }
+    }
+    if let Some(path) = json {
+        fs::write(path, serde_json::to_vec_pretty(&outcomes)?)
+            .map_err(Failure::io(path.display().to_string()))?;
+    }
+    let failed = outcomes
+        .iter()
+        .filter(|outcome| outcome.failure.is_some())
+        .count();
+    println!(
+        "lab: {} passed, {failed} failed, {:.0} s",
+        outcomes.len() - failed,
+        started.elapsed().as_secs_f64()
+    );
+    booted?;
+    Ok(failed == 0)
+}
+
+fn figures(outcome: &Outcome) -> String {
+    if outcome.figures.is_empty() {
+        String::new()
+    } else {
+        serde_json::json!(outcome.figures).to_string()
+    }
+}
+
+fn choose(names: &[String]) -> Result<Vec<&'static Scenario>, Failure> {
+    if names.is_empty() {
+        return Ok(scenarios::ALL
+            .iter()
+            .filter(|scenario| scenario.kind == Kind::Test)
+            .collect());
+    }
+    for name in names {
+        if !scenarios::ALL
+            .iter()
+            .any(|scenario| scenario.name.starts_with(name.as_str()))
+        {
+            return Failure::claim(format!(
+                "there is no scenario {name}; `lab list` names them"
+            ));
+        }
+    }
+    let wanted = |scenario: &&Scenario| {
+        names
+            .iter()
+            .any(|name| scenario.name.starts_with(name.as_str()))
+    };
+    Ok(scenarios::ALL.iter().filter(wanted).collect())
+}
+
+/// Runs a command whose failure is the lab's.
+fn command(mut command: impl std::borrow::BorrowMut<Command>) -> Result<(), Failure> {
+    let command = command.borrow_mut();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .map_err(Failure::io(format!("{command:?}")))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = [output.stdout, output.stderr].concat();
+    Failure::claim(format!(
+        "{command:?}: {}\n{}",
+        output.status,
+        String::from_utf8_lossy(&text)
+    ))
+}
+
+/// Static binaries: they run in a host that has no libraries.
+fn build(root: &Path) -> Result<(), Failure> {
+    let mut cargo = Command::new("cargo");
+    cargo
+        .current_dir(root)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    cargo.args([
+        "build",
+        "--release",
+        "--target",
+        TARGET,
+        "-p",
+        "coppice",
+        "-p",
+        "lab",
+    ]);
+    command(cargo)
+}
+
+fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, Failure> {
+    let tree = lab.join("disk");
+    let _ = fs::remove_dir_all(&tree);
+    let io = |what: &Path| Failure::io(what.display().to_string());
+    for folder in ["guest", "out", "cache"] {
+        let folder = tree.join(folder);
+        fs::create_dir_all(&folder).map_err(io(&folder))?;
+    }
+    let binaries = root.join("target").join(TARGET).join("release");
+    let guest = root.join("target/guest");
+    let mut files: Vec<(PathBuf, String)> = ["coppice", "lab"]
+        .iter()
+        .map(|name| (binaries.join(name), (*name).to_owned()))
+        .collect();
+    for name in ["vmlinuz", "initrd.cpio.gz", "root.vhdx", "root.raw"] {
+        files.push((guest.join(name), format!("guest/{name}")));
+    }
+    let mut size = SPARE;
+    for (from, to) in files {
+        size += fs::copy(&from, tree.join(to)).map_err(io(&from))?;
+    }
+    let plan = Plan {
+        scenarios: chosen
+            .iter()
+            .map(|scenario| scenario.name.to_owned())
+            .collect(),
+    };
+    fs::write(tree.join("plan.json"), serde_json::to_vec(&plan)?).map_err(io(&tree))?;
+    let disk = lab.join("lab.ext4");
+    let _ = fs::remove_file(&disk);
+    let mut mke2fs = Command::new("mke2fs");
+    mke2fs
+        .args(["-q", "-t", "ext4", "-d"])
+        .arg(&tree)
+        .arg(&disk)
+        .arg(format!("{}K", size >> 10));
+    command(mke2fs)?;
+    Ok(disk)
+}
+
+/// Boots the lab's host and waits for its end.
+fn boot(root: &Path, disk: &Path) -> Result<(), Failure> {
+    let guest = root.join("target/guest");
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args([
+        "-accel",
+        "tcg,thread=multi",
+        "-smp",
+        "2",
+        "-m",
+        MEMORY,
+        "-nographic",
+        "-no-reboot",
+    ]);
+    // TCG does not tell KVM when a guest sets XCR0, so that a guest with XSAVE complains: it does without.
+    qemu.args(["-cpu", "EPYC,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma"]);
+    qemu.arg("-kernel").arg(guest.join("vmlinuz"));
+    qemu.arg("-initrd").arg(guest.join("host-initrd.cpio.gz"));
+    qemu.args(["-append", "console=ttyS0 quiet panic=-1"]);
+    qemu.args([
+        "-drive",
+        &format!("file={},if=virtio,format=raw,cache=unsafe", disk.display()),
+    ]);
+    let log_path = disk.with_file_name("host.log");
+    let log = File::create(&log_path).map_err(Failure::io(log_path.display().to_string()))?;
+    let mut child = qemu
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log.try_clone().map_err(Failure::io("log"))?)
+        .spawn()
+        .map_err(Failure::io("start qemu-system-x86_64"))?;
+    let stdout = child.stdout.take();
+    let reader = std::thread::spawn(move || {
+        let mut log = log;
+        for line in stdout
+            .into_iter()
+            .flat_map(|stdout| BufReader::new(stdout).split(b'\n'))
+            .map_while(Result::ok)
+        {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            if let Some(at) = line.find("lab: ") {
+                eprintln!("{}", line[at..].trim_end());
+            }
+            let _ = std::io::Write::write_all(&mut log, (line + "\n").as_bytes());
+        }
+    });
+    let started = Instant::now();
+    let ended = loop {
+        match child.try_wait().map_err(Failure::io("wait for QEMU"))? {
+            Some(status) => break Some(status),
+            None if started.elapsed() > LIMIT => break None,
+            None => std::thread::sleep(Duration::from_millis(100)),
+        }
+    };
+    if ended.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    let _ = reader.join();
+    match ended {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Failure::claim(format!("QEMU: {status}; see {}", log_path.display())),
+        None => Failure::claim(format!(
+            "the lab's host did not end in {LIMIT:?}; see {}",
+            log_path.display()
+        )),
+    }
+}
+
+/// The agent's result, with this machine's own check.
+fn judge(scenario: &Scenario, out: &Path) -> Outcome {
+    let folder = out.join(scenario.name);
+    let outcome = fs::read(folder.join("outcome.json"))
+        .map_err(Failure::io("the scenario left no result"))
+        .and_then(|bytes| Ok(serde_json::from_slice::<Outcome>(&bytes)?));
+    let mut outcome = outcome.unwrap_or_else(|failure| Outcome {
+        name: scenario.name.to_owned(),
+        seconds: 0.0,
+        failure: Some(failure.to_string()),
+        figures: Figures::new(),
+        log: String::new(),
+    });
+    if outcome.failure.is_none()
+        && let Some(check) = scenario.check
+        && let Err(failure) = check(&folder, &outcome.figures)
+    {
+        outcome.failure = Some(failure.to_string());
+    }
+    outcome
+}
+
+/// What programs of this machine find on a disk that a guest has written.
+pub mod disk {
+    use super::{Command, Failure, Path, PathBuf, command};
+
+    /// `qemu-img check` finds nothing, and the disk converts to raw.
+    pub fn to_raw(vhdx: &Path) -> Result<PathBuf, Failure> {
+        command(
+            Command::new("qemu-img")
+                .args(["check", "-f", "vhdx"])
+                .arg(vhdx),
+        )?;
+        let raw = vhdx.with_extension("raw");
+        command(
+            Command::new("qemu-img")
+                .args(["convert", "-f", "vhdx", "-O", "raw"])
+                .args([vhdx, &raw]),
+        )?;
+        Ok(raw)
+    }
+
+    /// `e2fsck` finds nothing, in a file system that was unmounted.
+    pub fn fsck_clean(raw: &Path) -> Result<(), Failure> {
+        command(Command::new("e2fsck").arg("-fn").arg(raw))
+    }
+
+    /// `e2fsck` finds nothing once it has replayed the journal, in a file system that was cut off.
+    pub fn fsck_after_replay(raw: &Path) -> Result<(), Failure> {
+        // The first run replays the journal; it exits with 1 for that.
+        let replay = Command::new("e2fsck")
+            .arg("-p")
+            .arg(raw)
+            .output()
+            .map_err(Failure::io("e2fsck -p"))?;
+        if !matches!(replay.status.code(), Some(0 | 1)) {
+            return Failure::claim(format!(
+                "e2fsck -p: {}",
+                String::from_utf8_lossy(&replay.stdout)
+            ));
+        }
+        fsck_clean(raw)
+    }
+
+    /// The MD5 of a file in the file system, as `md5sum` says it.
+    pub fn md5_of(raw: &Path, file: &str) -> Result<String, Failure> {
+        let copy = raw.with_extension("file");
+        command(
+            Command::new("debugfs")
+                .args(["-R", &format!("dump {file} {}", copy.display())])
+                .arg(raw),
+        )?;
+        let output = Command::new("md5sum")
+            .arg(&copy)
+            .output()
+            .map_err(Failure::io("md5sum"))?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(text.split(' ').next().unwrap_or_default().to_owned())
+    }
+}

@@ -1,0 +1,73 @@
+//! The lab: whole guests on real KVM, on machines whose own KVM cannot run a stock kernel.
+//!
+//! ```text
+//! this machine ── QEMU (TCG, emulates AMD-V) ── L1: Debian's kernel, kvm_amd, `lab agent` ── coppice ── L2 guests
+//!      │                                            │
+//!      └── boots L1, checks the disks afterwards    └── runs the scenarios, writes results and logs to the lab disk
+//! ```
+//!
+//! Times under emulation say something only as ratios within one run.
+
+mod agent;
+mod api;
+mod guest;
+mod host;
+mod result;
+mod scenarios;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about = "Runs Coppice with real guests inside an emulated host")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Names the scenarios.
+    List,
+    /// Runs scenarios, by default all tests.
+    Run {
+        /// Names, or beginnings of names; `bench` and `demo` are run only when named.
+        scenarios: Vec<String>,
+        /// Writes the results as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Shows each scenario's output, also where it passed.
+        #[arg(long)]
+        verbose: bool,
+    },
+    /// Runs the scenarios named in `plan.json`; the lab's host calls this.
+    #[command(hide = true)]
+    Agent,
+}
+
+fn main() -> ExitCode {
+    let ran = match Cli::parse().command {
+        Command::List => {
+            for scenario in scenarios::ALL {
+                println!("{}", scenario.name);
+            }
+            Ok(true)
+        }
+        Command::Run {
+            scenarios,
+            json,
+            verbose,
+        } => host::run(&scenarios, json.as_deref(), verbose),
+        Command::Agent => agent::run().map(|()| true),
+    };
+    match ran {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("lab: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! How guests end.
+
+use std::path::Path;
+
+use crate::guest::Start;
+use crate::result::{Failure, Figures};
+
+/// 0 power-off, 10 reset, 11 panic, 12 triple fault.
+pub fn exit_codes(_: &Path) -> Result<Figures, Failure> {
+    for (cmdline, script, code) in [
+        ("", "poweroff -f", 0),
+        ("", "reboot -f", 10),
+        ("reboot=t", "reboot -f", 12),
+        ("", "echo c > /proc/sysrq-trigger", 11),
+    ] {
+        let mut guest = Start::new().cmdline(cmdline).script(script).spawn()?;
+        guest
+            .expect_exit(code)
+            .map_err(|failure| Failure::Claim(format!("{cmdline} {script}: {failure}")))?;
+    }
+    // A command line that says nothing of reboots: the ACPI and BIOS ways lead to a reset as well.
+    let cmdline = format!(
+        "console=ttyS0 quiet {}",
+        crate::guest::script_word("reboot -f")
+    );
+    let args = [
+        "--kernel",
+        "guest/vmlinuz",
+        "--initrd",
+        "guest/initrd.cpio.gz",
+        "--cmdline",
+        &cmdline,
+    ];
+    Start::bare(&args).spawn()?.expect_exit(10)?;
+    Ok(Figures::new())
+}

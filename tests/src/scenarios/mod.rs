@@ -1,0 +1,118 @@
+//! What the lab shows. A name is a claim.
+
+mod bench;
+mod boot;
+mod control;
+mod disk;
+mod end;
+
+use std::path::Path;
+
+use crate::result::{Failure, Figures};
+
+/// When a scenario is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// By default.
+    Test,
+    /// When it is named.
+    OnDemand,
+}
+
+/// Runs in the lab's host; what it leaves in the folder is brought out.
+type Run = fn(&Path) -> Result<Figures, Failure>;
+/// Looks at what was brought out, and at what was measured.
+type Check = fn(&Path, &Figures) -> Result<(), Failure>;
+
+/// A claim, how it is shown in the lab's host, and what this machine's programs say of what came out.
+pub struct Scenario {
+    /// The claim.
+    pub name: &'static str,
+    /// When it is run.
+    pub kind: Kind,
+    /// Shows it.
+    pub run: Run,
+    /// Runs afterwards on this machine, with what was brought out.
+    pub check: Option<Check>,
+}
+
+const fn test(name: &'static str, run: Run) -> Scenario {
+    Scenario {
+        name,
+        kind: Kind::Test,
+        run,
+        check: None,
+    }
+}
+
+const fn checked(name: &'static str, run: Run, check: Check) -> Scenario {
+    Scenario {
+        name,
+        kind: Kind::Test,
+        run,
+        check: Some(check),
+    }
+}
+
+const fn on_demand(name: &'static str, run: Run) -> Scenario {
+    Scenario {
+        name,
+        kind: Kind::OnDemand,
+        run,
+        check: None,
+    }
+}
+
+/// All scenarios, in the order they run.
+pub const ALL: &[Scenario] = &[
+    test(
+        "boots_to_userspace_from_a_vhdx_made_by_qemu_img",
+        boot::userspace_from_vhdx,
+    ),
+    test("boots_a_raw_disk", boot::userspace_from_raw),
+    test(
+        "boots_bzimage_and_elf_by_every_protocol",
+        boot::every_protocol,
+    ),
+    test("runs_1_2_and_4_cpus", boot::cpus),
+    test("sees_memory_beyond_4_gib", boot::memory_beyond_4_gib),
+    test("eight_guests_share_one_read_only_base", boot::eight_guests),
+    test(
+        "power_off_reboot_panic_and_triple_fault_have_their_exit_codes",
+        end::exit_codes,
+    ),
+    checked(
+        "what_ext4_wrote_is_on_the_vhdx",
+        disk::ext4_write,
+        disk::check_ext4_write,
+    ),
+    checked(
+        "discard_gives_space_back_and_keeps_data",
+        disk::discard,
+        disk::check_discard,
+    ),
+    test("a_read_only_disk_refuses_writes", disk::read_only),
+    test("the_worker_engine_serves_disks", disk::worker_engine),
+    test("the_entropy_device_gives_bytes", disk::entropy),
+    checked(
+        "sigterm_amid_writes_leaves_a_disk_that_opens",
+        disk::sigterm,
+        disk::check_cut_off,
+    ),
+    checked(
+        "sigkill_amid_writes_leaves_a_disk_that_opens",
+        disk::sigkill,
+        disk::check_cut_off,
+    ),
+    test("pauses_and_resumes_over_rest", control::pause_and_resume),
+    test(
+        "is_configured_and_started_over_rest",
+        control::started_over_rest,
+    ),
+    test(
+        "ctrl_alt_del_over_rest_reaches_the_guest",
+        control::ctrl_alt_del,
+    ),
+    on_demand("bench", bench::bench),
+    on_demand("demo", bench::demo),
+];
