@@ -33,6 +33,9 @@ fetch() {
     if [ ! -f "$deb" ]; then
         (cd "$work" && apt-get download -q "$name=$version" >/dev/null 2>&1) || {
             echo "guest: $name $version is not on the mirror any more; taking the newest (make guest-update pins it)" >&2
+            # A kernel's package is named after its ABI: its successor has another name.
+            [[ $name != linux-image-* ]] ||
+                name=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
             (cd "$work" && apt-get download -q "$name" >/dev/null 2>"$work/error") || {
                 echo "guest: cannot download $name; is this machine offline, or apt-get update needed?" >&2
                 cat "$work/error" >&2

@@ -27,6 +27,8 @@ pub const CMDLINE_MAX: u64 = 0x1_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first.
 pub const ACPI_START: u64 = 0xe_0000;
+/// Where a CPU starts after a reset, in real mode: the tables end before it.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// End of the ACPI area.
 pub const ACPI_END: u64 = 0x10_0000;
 /// Start of RAM above the first MiB; kernels load here or higher.

@@ -102,9 +102,9 @@ impl Writer<'_> {
         table.to_aml_bytes(&mut bytes);
         let address = self.next.next_multiple_of(16);
         let end = address + bytes.len() as u64;
-        if end > layout::ACPI_END {
+        if end > layout::RESET_VECTOR {
             return Err(BootError::AcpiTooLarge {
-                room: layout::ACPI_END - layout::ACPI_START,
+                room: layout::RESET_VECTOR - layout::ACPI_START,
             });
         }
         self.memory

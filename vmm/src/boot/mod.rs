@@ -24,6 +24,7 @@ mod files;
 mod kernel;
 mod params;
 mod registers;
+mod reset_vector;
 mod unpack;
 
 pub use elf::LoadSegment;
@@ -135,6 +136,7 @@ pub fn load(
         entry: kernel.entry,
     };
     state.write_tables(memory)?;
+    reset_vector::write(memory)?;
     Ok(state)
 }
 
