@@ -10,9 +10,18 @@
 //! REST socket ([`api`]), and refuses what comes in the wrong state. [`machine`] builds the guest and its devices and
 //! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one.
 
+pub mod api;
 pub mod boot;
+pub mod cli;
 pub mod config;
+pub mod console;
+pub mod control;
 pub mod doctor;
+pub mod exit;
 pub mod layout;
+pub mod logging;
 pub mod machine;
+pub mod metrics;
+pub mod run;
+pub mod signals;
 pub mod vm;

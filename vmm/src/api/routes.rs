@@ -1,0 +1,272 @@
+//! Requests, and what is answered to them.
+//!
+//! As with Firecracker: 200 with JSON, or 204, for what was done; 400 with a `fault_message` for what was not, also for unknown paths and
+//! methods; 413 for a body that is too long.
+
+use std::sync::{MutexGuard, PoisonError};
+
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Body, Bytes, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::Context;
+use crate::config::{DriveConfig, DriveUpdate};
+use crate::control::{Control, ControlError};
+use crate::metrics::count;
+
+/// Longest body of a request in bytes; Firecracker's default.
+pub const MAX_BODY: usize = 51200;
+
+/// A request that is not done.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error("Request payload is larger than the limit of {MAX_BODY} bytes.")]
+    TooLong,
+    #[error("The body of the request cannot be read: {0}.")]
+    Body(Box<dyn std::error::Error + Send + Sync>),
+    #[error("Invalid request method and/or path: {0} {1:.200}.")]
+    Unknown(Method, String),
+    #[error("{0} request cannot have a body.")]
+    NeedlessBody(Method),
+    #[error("Empty {0} request.")]
+    NoBody(Method),
+    #[error("An error occurred when deserializing the json body of a request: {0}.")]
+    Json(#[from] serde_json::Error),
+    #[error("The ID cannot be empty.")]
+    NoId,
+    #[error("The id from the path does not match the id from the body!")]
+    OtherId,
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+impl Fault {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::TooLong => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Body(_)
+            | Self::Unknown(..)
+            | Self::NeedlessBody(_)
+            | Self::NoBody(_)
+            | Self::Json(_)
+            | Self::NoId
+            | Self::OtherId
+            | Self::Control(_) => StatusCode::BAD_REQUEST,
+        }
+    }
+}
+
+/// The body of `PUT /actions`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Action {
+    action_type: ActionType,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+enum ActionType {
+    FlushMetrics,
+    InstanceStart,
+    SendCtrlAltDel,
+}
+
+/// The body of `PATCH /vm`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct VmUpdate {
+    state: VmState,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+enum VmState {
+    Paused,
+    Resumed,
+}
+
+fn response(status: StatusCode, body: Option<&Value>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body.map(Value::to_string).unwrap_or_default()));
+    *response.status_mut() = status;
+    if body.is_some() {
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
+    response
+}
+
+/// Does what `request` asks for.
+pub(super) async fn answer(context: &Context, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let (head, body) = request.into_parts();
+    let metrics = &context.metrics;
+    match head.method {
+        Method::GET => count(&metrics.get),
+        Method::PUT => count(&metrics.put),
+        Method::PATCH => count(&metrics.patch),
+        _ => {}
+    }
+    let path = head.uri.path();
+    let done = match read(body).await {
+        Ok(body) => route(context, &head.method, path, &body),
+        Err(fault) => Err(fault),
+    };
+    match done {
+        Ok(value) => {
+            tracing::info!(method = %head.method, path, "REST request done");
+            let status = if value.is_some() {
+                StatusCode::OK
+            } else {
+                StatusCode::NO_CONTENT
+            };
+            response(status, value.as_ref())
+        }
+        Err(fault) => {
+            count(&metrics.failures);
+            tracing::info!(method = %head.method, path, %fault, "REST request refused");
+            response(
+                fault.status(),
+                Some(&json!({"fault_message": fault.to_string()})),
+            )
+        }
+    }
+}
+
+async fn read(body: Incoming) -> Result<Bytes, Fault> {
+    // A length that is told is refused before any of it is read.
+    if body.size_hint().lower() > MAX_BODY as u64 {
+        return Err(Fault::TooLong);
+    }
+    match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(Fault::TooLong),
+        Err(error) => Err(Fault::Body(error)),
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+    Ok(serde_json::from_slice(body)?)
+}
+
+fn tell(value: impl Serialize) -> Result<Option<Value>, Fault> {
+    Ok(Some(serde_json::to_value(value)?))
+}
+
+/// The guest. Its lock is taken only once a request has been read and understood, and held for that request alone.
+fn control(context: &Context) -> MutexGuard<'_, Control> {
+    context
+        .control
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+}
+
+fn route(
+    context: &Context,
+    method: &Method,
+    path: &str,
+    body: &[u8],
+) -> Result<Option<Value>, Fault> {
+    let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
+    let unknown = || Fault::Unknown(method.clone(), path.to_owned());
+    match *method {
+        Method::GET if !body.is_empty() => Err(Fault::NeedlessBody(method.clone())),
+        Method::GET => match segments[..] {
+            [] => tell(control(context).instance_info()),
+            ["version"] => tell(json!({"firecracker_version": env!("CARGO_PKG_VERSION")})),
+            ["machine-config"] => tell(&control(context).config().machine_config),
+            ["vm", "config"] => tell(control(context).config()),
+            _ => Err(unknown()),
+        },
+        Method::PUT | Method::PATCH if body.is_empty() => Err(Fault::NoBody(method.clone())),
+        Method::PUT => put(context, &segments, body, unknown).map(|()| None),
+        Method::PATCH => patch(context, &segments, body, unknown).map(|()| None),
+        _ => Err(unknown()),
+    }
+}
+
+fn put(
+    context: &Context,
+    segments: &[&str],
+    body: &[u8],
+    unknown: impl Fn() -> Fault,
+) -> Result<(), Fault> {
+    match *segments {
+        ["boot-source"] => {
+            let boot_source = parse(body)?;
+            control(context).set_boot_source(boot_source)?;
+        }
+        ["drives"] => return Err(Fault::NoId),
+        ["drives", id] => {
+            let drive: DriveConfig = parse(body)?;
+            if drive.drive_id != id {
+                return Err(Fault::OtherId);
+            }
+            control(context).set_drive(drive)?;
+        }
+        ["machine-config"] => {
+            let machine = parse(body)?;
+            control(context).set_machine_config(machine)?;
+        }
+        ["entropy"] => {
+            let entropy = parse(body)?;
+            control(context).set_entropy(entropy)?;
+        }
+        ["serial"] => {
+            let serial = parse(body)?;
+            control(context).set_serial(serial)?;
+        }
+        ["logger"] => {
+            let logger = parse(body)?;
+            control(context).set_logger(&logger)?;
+        }
+        ["metrics"] => {
+            let metrics = parse(body)?;
+            control(context).set_metrics(&metrics)?;
+        }
+        ["actions"] => {
+            let Action { action_type } = parse(body)?;
+            match action_type {
+                ActionType::InstanceStart => {
+                    control(context).start(|config| (context.launch)(config))?;
+                }
+                ActionType::SendCtrlAltDel => control(context).send_ctrl_alt_del()?,
+                ActionType::FlushMetrics => control(context).flush_metrics()?,
+            }
+        }
+        _ => return Err(unknown()),
+    }
+    Ok(())
+}
+
+fn patch(
+    context: &Context,
+    segments: &[&str],
+    body: &[u8],
+    unknown: impl Fn() -> Fault,
+) -> Result<(), Fault> {
+    match *segments {
+        ["drives"] => return Err(Fault::NoId),
+        ["drives", id] => {
+            let update: DriveUpdate = parse(body)?;
+            if update.drive_id != id {
+                return Err(Fault::OtherId);
+            }
+            control(context).update_drive(&update)?;
+        }
+        ["machine-config"] => {
+            let update: Value = parse(body)?;
+            control(context).update_machine_config(&update)?;
+        }
+        ["vm"] => {
+            let VmUpdate { state } = parse(body)?;
+            match state {
+                VmState::Paused => control(context).pause()?,
+                VmState::Resumed => control(context).resume()?,
+            }
+        }
+        _ => return Err(unknown()),
+    }
+    Ok(())
+}

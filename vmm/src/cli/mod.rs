@@ -1,0 +1,228 @@
+//! The command line.
+
+mod disk;
+mod size;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{BootSourceConfig, ConfigError, MetricsConfig, SerialConfig, VmConfig};
+use crate::logging::{LogFilter, LogFormat};
+use crate::run::RunOptions;
+use crate::{console, exit};
+
+pub use disk::{DiskArgument, DiskError};
+pub use size::{Mebibytes, SizeError};
+
+/// A virtual machine monitor for many small guests.
+#[derive(Debug, Parser)]
+#[command(
+    name = "coppice",
+    version,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `coppice` can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one guest, with its serial console on this terminal.
+    #[command(after_help = examples(), after_long_help = long_help())]
+    Run(Box<RunArguments>),
+    /// Say whether this host can run guests, and what to do where it cannot.
+    ///
+    /// Exits 0 if guests can run here, and else 1.
+    Doctor {
+        /// Write JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn examples() -> String {
+    "Examples:
+  coppice run --kernel vmlinuz --initrd initrd.img --disk root.vhdx,root --mem 256M
+  coppice run --kernel vmlinux --disk base.vhdx,ro --disk data.vhdx,serial=data
+  coppice run --api-sock /run/guest.sock"
+        .to_owned()
+}
+
+fn long_help() -> String {
+    let keys = console::HELP.replace('\n', "\n  ");
+    format!("Keys:\n  {keys}\n\n{}\n\n{}", exit::HELP, examples())
+}
+
+/// The arguments of `coppice run`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub struct RunArguments {
+    /// The kernel: an ELF vmlinux, or a bzImage.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel command line [default: console=ttyS0 reboot=k panic=-1].
+    ///
+    /// Nothing is added to it but root= (with ro or rw), and that only where a disk is marked as root.
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// A disk: FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N]. Can be repeated.
+    ///
+    /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
+    /// ro: the guest cannot write, and the file can be shared;
+    /// root: the guest mounts this disk as its root (it becomes vda, and root= is added to the command line);
+    /// format: found by its signature if not given, but give format=raw for a raw disk that the guest may write;
+    /// serial: up to 20 characters, the ID if not given; id: the name in the REST API, disk0 and so on if not given;
+    /// queues: request queues, 1 to 32, 1 if not given.
+    /// A comma in a file name is written twice.
+    #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
+    pub disk: Vec<DiskArgument>,
+    /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
+    #[arg(long, value_name = "SIZE")]
+    pub mem: Option<Mebibytes>,
+    /// vCPUs of the guest, 1 to 32 [default: 1].
+    #[arg(long, value_name = "NUMBER")]
+    pub cpus: Option<u8>,
+    /// Listen for REST requests (Firecracker's API) on this Unix socket.
+    ///
+    /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
+    #[arg(long, value_name = "PATH", value_parser = utf8_path)]
+    pub api_sock: Option<PathBuf>,
+    /// Read the guest's configuration from a file (Firecracker's JSON).
+    ///
+    /// --mem, --cpus, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
+    /// and the file both say the same thing, that is an error.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub config: Option<PathBuf>,
+    /// What to log: off, error, warn, info, debug or trace, also by module [default: warn].
+    ///
+    /// By module, separated by commas: `warn,coppice::api=debug`.
+    #[arg(long, value_name = "LEVEL|FILTER")]
+    pub log: Option<LogFilter>,
+    /// How log lines look.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// Append a line of JSON with all counters to this file at the end, and when the REST API says so.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub metrics: Option<PathBuf>,
+    /// Append the output of the guest's serial console to this file, instead of showing it.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub serial: Option<PathBuf>,
+}
+
+/// The REST socket tells paths in JSON, which is UTF-8.
+#[allow(clippy::unnecessary_wraps, reason = "the shape of a value parser")]
+fn utf8_path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
+    Ok(PathBuf::from(text))
+}
+
+/// Arguments that do not go together.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// The configuration file, or what the arguments make of it.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Nothing to start, and nobody to say what.
+    #[error(
+        "nothing to run: give --kernel, or a --config with a boot-source, or --api-sock to be told later"
+    )]
+    NothingToRun,
+    /// A part of a boot source without a kernel.
+    #[error("{0} needs --kernel, or a --config with a boot-source")]
+    NeedsKernel(&'static str),
+    /// The command line and the configuration file say the same thing.
+    #[error("{flag} and {field} of {} both say it: leave out one", file.display())]
+    Conflict {
+        /// The argument.
+        flag: &'static str,
+        /// The field of the file.
+        field: &'static str,
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+impl RunArguments {
+    /// Joins the arguments with the configuration file, and checks the whole.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_options(self) -> Result<RunOptions, UsageError> {
+        let mut config = match &self.config {
+            Some(path) => VmConfig::from_file(path)?,
+            None => VmConfig::default(),
+        };
+        let file = self.config.unwrap_or_default();
+        let conflict = |flag, field| UsageError::Conflict {
+            flag,
+            field,
+            file: file.clone(),
+        };
+        match (self.kernel, &mut config.boot_source) {
+            (Some(_), Some(_)) => return Err(conflict("--kernel", "boot-source")),
+            (Some(kernel), none) => {
+                *none = Some(BootSourceConfig {
+                    kernel_image_path: kernel,
+                    ..BootSourceConfig::default()
+                });
+            }
+            (None, _) => {}
+        }
+        if let Some(initrd) = self.initrd {
+            let source = config
+                .boot_source
+                .as_mut()
+                .ok_or(UsageError::NeedsKernel("--initrd"))?;
+            if source.initrd_path.replace(initrd).is_some() {
+                return Err(conflict("--initrd", "boot-source.initrd_path"));
+            }
+        }
+        if let Some(cmdline) = self.cmdline {
+            let source = config
+                .boot_source
+                .as_mut()
+                .ok_or(UsageError::NeedsKernel("--cmdline"))?;
+            if source.boot_args.replace(cmdline).is_some() {
+                return Err(conflict("--cmdline", "boot-source.boot_args"));
+            }
+        }
+        for disk in self.disk {
+            let drive =
+                disk.into_drive(|id| config.drives.iter().any(|drive| drive.drive_id == id));
+            config.drives.push(drive);
+        }
+        if let Some(Mebibytes(size)) = self.mem {
+            config.machine_config.mem_size_mib = size;
+        }
+        if let Some(cpus) = self.cpus {
+            config.machine_config.vcpu_count = cpus;
+        }
+        if let Some(metrics_path) = self.metrics {
+            config.metrics = Some(MetricsConfig { metrics_path });
+        }
+        if let Some(path) = self.serial {
+            config.serial = Some(SerialConfig {
+                serial_out_path: Some(path),
+                rate_limiter: None,
+            });
+        }
+        config.validate()?;
+        if config.boot_source.is_none() && self.api_sock.is_none() {
+            return Err(UsageError::NothingToRun);
+        }
+        Ok(RunOptions {
+            config,
+            api_socket: self.api_sock,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

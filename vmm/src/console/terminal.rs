@@ -1,0 +1,69 @@
+//! The terminal in raw mode, and back.
+//!
+//! There is one terminal for the process, so its state is the process's as well: the panic hook has to find it without being handed it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
+
+static RAW: AtomicBool = AtomicBool::new(false);
+static ORIGINAL: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
+
+/// The terminal is raw as long as this lives.
+#[must_use = "the terminal is restored when this is dropped"]
+pub struct RawMode(());
+
+impl RawMode {
+    /// Makes `input` raw, so that every key reaches the guest, if it is a terminal; `None` if it is not.
+    /// A panic restores the terminal before it is reported.
+    ///
+    /// # Errors
+    /// Where the terminal refuses.
+    pub fn enter(input: impl AsFd) -> io::Result<Option<Self>> {
+        let input = input.as_fd();
+        if !isatty(input) {
+            return Ok(None);
+        }
+        let original = tcgetattr(input)?;
+        let mut raw = original.clone();
+        raw.make_raw();
+        let kept = rustix::io::fcntl_dupfd_cloexec(input, 0)?;
+        *ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner) = Some((kept, original));
+        let guard = Self(());
+        tcsetattr(input, OptionalActions::Now, &raw)?;
+        RAW.store(true, Ordering::Relaxed);
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            restore();
+            report(info);
+        }));
+        Ok(Some(guard))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore();
+    }
+}
+
+/// Whether a line on the terminal needs a carriage return of its own.
+pub fn is_raw() -> bool {
+    // Nothing else is ordered by it: a line that races with the change looks odd and no more.
+    RAW.load(Ordering::Relaxed)
+}
+
+fn restore() {
+    let original = ORIGINAL
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    if let Some((terminal, original)) = original {
+        // A terminal that is gone (after SIGHUP) has no mode to restore. What the guest has written is let out first.
+        let _ = tcsetattr(terminal, OptionalActions::Drain, &original);
+    }
+    RAW.store(false, Ordering::Relaxed);
+}

@@ -1,0 +1,370 @@
+//! The life of a guest as its user sees it: configured, started, paused, resumed.
+//!
+//! ```text
+//! NotStarted ── start ──> Running <── pause / resume ──> Paused
+//!  (configure)               └───────── end ──────────────┘
+//! ```
+//!
+//! Every request either takes effect in full or changes nothing. A [`Control`] stands behind a mutex: the threads of the REST socket call it, and
+//! the main thread when it starts and ends the guest.
+
+mod guest;
+
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::config::{
+    BootSourceConfig, ConfigError, DriveConfig, DriveUpdate, EntropyConfig, LoggerConfig,
+    MachineConfig, MetricsConfig, SerialConfig, VmConfig,
+};
+use crate::logging::{Log, LogError};
+use crate::machine::MachineError;
+use crate::metrics::{self, ApiMetrics, MetricsFile};
+
+pub use guest::{Guest, LaunchError};
+
+/// What is known about the guest, as `GET /` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct InstanceInfo {
+    /// Always `Coppice`.
+    pub app_name: &'static str,
+    /// Name of the guest.
+    pub id: &'static str,
+    /// `Not started`, `Running` or `Paused`.
+    pub state: State,
+    /// Version of Coppice.
+    pub vmm_version: &'static str,
+}
+
+/// Where a guest is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum State {
+    /// It can be configured.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+}
+
+/// A request that is refused. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The configuration cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Only a guest that has not started can be configured.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+    /// Only a started guest can do it.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// The guest has come to its end, and so does the process.
+    #[error("The guest has ended.")]
+    Ended,
+    /// There is no drive of that name.
+    #[error("there is no drive {0}")]
+    NoDrive(String),
+    /// The guest cannot start.
+    #[error("the guest cannot start: {0}")]
+    Launch(#[from] LaunchError),
+    /// The running guest refuses.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The log cannot be changed.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The metrics cannot be written.
+    #[error("metrics.metrics_path: {0}")]
+    Metrics(std::io::Error),
+}
+
+enum Life {
+    NotStarted,
+    Started { guest: Box<dyn Guest>, paused: bool },
+    Ended,
+}
+
+/// A guest and what was asked for it.
+pub struct Control {
+    config: VmConfig,
+    life: Life,
+    log: Log,
+    api: Arc<ApiMetrics>,
+    metrics: Option<MetricsFile>,
+}
+
+impl Control {
+    /// A guest that is not configured.
+    pub fn new(log: Log, api: Arc<ApiMetrics>) -> Self {
+        Self {
+            config: VmConfig::default(),
+            life: Life::NotStarted,
+            log,
+            api,
+            metrics: None,
+        }
+    }
+
+    /// Takes a whole configuration in place of the one there is.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`, `Log`, `Metrics`.
+    pub fn configure(&mut self, config: VmConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        config.validate()?;
+        config.check_files()?;
+        let metrics = config.metrics.as_ref().map(open_metrics).transpose()?;
+        if let Some(logger) = &config.logger {
+            self.log.configure(logger)?;
+        }
+        self.metrics = metrics;
+        self.config = config;
+        Ok(())
+    }
+
+    /// What `GET /` answers.
+    pub fn instance_info(&self) -> InstanceInfo {
+        let state = match &self.life {
+            Life::NotStarted | Life::Ended => State::NotStarted,
+            Life::Started { paused: false, .. } => State::Running,
+            Life::Started { paused: true, .. } => State::Paused,
+        };
+        InstanceInfo {
+            app_name: "Coppice",
+            id: "anonymous-instance",
+            state,
+            vmm_version: env!("CARGO_PKG_VERSION"),
+        }
+    }
+
+    /// All that is configured.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    fn not_started(&self) -> Result<(), ControlError> {
+        match &self.life {
+            Life::NotStarted => Ok(()),
+            Life::Started { .. } => Err(ControlError::AfterStart),
+            Life::Ended => Err(ControlError::Ended),
+        }
+    }
+
+    fn guest(&mut self) -> Result<(&mut dyn Guest, &mut bool), ControlError> {
+        match &mut self.life {
+            Life::Started { guest, paused } => Ok((guest.as_mut(), paused)),
+            Life::NotStarted => Err(ControlError::BeforeStart),
+            Life::Ended => Err(ControlError::Ended),
+        }
+    }
+
+    /// Stores a configuration that `change` makes of the present one, if all of it is valid.
+    fn change(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<(), ControlError> {
+        self.not_started()?;
+        let mut config = self.config.clone();
+        change(&mut config);
+        config.validate()?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// `PUT /boot-source`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_boot_source(&mut self, boot_source: BootSourceConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        boot_source.validate()?;
+        boot_source.check_files()?;
+        self.change(|config| config.boot_source = Some(boot_source))
+    }
+
+    /// `PUT /drives/{id}`: adds a drive, or replaces the one of that name.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        drive.validate()?;
+        drive.check_file()?;
+        self.change(|config| config.set_drive(drive))
+    }
+
+    /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Machine`.
+    pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
+        self.guest()?;
+        let id = &update.drive_id;
+        let present = self
+            .config
+            .drives
+            .iter()
+            .find(|drive| drive.drive_id == *id);
+        let drive = update
+            .clone()
+            .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
+        drive.check_file()?;
+        self.guest()?.0.replace_drive(&drive)?;
+        self.config.set_drive(drive);
+        Ok(())
+    }
+
+    /// `PUT /machine-config`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_machine_config(&mut self, machine: MachineConfig) -> Result<(), ControlError> {
+        self.change(|config| config.machine_config = machine)
+    }
+
+    /// `PATCH /machine-config`: changes the fields that are set.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn update_machine_config(&mut self, update: &Value) -> Result<(), ControlError> {
+        self.not_started()?;
+        let machine = self.config.machine_config.updated(update)?;
+        self.set_machine_config(machine)
+    }
+
+    /// `PUT /entropy`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_entropy(&mut self, entropy: EntropyConfig) -> Result<(), ControlError> {
+        self.change(|config| config.entropy = Some(entropy))
+    }
+
+    /// `PUT /serial`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ControlError> {
+        self.change(|config| config.serial = Some(serial))
+    }
+
+    /// `PUT /logger`: takes effect at once.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`, `Log`.
+    pub fn set_logger(&mut self, logger: &LoggerConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        let config = VmConfig {
+            logger: Some(logger.clone()),
+            ..self.config.clone()
+        };
+        config.validate()?;
+        self.log.configure(logger)?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// `PUT /metrics`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`, `Metrics`.
+    pub fn set_metrics(&mut self, metrics: &MetricsConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        let config = VmConfig {
+            metrics: Some(metrics.clone()),
+            ..self.config.clone()
+        };
+        config.validate()?;
+        self.metrics = Some(open_metrics(metrics)?);
+        self.config = config;
+        Ok(())
+    }
+
+    /// `InstanceStart`: `launch` builds the guest and lets it run.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Launch`; the guest can be configured and started again then.
+    pub fn start(
+        &mut self,
+        launch: impl FnOnce(&VmConfig) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        self.not_started()?;
+        let guest = launch(&self.config)?;
+        self.life = Life::Started {
+            guest,
+            paused: false,
+        };
+        Ok(())
+    }
+
+    /// `PATCH /vm` to `Paused`. A paused guest stays paused.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`.
+    pub fn pause(&mut self) -> Result<(), ControlError> {
+        let (guest, paused) = self.guest()?;
+        if !*paused {
+            guest.pause();
+            *paused = true;
+        }
+        Ok(())
+    }
+
+    /// `PATCH /vm` to `Resumed`. A running guest goes on running.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`.
+    pub fn resume(&mut self) -> Result<(), ControlError> {
+        let (guest, paused) = self.guest()?;
+        if *paused {
+            guest.resume();
+            *paused = false;
+        }
+        Ok(())
+    }
+
+    /// `SendCtrlAltDel`.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn send_ctrl_alt_del(&mut self) -> Result<(), ControlError> {
+        Ok(self.guest()?.0.send_ctrl_alt_del()?)
+    }
+
+    /// `FlushMetrics`: writes a line where `PUT /metrics` has said. Without, there is nothing to do, as with Firecracker.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Metrics`.
+    pub fn flush_metrics(&mut self) -> Result<(), ControlError> {
+        let devices = self.guest()?.0.metrics();
+        match &mut self.metrics {
+            Some(file) => file
+                .write(&metrics::snapshot(&self.api, Some(&devices)))
+                .map_err(ControlError::Metrics),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the guest: stops it, closes its disks and writes the last metrics. Every later request is refused.
+    pub fn end(&mut self) {
+        let guest = match std::mem::replace(&mut self.life, Life::Ended) {
+            Life::Started { guest, .. } => guest,
+            Life::NotStarted | Life::Ended => return,
+        };
+        let devices = guest.metrics();
+        guest.shutdown();
+        if let Some(file) = &mut self.metrics
+            && let Err(error) = file.write(&metrics::snapshot(&self.api, Some(&devices)))
+        {
+            tracing::warn!(%error, "the last metrics cannot be written");
+        }
+    }
+}
+
+fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
+    MetricsFile::open(&config.metrics_path).map_err(ControlError::Metrics)
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

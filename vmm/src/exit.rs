@@ -1,0 +1,81 @@
+//! How `coppice` ends, and what its exit code says about that.
+
+use std::process::ExitCode;
+
+use crate::machine::GuestEnd;
+
+/// Why `coppice run` comes to its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest's own doing, or its failure.
+    Guest(GuestEnd),
+    /// A signal asked for it.
+    Signal(u8),
+    /// `Ctrl-A x`.
+    Quit,
+}
+
+/// A VMM failure: the guest could not start or go on.
+pub const FAILURE: u8 = 1;
+/// The command line or the configuration is wrong.
+pub const USAGE: u8 = 2;
+/// The guest asked for a reset.
+pub const GUEST_RESET: u8 = 10;
+/// The guest's kernel panicked.
+pub const GUEST_PANIC: u8 = 11;
+/// The guest crashed: a triple fault.
+pub const GUEST_CRASH: u8 = 12;
+/// Added to the number of the signal that ended the process, as shells do.
+pub const SIGNAL_BASE: u8 = 128;
+
+/// The exit codes as `--help` shows them.
+pub const HELP: &str = "\
+Exit codes:
+  0      the guest powered off
+  1      the guest could not start, or the VMM failed
+  2      wrong command line or configuration
+  10     the guest reset itself (reboot)
+  11     the guest's kernel panicked (told by pvpanic)
+  12     the guest crashed (triple fault)
+  128+N  ended by signal N: 129 SIGHUP, 130 SIGINT or Ctrl-A x, 131 SIGQUIT, 143 SIGTERM";
+
+impl ExitReason {
+    /// The exit code of the process.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Guest(end) => match end {
+                GuestEnd::PowerOff => 0,
+                GuestEnd::Reset => GUEST_RESET,
+                GuestEnd::Panic => GUEST_PANIC,
+                GuestEnd::TripleFault => GUEST_CRASH,
+                GuestEnd::Failed(_) => FAILURE,
+            },
+            Self::Signal(number) => SIGNAL_BASE.saturating_add(*number),
+            // The keys stand for the Ctrl-C that goes to the guest in raw mode: SIGINT is signal 2.
+            Self::Quit => SIGNAL_BASE + 2,
+        }
+    }
+}
+
+impl From<&ExitReason> for ExitCode {
+    fn from(reason: &ExitReason) -> Self {
+        Self::from(reason.code())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_end_has_the_code_that_the_help_names() {
+        let guest = |end| ExitReason::Guest(end).code();
+        assert_eq!(guest(GuestEnd::PowerOff), 0);
+        assert_eq!(guest(GuestEnd::Failed("x".to_owned())), 1);
+        assert_eq!(guest(GuestEnd::Reset), 10);
+        assert_eq!(guest(GuestEnd::Panic), 11);
+        assert_eq!(guest(GuestEnd::TripleFault), 12);
+        assert_eq!(ExitReason::Signal(15).code(), 143);
+        assert_eq!(ExitReason::Quit.code(), 130);
+    }
+}

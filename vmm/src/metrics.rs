@@ -1,0 +1,173 @@
+//! Counters, written as lines of JSON.
+//!
+//! Names are Firecracker's where it counts the same thing. Unlike there, every line holds totals since the start: a line that is lost
+//! loses nothing.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::OFlags;
+use serde_json::{Map, Value, json};
+
+use crate::machine::DeviceMetrics;
+
+/// Requests to the REST socket.
+#[derive(Debug, Default)]
+pub struct ApiMetrics {
+    /// `GET` requests.
+    pub get: AtomicU64,
+    /// `PUT` requests.
+    pub put: AtomicU64,
+    /// `PATCH` requests.
+    pub patch: AtomicU64,
+    /// Requests that were refused or failed, of any method.
+    pub failures: AtomicU64,
+}
+
+/// Counts one more. Counters are independent of each other: nothing is ordered by them.
+pub fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// All counters, as they are written.
+pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
+    let mut line = Map::new();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    line.insert(
+        "utc_timestamp_ms".to_owned(),
+        json!(u64::try_from(now.as_millis()).unwrap_or(u64::MAX)),
+    );
+    line.insert(
+        "api_server".to_owned(),
+        json!({
+            "get_count": get(&api.get),
+            "put_count": get(&api.put),
+            "patch_count": get(&api.patch),
+            "fails": get(&api.failures),
+        }),
+    );
+    let Some(devices) = devices else {
+        return Value::Object(line);
+    };
+    for (id, drive) in &devices.drives {
+        line.insert(
+            format!("block_{id}"),
+            json!({
+                "read_count": get(&drive.reads),
+                "read_bytes": get(&drive.read_bytes),
+                "write_count": get(&drive.writes),
+                "write_bytes": get(&drive.written_bytes),
+                "flush_count": get(&drive.flushes),
+                "discard_count": get(&drive.discards),
+                "execute_fails": get(&drive.errors),
+                "event_fails": get(&drive.failures),
+            }),
+        );
+    }
+    if let Some(entropy) = &devices.entropy {
+        line.insert(
+            "entropy".to_owned(),
+            json!({"entropy_bytes": get(&entropy.bytes), "entropy_event_fails": get(&entropy.failures)}),
+        );
+    }
+    Value::Object(line)
+}
+
+/// A file or named pipe that gets the lines.
+#[derive(Debug)]
+pub struct MetricsFile(File);
+
+impl MetricsFile {
+    /// Opens `path`, and makes it if it is not there. Does not wait for a reader of a pipe.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        open_output(path).map(Self)
+    }
+
+    /// Appends a line. One write: lines of several guests in one file do not mix.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write(&mut self, line: &Value) -> io::Result<()> {
+        self.0.write_all(format!("{line}\n").as_bytes())
+    }
+}
+
+/// Opens a file or named pipe to append to, and makes it, for its owner alone, if it is not there. A named pipe is opened for reading as well,
+/// since it could not be opened, or would end, where nobody reads it.
+///
+/// # Errors
+/// What the host says.
+pub fn open_output(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    let mut options = OpenOptions::new();
+    options
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .custom_flags(flags.bits().cast_signed());
+    match std::fs::metadata(path) {
+        Ok(metadata) if std::os::unix::fs::FileTypeExt::is_fifo(&metadata.file_type()) => {
+            options.read(true).open(path)
+        }
+        Ok(_) | Err(_) => options.open(path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_appended_and_hold_every_counter() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics");
+        let api = ApiMetrics::default();
+        count(&api.put);
+        count(&api.failures);
+        for _ in 0..2 {
+            MetricsFile::open(&path)
+                .unwrap()
+                .write(&snapshot(&api, None))
+                .unwrap();
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<Value> = text
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(lines.len(), 2);
+        assert_eq!(
+            lines[1]["api_server"],
+            json!({"get_count": 0, "put_count": 1, "patch_count": 0, "fails": 1})
+        );
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_does_not_hold_anybody_up() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            0o600.into(),
+            0,
+        )
+        .unwrap();
+        let mut file = MetricsFile::open(&path).unwrap();
+        file.write(&json!({})).unwrap();
+    }
+}
