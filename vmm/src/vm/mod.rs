@@ -7,8 +7,8 @@
 use devices::GuestMemory;
 use devices::bus::Bus;
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE,
-    kvm_enable_cap, kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use vmm_sys_util::errno;
@@ -18,6 +18,7 @@ use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, MAX_VCPUS};
 
 mod cpuid;
 mod memory;
+mod pmu;
 mod threads;
 mod vcpu;
 
@@ -174,7 +175,7 @@ impl Vm {
         if !cpuid.tsc_deadline {
             create_pit(&fd)?;
         }
-        disable_pmu(&fd)?;
+        pmu::disable(&fd)?;
         add_slots(&fd, &memory)?;
         let mut made = Vec::with_capacity(vcpus.into());
         for index in 0..vcpus {
@@ -245,22 +246,6 @@ fn create_pit(fd: &VmFd) -> Result<(), VmError> {
     };
     fd.create_pit2(config)
         .map_err(VmError::kvm("KVM_CREATE_PIT2"))
-}
-
-/// No performance counters: a guest has no need of the host's, and a watchdog of its kernel that uses them wakes an idle guest.
-fn disable_pmu(fd: &VmFd) -> Result<(), VmError> {
-    // Before Linux 5.18 KVM lacks the capability, and CPUID alone tells the guest that there are none.
-    let known = fd.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
-    if u32::try_from(known).map_or(0, |flags| flags & KVM_PMU_CAP_DISABLE) == 0 {
-        return Ok(());
-    }
-    let disable = kvm_enable_cap {
-        cap: KVM_CAP_PMU_CAPABILITY,
-        args: [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0],
-        ..Default::default()
-    };
-    fd.enable_cap(&disable)
-        .map_err(VmError::kvm("KVM_ENABLE_CAP of KVM_CAP_PMU_CAPABILITY"))
 }
 
 fn add_slots(fd: &VmFd, memory: &GuestMemory) -> Result<(), VmError> {
