@@ -102,7 +102,7 @@ done
 cat >"$work/root/sbin/init" <<'INIT'
 #!/bin/sh
 # A shell on the console; leaving it powers off.
-mount -t devtmpfs dev /dev 2>/dev/null
+mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 echo "COPPICE-ROOT uptime=$(cut -d' ' -f1 /proc/uptime)"

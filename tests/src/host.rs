@@ -31,6 +31,9 @@ pub fn run(names: &[String], json: Option<&Path>, verbose: bool) -> Result<bool,
     build(&root)?;
     command(Command::new(root.join("resources/guest/build.sh")))?;
     let lab = root.join("target/lab");
+    fs::create_dir_all(&lab).map_err(Failure::io(lab.display().to_string()))?;
+    let lock = File::create(lab.join("lock")).map_err(Failure::io("make the lab's lock"))?;
+    lock.lock().map_err(Failure::io("lock the lab"))?;
     let disk = make_disk(&root, &lab, &chosen)?;
     eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
     let booted = boot(&root, &disk);
