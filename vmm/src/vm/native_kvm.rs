@@ -292,7 +292,7 @@ fn a_guest_that_never_exits_can_be_paused_and_stopped() {
 
 #[test]
 fn vcpus_that_were_never_started_pause_and_stop() {
-    let run = run(vm(4, 4 << 20), &[0xeb, 0xfe], Mode::Real);
+    let run = run(vm(MAX_VCPUS, 4 << 20), &[0xeb, 0xfe], Mode::Real);
     run.vcpus.pause();
     run.vcpus.resume();
 }

@@ -192,7 +192,9 @@ impl Vcpus {
         table
     }
 
-    /// Takes all vCPUs out of the guest; returns when none is in it.
+    /// Takes all vCPUs out of the guest; returns when none is in it, with every access of the guest served to its end.
+    ///
+    /// Waits for device accesses under way: not to be called with a device locked, nor from a vCPU thread.
     pub fn pause(&self) {
         let mut table = self.set_target(Target::Pause);
         while table.target == Target::Pause && table.parked < table.live() {
