@@ -13,6 +13,9 @@ use crate::result::Failure;
 /// Longest wait for anything a guest does; it is emulated twice over.
 const PATIENCE: Duration = Duration::from_secs(90);
 
+/// Where Coppice keeps unpacked kernels in the lab: on its disk, as on a server.
+pub const KERNEL_CACHE: &str = "/mnt/cache";
+
 /// Text that grows while it is read.
 #[derive(Default)]
 struct Growing {
@@ -106,6 +109,7 @@ impl Start {
         }
         let mut child = Command::new(&self.program)
             .args(&self.args)
+            .env("XDG_CACHE_HOME", KERNEL_CACHE)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -206,6 +206,8 @@ fn boot(root: &Path, disk: &Path) -> Result<(), Failure> {
         "-m",
         MEMORY,
         "-nographic",
+        "-nic",
+        "none",
         "-no-reboot",
     ]);
     // TCG does not tell KVM when a guest sets XCR0, so that a guest with XSAVE complains: it does without.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::guest::{Guest, Start, script_word};
+use crate::guest::{Guest, KERNEL_CACHE, Start, script_word};
 use crate::result::{Failure, Figures};
 
 /// Boots to the shell of the root file system and powers off from there.
@@ -88,7 +88,7 @@ pub fn every_protocol(out: &Path) -> Result<Figures, Failure> {
 
 /// The kernel that a boot has unpacked into the cache.
 fn unpacked() -> Result<PathBuf, Failure> {
-    let cache = fs::read_dir("/root/.cache/coppice/kernels")
+    let cache = fs::read_dir(Path::new(KERNEL_CACHE).join("coppice/kernels"))
         .map_err(Failure::io("read the kernel cache"))?;
     let mut kernels = cache.filter_map(Result::ok).map(|entry| entry.path());
     kernels
