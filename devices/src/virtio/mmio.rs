@@ -168,17 +168,24 @@ impl MmioTransport {
         if value == 0 {
             return self.reset();
         }
-        let wanted = value & !(status::NEEDS_RESET | status::FAILED);
-        let next = match (self.status & !status::FAILED, wanted) {
-            (0, status::ACKNOWLEDGE) | (status::ACKNOWLEDGE, status::DRIVER) => Some(wanted),
-            (status::DRIVER, status::FEATURES_OK) => self.features_are_ok().then_some(wanted),
+        // A driver that has given up begins again with a reset (2.1.1).
+        if (self.status | value) & status::FAILED != 0 {
+            self.status |= status::FAILED;
+            return;
+        }
+        let wanted = value & !status::NEEDS_RESET;
+        let step = match (self.status, wanted) {
+            (0, status::ACKNOWLEDGE) | (status::ACKNOWLEDGE, status::DRIVER) => true,
+            (status::DRIVER, status::FEATURES_OK) => self.features_are_ok(),
             (status::FEATURES_OK, status::DRIVER_OK) => {
                 self.activate();
-                Some(wanted)
+                true
             }
-            _ => None,
+            _ => false,
         };
-        self.status = next.unwrap_or(self.status) | (value & status::FAILED);
+        if step {
+            self.status = wanted;
+        }
     }
 
     fn features_are_ok(&self) -> bool {
@@ -513,6 +520,13 @@ mod tests {
             driver.status(status::DRIVER | status::FAILED),
             status::DRIVER | status::FAILED
         );
+        assert_eq!(
+            driver.status(status::FEATURES_OK),
+            status::DRIVER | status::FAILED,
+            "a driver that gave up starts anew"
+        );
+        assert_eq!(driver.status(0), 0);
+        driver.negotiate();
     }
 
     #[test]

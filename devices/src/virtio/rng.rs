@@ -106,13 +106,15 @@ struct Served {
 fn fill(active: &mut Active, metrics: &RngMetrics) -> Result<Served, virtio_queue::Error> {
     let Active { memory, queue } = active;
     let memory = &*memory;
+    let mut used = false;
     for _ in 0..queue.size() {
         let Some(descriptors) = queue.iter(memory)?.next() else {
             if queue.enable_notification(memory)? {
                 continue;
             }
             return Ok(Served {
-                interrupt: queue.needs_notification(memory)?,
+                // A kick of an empty ring is no news to the driver.
+                interrupt: used && queue.needs_notification(memory)?,
                 more: false,
             });
         };
@@ -126,9 +128,10 @@ fn fill(active: &mut Active, metrics: &RngMetrics) -> Result<Served, virtio_queu
             });
         metrics.bytes.fetch_add(written.into(), Ordering::Relaxed);
         queue.add_used(memory, head, written)?;
+        used = true;
     }
     Ok(Served {
-        interrupt: queue.needs_notification(memory)?,
+        interrupt: used && queue.needs_notification(memory)?,
         more: true,
     })
 }
@@ -250,6 +253,17 @@ mod tests {
         assert_eq!(rng.metrics.bytes.load(Ordering::Relaxed), 0);
         rng.resume();
         assert_eq!(rng.metrics.bytes.load(Ordering::Relaxed), 64);
+    }
+
+    #[test]
+    fn a_kick_of_an_empty_ring_is_not_answered() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+        let mut queue: Queue = MockSplitQueue::new(&memory, 16).create_queue().unwrap();
+        queue.set_event_idx(false);
+        let mut rng = rng();
+        activate(&mut rng, &memory, queue);
+        rng.serve();
+        assert_eq!(rng.interrupt.status(), 0);
     }
 
     #[test]
