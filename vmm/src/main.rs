@@ -9,7 +9,11 @@ use coppice::logging::Log;
 use coppice::{doctor, exit, run};
 
 fn main() -> ExitCode {
-    match Cli::parse().command {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return told_by_parser(&error),
+    };
+    match cli.command {
         Command::Run(arguments) => run_guest(*arguments),
         Command::Doctor { json } => examine_host(json),
     }
@@ -18,6 +22,32 @@ fn main() -> ExitCode {
 fn fail(code: u8, error: impl Display) -> ExitCode {
     eprintln!("coppice: {error}");
     ExitCode::from(code)
+}
+
+/// Help and version go to standard output; what is wrong is said in one line like everything else.
+fn told_by_parser(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(exit::FAILURE, error),
+        };
+    }
+    let text = error.to_string();
+    let said = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let said = said
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
+    fail(
+        exit::USAGE,
+        format_args!(
+            "{}; see --help",
+            said.strip_prefix("error: ").unwrap_or(&said)
+        ),
+    )
 }
 
 fn run_guest(arguments: RunArguments) -> ExitCode {

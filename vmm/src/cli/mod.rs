@@ -21,7 +21,7 @@ pub use size::{Mebibytes, SizeError};
     name = "coppice",
     version,
     propagate_version = true,
-    arg_required_else_help = true
+    arg_required_else_help = false
 )]
 pub struct Cli {
     /// What to do.

@@ -1,1 +1,317 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Mutex;
 
+use serde_json::json;
+
+use super::*;
+use crate::logging::{LogFilter, LogFormat};
+use crate::machine::{DeviceMetrics, StartError};
+
+/// What was asked of a [`Double`], in order.
+pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
+
+/// A guest that does nothing but remember.
+pub(crate) struct Double(Calls);
+
+impl Double {
+    fn call(&self, what: impl Into<String>) {
+        self.0.lock().unwrap().push(what.into());
+    }
+}
+
+impl Guest for Double {
+    fn pause(&mut self) {
+        self.call("pause");
+    }
+
+    fn resume(&mut self) {
+        self.call("resume");
+    }
+
+    fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {
+        self.call("ctrl-alt-del");
+        Err(MachineError::KeyboardBusy)
+    }
+
+    fn replace_drive(&mut self, drive: &DriveConfig) -> Result<(), MachineError> {
+        self.call(format!("replace {}", drive.drive_id));
+        if drive.drive_id == "broken" {
+            Err(MachineError::NoDrive("broken".to_owned()))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        self.call("metrics");
+        DeviceMetrics {
+            drives: BTreeMap::new(),
+            entropy: None,
+        }
+    }
+
+    fn shutdown(self: Box<Self>) {
+        self.call("shutdown");
+    }
+}
+
+/// Launches a [`Double`] if there is a boot source, as a machine would.
+pub(crate) fn launch(calls: &Calls, config: &VmConfig) -> Result<Box<dyn Guest>, LaunchError> {
+    if config.boot_source.is_none() {
+        return Err(StartError::NoKernel.into());
+    }
+    Ok(Box::new(Double(calls.clone())))
+}
+
+/// A control without a configuration.
+pub(crate) fn control() -> Control {
+    let (log, _) = Log::new(LogFilter::default(), LogFormat::Text);
+    Control::new(log, Arc::default())
+}
+
+/// A file that can be a kernel or a disk as far as control looks at it.
+pub(crate) fn file(folder: &Path, name: &str) -> std::path::PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, [0; 512]).unwrap();
+    path
+}
+
+fn running(folder: &Path, calls: &Calls) -> Control {
+    let mut control = control();
+    let kernel_image_path = file(folder, "kernel");
+    control
+        .set_boot_source(BootSourceConfig {
+            kernel_image_path,
+            ..BootSourceConfig::default()
+        })
+        .unwrap();
+    control
+        .set_drive(DriveConfig::new("a", file(folder, "a")))
+        .unwrap();
+    control
+        .set_drive(DriveConfig::new("broken", file(folder, "broken")))
+        .unwrap();
+    control.start(|config| launch(calls, config)).unwrap();
+    control
+}
+
+#[test]
+fn a_guest_is_configured_then_started_then_paused_and_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = Calls::default();
+    let mut control = running(folder.path(), &calls);
+    assert_eq!(control.instance_info().state, State::Running);
+    for _ in 0..2 {
+        control.pause().unwrap();
+        assert_eq!(control.instance_info().state, State::Paused);
+    }
+    for _ in 0..2 {
+        control.resume().unwrap();
+        assert_eq!(control.instance_info().state, State::Running);
+    }
+    control.end();
+    control.end();
+    assert_eq!(
+        *calls.lock().unwrap(),
+        ["pause", "resume", "metrics", "shutdown"]
+    );
+}
+
+#[test]
+fn a_guest_that_has_not_started_takes_no_orders() {
+    let mut control = control();
+    let update = serde_json::from_value(json!({"drive_id": "a", "path_on_host": "/x"})).unwrap();
+    assert!(matches!(control.pause(), Err(ControlError::BeforeStart)));
+    assert!(matches!(control.resume(), Err(ControlError::BeforeStart)));
+    assert!(matches!(
+        control.send_ctrl_alt_del(),
+        Err(ControlError::BeforeStart)
+    ));
+    assert!(matches!(
+        control.flush_metrics(),
+        Err(ControlError::BeforeStart)
+    ));
+    assert!(matches!(
+        control.update_drive(&update),
+        Err(ControlError::BeforeStart)
+    ));
+}
+
+fn refuses_to_be_configured(
+    control: &mut Control,
+    folder: &Path,
+    because: fn(&ControlError) -> bool,
+) {
+    let before = control.config().clone();
+    let kernel_image_path = file(folder, "other");
+    let results = [
+        control.configure(VmConfig::default()),
+        control.set_boot_source(BootSourceConfig {
+            kernel_image_path,
+            ..BootSourceConfig::default()
+        }),
+        control.set_drive(DriveConfig::new("b", file(folder, "b"))),
+        control.set_machine_config(MachineConfig::default()),
+        control.update_machine_config(&json!({"vcpu_count": 2})),
+        control.set_entropy(EntropyConfig::default()),
+        control.set_serial(SerialConfig::default()),
+        control.set_logger(&LoggerConfig::default()),
+        control.set_metrics(&MetricsConfig {
+            metrics_path: folder.join("metrics"),
+        }),
+        control.start(|_| panic!("never launched")),
+    ];
+    for (number, result) in results.into_iter().enumerate() {
+        assert!(because(&result.unwrap_err()), "request {number}");
+    }
+    assert_eq!(*control.config(), before);
+    assert!(!folder.join("metrics").exists());
+}
+
+#[test]
+fn a_started_guest_cannot_be_configured_and_an_ended_one_neither() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut control = running(folder.path(), &Calls::default());
+    refuses_to_be_configured(&mut control, folder.path(), |error| {
+        matches!(error, ControlError::AfterStart)
+    });
+    control.end();
+    refuses_to_be_configured(&mut control, folder.path(), |error| {
+        matches!(error, ControlError::Ended)
+    });
+    assert!(matches!(control.pause(), Err(ControlError::Ended)));
+}
+
+#[test]
+fn what_is_refused_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut control = control();
+    control
+        .set_drive(DriveConfig {
+            is_root_device: true,
+            ..DriveConfig::new("a", file(folder.path(), "a"))
+        })
+        .unwrap();
+    control.set_entropy(EntropyConfig::default()).unwrap();
+    let before = control.config().clone();
+    let second_root = DriveConfig {
+        is_root_device: true,
+        ..DriveConfig::new("b", file(folder.path(), "b"))
+    };
+    control.set_drive(second_root).unwrap_err();
+    control
+        .set_drive(DriveConfig::new("a", folder.path().join("missing")))
+        .unwrap_err();
+    control
+        .set_machine_config(MachineConfig {
+            vcpu_count: 0,
+            ..MachineConfig::default()
+        })
+        .unwrap_err();
+    control
+        .update_machine_config(&json!({"smt": true}))
+        .unwrap_err();
+    control
+        .set_metrics(&MetricsConfig {
+            metrics_path: "/nonexistent/metrics".into(),
+        })
+        .unwrap_err();
+    let log_path = Some("/nonexistent/log".into());
+    control
+        .set_logger(&LoggerConfig {
+            log_path,
+            ..LoggerConfig::default()
+        })
+        .unwrap_err();
+    let mut drives = vec![DriveConfig::new("c", file(folder.path(), "c"))];
+    control
+        .configure(VmConfig {
+            drives: drives.clone(),
+            metrics: Some(MetricsConfig {
+                metrics_path: "/".into(),
+            }),
+            ..VmConfig::default()
+        })
+        .unwrap_err();
+    drives.push(DriveConfig::new("d", folder.path().join("missing")));
+    control
+        .configure(VmConfig {
+            drives,
+            ..VmConfig::default()
+        })
+        .unwrap_err();
+    assert_eq!(*control.config(), before);
+}
+
+#[test]
+fn a_guest_that_could_not_start_can_be_started_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = Calls::default();
+    let mut control = control();
+    assert!(matches!(
+        control.start(|config| launch(&calls, config)),
+        Err(ControlError::Launch(_))
+    ));
+    assert_eq!(control.instance_info().state, State::NotStarted);
+    let kernel_image_path = file(folder.path(), "kernel");
+    control
+        .set_boot_source(BootSourceConfig {
+            kernel_image_path,
+            ..BootSourceConfig::default()
+        })
+        .unwrap();
+    control.start(|config| launch(&calls, config)).unwrap();
+}
+
+#[test]
+fn a_drive_of_a_running_guest_gets_another_file_or_keeps_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = Calls::default();
+    let mut control = running(folder.path(), &calls);
+    let before = control.config().clone();
+    let mut update = |id: &str, path: &Path| {
+        let body = json!({"drive_id": id, "path_on_host": path});
+        control.update_drive(&serde_json::from_value(body).unwrap())
+    };
+    let new = file(folder.path(), "new");
+    assert!(matches!(update("c", &new), Err(ControlError::NoDrive(_))));
+    assert!(matches!(
+        update("a", &folder.path().join("missing")),
+        Err(ControlError::Config(_))
+    ));
+    assert!(matches!(
+        update("broken", &new),
+        Err(ControlError::Machine(_))
+    ));
+    update("a", &new).unwrap();
+    assert_eq!(*calls.lock().unwrap(), ["replace broken", "replace a"]);
+    assert_eq!(control.config().drives[0].path_on_host, new);
+    assert_eq!(control.config().drives[1], before.drives[1]);
+}
+
+#[test]
+fn metrics_are_written_when_asked_for_and_at_the_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("metrics");
+    let mut control = control();
+    let kernel_image_path = file(folder.path(), "kernel");
+    control
+        .set_boot_source(BootSourceConfig {
+            kernel_image_path,
+            ..BootSourceConfig::default()
+        })
+        .unwrap();
+    control
+        .set_metrics(&MetricsConfig {
+            metrics_path: path.clone(),
+        })
+        .unwrap();
+    control
+        .start(|config| launch(&Calls::default(), config))
+        .unwrap();
+    control.flush_metrics().unwrap();
+    assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 1);
+    control.end();
+    assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 2);
+}
