@@ -205,8 +205,13 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
                 let (launcher, config) = (launcher.clone(), config.clone());
                 remote.call_blocking(move |ops| launcher.launch(&config, ops))
             };
-            let server = ApiServer::start(socket, control.clone(), api_metrics, Arc::new(launch));
-            Some(server.map_err(host("REST socket"))?)
+            match ApiServer::start(socket, control.clone(), api_metrics, Arc::new(launch)) {
+                Ok(server) => Some(server),
+                Err(error) => {
+                    lock(&control).end();
+                    return Err(host("REST socket")(error));
+                }
+            }
         }
         None => None,
     };
@@ -215,7 +220,10 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         if let Some(reason) = ending.told() {
             break reason;
         }
-        manager.run()?;
+        if let Err(error) = manager.run() {
+            // Nothing serves the guest any more, but its disks can be closed.
+            break ExitReason::Guest(GuestEnd::Failed(format!("event loop: {error}")));
+        }
     };
     tracing::info!(?reason, "ending");
     // A request that starts the guest may hold the lock and wait for the event loop: serve that until it is done.

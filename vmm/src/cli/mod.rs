@@ -97,7 +97,7 @@ pub struct RunArguments {
     pub api_sock: Option<PathBuf>,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
+    /// --mem, --cpus, --log, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
     /// and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
@@ -203,6 +203,9 @@ impl RunArguments {
         }
         if let Some(cpus) = self.cpus {
             config.machine_config.vcpu_count = cpus;
+        }
+        if let (Some(_), Some(logger)) = (self.log, &mut config.logger) {
+            (logger.level, logger.module) = (None, None);
         }
         if let Some(metrics_path) = self.metrics {
             config.metrics = Some(MetricsConfig { metrics_path });

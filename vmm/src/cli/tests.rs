@@ -160,6 +160,25 @@ fn arguments_add_to_a_configuration_file_and_conflicts_name_both() {
 }
 
 #[test]
+fn the_log_level_of_the_command_line_wins() {
+    let file = config_file(r#"{"logger": {"log_path": "/log", "level": "Error", "module": "x"}}"#);
+    let logger = |arguments: &[&str]| {
+        let path = ["--api-sock", "s", "--config", file.path().to_str().unwrap()];
+        options(&[&path, arguments].concat())
+            .unwrap()
+            .config
+            .logger
+            .unwrap()
+    };
+    assert!(logger(&[]).level.is_some());
+    let won = logger(&["--log", "debug"]);
+    assert_eq!(
+        (won.level, won.module, won.log_path),
+        (None, None, Some(PathBuf::from("/log")))
+    );
+}
+
+#[test]
 fn values_that_cannot_be_are_usage_errors() {
     let cases: [&[&str]; 7] = [
         &["--kernel", "k", "--mem", "128"],

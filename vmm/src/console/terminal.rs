@@ -62,8 +62,9 @@ fn restore() {
         .unwrap_or_else(PoisonError::into_inner)
         .take();
     if let Some((terminal, original)) = original {
-        // A terminal that is gone (after SIGHUP) has no mode to restore. What the guest has written is let out first.
-        let _ = tcsetattr(terminal, OptionalActions::Drain, &original);
+        // A terminal that is gone (after SIGHUP) has no mode to restore. Output that nobody reads must not keep the process:
+        // so without waiting for it.
+        let _ = tcsetattr(terminal, OptionalActions::Now, &original);
     }
     RAW.store(false, Ordering::Relaxed);
 }
