@@ -13,6 +13,9 @@ use crate::result::Failure;
 /// Longest wait for anything a guest does; it is emulated twice over.
 const PATIENCE: Duration = Duration::from_secs(90);
 
+/// What every guest is told, so that its console shows what the lab waits for.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
+
 /// Where Coppice keeps unpacked kernels in the lab: on its disk, as on a server.
 pub const KERNEL_CACHE: &str = "/mnt/cache";
 
@@ -49,6 +52,7 @@ impl Growing {
 pub struct Start {
     args: Vec<String>,
     cmdline: String,
+    cmdline_option: &'static str,
     program: String,
 }
 
@@ -66,7 +70,8 @@ impl Start {
         ];
         Self {
             args: args.map(str::to_owned).to_vec(),
-            cmdline: "console=ttyS0 reboot=k panic=-1 quiet".to_owned(),
+            cmdline: CMDLINE.to_owned(),
+            cmdline_option: "--cmdline",
             program: "./coppice".to_owned(),
         }
     }
@@ -80,7 +85,26 @@ impl Start {
         Self {
             args,
             cmdline: String::new(),
+            cmdline_option: "--cmdline",
             program: "./coppice".to_owned(),
+        }
+    }
+
+    /// QEMU's smallest machine, on the same kernel (unpacked, as Coppice boots it), initrd and disk: what Coppice is measured beside.
+    pub fn peer(kernel: &Path) -> Self {
+        // It comes with its libraries; the lab's host has none.
+        let args = "--library-path peer/lib peer/qemu -L peer/share \
+                    -M microvm,accel=kvm,acpi=on -cpu host -smp 1 -m 128 -nodefaults -no-user-config -nographic \
+                    -name peer,debug-threads=on -serial stdio -initrd guest/initrd.cpio.gz \
+                    -drive id=base,if=none,file=guest/root.vhdx,format=vhdx,readonly=on \
+                    -device virtio-blk-device,drive=base -kernel";
+        let mut args: Vec<_> = args.split_whitespace().map(str::to_owned).collect();
+        args.push(kernel.display().to_string());
+        Self {
+            args,
+            cmdline: CMDLINE.to_owned(),
+            cmdline_option: "-append",
+            program: "peer/lib/ld-linux-x86-64.so.2".to_owned(),
         }
     }
 
@@ -105,7 +129,8 @@ impl Start {
     /// Starts it.
     pub fn spawn(mut self) -> Result<Guest, Failure> {
         if !self.cmdline.is_empty() {
-            self.args.extend(["--cmdline".to_owned(), self.cmdline]);
+            self.args
+                .extend([self.cmdline_option.to_owned(), self.cmdline]);
         }
         let mut child = Command::new(&self.program)
             .args(&self.args)

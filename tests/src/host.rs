@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::peer;
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios::{self, Kind, Scenario};
 
@@ -25,12 +26,17 @@ fn workspace() -> PathBuf {
 }
 
 /// Runs the scenarios whose names start with one of `names`; true where all passed.
-pub fn run(names: &[String], json: Option<&Path>, verbose: bool) -> Result<bool, Failure> {
+pub fn run(
+    names: &[String],
+    json: Option<&Path>,
+    folder: Option<PathBuf>,
+    verbose: bool,
+) -> Result<bool, Failure> {
     let chosen = choose(names)?;
     let (root, started) = (workspace(), Instant::now());
     build(&root)?;
     command(Command::new(root.join("resources/guest/build.sh")))?;
-    let lab = root.join("target/lab");
+    let lab = folder.unwrap_or_else(|| root.join("target/lab"));
     fs::create_dir_all(&lab).map_err(Failure::io(lab.display().to_string()))?;
     let lock = File::create(lab.join("lock")).map_err(Failure::io("make the lab's lock"))?;
     lock.lock().map_err(Failure::io("lock the lab"))?;
@@ -171,9 +177,14 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     for name in ["vmlinuz", "initrd.cpio.gz", "root.vhdx", "root.raw"] {
         files.push((guest.join(name), format!("guest/{name}")));
     }
+    if chosen.iter().any(|scenario| scenario.name == "bench") {
+        files.extend(peer::files()?);
+    }
     let mut size = SPARE;
     for (from, to) in files {
-        size += fs::copy(&from, tree.join(to)).map_err(io(&from))?;
+        let to = tree.join(to);
+        fs::create_dir_all(to.parent().unwrap_or(&tree)).map_err(io(&to))?;
+        size += fs::copy(&from, to).map_err(io(&from))?;
     }
     let plan = Plan {
         scenarios: chosen

@@ -12,6 +12,7 @@ mod agent;
 mod api;
 mod guest;
 mod host;
+mod peer;
 mod result;
 mod scenarios;
 
@@ -38,6 +39,9 @@ enum Command {
         /// Writes the results as JSON.
         #[arg(long)]
         json: Option<PathBuf>,
+        /// Where the lab's disk, its host's log and what came out go; by default target/lab.
+        #[arg(long)]
+        folder: Option<PathBuf>,
         /// Shows each scenario's output, also where it passed.
         #[arg(long)]
         verbose: bool,
@@ -58,8 +62,9 @@ fn main() -> ExitCode {
         Command::Run {
             scenarios,
             json,
+            folder,
             verbose,
-        } => host::run(&scenarios, json.as_deref(), verbose),
+        } => host::run(&scenarios, json.as_deref(), folder, verbose),
         Command::Agent => agent::run().map(|()| true),
     };
     match ran {

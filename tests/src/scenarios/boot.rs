@@ -87,7 +87,7 @@ pub fn every_protocol(out: &Path) -> Result<Figures, Failure> {
 }
 
 /// The kernel that a boot has unpacked into the cache.
-fn unpacked() -> Result<PathBuf, Failure> {
+pub fn unpacked() -> Result<PathBuf, Failure> {
     let cache = fs::read_dir(Path::new(KERNEL_CACHE).join("coppice/kernels"))
         .map_err(Failure::io("read the kernel cache"))?;
     let mut kernels = cache.filter_map(Result::ok).map(|entry| entry.path());
