@@ -68,6 +68,23 @@ pub fn snapshot(memory: &GuestMemory) -> Vec<(u64, Vec<u8>)> {
         .collect()
 }
 
+/// The addresses at which two snapshots differ.
+pub fn changes(before: &[(u64, Vec<u8>)], after: &[(u64, Vec<u8>)]) -> Vec<u64> {
+    const PAGE: usize = 4096;
+    let mut changes = Vec::new();
+    for ((base, before), (_, after)) in before.iter().zip(after) {
+        let pages = before.chunks(PAGE).zip(after.chunks(PAGE));
+        for (page, (before, after)) in (*base..).step_by(PAGE).zip(pages) {
+            // Most pages are equal, which is quick to see for a page as a whole.
+            if before != after {
+                let bytes = (page..).zip(before.iter().zip(after));
+                changes.extend(bytes.filter(|(_, (a, b))| a != b).map(|(at, _)| at));
+            }
+        }
+    }
+    changes
+}
+
 /// Where a driver puts the parts of a queue.
 #[derive(Clone, Copy, Debug)]
 pub struct Rings {
@@ -226,6 +243,15 @@ impl<D: Device> Stack<D> {
         self.write(register::QUEUE_READY, 1);
     }
 
+    /// Resets the device and starts it with one queue, as a driver should.
+    pub fn start(&mut self, features: u64, size: u16, rings: Rings) {
+        self.poke(rings.driver, 0, &[0; 4]);
+        self.poke(rings.device, 0, &[0; 4]);
+        self.negotiate(features);
+        self.set_up_queue(0, size.into(), rings);
+        self.write(register::STATUS, DRIVER_OK);
+    }
+
     /// Writes to guest memory; there is nothing to write to elsewhere.
     pub fn poke(&self, address: u64, offset: u64, value: &[u8]) {
         let _ = self
@@ -251,6 +277,13 @@ impl<D: Device> Stack<D> {
         self.poke(ring, 2, &index.to_le_bytes());
     }
 
+    /// The device's index in the used ring.
+    pub fn used_index(&self, rings: Rings) -> u16 {
+        self.memory
+            .read_obj(GuestAddress(rings.device + 2))
+            .unwrap()
+    }
+
     /// Notifies the queue, and gives the device thread turns until nothing is under way.
     pub fn kick(&mut self, queue: u32) {
         self.write(QUEUE_NOTIFY, queue);
@@ -273,9 +306,7 @@ impl<D: Device> Stack<D> {
                 .write_slice(&vec![0; bytes.len()], GuestAddress(base))
                 .unwrap();
         }
-        self.negotiate(VERSION_1 | EVENT_IDX);
-        self.set_up_queue(0, 8, rings);
-        self.write(register::STATUS, DRIVER_OK);
+        self.start(VERSION_1 | EVENT_IDX, 8, rings);
         let (buffers, first) = D::request();
         for (index, (is_writable, len)) in (0..).zip(buffers) {
             let last = index + 1 == buffers.len() as u64;
@@ -295,13 +326,9 @@ impl<D: Device> Stack<D> {
                 bytes
             })
             .collect();
-        let used: u16 = self
-            .memory
-            .read_obj(GuestAddress(rings.device + 2))
-            .unwrap();
         self.read(register::STATUS) == DRIVER_OK
             && self.read(register::INTERRUPT_STATUS) == 1
-            && used == 1
+            && self.used_index(rings) == 1
             && D::is_served(&contents)
     }
 }
