@@ -12,13 +12,15 @@
 mod escape;
 mod terminal;
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::io::Errno;
-use rustix::termios::isatty;
+use rustix::process::getpgrp;
+use rustix::termios::{isatty, tcgetpgrp};
 use vmm_sys_util::eventfd::EventFd;
 
 use devices::legacy::SerialConsole;
@@ -209,12 +211,19 @@ impl MutEventSubscriber for Console {
     }
 }
 
-/// Standard input as a descriptor of its own.
+/// Standard input as a descriptor of its own. A process in the background (`coppice run ... &`) gets `/dev/null` for its terminal: that is
+/// somebody else's then, and reading it, or making it raw, would stop the one or upset the other.
 ///
 /// # Errors
 /// Where the host has no file descriptor left.
 pub fn stdin() -> io::Result<OwnedFd> {
-    Ok(rustix::io::fcntl_dupfd_cloexec(io::stdin().as_fd(), 0)?)
+    let input = io::stdin();
+    // An error says that it is no terminal, or not the one that controls this process.
+    if tcgetpgrp(&input).is_ok_and(|foreground| foreground != getpgrp()) {
+        tracing::info!("in the background: the console has no input");
+        return Ok(File::open("/dev/null")?.into());
+    }
+    Ok(rustix::io::fcntl_dupfd_cloexec(input.as_fd(), 0)?)
 }
 
 /// Standard output as a descriptor of its own.

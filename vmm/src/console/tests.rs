@@ -139,7 +139,7 @@ fn a_file_and_dev_null_are_read_to_their_end() {
     assert_eq!(port.got(), text);
     assert_eq!(bench.console.lock().unwrap().source, Source::Ended);
 
-    let mut bench = Bench::new(std::fs::File::open("/dev/null").unwrap());
+    let mut bench = Bench::new(File::open("/dev/null").unwrap());
     let port = Port::with_room(64);
     bench.connect(&port);
     assert_eq!(bench.console.lock().unwrap().source, Source::Ended);
@@ -195,7 +195,7 @@ fn the_terminal_is_raw_while_the_guard_lives() {
     drop(raw);
     assert!(!is_raw() && modes(&slave) == before);
     assert!(
-        RawMode::enter(std::fs::File::open("/dev/null").unwrap())
+        RawMode::enter(File::open("/dev/null").unwrap())
             .unwrap()
             .is_none()
     );
