@@ -73,7 +73,7 @@ pub struct RunArguments {
     /// Nothing is added to it but root= (with ro or rw), and that only where a disk is marked as root.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// A disk: FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N]. Can be repeated.
+    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N. Can be repeated.
     ///
     /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
     /// ro: the guest cannot write, and the file can be shared;
