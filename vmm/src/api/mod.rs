@@ -5,7 +5,7 @@
 //! ```
 //!
 //! The socket is seldom used and its requests wait for each other anyway, so a thread for each connection does, and there is no async
-//! runtime: a [`connection`] polls its own descriptor. Connections beyond the limit wait in the socket's backlog; one that
+//! runtime: a `connection` polls its own descriptor. Connections beyond the limit wait in the socket's backlog; one that
 //! is idle for a minute is closed. Where no socket was asked for, none of this exists.
 
 mod connection;
