@@ -2,21 +2,52 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
 
 use crate::guest;
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios;
 
+/// A scenario that takes longer hangs, and with it perhaps the host.
+const LIMIT: Duration = Duration::from_mins(6);
+
+/// Ends the lab's host when a scenario hangs, after a word of the kernel on what its CPUs and blocked tasks do. Each message starts
+/// the time anew.
+fn watch() -> Sender<()> {
+    let (alive, lives) = mpsc::channel();
+    std::thread::spawn(move || {
+        loop {
+            match lives.recv_timeout(LIMIT) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => break,
+            }
+        }
+        println!(
+            "lab: the scenario has not ended after {LIMIT:?}; the lab's host says why and ends"
+        );
+        // All messages to the console, backtraces of the CPUs, blocked tasks, sync, power off.
+        for key in ["8", "l", "w", "s", "o"] {
+            let _ = fs::write("/proc/sysrq-trigger", key);
+            std::thread::sleep(Duration::from_secs(3));
+        }
+    });
+    alive
+}
+
 /// Runs the plan, and writes each result as soon as it is there.
 pub fn run() -> Result<(), Failure> {
     let plan = fs::read("plan.json").map_err(Failure::io("read plan.json"))?;
     let plan: Plan = serde_json::from_slice(&plan)?;
+    let alive = watch();
     for scenario in scenarios::ALL
         .iter()
         .filter(|scenario| plan.scenarios.iter().any(|name| name == scenario.name))
     {
         println!("lab: {}", scenario.name);
+        // Without a watch nothing would be lost but the report.
+        let _ = alive.send(());
         let out = Path::new("out").join(scenario.name);
         fs::create_dir_all(&out).map_err(Failure::io("make the scenario's folder"))?;
         let started = Instant::now();

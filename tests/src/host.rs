@@ -43,6 +43,8 @@ pub fn run(
     let disk = make_disk(&root, &lab, &chosen)?;
     eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
     let booted = boot(&root, &disk);
+    // A host that was cut off leaves its results in the journal.
+    let _ = Command::new("e2fsck").arg("-p").arg(&disk).output();
     let out = lab.join("out");
     let _ = fs::remove_dir_all(&out);
     command(
