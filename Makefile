@@ -2,12 +2,18 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
+export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
 .PHONY: help setup guest guest-update build demo test lint unit lab bench clean
+
+# Static: one file runs on any host, and in the lab, whose host has no libraries.
+TARGET := x86_64-unknown-linux-gnu
+export COPPICE := target/$(TARGET)/release/coppice
+export LAB := target/$(TARGET)/release/lab
 
 help:
 	@echo "make demo          boot four guests from one disk: natively where KVM can, else in the lab"
 	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, lab"
-	@echo "make build         the release binary, target/release/coppice"
+	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit lab the parts of make test"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
 	@echo "make guest         kernel, initrd and root file systems in target/guest"
@@ -24,32 +30,29 @@ guest-update:
 	resources/guest/update.sh
 
 build: setup
-	cargo build --release -p coppice
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target $(TARGET) -p coppice -p lab
 
 demo: build guest
 	resources/demo.sh
 
 test: setup
-	resources/phase.sh lint $(MAKE) --no-print-directory lint
-	resources/phase.sh unit $(MAKE) --no-print-directory unit
-	resources/phase.sh lab $(MAKE) --no-print-directory lab
-	@echo "all tests passed"
+	resources/phases.sh lint unit lab
 
-lint:
+lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
 
 # Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail.
-unit:
+unit: setup
 	cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
 
-lab: guest
-	cargo run --quiet -p lab -- run --json target/lab/results.json
+lab: build guest
+	$(LAB) run --json target/lab/results.json
 
-bench: guest
-	cargo run --quiet -p lab -- run bench --json target/lab/bench.json
+bench: build guest
+	$(LAB) run bench --json target/lab/bench.json
 	cargo bench -p storage
 
 clean:

@@ -1,49 +1,64 @@
 #!/usr/bin/env bash
-# Installs what building and testing Coppice needs on Debian 12: packages, cargo-nextest. Does nothing where all is there.
+# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest. Does nothing where all is there.
 set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$HOME/.cargo/bin:$PATH:/sbin:/usr/sbin
 
-# The program, or file, that tells whether a package is there.
-declare -A needed=(
-    [qemu-system-x86]=qemu-system-x86_64 [qemu-utils]=qemu-img [busybox-static]=busybox [kmod]=modprobe [cpio]=cpio
-    [e2fsprogs]=mke2fs [build-essential]=cc [curl]=curl [python3]=python3 [xz-utils]=xz
+# The program that tells whether a package is there.
+declare -A program=(
+    [qemu-system-x86]=qemu-system-x86_64-microvm [qemu-utils]=qemu-img [cpio]=cpio [e2fsprogs]=mke2fs
+    [build-essential]=cc [make]=make [curl]=curl [ca-certificates]=update-ca-certificates [python3]=python3 [xz-utils]=xz
 )
-
 missing=()
-for package in "${!needed[@]}"; do
-    PATH=$PATH:/sbin:/usr/sbin command -v "${needed[$package]}" >/dev/null || missing+=("$package")
+for package in "${!program[@]}"; do
+    command -v "${program[$package]}" >/dev/null || missing+=("$package")
 done
-# Any busybox is not enough: the guests have no libraries.
-if command -v busybox >/dev/null && ! file_type=$(LC_ALL=C ldd "$(command -v busybox)" 2>&1) && [[ $file_type != *"not a dynamic"* ]]; then
-    missing+=(busybox-static)
-fi
 
+as_root() {
+    if [ "$(id -u)" = 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        echo "setup: neither root nor sudo; as root, run: $*" >&2
+        exit 1
+    fi
+}
+
+# The guests are made of packages that apt-get downloads: it has to know what the mirror has.
+if [ ${#missing[@]} -gt 0 ] || ! apt-cache show busybox-static >/dev/null 2>&1; then
+    as_root apt-get update -q
+fi
 if [ ${#missing[@]} -gt 0 ]; then
-    sudo=()
-    if [ "$(id -u)" != 0 ]; then
-        command -v sudo >/dev/null || { echo "setup: as root, run: apt-get install ${missing[*]}" >&2; exit 1; }
-        sudo=(sudo)
-    fi
     echo "setup: installing ${missing[*]}"
-    "${sudo[@]}" apt-get update -q
-    # qemu-system-x86 and qemu-utils come from one source: alone, the first may remove the second, or be refused beside a newer one.
-    if [[ " ${missing[*]} " == *" qemu-"* ]]; then
+    wanted=()
+    for package in "${missing[@]}"; do
+        # Both come from one source, and want each other's version: alone, the first may remove the second, or is refused
+        # beside a newer one.
+        [[ $package == qemu-* ]] || wanted+=("$package")
+    done
+    if [[ " ${missing[*]}" == *" qemu-"* ]]; then
         release=$(. /etc/os-release && echo "$VERSION_CODENAME")
-        missing=("${missing[@]/qemu-system-x86/}")
-        missing=("${missing[@]/qemu-utils/}")
-        missing+=("qemu-system-x86/$release" "qemu-utils/$release")
+        wanted+=("qemu-system-x86/$release" "qemu-utils/$release")
     fi
-    # shellcheck disable=SC2068 # empty entries are to vanish
-    DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -q -y --no-install-recommends --allow-downgrades ${missing[@]}
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends --allow-downgrades "${wanted[@]}"
 fi
 
 if ! command -v cargo >/dev/null; then
-    if [ -x "$HOME/.cargo/bin/cargo" ]; then
-        echo "setup: add $HOME/.cargo/bin to PATH" >&2
-    else
-        echo "setup: Rust is missing; install it from https://rustup.rs (rust-version in Cargo.toml says which)" >&2
-    fi
+    echo "setup: installing Rust with rustup, in $HOME/.cargo and $HOME/.rustup"
+    curl --proto '=https' --tlsv1.2 -fsS https://sh.rustup.rs |
+        sh -s -- -q -y --no-modify-path --profile minimal --component rustfmt --component clippy || {
+        echo "setup: cannot install Rust; https://rustup.rs says how to" >&2
+        exit 1
+    }
+fi
+needed=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+found=$(rustc --version | cut -d' ' -f2)
+if [ "$(printf '%s\n' "$needed" "$found" | sort -V | head -1)" != "$needed" ]; then
+    echo "setup: Rust $needed or newer is needed, and $(command -v rustc) is $found; with rustup: rustup update stable" >&2
     exit 1
 fi
 if ! cargo nextest --version >/dev/null 2>&1; then
+    echo "setup: installing cargo-nextest"
     cargo install --locked cargo-nextest
 fi
