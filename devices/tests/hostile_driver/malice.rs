@@ -50,7 +50,7 @@ pub enum Action {
         address: u64,
         bytes: Vec<u8>,
     },
-    Kick(u32),
+    Notify(u32),
     Fire(Volley),
 }
 
@@ -124,7 +124,7 @@ pub fn action() -> impl Strategy<Value = Action> {
             .prop_map(|(ring, heads, index)| Action::MakeAvailable { ring, heads, index }),
         1 => (0u64..0x5000, vec(any::<u8>(), 1..64))
             .prop_map(|(address, bytes)| Action::Scribble { address, bytes }),
-        6 => (0u32..3).prop_map(Action::Kick),
+        6 => (0u32..3).prop_map(Action::Notify),
         4 => volley().prop_map(Action::Fire),
     ]
 }
@@ -150,12 +150,12 @@ pub fn perform<D: Device>(stack: &mut Stack<D>, action: Action) {
             stack.make_available(ring, QUEUE_SIZE, 0, &heads, index);
         }
         Action::Scribble { address, bytes } => stack.poke(address, 0, &bytes),
-        Action::Kick(queue) => stack.kick(queue),
+        Action::Notify(queue) => stack.notify(queue),
         Action::Fire(volley) => {
             // Right after what was served so far, where the rings are where an honest driver has them.
             let first = stack.used_index(Rings::APART);
             volley.load(stack, Rings::APART, first);
-            stack.kick(0);
+            stack.notify(0);
         }
     }
 }

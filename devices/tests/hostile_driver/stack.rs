@@ -284,6 +284,12 @@ impl<D: Device> Stack<D> {
             .unwrap()
     }
 
+    /// Notifies the queue, and gives the device thread one turn; requests may be under way after it.
+    pub fn notify(&mut self, queue: u32) {
+        self.write(QUEUE_NOTIFY, queue);
+        self.events.run_with_timeout(0).unwrap();
+    }
+
     /// Notifies the queue, and gives the device thread turns until nothing is under way.
     pub fn kick(&mut self, queue: u32) {
         self.write(QUEUE_NOTIFY, queue);
