@@ -26,22 +26,37 @@ rm -f "$out/stamp"
 work=$(mktemp -d "$out/.build-XXXXXX")
 trap 'rm -rf "$work"' EXIT
 
+# download PACKAGE[=VERSION]: puts the .deb into the working folder; apt-get checks it against the signed lists of the mirror.
+download() {
+    (cd "$work" && apt-get download -q "$1" >/dev/null 2>"$work/error")
+}
+
+# refresh: fetches the mirror's lists, once, for they may be older than what the mirror has.
+refresh() {
+    [ ! -e "$work/refreshed" ] || return 0
+    touch "$work/refreshed"
+    local sudo=()
+    [ "$(id -u)" = 0 ] || sudo=(sudo -n)
+    "${sudo[@]}" apt-get update -q >/dev/null 2>&1 || true
+}
+
 # fetch PACKAGE VERSION: prints the path of its .deb.
 fetch() {
     local name=$1 version=$2 deb
     deb=$out/packages/${name}_${version//:/%3a}_amd64.deb
     if [ ! -f "$deb" ]; then
-        (cd "$work" && apt-get download -q "$name=$version" >/dev/null 2>&1) || {
-            echo "guest: $name $version is not on the mirror any more; taking the newest (make guest-update pins it)" >&2
+        if ! download "$name=$version" && ! { refresh && download "$name=$version"; }; then
             # A kernel's package is named after its ABI: its successor has another name.
             [[ $name != linux-image-* ]] ||
                 name=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ { print $2; exit }')
-            (cd "$work" && apt-get download -q "$name" >/dev/null 2>"$work/error") || {
-                echo "guest: cannot download $name; is this machine offline, or apt-get update needed?" >&2
+            download "$name" || {
+                echo "guest: cannot download $1 $version, and $name neither; is this machine offline?" >&2
                 cat "$work/error" >&2
                 return 1
             }
-        }
+            echo "guest: $1 $version is not on the mirror any more; took the newest, $(cd "$work" && echo "$name"_*.deb)" \
+                "(make guest-update pins it)" >&2
+        fi
         mv "$work/${name}"_*.deb "$deb"
     fi
     echo "$deb"
@@ -90,7 +105,7 @@ rootfs() {
     rm -f "$out/$name.raw" "$out/$name.vhdx"
     E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH mke2fs -q -t ext4 -b 4096 -U 6f9f0b0e-6f5c-4c52-9d2b-0c0f5e3b8a11 \
         -E root_owner=0:0,hash_seed=6f9f0b0e-6f5c-4c52-9d2b-0c0f5e3b8a11,lazy_itable_init=0 \
-        -d "$tree" "$out/$name.raw" "$size"
+        -d "$tree" "$out/$name.raw" "$size" >/dev/null
     qemu-img convert -f raw -O vhdx -o subformat=dynamic "$out/$name.raw" "$out/$name.vhdx"
 }
 
