@@ -194,10 +194,13 @@ impl Guest {
         self.console.lock().0.clone()
     }
 
-    /// The rest of the first console line that starts with `prefix`.
+    /// The rest of the first whole console line that starts with `prefix`.
     pub fn line(&self, prefix: &str) -> Result<String, Failure> {
         let console = self.console();
-        let line = console.lines().find_map(|line| line.strip_prefix(prefix));
+        let line = console
+            .split_inclusive('\n')
+            .filter(|line| line.ends_with('\n'))
+            .find_map(|line| line.strip_prefix(prefix));
         line.map(|rest| rest.trim().to_owned())
             .ok_or_else(|| Failure::Claim(format!("no console line starts with {prefix:?}")))
     }

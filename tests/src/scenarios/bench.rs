@@ -177,7 +177,7 @@ pub fn bench(out: &Path) -> Result<Figures, Failure> {
 
 /// Four guests on one base, each at its own prompt.
 pub fn demo(_: &Path) -> Result<Figures, Failure> {
-    let script = "mount -o ro /dev/vda /mnt && echo \"GUEST $(uname -r), $(nproc) CPU, $(md5sum /mnt/bin/busybox)\"; sleep 100000";
+    let script = "mount -o ro /dev/vda /mnt && echo \"GUEST $(uname -r), $(nproc) CPU, $(md5sum /mnt/bin/busybox)\"; echo SHOWN; sleep 100000";
     let start = || {
         Start::new()
             .args(&["--disk", "guest/root.vhdx,ro"])
@@ -187,7 +187,7 @@ pub fn demo(_: &Path) -> Result<Figures, Failure> {
     let guests: Vec<_> = (0..4).map(|_| start()).collect::<Result<_, _>>()?;
     let mut figures = Figures::new();
     for (number, guest) in guests.iter().enumerate() {
-        guest.wait_for("GUEST ")?;
+        guest.wait_for("SHOWN")?;
         let (line, memory) = (guest.line("GUEST ")?, Memory::of(guest)?);
         let (ram, beside) = (memory.ram, memory.beside);
         println!("lab: guest {number}: {line}; {ram} KiB of RAM in use, {beside} KiB beside it");
