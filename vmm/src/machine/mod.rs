@@ -8,6 +8,8 @@
 //! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine itself is called
 //! by one thread at a time.
 
+mod cmdline;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -276,21 +278,6 @@ fn new_block(drive: &DriveConfig) -> Result<VirtioBlock, StartError> {
     })
 }
 
-/// The command line: what the user gave, and where the root file system is if a drive was marked as the root device.
-fn cmdline(config: &VmConfig, given: Option<&str>) -> String {
-    let mut cmdline = given.unwrap_or(boot::DEFAULT_CMDLINE).to_owned();
-    if let Some(root) = config.drives.iter().find(|drive| drive.is_root_device) {
-        // The root device is the first drive: its name in the guest is known.
-        let device = root
-            .partuuid
-            .as_ref()
-            .map_or("/dev/vda".to_owned(), |uuid| format!("PARTUUID={uuid}"));
-        let mode = if root.is_read_only { "ro" } else { "rw" };
-        cmdline = format!("{cmdline} root={device} {mode}");
-    }
-    cmdline
-}
-
 /// Passes on the first call alone: a guest that panics and then resets has panicked.
 fn only_first(on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Arc<dyn Fn(GuestEnd) + Send + Sync> {
     let told = AtomicBool::new(false);
@@ -348,8 +335,9 @@ impl Machine {
         let mut drives = BTreeMap::new();
         let mut subscribers: Vec<Subscriber> = Vec::new();
         // A guest names its disks in the order it finds them: the root device comes first.
-        let root_first = config.drives.iter().filter(|d| d.is_root_device);
-        for drive in root_first.chain(config.drives.iter().filter(|d| !d.is_root_device)) {
+        let root = config.drives.iter().find(|drive| drive.is_root_device);
+        let others = config.drives.iter().filter(|drive| !drive.is_root_device);
+        for drive in root.into_iter().chain(others) {
             let device = Arc::new(Mutex::new(new_block(drive)?));
             builder.add_virtio(device.clone())?;
             subscribers.push(device.clone());
@@ -368,7 +356,7 @@ impl Machine {
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
-            cmdline: cmdline(config, source.boot_args.as_deref()),
+            cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio),
             protocol: Protocol::from(source.boot_protocol),
         };
         let state = boot::load(
