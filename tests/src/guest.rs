@@ -31,11 +31,19 @@ impl Growing {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits until the source has ended, and all of it is here.
+    fn wait_for_end(&self) {
+        let state = self.lock();
+        drop(self.grew.wait_while(state, |state| !state.1));
+    }
+
     fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
         let this = self.clone();
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
-            while let Ok(len) = source.read(&mut bytes) {
+            loop {
+                // A source that fails has ended.
+                let len = source.read(&mut bytes).unwrap_or(0);
                 let mut state = this.lock();
                 state.0.push_str(&String::from_utf8_lossy(&bytes[..len]));
                 state.1 = len == 0;
@@ -227,10 +235,12 @@ impl Guest {
         Path::new("/proc").join(self.child.id().to_string())
     }
 
-    /// Waits for the VMM's end.
+    /// Waits for the VMM's end, and for the rest of what it wrote.
     pub fn wait(&mut self) -> Result<ExitStatus, Failure> {
         loop {
             if let Some(status) = self.child.try_wait().map_err(Failure::io("wait"))? {
+                self.console.wait_for_end();
+                self.log.wait_for_end();
                 return Ok(status);
             }
             if self.started.elapsed() > PATIENCE {
