@@ -95,8 +95,9 @@ pub enum BootError {
     },
     /// A part of the kernel does not fit into guest memory.
     #[error(
-        "{}: the kernel needs guest memory at {start:#x}..{end:#x}; RAM for it is {HIGH_RAM_START:#x}..{ram_end:#x}: give the guest more memory",
-        path.display()
+        "{}: the kernel needs guest memory at {start:#x}..{end:#x}; RAM for it is {HIGH_RAM_START:#x}..{ram_end:#x}: {}",
+        path.display(),
+        if *start < HIGH_RAM_START { "it is no kernel that boots here" } else { "give the guest more memory" }
     )]
     KernelOutsideMemory {
         /// The file.
