@@ -11,7 +11,7 @@ use base64::Engine as _;
 use crate::result::Failure;
 
 /// Longest wait for anything a guest does; it is emulated twice over.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_mins(3);
 
 /// What every guest is told, so that its console shows what the lab waits for.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";

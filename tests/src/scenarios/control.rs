@@ -19,6 +19,20 @@ fn ticks(guest: &Guest) -> usize {
     guest.console().matches("TICK").count()
 }
 
+/// Ticks once no more of what the guest wrote before its pause is on its way here, or after a while.
+fn settled_ticks(guest: &Guest) -> usize {
+    let mut before = ticks(guest);
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(500));
+        let now = ticks(guest);
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    before
+}
+
 /// Waits until the socket answers.
 fn wait_for_api(socket: &Path) -> Result<Value, Failure> {
     for _ in 0..500 {
@@ -54,9 +68,7 @@ pub fn pause_and_resume(_: &Path) -> Result<Figures, Failure> {
         if info["state"] != "Paused" {
             return Failure::claim(format!("a paused guest is {}", info["state"]));
         }
-        // What the VMM has already read of the console arrives.
-        std::thread::sleep(Duration::from_millis(200));
-        let before = ticks(&guest);
+        let before = settled_ticks(&guest);
         std::thread::sleep(Duration::from_secs(1));
         if ticks(&guest) != before {
             return Failure::claim("a paused guest went on");
