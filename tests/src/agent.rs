@@ -10,7 +10,7 @@ use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios;
 
 /// A scenario that takes longer hangs, and with it perhaps the host.
-const LIMIT: Duration = Duration::from_mins(6);
+const LIMIT: Duration = Duration::from_mins(5);
 
 /// Ends the lab's host when a scenario hangs, after a word of the kernel on what its CPUs and blocked tasks do. Each message starts
 /// the time anew.
