@@ -1,5 +1,6 @@
 //! Memory and vCPUs.
 
+use crate::vm::HugePages;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -26,7 +27,7 @@ pub struct MachineConfig {
     /// Not supported: refused unless `false`.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// Not supported: refused unless `None`.
+    /// How RAM is backed; `2M` is not supported.
     #[serde(default)]
     pub huge_pages: HugePageConfig,
 }
@@ -52,14 +53,24 @@ pub enum CpuTemplate {
 /// Firecracker's `huge_pages`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HugePageConfig {
-    /// Pages of 4 KiB.
+    /// Pages of 4 KiB: a guest is charged for what it touches.
     #[default]
     None,
-    /// Not supported.
+    /// Huge pages where the host gives them: fewer faults and TLB misses, more RAM.
     Transparent,
     /// Not supported.
     #[serde(rename = "2M")]
     Hugetlbfs2M,
+}
+
+impl From<HugePageConfig> for HugePages {
+    fn from(config: HugePageConfig) -> Self {
+        match config {
+            HugePageConfig::Transparent => Self::HostPolicy,
+            // The other is refused before a guest is made.
+            HugePageConfig::None | HugePageConfig::Hugetlbfs2M => Self::Never,
+        }
+    }
 }
 
 impl Default for MachineConfig {
@@ -105,7 +116,7 @@ impl MachineConfig {
             ),
             (self.track_dirty_pages, "machine-config.track_dirty_pages"),
             (
-                self.huge_pages != HugePageConfig::None,
+                self.huge_pages == HugePageConfig::Hugetlbfs2M,
                 "machine-config.huge_pages",
             ),
         ];

@@ -22,7 +22,7 @@ fn a_configuration_of_firecracker_is_taken_as_it_is() {
             "socket": null
         }],
         "machine-config": {
-            "vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false, "huge_pages": "None",
+            "vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false, "huge_pages": "Transparent",
             "cpu_template": "None"
         },
         "logger": {"log_path": "/log", "level": "Warning", "show_level": true, "show_log_origin": false},

@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError, BootSource, MmioDevice, Protocol};
 use crate::config::{DriveConfig, VmConfig};
 use crate::layout;
-use crate::vm::{Buses, HugePages, VcpuExit, Vcpus, Vm, VmError, VmSettings};
+use crate::vm::{Buses, VcpuExit, Vcpus, Vm, VmError, VmSettings};
 
 /// What the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -302,7 +302,7 @@ impl Machine {
         let settings = VmSettings {
             memory_bytes: u64::from(config.machine_config.mem_size_mib) << 20,
             vcpus: config.machine_config.vcpu_count,
-            huge_pages: HugePages::Never,
+            huge_pages: config.machine_config.huge_pages.into(),
         };
         let vm = Vm::new(settings)?;
         let Surroundings {
