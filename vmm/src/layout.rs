@@ -64,7 +64,7 @@ pub const RTC_PORT: u16 = 0x70;
 /// pvpanic (ACPI `QEMU0001`): the guest tells that it panicked.
 pub const PVPANIC_PORT: u16 = 0x505;
 /// Sleep control, sleep status and reset registers of hardware-reduced ACPI: three one-byte ports
-/// ([`crate::boot::acpi`] names them in the FADT).
+/// (the FADT of `boot::acpi` names them).
 pub const ACPI_PM_PORT: u16 = 0x600;
 /// GSIs for virtio-mmio devices, in order of use.
 pub const VIRTIO_GSIS: [u32; 18] = [

@@ -17,7 +17,7 @@ use super::{BootError, BootSource, EntryPoint, Protocol, bzimage, elf};
 /// cuts in silence.
 const ELF_CMDLINE_MAX: usize = 2047;
 
-/// Where the identity map of the 64-bit entry ends, see [`registers`].
+/// Where the identity map of the 64-bit entry ends, see [`super::registers`].
 const IDENTITY_MAP_END: u64 = 1 << 30;
 
 /// A kernel, found and checked, not yet in guest memory.
