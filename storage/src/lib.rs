@@ -12,9 +12,11 @@ pub mod io;
 pub mod lock;
 mod medium;
 pub mod open;
+pub mod progress;
 pub mod raw;
 pub mod vhdx;
 
 pub use disk::{ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket};
 pub use lock::OpenMode;
 pub use open::{Format, OpenError, OpenOptions, open};
+pub use progress::{Progress, Unwatched};

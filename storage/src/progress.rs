@@ -1,0 +1,22 @@
+//! How long work tells how far it is, and is told to stop.
+
+/// Who watches an operation that takes long. Called from the thread that does the work, often; so both are cheap.
+pub trait Progress: Sync {
+    /// `done` of `total` bytes (of the virtual disk or of the file, as the operation says) are behind.
+    fn advance(&self, done: u64, total: u64);
+
+    /// Whether the operation is to stop where it is; it then leaves every file as its own documentation says.
+    fn is_cancelled(&self) -> bool;
+}
+
+/// Nobody watches.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unwatched;
+
+impl Progress for Unwatched {
+    fn advance(&self, _done: u64, _total: u64) {}
+
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}
