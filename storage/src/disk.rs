@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
 
+use crate::vhdx::Vhdx;
+
 /// A range of the virtual disk, in bytes. Its end never overflows a `u64`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ByteRange {
@@ -58,7 +60,7 @@ impl SectorSize {
     }
 }
 
-/// What a disk looks like from outside; fixed while the disk is open.
+/// What a disk looks like from outside. Only its size may change while it is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Size of the virtual disk in bytes, a multiple of the logical sector size.
@@ -120,15 +122,42 @@ pub enum ExtentKind {
     Unmapped,
 }
 
-/// Names the allocation, if any, behind a resolved write. Given back through [`Disk::finish_write`] exactly once.
-#[must_use = "every resolved write is given back through `Disk::finish_write`"]
+/// What a range of a virtual disk is, for those who ask about more than its bytes: backups, exports, maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// First byte, as an offset into the virtual disk.
+    pub offset: u64,
+    /// Length in bytes, never zero.
+    pub len: u64,
+    /// What it is.
+    pub state: ExtentState,
+    /// The layer that says so: 0 is the disk itself, 1 its parent.
+    pub layer: u32,
+    /// Where the bytes are in the file of that layer, if it has them, in bytes.
+    pub file_offset: Option<u64>,
+}
+
+/// What is known of an extent. All but `Mapped` read as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentState {
+    /// A file holds its bytes.
+    Mapped,
+    /// It was said to be zeros.
+    Zero,
+    /// It was trimmed; its content means nothing to anyone.
+    Unmapped,
+    /// Its content was never of interest to anyone.
+    Undefined,
+    /// No layer says anything.
+    Transparent,
+}
+
+/// Names a resolved request. Given back through [`Disk::finish`] exactly once.
+#[must_use = "every resolved request is given back through `Disk::finish`"]
 #[derive(Debug, PartialEq, Eq)]
-pub struct WriteTicket(u64);
+pub struct Ticket(u64);
 
-impl WriteTicket {
-    /// The ticket of a write that allocated nothing.
-    pub const IN_PLACE: u64 = 0;
-
+impl Ticket {
     /// A ticket with a number that means something to the disk that made it.
     pub fn new(number: u64) -> Self {
         Self(number)
@@ -182,35 +211,31 @@ pub enum DiskError {
 
 /// An open virtual disk.
 ///
-/// All methods take `&self` and may be called from several threads. The contract of a write is
-/// `resolve_write`, then the caller's own transfer to every `Data` extent it named, then `finish_write`.
-/// Nothing a write changed is promised to survive a power cut before a `flush` that began after its
-/// `finish_write` has returned.
+/// All methods take `&self` and may be called from several threads. The contract of a request is to resolve it, then the
+/// caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of those extents
+/// is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush` that began after its
+/// `finish` has returned.
 pub trait Disk: Send + Sync + fmt::Debug {
-    /// Size, sector sizes and mode.
-    fn geometry(&self) -> &Geometry;
+    /// Size, sector sizes and mode, as they are now.
+    fn geometry(&self) -> Geometry;
 
     /// Appends to `out`, in order and without gaps, the extents that hold `range`.
     ///
     /// # Errors
-    /// `Range` where the range is not inside the disk or not sector-aligned.
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError>;
+    /// `Range` where the range is not inside the disk or not sector-aligned; `out` is as it was then.
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError>;
 
     /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a newly
-    /// allocated extent that the caller does not write read as zeros. May block on the file at the first write and where the
+    /// allocated extent that the caller does not write read as before. May block on the file at the first write and where the
     /// file has to grow.
     ///
     /// # Errors
-    /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then nothing was allocated
-    /// and `out` is as it was.
-    fn resolve_write(
-        &self,
-        range: ByteRange,
-        out: &mut Vec<Extent>,
-    ) -> Result<WriteTicket, DiskError>;
+    /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then `out` is as it was, and so is what a
+    /// reader sees.
+    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError>;
 
-    /// Ends a resolved write: the transfer to all its extents is complete, or has failed (`ok` is false).
-    fn finish_write(&self, ticket: WriteTicket, ok: bool);
+    /// Ends a resolved request: the transfer of all its extents is complete, or has failed (`ok` is false).
+    fn finish(&self, ticket: Ticket, ok: bool);
 
     /// The file whose `fdatasync` alone is a flush at this moment; `None` where metadata waits to be written too and
     /// [`Disk::flush`] has to be called.
@@ -236,10 +261,21 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// `Range`, `ReadOnly`, `Poisoned`, `Io`.
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError>;
 
+    /// Appends to `out`, in order and without gaps, what the range is.
+    ///
+    /// # Errors
+    /// `Range`, and `Io` and `Corrupt` where the format's tables cannot be read; `out` is as it was then.
+    fn map(&self, range: ByteRange, out: &mut Vec<Mapping>) -> Result<(), DiskError>;
+
     /// Brings the file to its clean state (log empty, nothing pending) and makes it durable. The disk serves reads
     /// afterwards; a later write makes it unclean again. Also done, errors logged, when the disk is dropped.
     ///
     /// # Errors
     /// Like [`Disk::flush`].
     fn close(&self) -> Result<(), DiskError>;
+
+    /// The disk as what it is, where it is a VHDX, for operations that no other format has.
+    fn as_vhdx(&self) -> Option<&Vhdx> {
+        None
+    }
 }

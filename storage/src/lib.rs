@@ -16,7 +16,10 @@ pub mod progress;
 pub mod raw;
 pub mod vhdx;
 
-pub use disk::{ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket};
+pub use disk::{
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
+    Ticket,
+};
 pub use lock::OpenMode;
-pub use open::{Format, OpenError, OpenOptions, open};
+pub use open::{Format, OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open};
 pub use progress::{Progress, Unwatched};

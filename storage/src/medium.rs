@@ -93,6 +93,23 @@ impl Medium for Arc<File> {
     }
 }
 
+/// Where the holes of a file begin.
+pub(crate) trait Holes {
+    /// The first offset, from `offset` on, where a hole begins; the end of the file is one.
+    fn next_hole(&self, offset: u64) -> io::Result<u64>;
+}
+
+impl Holes for File {
+    fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        match rustix::fs::seek(self, SeekFrom::Hole(offset)) {
+            Ok(found) => Ok(found),
+            // A file system without the notion of holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(self.metadata()?.len()),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
 /// Writes zeros out, for want of a better way.
 fn write_zeros(medium: &dyn Medium, offset: u64, len: u64) -> io::Result<()> {
     let mut done = 0;

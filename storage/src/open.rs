@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use crate::disk::Disk;
 use crate::lock::{self, LockError, OpenMode};
 use crate::raw::Raw;
-use crate::vhdx::{self, Vhdx};
+use crate::vhdx::{self, Guid, Vhdx};
 
 /// The format of a disk's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub enum Format {
 }
 
 /// How to open a disk.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct OpenOptions {
     /// Open for reading alone; the file is shared with other readers and never written.
     pub read_only: bool,
@@ -32,6 +32,66 @@ pub struct OpenOptions {
     /// their owner made, but name the format of a raw disk that a guest can write, since the guest decides
     /// what its first bytes look like.
     pub format: Option<Format>,
+    /// Where the parents of a differencing disk may lie.
+    pub parents: Parents,
+    /// Read a child whose parent has changed since it was made. What is read may never have been on the disk. Only with
+    /// `read_only`.
+    pub ignore_changed_parents: bool,
+    /// Give space that is freed back to the host at once, rather than keep it for the next block.
+    pub punch_holes: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self {
+            read_only: false,
+            format: None,
+            parents: Parents::default(),
+            ignore_changed_parents: false,
+            punch_holes: true,
+        }
+    }
+}
+
+impl From<OpenMode> for OpenOptions {
+    fn from(mode: OpenMode) -> Self {
+        Self {
+            read_only: mode.is_read_only(),
+            ..Self::default()
+        }
+    }
+}
+
+impl OpenOptions {
+    /// To open for reading alone.
+    pub fn read_only() -> Self {
+        Self {
+            read_only: true,
+            ..Self::default()
+        }
+    }
+
+    /// What these options open a file for.
+    pub fn mode(&self) -> OpenMode {
+        if self.read_only {
+            OpenMode::ReadOnly
+        } else {
+            OpenMode::ReadWrite
+        }
+    }
+}
+
+/// Where the parents of a differencing disk may lie. The disk's own file says which files they are, so whoever made it could name
+/// any file of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Parents {
+    /// Anywhere: for disks of an owner who is trusted.
+    #[default]
+    Anywhere,
+    /// In this folder or below, links followed.
+    Within(PathBuf),
+    /// A disk with a parent is refused.
+    Nowhere,
 }
 
 /// Why a disk could not be opened. Its one-line `Display` names the file and says all there is to say,
@@ -101,9 +161,117 @@ pub enum Refusal {
         /// What was expected and what was found.
         expected: String,
     },
+    /// The parent that a differencing disk stands on cannot be used.
+    #[error(transparent)]
+    Parent(#[from] ParentRefusal),
     /// The file is sound as far as can be seen, but uses what is not supported.
     #[error("{0}")]
     Unsupported(String),
+}
+
+/// Why the parent of a differencing disk cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ParentRefusal {
+    /// No file.
+    #[error(
+        "its parent is not found: tried {}; the file records {}; record another place by `coppice disk rebase --parent`",
+        names(tried),
+        recorded.join(", ")
+    )]
+    Missing {
+        /// The files that were looked for, in order.
+        tried: Vec<PathBuf>,
+        /// The paths as the file has them.
+        recorded: Vec<String>,
+    },
+    /// The parent is not what it was.
+    #[error(
+        "its parent {} has changed since: the child was made on DataWriteGuid {expected}, the parent has {found}; if it is the right file, and its content as it was, record that by `coppice disk rebase --force --parent`",
+        parent.display()
+    )]
+    Changed {
+        /// The parent.
+        parent: PathBuf,
+        /// The identifier that the child records.
+        expected: Guid,
+        /// The one that the parent has.
+        found: Guid,
+    },
+    /// The parent stands on the child.
+    #[error(
+        "its parent {} is the same file as {}, which stands on it: the chain is a cycle",
+        parent.display(),
+        other.display()
+    )]
+    Cycle {
+        /// The file as the child calls it.
+        parent: PathBuf,
+        /// The file as it was called before.
+        other: PathBuf,
+    },
+    /// The parent is larger.
+    #[error(
+        "its parent {} is a disk of {found} bytes, and the child one of {child}: a child is at least as large",
+        parent.display()
+    )]
+    Size {
+        /// The parent.
+        parent: PathBuf,
+        /// Size of the child in bytes.
+        child: u64,
+        /// Size of the parent in bytes.
+        found: u64,
+    },
+    /// The parent has other sectors.
+    #[error(
+        "its parent {} has logical sectors of {found} bytes, and the child of {expected}",
+        parent.display()
+    )]
+    SectorSize {
+        /// The parent.
+        parent: PathBuf,
+        /// Bytes of the child's sectors.
+        expected: u32,
+        /// Bytes of the parent's.
+        found: u32,
+    },
+    /// The parent lies where parents may not lie.
+    #[error("its parent {} is {}", parent.display(), forbidden(allowed.as_deref()))]
+    Forbidden {
+        /// The parent.
+        parent: PathBuf,
+        /// Where it would have had to lie.
+        allowed: Option<PathBuf>,
+    },
+    /// The parent cannot be opened.
+    #[error("its parent {}: {reason}", parent.display())]
+    Unusable {
+        /// The parent.
+        parent: PathBuf,
+        /// Why.
+        reason: Box<Refusal>,
+    },
+}
+
+fn names(paths: &[PathBuf]) -> String {
+    if paths.is_empty() {
+        return "nothing, as no path of it leads anywhere here".into();
+    }
+    let names: Vec<_> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    names.join(", ")
+}
+
+fn forbidden(allowed: Option<&Path>) -> String {
+    match allowed {
+        Some(folder) => format!(
+            "outside {}, where the parents of this disk have to lie",
+            folder.display()
+        ),
+        None => "not opened: this disk may not have parents".into(),
+    }
 }
 
 impl Refusal {
@@ -133,23 +301,16 @@ impl Refusal {
 /// See [`Refusal`].
 pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
     let path = path.as_ref();
-    let mode = if options.read_only {
-        OpenMode::ReadOnly
-    } else {
-        OpenMode::ReadWrite
+    let failed = |reason| OpenError::new(path, reason);
+    let file = open_locked(path, options.mode()).map_err(failed)?;
+    let format = match options.format {
+        Some(format) => format,
+        None => detect(&file).map_err(failed)?,
     };
-    let disk = || -> Result<Arc<dyn Disk>, Refusal> {
-        let file = open_locked(path, mode)?;
-        let format = match options.format {
-            Some(format) => format,
-            None => detect(&file)?,
-        };
-        Ok(match format {
-            Format::Raw => Arc::new(Raw::new(file, mode)?),
-            Format::Vhdx => Arc::new(Vhdx::from_medium(Box::new(file), mode)?),
-        })
-    };
-    disk().map_err(|reason| OpenError::new(path, reason))
+    Ok(match format {
+        Format::Raw => Arc::new(Raw::new(file, options.mode()).map_err(failed)?),
+        Format::Vhdx => Arc::new(Vhdx::open_chain(path, file, options)?),
+    })
 }
 
 /// Opens a regular file and locks it. Never waits, neither for the other end of a FIFO nor for a lock.

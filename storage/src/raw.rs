@@ -7,10 +7,11 @@ use std::fs::File;
 use std::sync::Arc;
 
 use crate::disk::{
-    ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket,
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
+    Ticket,
 };
 use crate::lock::OpenMode;
-use crate::medium::Medium;
+use crate::medium::{Holes, Medium};
 use crate::open::Refusal;
 
 /// An open raw disk. Sectors of 512 bytes, as no file says otherwise.
@@ -68,25 +69,51 @@ impl Raw {
 }
 
 impl Disk for Raw {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
+    fn geometry(&self) -> Geometry {
+        self.geometry
     }
 
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
-        self.extent(range, out)
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+        self.extent(range, out)?;
+        Ok(Ticket::new(0))
     }
 
-    fn resolve_write(
-        &self,
-        range: ByteRange,
-        out: &mut Vec<Extent>,
-    ) -> Result<WriteTicket, DiskError> {
+    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
         self.check_write(range)?;
         self.extent(range, out)?;
-        Ok(WriteTicket::new(WriteTicket::IN_PLACE))
+        Ok(Ticket::new(0))
     }
 
-    fn finish_write(&self, _ticket: WriteTicket, _ok: bool) {}
+    fn finish(&self, _ticket: Ticket, _ok: bool) {}
+
+    fn map(&self, range: ByteRange, out: &mut Vec<Mapping>) -> Result<(), DiskError> {
+        self.geometry.check(range)?;
+        let mut at = range.offset();
+        while at < range.end() {
+            let failed = |source| DiskError::Io {
+                operation: format!("look for holes from {at:#x}"),
+                source,
+            };
+            let data = self.file.next_data(at).map_err(failed)?;
+            let (end, state) = match data.map(|data| data.min(range.end())) {
+                Some(data) if data == at => {
+                    let hole = self.file.next_hole(at).map_err(failed)?;
+                    (hole.clamp(at + 1, range.end()), ExtentState::Mapped)
+                }
+                Some(data) => (data, ExtentState::Transparent),
+                None => (range.end(), ExtentState::Transparent),
+            };
+            out.push(Mapping {
+                offset: at,
+                len: end - at,
+                state,
+                layer: 0,
+                file_offset: (state == ExtentState::Mapped).then_some(at),
+            });
+            at = end;
+        }
+        Ok(())
+    }
 
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         Some(Arc::clone(&self.file))
@@ -173,12 +200,14 @@ mod tests {
     fn a_range_is_one_extent_of_the_file() {
         let (disk, _) = disk(OpenMode::ReadWrite);
         let mut out = Vec::new();
-        disk.resolve_read(ByteRange::new(512, 1024).unwrap(), &mut out)
+        let read = disk
+            .resolve_read(ByteRange::new(512, 1024).unwrap(), &mut out)
             .unwrap();
-        let ticket = disk
+        let written = disk
             .resolve_write(ByteRange::new(4096, 512).unwrap(), &mut out)
             .unwrap();
-        disk.finish_write(ticket, true);
+        disk.finish(read, true);
+        disk.finish(written, true);
         assert_eq!(out.len(), 2);
         assert!(matches!(
             out[0],

@@ -36,7 +36,7 @@ impl Sample {
     fn new(folder: &Path, dirty: bool) -> Self {
         let path = folder.join("disk.vhdx");
         Vhdx::create(&path, &CreateOptions::new(SIZE)).unwrap();
-        let disk = Vhdx::open(&path, OpenMode::ReadWrite).unwrap();
+        let disk = Vhdx::open(&path, &OpenMode::ReadWrite.into()).unwrap();
         write(&disk, 0, &pattern(1, 8192));
         disk.flush().unwrap();
         write(&disk, 10 * MIB, &pattern(2, 8192));
@@ -86,7 +86,8 @@ impl Sample {
             for bit in 0..8 {
                 self.flip(offset, bit);
                 let before = structures(&self.file);
-                let opened = Vhdx::open(&self.path, OpenMode::ReadOnly).map_err(|e| e.to_string());
+                let opened =
+                    Vhdx::open(&self.path, &OpenMode::ReadOnly.into()).map_err(|e| e.to_string());
                 if let Err(said) = &opened {
                     assert!(
                         !said.contains('\n')
@@ -96,7 +97,7 @@ impl Sample {
                 }
                 judge(&format!("bit {bit} of byte {offset:#x}"), opened);
                 assert!(structures(&self.file) == before, "reading writes nothing");
-                if let Err(said) = Vhdx::open(&self.path, OpenMode::ReadWrite) {
+                if let Err(said) = Vhdx::open(&self.path, &OpenMode::ReadWrite.into()) {
                     assert!(
                         structures(&self.file) == before,
                         "a refused file is left as it is: {said}"
@@ -181,7 +182,7 @@ fn a_damaged_region_table_is_repaired_by_the_first_write() {
     let sample = Sample::new(folder.path(), false);
     for copy in [192 << 10, 256 << 10] {
         sample.flip(copy + 20, 3);
-        let disk = Vhdx::open(&sample.path, OpenMode::ReadWrite).unwrap();
+        let disk = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap();
         assert_ne!(
             structures(&sample.file)[192 << 10..320 << 10],
             sample.structures[192 << 10..320 << 10]
@@ -202,7 +203,7 @@ fn two_damaged_copies_are_refused() {
     for (first, name) in [(64 << 10, "header pair"), (192 << 10, "region table")] {
         sample.flip(first + 20, 0);
         sample.flip(first + (64 << 10) + 20, 0);
-        let said = Vhdx::open(&sample.path, OpenMode::ReadWrite)
+        let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
             .unwrap_err()
             .to_string();
         assert!(
@@ -289,7 +290,7 @@ fn a_bat_entry_is_refused_by_number_where_it_leads_out_of_the_file_or_into_somet
         (entry(4, 7), "no partially present block"),
     ] {
         sample.file.write_all_at(&bytes, BAT + 9 * 8).unwrap();
-        let said = Vhdx::open(&sample.path, OpenMode::ReadWrite)
+        let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
             .unwrap_err()
             .to_string();
         assert!(
@@ -328,7 +329,7 @@ fn a_damaged_log_leads_to_the_state_of_some_flush() {
     }
     // Without any entry there is nothing that could be relied on.
     sample.file.write_all_at(&vec![0; 5 * 4096], LOG).unwrap();
-    let said = Vhdx::open(&sample.path, OpenMode::ReadWrite)
+    let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
         .unwrap_err()
         .to_string();
     assert!(

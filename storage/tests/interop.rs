@@ -13,7 +13,7 @@ use storage::{Disk, Format, OpenMode, OpenOptions, SectorSize};
 use support::{GIB, MIB, arg, pattern, qemu_check, qemu_io, read, run, write};
 
 fn open(path: &Path, mode: OpenMode) -> Vhdx {
-    Vhdx::open(path, mode).unwrap()
+    Vhdx::open(path, &mode.into()).unwrap()
 }
 
 /// The disk as QEMU sees it, in a raw file.
@@ -168,6 +168,7 @@ fn we_read_what_qemu_converted_in_all_its_ways() {
         &OpenOptions {
             read_only: true,
             format: None,
+            ..OpenOptions::default()
         },
     )
     .unwrap();
@@ -337,7 +338,7 @@ fn a_locked_file_is_refused_here_and_by_qemu() {
     let reader = open(&path, OpenMode::ReadOnly);
     let second = open(&path, OpenMode::ReadOnly);
     qemu_check(&path);
-    let error = Vhdx::open(&path, OpenMode::ReadWrite)
+    let error = Vhdx::open(&path, &OpenMode::ReadWrite.into())
         .unwrap_err()
         .to_string();
     assert_eq!(
@@ -360,6 +361,7 @@ fn a_locked_file_is_refused_here_and_by_qemu() {
         let options = OpenOptions {
             read_only,
             format: Some(Format::Vhdx),
+            ..OpenOptions::default()
         };
         let error = storage::open(&path, &options).unwrap_err().to_string();
         assert_eq!(

@@ -31,7 +31,7 @@ fn compare_with_qemu(path: &Path) {
         &["check", "-q", "-r", "all", "-f", "vhdx", arg(&theirs)],
     );
     // Ours is seen through its log, as nobody has replayed it.
-    let ours = Vhdx::open(path, OpenMode::ReadOnly).unwrap();
+    let ours = Vhdx::open(path, &OpenMode::ReadOnly.into()).unwrap();
     let raw = path.with_extension("raw");
     run(
         "qemu-img",
@@ -97,8 +97,8 @@ fn a_log_that_qemu_left_is_replayed() {
     assert!(said.contains("write failed: Input/output error"), "{said}");
     assert_ne!(log_guid(&path), [0; 16], "qemu-io left a log");
 
-    let check = |path: &Path, mode| {
-        let disk = Vhdx::open(path, mode).unwrap();
+    let check = |path: &Path, mode: OpenMode| {
+        let disk = Vhdx::open(path, &mode.into()).unwrap();
         for (offset, n) in [(0, 1), (6 * MIB, 2), (4 * GIB, 3)] {
             assert!(read(&disk, offset, 65536) == vec![n; 65536], "{offset:#x}");
         }
@@ -146,7 +146,7 @@ fn a_writer_killed_at_any_time_leaves_what_it_flushed_to_us_and_to_qemu() {
         assert_ne!(log_guid(&path), [0; 16]);
         compare_with_qemu(&path);
         for mode in [OpenMode::ReadOnly, OpenMode::ReadWrite, OpenMode::ReadWrite] {
-            let disk = Vhdx::open(&path, mode).unwrap();
+            let disk = Vhdx::open(&path, &mode.into()).unwrap();
             for n in 1..=flushed {
                 assert!(read(&disk, place(n), 4096) == block(n), "{n} of {flushed}");
             }
@@ -161,7 +161,7 @@ fn a_writer_killed_at_any_time_leaves_what_it_flushed_to_us_and_to_qemu() {
 #[ignore = "the process that another test starts and kills"]
 fn the_writer_that_is_killed() {
     let path = std::env::var_os("COPPICE_TEST_DISK").expect("run by the test that kills it");
-    let disk = Vhdx::open(path, OpenMode::ReadWrite).unwrap();
+    let disk = Vhdx::open(path, &OpenMode::ReadWrite.into()).unwrap();
     for n in 1..2900 {
         write(&disk, place(n), &block(n));
         if n % 3 != 0 {

@@ -143,6 +143,7 @@ impl Device for VirtioBlock {
         let options = OpenOptions {
             read_only: false,
             format: Some(Format::Raw),
+            ..OpenOptions::default()
         };
         let config = BlockConfig {
             disk: storage::open(file.path(), &options).unwrap(),

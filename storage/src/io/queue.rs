@@ -9,7 +9,7 @@ use super::buffer::{self, Cursor, IoBuffer};
 use super::engine::{Engine, EngineKind};
 use super::transfer::{Failure, Kind, Transfer};
 use super::worker::Outcome;
-use crate::{ByteRange, Disk, DiskError, Extent, ExtentKind, WriteTicket};
+use crate::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket};
 
 /// What is asked of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ pub struct Completion<B> {
 /// What is left to do once a request's transfers are done.
 enum Then {
     Complete,
-    FinishWrite { ticket: WriteTicket, flush: bool },
+    Finish { ticket: Ticket, flush: bool },
 }
 
 struct InFlight<B> {
@@ -220,7 +220,13 @@ impl<B: IoBuffer> DiskQueue<B> {
         }
         let mut extents = std::mem::take(&mut self.extents);
         match self.disk.resolve_read(range, &mut extents) {
-            Ok(()) => self.start(Kind::Read, "read", range, &extents, buffer, Then::Complete),
+            Ok(ticket) => {
+                let then = Then::Finish {
+                    ticket,
+                    flush: false,
+                };
+                self.start(Kind::Read, "read", range, &extents, buffer, then);
+            }
             Err(error) => self.fail(buffer, error),
         }
         extents.clear();
@@ -240,7 +246,7 @@ impl<B: IoBuffer> DiskQueue<B> {
                     range,
                     &extents,
                     buffer,
-                    Then::FinishWrite { ticket, flush },
+                    Then::Finish { ticket, flush },
                 );
             }
             Err(error) => self.fail(buffer, error),
@@ -376,10 +382,9 @@ impl<B: IoBuffer> DiskQueue<B> {
             return;
         }
         let failed = request.error.is_some();
-        if let Then::FinishWrite { ticket, flush } =
-            std::mem::replace(&mut request.then, Then::Complete)
+        if let Then::Finish { ticket, flush } = std::mem::replace(&mut request.then, Then::Complete)
         {
-            self.disk.finish_write(ticket, !failed);
+            self.disk.finish(ticket, !failed);
             if flush && !failed {
                 self.flush(slot);
                 return self.settle(slot);

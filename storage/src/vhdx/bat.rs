@@ -4,7 +4,8 @@
 //! Files without parent have the bitmap entries too and do not use them, so the index of a block's entry is not the
 //! block's number, from the second chunk on.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
+use std::io;
 
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U64;
@@ -19,7 +20,7 @@ use crate::open::Refusal;
 pub(super) const ENTRIES_PER_PAGE: u64 = 512;
 /// Bytes of a page.
 pub(super) const PAGE: u64 = ENTRIES_PER_PAGE * ENTRY;
-const ENTRY: u64 = size_of::<U64>() as u64;
+pub(super) const ENTRY: u64 = size_of::<U64>() as u64;
 /// Entries that the check at open looks at together.
 const SCAN_ENTRIES: u64 = 16 * ENTRIES_PER_PAGE;
 
@@ -40,24 +41,45 @@ pub(super) enum BlockState {
     PartiallyPresent,
 }
 
-/// An entry for a payload block, in a file without parent.
+impl BlockState {
+    /// Whether the block has bytes in the file.
+    pub(super) fn is_present(self) -> bool {
+        match self {
+            Self::FullyPresent | Self::PartiallyPresent => true,
+            Self::NotPresent | Self::Undefined | Self::Zero | Self::Unmapped => false,
+        }
+    }
+
+    fn number(self) -> u64 {
+        match self {
+            Self::NotPresent => 0,
+            Self::Undefined => 1,
+            Self::Zero => 2,
+            Self::Unmapped => 3,
+            Self::FullyPresent => 6,
+            Self::PartiallyPresent => 7,
+        }
+    }
+}
+
+/// An entry for a payload block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Entry {
-    /// Reads as zeros, without space in the file.
-    Absent {
-        /// Whether the entry says that it is zeros, rather than nothing.
-        zero: bool,
-    },
-    /// The block lies in the file.
-    Present {
-        /// Where, in bytes.
-        offset: u64,
-    },
+pub(super) struct Entry {
+    /// What the block is.
+    pub state: BlockState,
+    /// Where it lies, in bytes. Of an unmapped block: the space it had and may take back, zero where it has none. Of other absent
+    /// blocks the field means nothing and is zero here.
+    pub offset: u64,
 }
 
 impl Entry {
+    /// An entry that names no space.
+    pub(super) fn absent(state: BlockState) -> Self {
+        Self { state, offset: 0 }
+    }
+
     /// Takes an entry apart; the error says what was expected. Bits that are reserved are not looked at.
-    pub(super) fn decode(raw: u64) -> Result<Self, String> {
+    pub(super) fn decode(raw: u64, has_parent: bool) -> Result<Self, String> {
         let state = match raw & 7 {
             0 => BlockState::NotPresent,
             1 => BlockState::Undefined,
@@ -72,30 +94,50 @@ impl Entry {
             }
         };
         match state {
-            BlockState::NotPresent | BlockState::Undefined | BlockState::Unmapped => {
-                Ok(Self::Absent { zero: false })
+            BlockState::NotPresent | BlockState::Undefined | BlockState::Zero => {
+                Ok(Self::absent(state))
             }
-            BlockState::Zero => Ok(Self::Absent { zero: true }),
-            BlockState::FullyPresent => {
-                let offset = file_offset(raw);
-                if offset < MIB {
-                    return Err(
-                        "expected a present block to lie after the first MiB, found offset 0"
-                            .into(),
-                    );
-                }
-                Ok(Self::Present { offset })
-            }
-            BlockState::PartiallyPresent => Err(
+            BlockState::Unmapped => Ok(Self {
+                state,
+                offset: file_offset(raw),
+            }),
+            BlockState::PartiallyPresent if !has_parent => Err(
                 "expected no partially present block, as the file has no parent, found one".into(),
             ),
+            BlockState::FullyPresent | BlockState::PartiallyPresent => {
+                present_offset(raw).map(|offset| Self { state, offset })
+            }
         }
     }
 
-    /// The entry of a block that lies at `offset`, a multiple of 1 MiB.
-    pub(super) fn present(offset: u64) -> u64 {
-        offset | 6
+    /// The entry as it lies in the table.
+    pub(super) fn raw(self) -> u64 {
+        self.offset | self.state.number()
     }
+}
+
+/// Where a chunk's sector bitmap lies, if it has one (2.5.1.2).
+pub(super) fn decode_bitmap(raw: u64) -> Result<Option<u64>, String> {
+    match raw & 7 {
+        0 => Ok(None),
+        6 => present_offset(raw).map(Some),
+        other => Err(format!(
+            "expected a sector bitmap that is not present (0) or present (6), found state {other}"
+        )),
+    }
+}
+
+/// The entry of a sector bitmap that lies at `offset`, a multiple of 1 MiB.
+pub(super) fn bitmap_entry(offset: u64) -> u64 {
+    offset | BlockState::FullyPresent.number()
+}
+
+fn present_offset(raw: u64) -> Result<u64, String> {
+    let offset = file_offset(raw);
+    if offset < MIB {
+        return Err("expected a present block to lie after the first MiB, found offset 0".into());
+    }
+    Ok(offset)
 }
 
 fn file_offset(raw: u64) -> u64 {
@@ -112,7 +154,22 @@ pub(super) struct Layout {
     pub block_size: u64,
     /// Payload blocks of the disk.
     pub blocks: u64,
+    /// Bytes of a logical sector, of which a sector bitmap has a bit each.
+    pub sector: u64,
+    /// Whether the file has a parent, and so may have sector bitmaps.
+    pub has_parent: bool,
     chunk_ratio: u64,
+}
+
+/// Where the bits of a payload block lie in the sector bitmap of its chunk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BitsAt {
+    /// Index of the BAT entry of that bitmap.
+    pub index: u64,
+    /// The block's first bit.
+    pub first: u64,
+    /// How many bits it has.
+    pub count: u64,
 }
 
 impl Layout {
@@ -120,7 +177,7 @@ impl Layout {
     pub(super) fn new(metadata: &Metadata, region: Region) -> Result<Self, Refusal> {
         let mut layout = Self::of(metadata);
         layout.region = region;
-        let needed = layout.entries() * ENTRY;
+        let needed = layout.table_len();
         if needed > region.length {
             return Err(Refusal::corrupt(
                 "BAT region",
@@ -137,6 +194,7 @@ impl Layout {
     /// The layout of a file that is about to be created; its region has yet to be placed.
     pub(super) fn of(metadata: &Metadata) -> Self {
         let block_size = u64::from(metadata.block_size);
+        let sector = u64::from(metadata.logical_sector.bytes());
         Self {
             region: Region {
                 offset: 0,
@@ -144,14 +202,24 @@ impl Layout {
             },
             block_size,
             blocks: metadata.size.div_ceil(block_size),
-            chunk_ratio: SECTORS_PER_BITMAP * u64::from(metadata.logical_sector.bytes())
-                / block_size,
+            sector,
+            has_parent: metadata.parent.is_some(),
+            chunk_ratio: SECTORS_PER_BITMAP * sector / block_size,
         }
     }
 
-    /// Entries of a file without parent (2.5): the last chunk's bitmap entry is left out.
+    /// Entries of the table (2.5). Without a parent the last chunk's bitmap entry is left out.
     pub(super) fn entries(&self) -> u64 {
-        self.index(self.blocks.saturating_sub(1)) + 1
+        if self.has_parent {
+            self.blocks.div_ceil(self.chunk_ratio) * (self.chunk_ratio + 1)
+        } else {
+            self.index(self.blocks.saturating_sub(1)) + 1
+        }
+    }
+
+    /// Bytes that the entries take.
+    pub(super) fn table_len(&self) -> u64 {
+        self.entries() * ENTRY
     }
 
     /// The index of a payload block's entry.
@@ -159,8 +227,24 @@ impl Layout {
         block + block / self.chunk_ratio
     }
 
+    /// The payload block whose entry has this index; `None` for the entry of a sector bitmap.
+    pub(super) fn block(&self, index: u64) -> Option<u64> {
+        (!self.is_bitmap(index)).then(|| index - index / (self.chunk_ratio + 1))
+    }
+
+    /// Where the presence of a block's sectors is written down.
+    pub(super) fn bits(&self, block: u64) -> BitsAt {
+        let chunk = block / self.chunk_ratio;
+        let count = self.block_size / self.sector;
+        BitsAt {
+            index: chunk * (self.chunk_ratio + 1) + self.chunk_ratio,
+            first: block % self.chunk_ratio * count,
+            count,
+        }
+    }
+
     /// Whether the entry of this index is for a sector bitmap.
-    fn is_bitmap(&self, index: u64) -> bool {
+    pub(super) fn is_bitmap(&self, index: u64) -> bool {
         index % (self.chunk_ratio + 1) == self.chunk_ratio
     }
 
@@ -168,30 +252,21 @@ impl Layout {
     pub(super) fn entry_offset(&self, index: u64) -> u64 {
         self.region.offset + index * ENTRY
     }
-
-    /// Where a page lies in the file.
-    pub(super) fn page_offset(&self, page: u64) -> u64 {
-        self.region.offset + page * PAGE
-    }
 }
 
-/// Reads the whole table once and checks what no lookup could: that blocks lie in the file, outside all regions, and no
-/// two in one place. Holes in the file are skipped. Gives the end of the last block, or of the last region.
-pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<u64, Refusal> {
-    let mut end = regions
-        .iter()
-        .map(|region| region.end())
-        .fold(MIB, u64::max);
-    let mut claims = Claims::default();
-    for region in regions {
-        claims.claim(region.offset, region.length);
-    }
+/// Calls `visit` with index and value of every entry that is not zero. Holes in the file are skipped.
+pub(super) fn scan<E>(
+    view: &View,
+    layout: &Layout,
+    failed: impl Fn(io::Error) -> E,
+    mut visit: impl FnMut(u64, u64) -> Result<(), E>,
+) -> Result<(), E> {
     let mut buffer = vec![U64::ZERO; SCAN_ENTRIES as usize];
     let mut index = 0;
     while index < layout.entries() {
         let Some(data) = view
             .next_data(layout.entry_offset(index))
-            .map_err(|e| Refusal::io("look for data in the BAT", e))?
+            .map_err(&failed)?
         else {
             break;
         };
@@ -199,57 +274,166 @@ pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<
         let count = SCAN_ENTRIES.min(layout.entries().saturating_sub(index));
         let chunk = &mut buffer[..count as usize];
         view.read(chunk.as_mut_bytes(), layout.entry_offset(index))
-            .map_err(|e| Refusal::io("read the BAT", e))?;
+            .map_err(&failed)?;
         for (raw, index) in chunk.iter().map(|raw| raw.get()).zip(index..) {
-            if raw == 0 {
-                continue;
-            }
-            let corrupt = |expected| {
-                Refusal::corrupt(
-                    format!("BAT entry {index}"),
-                    layout.entry_offset(index),
-                    expected,
-                )
-            };
-            let len = if layout.is_bitmap(index) {
-                MIB
-            } else {
-                layout.block_size
-            };
-            let block_end = file_offset(raw)
-                .checked_add(len)
-                .filter(|end| *end <= view.len());
-            let present = !layout.is_bitmap(index)
-                && matches!(Entry::decode(raw).map_err(corrupt)?, Entry::Present { .. });
-            match block_end {
-                Some(block_end) => {
-                    if present && !claims.claim(file_offset(raw), len) {
-                        return Err(corrupt(format!(
-                            "expected a place of its own for the block, found {:#x}+{len:#x}, which something else has",
-                            file_offset(raw)
-                        )));
-                    }
-                    // Also of blocks that are not present but remember their space.
-                    end = end.max(block_end);
-                }
-                None if present => {
-                    return Err(corrupt(format!(
-                        "expected the block inside the file of {:#x} bytes, found {:#x}+{len:#x}",
-                        view.len(),
-                        file_offset(raw)
-                    )));
-                }
-                None => {}
+            if raw != 0 {
+                visit(index, raw)?;
             }
         }
         index += count;
     }
-    Ok(end)
+    Ok(())
+}
+
+/// What the check of a table found.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// The end of the last block, or of the last region.
+    pub end: u64,
+    /// The parts of the file before `end` that nothing describes: offset and length.
+    pub free: Vec<(u64, u64)>,
+    /// The space that unmapped blocks have to themselves: its offset and the block.
+    pub anchors: Vec<(u64, u64)>,
+    /// Where the sector bitmaps lie.
+    pub bitmaps: Vec<Region>,
+}
+
+/// Most soft anchors that are remembered: a bound on memory, not on the disk.
+pub(super) const MAX_ANCHORS: usize = 1024;
+
+/// Reads the whole table once and checks what no lookup could: that blocks lie in the file, outside all regions, and no
+/// two in one place, and that partially present ones have a sector bitmap.
+pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<Found, Refusal> {
+    let mut claims = Claims::default();
+    for region in regions {
+        claims.claim(region.offset, region.length);
+    }
+    let failed = |e| Refusal::io("read the BAT", e);
+    let corrupt = |index: u64, expected: String| {
+        Refusal::corrupt(
+            format!("BAT entry {index}"),
+            layout.entry_offset(index),
+            expected,
+        )
+    };
+    let mut has_anchors = false;
+    // A chunk's bitmap entry follows those of its blocks.
+    let mut partial = None;
+    let mut bitmaps = Vec::new();
+    scan(view, layout, failed, |index, raw| {
+        let claimed = if layout.is_bitmap(index) {
+            if !layout.has_parent {
+                return Ok(());
+            }
+            let bitmap = decode_bitmap(raw).map_err(|expected| corrupt(index, expected))?;
+            if bitmap.is_some() && partial == Some(index) {
+                partial = None;
+            }
+            bitmaps.extend(bitmap.map(|offset| Region {
+                offset,
+                length: MIB,
+            }));
+            bitmap.map(|offset| (offset, MIB))
+        } else {
+            let entry = Entry::decode(raw, layout.has_parent)
+                .map_err(|expected| corrupt(index, expected))?;
+            has_anchors |= entry.state == BlockState::Unmapped && entry.offset != 0;
+            if entry.state == BlockState::PartiallyPresent {
+                let bitmap = layout.block(index).map(|block| layout.bits(block).index);
+                if let Some(missing) = partial.filter(|missing| Some(*missing) != bitmap) {
+                    return Err(corrupt(missing, NO_BITMAP.into()));
+                }
+                partial = bitmap;
+            }
+            entry
+                .state
+                .is_present()
+                .then_some((entry.offset, layout.block_size))
+        };
+        let Some((offset, len)) = claimed else {
+            return Ok(());
+        };
+        if offset.checked_add(len).is_none_or(|end| end > view.len()) {
+            return Err(corrupt(
+                index,
+                format!(
+                    "expected the block inside the file of {:#x} bytes, found {offset:#x}+{len:#x}",
+                    view.len()
+                ),
+            ));
+        }
+        if !claims.claim(offset, len) {
+            return Err(corrupt(
+                index,
+                format!(
+                    "expected a place of its own for the block, found {offset:#x}+{len:#x}, which something else has"
+                ),
+            ));
+        }
+        Ok(())
+    })?;
+    if let Some(missing) = partial {
+        return Err(corrupt(missing, NO_BITMAP.into()));
+    }
+    let anchors = if has_anchors {
+        find_anchors(view, layout, &mut claims)?
+    } else {
+        Vec::new()
+    };
+    let (end, free) = claims.gaps();
+    Ok(Found {
+        end,
+        free,
+        anchors,
+        bitmaps,
+    })
+}
+
+const NO_BITMAP: &str =
+    "expected a sector bitmap, as a block of its chunk is partially present, found none";
+
+/// The space that unmapped blocks name and nothing else has; it counts as taken from then on, whether remembered or not.
+fn find_anchors(
+    view: &View,
+    layout: &Layout,
+    claims: &mut Claims,
+) -> Result<Vec<(u64, u64)>, Refusal> {
+    let mut anchors = Vec::new();
+    scan(
+        view,
+        layout,
+        |e| Refusal::io("read the BAT", e),
+        |index, raw| {
+            let Some(block) = layout.block(index) else {
+                return Ok(());
+            };
+            let Ok(Entry {
+                state: BlockState::Unmapped,
+                offset,
+            }) = Entry::decode(raw, layout.has_parent)
+            else {
+                return Ok(());
+            };
+            let inside = offset
+                .checked_add(layout.block_size)
+                .is_some_and(|end| end <= view.len());
+            if offset >= MIB
+                && inside
+                && claims.is_free(offset, layout.block_size)
+                && claims.claim(offset, layout.block_size)
+                && anchors.len() < MAX_ANCHORS
+            {
+                anchors.push((offset, block));
+            }
+            Ok(())
+        },
+    )?;
+    Ok(anchors)
 }
 
 /// Which MiB of the file are taken: a bit each, in words that exist where a bit is set.
 #[derive(Default)]
-struct Claims(HashMap<u64, u64>);
+struct Claims(BTreeMap<u64, u64>);
 
 impl Claims {
     /// Takes a range; false where a part of it was taken.
@@ -267,6 +451,35 @@ impl Claims {
         }
         free
     }
+
+    /// Whether nothing has any part of the range.
+    fn is_free(&self, offset: u64, len: u64) -> bool {
+        let (first, end) = (offset / MIB, (offset + len) / MIB);
+        !self
+            .0
+            .range(first / 64..end.div_ceil(64))
+            .any(|(word, taken)| {
+                let low = first.saturating_sub(word * 64).min(64);
+                let high = (end - word * 64).min(64);
+                (low..high).any(|unit| taken & (1 << unit) != 0)
+            })
+    }
+
+    /// The end of what is taken, and the gaps before it after the first MiB: offset and length in bytes.
+    fn gaps(&self) -> (u64, Vec<(u64, u64)>) {
+        let mut gaps = Vec::new();
+        let mut at = 1;
+        for (word, taken) in &self.0 {
+            for unit in (0..64).filter(|unit| taken & (1 << unit) != 0) {
+                let unit = word * 64 + unit;
+                if unit > at {
+                    gaps.push((at * MIB, (unit - at) * MIB));
+                }
+                at = at.max(unit + 1);
+            }
+        }
+        (at * MIB, gaps)
+    }
 }
 
 #[cfg(test)]
@@ -283,6 +496,7 @@ mod tests {
             id: Guid::ZERO,
             logical_sector,
             physical_sector: SectorSize::B4096,
+            parent: None,
         })
     }
 
@@ -324,28 +538,43 @@ mod tests {
 
     #[test]
     fn every_state_decodes_as_the_specification_says() {
-        let expected = [
-            Some(Entry::Absent { zero: false }),
-            Some(Entry::Absent { zero: false }),
-            Some(Entry::Absent { zero: true }),
-            Some(Entry::Absent { zero: false }),
+        use BlockState::{FullyPresent, NotPresent, PartiallyPresent, Undefined, Unmapped, Zero};
+        let states = [
+            Some((NotPresent, 0)),
+            Some((Undefined, 0)),
+            Some((Zero, 0)),
+            Some((Unmapped, 5 * MIB)),
             None,
             None,
-            Some(Entry::Present { offset: 5 * MIB }),
-            None,
+            Some((FullyPresent, 5 * MIB)),
+            Some((PartiallyPresent, 5 * MIB)),
         ];
-        for (state, expected) in (0..).zip(expected) {
-            assert_eq!(
-                Entry::decode((5 * MIB) | state).ok(),
-                expected,
-                "state {state}"
-            );
+        for (number, expected) in (0..).zip(states) {
+            let expected = expected.map(|(state, offset)| Entry { state, offset });
+            let raw = (5 * MIB) | number;
+            assert_eq!(Entry::decode(raw, true).ok(), expected, "state {number}");
+            if let Some(entry) = expected.filter(|entry| entry.offset != 0) {
+                assert_eq!(entry.raw(), raw);
+            }
         }
-        assert!(Entry::decode(6).is_err());
-        assert_eq!(
-            Entry::decode(Entry::present(7 * MIB)),
-            Ok(Entry::Present { offset: 7 * MIB })
-        );
+        assert!(Entry::decode((5 * MIB) | 7, false).is_err());
+        assert!(Entry::decode(6, true).is_err());
+        assert_eq!(decode_bitmap(0), Ok(None));
+        assert_eq!(decode_bitmap(bitmap_entry(7 * MIB)), Ok(Some(7 * MIB)));
+        assert!(decode_bitmap((7 * MIB) | 7).is_err());
+    }
+
+    #[test]
+    fn blocks_and_indices_are_each_others_inverse() {
+        let mut layout = layout(64 << 30, 256 << 20, SectorSize::B512);
+        layout.has_parent = true;
+        assert_eq!(layout.entries(), 16 * 17);
+        for block in 0..layout.blocks {
+            assert_eq!(layout.block(layout.index(block)), Some(block));
+            let bits = layout.bits(block);
+            assert!(layout.is_bitmap(bits.index) && layout.block(bits.index).is_none());
+            assert!(bits.first + bits.count <= SECTORS_PER_BITMAP);
+        }
     }
 
     #[test]
@@ -356,5 +585,20 @@ mod tests {
         assert!(claims.claim(3 * MIB, 57 * MIB));
         assert!(!claims.claim(315 * MIB, 2 * MIB));
         assert!(!claims.claim(2 * MIB, MIB));
+    }
+
+    #[test]
+    fn gaps_are_what_nothing_has() {
+        let mut claims = Claims::default();
+        claims.claim(MIB, 3 * MIB);
+        claims.claim(10 * MIB, 100 * MIB);
+        claims.claim(200 * MIB, MIB);
+        assert_eq!(
+            claims.gaps(),
+            (201 * MIB, vec![(4 * MIB, 6 * MIB), (110 * MIB, 90 * MIB)])
+        );
+        assert!(claims.is_free(4 * MIB, 6 * MIB) && claims.is_free(110 * MIB, 90 * MIB));
+        assert!(!claims.is_free(4 * MIB, 7 * MIB) && !claims.is_free(109 * MIB, 2 * MIB));
+        assert!(claims.is_free(201 * MIB, 64 * MIB));
     }
 }

@@ -1,84 +1,120 @@
-//! Making changes durable: the announcement before the first write, the commit of allocations, the close.
+//! Making changes durable: the announcement before the first write, the commit of changed metadata, the reuse of freed space,
+//! the close.
 //!
 //! One thread at a time does any of this, under the commit lock. The state lock is taken inside it, for lines, never the other
 //! way round.
+//!
+//! A failed write leaves what it should have changed for the next try. After a failed sync nobody knows what is durable,
+//! so the file is not touched again: the log in it still leads to a sound state.
 
+use std::io;
 use std::sync::atomic::Ordering;
 
-use super::disk::{Vhdx, lock};
-use super::format::Guid;
+use super::disk::{Level, Vhdx, lock};
+use super::format::{Guid, LOG_SECTOR};
 use super::header::Headers;
 use super::log::writer::{LogWriter, MAX_SECTORS};
-use super::pages::Taken;
+use super::pages::Bytes;
 use super::region::{self, Region};
+use super::space::STEP_BLOCKS;
 use crate::disk::DiskError;
 
 /// What the commit lock guards.
 #[derive(Debug)]
 pub(super) struct Commit {
     pub headers: Headers,
+    /// The regions of the file, the log among them.
+    pub regions: Vec<Region>,
+    /// Where the metadata lie.
+    pub metadata: Region,
     /// The log that the headers name, from the announcement until the close.
     pub log: Option<LogWriter>,
     /// The copy of the region table that the announcement has to repair.
     pub damaged_region_table: Option<usize>,
     /// The highest number of a flush that is done.
     pub flushed: u64,
+    /// Sectors that the log describes and that could not be written in place: the next commit begins with them.
+    pub unapplied: Vec<(u64, Bytes)>,
 }
 
-fn io_error(operation: &str) -> impl FnOnce(std::io::Error) -> DiskError {
+pub(super) fn io_error(operation: &str) -> impl FnOnce(io::Error) -> DiskError {
     move |source| DiskError::Io {
         operation: operation.into(),
         source,
     }
 }
 
+/// A sector as the log takes it: its file offset and its bytes.
+pub(super) type LoggedSector<'a> = (u64, &'a [u8; LOG_SECTOR as usize]);
+
 impl Vhdx {
-    /// Makes the identifiers of a file that is about to change durable, once an open, and anew after a close.
-    pub(super) fn announce(&self) -> Result<(), DiskError> {
+    /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an open, and
+    /// anew after a close.
+    pub(super) fn announce(&self, level: Level) -> Result<(), DiskError> {
         let mut commit = lock(&self.commit);
-        self.or_poison(|| self.announced(&mut commit).map(drop))
+        self.unless_poisoned()?;
+        if lock(&self.state).announced < level {
+            self.change_identifiers(&mut commit, level)?;
+        }
+        self.open_log(&mut commit)?;
+        let mut state = lock(&self.state);
+        state.announced = state.announced.max(level);
+        Ok(())
     }
 
     /// The open log of an announced file; announces it first where that has not been done.
-    fn announced<'a>(&self, commit: &'a mut Commit) -> Result<&'a mut LogWriter, DiskError> {
-        let Commit {
-            headers,
-            log,
-            damaged_region_table,
-            flushed: _,
-        } = commit;
-        match log {
-            Some(log) => Ok(log),
-            None => Ok(log.insert(self.start_log(headers, damaged_region_table)?)),
+    pub(super) fn open_log<'a>(
+        &self,
+        commit: &'a mut Commit,
+    ) -> Result<&'a mut LogWriter, DiskError> {
+        if commit.log.is_none() {
+            if lock(&self.state).announced == Level::Untouched {
+                // A close has come between a change and its commit.
+                self.change_identifiers(commit, Level::Data)?;
+                lock(&self.state).announced = Level::Data;
+            }
+            commit.log = Some(self.start_log(commit)?);
         }
+        commit.log.as_mut().ok_or(DiskError::Poisoned)
     }
 
-    /// Announces the file in steps that each are durable before the next: new identifiers, a log that says nothing, and the
-    /// log's identifier in both headers.
-    fn start_log(
+    fn change_identifiers(&self, commit: &mut Commit, level: Level) -> Result<(), DiskError> {
+        self.update_header(&mut commit.headers, |header| {
+            header.file_write_guid = Guid::random();
+            if level == Level::Data {
+                header.data_write_guid = Guid::random();
+            }
+        })
+    }
+
+    fn update_header(
         &self,
         headers: &mut Headers,
-        damaged_region_table: &mut Option<usize>,
-    ) -> Result<LogWriter, DiskError> {
+        change: impl FnOnce(&mut super::header::Header),
+    ) -> Result<(), DiskError> {
+        headers
+            .update(&*self.view.medium, change)
+            .inspect_err(|_| lock(&self.state).poisoned = true)
+    }
+
+    /// Starts a log in steps that each are durable before the next: a log that says nothing, and its identifier in both headers.
+    fn start_log(&self, commit: &mut Commit) -> Result<LogWriter, DiskError> {
         let medium = &*self.view.medium;
-        headers.update(medium, |header| {
-            header.file_write_guid = Guid::random();
-            header.data_write_guid = Guid::random();
-        })?;
-        if let Some(copy) = damaged_region_table.take() {
+        if let Some(copy) = commit.damaged_region_table {
             region::repair(medium, copy).map_err(io_error("repair a region table"))?;
+            commit.damaged_region_table = None;
         }
-        let region = Region {
-            offset: headers.current().log_offset,
-            length: headers.current().log_length,
+        let header = *commit.headers.current();
+        let log = Region {
+            offset: header.log_offset,
+            length: header.log_length,
         };
         let end = lock(&self.state).space.end();
-        let mut log = LogWriter::start(medium, region, end).map_err(io_error("start the log"))?;
+        let mut log = LogWriter::start(medium, log, end).map_err(io_error("start the log"))?;
         self.sync(Some(&mut log))?;
         for _ in 0..2 {
-            headers.update(medium, |header| header.log_guid = log.guid())?;
+            self.update_header(&mut commit.headers, |header| header.log_guid = log.guid())?;
         }
-        lock(&self.state).announced = true;
         Ok(log)
     }
 
@@ -91,77 +127,230 @@ impl Vhdx {
             return Ok(());
         }
         let covered = self.flushes.load(Ordering::SeqCst);
-        self.or_poison(|| self.commit_under(&mut commit))?;
+        self.commit_under(&mut commit)?;
         commit.flushed = covered;
         Ok(())
     }
 
     /// Commits without being asked to, when many pages wait.
     pub(super) fn commit_pages(&self) -> Result<(), DiskError> {
-        let mut commit = lock(&self.commit);
-        self.or_poison(|| self.commit_under(&mut commit))
+        self.commit_under(&mut lock(&self.commit))
     }
 
-    fn commit_under(&self, commit: &mut Commit) -> Result<(), DiskError> {
-        if lock(&self.state).pages.dirty() == 0 {
-            return self.sync(commit.log.as_mut());
+    pub(super) fn commit_under(&self, commit: &mut Commit) -> Result<(), DiskError> {
+        self.unless_poisoned()?;
+        if lock(&self.state).pages.dirty() == 0 && commit.unapplied.is_empty() {
+            self.sync(commit.log.as_mut())?;
+        } else {
+            self.commit_dirty(commit)?;
         }
-        // A close may have come between an allocation and this.
-        let log = self.announced(commit)?;
-        // Taken together: all that these pages name lies before `end`.
-        let (taken, end) = {
+        self.scrub(false)
+    }
+
+    fn commit_dirty(&self, commit: &mut Commit) -> Result<(), DiskError> {
+        self.open_log(commit)?;
+        // Taken together: all that these pages name lies before `end`, and data they count on has been written.
+        let (taken, number, end, ordered) = {
             let mut state = lock(&self.state);
-            (state.pages.take_dirty(), state.space.end())
+            (
+                state.pages.take_dirty(),
+                state.space.commit_taken(),
+                state.space.end(),
+                std::mem::take(&mut state.ordered),
+            )
         };
-        for pages in taken.chunks(MAX_SECTORS) {
-            self.commit_entry(log, pages, end)?;
+        let sectors: Vec<_> = taken
+            .iter()
+            .map(|taken| (taken.offset, &*taken.bytes))
+            .collect();
+        let synced = if ordered {
+            self.sync(commit.log.as_mut())
+        } else {
+            Ok(())
+        };
+        let logged = synced.and_then(|()| self.log_sectors(commit, &sectors, end));
+        let mut state = lock(&self.state);
+        state.pages.committed(&taken, logged.is_ok());
+        if logged.is_err() {
+            state.ordered |= ordered;
+        } else {
+            let epoch = state.flights.advance();
+            state.space.committed(number, epoch);
         }
-        lock(&self.state).pages.committed(&taken);
-        Ok(())
+        logged
     }
 
-    /// Commits as many pages as an entry of the log describes.
-    fn commit_entry(
+    /// Describes sectors in the log, makes that durable, and writes them in place. What fits an entry becomes durable as one;
+    /// of more, what comes first.
+    pub(super) fn log_sectors(
         &self,
-        log: &mut LogWriter,
-        pages: &[Taken],
+        commit: &mut Commit,
+        sectors: &[LoggedSector<'_>],
         end: u64,
     ) -> Result<(), DiskError> {
-        let medium = &*self.view.medium;
-        if !log.has_room(pages.len()) {
+        self.open_log(commit)?;
+        let Commit { log, unapplied, .. } = commit;
+        let Some(log) = log else {
+            return Err(DiskError::Poisoned);
+        };
+        if !unapplied.is_empty() {
+            let left: Vec<_> = unapplied
+                .iter()
+                .map(|(at, bytes)| (*at, &**bytes))
+                .collect();
             self.sync(Some(log))?;
-            log.append(medium, &[], end)
-                .map_err(io_error("write the log"))?;
-            log.applied();
-            self.sync(Some(log))?;
+            self.apply(log, &left)?;
+            unapplied.clear();
         }
-        let sectors: Vec<_> = pages
-            .iter()
-            .map(|taken| (self.layout.page_offset(taken.page), &*taken.bytes))
-            .collect();
-        log.append(medium, &sectors, end)
-            .map_err(io_error("write the log"))?;
-        self.sync(Some(log))?;
+        let mut logged = 0;
+        self.log_and_apply(log, sectors, end, &mut logged)
+            .inspect_err(|_| {
+                let left = &sectors[..logged];
+                *unapplied = left
+                    .iter()
+                    .map(|(at, bytes)| (*at, Box::new(**bytes)))
+                    .collect();
+            })
+    }
+
+    fn log_and_apply(
+        &self,
+        log: &mut LogWriter,
+        sectors: &[LoggedSector<'_>],
+        end: u64,
+        logged: &mut usize,
+    ) -> Result<(), DiskError> {
+        let medium = &*self.view.medium;
+        let mut entries = sectors.chunks(MAX_SECTORS).peekable();
+        while let Some(entry) = entries.next() {
+            if !log.has_room(entry.len()) {
+                self.apply(log, &sectors[..*logged])?;
+                self.sync(Some(log))?;
+                log.append(medium, &[], end)
+                    .map_err(io_error("write the log"))?;
+                log.applied();
+                self.sync(Some(log))?;
+            }
+            log.append(medium, entry, end)
+                .map_err(io_error("write the log"))?;
+            *logged += entry.len();
+            // Entries follow each other without waiting as long as there is room for one more.
+            if entries.peek().is_none_or(|next| !log.has_room(next.len())) {
+                self.sync(Some(log))?;
+            }
+        }
+        self.apply(log, sectors)
+    }
+
+    /// Writes sectors in place that the log durably describes.
+    fn apply(&self, log: &mut LogWriter, sectors: &[LoggedSector<'_>]) -> Result<(), DiskError> {
+        // They count as not durable from the first one on.
+        lock(&self.state).unsynced = true;
         for (offset, bytes) in sectors {
-            medium
-                .write_all_at(bytes, offset)
-                .map_err(io_error("write the BAT"))?;
+            self.view
+                .medium
+                .write_all_at(&bytes[..], *offset)
+                .map_err(io_error("write metadata"))?;
         }
         log.applied();
-        lock(&self.state).unsynced = true;
         Ok(())
     }
 
-    /// Makes everything that was written durable, and lets the log know.
-    fn sync(&self, log: Option<&mut LogWriter>) -> Result<(), DiskError> {
-        self.view
-            .medium
-            .sync_data()
-            .map_err(io_error("sync the file"))?;
+    /// Zeroes space that nobody uses any more; the next sync makes it usable. Without need, only by giving it back to the host,
+    /// where that is wanted and the file system can.
+    fn scrub(&self, need: bool) -> Result<(), DiskError> {
+        let ranges = {
+            let mut state = lock(&self.state);
+            let state = &mut *state;
+            let flights = &state.flights;
+            state
+                .space
+                .to_scrub(|epoch| flights.is_over(epoch), need || self.punch_holes)
+        };
+        let medium = &*self.view.medium;
+        let mut scrubbed = 0;
+        for (offset, len) in &ranges {
+            let punched = || -> io::Result<bool> {
+                if self.punch_holes && medium.punch_hole(*offset, *len)? {
+                    return Ok(true);
+                }
+                if need {
+                    medium.zero(*offset, *len)?;
+                }
+                Ok(need)
+            };
+            if !punched().map_err(io_error("give free space back"))? {
+                break;
+            }
+            scrubbed += 1;
+        }
+        if scrubbed > 0 {
+            lock(&self.state).space.scrubbed(&ranges[..scrubbed]);
+        }
+        Ok(())
+    }
+
+    /// Finds `needed` bytes of space for a block: of what is free if there is enough of that, of what unmapped blocks keep, else
+    /// by growing the file.
+    pub(super) fn grow(&self, needed: u64) -> Result<(), DiskError> {
+        let worthwhile = STEP_BLOCKS * self.block_size;
+        let (uncommitted, free, anchored) = {
+            let state = lock(&self.state);
+            let (uncommitted, free) = state.space.reclaimable();
+            let anchored = state.space.anchored() * self.block_size;
+            (uncommitted, free, anchored)
+        };
+        if free >= needed || uncommitted >= worthwhile {
+            self.reclaim(uncommitted >= worthwhile)?;
+        } else if anchored >= worthwhile {
+            self.drop_anchors()?;
+            self.reclaim(true)?;
+        }
+        let _growth = lock(&self.growth);
+        let tail = {
+            let state = lock(&self.state);
+            if state.space.has(needed) {
+                return Ok(());
+            }
+            state.space.tail()
+        };
+        let grown = tail
+            .grown(&*self.view.medium, needed, self.block_size)
+            .map_err(|source| DiskError::Io {
+                operation: format!(
+                    "extend the file by {needed:#x} bytes from {:#x}",
+                    tail.end()
+                ),
+                source,
+            })?;
+        lock(&self.state).space.adopt(grown);
+        Ok(())
+    }
+
+    /// Makes freed space usable.
+    pub(super) fn reclaim(&self, uncommitted: bool) -> Result<(), DiskError> {
+        let mut commit = lock(&self.commit);
+        if uncommitted {
+            self.commit_under(&mut commit)?;
+        }
+        self.unless_poisoned()?;
+        self.scrub(true)?;
+        self.sync(commit.log.as_mut())
+    }
+
+    /// Makes everything that was written durable, and lets log and space know.
+    pub(super) fn sync(&self, log: Option<&mut LogWriter>) -> Result<(), DiskError> {
+        let round = lock(&self.state).space.round();
+        if let Err(source) = self.view.medium.sync_data() {
+            lock(&self.state).poisoned = true;
+            return Err(io_error("sync the file")(source));
+        }
         if let Some(log) = log {
             log.synced();
         }
-        lock(&self.state).unsynced = false;
+        let mut state = lock(&self.state);
+        state.unsynced = false;
+        state.space.synced(round);
         Ok(())
     }
 
@@ -171,19 +360,14 @@ impl Vhdx {
         if commit.log.is_none() {
             return Ok(());
         }
-        self.or_poison(|| {
-            self.commit_under(&mut commit)?;
-            // What the commit wrote in place.
-            self.sync(commit.log.as_mut())?;
-            lock(&self.state).announced = false;
-            commit.log = None;
-            for _ in 0..2 {
-                commit
-                    .headers
-                    .update(&*self.view.medium, |header| header.log_guid = Guid::ZERO)?;
-            }
-            Ok(())
-        })?;
+        self.commit_under(&mut commit)?;
+        // What the commit wrote in place.
+        self.sync(commit.log.as_mut())?;
+        lock(&self.state).announced = Level::Untouched;
+        commit.log = None;
+        for _ in 0..2 {
+            self.update_header(&mut commit.headers, |header| header.log_guid = Guid::ZERO)?;
+        }
         // Only now, as an entry of the log could promise a longer file.
         let growth = lock(&self.growth);
         let surplus = lock(&self.state).space.give_up();
@@ -197,12 +381,11 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Does work on the metadata. Once it fails nobody knows what the file says, so it is not touched again: the log in it
-    /// still leads to a sound state.
-    fn or_poison(&self, work: impl FnOnce() -> Result<(), DiskError>) -> Result<(), DiskError> {
+    fn unless_poisoned(&self) -> Result<(), DiskError> {
         if lock(&self.state).poisoned {
-            return Err(DiskError::Poisoned);
+            Err(DiskError::Poisoned)
+        } else {
+            Ok(())
         }
-        work().inspect_err(|_| lock(&self.state).poisoned = true)
     }
 }

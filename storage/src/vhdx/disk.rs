@@ -1,66 +1,120 @@
 //! Where the bytes of an open file are.
 //!
-//! Threads share the [`State`] under a lock that is held for lines and never over I/O: when a page of the BAT has to be read,
+//! Threads share the [`State`] under a lock that is held for lines and never over I/O: when a page of metadata has to be read,
 //! the file has to grow or pages have to be committed, the lock is given up, the work done, and the
-//! request looked at again.
+//! request looked at again, a block at a time.
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::ops::RangeInclusive;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use zerocopy::IntoBytes;
-use zerocopy::little_endian::U64;
-
-use super::bat::{ENTRIES_PER_PAGE, Entry, Layout};
+use super::bat::{BlockState, Entry, Layout, decode_bitmap};
+use super::bitmap;
 use super::commit::Commit;
-use super::pages::{Entries, Pages};
+use super::flights::Flights;
+use super::format::Guid;
+use super::locator::ParentLocator;
+use super::pages::{Pages, blank, page_of};
 use super::space::Space;
 use super::view::View;
-use crate::disk::{ByteRange, Disk, DiskError, Extent, ExtentKind, Geometry, WriteTicket};
-use crate::raw::zero;
+use super::write::Change;
+use crate::disk::{
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, Ticket,
+};
 
-/// Pages of the BAT that may wait for a commit; more are committed before the next allocation.
-const MAX_DIRTY: usize = 64;
-
-/// An open VHDX. See the [module](super) for what it promises.
+/// An open VHDX, over its parents if it has some. See the [module](super) for what it promises.
 #[derive(Debug)]
 pub struct Vhdx {
     pub(super) geometry: Geometry,
+    pub(super) id: Guid,
+    /// Size of the virtual disk in bytes, as it is now.
+    pub(super) size: AtomicU64,
+    /// Bytes of a payload block.
+    pub(super) block_size: u64,
     /// The disk is to keep the space of its blocks.
     pub(super) fixed: bool,
+    /// Space that is freed goes back to the host at once.
+    pub(super) punch_holes: bool,
     pub(super) view: View,
-    pub(super) layout: Layout,
     /// Where the file ends that payload is read from. Blocks of a file that is seen through its log can lie past it, where
     /// replay would extend the file by zeros.
     pub(super) held: u64,
     pub(super) state: Mutex<State>,
+    /// Tells that a block is no longer being moved, or that requests are over.
+    pub(super) changed: Condvar,
     /// Held by who changes the length of the file.
     pub(super) growth: Mutex<()>,
     pub(super) commit: Mutex<Commit>,
     /// Flushes that were asked for.
     pub(super) flushes: AtomicU64,
+    /// What lies below a child. Parents are open for reading.
+    pub(super) parent: Option<Arc<Vhdx>>,
+}
+
+/// What the identifiers of an open file have announced to whoever reads it next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Level {
+    /// Nothing: the file is as it was.
+    Untouched,
+    /// A new FileWriteGuid: the file changes, but no reader of the disk sees it.
+    File,
+    /// A new DataWriteGuid too: what a reader sees changes.
+    Data,
 }
 
 /// What requests share.
 #[derive(Debug)]
 pub(super) struct State {
+    pub layout: Layout,
+    pub locator: Option<ParentLocator>,
     pub pages: Pages,
     pub space: Space,
-    /// The headers name a log, and identifiers that were made for the writes since.
-    pub announced: bool,
-    /// A metadata write has failed.
+    pub flights: Flights,
+    /// Writes in flight that change metadata when they are over, by the number of their ticket.
+    pub writes: HashMap<u64, (u64, Vec<Change>)>,
+    pub next_write: u64,
+    /// What the headers have announced; they name a log where that is anything.
+    pub announced: Level,
+    /// A sync has failed: nobody knows what is durable.
     pub poisoned: bool,
     /// A commit wrote pages in place that no sync has made durable.
     pub unsynced: bool,
+    /// Pages that wait for a commit describe data which has to be durable before they are.
+    pub ordered: bool,
+    /// The block that is being moved; nobody writes to it.
+    pub moving: Option<u64>,
 }
 
-/// Why a request cannot be answered yet.
-enum Wait {
-    Pages,
-    Announcement,
+/// Why a request cannot be answered yet, or at all.
+#[derive(Debug)]
+pub(super) enum Stop {
+    /// The page at this file offset has to be read.
+    Page(u64),
+    Announcement(Level),
+    /// The file needs so many bytes more.
     Growth(u64),
     Commit,
+    Moving,
+    Failed(DiskError),
+}
+
+impl From<DiskError> for Stop {
+    fn from(error: DiskError) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// What a layer says of a part of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// It lies in the file, at this offset.
+    Here(u64),
+    /// The layer has no bytes; it reads as zeros.
+    Zeros(BlockState),
+    /// The layer says nothing.
+    Below,
 }
 
 /// A lock that outlives a panic of its holder: the state is whole between any two lines that change it.
@@ -68,307 +122,506 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The ticket of a write that changes metadata has this bit.
+const CHANGES: u64 = 1 << 63;
+
 impl Vhdx {
-    fn check_write(&self, range: ByteRange) -> Result<(), DiskError> {
+    /// The parent of a differencing disk.
+    pub fn parent(&self) -> Option<&Arc<Self>> {
+        self.parent.as_ref()
+    }
+
+    pub(super) fn check_write(&self, range: ByteRange) -> Result<(), DiskError> {
         if self.geometry.read_only {
             return Err(DiskError::ReadOnly);
         }
-        self.geometry.check(range)
+        self.geometry().check(range)
     }
 
-    /// The blocks of a range that is not empty.
-    fn blocks(&self, range: ByteRange) -> RangeInclusive<u64> {
-        range.offset() / self.layout.block_size..=(range.end() - 1) / self.layout.block_size
-    }
-
-    /// The pages that hold the entries of a range that is not empty.
-    fn pages(&self, range: ByteRange) -> RangeInclusive<u64> {
-        let blocks = self.blocks(range);
-        self.layout.index(*blocks.start()) / ENTRIES_PER_PAGE
-            ..=self.layout.index(*blocks.end()) / ENTRIES_PER_PAGE
-    }
-
-    fn entry(&self, state: &mut State, block: u64) -> Result<Result<Entry, DiskError>, Wait> {
-        let index = self.layout.index(block);
-        let raw = state.pages.get(index).ok_or(Wait::Pages)?;
-        Ok(Entry::decode(raw).map_err(|expected| DiskError::Corrupt {
-            structure: format!("BAT entry {index}"),
-            offset: self.layout.entry_offset(index),
-            expected,
-        }))
-    }
-
-    /// Appends the extents of a range, or says which page is missing; `out` may have grown then.
-    fn map(
+    /// The parts of a range, a block each: its number, and first byte and end in the disk.
+    pub(super) fn parts(
         &self,
-        state: &mut State,
         range: ByteRange,
-        out: &mut Vec<Extent>,
-    ) -> Result<Result<(), DiskError>, Wait> {
-        let block_size = self.layout.block_size;
-        let start = out.len();
-        for block in self.blocks(range) {
-            let entry = match self.entry(state, block)? {
-                Ok(entry) => entry,
-                Err(corrupt) => return Ok(Err(corrupt)),
-            };
-            let offset = range.offset().max(block * block_size);
-            let len = range.end().min((block + 1) * block_size) - offset;
-            match entry {
-                Entry::Absent { zero: true } => append(
-                    out,
-                    start,
-                    Extent {
-                        offset,
-                        len,
-                        kind: ExtentKind::Zero,
-                    },
-                ),
-                Entry::Absent { zero: false } => append(
-                    out,
-                    start,
-                    Extent {
-                        offset,
-                        len,
-                        kind: ExtentKind::Unmapped,
-                    },
-                ),
-                Entry::Present { offset: at } => {
-                    let file_offset = at + (offset - block * block_size);
-                    let held = self.held.saturating_sub(file_offset).min(len);
-                    let kind = ExtentKind::Data {
-                        file: Arc::clone(self.view.medium.file()),
-                        file_offset,
-                    };
-                    append(
-                        out,
-                        start,
-                        Extent {
-                            offset,
-                            len: held,
-                            kind,
-                        },
-                    );
-                    append(
-                        out,
-                        start,
-                        Extent {
-                            offset: offset + held,
-                            len: len - held,
-                            kind: ExtentKind::Zero,
-                        },
-                    );
-                }
-            }
-        }
-        Ok(Ok(()))
-    }
-
-    /// Gives every block of the range space, or says what has to happen first; then nothing has changed.
-    fn allocate(&self, state: &mut State, range: ByteRange) -> Result<Result<(), DiskError>, Wait> {
-        if !state.announced {
-            return Err(Wait::Announcement);
-        }
-        let mut absent = 0;
-        for block in self.blocks(range) {
-            match self.entry(state, block)? {
-                Ok(Entry::Absent { .. }) => absent += 1,
-                Ok(Entry::Present { .. }) => {}
-                Err(corrupt) => return Ok(Err(corrupt)),
-            }
-        }
-        if absent == 0 {
-            return Ok(Ok(()));
-        }
-        if state.pages.dirty() >= MAX_DIRTY {
-            return Err(Wait::Commit);
-        }
-        let needed = absent * self.layout.block_size;
-        if !state.space.has(needed) {
-            return Err(Wait::Growth(needed));
-        }
-        for block in self.blocks(range) {
-            if let Ok(Entry::Absent { .. }) = self.entry(state, block)? {
-                // Fresh space reads as zeros, as the block did, so the rest of the block needs no filling, and the
-                // entry may become durable before the data is.
-                let offset = state.space.take(self.layout.block_size);
-                state
-                    .pages
-                    .set(self.layout.index(block), Entry::present(offset));
-            }
-        }
-        Ok(Ok(()))
+    ) -> impl Iterator<Item = (u64, Range<u64>)> + use<> {
+        let block_size = self.block_size;
+        let blocks = range.offset() / block_size..range.end().div_ceil(block_size);
+        blocks.map(move |block| {
+            let start = range.offset().max(block * block_size);
+            (block, start..range.end().min((block + 1) * block_size))
+        })
     }
 
     /// Answers a request under the state lock, doing outside it what the request has to wait for.
-    fn with_state<T>(
+    pub(super) fn with_state<T>(
         &self,
-        range: ByteRange,
-        mut request: impl FnMut(&mut State) -> Result<Result<T, DiskError>, Wait>,
+        mut request: impl FnMut(&mut State) -> Result<T, Stop>,
     ) -> Result<T, DiskError> {
         loop {
-            let wait = match request(&mut lock(&self.state)) {
-                Ok(answer) => return answer,
-                Err(wait) => wait,
+            let mut state = lock(&self.state);
+            let stop = match request(&mut state) {
+                Ok(answer) => return Ok(answer),
+                Err(stop) => stop,
             };
-            match wait {
-                Wait::Pages => self.load(&self.pages(range))?,
-                Wait::Announcement => self.announce()?,
-                Wait::Growth(needed) => self.grow(needed)?,
-                Wait::Commit => self.commit_pages()?,
+            match stop {
+                Stop::Failed(error) => return Err(error),
+                Stop::Moving => {
+                    let _state = self
+                        .changed
+                        .wait_while(state, |state| state.moving.is_some())
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                Stop::Page(page) => {
+                    drop(state);
+                    self.load(page)?;
+                }
+                Stop::Announcement(level) => {
+                    drop(state);
+                    self.announce(level)?;
+                }
+                Stop::Growth(needed) => {
+                    drop(state);
+                    self.grow(needed)?;
+                }
+                Stop::Commit => {
+                    drop(state);
+                    self.commit_pages()?;
+                }
             }
         }
     }
 
-    /// Reads those of the pages that are not here.
-    fn load(&self, wanted: &RangeInclusive<u64>) -> Result<(), DiskError> {
-        for page in wanted.clone() {
-            loop {
-                let seen = {
-                    let state = lock(&self.state);
-                    if state.pages.has(page) {
-                        break;
+    /// Reads a page that is not here.
+    fn load(&self, page: u64) -> Result<(), DiskError> {
+        loop {
+            let seen = {
+                let state = lock(&self.state);
+                if state.pages.has(page) {
+                    return Ok(());
+                }
+                state.pages.evictions()
+            };
+            let mut bytes = blank();
+            self.view
+                .read(&mut bytes[..], page)
+                .map_err(|source| DiskError::Io {
+                    operation: format!("read the metadata at file offset {page:#x}"),
+                    source,
+                })?;
+            let mut state = lock(&self.state);
+            // While it was read the page may have been loaded, changed, committed and dropped by others.
+            if state.pages.evictions() == seen {
+                state.pages.insert(page, bytes);
+                return Ok(());
+            }
+        }
+    }
+
+    /// Says what this layer alone holds of a part of a block, in order and without gaps; tells nothing where it stops.
+    pub(super) fn look_up(
+        state: &mut State,
+        block: u64,
+        part: Range<u64>,
+        mut found: impl FnMut(Range<u64>, Found),
+    ) -> Result<(), Stop> {
+        let entry = state.block(block)?;
+        let base = block * state.layout.block_size;
+        match entry.state {
+            BlockState::FullyPresent => {
+                found(
+                    part.clone(),
+                    Found::Here(entry.offset + (part.start - base)),
+                );
+            }
+            BlockState::NotPresent if state.layout.has_parent => found(part, Found::Below),
+            BlockState::NotPresent
+            | BlockState::Undefined
+            | BlockState::Zero
+            | BlockState::Unmapped => found(part, Found::Zeros(entry.state)),
+            BlockState::PartiallyPresent => {
+                let sector = state.layout.sector;
+                let pages = state.bits(block, &part)?;
+                // Looked for first, so that nothing is told twice.
+                for (page, _) in pages.clone() {
+                    state.pages.bytes(page).ok_or(Stop::Page(page))?;
+                }
+                let mut at = part.start;
+                for (page, mut bits) in pages {
+                    let bytes = state.pages.bytes(page).ok_or(Stop::Page(page))?;
+                    while !bits.is_empty() {
+                        let (here, count) = bitmap::run(bytes, &bits);
+                        bits.start += count;
+                        let end = part.end.min(at + count as u64 * sector);
+                        let what = if here {
+                            Found::Here(entry.offset + (at - base))
+                        } else {
+                            Found::Below
+                        };
+                        found(at..end, what);
+                        at = end;
                     }
-                    state.pages.evictions()
-                };
-                let offset = self.layout.page_offset(page);
-                let mut entries: Entries = Box::new([U64::ZERO; ENTRIES_PER_PAGE as usize]);
-                self.view
-                    .read(entries.as_mut_bytes(), offset)
-                    .map_err(|source| DiskError::Io {
-                        operation: format!("read the BAT at file offset {offset:#x}"),
-                        source,
-                    })?;
-                let mut state = lock(&self.state);
-                // While it was read the page may have been loaded, changed, committed and dropped by others.
-                if state.pages.evictions() == seen {
-                    state.pages.insert(page, entries, wanted);
-                    break;
                 }
             }
         }
         Ok(())
     }
 
-    fn grow(&self, needed: u64) -> Result<(), DiskError> {
-        let _growth = lock(&self.growth);
-        let space = lock(&self.state).space;
-        if space.has(needed) {
-            return Ok(());
-        }
-        let grown = space
-            .grown(&*self.view.medium, needed, self.layout.block_size)
-            .map_err(|source| DiskError::Io {
-                operation: format!(
-                    "extend the file by {needed:#x} bytes from {:#x}",
-                    space.end()
-                ),
-                source,
-            })?;
-        lock(&self.state).space.adopt(&grown);
-        Ok(())
-    }
-
-    /// The parts of the range that lie in the file, for a change in place.
-    fn stored(&self, range: ByteRange) -> Result<Vec<(u64, u64)>, DiskError> {
-        self.check_write(range)?;
-        let mut extents = Vec::new();
-        self.resolve_read(range, &mut extents)?;
-        let stored: Vec<_> = extents
-            .into_iter()
-            .filter_map(|extent| match extent.kind {
-                ExtentKind::Data { file_offset, .. } => Some((file_offset, extent.len)),
-                ExtentKind::Zero | ExtentKind::Unmapped => None,
-            })
-            .collect();
-        if !stored.is_empty() {
-            self.with_state(range, |state| match (state.poisoned, state.announced) {
-                (true, _) => Ok(Err(DiskError::Poisoned)),
-                (false, true) => Ok(Ok(())),
-                (false, false) => Err(Wait::Announcement),
-            })?;
-        }
-        Ok(stored)
-    }
-}
-
-/// Appends an extent, if it has bytes, to those from `start` on, joining it to the last where they are one.
-fn append(out: &mut Vec<Extent>, start: usize, extent: Extent) {
-    if extent.len == 0 {
-        return;
-    }
-    if let Some(last) = out.get_mut(start..).and_then(<[_]>::last_mut) {
-        let joins = match (&last.kind, &extent.kind) {
-            (
-                ExtentKind::Data {
-                    file_offset: before,
-                    ..
-                },
-                ExtentKind::Data { file_offset, .. },
-            ) => before + last.len == *file_offset,
-            (ExtentKind::Zero, ExtentKind::Zero) | (ExtentKind::Unmapped, ExtentKind::Unmapped) => {
-                true
-            }
-            (ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Unmapped, _) => false,
-        };
-        if joins {
-            last.len += extent.len;
-            return;
-        }
-    }
-    out.push(extent);
-}
-
-impl Disk for Vhdx {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
-    }
-
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
-        self.geometry.check(range)?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        let start = out.len();
-        self.with_state(range, |state| {
-            out.truncate(start);
-            self.map(state, range, out)
-        })
-        .inspect_err(|_| out.truncate(start))
-    }
-
-    fn resolve_write(
+    /// Looks a range up in this layer; what lies below is added to `below`.
+    fn look_up_all(
         &self,
         range: ByteRange,
         out: &mut Vec<Extent>,
-    ) -> Result<WriteTicket, DiskError> {
-        self.check_write(range)?;
-        // No write has to be waited for: see `allocate` for why an entry may be committed before its data.
-        let ticket = WriteTicket::new(WriteTicket::IN_PLACE);
-        if range.is_empty() {
-            return Ok(ticket);
+        start: usize,
+        below: &mut Vec<ByteRange>,
+    ) -> Result<(), DiskError> {
+        let file = self.view.medium.file();
+        for (block, part) in self.parts(range) {
+            self.with_state(|state| {
+                Self::look_up(state, block, part.clone(), |part, found| match found {
+                    Found::Here(file_offset) => {
+                        let len = part.end - part.start;
+                        let held = self.held.saturating_sub(file_offset).min(len);
+                        append_data(out, start, file, part.start, held, file_offset);
+                        append_empty(out, start, part.start + held, len - held, true);
+                    }
+                    Found::Zeros(state) => {
+                        let zero = state == BlockState::Zero;
+                        append_empty(out, start, part.start, part.end - part.start, zero);
+                    }
+                    Found::Below => below.extend(ByteRange::new(part.start, part.end - part.start)),
+                })
+            })?;
         }
-        let start = out.len();
-        self.with_state(range, |state| {
-            out.truncate(start);
-            if state.poisoned {
-                return Ok(Err(DiskError::Poisoned));
-            }
-            match self.allocate(state, range)? {
-                Ok(()) => self.map(state, range, out),
-                Err(e) => Ok(Err(e)),
-            }
-        })
-        .inspect_err(|_| out.truncate(start))?;
-        Ok(ticket)
+        Ok(())
     }
 
-    fn finish_write(&self, _ticket: WriteTicket, _ok: bool) {}
+    /// Resolves a range through all layers.
+    pub(super) fn resolve(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
+        let start = out.len();
+        let mut below = Vec::new();
+        self.look_up_all(range, out, start, &mut below)?;
+        if below.is_empty() {
+            return Ok(());
+        }
+        let mut layer = self.parent.as_deref();
+        while let Some(parent) = layer
+            && !below.is_empty()
+        {
+            let size = parent.size.load(Ordering::Relaxed);
+            for range in std::mem::take(&mut below) {
+                // A child can be larger than its parent, and has zeros there.
+                let end = range.end().min(size).max(range.offset());
+                if let Some(inside) = ByteRange::new(range.offset(), end - range.offset()) {
+                    parent.look_up_all(inside, out, start, &mut below)?;
+                }
+                append_empty(out, start, end, range.end() - end, false);
+            }
+            layer = parent.parent.as_deref();
+        }
+        for range in below {
+            append_empty(out, start, range.offset(), range.len(), false);
+        }
+        in_order(out, start);
+        Ok(())
+    }
+
+    /// Maps a range through all layers from number `layer`, the deepest of which is `until` if that is given.
+    fn map_layers(&self, range: ByteRange, out: &mut Vec<Mapping>) -> Result<(), DiskError> {
+        let start = out.len();
+        let mut below = vec![range];
+        let mut layer = Some(self);
+        let mut depth = 0;
+        while let Some(disk) = layer
+            && !below.is_empty()
+        {
+            let size = disk.size.load(Ordering::Relaxed);
+            for range in std::mem::take(&mut below) {
+                let end = range.end().min(size).max(range.offset());
+                let inside = ByteRange::new(range.offset(), end - range.offset());
+                for (block, part) in inside.into_iter().flat_map(|inside| disk.parts(inside)) {
+                    disk.with_state(|state| {
+                        Self::look_up(state, block, part.clone(), |part, found| {
+                            let len = part.end - part.start;
+                            let (state, file_offset) = match found {
+                                Found::Here(offset) => (ExtentState::Mapped, Some(offset)),
+                                Found::Zeros(BlockState::Zero) => (ExtentState::Zero, None),
+                                Found::Zeros(BlockState::Unmapped) => (ExtentState::Unmapped, None),
+                                Found::Zeros(BlockState::Undefined) => {
+                                    (ExtentState::Undefined, None)
+                                }
+                                Found::Zeros(_) => (ExtentState::Transparent, None),
+                                Found::Below => {
+                                    below.extend(ByteRange::new(part.start, len));
+                                    return;
+                                }
+                            };
+                            out.push(Mapping {
+                                offset: part.start,
+                                len,
+                                state,
+                                layer: depth,
+                                file_offset,
+                            });
+                        })
+                    })?;
+                }
+                below_end(out, end, range.end(), depth);
+            }
+            layer = disk.parent.as_deref();
+            depth += 1;
+        }
+        for range in below {
+            below_end(out, range.offset(), range.end(), depth.saturating_sub(1));
+        }
+        out[start..].sort_unstable_by_key(|mapping| mapping.offset);
+        join_mappings(out, start);
+        Ok(())
+    }
+
+    fn enter(&self) -> u64 {
+        lock(&self.state).flights.enter()
+    }
+
+    pub(super) fn exit(&self, epoch: u64) {
+        let mut state = lock(&self.state);
+        state.flights.exit(epoch);
+        let waited_for = state.moving.is_some();
+        drop(state);
+        if waited_for {
+            self.changed.notify_all();
+        }
+    }
+}
+
+fn below_end(out: &mut Vec<Mapping>, offset: u64, end: u64, layer: u32) {
+    if offset < end {
+        out.push(Mapping {
+            offset,
+            len: end - offset,
+            state: ExtentState::Transparent,
+            layer,
+            file_offset: None,
+        });
+    }
+}
+
+fn join_mappings(out: &mut Vec<Mapping>, start: usize) {
+    let tail = out.split_off(start);
+    for next in tail {
+        match out.get_mut(start..).and_then(<[_]>::last_mut) {
+            Some(last)
+                if (last.state, last.layer) == (next.state, next.layer)
+                    && last.file_offset.map(|offset| offset + last.len) == next.file_offset =>
+            {
+                last.len += next.len;
+            }
+            Some(_) | None => out.push(next),
+        }
+    }
+}
+
+/// Appends bytes of a file to the extents from `start` on, joining them to the last where they are one.
+pub(super) fn append_data(
+    out: &mut Vec<Extent>,
+    start: usize,
+    file: &Arc<File>,
+    offset: u64,
+    len: u64,
+    file_offset: u64,
+) {
+    if len == 0 {
+        return;
+    }
+    if let Some(last) = out.get_mut(start..).and_then(<[_]>::last_mut)
+        && last.offset + last.len == offset
+        && let ExtentKind::Data {
+            file: before,
+            file_offset: at,
+        } = &last.kind
+        && at + last.len == file_offset
+        && Arc::ptr_eq(before, file)
+    {
+        last.len += len;
+        return;
+    }
+    out.push(Extent {
+        offset,
+        len,
+        kind: ExtentKind::Data {
+            file: Arc::clone(file),
+            file_offset,
+        },
+    });
+}
+
+/// Appends a range without bytes to the extents from `start` on, joining it to the last where they are one.
+fn append_empty(out: &mut Vec<Extent>, start: usize, offset: u64, len: u64, zero: bool) {
+    if len == 0 {
+        return;
+    }
+    if let Some(last) = out.get_mut(start..).and_then(<[_]>::last_mut)
+        && last.offset + last.len == offset
+        && match last.kind {
+            ExtentKind::Zero => zero,
+            ExtentKind::Unmapped => !zero,
+            ExtentKind::Data { .. } => false,
+        }
+    {
+        last.len += len;
+        return;
+    }
+    let kind = if zero {
+        ExtentKind::Zero
+    } else {
+        ExtentKind::Unmapped
+    };
+    out.push(Extent { offset, len, kind });
+}
+
+/// Sorts the extents from `start` on, which several layers have added, and joins what is one.
+fn in_order(out: &mut Vec<Extent>, start: usize) {
+    if out[start..].is_sorted_by_key(|extent| extent.offset) {
+        return;
+    }
+    let mut tail = out.split_off(start);
+    tail.sort_unstable_by_key(|extent| extent.offset);
+    for extent in tail {
+        let Extent { offset, len, kind } = extent;
+        match kind {
+            ExtentKind::Data { file, file_offset } => {
+                append_data(out, start, &file, offset, len, file_offset);
+            }
+            ExtentKind::Zero => append_empty(out, start, offset, len, true),
+            ExtentKind::Unmapped => append_empty(out, start, offset, len, false),
+        }
+    }
+}
+
+impl State {
+    /// The entry of a payload block.
+    pub(super) fn block(&mut self, block: u64) -> Result<Entry, Stop> {
+        let index = self.layout.index(block);
+        let offset = self.layout.entry_offset(index);
+        let raw = self
+            .pages
+            .entry(offset)
+            .ok_or(Stop::Page(page_of(offset)))?;
+        Entry::decode(raw, self.layout.has_parent)
+            .map_err(|expected| corrupt_entry(index, offset, expected).into())
+    }
+
+    /// Changes the entry of a payload block, whose page is here.
+    pub(super) fn set_block(&mut self, block: u64, entry: Entry) {
+        let offset = self.layout.entry_offset(self.layout.index(block));
+        self.pages.set_entry(offset, entry.raw());
+    }
+
+    /// Where the sector bitmap lies whose entry has this index, if there is one.
+    pub(super) fn bitmap(&mut self, index: u64) -> Result<Option<u64>, Stop> {
+        let offset = self.layout.entry_offset(index);
+        let raw = self
+            .pages
+            .entry(offset)
+            .ok_or(Stop::Page(page_of(offset)))?;
+        decode_bitmap(raw).map_err(|expected| corrupt_entry(index, offset, expected).into())
+    }
+
+    /// The pages with the bits of a part of a partially present block. They need not be here.
+    pub(super) fn bits(
+        &mut self,
+        block: u64,
+        part: &Range<u64>,
+    ) -> Result<impl Iterator<Item = (u64, Range<usize>)> + Clone + use<>, Stop> {
+        let at = self.layout.bits(block);
+        let bitmap = self.bitmap(at.index)?.ok_or_else(|| {
+            let offset = self.layout.entry_offset(at.index);
+            corrupt_entry(
+                at.index,
+                offset,
+                "expected a sector bitmap, found none".into(),
+            )
+        })?;
+        let base = block * self.layout.block_size;
+        let first = at.first + (part.start - base) / self.layout.sector;
+        let end = at.first + (part.end - base).div_ceil(self.layout.sector);
+        Ok(bitmap::pages(bitmap, first..end))
+    }
+}
+
+fn corrupt_entry(index: u64, offset: u64, expected: String) -> DiskError {
+    DiskError::Corrupt {
+        structure: format!("BAT entry {index}"),
+        offset,
+        expected,
+    }
+}
+
+impl Disk for Vhdx {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.size.load(Ordering::Relaxed),
+            ..self.geometry
+        }
+    }
+
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+        self.geometry().check(range)?;
+        let start = out.len();
+        let epoch = self.enter();
+        match self.resolve(range, out) {
+            Ok(()) => Ok(Ticket::new(epoch)),
+            Err(error) => {
+                out.truncate(start);
+                self.exit(epoch);
+                Err(error)
+            }
+        }
+    }
+
+    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+        self.check_write(range)?;
+        let start = out.len();
+        let epoch = self.enter();
+        let mut changes = Vec::new();
+        let placed = self
+            .parts(range)
+            .try_for_each(|(block, part)| self.place(block, &part, out, start, &mut changes));
+        match placed {
+            Ok(()) if changes.is_empty() => Ok(Ticket::new(epoch)),
+            Ok(()) => {
+                let mut state = lock(&self.state);
+                let number = state.next_write;
+                state.next_write += 1;
+                state.writes.insert(number, (epoch, changes));
+                Ok(Ticket::new(CHANGES | number))
+            }
+            Err(error) => {
+                out.truncate(start);
+                self.finish_changes(changes, false);
+                self.exit(epoch);
+                Err(error)
+            }
+        }
+    }
+
+    fn finish(&self, ticket: Ticket, ok: bool) {
+        let number = ticket.number();
+        if number & CHANGES == 0 {
+            return self.exit(number);
+        }
+        let write = lock(&self.state).writes.remove(&(number & !CHANGES));
+        if let Some((epoch, changes)) = write {
+            self.finish_changes(changes, ok);
+            self.exit(epoch);
+        }
+    }
 
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         let state = lock(&self.state);
-        // Pages that a commit has put in place wait for a sync of this disk's own, which the log hears of.
-        let settled = !state.poisoned && !state.unsynced && state.pages.is_settled();
+        // Pages that a commit has put in place, and zeros, wait for a sync of this disk's own, which log and space hear of.
+        let settled = !state.poisoned
+            && !state.unsynced
+            && state.pages.is_settled()
+            && state.space.is_settled();
         settled.then(|| Arc::clone(self.view.medium.file()))
     }
 
@@ -381,27 +634,18 @@ impl Disk for Vhdx {
     }
 
     fn discard(&self, range: ByteRange) -> Result<(), DiskError> {
-        if self.fixed {
-            return self.check_write(range);
-        }
-        for (offset, len) in self.stored(range)? {
-            // A file system that cannot give space back leaves the bytes as they are, which a discard may.
-            self.view
-                .medium
-                .punch_hole(offset, len)
-                .map_err(|source| DiskError::Io {
-                    operation: format!("punch a hole at {offset:#x}+{len:#x}"),
-                    source,
-                })?;
-        }
-        Ok(())
+        self.trim(range)
     }
 
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError> {
-        for (offset, len) in self.stored(range)? {
-            zero(&*self.view.medium, offset, len, may_unmap && !self.fixed)?;
-        }
-        Ok(())
+        self.zero(range, may_unmap)
+    }
+
+    fn map(&self, range: ByteRange, out: &mut Vec<Mapping>) -> Result<(), DiskError> {
+        self.geometry().check(range)?;
+        let start = out.len();
+        self.map_layers(range, out)
+            .inspect_err(|_| out.truncate(start))
     }
 
     fn close(&self) -> Result<(), DiskError> {
@@ -410,6 +654,10 @@ impl Disk for Vhdx {
         } else {
             self.close_all()
         }
+    }
+
+    fn as_vhdx(&self) -> Option<&Vhdx> {
+        Some(self)
     }
 }
 

@@ -84,6 +84,11 @@ impl Guid {
         Self(Uuid::from_u128(value).to_bytes_le())
     }
 
+    /// The GUID of a text, with or without braces.
+    pub fn parse(text: &str) -> Option<Self> {
+        Some(Self(Uuid::parse_str(text).ok()?.to_bytes_le()))
+    }
+
     /// A new one.
     pub(crate) fn random() -> Self {
         Self(Uuid::new_v4().to_bytes_le())

@@ -10,12 +10,13 @@ use super::format::{
     PHYSICAL_SECTOR_SIZE, RawFileParameters, RawMetadataEntry, RawMetadataTable, VIRTUAL_DISK_ID,
     VIRTUAL_DISK_SIZE,
 };
+use super::locator::ParentLocator;
 use super::region::Region;
 use crate::disk::SectorSize;
 use crate::open::Refusal;
 
 /// What the metadata says of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Metadata {
     /// Bytes of a payload block, a power of two.
     pub block_size: u32,
@@ -26,6 +27,19 @@ pub(super) struct Metadata {
     pub id: Guid,
     pub logical_sector: SectorSize,
     pub physical_sector: SectorSize,
+    /// Whom a differencing disk stands on.
+    pub parent: Option<ParentLocator>,
+}
+
+/// Where an item lies in the file, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ItemAt {
+    /// Its first byte.
+    pub offset: u64,
+    /// Its length.
+    pub len: u64,
+    /// Its entry of the table.
+    pub entry: u64,
 }
 
 /// Reads bytes of the file as they are after log replay.
@@ -52,9 +66,20 @@ impl Metadata {
             ));
         }
         let flags = parameters.flags.get();
-        if flags & HAS_PARENT != 0 {
-            return Err(Refusal::Unsupported(
-                "differencing disks are not supported yet; this file has a parent".into(),
+        let parent =
+            if flags & HAS_PARENT == 0 {
+                None
+            } else {
+                let item = items.bytes("parent locator", PARENT_LOCATOR)?;
+                Some(ParentLocator::parse(&item).map_err(|expected| {
+                    items.corrupt("parent locator", PARENT_LOCATOR, expected)
+                })?)
+            };
+        if parent.is_some() && flags & LEAVE_BLOCKS_ALLOCATED != 0 {
+            return Err(items.corrupt(
+                "file parameters",
+                FILE_PARAMETERS,
+                "expected a disk that is fixed or has a parent, found one that is both".into(),
             ));
         }
         let logical_sector = items.sector_size("logical sector size", LOGICAL_SECTOR_SIZE)?;
@@ -79,33 +104,86 @@ impl Metadata {
             id: items.get("virtual disk identifier", VIRTUAL_DISK_ID)?,
             logical_sector,
             physical_sector,
+            parent,
         })
     }
 
+    /// Where a known item lies.
+    pub(super) fn find(
+        read: Read<'_>,
+        region: Region,
+        id: Guid,
+    ) -> Result<Option<ItemAt>, Refusal> {
+        let mut table = vec![0; METADATA_TABLE_LEN];
+        read(&mut table, region.offset).map_err(|e| Refusal::io("read the metadata table", e))?;
+        let entries = entries(&table, region)?;
+        let place = |(index, entry): (usize, &RawMetadataEntry)| ItemAt {
+            offset: region.offset + u64::from(entry.offset.get()),
+            len: entry.length.get().into(),
+            entry: region.offset
+                + (size_of::<RawMetadataTable>() + index * size_of::<RawMetadataEntry>()) as u64,
+        };
+        Ok(entries
+            .iter()
+            .enumerate()
+            .find(|(_, entry)| entry.id == id && entry.flags.get() & IS_USER == 0)
+            .map(place))
+    }
+
+    /// A place of `len` bytes in the region that no item other than `id` has, as an offset from the region's start.
+    pub(super) fn room(
+        read: Read<'_>,
+        region: Region,
+        id: Guid,
+        len: u64,
+    ) -> Result<Option<u32>, Refusal> {
+        let mut table = vec![0; METADATA_TABLE_LEN];
+        read(&mut table, region.offset).map_err(|e| Refusal::io("read the metadata table", e))?;
+        let mut taken: Vec<(u64, u64)> = entries(&table, region)?
+            .iter()
+            .filter(|entry| entry.id != id || entry.flags.get() & IS_USER != 0)
+            .map(|entry| (entry.offset.get().into(), entry.length.get().into()))
+            .collect();
+        taken.sort_unstable();
+        let mut at = METADATA_TABLE_LEN as u64;
+        for (offset, length) in taken {
+            if length > 0 && offset < at + len {
+                at = at.max(offset + length);
+            }
+        }
+        Ok(u32::try_from(at)
+            .ok()
+            .filter(|at| u64::from(*at) + len <= region.length))
+    }
+
     /// The region's table and items as they lie on disk, from its first byte.
-    pub(super) fn to_disk(self) -> Vec<u8> {
+    pub(super) fn to_disk(&self) -> Vec<u8> {
         let parameters = RawFileParameters {
             block_size: self.block_size.into(),
-            flags: if self.fixed {
-                LEAVE_BLOCKS_ALLOCATED
-            } else {
-                0
+            flags: match (self.fixed, &self.parent) {
+                (true, _) => LEAVE_BLOCKS_ALLOCATED,
+                (false, Some(_)) => HAS_PARENT,
+                (false, None) => 0,
             }
             .into(),
         };
+        let locator = self.parent.as_ref().map(ParentLocator::to_disk);
         let size = U64::new(self.size);
         let (logical, physical) = (
             U32::new(self.logical_sector.bytes()),
             U32::new(self.physical_sector.bytes()),
         );
         let disk = IS_REQUIRED | IS_VIRTUAL_DISK;
-        let items: [(Guid, u32, &[u8]); 5] = [
+        let mut items: Vec<(Guid, u32, &[u8])> = vec![
             (FILE_PARAMETERS, IS_REQUIRED, parameters.as_bytes()),
             (VIRTUAL_DISK_SIZE, disk, size.as_bytes()),
             (VIRTUAL_DISK_ID, disk, self.id.as_bytes()),
             (LOGICAL_SECTOR_SIZE, disk, logical.as_bytes()),
             (PHYSICAL_SECTOR_SIZE, disk, physical.as_bytes()),
         ];
+        if let Some(locator) = &locator {
+            items.push((PARENT_LOCATOR, IS_REQUIRED, locator));
+        }
         let head = RawMetadataTable {
             signature: *METADATA_SIGNATURE,
             reserved: 0.into(),
@@ -168,6 +246,20 @@ impl Items<'_> {
         let mut value = T::new_zeroed();
         (self.read)(
             value.as_mut_bytes(),
+            self.region.offset + u64::from(entry.offset.get()),
+        )
+        .map_err(|e| Refusal::io(format!("read the metadata item \"{name}\""), e))?;
+        Ok(value)
+    }
+
+    fn bytes(&self, name: &str, id: Guid) -> Result<Vec<u8>, Refusal> {
+        let entry = self
+            .find(id)
+            .ok_or_else(|| self.corrupt(name, id, "expected this item, found none".into()))?;
+        // At most 1 MiB, see `entries`.
+        let mut value = vec![0; entry.length.get() as usize];
+        (self.read)(
+            &mut value,
             self.region.offset + u64::from(entry.offset.get()),
         )
         .map_err(|e| Refusal::io(format!("read the metadata item \"{name}\""), e))?;
@@ -284,6 +376,7 @@ mod tests {
             id: Guid::random(),
             logical_sector: SectorSize::B512,
             physical_sector: SectorSize::B4096,
+            parent: None,
         }
     }
 
@@ -357,16 +450,57 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_a_parent_is_refused_as_not_supported() {
-        let mut bytes = metadata().to_disk();
+    fn a_locator_is_demanded_of_a_file_with_a_parent_and_a_fixed_one_has_none() {
+        let child = Metadata {
+            parent: Some(ParentLocator::new(
+                Guid::random(),
+                "/a".as_ref(),
+                "/a/b".as_ref(),
+            )),
+            ..metadata()
+        };
+        assert_eq!(parsed(&child.to_disk()).unwrap(), child);
+
         // The flags of the file parameters, the first item.
-        bytes[METADATA_TABLE_LEN + 4] |= HAS_PARENT as u8;
-        let error = parsed(&bytes).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("differencing disks are not supported yet"),
-            "{error}"
+        let flags = METADATA_TABLE_LEN + 4;
+        let mut orphan = metadata().to_disk();
+        orphan[flags] |= HAS_PARENT as u8;
+        let error = parsed(&orphan).unwrap_err().to_string();
+        assert!(error.contains("parent locator"), "{error}");
+
+        let mut both = child.to_disk();
+        both[flags] |= LEAVE_BLOCKS_ALLOCATED as u8;
+        let error = parsed(&both).unwrap_err().to_string();
+        assert!(error.contains("fixed or has a parent"), "{error}");
+    }
+
+    #[test]
+    fn an_item_is_found_and_room_for_a_longer_one_too() {
+        let bytes = metadata().to_disk();
+        let read = |buffer: &mut [u8], offset: u64| {
+            buffer.copy_from_slice(&bytes[offset as usize..][..buffer.len()]);
+            Ok(())
+        };
+        let size = Metadata::find(&read, REGION, VIRTUAL_DISK_SIZE)
+            .unwrap()
+            .unwrap();
+        assert_eq!(size.len, 8);
+        assert_eq!(
+            bytes[size.offset as usize..][..8],
+            metadata().size.to_le_bytes()
+        );
+        assert_eq!(
+            bytes[size.entry as usize..][..16],
+            *VIRTUAL_DISK_SIZE.as_bytes()
+        );
+        let room = Metadata::room(&read, REGION, PARENT_LOCATOR, 5000).unwrap();
+        assert_eq!(room, Some(bytes.len() as u32));
+        // Its own old place counts as free.
+        let same = Metadata::room(&read, REGION, FILE_PARAMETERS, 8).unwrap();
+        assert_eq!(same, Some(METADATA_TABLE_LEN as u32));
+        assert_eq!(
+            Metadata::room(&read, REGION, PARENT_LOCATOR, MIB).unwrap(),
+            None
         );
     }
 

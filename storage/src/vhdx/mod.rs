@@ -33,23 +33,32 @@
 //! the data of its block is: the block then reads as zeros, as it did before the write.
 
 mod bat;
+mod bitmap;
 mod commit;
 mod create;
 mod disk;
+mod flights;
 mod format;
 mod header;
+mod identifiers;
+mod locator;
 mod log;
 mod metadata;
 mod open;
 mod pages;
 mod region;
+mod runs;
 mod space;
 mod view;
+mod write;
 
 #[cfg(test)]
 mod tests;
 
-pub use create::{CreateError, CreateOptions};
+pub use create::{ChildOptions, CreateError, CreateOptions};
 pub use disk::Vhdx;
+pub use format::Guid;
+pub use identifiers::Identifiers;
+pub use locator::ParentLocator;
 
 pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE, SIGNATURE};

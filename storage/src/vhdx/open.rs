@@ -1,13 +1,19 @@
-//! Opening a file: all is checked before anything is written.
+//! Opening a file and its parents: all is checked before anything is written.
 
-use std::path::Path;
-use std::sync::{Mutex, atomic::AtomicU64};
+use std::collections::HashMap;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Condvar, Mutex};
 
-use super::bat::{self, Layout};
+use super::bat::{self, Found, Layout};
 use super::commit::Commit;
-use super::disk::{State, Vhdx};
+use super::disk::{Level, State, Vhdx};
+use super::flights::Flights;
 use super::format::Guid;
 use super::header::{self, Headers};
+use super::locator::ParentLocator;
 use super::log::sequence;
 use super::metadata::Metadata;
 use super::pages::Pages;
@@ -17,23 +23,101 @@ use super::view::View;
 use crate::disk::{DiskError, Geometry, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{OpenError, Refusal, open_locked};
+use crate::open::{OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open_locked};
 
 impl Vhdx {
-    /// Opens and locks the VHDX at `path`. A log that has to be replayed is replayed into the file where that is opened for
-    /// writing; apart from that nothing is written.
+    /// Opens and locks the VHDX at `path`, and its parents for reading. A log that has to be replayed is replayed into the file
+    /// where that is opened for writing; apart from that nothing is written.
     ///
     /// # Errors
-    /// See [`Refusal`].
-    pub fn open(path: impl AsRef<Path>, mode: OpenMode) -> Result<Self, OpenError> {
+    /// See [`Refusal`]; the file that is named may be one of the parents.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self, OpenError> {
         let path = path.as_ref();
-        open_locked(path, mode)
-            .and_then(|file| Self::from_medium(Box::new(file), mode))
-            .map_err(|reason| OpenError::new(path, reason))
+        let file = open_locked(path, options.mode()).map_err(|e| OpenError::new(path, e))?;
+        Self::open_chain(path, file, options)
     }
 
-    /// Opens the VHDX in a file that is open and locked for `mode`.
-    pub(crate) fn from_medium(medium: Box<dyn Medium>, mode: OpenMode) -> Result<Self, Refusal> {
+    /// Opens the VHDX in a file that is open and locked, and its parents.
+    pub(crate) fn open_chain(
+        path: &Path,
+        file: Arc<File>,
+        options: &OpenOptions,
+    ) -> Result<Self, OpenError> {
+        let mode = options.mode();
+        let failed = |e| OpenError::new(path, e);
+        let identity = identity(&file).map_err(failed)?;
+        let top = Layer::read(Box::new(file), mode).map_err(failed)?;
+        let mut chain = Chain {
+            options,
+            seen: HashMap::from([(identity, path.to_owned())]),
+        };
+        // From the top down, so that nothing is written before all is known to be sound.
+        let mut parents = Vec::new();
+        let mut child = (path.to_owned(), &top);
+        while child.1.metadata.parent.is_some() {
+            let (name, layer) = child;
+            let parent = chain
+                .parent_of(&name, layer)
+                .map_err(|e| OpenError::new(&name, e))?;
+            parents.push(parent);
+            child = match parents.last() {
+                Some((name, layer)) => (name.clone(), layer),
+                None => break,
+            };
+        }
+        let mut below = None;
+        for (name, layer) in parents.into_iter().rev() {
+            let parent = layer
+                .finish(OpenMode::ReadOnly, below, true)
+                .map_err(|e| OpenError::new(&name, e))?;
+            below = Some(Arc::new(parent));
+        }
+        top.finish(mode, below, options.punch_holes).map_err(failed)
+    }
+
+    /// Opens the VHDX in a file that is open and locked for `mode`, over a parent that is open.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn from_medium(
+        medium: Box<dyn Medium>,
+        mode: OpenMode,
+        parent: Option<Arc<Self>>,
+    ) -> Result<Self, Refusal> {
+        let layer = Layer::read(medium, mode)?;
+        match (&layer.metadata.parent, &parent) {
+            (None, None) => {}
+            (Some(locator), Some(parent)) => {
+                let found = parent.identifiers().data_write_guid;
+                if !locator.links_to(found) {
+                    return Err(ParentRefusal::Changed {
+                        parent: PathBuf::new(),
+                        expected: locator.linkage,
+                        found,
+                    }
+                    .into());
+                }
+            }
+            (None, Some(_)) | (Some(_), None) => {
+                return Err(Refusal::Unsupported("a child without its parent".into()));
+            }
+        }
+        layer.finish(mode, parent, true)
+    }
+}
+
+/// A file whose structures have been read and found sound; nothing is written yet.
+pub(super) struct Layer {
+    view: View,
+    headers: Headers,
+    regions: Regions,
+    metadata: Metadata,
+    layout: Layout,
+    found: Found,
+    file_len: u64,
+}
+
+impl Layer {
+    /// Reads and checks a file that is open and locked for `mode`.
+    pub(super) fn read(medium: Box<dyn Medium>, mode: OpenMode) -> Result<Self, Refusal> {
         let file_len = medium
             .len()
             .map_err(|e| Refusal::io("read the length", e))?;
@@ -41,7 +125,7 @@ impl Vhdx {
             return Err(Refusal::Empty);
         }
         header::check_identifier(&*medium).map_err(|e| truncated(e, file_len))?;
-        let mut headers = Headers::read(&*medium, file_len)?;
+        let headers = Headers::read(&*medium, file_len)?;
         let log = Region {
             offset: headers.current().log_offset,
             length: headers.current().log_length,
@@ -58,15 +142,41 @@ impl Vhdx {
         let regions = Regions::read(&read, log, view.len())?;
         let metadata = Metadata::read(&read, regions.metadata)?;
         let layout = Layout::new(&metadata, regions.bat)?;
-        let end = bat::check(&view, &layout, &regions.all)?;
-
+        let found = bat::check(&view, &layout, &regions.all)?;
         if mode.is_read_only() {
-            check_payload_untouched(&view, &regions)?;
+            check_payload_untouched(&view, &regions, &found)?;
         } else {
             headers.check_room()?;
-            if log_guid != Guid::ZERO {
-                replay(&mut view, &mut headers)?;
-            }
+        }
+        Ok(Self {
+            view,
+            headers,
+            regions,
+            metadata,
+            layout,
+            found,
+            file_len,
+        })
+    }
+
+    /// Replays the log, where the file is open for writing, and makes the disk.
+    pub(super) fn finish(
+        self,
+        mode: OpenMode,
+        parent: Option<Arc<Vhdx>>,
+        punch_holes: bool,
+    ) -> Result<Vhdx, Refusal> {
+        let Self {
+            mut view,
+            mut headers,
+            regions,
+            metadata,
+            layout,
+            found,
+            file_len,
+        } = self;
+        if !mode.is_read_only() && headers.current().log_guid != Guid::ZERO {
+            replay(&mut view, &mut headers)?;
         }
         tracing::debug!(
             size = metadata.size,
@@ -76,7 +186,7 @@ impl Vhdx {
             data_write_guid = %headers.current().data_write_guid,
             "opened a VHDX"
         );
-        Ok(Self {
+        Ok(Vhdx {
             geometry: Geometry {
                 size: metadata.size,
                 logical_sector: metadata.logical_sector,
@@ -85,30 +195,174 @@ impl Vhdx {
                 discard_granularity: SectorSize::B4096.bytes(),
                 read_only: mode.is_read_only(),
             },
+            id: metadata.id,
+            size: AtomicU64::new(metadata.size),
+            block_size: layout.block_size,
             held: if mode.is_read_only() {
                 file_len
             } else {
                 u64::MAX
             },
             fixed: metadata.fixed,
+            punch_holes,
             view,
-            layout,
             state: Mutex::new(State {
+                layout,
+                locator: metadata.parent,
                 pages: Pages::default(),
-                space: Space::after(end),
-                announced: false,
+                space: Space::of(&found),
+                flights: Flights::default(),
+                writes: HashMap::new(),
+                next_write: 0,
+                announced: Level::Untouched,
                 poisoned: false,
                 unsynced: false,
+                ordered: false,
+                moving: None,
             }),
+            changed: Condvar::new(),
             growth: Mutex::new(()),
             commit: Mutex::new(Commit {
                 headers,
+                metadata: regions.metadata,
+                regions: regions.all,
                 log: None,
                 damaged_region_table: regions.damaged_copy,
                 flushed: 0,
+                unapplied: Vec::new(),
             }),
             flushes: AtomicU64::new(0),
+            parent,
         })
+    }
+}
+
+/// A file of the host, whatever its name: device and inode.
+fn identity(file: &File) -> Result<(u64, u64), Refusal> {
+    let metadata = file
+        .metadata()
+        .map_err(|e| Refusal::io("look at the file", e))?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// The files of a chain, as far as they are known.
+struct Chain<'a> {
+    options: &'a OpenOptions,
+    seen: HashMap<(u64, u64), PathBuf>,
+}
+
+impl Chain<'_> {
+    /// Finds, opens and checks the parent of a layer.
+    fn parent_of(&mut self, child: &Path, layer: &Layer) -> Result<(PathBuf, Layer), Refusal> {
+        let Some(locator) = &layer.metadata.parent else {
+            return Err(Refusal::Unsupported("the disk has no parent".into()));
+        };
+        let folder = std::path::absolute(child)
+            .ok()
+            .and_then(|path| path.parent().map(Path::to_owned))
+            .unwrap_or_default();
+        let mut tried = Vec::new();
+        let mut refused = None;
+        for candidate in locator.candidates(&folder) {
+            match self.open_parent(&candidate, layer, locator) {
+                Ok(parent) => return Ok((candidate, parent)),
+                Err(ParentRefusal::Missing { .. }) => tried.push(candidate),
+                Err(other) => {
+                    // The next path may lead to the right file.
+                    refused.get_or_insert(other);
+                }
+            }
+        }
+        Err(refused
+            .unwrap_or_else(|| ParentRefusal::Missing {
+                tried,
+                recorded: locator
+                    .paths()
+                    .map(|(key, path)| format!("{key} {path:?}"))
+                    .collect(),
+            })
+            .into())
+    }
+
+    fn open_parent(
+        &mut self,
+        path: &Path,
+        child: &Layer,
+        locator: &ParentLocator,
+    ) -> Result<Layer, ParentRefusal> {
+        let missing = || ParentRefusal::Missing {
+            tried: Vec::new(),
+            recorded: Vec::new(),
+        };
+        let found = std::fs::canonicalize(path).map_err(|_| missing())?;
+        match &self.options.parents {
+            Parents::Anywhere => {}
+            Parents::Within(folder) => {
+                let allowed =
+                    std::fs::canonicalize(folder).is_ok_and(|folder| found.starts_with(folder));
+                if !allowed {
+                    return Err(ParentRefusal::Forbidden {
+                        parent: found,
+                        allowed: Some(folder.clone()),
+                    });
+                }
+            }
+            Parents::Nowhere => {
+                return Err(ParentRefusal::Forbidden {
+                    parent: found,
+                    allowed: None,
+                });
+            }
+        }
+        let unusable = |reason: Refusal| ParentRefusal::Unusable {
+            parent: path.to_owned(),
+            reason: Box::new(reason),
+        };
+        // Before it is locked: a cycle would wait for itself.
+        let metadata =
+            std::fs::metadata(path).map_err(|e| unusable(Refusal::io("open the file", e)))?;
+        if let Some(other) = self.seen.get(&(metadata.dev(), metadata.ino())) {
+            return Err(ParentRefusal::Cycle {
+                parent: path.to_owned(),
+                other: other.clone(),
+            });
+        }
+        let file = open_locked(path, OpenMode::ReadOnly).map_err(unusable)?;
+        let identity = identity(&file).map_err(unusable)?;
+        let layer = Layer::read(Box::new(file), OpenMode::ReadOnly).map_err(unusable)?;
+        let (child, parent) = (&child.metadata, &layer.metadata);
+        let found = layer.headers.current().data_write_guid;
+        if !locator.links_to(found) {
+            if !(self.options.ignore_changed_parents && self.options.read_only) {
+                return Err(ParentRefusal::Changed {
+                    parent: path.to_owned(),
+                    expected: locator.linkage,
+                    found,
+                });
+            }
+            tracing::warn!(
+                parent = %path.display(),
+                expected = %locator.linkage,
+                found = %found,
+                "reading a child whose parent has changed: what it reads may never have been on the disk"
+            );
+        }
+        if parent.logical_sector != child.logical_sector {
+            return Err(ParentRefusal::SectorSize {
+                parent: path.to_owned(),
+                expected: child.logical_sector.bytes(),
+                found: parent.logical_sector.bytes(),
+            });
+        }
+        if parent.size > child.size {
+            return Err(ParentRefusal::Size {
+                parent: path.to_owned(),
+                child: child.size,
+                found: parent.size,
+            });
+        }
+        self.seen.insert(identity, path.to_owned());
+        Ok(layer)
     }
 }
 
@@ -127,7 +381,7 @@ fn truncated(refusal: Refusal, file_len: u64) -> Refusal {
 }
 
 /// Payload of a file that is read goes past the view, so the log must have nothing to say about it.
-fn check_payload_untouched(view: &View, regions: &Regions) -> Result<(), Refusal> {
+fn check_payload_untouched(view: &View, regions: &Regions, found: &Found) -> Result<(), Refusal> {
     let first_mib = Region {
         offset: 0,
         length: super::format::MIB,
@@ -135,7 +389,10 @@ fn check_payload_untouched(view: &View, regions: &Regions) -> Result<(), Refusal
     for patch in view.patches() {
         let inside =
             |region: &Region| region.offset <= patch.offset() && patch.end() <= region.end();
-        if !inside(&first_mib) && !regions.all.iter().any(inside) {
+        if !inside(&first_mib)
+            && !regions.all.iter().any(inside)
+            && !found.bitmaps.iter().any(inside)
+        {
             return Err(Refusal::Unsupported(format!(
                 "the log changes the payload at file offset {:#x}; open the file once for writing to replay it",
                 patch.offset()
@@ -145,25 +402,29 @@ fn check_payload_untouched(view: &View, regions: &Regions) -> Result<(), Refusal
     Ok(())
 }
 
-/// Replays the log into the file. The identifier of the log goes only when all is durable.
+/// Replays the log into the file, after an identifier that says that the file changes. The identifier of the log goes only when
+/// all is durable.
 fn replay(view: &mut View, headers: &mut Headers) -> Result<(), Refusal> {
     tracing::info!(
         changes = view.patches().len(),
         "replaying the log of a VHDX that was not closed"
     );
+    let refused = |e| match e {
+        DiskError::Io { operation, source } => Refusal::io(operation, source),
+        other => Refusal::Unsupported(other.to_string()),
+    };
+    let file_write_guid = Guid::random();
+    headers
+        .update(&*view.medium, |header| {
+            header.file_write_guid = file_write_guid;
+        })
+        .map_err(refused)?;
     view.write_out()
         .map_err(|e| Refusal::io("replay the log", e))?;
-    let file_write_guid = Guid::random();
     for _ in 0..2 {
         headers
-            .update(&*view.medium, |header| {
-                header.log_guid = Guid::ZERO;
-                header.file_write_guid = file_write_guid;
-            })
-            .map_err(|e| match e {
-                DiskError::Io { operation, source } => Refusal::io(operation, source),
-                other => Refusal::Unsupported(other.to_string()),
-            })?;
+            .update(&*view.medium, |header| header.log_guid = Guid::ZERO)
+            .map_err(refused)?;
     }
     Ok(())
 }

@@ -17,7 +17,8 @@ pub const GIB: u64 = 1 << 30;
 /// Reads a range of a disk.
 pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
     let mut extents = Vec::new();
-    disk.resolve_read(ByteRange::new(offset, len as u64).unwrap(), &mut extents)
+    let ticket = disk
+        .resolve_read(ByteRange::new(offset, len as u64).unwrap(), &mut extents)
         .unwrap();
     let mut bytes = vec![0xEE; len];
     let mut at = offset;
@@ -34,6 +35,7 @@ pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
         at += extent.len;
     }
     assert_eq!(at, offset + len as u64, "extents cover the range");
+    disk.finish(ticket, true);
     bytes
 }
 
@@ -56,7 +58,7 @@ pub fn write(disk: &dyn Disk, offset: u64, bytes: &[u8]) {
         left = rest;
     }
     assert!(left.is_empty(), "extents cover the range");
-    disk.finish_write(ticket, true);
+    disk.finish(ticket, true);
 }
 
 /// Bytes that tell where they belong: a pattern of the seed and the position.

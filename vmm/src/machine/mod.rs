@@ -253,6 +253,7 @@ fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::Ope
     let options = storage::OpenOptions {
         read_only: drive.is_read_only,
         format: drive.format.map(Into::into),
+        ..storage::OpenOptions::default()
     };
     storage::open(&drive.path_on_host, &options)
 }

@@ -122,7 +122,7 @@ impl VirtioBlock {
             interrupt,
             kicks,
             queue_sizes: vec![queue_size; queues.into()],
-            config: ConfigSpace::new(geometry, queues, queue_size),
+            config: ConfigSpace::new(&geometry, queues, queue_size),
             features: config_space::features(geometry.read_only, queues),
             serial: padded,
             disk: DiskQueue::new(disk, engine)?,
@@ -173,7 +173,7 @@ impl VirtioBlock {
             }));
         }
         let queue_size = self.queue_sizes.first().copied().unwrap_or_default();
-        self.config = ConfigSpace::new(new, self.queue_sizes.len() as u16, queue_size);
+        self.config = ConfigSpace::new(&new, self.queue_sizes.len() as u16, queue_size);
         self.disk.replace_disk(disk);
         self.finish();
         self.interrupt.signal_config_change();
@@ -210,7 +210,7 @@ impl VirtioBlock {
         let Some(ring) = active.rings.get_mut(queue).and_then(Option::as_mut) else {
             return Ok(());
         };
-        let geometry = *self.disk.disk().geometry();
+        let geometry = self.disk.disk().geometry();
         let rules = Rules {
             geometry: &geometry,
             queue_size: ring.size(),

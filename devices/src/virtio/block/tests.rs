@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use event_manager::{EventManager, MutEventSubscriber};
-use storage::{ByteRange, DiskError, Extent, ExtentKind, Geometry, SectorSize, WriteTicket};
+use storage::{ByteRange, DiskError, Extent, ExtentKind, Geometry, SectorSize, Ticket};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -76,21 +76,18 @@ impl FileDisk {
 }
 
 impl Disk for FileDisk {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
+    fn geometry(&self) -> Geometry {
+        self.geometry
     }
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
-        self.extent(range, out)
-    }
-    fn resolve_write(
-        &self,
-        range: ByteRange,
-        out: &mut Vec<Extent>,
-    ) -> Result<WriteTicket, DiskError> {
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
         self.extent(range, out)?;
-        Ok(WriteTicket::new(WriteTicket::IN_PLACE))
+        Ok(Ticket::new(0))
     }
-    fn finish_write(&self, _: WriteTicket, _: bool) {}
+    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+        self.extent(range, out)?;
+        Ok(Ticket::new(0))
+    }
+    fn finish(&self, _: Ticket, _: bool) {}
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         None
     }
@@ -104,6 +101,9 @@ impl Disk for FileDisk {
     }
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError> {
         self.zeroes.lock().unwrap().push((range, may_unmap));
+        Ok(())
+    }
+    fn map(&self, _: ByteRange, _: &mut Vec<storage::Mapping>) -> Result<(), DiskError> {
         Ok(())
     }
     fn close(&self) -> Result<(), DiskError> {

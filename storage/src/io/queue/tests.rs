@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::io::OwnedBuffer;
-use crate::{Geometry, SectorSize};
+use crate::{Geometry, Mapping, SectorSize};
 
 const BLOCK: u64 = 4096;
 
@@ -79,21 +79,18 @@ impl Scattered {
 }
 
 impl Disk for Scattered {
-    fn geometry(&self) -> &Geometry {
-        &self.geometry
+    fn geometry(&self) -> Geometry {
+        self.geometry
     }
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
-        self.extents(range, false, out)
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+        self.extents(range, false, out)?;
+        Ok(Ticket::new(7))
     }
-    fn resolve_write(
-        &self,
-        range: ByteRange,
-        out: &mut Vec<Extent>,
-    ) -> Result<WriteTicket, DiskError> {
+    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
         self.extents(range, true, out)?;
-        Ok(WriteTicket::new(7))
+        Ok(Ticket::new(7))
     }
-    fn finish_write(&self, ticket: WriteTicket, ok: bool) {
+    fn finish(&self, ticket: Ticket, ok: bool) {
         assert_eq!(ticket.number(), 7);
         self.finished.lock().unwrap().push(ok);
     }
@@ -113,6 +110,9 @@ impl Disk for Scattered {
     }
     fn write_zeroes(&self, _: ByteRange, _: bool) -> Result<(), DiskError> {
         Err(DiskError::ReadOnly)
+    }
+    fn map(&self, _: ByteRange, _: &mut Vec<Mapping>) -> Result<(), DiskError> {
+        Ok(())
     }
     fn close(&self) -> Result<(), DiskError> {
         Ok(())

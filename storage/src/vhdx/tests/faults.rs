@@ -99,14 +99,15 @@ fn a_failure_at_any_operation_loses_nothing_that_was_flushed() {
 }
 
 #[test]
-fn a_failed_metadata_write_poisons_writes_and_leaves_reads() {
+fn a_failed_sync_poisons_writes_and_leaves_reads() {
     let memory = Memory::new(created(&options()));
     let disk = opened(&memory, OpenMode::ReadWrite);
     write(&disk, &memory, 0, 1, 1).unwrap();
     disk.flush().unwrap();
     write(&disk, &memory, BLOCK, 1, 2).unwrap();
-    memory.fail(|number, _| (number == 0).then(broken));
+    memory.fail(|_, op| matches!(op, Op::Sync).then(broken));
     assert!(matches!(disk.flush(), Err(DiskError::Io { .. })));
+    memory.fail(|_, _| None);
     let range = ByteRange::new(0, SECTOR).unwrap();
     assert!(matches!(
         disk.resolve_write(range, &mut Vec::new()),
@@ -123,6 +124,43 @@ fn a_failed_metadata_write_poisons_writes_and_leaves_reads() {
         value(&opened(&memory, OpenMode::ReadOnly), &memory, 0).unwrap(),
         1
     );
+}
+
+#[test]
+fn flushes_succeed_again_when_writes_of_metadata_do() {
+    let start = created(&options());
+    for failing in 0..12 {
+        let memory = Memory::new(start.clone());
+        let disk = opened(&memory, OpenMode::ReadWrite);
+        write(&disk, &memory, 0, 1, 1).unwrap();
+        disk.flush().unwrap();
+        let mut durable = 1;
+        for round in 0..3_u32 {
+            for n in 0..4 {
+                write(&disk, &memory, (durable + n) * 300 * BLOCK, 1, round + 2).unwrap();
+            }
+            // No space for anything, from some write on: log, then what is in place.
+            memory.fail(move |number, op| {
+                let full = matches!(op, Op::Write { .. }) && number >= failing;
+                full.then(|| io::Error::from_raw_os_error(libc::ENOSPC))
+            });
+            let failed = disk.flush().is_err();
+            assert!(failed || failing > 1, "operation {failing}");
+            // What is there is sound whenever the power goes.
+            let cut = Memory::new(memory.contents());
+            let found = opened(&cut, OpenMode::ReadOnly);
+            assert_eq!(value(&found, &cut, 0).unwrap(), 1);
+            memory.fail(|_, _| None);
+            disk.flush().unwrap();
+            let cut = Memory::new(memory.contents());
+            let found = opened(&cut, OpenMode::ReadOnly);
+            for n in 0..4 {
+                let found = value(&found, &cut, (durable + n) * 300 * BLOCK).unwrap();
+                assert_eq!(found, round + 2, "operation {failing}");
+            }
+            durable += 2;
+        }
+    }
 }
 
 #[test]
@@ -242,13 +280,14 @@ fn more_pages_than_the_log_holds_are_committed_in_turns() {
     let range = ByteRange::new(MIB, 299 * 512 * MIB).unwrap();
     let mut out = Vec::new();
     let ticket = disk.resolve_write(range, &mut out).unwrap();
-    disk.finish_write(ticket, true);
+    disk.finish(ticket, true);
     assert_eq!(out.len(), 1, "blocks taken together lie together");
     disk.flush().unwrap();
     let cut = Memory::new(memory.contents());
     let reopened = opened(&cut, OpenMode::ReadOnly);
     let mut found = Vec::new();
-    reopened.resolve_read(range, &mut found).unwrap();
+    let ticket = reopened.resolve_read(range, &mut found).unwrap();
+    reopened.finish(ticket, true);
     assert!(matches!((&out[0].kind, &found[0].kind),
         (ExtentKind::Data { file_offset: a, .. }, ExtentKind::Data { file_offset: b, .. }) if a == b));
     assert_eq!(found[0].len, range.len());

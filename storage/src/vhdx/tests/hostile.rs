@@ -139,7 +139,7 @@ proptest! {
         }
         for mode in [OpenMode::ReadOnly, OpenMode::ReadWrite] {
             let memory = Memory::new(contents.clone());
-            match Vhdx::from_medium(Box::new(std::sync::Arc::clone(&memory)), mode) {
+            match Vhdx::from_medium(Box::new(std::sync::Arc::clone(&memory)), mode, None) {
                 Ok(disk) => {
                     let size = disk.geometry().size / SECTOR * SECTOR;
                     for offset in [0, size / SECTOR / 2 * SECTOR, size.saturating_sub(SECTOR)] {
