@@ -202,10 +202,22 @@ pub enum DiskError {
         /// What was expected and what was found.
         expected: String,
     },
-    /// An earlier failed metadata write left the disk in doubt; it serves no more writes until it is opened anew.
-    #[error(
-        "the disk refuses writes since an earlier metadata write failed; close and open it again"
-    )]
+    /// A size that the disk cannot be given.
+    #[error("size {size} {reason}")]
+    Size {
+        /// The size in bytes.
+        size: u64,
+        /// Why not.
+        reason: String,
+    },
+    /// What was asked for cannot be done with this file.
+    #[error("{0}")]
+    Unsupported(String),
+    /// Whoever asked changed their mind.
+    #[error("cancelled")]
+    Cancelled,
+    /// An earlier failed sync left in doubt what is durable; the disk serves no more writes until it is opened anew.
+    #[error("the disk refuses writes since a sync of its file failed; close and open it again")]
     Poisoned,
 }
 

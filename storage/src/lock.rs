@@ -51,14 +51,16 @@ pub enum LockError {
 
 #[derive(Clone, Copy)]
 enum Kind {
+    None,
     Shared,
     Exclusive,
 }
 
 impl Kind {
-    #[allow(clippy::cast_possible_wrap)] // F_RDLCK and F_WRLCK are 0 and 1
+    #[allow(clippy::cast_possible_wrap)] // they are 0, 1 and 2
     fn raw(self) -> libc::c_short {
         match self {
+            Self::None => libc::F_UNLCK as libc::c_short,
             Self::Shared => libc::F_RDLCK as libc::c_short,
             Self::Exclusive => libc::F_WRLCK as libc::c_short,
         }
@@ -92,6 +94,31 @@ pub fn lock(file: &File, mode: OpenMode) -> Result<(), LockError> {
     Ok(())
 }
 
+/// Turns the lock of a writer into that of a reader; nobody else can get in between.
+///
+/// # Errors
+/// `Host`.
+pub(crate) fn share(file: &File) -> Result<(), LockError> {
+    set(file, Kind::Shared, 0, 0)?;
+    let mut kept: Vec<u64> = [READS].into_iter().chain(KEEPS_WRITERS_OUT).collect();
+    kept.sort_unstable();
+    let mut from = 0;
+    for byte in kept {
+        set(file, Kind::None, from, byte - from)?;
+        from = byte + 1;
+    }
+    set(file, Kind::None, from, 0)?;
+    Ok(())
+}
+
+/// Gives all locks up.
+///
+/// # Errors
+/// `Host`.
+pub(crate) fn unlock(file: &File) -> Result<(), LockError> {
+    set(file, Kind::None, 0, 0).map(drop)
+}
+
 fn holder(file: &File) -> Result<LockError, LockError> {
     if is_written_by_qemu(file)? {
         return Ok(LockError::Written);
@@ -99,7 +126,7 @@ fn holder(file: &File) -> Result<LockError, LockError> {
     Ok(match conflict(file, Kind::Exclusive, 0, 0)? {
         Some(Kind::Exclusive) => LockError::Written,
         // A holder that let go in between was in the way all the same.
-        Some(Kind::Shared) | None => LockError::Read,
+        Some(Kind::Shared | Kind::None) | None => LockError::Read,
     })
 }
 
@@ -182,6 +209,25 @@ mod tests {
         drop(first);
         drop(second);
         lock(&writer, OpenMode::ReadWrite).unwrap();
+    }
+
+    #[test]
+    fn a_writer_that_becomes_a_reader_shares_and_can_become_a_writer_again() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let (first, second) = (opened(file.path()), opened(file.path()));
+        lock(&first, OpenMode::ReadWrite).unwrap();
+        share(&first).unwrap();
+        lock(&second, OpenMode::ReadOnly).unwrap();
+        assert!(matches!(
+            lock(&first, OpenMode::ReadWrite),
+            Err(LockError::Read)
+        ));
+        unlock(&second).unwrap();
+        lock(&first, OpenMode::ReadWrite).unwrap();
+        assert!(matches!(
+            lock(&second, OpenMode::ReadOnly),
+            Err(LockError::Written)
+        ));
     }
 
     #[test]

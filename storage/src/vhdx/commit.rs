@@ -37,6 +37,16 @@ pub(super) struct Commit {
     pub unapplied: Vec<(u64, Bytes)>,
 }
 
+/// Bytes that can come to be usable.
+struct Waiting {
+    /// Once the change that freed them is durable.
+    uncommitted: u64,
+    /// When they have been zeroed.
+    free: u64,
+    /// When the unmapped blocks that keep them have let go.
+    anchored: u64,
+}
+
 pub(super) fn io_error(operation: &str) -> impl FnOnce(io::Error) -> DiskError {
     move |source| DiskError::Io {
         operation: operation.into(),
@@ -51,15 +61,31 @@ impl Vhdx {
     /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an open, and
     /// anew after a close.
     pub(super) fn announce(&self, level: Level) -> Result<(), DiskError> {
+        self.announce_as(level, None)
+    }
+
+    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before.
+    pub(super) fn announce_as(
+        &self,
+        level: Level,
+        data_write_guid: Option<Guid>,
+    ) -> Result<(), DiskError> {
         let mut commit = lock(&self.commit);
         self.unless_poisoned()?;
-        if lock(&self.state).announced < level {
+        let announced = lock(&self.state).announced;
+        if let Some(guid) = data_write_guid {
+            self.update_header(&mut commit.headers, |header| {
+                header.file_write_guid = Guid::random();
+                header.data_write_guid = guid;
+            })?;
+        } else if announced < level {
             self.change_identifiers(&mut commit, level)?;
         }
-        self.open_log(&mut commit)?;
-        let mut state = lock(&self.state);
-        state.announced = state.announced.max(level);
-        Ok(())
+        {
+            let mut state = lock(&self.state);
+            state.announced = state.announced.max(level);
+        }
+        self.open_log(&mut commit).map(drop)
     }
 
     /// The open log of an announced file; announces it first where that has not been done.
@@ -74,6 +100,7 @@ impl Vhdx {
                 lock(&self.state).announced = Level::Data;
             }
             commit.log = Some(self.start_log(commit)?);
+            lock(&self.state).logged = true;
         }
         commit.log.as_mut().ok_or(DiskError::Poisoned)
     }
@@ -293,16 +320,10 @@ impl Vhdx {
     /// Finds `needed` bytes of space for a block: of what is free if there is enough of that, of what unmapped blocks keep, else
     /// by growing the file.
     pub(super) fn grow(&self, needed: u64) -> Result<(), DiskError> {
-        let worthwhile = STEP_BLOCKS * self.block_size;
-        let (uncommitted, free, anchored) = {
-            let state = lock(&self.state);
-            let (uncommitted, free) = state.space.reclaimable();
-            let anchored = state.space.anchored() * self.block_size;
-            (uncommitted, free, anchored)
-        };
-        if free >= needed || uncommitted >= worthwhile {
-            self.reclaim(uncommitted >= worthwhile)?;
-        } else if anchored >= worthwhile {
+        let waiting = self.waiting();
+        if waiting.free >= needed || waiting.uncommitted >= self.worthwhile() {
+            self.reclaim(waiting.uncommitted >= self.worthwhile())?;
+        } else if waiting.anchored >= self.worthwhile() {
             self.drop_anchors()?;
             self.reclaim(true)?;
         }
@@ -325,6 +346,29 @@ impl Vhdx {
             })?;
         lock(&self.state).space.adopt(grown);
         Ok(())
+    }
+
+    /// Whether space for `needed` bytes may come of what is in the file, rather than of a longer one.
+    pub(super) fn can_reclaim(&self, needed: u64) -> bool {
+        let waiting = self.waiting();
+        waiting.free >= needed
+            || waiting.uncommitted >= self.worthwhile()
+            || waiting.anchored >= self.worthwhile()
+    }
+
+    /// How many bytes have to be free for a commit of their own.
+    fn worthwhile(&self) -> u64 {
+        STEP_BLOCKS * self.block_size
+    }
+
+    fn waiting(&self) -> Waiting {
+        let state = lock(&self.state);
+        let (uncommitted, free) = state.space.reclaimable();
+        Waiting {
+            uncommitted,
+            free,
+            anchored: state.space.anchored() * self.block_size,
+        }
     }
 
     /// Makes freed space usable.
@@ -363,18 +407,22 @@ impl Vhdx {
         self.commit_under(&mut commit)?;
         // What the commit wrote in place.
         self.sync(commit.log.as_mut())?;
-        lock(&self.state).announced = Level::Untouched;
+        {
+            let mut state = lock(&self.state);
+            state.announced = Level::Untouched;
+            state.logged = false;
+        }
         commit.log = None;
         for _ in 0..2 {
             self.update_header(&mut commit.headers, |header| header.log_guid = Guid::ZERO)?;
         }
         // Only now, as an entry of the log could promise a longer file.
         let growth = lock(&self.growth);
-        let surplus = lock(&self.state).space.give_up();
-        if let Some(len) = surplus {
-            self.view
-                .medium
-                .set_len(len)
+        let end = lock(&self.state).space.give_up();
+        let medium = &*self.view.medium;
+        if medium.len().map_err(io_error("read the length"))? > end {
+            medium
+                .set_len(end)
                 .map_err(io_error("cut the file to its end"))?;
         }
         drop(growth);

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::bat::{BlockState, Entry, Layout, decode_bitmap};
@@ -31,6 +31,8 @@ pub struct Vhdx {
     pub(super) id: Guid,
     /// Size of the virtual disk in bytes, as it is now.
     pub(super) size: AtomicU64,
+    /// Another disk stands on this one, which was open for writing before.
+    pub(super) frozen: AtomicBool,
     /// Bytes of a payload block.
     pub(super) block_size: u64,
     /// The disk is to keep the space of its blocks.
@@ -42,7 +44,7 @@ pub struct Vhdx {
     /// replay would extend the file by zeros.
     pub(super) held: u64,
     pub(super) state: Mutex<State>,
-    /// Tells that a block is no longer being moved, or that requests are over.
+    /// Tells that nothing is held still any more, or, while something is, that requests are over.
     pub(super) changed: Condvar,
     /// Held by who changes the length of the file.
     pub(super) growth: Mutex<()>,
@@ -75,16 +77,27 @@ pub(super) struct State {
     /// Writes in flight that change metadata when they are over, by the number of their ticket.
     pub writes: HashMap<u64, (u64, Vec<Change>)>,
     pub next_write: u64,
-    /// What the headers have announced; they name a log where that is anything.
+    /// What the headers have announced.
     pub announced: Level,
+    /// They name a log.
+    pub logged: bool,
     /// A sync has failed: nobody knows what is durable.
     pub poisoned: bool,
     /// A commit wrote pages in place that no sync has made durable.
     pub unsynced: bool,
     /// Pages that wait for a commit describe data which has to be durable before they are.
     pub ordered: bool,
-    /// The block that is being moved; nobody writes to it.
-    pub moving: Option<u64>,
+    /// What nobody changes for now.
+    pub held: Option<Held>,
+}
+
+/// What is held still while the file is rearranged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Held {
+    /// A block, and its data: it is being moved.
+    Block(u64),
+    /// All entries.
+    Everything,
 }
 
 /// Why a request cannot be answered yet, or at all.
@@ -96,7 +109,8 @@ pub(super) enum Stop {
     /// The file needs so many bytes more.
     Growth(u64),
     Commit,
-    Moving,
+    /// Until nothing is held still.
+    Held,
     Failed(DiskError),
 }
 
@@ -132,7 +146,7 @@ impl Vhdx {
     }
 
     pub(super) fn check_write(&self, range: ByteRange) -> Result<(), DiskError> {
-        if self.geometry.read_only {
+        if self.is_read_only() {
             return Err(DiskError::ReadOnly);
         }
         self.geometry().check(range)
@@ -144,7 +158,11 @@ impl Vhdx {
         range: ByteRange,
     ) -> impl Iterator<Item = (u64, Range<u64>)> + use<> {
         let block_size = self.block_size;
-        let blocks = range.offset() / block_size..range.end().div_ceil(block_size);
+        let blocks = if range.is_empty() {
+            0..0
+        } else {
+            range.offset() / block_size..range.end().div_ceil(block_size)
+        };
         blocks.map(move |block| {
             let start = range.offset().max(block * block_size);
             (block, start..range.end().min((block + 1) * block_size))
@@ -157,35 +175,41 @@ impl Vhdx {
         mut request: impl FnMut(&mut State) -> Result<T, Stop>,
     ) -> Result<T, DiskError> {
         loop {
-            let mut state = lock(&self.state);
-            let stop = match request(&mut state) {
+            match self.with_pages(&mut request) {
                 Ok(answer) => return Ok(answer),
-                Err(stop) => stop,
-            };
-            match stop {
-                Stop::Failed(error) => return Err(error),
-                Stop::Moving => {
-                    let _state = self
-                        .changed
-                        .wait_while(state, |state| state.moving.is_some())
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
-                Stop::Page(page) => {
-                    drop(state);
-                    self.load(page)?;
-                }
-                Stop::Announcement(level) => {
-                    drop(state);
-                    self.announce(level)?;
-                }
-                Stop::Growth(needed) => {
-                    drop(state);
-                    self.grow(needed)?;
-                }
-                Stop::Commit => {
-                    drop(state);
-                    self.commit_pages()?;
-                }
+                Err(stop) => self.wait_for(stop)?,
+            }
+        }
+    }
+
+    /// Answers a request under the state lock, reading the pages that it needs.
+    pub(super) fn with_pages<T>(
+        &self,
+        mut request: impl FnMut(&mut State) -> Result<T, Stop>,
+    ) -> Result<T, Stop> {
+        loop {
+            let answer = request(&mut lock(&self.state));
+            match answer {
+                Err(Stop::Page(page)) => self.load(page)?,
+                other => return other,
+            }
+        }
+    }
+
+    /// Does what a request has to wait for.
+    fn wait_for(&self, stop: Stop) -> Result<(), DiskError> {
+        match stop {
+            Stop::Failed(error) => Err(error),
+            Stop::Page(page) => self.load(page),
+            Stop::Announcement(level) => self.announce(level),
+            Stop::Growth(needed) => self.grow(needed),
+            Stop::Commit => self.commit_pages(),
+            Stop::Held => {
+                let released = self
+                    .changed
+                    .wait_while(lock(&self.state), |state| state.held.is_some());
+                drop(released.unwrap_or_else(PoisonError::into_inner));
+                Ok(())
             }
         }
     }
@@ -381,10 +405,40 @@ impl Vhdx {
         lock(&self.state).flights.enter()
     }
 
+    /// Lets a write begin when nothing of its range is held still. From then on it waits for none of that, as what holds
+    /// something still waits for it.
+    fn enter_write(&self, range: ByteRange) -> Result<u64, DiskError> {
+        let blocks = range.offset() / self.block_size..range.end().div_ceil(self.block_size);
+        let mut state = self
+            .changed
+            .wait_while(lock(&self.state), |state| state.holds(&blocks))
+            .unwrap_or_else(PoisonError::into_inner);
+        if self.is_read_only() {
+            return Err(DiskError::ReadOnly);
+        }
+        Ok(state.flights.enter())
+    }
+
+    fn ticket(&self, epoch: u64, changes: Vec<Change>) -> Ticket {
+        if changes.is_empty() {
+            return Ticket::new(epoch);
+        }
+        let mut state = lock(&self.state);
+        let number = state.next_write;
+        state.next_write += 1;
+        state.writes.insert(number, (epoch, changes));
+        Ticket::new(CHANGES | number)
+    }
+
+    /// Whether the disk takes no writes, for now or ever.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.geometry.read_only || self.frozen.load(Ordering::Acquire)
+    }
+
     pub(super) fn exit(&self, epoch: u64) {
         let mut state = lock(&self.state);
         state.flights.exit(epoch);
-        let waited_for = state.moving.is_some();
+        let waited_for = state.held.is_some();
         drop(state);
         if waited_for {
             self.changed.notify_all();
@@ -497,6 +551,24 @@ fn in_order(out: &mut Vec<Extent>, start: usize) {
 }
 
 impl State {
+    /// Whether nobody may begin to change any of these blocks.
+    fn holds(&self, blocks: &Range<u64>) -> bool {
+        match self.held {
+            None => false,
+            Some(Held::Block(held)) => blocks.contains(&held),
+            Some(Held::Everything) => true,
+        }
+    }
+
+    /// Sees to it that a block may be changed, by who has not begun to change another.
+    pub(super) fn unless_held(&self, block: u64) -> Result<(), Stop> {
+        if self.holds(&(block..block + 1)) {
+            Err(Stop::Held)
+        } else {
+            Ok(())
+        }
+    }
+
     /// The entry of a payload block.
     pub(super) fn block(&mut self, block: u64) -> Result<Entry, Stop> {
         let index = self.layout.index(block);
@@ -559,6 +631,7 @@ impl Disk for Vhdx {
     fn geometry(&self) -> Geometry {
         Geometry {
             size: self.size.load(Ordering::Relaxed),
+            read_only: self.is_read_only(),
             ..self.geometry
         }
     }
@@ -580,26 +653,28 @@ impl Disk for Vhdx {
     fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
         self.check_write(range)?;
         let start = out.len();
-        let epoch = self.enter();
-        let mut changes = Vec::new();
-        let placed = self
-            .parts(range)
-            .try_for_each(|(block, part)| self.place(block, &part, out, start, &mut changes));
-        match placed {
-            Ok(()) if changes.is_empty() => Ok(Ticket::new(epoch)),
-            Ok(()) => {
-                let mut state = lock(&self.state);
-                let number = state.next_write;
-                state.next_write += 1;
-                state.writes.insert(number, (epoch, changes));
-                Ok(Ticket::new(CHANGES | number))
-            }
-            Err(error) => {
-                out.truncate(start);
-                self.finish_changes(changes, false);
-                self.exit(epoch);
-                Err(error)
-            }
+        loop {
+            let epoch = self.enter_write(range)?;
+            let mut changes = Vec::new();
+            let placed = self.parts(range).try_for_each(|(block, part)| {
+                loop {
+                    match self.place(block, &part, out, start, &mut changes) {
+                        Err(Stop::Growth(needed)) if self.can_reclaim(needed) => {
+                            return Err(Stop::Growth(needed));
+                        }
+                        Err(stop) => self.wait_for(stop)?,
+                        Ok(()) => return Ok(()),
+                    }
+                }
+            });
+            let Err(stop) = placed else {
+                return Ok(self.ticket(epoch, changes));
+            };
+            // Freed space waits for the requests in flight, so this is none while it waits for that. What was placed stays so.
+            out.truncate(start);
+            self.finish_changes(changes, false);
+            self.exit(epoch);
+            self.wait_for(stop)?;
         }
     }
 
@@ -626,7 +701,7 @@ impl Disk for Vhdx {
     }
 
     fn flush(&self) -> Result<(), DiskError> {
-        if self.geometry.read_only {
+        if self.is_read_only() {
             Ok(())
         } else {
             self.flush_all()
@@ -649,7 +724,7 @@ impl Disk for Vhdx {
     }
 
     fn close(&self) -> Result<(), DiskError> {
-        if self.geometry.read_only {
+        if self.is_read_only() {
             Ok(())
         } else {
             self.close_all()

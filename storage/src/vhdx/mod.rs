@@ -32,9 +32,11 @@
 //! flush, or of the one that was under way, and space whose entry was lost is given back. An entry may be durable before
 //! the data of its block is: the block then reads as zeros, as it did before the write.
 
+mod amend;
 mod bat;
 mod bitmap;
 mod commit;
+mod compact;
 mod create;
 mod disk;
 mod flights;
@@ -43,11 +45,14 @@ mod header;
 mod identifiers;
 mod locator;
 mod log;
+mod merge;
 mod metadata;
 mod open;
 mod pages;
 mod region;
+mod resize;
 mod runs;
+mod snapshot;
 mod space;
 mod view;
 mod write;
@@ -55,10 +60,13 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use compact::{CompactOptions, Compacted};
 pub use create::{ChildOptions, CreateError, CreateOptions};
 pub use disk::Vhdx;
 pub use format::Guid;
 pub use identifiers::Identifiers;
 pub use locator::ParentLocator;
+pub use merge::Merged;
+pub use snapshot::ChainError;
 
 pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE, SIGNATURE};

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex};
 
 use super::bat::{self, Found, Layout};
@@ -43,6 +43,24 @@ impl Vhdx {
         file: Arc<File>,
         options: &OpenOptions,
     ) -> Result<Self, OpenError> {
+        Self::open_layers(path, file, options, OpenMode::ReadOnly)
+    }
+
+    /// Opens the child at `path` and its parent, both for writing, and what is below for reading.
+    pub(super) fn open_with_parent_for_writing(
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Self, OpenError> {
+        let file = open_locked(path, OpenMode::ReadWrite).map_err(|e| OpenError::new(path, e))?;
+        Self::open_layers(path, file, options, OpenMode::ReadWrite)
+    }
+
+    fn open_layers(
+        path: &Path,
+        file: Arc<File>,
+        options: &OpenOptions,
+        parent_mode: OpenMode,
+    ) -> Result<Self, OpenError> {
         let mode = options.mode();
         let failed = |e| OpenError::new(path, e);
         let identity = identity(&file).map_err(failed)?;
@@ -56,8 +74,13 @@ impl Vhdx {
         let mut child = (path.to_owned(), &top);
         while child.1.metadata.parent.is_some() {
             let (name, layer) = child;
+            let mode = if parents.is_empty() {
+                parent_mode
+            } else {
+                OpenMode::ReadOnly
+            };
             let parent = chain
-                .parent_of(&name, layer)
+                .parent_of(&name, layer, mode)
                 .map_err(|e| OpenError::new(&name, e))?;
             parents.push(parent);
             child = match parents.last() {
@@ -66,9 +89,14 @@ impl Vhdx {
             };
         }
         let mut below = None;
-        for (name, layer) in parents.into_iter().rev() {
+        for (depth, (name, layer)) in parents.into_iter().enumerate().rev() {
+            let mode = if depth == 0 {
+                parent_mode
+            } else {
+                OpenMode::ReadOnly
+            };
             let parent = layer
-                .finish(OpenMode::ReadOnly, below, true)
+                .finish(mode, below, options.punch_holes)
                 .map_err(|e| OpenError::new(&name, e))?;
             below = Some(Arc::new(parent));
         }
@@ -159,6 +187,42 @@ impl Layer {
         })
     }
 
+    /// Whom the disk stands on.
+    pub(super) fn locator(&self) -> Option<&ParentLocator> {
+        self.metadata.parent.as_ref()
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size: self.metadata.size,
+            logical_sector: self.metadata.logical_sector,
+            physical_sector: self.metadata.physical_sector,
+            // What the file system frees under a part of a block.
+            discard_granularity: SectorSize::B4096.bytes(),
+            read_only: true,
+        }
+    }
+
+    /// Whether a disk of this geometry, in the file at `path`, can be the parent.
+    pub(super) fn check_parent(&self, parent: &Geometry, path: &Path) -> Result<(), ParentRefusal> {
+        let own = &self.metadata;
+        if parent.logical_sector != own.logical_sector {
+            return Err(ParentRefusal::SectorSize {
+                parent: path.to_owned(),
+                expected: own.logical_sector.bytes(),
+                found: parent.logical_sector.bytes(),
+            });
+        }
+        if parent.size > own.size {
+            return Err(ParentRefusal::Size {
+                parent: path.to_owned(),
+                child: own.size,
+                found: parent.size,
+            });
+        }
+        Ok(())
+    }
+
     /// Replays the log, where the file is open for writing, and makes the disk.
     pub(super) fn finish(
         self,
@@ -166,6 +230,10 @@ impl Layer {
         parent: Option<Arc<Vhdx>>,
         punch_holes: bool,
     ) -> Result<Vhdx, Refusal> {
+        let geometry = Geometry {
+            read_only: mode.is_read_only(),
+            ..self.geometry()
+        };
         let Self {
             mut view,
             mut headers,
@@ -187,16 +255,10 @@ impl Layer {
             "opened a VHDX"
         );
         Ok(Vhdx {
-            geometry: Geometry {
-                size: metadata.size,
-                logical_sector: metadata.logical_sector,
-                physical_sector: metadata.physical_sector,
-                // What the file system frees under a part of a block.
-                discard_granularity: SectorSize::B4096.bytes(),
-                read_only: mode.is_read_only(),
-            },
+            geometry,
             id: metadata.id,
             size: AtomicU64::new(metadata.size),
+            frozen: AtomicBool::new(false),
             block_size: layout.block_size,
             held: if mode.is_read_only() {
                 file_len
@@ -215,10 +277,11 @@ impl Layer {
                 writes: HashMap::new(),
                 next_write: 0,
                 announced: Level::Untouched,
+                logged: false,
                 poisoned: false,
                 unsynced: false,
                 ordered: false,
-                moving: None,
+                held: None,
             }),
             changed: Condvar::new(),
             growth: Mutex::new(()),
@@ -253,7 +316,12 @@ struct Chain<'a> {
 
 impl Chain<'_> {
     /// Finds, opens and checks the parent of a layer.
-    fn parent_of(&mut self, child: &Path, layer: &Layer) -> Result<(PathBuf, Layer), Refusal> {
+    fn parent_of(
+        &mut self,
+        child: &Path,
+        layer: &Layer,
+        mode: OpenMode,
+    ) -> Result<(PathBuf, Layer), Refusal> {
         let Some(locator) = &layer.metadata.parent else {
             return Err(Refusal::Unsupported("the disk has no parent".into()));
         };
@@ -264,7 +332,7 @@ impl Chain<'_> {
         let mut tried = Vec::new();
         let mut refused = None;
         for candidate in locator.candidates(&folder) {
-            match self.open_parent(&candidate, layer, locator) {
+            match self.open_parent(&candidate, layer, locator, mode) {
                 Ok(parent) => return Ok((candidate, parent)),
                 Err(ParentRefusal::Missing { .. }) => tried.push(candidate),
                 Err(other) => {
@@ -289,6 +357,7 @@ impl Chain<'_> {
         path: &Path,
         child: &Layer,
         locator: &ParentLocator,
+        mode: OpenMode,
     ) -> Result<Layer, ParentRefusal> {
         let missing = || ParentRefusal::Missing {
             tried: Vec::new(),
@@ -327,10 +396,9 @@ impl Chain<'_> {
                 other: other.clone(),
             });
         }
-        let file = open_locked(path, OpenMode::ReadOnly).map_err(unusable)?;
+        let file = open_locked(path, mode).map_err(unusable)?;
         let identity = identity(&file).map_err(unusable)?;
-        let layer = Layer::read(Box::new(file), OpenMode::ReadOnly).map_err(unusable)?;
-        let (child, parent) = (&child.metadata, &layer.metadata);
+        let layer = Layer::read(Box::new(file), mode).map_err(unusable)?;
         let found = layer.headers.current().data_write_guid;
         if !locator.links_to(found) {
             if !(self.options.ignore_changed_parents && self.options.read_only) {
@@ -347,20 +415,7 @@ impl Chain<'_> {
                 "reading a child whose parent has changed: what it reads may never have been on the disk"
             );
         }
-        if parent.logical_sector != child.logical_sector {
-            return Err(ParentRefusal::SectorSize {
-                parent: path.to_owned(),
-                expected: child.logical_sector.bytes(),
-                found: parent.logical_sector.bytes(),
-            });
-        }
-        if parent.size > child.size {
-            return Err(ParentRefusal::Size {
-                parent: path.to_owned(),
-                child: child.size,
-                found: parent.size,
-            });
-        }
+        child.check_parent(&layer.geometry(), path)?;
         self.seen.insert(identity, path.to_owned());
         Ok(layer)
     }

@@ -101,6 +101,19 @@ impl Pages {
         self.evictions += 1;
     }
 
+    /// Forgets the pages of a range of the file, which has come to be something else.
+    pub(super) fn forget(&mut self, range: std::ops::Range<u64>) {
+        debug_assert!(
+            self.by_offset
+                .iter()
+                .all(|(offset, page)| !range.contains(offset)
+                    || !(page.dirty || page.committing || page.pins > 0)),
+            "nothing waits for what the range was"
+        );
+        self.by_offset.retain(|offset, _| !range.contains(offset));
+        self.evictions += 1;
+    }
+
     /// The bytes of a page that is here.
     pub(super) fn bytes(&mut self, page: u64) -> Option<&[u8; PAGE as usize]> {
         self.clock += 1;

@@ -84,6 +84,39 @@ pub(super) fn repair(medium: &dyn Medium, damaged: usize) -> std::io::Result<()>
     medium.write_all_at(&table, REGION_TABLE_OFFSETS[damaged])
 }
 
+/// Both copies of the table as they are to be once the BAT lies at another place: where they go, and their bytes.
+pub(super) fn moved(
+    medium: &dyn Medium,
+    from: Region,
+    to: Region,
+) -> Result<[(u64, Vec<u8>); 2], Refusal> {
+    let mut table = vec![0; REGION_TABLE_LEN];
+    medium
+        .read_exact_at(&mut table, REGION_TABLE_OFFSETS[0])
+        .map_err(|e| Refusal::io("read region table 1", e))?;
+    let corrupt = |expected: &str| {
+        Refusal::corrupt("region table", REGION_TABLE_OFFSETS[0], expected.to_owned())
+    };
+    if !is_intact(&table) {
+        return Err(corrupt("expected a matching checksum"));
+    }
+    let head = size_of::<RawRegionTable>();
+    let entry = table[head..]
+        .chunks_exact_mut(size_of::<RawRegion>())
+        .find_map(|bytes| {
+            RawRegion::mut_from_bytes(bytes)
+                .ok()
+                .filter(|entry| entry.guid == BAT_REGION && entry.offset.get() == from.offset)
+        })
+        .ok_or_else(|| corrupt("expected the BAT region where it was when the file was opened"))?;
+    entry.offset = to.offset.into();
+    entry.length = (to.length as u32).into();
+    table[4..8].fill(0);
+    let sum = checksum(&table).to_le_bytes();
+    table[4..8].copy_from_slice(&sum);
+    Ok(REGION_TABLE_OFFSETS.map(|offset| (offset, table.clone())))
+}
+
 /// A table that lists the two regions every file has.
 pub(super) fn table(bat: Region, metadata: Region) -> Vec<u8> {
     let entry = |guid: Guid, region: Region| RawRegion {

@@ -295,9 +295,8 @@ impl Space {
         self.zeroed = self.zeroed.max(zeroed);
     }
 
-    /// Gives up what lies free at the end; the length that the file is to be cut to, if that changes anything.
-    pub(super) fn give_up(&mut self) -> Option<u64> {
-        let before = self.zeroed;
+    /// Gives up what lies free at the end; the length that the file is to be cut to.
+    pub(super) fn give_up(&mut self) -> u64 {
         loop {
             let last = self.pending.range(..self.next).next_back();
             if let Some((offset, pending)) = last
@@ -314,7 +313,7 @@ impl Space {
             }
         }
         self.zeroed = self.next;
-        (self.zeroed < before).then_some(self.next)
+        self.next
     }
 
     /// Bytes that are free: for whoever asks, not for use.

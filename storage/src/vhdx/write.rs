@@ -12,7 +12,7 @@ use crate::disk::{ByteRange, Disk, DiskError, Extent, ExtentKind};
 use crate::raw;
 
 /// Pages of metadata that may wait for a commit; more are committed before the next change.
-const MAX_DIRTY: usize = 64;
+pub(super) const MAX_DIRTY: usize = 64;
 
 /// Sectors that a write in flight brings into a partially present block: a reader sees them when it is over, and not before,
 /// as until then the parent's data is what they hold.
@@ -26,11 +26,11 @@ pub(super) struct Change {
 
 impl State {
     /// Sees to it that a change may be made: announced, and not too many waiting.
-    fn ready(&self, level: Level) -> Result<(), Stop> {
+    pub(super) fn ready(&self, level: Level) -> Result<(), Stop> {
         if self.poisoned {
             return Err(DiskError::Poisoned.into());
         }
-        if self.announced < level {
+        if self.announced < level || !self.logged {
             return Err(Stop::Announcement(level));
         }
         if self.pages.dirty() >= MAX_DIRTY {
@@ -40,12 +40,12 @@ impl State {
     }
 
     /// Space for a block that durably reads as zeros.
-    fn allocate(&mut self, len: u64) -> Result<u64, Stop> {
+    pub(super) fn allocate(&mut self, len: u64) -> Result<u64, Stop> {
         self.space.take(len).ok_or(Stop::Growth(len))
     }
 
     /// Gives an absent block, which reads as zeros and not as its parent, its space.
-    fn fill(&mut self, block: u64, entry: Entry) -> Result<(), Stop> {
+    pub(super) fn fill(&mut self, block: u64, entry: Entry) -> Result<(), Stop> {
         let size = self.layout.block_size;
         let offset = match self.space.take_anchor(block, entry.offset) {
             Some(own) => own,
@@ -67,6 +67,8 @@ impl State {
         let at = self.layout.bits(block);
         if self.bitmap(at.index)?.is_none() {
             let offset = self.allocate(MIB)?;
+            // Pages that were read when something else was here.
+            self.pages.forget(offset..offset + MIB);
             let entry = self.layout.entry_offset(at.index);
             self.pages.set_entry(entry, bitmap_entry(offset));
             self.pages.commit_first(page_of(entry));
@@ -162,13 +164,13 @@ impl Vhdx {
         out: &mut Vec<Extent>,
         start: usize,
         changes: &mut Vec<Change>,
-    ) -> Result<(), DiskError> {
-        let (offset, change) = self.with_state(|state| {
+    ) -> Result<(), Stop> {
+        let (offset, change) = self.with_pages(|state| {
             let entry = state.block(block)?;
-            if state.moving == Some(block) {
-                return Err(Stop::Moving);
-            }
-            if entry.state == BlockState::FullyPresent && state.announced == Level::Data {
+            if entry.state == BlockState::FullyPresent
+                && state.announced == Level::Data
+                && state.logged
+            {
                 return if state.poisoned {
                     Err(DiskError::Poisoned.into())
                 } else {
@@ -250,9 +252,7 @@ impl Vhdx {
 
     fn unmap(&self, state: &mut State, block: u64) -> Result<(), Stop> {
         let entry = state.block(block)?;
-        if state.moving == Some(block) {
-            return Err(Stop::Moving);
-        }
+        state.unless_held(block)?;
         match entry.state {
             BlockState::NotPresent if state.layout.has_parent => {
                 state.ready(Level::Data)?;
@@ -302,9 +302,7 @@ impl Vhdx {
         may_unmap: bool,
     ) -> Result<bool, Stop> {
         let entry = state.block(block)?;
-        if state.moving == Some(block) {
-            return Err(Stop::Moving);
-        }
+        state.unless_held(block)?;
         match entry.state {
             BlockState::Zero => {}
             BlockState::NotPresent if !state.layout.has_parent => {}
@@ -380,6 +378,7 @@ impl Vhdx {
         for (block, offset) in anchors {
             self.with_state(|state| {
                 let entry = state.block(block)?;
+                state.unless_held(block)?;
                 if entry.state == BlockState::Unmapped && entry.offset == offset {
                     state.ready(Level::File)?;
                     state.space.drop_anchor(block, offset, self.block_size);

@@ -3,9 +3,11 @@
 mod chain;
 mod crash;
 mod faults;
+mod files;
 mod hostile;
 mod memory;
 mod model;
+mod rearrange;
 mod states;
 
 use std::sync::Arc;
