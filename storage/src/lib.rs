@@ -7,7 +7,10 @@
 //!
 //! The crate knows nothing of KVM or virtio.
 
+pub mod blocking;
+pub mod convert;
 pub mod disk;
+pub mod foreign;
 pub mod io;
 pub mod lock;
 mod medium;

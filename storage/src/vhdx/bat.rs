@@ -304,76 +304,96 @@ pub(super) const MAX_ANCHORS: usize = 1024;
 /// Reads the whole table once and checks what no lookup could: that blocks lie in the file, outside all regions, and no
 /// two in one place, and that partially present ones have a sector bitmap.
 pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<Found, Refusal> {
+    check_with(view, layout, regions, &mut |index, expected| {
+        Err(Refusal::corrupt(
+            format!("BAT entry {index}"),
+            layout.entry_offset(index),
+            expected,
+        ))
+    })
+}
+
+/// Tells of the index of an entry, and of what was expected there.
+pub(super) type Bad<'a> = &'a mut dyn FnMut(u64, String) -> Result<(), Refusal>;
+
+/// As [`check`]; each bad entry is told to `bad`, and passed over where that is content.
+pub(super) fn check_with(
+    view: &View,
+    layout: &Layout,
+    regions: &[Region],
+    bad: Bad<'_>,
+) -> Result<Found, Refusal> {
     let mut claims = Claims::default();
     for region in regions {
         claims.claim(region.offset, region.length);
     }
-    let failed = |e| Refusal::io("read the BAT", e);
-    let corrupt = |index: u64, expected: String| {
-        Refusal::corrupt(
-            format!("BAT entry {index}"),
-            layout.entry_offset(index),
-            expected,
-        )
-    };
     let mut has_anchors = false;
-    // A chunk's bitmap entry follows those of its blocks.
-    let mut partial = None;
+    // Blocks of a chunk whose bitmap entry, which follows theirs, has not come.
+    let mut partial: Vec<u64> = Vec::new();
+    let mut chunk = None;
+    let mut lost: Vec<u64> = Vec::new();
     let mut bitmaps = Vec::new();
+    let failed = |e| Refusal::io("read the BAT", e);
     scan(view, layout, failed, |index, raw| {
-        let claimed = if layout.is_bitmap(index) {
-            if !layout.has_parent {
-                return Ok(());
-            }
-            let bitmap = decode_bitmap(raw).map_err(|expected| corrupt(index, expected))?;
-            if bitmap.is_some() && partial == Some(index) {
-                partial = None;
-            }
-            bitmaps.extend(bitmap.map(|offset| Region {
-                offset,
-                length: MIB,
-            }));
-            bitmap.map(|offset| (offset, MIB))
-        } else {
-            let entry = Entry::decode(raw, layout.has_parent)
-                .map_err(|expected| corrupt(index, expected))?;
-            has_anchors |= entry.state == BlockState::Unmapped && entry.offset != 0;
-            if entry.state == BlockState::PartiallyPresent {
-                let bitmap = layout.block(index).map(|block| layout.bits(block).index);
-                if let Some(missing) = partial.filter(|missing| Some(*missing) != bitmap) {
-                    return Err(corrupt(missing, NO_BITMAP.into()));
-                }
-                partial = bitmap;
-            }
-            entry
-                .state
-                .is_present()
-                .then_some((entry.offset, layout.block_size))
-        };
-        let Some((offset, len)) = claimed else {
+        let is_bitmap = layout.is_bitmap(index);
+        if is_bitmap && !layout.has_parent {
             return Ok(());
+        }
+        let decoded = if is_bitmap {
+            decode_bitmap(raw).map(|bitmap| bitmap.map(|offset| (offset, MIB)))
+        } else {
+            Entry::decode(raw, layout.has_parent).map(|entry| {
+                has_anchors |= entry.state == BlockState::Unmapped && entry.offset != 0;
+                let bitmap = layout.block(index).map(|block| layout.bits(block).index);
+                if entry.state == BlockState::PartiallyPresent {
+                    if chunk != bitmap {
+                        lost.append(&mut partial);
+                    }
+                    chunk = bitmap;
+                    partial.push(index);
+                }
+                entry
+                    .state
+                    .is_present()
+                    .then_some((entry.offset, layout.block_size))
+            })
+        };
+        let (offset, len) = match decoded {
+            Ok(Some(claimed)) => claimed,
+            Ok(None) => return Ok(()),
+            Err(expected) => return bad(index, expected),
         };
         if offset.checked_add(len).is_none_or(|end| end > view.len()) {
-            return Err(corrupt(
+            return bad(
                 index,
                 format!(
                     "expected the block inside the file of {:#x} bytes, found {offset:#x}+{len:#x}",
                     view.len()
                 ),
-            ));
+            );
         }
-        if !claims.claim(offset, len) {
-            return Err(corrupt(
+        if !claims.claim_free(offset, len) {
+            return bad(
                 index,
                 format!(
                     "expected a place of its own for the block, found {offset:#x}+{len:#x}, which something else has"
                 ),
-            ));
+            );
+        }
+        if is_bitmap {
+            bitmaps.push(Region {
+                offset,
+                length: MIB,
+            });
+            if chunk == Some(index) {
+                partial.clear();
+            }
         }
         Ok(())
     })?;
-    if let Some(missing) = partial {
-        return Err(corrupt(missing, NO_BITMAP.into()));
+    lost.append(&mut partial);
+    for index in lost {
+        bad(index, NO_BITMAP.into())?;
     }
     let anchors = if has_anchors {
         find_anchors(view, layout, &mut claims)?
@@ -390,7 +410,7 @@ pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<
 }
 
 const NO_BITMAP: &str =
-    "expected a sector bitmap, as a block of its chunk is partially present, found none";
+    "expected a sector bitmap for the chunk of this partially present block, found none";
 
 /// The space that unmapped blocks name and nothing else has; it counts as taken from then on, whether remembered or not.
 fn find_anchors(
@@ -450,6 +470,11 @@ impl Claims {
             unit += count;
         }
         free
+    }
+
+    /// Takes a range if no part of it is taken.
+    fn claim_free(&mut self, offset: u64, len: u64) -> bool {
+        self.is_free(offset, len) && self.claim(offset, len)
     }
 
     /// Whether nothing has any part of the range.

@@ -162,6 +162,19 @@ impl Headers {
         })
     }
 
+    /// Which of the two headers are no valid ones of the file.
+    pub(super) fn damaged(medium: &dyn Medium) -> Vec<u64> {
+        HEADER_OFFSETS
+            .into_iter()
+            .filter(|offset| {
+                let mut raw = RawHeader::new_zeroed();
+                medium.read_exact_at(raw.as_mut_bytes(), *offset).is_err()
+                    || raw.signature != *HEADER_SIGNATURE
+                    || raw.checksum.get() != checksum(raw.as_bytes())
+            })
+            .collect()
+    }
+
     /// What the current header says.
     pub(super) fn current(&self) -> &Header {
         &self.current

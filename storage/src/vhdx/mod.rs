@@ -35,6 +35,7 @@
 mod amend;
 mod bat;
 mod bitmap;
+mod check;
 mod commit;
 mod compact;
 mod create;
@@ -43,6 +44,7 @@ mod flights;
 mod format;
 mod header;
 mod identifiers;
+mod info;
 mod locator;
 mod log;
 mod merge;
@@ -60,13 +62,15 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use check::Checked;
 pub use compact::{CompactOptions, Compacted};
 pub use create::{ChildOptions, CreateError, CreateOptions};
 pub use disk::Vhdx;
 pub use format::Guid;
 pub use identifiers::Identifiers;
+pub use info::Info;
 pub use locator::ParentLocator;
 pub use merge::Merged;
-pub use snapshot::ChainError;
+pub use snapshot::{ChainError, children_in};
 
 pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE, SIGNATURE};

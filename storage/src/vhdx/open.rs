@@ -134,18 +134,27 @@ impl Vhdx {
 
 /// A file whose structures have been read and found sound; nothing is written yet.
 pub(super) struct Layer {
-    view: View,
-    headers: Headers,
-    regions: Regions,
-    metadata: Metadata,
-    layout: Layout,
-    found: Found,
-    file_len: u64,
+    pub view: View,
+    pub headers: Headers,
+    pub regions: Regions,
+    pub metadata: Metadata,
+    pub layout: Layout,
+    pub found: Found,
+    pub file_len: u64,
 }
 
 impl Layer {
     /// Reads and checks a file that is open and locked for `mode`.
     pub(super) fn read(medium: Box<dyn Medium>, mode: OpenMode) -> Result<Self, Refusal> {
+        Self::read_with(medium, mode, None)
+    }
+
+    /// As [`Layer::read`]; bad entries of the BAT are told to `bad`, if that is given.
+    pub(super) fn read_with(
+        medium: Box<dyn Medium>,
+        mode: OpenMode,
+        bad: Option<bat::Bad<'_>>,
+    ) -> Result<Self, Refusal> {
         let file_len = medium
             .len()
             .map_err(|e| Refusal::io("read the length", e))?;
@@ -170,7 +179,10 @@ impl Layer {
         let regions = Regions::read(&read, log, view.len())?;
         let metadata = Metadata::read(&read, regions.metadata)?;
         let layout = Layout::new(&metadata, regions.bat)?;
-        let found = bat::check(&view, &layout, &regions.all)?;
+        let found = match bad {
+            Some(bad) => bat::check_with(&view, &layout, &regions.all, bad)?,
+            None => bat::check(&view, &layout, &regions.all)?,
+        };
         if mode.is_read_only() {
             check_payload_untouched(&view, &regions, &found)?;
         } else {

@@ -268,6 +268,43 @@ impl Vhdx {
     }
 }
 
+/// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by name and
+/// whatever its identifier is now. Files that cannot be read, as they are in use, are not told of.
+///
+/// # Errors
+/// Where the folder cannot be read.
+pub fn children_in(
+    folder: &Path,
+    parent: &Path,
+    but: Option<&Path>,
+) -> std::io::Result<Vec<std::path::PathBuf>> {
+    let same = |a: &Path, b: &Path| {
+        a.canonicalize()
+            .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+    };
+    let mut children = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if but.is_some_and(|but| same(&path, but)) {
+            continue;
+        }
+        let locator = open_locked(&path, OpenMode::ReadOnly)
+            .and_then(|file| Layer::read(Box::new(file), OpenMode::ReadOnly))
+            .ok()
+            .and_then(|layer| layer.locator().cloned());
+        if locator.is_some_and(|locator| {
+            locator
+                .candidates(folder)
+                .iter()
+                .any(|candidate| same(candidate, parent))
+        }) {
+            children.push(path);
+        }
+    }
+    children.sort_unstable();
+    Ok(children)
+}
+
 /// Opens the file of a reader again, for a writer. Other readers are in the way; nobody gets in between.
 fn reopen_for_writing(file: &Arc<File>) -> Result<Arc<File>, Refusal> {
     let again = File::options()

@@ -1,0 +1,232 @@
+//! Disks in formats of others, for reading: what a conversion starts from.
+//!
+//! qcow2 is read by a library; VHD and VMDK, for which there is none, by the modules here. Whatever a file says is checked
+//! before it is used: such files come from elsewhere.
+
+mod qcow2;
+mod vhd;
+mod vmdk;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::blocking::{self, Run};
+use crate::disk::{Disk, DiskError, SectorSize};
+use crate::lock::OpenMode;
+use crate::medium::{Holes, Medium};
+use crate::open::{Format, OpenError, OpenOptions, Refusal, open_locked};
+
+/// A format that can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceFormat {
+    /// The file is the disk.
+    Raw,
+    /// [MS-VHDX].
+    Vhdx,
+    /// QEMU's qcow2.
+    Qcow2,
+    /// Virtual Hard Disk, of Virtual PC and Azure.
+    Vhd,
+    /// VMware's virtual disk.
+    Vmdk,
+}
+
+impl SourceFormat {
+    /// The name that a user knows it by.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Vhdx => "vhdx",
+            Self::Qcow2 => "qcow2",
+            Self::Vhd => "vhd",
+            Self::Vmdk => "vmdk",
+        }
+    }
+}
+
+/// A disk that can be read, whatever it is.
+pub trait Source {
+    /// Size in bytes.
+    fn size(&self) -> u64;
+    /// Sectors of the disk.
+    fn logical_sector(&self) -> SectorSize {
+        SectorSize::B512
+    }
+    /// What lies at an offset inside the disk, up to where that changes or a little before.
+    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError>;
+    /// Fills a buffer from an offset of the disk.
+    fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError>;
+}
+
+/// Why a disk cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// It cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The disk said so.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The host refused.
+    #[error("cannot {operation}: {error}")]
+    Io {
+        /// What was tried.
+        operation: String,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// The file says something that its format forbids.
+    #[error("{structure} at file offset {offset:#x} is corrupt: {expected}")]
+    Corrupt {
+        /// The structure of the format.
+        structure: &'static str,
+        /// Where it lies in the file, in bytes.
+        offset: u64,
+        /// What was expected.
+        expected: String,
+    },
+    /// The file is sound as far as can be seen, but uses what cannot be read.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl SourceError {
+    fn io(operation: impl Into<String>, error: io::Error) -> Self {
+        Self::Io {
+            operation: operation.into(),
+            error,
+        }
+    }
+
+    fn corrupt(structure: &'static str, offset: u64, expected: impl Into<String>) -> Self {
+        Self::Corrupt {
+            structure,
+            offset,
+            expected: expected.into(),
+        }
+    }
+}
+
+/// A disk of this crate as a source.
+struct Own(Arc<dyn Disk>);
+
+impl Source for Own {
+    fn size(&self) -> u64 {
+        self.0.geometry().size
+    }
+    fn logical_sector(&self) -> SectorSize {
+        self.0.geometry().logical_sector
+    }
+    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+        Ok(blocking::run_at(&*self.0, offset)?)
+    }
+    fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        Ok(blocking::read_at(&*self.0, buffer, offset)?)
+    }
+}
+
+/// Opens the disk at `path` for reading, found out by its signature where the format is not given; what has none is raw.
+///
+/// # Errors
+/// See [`SourceError`].
+pub fn open(
+    path: &Path,
+    format: Option<SourceFormat>,
+) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
+    let failed = |reason| SourceError::Open(OpenError::new(path, reason));
+    let file = open_locked(path, OpenMode::ReadOnly).map_err(failed)?;
+    let format = match format {
+        Some(format) => format,
+        None => detect(&file).map_err(|e| failed(Refusal::io("read the signature", e)))?,
+    };
+    let own = |format| -> Result<Box<dyn Source>, SourceError> {
+        let options = OpenOptions {
+            format: Some(format),
+            ..OpenOptions::read_only()
+        };
+        Ok(Box::new(Own(crate::open(path, &options)?)))
+    };
+    let source: Box<dyn Source> = match format {
+        SourceFormat::Raw => own(Format::Raw)?,
+        SourceFormat::Vhdx => own(Format::Vhdx)?,
+        SourceFormat::Qcow2 => Box::new(qcow2::Qcow2::open(path, file)?),
+        SourceFormat::Vhd => Box::new(vhd::Vhd::open(file)?),
+        SourceFormat::Vmdk => Box::new(vmdk::Vmdk::open(path, file)?),
+    };
+    Ok((format, source))
+}
+
+fn detect(file: &File) -> io::Result<SourceFormat> {
+    let len = file.metadata()?.len();
+    let starts_with = |signature: &[u8], offset: u64| -> io::Result<bool> {
+        let mut found = vec![0; signature.len()];
+        match file.read_exact_at(&mut found, offset) {
+            Ok(()) => Ok(found == signature),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(e) => Err(e),
+        }
+    };
+    Ok(if starts_with(crate::vhdx::SIGNATURE, 0)? {
+        SourceFormat::Vhdx
+    } else if starts_with(b"QFI\xfb", 0)? {
+        SourceFormat::Qcow2
+    } else if starts_with(b"KDMV", 0)? || starts_with(b"# Disk DescriptorFile", 0)? {
+        SourceFormat::Vmdk
+    } else if starts_with(vhd::COOKIE, 0)?
+        || (len >= vhd::FOOTER && starts_with(vhd::COOKIE, len - vhd::FOOTER)?)
+    {
+        SourceFormat::Vhd
+    } else {
+        SourceFormat::Raw
+    })
+}
+
+/// A file next to another that names it; nowhere else.
+fn beside(path: &Path, name: &str) -> Result<PathBuf, SourceError> {
+    let outside = || {
+        SourceError::Unsupported(format!(
+            "names the file {name:?}, which does not lie in its own folder or below; only such files are opened"
+        ))
+    };
+    let io = |e| SourceError::io(format!("find the file {name:?}"), e);
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."))
+        .canonicalize()
+        .map_err(io)?;
+    let found = folder.join(name).canonicalize().map_err(io)?;
+    if found.starts_with(&folder) {
+        Ok(found)
+    } else {
+        Err(outside())
+    }
+}
+
+/// A run of a file that is the disk, or a part of it.
+fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Run, SourceError> {
+    let failed = |e| SourceError::io(format!("look for holes from {offset:#x}"), e);
+    let end = offset.saturating_add(left);
+    let data = file.next_data(offset).map_err(failed)?;
+    Ok(match data.filter(|data| *data < end) {
+        Some(data) if data <= offset => Run {
+            len: file
+                .next_hole(offset)
+                .map_err(failed)?
+                .clamp(offset + 1, end)
+                - offset,
+            is_data: true,
+        },
+        Some(data) => Run {
+            len: data - offset,
+            is_data: false,
+        },
+        None => Run {
+            len: left,
+            is_data: false,
+        },
+    })
+}
