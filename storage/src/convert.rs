@@ -5,10 +5,14 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
+
 use crate::blocking;
 use crate::disk::{Disk, DiskError, SectorSize};
 use crate::foreign::{Source, SourceError};
-use crate::open::{OpenError, OpenOptions};
+use crate::lock::OpenMode;
+use crate::open::{OpenError, OpenOptions, open_locked};
 use crate::progress::Progress;
 use crate::vhdx::{CreateError, CreateOptions, Vhdx};
 
@@ -135,9 +139,11 @@ pub fn convert(
             logical_sector.unwrap_or_else(|| source.logical_sector())
         }
     };
+    // Sources are refused that are larger than any disk, or the new file is.
     let size = source
         .size()
-        .next_multiple_of(u64::from(logical_sector.bytes()));
+        .checked_next_multiple_of(u64::from(logical_sector.bytes()))
+        .unwrap_or(u64::MAX);
     let sink = match target {
         Target::Raw => {
             let file = File::options()
@@ -167,11 +173,19 @@ pub fn convert(
         Sink::Raw(file) => file.sync_all().map_err(failed("sync the copy"))?,
         Sink::Vhdx(disk) => disk.close()?,
     }
-    if overwrite {
-        std::fs::rename(&copy, to).map_err(failed("give the copy its name"))?;
+    let flags = if overwrite {
+        // A disk that somebody uses is not taken from under them.
+        if to.is_file() {
+            open_locked(to, OpenMode::ReadWrite).map_err(|e| OpenError::new(to, e))?;
+        }
+        RenameFlags::empty()
     } else {
-        // Unlike a rename, a link does not take the place of a file that has come in between.
-        std::fs::hard_link(&copy, to).map_err(failed("give the copy its name"))?;
+        RenameFlags::NOREPLACE
+    };
+    match renameat_with(CWD, &copy, CWD, to, flags) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Err(ConvertError::Exists(to.to_owned())),
+        Err(error) => return Err(failed("give the copy its name")(error.into())),
     }
     File::open(folder)
         .and_then(|folder| folder.sync_all())

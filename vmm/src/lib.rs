@@ -16,6 +16,7 @@ pub mod cli;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod disk_tool;
 pub mod doctor;
 pub mod exit;
 pub mod layout;

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use coppice::cli::{Cli, Command, RunArguments};
-use coppice::logging::Log;
-use coppice::{doctor, exit, run};
+use coppice::logging::{Log, LogFilter, LogFormat};
+use coppice::{disk_tool, doctor, exit, run};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run(arguments) => run_guest(*arguments),
+        Command::Disk(command) => use_disk(&command),
         Command::Doctor { json } => examine_host(json),
     }
 }
@@ -64,6 +65,21 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
     };
     match run::run(options, log) {
         Ok(reason) => ExitCode::from(&reason),
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {
+    let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    match disk_tool::run(command) {
+        Ok(code) => ExitCode::from(code),
+        Err(disk_tool::ToolError::Cancelled(signal)) => fail(
+            exit::SIGNAL_BASE + signal,
+            "interrupted; no file was left half-made",
+        ),
         Err(error) => fail(exit::FAILURE, error),
     }
 }

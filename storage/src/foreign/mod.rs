@@ -1,6 +1,6 @@
 //! Disks in formats of others, for reading: what a conversion starts from.
 //!
-//! qcow2 is read by a library; VHD and VMDK, for which there is none, by the modules here. Whatever a file says is checked
+//! qcow2 is read by a library; VHD, and VMDK with sparse extents, for which there is none, by the modules here. Whatever a file says is checked
 //! before it is used: such files come from elsewhere.
 
 mod qcow2;
@@ -110,7 +110,7 @@ impl SourceError {
     }
 }
 
-/// A disk of this crate as a source.
+/// A VHDX as a source.
 struct Own(Arc<dyn Disk>);
 
 impl Source for Own {
@@ -128,6 +128,37 @@ impl Source for Own {
     }
 }
 
+/// A raw file, of any length.
+struct Flat {
+    file: Arc<File>,
+    size: u64,
+}
+
+impl Flat {
+    fn open(file: Arc<File>) -> Result<Self, SourceError> {
+        let size = Medium::len(&file).map_err(|e| SourceError::io("read the length", e))?;
+        if size == 0 {
+            return Err(SourceError::Unsupported(
+                "is empty; a disk has at least one sector".into(),
+            ));
+        }
+        Ok(Self { file, size })
+    }
+}
+
+impl Source for Flat {
+    fn size(&self) -> u64 {
+        self.size
+    }
+    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+        hole_or_data(&self.file, offset, self.size - offset)
+    }
+    fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        FileExt::read_exact_at(&*self.file, buffer, offset)
+            .map_err(|e| SourceError::io(format!("read the disk at {offset:#x}"), e))
+    }
+}
+
 /// Opens the disk at `path` for reading, found out by its signature where the format is not given; what has none is raw.
 ///
 /// # Errors
@@ -142,16 +173,15 @@ pub fn open(
         Some(format) => format,
         None => detect(&file).map_err(|e| failed(Refusal::io("read the signature", e)))?,
     };
-    let own = |format| -> Result<Box<dyn Source>, SourceError> {
-        let options = OpenOptions {
-            format: Some(format),
-            ..OpenOptions::read_only()
-        };
-        Ok(Box::new(Own(crate::open(path, &options)?)))
-    };
     let source: Box<dyn Source> = match format {
-        SourceFormat::Raw => own(Format::Raw)?,
-        SourceFormat::Vhdx => own(Format::Vhdx)?,
+        SourceFormat::Raw => Box::new(Flat::open(file)?),
+        SourceFormat::Vhdx => {
+            let options = OpenOptions {
+                format: Some(Format::Vhdx),
+                ..OpenOptions::read_only()
+            };
+            Box::new(Own(crate::open(path, &options)?))
+        }
         SourceFormat::Qcow2 => Box::new(qcow2::Qcow2::open(path, file)?),
         SourceFormat::Vhd => Box::new(vhd::Vhd::open(file)?),
         SourceFormat::Vmdk => Box::new(vmdk::Vmdk::open(path, file)?),

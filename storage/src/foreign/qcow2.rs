@@ -1,7 +1,9 @@
-//! qcow2, read by `imago`.
+//! qcow2, read by `imago`: versions 2 and 3, compressed clusters, backing files. It refuses by name what it does not know, such
+//! as extended L2 entries.
 
 use std::fs::File;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imago::file::File as ImagoFile;
@@ -9,7 +11,7 @@ use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
 use imago::{FormatAccess, Mapping, StorageOpenOptions};
 
-use super::{Run, Source, SourceError, beside};
+use super::{Run, Source, SourceError};
 
 /// An open image.
 pub(super) struct Qcow2 {
@@ -18,45 +20,71 @@ pub(super) struct Qcow2 {
     _file: Arc<File>,
 }
 
-/// Opens what an image names only where that lies beside it.
-struct Beside<'a>(&'a Path);
+/// Largest disk that is read: the largest that a VHDX can be.
+const MAX_SIZE: u64 = 64 << 40;
 
-impl Beside<'_> {
-    fn check(&self, name: Option<&Path>) -> std::io::Result<()> {
-        let name = name.and_then(Path::to_str).unwrap_or_default();
-        match beside(self.0, name) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(std::io::Error::new(
-                std::io::ErrorKind::PermissionDenied,
-                e.to_string(),
-            )),
+/// Opens what an image names only where that lies in this folder or below, and for reading alone.
+#[derive(Clone)]
+struct Beside(PathBuf);
+
+impl Beside {
+    /// The file itself, whatever links lead to it.
+    fn check(&self, name: Option<&Path>) -> io::Result<PathBuf> {
+        let refused = |what: String| io::Error::new(io::ErrorKind::PermissionDenied, what);
+        let name =
+            name.ok_or_else(|| refused("the image needs something without a name".into()))?;
+        let found = name.canonicalize()?;
+        if !found.starts_with(&self.0) {
+            return Err(refused(format!(
+                "it names {}, which does not lie in {} or below; only such files are opened",
+                found.display(),
+                self.0.display()
+            )));
         }
+        // Not what waits for somebody else, or has effects of its own.
+        if !found.metadata()?.is_file() {
+            return Err(refused(format!("{} is no regular file", found.display())));
+        }
+        Ok(found)
     }
 }
 
-impl ImplicitOpenGate<ImagoFile> for Beside<'_> {
+impl ImplicitOpenGate<ImagoFile> for Beside {
     fn open_format<F: FormatDriverBuilder<ImagoFile>>(
         &mut self,
         builder: F,
-    ) -> std::io::Result<FormatAccess<ImagoFile>> {
+    ) -> io::Result<FormatAccess<ImagoFile>> {
         self.check(builder.get_image_path().as_deref())?;
-        Ok(FormatAccess::new(builder.open(Beside(self.0))?))
+        Ok(FormatAccess::new(builder.open(self.clone())?))
     }
 
-    fn open_storage(&mut self, builder: StorageOpenOptions) -> std::io::Result<ImagoFile> {
-        self.check(builder.get_filename())?;
-        imago::Storage::open(builder)
+    fn open_storage(&mut self, builder: StorageOpenOptions) -> io::Result<ImagoFile> {
+        let found = self.check(builder.get_filename())?;
+        imago::Storage::open(builder.filename(found).write(false))
     }
 }
 
 impl Qcow2 {
     pub(super) fn open(path: &Path, file: Arc<File>) -> Result<Self, SourceError> {
         let failed = |e| SourceError::io("open the qcow2 image", e);
-        let image = imago::qcow2::Qcow2::<ImagoFile>::builder_path(path)
-            .open(Beside(path))
+        let path = path.canonicalize().map_err(failed)?;
+        let folder = path.parent().map(Path::to_owned).unwrap_or_default();
+        let image = imago::qcow2::Qcow2::<ImagoFile>::builder_path(&path)
+            .open(Beside(folder))
             .map_err(failed)?;
+        let access = FormatAccess::new(image);
+        if access.size() > MAX_SIZE {
+            return Err(SourceError::corrupt(
+                "qcow2 header",
+                24,
+                format!(
+                    "expected a disk of up to 64 TiB, found {:#x} bytes",
+                    access.size()
+                ),
+            ));
+        }
         Ok(Self {
-            access: FormatAccess::new(image),
+            access,
             _file: file,
         })
     }

@@ -17,6 +17,8 @@ const DYNAMIC_COOKIE: &[u8; 8] = b"cxsparse";
 const SECTOR: u64 = 512;
 /// Largest disk of the format: 2040 GiB.
 const MAX_SIZE: u64 = 2040 << 30;
+/// Block sizes that are read: smaller ones, which nobody makes, would make a table of gigabytes out of a header.
+const BLOCK_SIZES: std::ops::RangeInclusive<u64> = 512 << 10..=256 << 20;
 /// A block that is not in the file ("Block Allocation Table").
 const UNUSED: u32 = u32::MAX;
 
@@ -205,9 +207,9 @@ fn dynamic(
         ));
     }
     let block_size = u64::from(head.block_size.get());
-    if !block_size.is_power_of_two() || !(SECTOR..=256 << 20).contains(&block_size) {
+    if !block_size.is_power_of_two() || !BLOCK_SIZES.contains(&block_size) {
         return Err(corrupt(format!(
-            "expected a block size that is a power of two, up to 256 MiB, found {block_size:#x}"
+            "expected a block size that is a power of two from 512 KiB to 256 MiB, found {block_size:#x}"
         )));
     }
     let needed = size.div_ceil(block_size);

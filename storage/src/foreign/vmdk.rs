@@ -50,6 +50,9 @@ struct RawSparse {
     rest: [u8; 433],
 }
 
+/// Most grain tables of an extent: those of 64 TiB in grains and tables of the usual size, 64 KiB and 512 entries.
+const MAX_TABLES: u64 = 1 << 21;
+
 /// A sparse extent.
 struct Sparse {
     file: Arc<File>,
@@ -111,13 +114,7 @@ impl Vmdk {
         let mut at: u64 = 0;
         for (number, line) in text.lines().enumerate() {
             let line = line.trim();
-            if let Some(parent) = line.strip_prefix("parentCID=")
-                && !parent.eq_ignore_ascii_case("ffffffff")
-            {
-                return Err(SourceError::Unsupported(
-                    "is a VMDK with a parent; merge it first".into(),
-                ));
-            }
+            refuse_parent(line)?;
             if !["RW ", "RDONLY ", "NOACCESS "]
                 .iter()
                 .any(|access| line.starts_with(access))
@@ -205,6 +202,43 @@ impl Vmdk {
     }
 }
 
+/// Refuses an extent whose own descriptor names a parent, which holds what the extent does not.
+fn check_descriptor(file: &File, head: &RawSparse, len: u64) -> Result<(), SourceError> {
+    let (start, size) = (
+        head.descriptor_offset.get().saturating_mul(SECTOR),
+        head.descriptor_size.get().saturating_mul(SECTOR),
+    );
+    if start == 0 {
+        return Ok(());
+    }
+    if size > MAX_DESCRIPTOR || start.checked_add(size).is_none_or(|end| end > len) {
+        return Err(corrupt(
+            "VMDK sparse header",
+            start,
+            format!("expected a descriptor of up to 1 MiB inside the file, found {size:#x} bytes"),
+        ));
+    }
+    let mut text = vec![0; size as usize];
+    file.read_exact_at(&mut text, start)
+        .map_err(|e| SourceError::io("read the descriptor", e))?;
+    String::from_utf8_lossy(&text)
+        .lines()
+        .try_for_each(refuse_parent)
+}
+
+/// Refuses the line of a descriptor that names a parent.
+fn refuse_parent(line: &str) -> Result<(), SourceError> {
+    let is_parent = line.split_once('=').is_some_and(|(key, value)| {
+        key.trim() == "parentCID" && !value.trim().eq_ignore_ascii_case("ffffffff")
+    });
+    if is_parent {
+        return Err(SourceError::Unsupported(
+            "is a VMDK with a parent; merge it first".into(),
+        ));
+    }
+    Ok(())
+}
+
 fn length(file: &File) -> Result<u64, SourceError> {
     Ok(file
         .metadata()
@@ -270,6 +304,12 @@ impl Sparse {
             .checked_mul(SECTOR)
             .filter(|start| start.checked_add(tables * 4).is_some_and(|end| end <= len))
             .ok_or_else(|| bad("expected the grain directory inside the file".into()))?;
+        if tables > MAX_TABLES {
+            return Err(bad(format!(
+                "expected a grain directory of up to {MAX_TABLES} tables, found {tables}"
+            )));
+        }
+        check_descriptor(&file, &found, len)?;
         let directory = entries(&file, start, tables, "the grain directory")?;
         let sparse = Self {
             file,

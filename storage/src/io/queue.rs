@@ -187,6 +187,15 @@ impl<B: IoBuffer> DiskQueue<B> {
         self.completed.pop_front()
     }
 
+    /// Waits until a request that is in flight may have come to its end.
+    pub fn wait(&mut self) {
+        self.engine.submit();
+        if self.engine.in_flight() > 0 {
+            self.engine.wait();
+            self.engine.acknowledge();
+        }
+    }
+
     /// Waits for all requests; their completions can be had afterwards.
     pub fn drain(&mut self) {
         self.engine.submit();

@@ -6,21 +6,14 @@ use std::collections::BTreeMap;
 #[derive(Debug, Default)]
 pub(super) struct Runs {
     by_offset: BTreeMap<u64, u64>,
-    total: u64,
 }
 
 impl Runs {
-    /// Bytes in the set.
-    pub(super) fn total(&self) -> u64 {
-        self.total
-    }
-
     /// Adds a range that shares nothing with the set.
     pub(super) fn add(&mut self, offset: u64, len: u64) {
         if len == 0 {
             return;
         }
-        self.total += len;
         let (mut start, mut end) = (offset, offset + len);
         if let Some((before, before_len)) = self.by_offset.range(..offset).next_back()
             && before + before_len == offset
@@ -44,7 +37,6 @@ impl Runs {
         if held > len {
             self.by_offset.insert(offset + len, held - len);
         }
-        self.total -= len;
         Some(offset)
     }
 
@@ -69,7 +61,6 @@ impl Runs {
         if run_end > end {
             self.by_offset.insert(end, run_end - end);
         }
-        self.total -= len;
         true
     }
 
@@ -84,14 +75,7 @@ impl Runs {
             return None;
         }
         self.by_offset.remove(&offset);
-        self.total -= len;
         Some(offset)
-    }
-
-    /// Takes everything.
-    pub(super) fn drain(&mut self) -> Vec<(u64, u64)> {
-        self.total = 0;
-        std::mem::take(&mut self.by_offset).into_iter().collect()
     }
 
     /// The offset of the lowest range of at least `len` bytes that ends no later than `end`.
@@ -114,15 +98,11 @@ mod tests {
         runs.add(20, 5);
         assert_eq!(runs.take(6), None);
         runs.add(15, 5);
-        assert_eq!((runs.total(), runs.lowest(15, 25)), (15, Some(10)));
+        assert_eq!(runs.lowest(15, 25), Some(10));
         assert_eq!(runs.lowest(15, 24), None);
         assert!(runs.remove(12, 3) && !runs.remove(12, 1) && !runs.remove(14, 2));
         assert_eq!(runs.take(2), Some(10));
         assert_eq!(runs.take_last(25), Some(15));
-        assert_eq!((runs.total(), runs.take(1)), (0, None));
-        runs.add(0, 1);
-        runs.add(2, 1);
-        assert_eq!(runs.drain(), [(0, 1), (2, 1)]);
-        assert_eq!(runs.total(), 0);
+        assert_eq!(runs.take(1), None);
     }
 }

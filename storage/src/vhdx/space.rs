@@ -315,12 +315,6 @@ impl Space {
         self.zeroed = self.next;
         self.next
     }
-
-    /// Bytes that are free: for whoever asks, not for use.
-    pub(super) fn free_bytes(&self) -> u64 {
-        let (fresh, stale) = self.reclaimable();
-        self.zero.total() + fresh + stale
-    }
 }
 
 /// The end of the file.

@@ -8,12 +8,13 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{BootSourceConfig, ConfigError, MetricsConfig, SerialConfig, VmConfig};
+use crate::disk_tool::{self, DiskCommand};
 use crate::logging::{LogFilter, LogFormat};
 use crate::run::RunOptions;
 use crate::{console, exit};
 
 pub use disk::{DiskArgument, DiskError};
-pub use size::{Mebibytes, SizeError};
+pub use size::{Bytes, Mebibytes, SizeError};
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
@@ -35,6 +36,9 @@ pub enum Command {
     /// Run one guest, with its serial console on this terminal.
     #[command(after_help = examples(), after_long_help = long_help())]
     Run(Box<RunArguments>),
+    /// Make, examine and change virtual disks.
+    #[command(subcommand, after_help = disk_tool::EXAMPLES)]
+    Disk(DiskCommand),
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.

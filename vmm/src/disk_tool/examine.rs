@@ -1,0 +1,460 @@
+//! What a disk is, and holds.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+use storage::vhdx::{Checked, Guid, Vhdx};
+use storage::{ByteRange, ExtentState, Format, Mapping, OpenOptions};
+
+use super::watch::Watch;
+use super::{Answer, Output, ToolError, human, lines};
+
+/// Extents are asked for in pieces of this many bytes.
+const STRIDE: u64 = 1 << 34;
+
+/// `coppice disk info`.
+#[derive(Debug, Args)]
+pub struct Info {
+    /// The disk.
+    file: PathBuf,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+/// One file of a chain.
+pub(super) fn layer(info: &storage::vhdx::Info) -> Value {
+    let parent = info.parent.as_ref().map(|locator| {
+        json!({
+            "file": info.parent_path,
+            "linkage": locator.linkage.to_string(),
+            "linkage2": locator.linkage2.map(|guid| guid.to_string()),
+            "relative_path": locator.relative_path,
+            "volume_path": locator.volume_path,
+            "absolute_path": locator.absolute_path,
+        })
+    });
+    json!({
+        "file": info.path,
+        "format": "vhdx",
+        "kind": kind(info),
+        "size": info.size,
+        "file_bytes": info.file_bytes,
+        "host_bytes": info.host_bytes,
+        "block_size": info.block_size,
+        "logical_sector": info.logical_sector.bytes(),
+        "physical_sector": info.physical_sector.bytes(),
+        "file_write_guid": info.identifiers.file_write_guid.to_string(),
+        "data_write_guid": info.identifiers.data_write_guid.to_string(),
+        "virtual_disk_id": info.identifiers.virtual_disk_id.to_string(),
+        "dirty": info.dirty,
+        "creator": info.creator,
+        "parent": parent,
+    })
+}
+
+fn kind(info: &storage::vhdx::Info) -> &'static str {
+    match (info.fixed, &info.parent) {
+        (_, Some(_)) => "differencing",
+        (true, None) => "fixed",
+        (false, None) => "dynamic",
+    }
+}
+
+fn describe(info: &storage::vhdx::Info) -> String {
+    let mut text = lines([
+        ("file", info.path.display().to_string()),
+        ("format", format!("vhdx, {}", kind(info))),
+        (
+            "size",
+            format!("{} ({} bytes)", human(info.size), info.size),
+        ),
+        (
+            "file length",
+            format!(
+                "{}, {} on the host",
+                human(info.file_bytes),
+                human(info.host_bytes)
+            ),
+        ),
+        ("block size", human(info.block_size)),
+        (
+            "sectors",
+            format!(
+                "{} logical, {} physical",
+                info.logical_sector.bytes(),
+                info.physical_sector.bytes()
+            ),
+        ),
+        (
+            "DataWriteGuid",
+            info.identifiers.data_write_guid.to_string(),
+        ),
+        (
+            "FileWriteGuid",
+            info.identifiers.file_write_guid.to_string(),
+        ),
+        (
+            "virtual disk id",
+            info.identifiers.virtual_disk_id.to_string(),
+        ),
+        ("made by", info.creator.clone()),
+    ]);
+    if info.dirty {
+        text += &lines([(
+            "log",
+            "not empty: the file was not closed, and is replayed when it is opened for writing"
+                .into(),
+        )]);
+    }
+    if let Some(locator) = &info.parent {
+        let place = info
+            .parent_path
+            .as_ref()
+            .map_or("not found".into(), |path| path.display().to_string());
+        text += &lines([
+            ("parent", place),
+            ("parent linkage", locator.linkage.to_string()),
+        ]);
+    }
+    text
+}
+
+impl Info {
+    pub(super) fn run(&self) -> Result<Answer, ToolError> {
+        if !is_vhdx(&self.file)? {
+            let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+            let metadata = std::fs::metadata(&self.file)
+                .map_err(ToolError::io(format!("look at {}", self.file.display())))?;
+            let host = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
+            let size = disk.geometry().size;
+            return Ok(Answer::new(
+                json!({"layers": [{"file": self.file, "format": "raw", "size": size, "file_bytes": metadata.len(), "host_bytes": host}]}),
+                lines([
+                    ("file", self.file.display().to_string()),
+                    ("format", "raw".into()),
+                    ("size", format!("{} ({size} bytes)", human(size))),
+                    (
+                        "file length",
+                        format!("{}, {} on the host", human(metadata.len()), human(host)),
+                    ),
+                ]),
+            ));
+        }
+        let mut layers = vec![Vhdx::info(&self.file)?];
+        // A cycle ends where it begins.
+        while let Some(next) = layers.last().and_then(|info| info.parent_path.clone())
+            && !layers.iter().any(|known| same(&known.path, &next))
+        {
+            layers.push(Vhdx::info(&next)?);
+        }
+        // Says what is wrong with the chain, if anything is.
+        let problem = Vhdx::open(&self.file, &OpenOptions::read_only())
+            .err()
+            .map(|error| error.to_string());
+        let mut text = layers.iter().map(describe).collect::<Vec<_>>().join("\n");
+        if let Some(problem) = &problem {
+            let _ = writeln!(text, "\ncannot be opened: {problem}");
+        }
+        Ok(Answer::new(
+            json!({
+                "layers": layers.iter().map(layer).collect::<Vec<_>>(),
+                "problem": problem,
+            }),
+            text,
+        ))
+    }
+}
+
+fn same(a: &Path, b: &Path) -> bool {
+    a.canonicalize()
+        .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
+fn is_vhdx(path: &Path) -> Result<bool, ToolError> {
+    let failed = |error| ToolError::Io {
+        operation: format!("read {}", path.display()),
+        error,
+    };
+    // What is no regular file is refused when it is opened, in better words.
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Ok(false);
+    }
+    let mut signature = [0; 8];
+    let file = std::fs::File::open(path).map_err(failed)?;
+    match std::os::unix::fs::FileExt::read_exact_at(&file, &mut signature, 0) {
+        Ok(()) => Ok(&signature == b"vhdxfile"),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+/// `coppice disk check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The file. Of a chain, this file alone.
+    file: PathBuf,
+    /// Print a digest of what the disk holds, all layers together: the same for every file that holds the same.
+    #[arg(long)]
+    hash: bool,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+fn report(file: &Path, checked: &Checked) -> (Value, String) {
+    let mut text = String::new();
+    for problem in &checked.problems {
+        let _ = writeln!(text, "wrong: {problem}");
+    }
+    if checked.more > 0 {
+        let _ = writeln!(text, "wrong: {} more", checked.more);
+    }
+    for note in &checked.notes {
+        let _ = writeln!(text, "note: {note}");
+    }
+    let _ = writeln!(
+        text,
+        "{}: {}, {} blocks in {}",
+        file.display(),
+        match (checked.is_sound(), checked.repairable) {
+            (true, _) => "sound",
+            (false, true) => "damaged, can be repaired by coppice disk repair",
+            (false, false) => "damaged",
+        },
+        checked.blocks,
+        human(checked.file_bytes)
+    );
+    let json = json!({
+        "file": file,
+        "sound": checked.is_sound(),
+        "repairable": checked.repairable,
+        "problems": checked.problems,
+        "more_problems": checked.more,
+        "notes": checked.notes,
+        "file_bytes": checked.file_bytes,
+        "free_bytes": checked.free_bytes,
+        "blocks": checked.blocks,
+        "partial_blocks": checked.partial_blocks,
+        "anchors": checked.anchors,
+    });
+    (json, text)
+}
+
+impl Check {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+        let checked =
+            Vhdx::check(&self.file, watch).map_err(ToolError::chain(&self.file, watch))?;
+        let (mut json, mut text) = report(&self.file, &checked);
+        if self.hash && checked.is_sound() {
+            let disk = Vhdx::open(&self.file, &OpenOptions::read_only())?;
+            let digest = Vhdx::digest(&disk, watch).map_err(ToolError::disk(&self.file, watch))?;
+            let hex = digest.iter().fold(String::new(), |mut hex, byte| {
+                let _ = write!(hex, "{byte:02x}");
+                hex
+            });
+            let _ = writeln!(text, "content {hex}");
+            json["content"] = hex.into();
+        }
+        let mut answer = Answer::new(json, text);
+        answer.code = u8::from(!checked.is_sound());
+        Ok(answer)
+    }
+}
+
+/// `coppice disk repair`.
+#[derive(Debug, Args)]
+pub struct Repair {
+    /// The file.
+    file: PathBuf,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+impl Repair {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+        let failed = || ToolError::chain(&self.file, watch);
+        let before = Vhdx::repair(&self.file, watch).map_err(failed())?;
+        let after = Vhdx::check(&self.file, watch).map_err(failed())?;
+        let (_, mut text) = report(&self.file, &after);
+        for problem in &before.problems {
+            text = format!("was wrong: {problem}\n{text}");
+        }
+        let mut answer = Answer::new(
+            json!({
+                "file": self.file,
+                "repaired": before.problems,
+                "sound": after.is_sound(),
+                "problems": after.problems,
+            }),
+            text,
+        );
+        answer.code = u8::from(!after.is_sound());
+        Ok(answer)
+    }
+}
+
+/// `coppice disk map`.
+#[derive(Debug, Args)]
+pub struct Map {
+    /// The disk.
+    file: PathBuf,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+fn state(mapping: &Mapping) -> &'static str {
+    match mapping.state {
+        ExtentState::Mapped => "mapped",
+        ExtentState::Zero => "zero",
+        ExtentState::Unmapped => "unmapped",
+        ExtentState::Undefined => "undefined",
+        ExtentState::Transparent => "transparent",
+    }
+}
+
+fn extents(mappings: &[Mapping]) -> (Vec<Value>, String) {
+    let mut text = format!(
+        "{:>18} {:>18} {:<12} {:>5} {:>18}\n",
+        "offset", "length", "state", "layer", "file offset"
+    );
+    let json = mappings
+        .iter()
+        .map(|mapping| {
+            let place = mapping
+                .file_offset
+                .map_or("-".into(), |offset| format!("{offset:#x}"));
+            let _ = writeln!(
+                text,
+                "{:>#18x} {:>#18x} {:<12} {:>5} {:>18}",
+                mapping.offset,
+                mapping.len,
+                state(mapping),
+                mapping.layer,
+                place
+            );
+            json!({
+                "offset": mapping.offset,
+                "length": mapping.len,
+                "state": state(mapping),
+                "layer": mapping.layer,
+                "file_offset": mapping.file_offset,
+            })
+        })
+        .collect();
+    (json, text)
+}
+
+impl Map {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+        use storage::Progress;
+        let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+        let size = disk.geometry().size;
+        let mut all: Vec<Mapping> = Vec::new();
+        let mut at = 0;
+        while at < size {
+            watch.advance(at, size);
+            if watch.is_cancelled() {
+                return Err(ToolError::Cancelled(watch.signal()));
+            }
+            let known = all.len();
+            let len = STRIDE.min(size - at);
+            if let Some(range) = ByteRange::new(at, len) {
+                disk.map(range, &mut all)
+                    .map_err(ToolError::disk(&self.file, watch))?;
+            }
+            join(&mut all, known);
+            at += len;
+        }
+        let (json, text) = extents(&all);
+        Ok(Answer::new(
+            json!({"file": self.file, "size": size, "extents": json}),
+            text,
+        ))
+    }
+}
+
+/// Joins the extent at `at` to the one before it, where they are one.
+fn join(all: &mut Vec<Mapping>, at: usize) {
+    let (Some(before), Some(next)) = (at.checked_sub(1).and_then(|at| all.get(at)), all.get(at))
+    else {
+        return;
+    };
+    let one = (before.state, before.layer) == (next.state, next.layer)
+        && before.file_offset.map(|offset| offset + before.len) == next.file_offset;
+    if one {
+        let next = all.remove(at);
+        if let Some(before) = all.get_mut(at - 1) {
+            before.len += next.len;
+        }
+    }
+}
+
+/// `coppice disk diff`.
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// Tell what changed since the disk, or a disk it stands on, had this DataWriteGuid; by what its layers say, no data is read.
+    #[arg(long, value_name = "GUID", conflicts_with = "other")]
+    since: Option<String>,
+    /// The disk.
+    file: PathBuf,
+    /// The disk to compare it with, byte by byte.
+    #[arg(required_unless_present = "since")]
+    other: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+impl Diff {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+        let failed = || ToolError::disk(&self.file, watch);
+        let open = |path| storage::open(path, &OpenOptions::read_only());
+        if let Some(since) = &self.since {
+            let identifier = Guid::parse(since).ok_or_else(|| {
+                ToolError::Refused(format!(
+                    "{since:?} is not a GUID, as coppice disk info shows them"
+                ))
+            })?;
+            let options = OpenOptions {
+                format: Some(Format::Vhdx),
+                ..OpenOptions::read_only()
+            };
+            let disk = Vhdx::open(&self.file, &options)?;
+            let changed = disk.changed_since(identifier).map_err(failed())?;
+            let (json, text) = extents(&changed);
+            let mut answer = Answer::new(
+                json!({"file": self.file, "since": since, "extents": json}),
+                text,
+            );
+            answer.code = u8::from(!changed.is_empty());
+            return Ok(answer);
+        }
+        let other = self.other.clone().unwrap_or_default();
+        let found = storage::blocking::differences(&*open(&self.file)?, &*open(&other)?, watch)
+            .map_err(failed())?;
+        let total: u64 = found.iter().map(|range| range.len()).sum();
+        let mut text = String::new();
+        for range in &found {
+            let _ = writeln!(text, "{:>#18x} {:>#18x}", range.offset(), range.len());
+        }
+        let _ = writeln!(
+            text,
+            "{}",
+            if found.is_empty() {
+                "the disks are the same".to_owned()
+            } else {
+                format!("{} in {} ranges differ", human(total), found.len())
+            }
+        );
+        let ranges: Vec<_> = found
+            .iter()
+            .map(|range| json!({"offset": range.offset(), "length": range.len()}))
+            .collect();
+        let mut answer = Answer::new(
+            json!({"file": self.file, "other": other, "differences": ranges}),
+            text,
+        );
+        answer.code = u8::from(!found.is_empty());
+        Ok(answer)
+    }
+}
