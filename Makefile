@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update build demo test lint unit lab bench clean
+.PHONY: help setup guest guest-update build demo test lint unit power-cuts lab bench clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -16,6 +16,7 @@ help:
 	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit lab the parts of make test"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
+	@echo "make power-cuts    a million power cuts: POWER_CUTS and POWER_SEED say how many and which"
 	@echo "make guest         kernel, initrd and root file systems in target/guest"
 	@echo "make guest-update  pin the Debian packages of today"
 	@echo "make clean         remove target"
@@ -47,6 +48,11 @@ lint: setup
 unit: setup
 	cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
+
+# The test of the unit tests, with more cuts and a seed of its own, which is printed.
+power-cuts: setup
+	POWER_CUTS=$${POWER_CUTS:-1000000} POWER_SEED=$${POWER_SEED:-$$RANDOM} \
+		cargo test --release -p storage --lib a_power_cut_at_any_operation -- --nocapture
 
 lab: build guest
 	$(LAB) run --json target/lab/results.json

@@ -84,7 +84,7 @@ pub enum ConvertError {
 /// Where the copy goes.
 enum Sink {
     Raw(File),
-    Vhdx(Vhdx),
+    Vhdx(Box<Vhdx>),
 }
 
 impl Sink {
@@ -96,7 +96,7 @@ impl Sink {
                     operation: format!("write the target at {offset:#x}"),
                     source,
                 }),
-            Self::Vhdx(disk) => blocking::write_at(disk, bytes, offset),
+            Self::Vhdx(disk) => blocking::write_at(&**disk, bytes, offset),
         }
     }
 }
@@ -164,7 +164,7 @@ pub fn convert(
                 ..CreateOptions::new(size)
             };
             Vhdx::create(&copy, &options)?;
-            Sink::Vhdx(Vhdx::open(&copy, &OpenOptions::default())?)
+            Sink::Vhdx(Box::new(Vhdx::open(&copy, &OpenOptions::default())?))
         }
     };
     let sector = u64::from(logical_sector.bytes());

@@ -1,5 +1,7 @@
 //! Conversion from every format, with qemu-img as the one who made the source and who compares.
 
+#![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
+
 mod support;
 
 use std::os::unix::fs::FileExt;

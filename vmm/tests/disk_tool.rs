@@ -1,5 +1,7 @@
 //! `coppice disk` as a user runs it.
 
+#![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
+
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};

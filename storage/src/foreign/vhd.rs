@@ -181,12 +181,10 @@ impl Vhd {
     }
 }
 
-fn dynamic(
-    footer: &RawFooter,
-    size: u64,
-    len: u64,
-    read: &dyn Fn(&mut [u8], u64, &str) -> Result<(), SourceError>,
-) -> Result<Layout, SourceError> {
+/// Fills a buffer from an offset of what is named.
+type Read<'a> = &'a dyn Fn(&mut [u8], u64, &str) -> Result<(), SourceError>;
+
+fn dynamic(footer: &RawFooter, size: u64, len: u64, read: Read<'_>) -> Result<Layout, SourceError> {
     let at = footer.data_offset.get();
     let corrupt = |expected: String| SourceError::corrupt("VHD dynamic disk header", at, expected);
     let mut bytes = [0; size_of::<RawDynamic>()];

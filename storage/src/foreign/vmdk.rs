@@ -121,65 +121,8 @@ impl Vmdk {
             {
                 continue;
             }
-            let bad = |expected: &str| {
-                corrupt(
-                    "VMDK descriptor",
-                    0,
-                    format!("expected {expected} in line {}, found {line:?}", number + 1),
-                )
-            };
-            let (head, name, tail) = match line.split('"').collect::<Vec<_>>()[..] {
-                [head, name, tail] => (head, Some(name), tail),
-                [head] => (head, None, ""),
-                _ => return Err(bad("one name in quotes")),
-            };
-            let words: Vec<&str> = head.split_whitespace().collect();
-            let [_, sectors, kind] = words[..] else {
-                return Err(bad("access, size and type of an extent"));
-            };
-            let sectors: u64 = sectors.parse().map_err(|_| bad("a number of sectors"))?;
-            if sectors == 0 || at / SECTOR + sectors.min(MAX_SECTORS + 1) > MAX_SECTORS {
-                return Err(bad("sectors of a disk of up to 64 TiB"));
-            }
-            let open = |name: Option<&str>| -> Result<Arc<File>, SourceError> {
-                let path = beside(path, name.ok_or_else(|| bad("the name of a file"))?)?;
-                open_locked(&path, OpenMode::ReadOnly)
-                    .map_err(|e| crate::open::OpenError::new(&path, e).into())
-            };
-            let end = at + sectors * SECTOR;
-            let extent = match kind {
-                "FLAT" | "VMFS" => {
-                    let file = open(name)?;
-                    let offset: u64 = match tail.trim() {
-                        "" => 0,
-                        text => text
-                            .parse::<u64>()
-                            .ok()
-                            .and_then(|offset| offset.checked_mul(SECTOR))
-                            .ok_or_else(|| bad("an offset in sectors"))?,
-                    };
-                    if offset
-                        .checked_add(end - at)
-                        .is_none_or(|end| length(&file).map_or(true, |len| end > len))
-                    {
-                        return Err(bad("a file that is long enough"));
-                    }
-                    Extent::Flat { file, offset }
-                }
-                "SPARSE" => {
-                    let (sparse, capacity) = Sparse::open(open(name)?)?;
-                    if capacity < sectors {
-                        return Err(bad("a sparse extent that is large enough"));
-                    }
-                    Extent::Sparse(Box::new(sparse))
-                }
-                "ZERO" => Extent::Zero,
-                other => {
-                    return Err(SourceError::Unsupported(format!(
-                        "is a VMDK with an extent of the type {other:?}; FLAT, VMFS, SPARSE and ZERO can be read"
-                    )));
-                }
-            };
+            let (len, extent) = extent(path, number + 1, line, at)?;
+            let end = at + len;
             extents.push((at, end, extent));
             at = end;
         }
@@ -200,6 +143,70 @@ impl Vmdk {
             .map(|(start, end, extent)| (*start, *end, extent))
             .ok_or_else(|| SourceError::Unsupported(format!("{offset:#x} is outside the disk")))
     }
+}
+
+/// The extent of a line of the descriptor at `path`, which begins at `at` in the disk; its length in bytes too.
+fn extent(path: &Path, number: usize, line: &str, at: u64) -> Result<(u64, Extent), SourceError> {
+    let bad = |expected: &str| {
+        corrupt(
+            "VMDK descriptor",
+            0,
+            format!("expected {expected} in line {number}, found {line:?}"),
+        )
+    };
+    let (head, name, tail) = match line.split('"').collect::<Vec<_>>()[..] {
+        [head, name, tail] => (head, Some(name), tail),
+        [head] => (head, None, ""),
+        _ => return Err(bad("one name in quotes")),
+    };
+    let words: Vec<&str> = head.split_whitespace().collect();
+    let [_, sectors, kind] = words[..] else {
+        return Err(bad("access, size and type of an extent"));
+    };
+    let sectors: u64 = sectors.parse().map_err(|_| bad("a number of sectors"))?;
+    if sectors == 0 || at / SECTOR + sectors.min(MAX_SECTORS + 1) > MAX_SECTORS {
+        return Err(bad("sectors of a disk of up to 64 TiB"));
+    }
+    let open = |name: Option<&str>| -> Result<Arc<File>, SourceError> {
+        let path = beside(path, name.ok_or_else(|| bad("the name of a file"))?)?;
+        open_locked(&path, OpenMode::ReadOnly)
+            .map_err(|e| crate::open::OpenError::new(&path, e).into())
+    };
+    let len = sectors * SECTOR;
+    let extent = match kind {
+        "FLAT" | "VMFS" => {
+            let file = open(name)?;
+            let offset: u64 = match tail.trim() {
+                "" => 0,
+                text => text
+                    .parse::<u64>()
+                    .ok()
+                    .and_then(|offset| offset.checked_mul(SECTOR))
+                    .ok_or_else(|| bad("an offset in sectors"))?,
+            };
+            if offset
+                .checked_add(len)
+                .is_none_or(|end| length(&file).map_or(true, |held| end > held))
+            {
+                return Err(bad("a file that is long enough"));
+            }
+            Extent::Flat { file, offset }
+        }
+        "SPARSE" => {
+            let (sparse, capacity) = Sparse::open(open(name)?)?;
+            if capacity < sectors {
+                return Err(bad("a sparse extent that is large enough"));
+            }
+            Extent::Sparse(Box::new(sparse))
+        }
+        "ZERO" => Extent::Zero,
+        other => {
+            return Err(SourceError::Unsupported(format!(
+                "is a VMDK with an extent of the type {other:?}; FLAT, VMFS, SPARSE and ZERO can be read"
+            )));
+        }
+    };
+    Ok((len, extent))
 }
 
 /// Refuses an extent whose own descriptor names a parent, which holds what the extent does not.
@@ -472,14 +479,17 @@ impl Source for Vmdk {
                 len = len.min(sparse.grain - (at - start) % sparse.grain);
             }
             let (part, rest) = left.split_at_mut(len as usize);
-            match extent {
-                Extent::Zero => part.fill(0),
-                Extent::Flat { file, offset } => {
-                    file.read_exact_at(part, *offset + (at - start))
-                        .map_err(|e| SourceError::io(format!("read the disk at {at:#x}"), e))?
+            let filled = match extent {
+                Extent::Zero => {
+                    part.fill(0);
+                    Ok(())
                 }
-                Extent::Sparse(sparse) => sparse.read(part, at - start)?,
-            }
+                Extent::Flat { file, offset } => file
+                    .read_exact_at(part, *offset + (at - start))
+                    .map_err(|e| SourceError::io(format!("read the disk at {at:#x}"), e)),
+                Extent::Sparse(sparse) => sparse.read(part, at - start),
+            };
+            filled?;
             at += len;
             left = rest;
         }

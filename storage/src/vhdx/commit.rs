@@ -27,6 +27,8 @@ pub(super) struct Commit {
     pub regions: Vec<Region>,
     /// Where the metadata lie.
     pub metadata: Region,
+    /// What the headers announce.
+    pub announced: Level,
     /// The log that the headers name, from the announcement until the close.
     pub log: Option<LogWriter>,
     /// The copy of the region table that the announcement has to repair.
@@ -72,37 +74,29 @@ impl Vhdx {
     ) -> Result<(), DiskError> {
         let mut commit = lock(&self.commit);
         self.unless_poisoned()?;
-        let announced = lock(&self.state).announced;
         if let Some(guid) = data_write_guid {
             self.update_header(&mut commit.headers, |header| {
                 header.file_write_guid = Guid::random();
                 header.data_write_guid = guid;
             })?;
-        } else if announced < level {
+            commit.announced = Level::Data;
+        } else if commit.announced < level {
             self.change_identifiers(&mut commit, level)?;
         }
-        {
-            let mut state = lock(&self.state);
-            state.announced = state.announced.max(level);
-        }
-        self.open_log(&mut commit).map(drop)
+        self.open_log(&mut commit)
     }
 
-    /// The open log of an announced file; announces it first where that has not been done.
-    pub(super) fn open_log<'a>(
-        &self,
-        commit: &'a mut Commit,
-    ) -> Result<&'a mut LogWriter, DiskError> {
+    /// Opens the log of a file that is announced; announces it first where that has not been done.
+    pub(super) fn open_log(&self, commit: &mut Commit) -> Result<(), DiskError> {
         if commit.log.is_none() {
-            if lock(&self.state).announced == Level::Untouched {
+            if commit.announced == Level::Untouched {
                 // A close has come between a change and its commit.
                 self.change_identifiers(commit, Level::Data)?;
-                lock(&self.state).announced = Level::Data;
             }
             commit.log = Some(self.start_log(commit)?);
-            lock(&self.state).logged = true;
         }
-        commit.log.as_mut().ok_or(DiskError::Poisoned)
+        lock(&self.state).announced = commit.announced;
+        Ok(())
     }
 
     fn change_identifiers(&self, commit: &mut Commit, level: Level) -> Result<(), DiskError> {
@@ -111,7 +105,9 @@ impl Vhdx {
             if level == Level::Data {
                 header.data_write_guid = Guid::random();
             }
-        })
+        })?;
+        commit.announced = level;
+        Ok(())
     }
 
     fn update_header(
@@ -292,7 +288,7 @@ impl Vhdx {
             let flights = &state.flights;
             state
                 .space
-                .to_scrub(|epoch| flights.is_over(epoch), need || self.punch_holes)
+                .start_scrub(|epoch| flights.is_over(epoch), need || self.punch_holes)
         };
         let medium = &*self.view.medium;
         let mut scrubbed = 0;
@@ -401,17 +397,15 @@ impl Vhdx {
     /// Brings the file to its clean state.
     pub(super) fn close_all(&self) -> Result<(), DiskError> {
         let mut commit = lock(&self.commit);
+        self.unless_poisoned()?;
         if commit.log.is_none() {
             return Ok(());
         }
         self.commit_under(&mut commit)?;
         // What the commit wrote in place.
         self.sync(commit.log.as_mut())?;
-        {
-            let mut state = lock(&self.state);
-            state.announced = Level::Untouched;
-            state.logged = false;
-        }
+        lock(&self.state).announced = Level::Untouched;
+        commit.announced = Level::Untouched;
         commit.log = None;
         for _ in 0..2 {
             self.update_header(&mut commit.headers, |header| header.log_guid = Guid::ZERO)?;

@@ -77,10 +77,8 @@ pub(super) struct State {
     /// Writes in flight that change metadata when they are over, by the number of their ticket.
     pub writes: HashMap<u64, (u64, Vec<Change>)>,
     pub next_write: u64,
-    /// What the headers have announced.
+    /// What the headers have announced, with a log to go with it.
     pub announced: Level,
-    /// They name a log.
-    pub logged: bool,
     /// A sync has failed: nobody knows what is durable.
     pub poisoned: bool,
     /// A commit wrote pages in place that no sync has made durable.

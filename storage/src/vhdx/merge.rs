@@ -124,13 +124,13 @@ impl Vhdx {
                 continue;
             };
             match found {
-                Found::Below => {}
                 // What a trim leaves has to read as zeros in the parent too.
                 Found::Zeros(BlockState::Zero | BlockState::Unmapped | BlockState::Undefined) => {
                     parent.write_zeroes(range, true)?;
                     merged.cleared += range.len();
                 }
-                Found::Zeros(
+                Found::Below
+                | Found::Zeros(
                     BlockState::NotPresent
                     | BlockState::FullyPresent
                     | BlockState::PartiallyPresent,

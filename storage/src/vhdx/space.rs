@@ -194,7 +194,11 @@ impl Space {
 
     /// Looks which space has no more requests on it, then gives what is to be scrubbed: offsets and lengths. Where
     /// `all` is not set, old bytes stay until there is need.
-    pub(super) fn to_scrub(&mut self, is_over: impl Fn(u64) -> bool, all: bool) -> Vec<(u64, u64)> {
+    pub(super) fn start_scrub(
+        &mut self,
+        is_over: impl Fn(u64) -> bool,
+        all: bool,
+    ) -> Vec<(u64, u64)> {
         for pending in self.pending.values_mut() {
             if let Stage::Draining { epoch } = pending.stage
                 && is_over(epoch)
@@ -330,6 +334,8 @@ impl Tail {
     pub(super) fn grown(self, medium: &dyn Medium, len: u64, block_size: u64) -> io::Result<u64> {
         if medium.len()? > self.zeroed {
             medium.set_len(self.zeroed)?;
+            // Or a cut could keep the growth and lose this, and what was cut off would show.
+            medium.sync_data()?;
         }
         let too_long = || io::Error::from(io::ErrorKind::FileTooLarge);
         let needed = self.next.checked_add(len).ok_or_else(too_long)?;

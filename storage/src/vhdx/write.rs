@@ -30,7 +30,7 @@ impl State {
         if self.poisoned {
             return Err(DiskError::Poisoned.into());
         }
-        if self.announced < level || !self.logged {
+        if self.announced < level {
             return Err(Stop::Announcement(level));
         }
         if self.pages.dirty() >= MAX_DIRTY {
@@ -47,13 +47,12 @@ impl State {
     /// Gives an absent block, which reads as zeros and not as its parent, its space.
     pub(super) fn fill(&mut self, block: u64, entry: Entry) -> Result<(), Stop> {
         let size = self.layout.block_size;
-        let offset = match self.space.take_anchor(block, entry.offset) {
-            Some(own) => own,
-            None => {
-                let offset = self.allocate(size)?;
-                self.space.drop_anchor(block, entry.offset, size);
-                offset
-            }
+        let offset = if let Some(own) = self.space.take_anchor(block, entry.offset) {
+            own
+        } else {
+            let offset = self.allocate(size)?;
+            self.space.drop_anchor(block, entry.offset, size);
+            offset
         };
         // Space for blocks reads as zeros, as the block did, so the rest of it needs no filling, and the entry may become
         // durable before the data is.
@@ -167,10 +166,7 @@ impl Vhdx {
     ) -> Result<(), Stop> {
         let (offset, change) = self.with_pages(|state| {
             let entry = state.block(block)?;
-            if entry.state == BlockState::FullyPresent
-                && state.announced == Level::Data
-                && state.logged
-            {
+            if entry.state == BlockState::FullyPresent && state.announced == Level::Data {
                 return if state.poisoned {
                     Err(DiskError::Poisoned.into())
                 } else {
@@ -179,13 +175,12 @@ impl Vhdx {
             }
             state.ready(Level::Data)?;
             match entry.state {
-                BlockState::FullyPresent => {}
+                BlockState::FullyPresent | BlockState::PartiallyPresent => {}
                 BlockState::NotPresent if state.layout.has_parent => state.cover(block)?,
                 BlockState::NotPresent
                 | BlockState::Undefined
                 | BlockState::Zero
                 | BlockState::Unmapped => state.fill(block, entry)?,
-                BlockState::PartiallyPresent => {}
             }
             let entry = state.block(block)?;
             let change = match entry.state {

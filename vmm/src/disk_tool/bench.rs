@@ -1,5 +1,6 @@
 //! `coppice disk bench`: the engine on a VHDX beside the same engine on a raw file, and peers beside both.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -109,8 +110,9 @@ impl Bench {
             let raw = self.measure(scratch.path(), Format::Raw, 1, *case, watch)?;
             let vhdx = self.measure(scratch.path(), Format::Vhdx, 1, *case, watch)?;
             let ratio = vhdx.rate / raw.rate;
-            text += &format!(
-                "{:<10} {:>6} {:>5} {:<10} {:>12.0} {:>12.0} {:>6.2} {:>10.1?} {:>10.1?}\n",
+            let _ = writeln!(
+                text,
+                "{:<10} {:>6} {:>5} {:<10} {:>12.0} {:>12.0} {:>6.2} {:>10.1?} {:>10.1?}",
                 case.operation.name(),
                 human(case.len).replace("iB", "").replace(' ', ""),
                 case.depth,
@@ -134,8 +136,9 @@ impl Bench {
             });
             if case.operation == Operation::Read {
                 let chain = self.measure(scratch.path(), Format::Vhdx, LAYERS, *case, watch)?;
-                text += &format!(
-                    "{:>46} {LAYERS} layers {:>12.0} {:>6.2} of one\n",
+                let _ = writeln!(
+                    text,
+                    "{:>46} {LAYERS} layers {:>12.0} {:>6.2} of one",
                     "",
                     chain.rate,
                     chain.rate / vhdx.rate
@@ -147,7 +150,7 @@ impl Bench {
         }
         let mut json = json!({"folder": self.folder, "size": self.size.0, "cases": rows});
         if self.peer {
-            let (peers, table) = self.peers(scratch.path(), watch)?;
+            let (peers, table) = peers(scratch.path(), watch)?;
             json["sparse_allocation"] = peers;
             text += &table;
         }
@@ -298,76 +301,72 @@ impl Bench {
             p99: at(99),
         })
     }
+}
 
-    /// 4 KiB every MiB into an empty disk with blocks of 1 MiB, flushed at the end.
-    fn peers(
-        &self,
-        folder: &Path,
-        watch: &Watch,
-    ) -> Result<(serde_json::Value, String), ToolError> {
-        const COUNT: u64 = 1000;
-        const STEP: u64 = 1 << 20;
-        let size = (COUNT + 24) * STEP;
-        let mut json = serde_json::Map::new();
-        let mut text = format!("\n{COUNT} writes of 4 KiB, one every MiB, into an empty disk:\n");
-        let mut tell = |name: &str, each: Duration| {
-            text += &format!("{name:<12} {:>10.1?} each\n", each);
-            json.insert(
-                format!("{name}_us").replace(' ', "_"),
-                (each.as_secs_f64() * 1e6).into(),
-            );
-        };
-        let path = folder.join("sparse");
-        let options = CreateOptions {
-            block_size: 1 << 20,
-            ..CreateOptions::new(size)
-        };
-        Vhdx::create(&path, &options)?;
-        let disk = storage::open(&path, &OpenOptions::default())?;
-        let mut queue = DiskQueue::new(Arc::clone(&disk), EngineKind::Auto)
-            .map_err(ToolError::io("start the engine"))?;
-        let started = Instant::now();
-        // As many at a time as qemu-img bench has, 64.
-        for at in 0..COUNT {
-            if let Some(range) = ByteRange::new(at * STEP, 4096) {
-                queue.submit(Request::Write(range), OwnedBuffer::new(vec![0x5A; 4096]));
-            }
-            if at % 64 == 63 || at == COUNT - 1 {
-                queue.drain();
-                while let Some(completion) = queue.completion() {
-                    completion
-                        .result
-                        .map_err(|error| ToolError::Refused(format!("bench: {error}")))?;
-                }
+/// 4 KiB every MiB into an empty disk with blocks of 1 MiB, flushed at the end.
+fn peers(folder: &Path, watch: &Watch) -> Result<(serde_json::Value, String), ToolError> {
+    const COUNT: u64 = 1000;
+    const STEP: u64 = 1 << 20;
+    let size = (COUNT + 24) * STEP;
+    let mut json = serde_json::Map::new();
+    let mut text = format!("\n{COUNT} writes of 4 KiB, one every MiB, into an empty disk:\n");
+    let mut tell = |name: &str, each: Duration| {
+        let _ = writeln!(text, "{name:<12} {each:>10.1?} each");
+        json.insert(
+            format!("{name}_us").replace(' ', "_"),
+            (each.as_secs_f64() * 1e6).into(),
+        );
+    };
+    let path = folder.join("sparse");
+    let options = CreateOptions {
+        block_size: 1 << 20,
+        ..CreateOptions::new(size)
+    };
+    Vhdx::create(&path, &options)?;
+    let disk = storage::open(&path, &OpenOptions::default())?;
+    let mut queue = DiskQueue::new(Arc::clone(&disk), EngineKind::Auto)
+        .map_err(ToolError::io("start the engine"))?;
+    let started = Instant::now();
+    // As many at a time as qemu-img bench has, 64.
+    for at in 0..COUNT {
+        if let Some(range) = ByteRange::new(at * STEP, 4096) {
+            queue.submit(Request::Write(range), OwnedBuffer::new(vec![0x5A; 4096]));
+        }
+        if at % 64 == 63 || at == COUNT - 1 {
+            queue.drain();
+            while let Some(completion) = queue.completion() {
+                completion
+                    .result
+                    .map_err(|error| ToolError::Refused(format!("bench: {error}")))?;
             }
         }
-        disk.flush().map_err(ToolError::disk(&path, watch))?;
-        tell("coppice vhdx", started.elapsed() / COUNT as u32);
-        for (name, format, options) in [
-            ("qemu vhdx", "vhdx", "block_size=1048576"),
-            ("qemu qcow2", "qcow2", "cluster_size=65536"),
-            ("qemu raw", "raw", ""),
-        ] {
-            let path = folder.join(format);
-            let mut create = std::process::Command::new("qemu-img");
-            create.args(["create", "-q", "-f", format]);
-            if !options.is_empty() {
-                create.args(["-o", options]);
-            }
-            create.arg(&path).arg(size.to_string());
-            qemu(&mut create)?;
-            let started = Instant::now();
-            let mut bench = std::process::Command::new("qemu-img");
-            bench
-                .args(["bench", "-q", "-w", "-f", format, "-t", "writeback"])
-                .args(["-c", &COUNT.to_string(), "-s", "4096", "-S"])
-                .args([&STEP.to_string(), "-d", "64"])
-                .arg(&path);
-            qemu(&mut bench)?;
-            tell(name, started.elapsed() / COUNT as u32);
-        }
-        Ok((json.into(), text))
     }
+    disk.flush().map_err(ToolError::disk(&path, watch))?;
+    tell("coppice vhdx", started.elapsed() / COUNT as u32);
+    for (name, format, options) in [
+        ("qemu vhdx", "vhdx", "block_size=1048576"),
+        ("qemu qcow2", "qcow2", "cluster_size=65536"),
+        ("qemu raw", "raw", ""),
+    ] {
+        let path = folder.join(format);
+        let mut create = std::process::Command::new("qemu-img");
+        create.args(["create", "-q", "-f", format]);
+        if !options.is_empty() {
+            create.args(["-o", options]);
+        }
+        create.arg(&path).arg(size.to_string());
+        qemu(&mut create)?;
+        let started = Instant::now();
+        let mut bench = std::process::Command::new("qemu-img");
+        bench
+            .args(["bench", "-q", "-w", "-f", format, "-t", "writeback"])
+            .args(["-c", &COUNT.to_string(), "-s", "4096", "-S"])
+            .args([&STEP.to_string(), "-d", "64"])
+            .arg(&path);
+        qemu(&mut bench)?;
+        tell(name, started.elapsed() / COUNT as u32);
+    }
+    Ok((json.into(), text))
 }
 
 fn qemu(command: &mut std::process::Command) -> Result<(), ToolError> {

@@ -1,7 +1,7 @@
 //! `coppice disk`: virtual disks from the command line.
 //!
-//! A module a kind of work. Each operation gives an [`Answer`], which is shown to people or, with `--json`, to programs; errors are
-//! one line on standard error either way. What takes long is watched by [`Watch`]: a bar on a terminal, and an end in good order
+//! A module a kind of work. Each operation gives an `Answer`, which is shown to people or, with `--json`, to programs; errors are
+//! one line on standard error either way. What takes long is watched by `Watch`: a bar on a terminal, and an end in good order
 //! when a signal asks for it.
 
 mod bench;

@@ -76,7 +76,12 @@ fn a_failure_at_any_operation_loses_nothing_that_was_flushed() {
         let (mut flushed, mut failed) = (0, false);
         for step in 1..=6 {
             let written = write(&disk, &memory, u64::from(step) * 400 * BLOCK, 1, step);
-            let done = written.and_then(|()| disk.flush());
+            // A neighbour comes and goes, so that space is freed and used again.
+            let neighbour = ByteRange::new((u64::from(step) * 400 - 1) * MIB, MIB).unwrap();
+            let done = written
+                .and_then(|()| write(&disk, &memory, u64::from(step) * 400 * BLOCK - 3, 1, 77))
+                .and_then(|()| disk.discard(neighbour))
+                .and_then(|()| disk.flush());
             match done {
                 Ok(()) if !failed => flushed = step,
                 Ok(()) => {}
@@ -161,6 +166,50 @@ fn flushes_succeed_again_when_writes_of_metadata_do() {
             durable += 2;
         }
     }
+}
+
+#[test]
+fn a_failed_read_of_metadata_fails_that_request_alone() {
+    let memory = Memory::new(created(&options()));
+    let disk = opened(&memory, OpenMode::ReadWrite);
+    write(&disk, &memory, 0, 1, 1).unwrap();
+    memory.fail_reads(true);
+    // In another page of the table, which is not in memory.
+    let range = ByteRange::new(2000 * MIB, SECTOR).unwrap();
+    let mut out = Vec::new();
+    assert!(matches!(
+        disk.resolve_read(range, &mut out),
+        Err(DiskError::Io { .. })
+    ));
+    assert!(matches!(
+        disk.resolve_write(range, &mut out),
+        Err(DiskError::Io { .. })
+    ));
+    assert!(
+        disk.discard(ByteRange::new(2000 * MIB, MIB).unwrap())
+            .is_err()
+    );
+    assert!(out.is_empty());
+    disk.flush().unwrap();
+    memory.fail_reads(false);
+    write(&disk, &memory, 2000 * BLOCK, 1, 2).unwrap();
+    disk.flush().unwrap();
+    assert_eq!(value(&disk, &memory, 2000 * BLOCK).unwrap(), 2);
+}
+
+#[test]
+fn a_close_that_failed_does_not_succeed_later() {
+    let memory = Memory::new(created(&options()));
+    let disk = opened(&memory, OpenMode::ReadWrite);
+    write(&disk, &memory, 0, 1, 1).unwrap();
+    disk.flush().unwrap();
+    memory.fail(|_, op| matches!(op, Op::Write { offset, .. } if *offset < MIB).then(broken));
+    assert!(disk.close().is_err());
+    memory.fail(|_, _| None);
+    assert!(matches!(disk.close(), Err(DiskError::Poisoned)));
+    drop(disk);
+    let disk = opened(&memory, OpenMode::ReadWrite);
+    assert_eq!(value(&disk, &memory, 0).unwrap(), 1);
 }
 
 #[test]

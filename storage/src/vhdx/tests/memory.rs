@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use super::SECTOR;
@@ -12,7 +13,7 @@ use crate::medium::Medium;
 /// What a file holds: the sectors that are not zeros, and its length.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Contents {
-    sectors: BTreeMap<u64, Vec<u8>>,
+    sectors: BTreeMap<u64, Arc<Vec<u8>>>,
     pub len: u64,
 }
 
@@ -28,7 +29,7 @@ impl Contents {
             let sector = data / SECTOR;
             let mut bytes = vec![0; SECTOR as usize];
             file.read_exact_at(&mut bytes, sector * SECTOR).unwrap();
-            contents.sectors.insert(sector, bytes);
+            contents.sectors.insert(sector, Arc::new(bytes));
             at = (sector + 1) * SECTOR;
         }
         contents
@@ -44,8 +45,8 @@ impl Contents {
             let sector = self
                 .sectors
                 .entry(at / SECTOR)
-                .or_insert_with(|| vec![0; SECTOR as usize]);
-            sector[start..start + part.len()].copy_from_slice(part);
+                .or_insert_with(|| Arc::new(vec![0; SECTOR as usize]));
+            Arc::make_mut(sector)[start..start + part.len()].copy_from_slice(part);
             at += part.len() as u64;
             left = rest;
         }
@@ -80,7 +81,7 @@ impl Contents {
     fn set_len(&mut self, len: u64) {
         self.sectors.retain(|sector, _| sector * SECTOR < len);
         if let Some(last) = self.sectors.get_mut(&(len / SECTOR)) {
-            last[(len % SECTOR) as usize..].fill(0);
+            Arc::make_mut(last)[(len % SECTOR) as usize..].fill(0);
         }
         self.len = len;
     }
@@ -108,18 +109,25 @@ pub(super) enum Op {
 /// Whether an operation, by its number and what it is, fails.
 type Fault = Box<dyn Fn(usize, &Op) -> Option<io::Error> + Send>;
 
+/// Counts what is done to any file of a test.
+pub(super) type Clock = Arc<AtomicUsize>;
+
 #[derive(Default)]
 struct Inner {
     contents: Contents,
-    ops: Vec<Op>,
+    /// What was done, and when.
+    ops: Vec<(usize, Op)>,
     fault: Option<Fault>,
     /// Operations that were tried.
     tried: usize,
+    /// Whether reads fail.
+    unreadable: bool,
 }
 
 /// The double.
 pub(super) struct Memory {
     inner: Mutex<Inner>,
+    clock: Clock,
     nothing: Arc<File>,
 }
 
@@ -131,7 +139,13 @@ impl std::fmt::Debug for Memory {
 
 impl Memory {
     pub(super) fn new(contents: Contents) -> Arc<Self> {
+        Self::timed(contents, &Clock::default())
+    }
+
+    /// A file whose operations are counted together with those of others.
+    pub(super) fn timed(contents: Contents, clock: &Clock) -> Arc<Self> {
         Arc::new(Self {
+            clock: Arc::clone(clock),
             inner: Mutex::new(Inner {
                 contents,
                 ..Inner::default()
@@ -145,11 +159,17 @@ impl Memory {
     }
 
     pub(super) fn ops(&self) -> Vec<Op> {
+        let inner = self.inner.lock().unwrap();
+        inner.ops.iter().map(|(_, op)| op.clone()).collect()
+    }
+
+    /// What was done to this file, each with its number among all that was done.
+    pub(super) fn timed_ops(&self) -> Vec<(usize, Op)> {
         self.inner.lock().unwrap().ops.clone()
     }
 
     pub(super) fn count(&self) -> usize {
-        self.inner.lock().unwrap().ops.len()
+        self.clock.load(Ordering::SeqCst)
     }
 
     /// From now on `fault` decides what fails; it sees numbers from 0.
@@ -159,15 +179,25 @@ impl Memory {
         inner.fault = Some(Box::new(fault));
     }
 
+    /// From now on reads fail, or do not.
+    pub(super) fn fail_reads(&self, fail: bool) {
+        self.inner.lock().unwrap().unreadable = fail;
+    }
+
     fn perform(&self, op: Op) -> io::Result<()> {
         let mut inner = self.inner.lock().unwrap();
         let number = inner.tried;
         inner.tried += 1;
         if let Some(error) = inner.fault.as_ref().and_then(|fault| fault(number, &op)) {
+            // As a write that ran out of space half-way.
+            if let Op::Write { offset, bytes } = &op {
+                inner.contents.write(&bytes[..bytes.len() / 2], *offset);
+            }
             return Err(error);
         }
         inner.contents.apply(&op);
-        inner.ops.push(op);
+        let now = self.clock.fetch_add(1, Ordering::SeqCst);
+        inner.ops.push((now, op));
         Ok(())
     }
 }
@@ -204,7 +234,11 @@ impl Medium for Arc<Memory> {
 
 impl Medium for Memory {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.lock().unwrap().contents.read(buffer, offset)
+        let inner = self.inner.lock().unwrap();
+        if inner.unreadable {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
+        inner.contents.read(buffer, offset)
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

@@ -7,6 +7,7 @@ mod files;
 mod hostile;
 mod memory;
 mod model;
+mod power;
 mod rearrange;
 mod states;
 
