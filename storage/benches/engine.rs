@@ -36,7 +36,7 @@ fn reads(criterion: &mut Criterion) {
                 let options = OpenOptions {
                     read_only: true,
                     format: Some(Format::Raw),
-                    ..storage::OpenOptions::default()
+                    ..OpenOptions::default()
                 };
                 let disk = storage::open(file.path(), &options).expect("open the disk");
                 let mut queue = DiskQueue::new(disk, kind).expect("engine");

@@ -322,7 +322,7 @@ fn damaged_sources_are_refused_or_read_and_never_harm() {
     let small = folder.path().join("small.raw");
     let file = std::fs::File::create(&small).unwrap();
     file.set_len(3 * MIB).unwrap();
-    file.write_all_at(&[0x5A; 200_000], 100_000).unwrap();
+    file.write_all_at(&vec![0x5A; 200_000], 100_000).unwrap();
     for (name, options) in [
         ("qcow2", "compat=1.1"),
         ("vpc", "subformat=dynamic"),

@@ -76,6 +76,8 @@ pub(super) struct State {
     pub flights: Flights,
     /// Writes in flight that change metadata when they are over, by the number of their ticket.
     pub writes: HashMap<u64, (u64, Vec<Change>)>,
+    /// What the parents hold of blocks that were asked for; nothing where that is not worth to be kept.
+    pub below: HashMap<u64, Arc<[Extent]>>,
     pub next_write: u64,
     /// What the headers have announced, with a log to go with it.
     pub announced: Level,
@@ -134,6 +136,10 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Blocks of which is remembered what the parents hold. With blocks of 2 MiB they are 2 GiB of the disk.
+const KEPT_BELOW: usize = 1024;
+/// Most extents of such a block.
+const FEW: usize = 4;
 /// The ticket of a write that changes metadata has this bit.
 const CHANGES: u64 = 1 << 63;
 
@@ -324,6 +330,23 @@ impl Vhdx {
         if below.is_empty() {
             return Ok(());
         }
+        for range in below {
+            match self.known_below(range.offset() / self.block_size)? {
+                Some(known) => cut_out(&known, range, out, start),
+                None => self.resolve_below(vec![range], out, start)?,
+            }
+        }
+        in_order(out, start);
+        Ok(())
+    }
+
+    /// Resolves ranges through the parents alone.
+    fn resolve_below(
+        &self,
+        mut below: Vec<ByteRange>,
+        out: &mut Vec<Extent>,
+        start: usize,
+    ) -> Result<(), DiskError> {
         let mut layer = self.parent.as_deref();
         while let Some(parent) = layer
             && !below.is_empty()
@@ -342,8 +365,38 @@ impl Vhdx {
         for range in below {
             append_empty(out, start, range.offset(), range.len(), false);
         }
-        in_order(out, start);
         Ok(())
+    }
+
+    /// What the parents hold of a block, if that is few extents; then it is remembered, however many layers it took. `None`
+    /// where it is more, and where the parent may change.
+    fn known_below(&self, block: u64) -> Result<Option<Arc<[Extent]>>, DiskError> {
+        if let Some(known) = lock(&self.state).below.get(&block) {
+            return Ok((!known.is_empty()).then(|| Arc::clone(known)));
+        }
+        let is_settled = self
+            .parent
+            .as_ref()
+            .is_some_and(|parent| parent.is_read_only());
+        let start = block * self.block_size;
+        let end = (start + self.block_size).min(self.size.load(Ordering::Relaxed));
+        let whole = ByteRange::new(start, end.saturating_sub(start));
+        let Some(whole) = whole.filter(|_| is_settled) else {
+            return Ok(None);
+        };
+        let mut extents = Vec::new();
+        self.resolve_below(vec![whole], &mut extents, 0)?;
+        in_order(&mut extents, 0);
+        if extents.len() > FEW {
+            extents.clear();
+        }
+        let known: Arc<[Extent]> = extents.into();
+        let mut state = lock(&self.state);
+        if state.below.len() >= KEPT_BELOW {
+            state.below.clear();
+        }
+        state.below.insert(block, Arc::clone(&known));
+        Ok((!known.is_empty()).then_some(known))
     }
 
     /// Maps a range through all layers from number `layer`, the deepest of which is `until` if that is given.
@@ -467,6 +520,25 @@ fn join_mappings(out: &mut Vec<Mapping>, start: usize) {
                 last.len += next.len;
             }
             Some(_) | None => out.push(next),
+        }
+    }
+}
+
+/// Appends the part of known extents that lies in a range.
+fn cut_out(known: &[Extent], range: ByteRange, out: &mut Vec<Extent>, start: usize) {
+    for extent in known {
+        let from = extent.offset.max(range.offset());
+        let to = (extent.offset + extent.len).min(range.end());
+        if from >= to {
+            continue;
+        }
+        match &extent.kind {
+            ExtentKind::Data { file, file_offset } => {
+                let at = file_offset + (from - extent.offset);
+                append_data(out, start, file, from, to - from, at);
+            }
+            ExtentKind::Zero => append_empty(out, start, from, to - from, true),
+            ExtentKind::Unmapped => append_empty(out, start, from, to - from, false),
         }
     }
 }

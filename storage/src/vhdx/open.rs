@@ -287,6 +287,7 @@ impl Layer {
                 space: Space::of(&found),
                 flights: Flights::default(),
                 writes: HashMap::new(),
+                below: HashMap::new(),
                 next_write: 0,
                 announced: Level::Untouched,
                 poisoned: false,

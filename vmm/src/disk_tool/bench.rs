@@ -149,6 +149,9 @@ impl Bench {
             rows.push(row);
         }
         let mut json = json!({"folder": self.folder, "size": self.size.0, "cases": rows});
+        let (opens, table) = opens(scratch.path())?;
+        json["open"] = opens;
+        text += &table;
         if self.peer {
             let (peers, table) = peers(scratch.path(), watch)?;
             json["sparse_allocation"] = peers;
@@ -301,6 +304,58 @@ impl Bench {
             p99: at(99),
         })
     }
+}
+
+/// What it takes to open disks, and to keep them open.
+fn opens(folder: &Path) -> Result<(serde_json::Value, String), ToolError> {
+    const MANY: u64 = 64;
+    let failed = || ToolError::io("read /proc/self/statm");
+    let path = folder.join("large");
+    Vhdx::create(&path, &CreateOptions::new(64 << 40))?;
+    let before = resident().map_err(failed())?;
+    let started = Instant::now();
+    let disk = storage::open(&path, &OpenOptions::default())?;
+    let took = started.elapsed();
+    let large = resident().map_err(failed())?.saturating_sub(before);
+    drop(disk);
+    let before = resident().map_err(failed())?;
+    let mut disks = Vec::new();
+    for number in 0..MANY {
+        let path = folder.join(format!("small{number}"));
+        Vhdx::create(&path, &CreateOptions::new(10 << 30))?;
+        let disk = storage::open(&path, &OpenOptions::default())?;
+        // In use: some blocks written, and their pages in memory.
+        for block in 0..16 {
+            storage::blocking::write_at(&*disk, &[1; 4096], block * (640 << 20)).map_err(
+                |error| ToolError::Disk {
+                    path: path.clone(),
+                    error,
+                },
+            )?;
+        }
+        disks.push(disk);
+    }
+    let each = resident().map_err(failed())?.saturating_sub(before) / MANY;
+    let millis = took.as_secs_f64() * 1e3;
+    Ok((
+        json!({"ms_64_tib": millis, "bytes_64_tib": large, "bytes_10_gib": each}),
+        format!(
+            "\nopen of an empty disk of 64 TiB: {millis:.2} ms, {} of memory\nan open disk of 10 GiB, written here and there: {} of memory\n",
+            human(large),
+            human(each)
+        ),
+    ))
+}
+
+/// Bytes of memory that the process has.
+fn resident() -> std::io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/self/statm")?;
+    let pages: u64 = text
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse().ok())
+        .unwrap_or_default();
+    Ok(pages * rustix::param::page_size() as u64)
 }
 
 /// 4 KiB every MiB into an empty disk with blocks of 1 MiB, flushed at the end.
