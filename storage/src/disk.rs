@@ -287,7 +287,7 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn close(&self) -> Result<(), DiskError>;
 
     /// The disk as what it is, where it is a VHDX, for operations that no other format has.
-    fn as_vhdx(&self) -> Option<&Vhdx> {
+    fn into_vhdx(self: Arc<Self>) -> Option<Arc<Vhdx>> {
         None
     }
 }

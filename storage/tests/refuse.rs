@@ -21,7 +21,7 @@ fn refusal(path: &Path, format: Option<Format>) -> String {
             &OpenOptions {
                 read_only,
                 format,
-                ..storage::OpenOptions::default()
+                ..OpenOptions::default()
             },
         )
         .unwrap_err();
@@ -156,7 +156,7 @@ fn a_vhdx_with_a_damaged_identifier_does_not_pass_for_raw() {
         &OpenOptions {
             read_only: true,
             format: Some(Format::Raw),
-            ..storage::OpenOptions::default()
+            ..OpenOptions::default()
         },
     )
     .unwrap();
@@ -196,7 +196,7 @@ fn the_format_is_found_by_the_signature() {
         &OpenOptions {
             read_only: true,
             format: None,
-            ..storage::OpenOptions::default()
+            ..OpenOptions::default()
         },
     )
     .unwrap();

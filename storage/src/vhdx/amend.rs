@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
+use std::time::Duration;
 
 use super::bat::PAGE;
 use super::commit::Commit;
@@ -12,6 +13,9 @@ use super::metadata::{ItemAt, Metadata};
 use super::pages::{Bytes, blank, page_of};
 use crate::disk::DiskError;
 use crate::open::Refusal;
+
+/// How long requests in flight are waited for at once.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 /// A refusal of a file that was found sound when it was opened.
 pub(super) fn refused(refusal: Refusal) -> DiskError {
@@ -135,17 +139,31 @@ impl Vhdx {
     }
 
     /// Lets nobody begin to change something, and waits until every request is over that began before.
+    ///
+    /// Who is waited for may wait for this: a thread with requests in flight begins another. So this gives way after a while,
+    /// and tries again.
     pub(super) fn hold(&self, what: Held) {
-        let mut state = self
-            .changed
-            .wait_while(lock(&self.state), |state| state.held.is_some())
-            .unwrap_or_else(PoisonError::into_inner);
-        state.held = Some(what);
-        let epoch = state.flights.advance();
-        let over = self
-            .changed
-            .wait_while(state, |state: &mut State| !state.flights.is_over(epoch));
-        drop(over.unwrap_or_else(PoisonError::into_inner));
+        loop {
+            let mut state = self
+                .changed
+                .wait_while(lock(&self.state), |state| state.held.is_some())
+                .unwrap_or_else(PoisonError::into_inner);
+            state.held = Some(what);
+            let epoch = state.flights.advance();
+            let (mut state, waited) = self
+                .changed
+                .wait_timeout_while(state, PATIENCE, |state: &mut State| {
+                    !state.flights.is_over(epoch)
+                })
+                .unwrap_or_else(PoisonError::into_inner);
+            if !waited.timed_out() {
+                return;
+            }
+            state.held = None;
+            drop(state);
+            self.changed.notify_all();
+            std::thread::sleep(PATIENCE);
+        }
     }
 
     /// Ends what holds still.

@@ -801,7 +801,7 @@ impl Disk for Vhdx {
         }
     }
 
-    fn as_vhdx(&self) -> Option<&Vhdx> {
+    fn into_vhdx(self: Arc<Self>) -> Option<Arc<Vhdx>> {
         Some(self)
     }
 }

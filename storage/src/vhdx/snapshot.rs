@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -81,6 +81,29 @@ impl Vhdx {
             // What is reported is why it cannot be used.
             let _ = std::fs::remove_file(child);
         })
+    }
+
+    /// The file of the parent, for a disk whose file is at `path`.
+    pub fn parent_path(&self, path: &Path) -> Option<PathBuf> {
+        let folder = std::path::absolute(path).ok()?.parent()?.to_owned();
+        let candidates = self.locator()?.candidates(&folder);
+        candidates.into_iter().find(|path| path.exists())
+    }
+
+    /// Whether the parent could be opened for writing: nobody else uses it, and its file may be written.
+    ///
+    /// # Errors
+    /// See [`ChainError`].
+    pub fn check_parent_writable(&self) -> Result<(), ChainError> {
+        let parent = self
+            .parent
+            .as_ref()
+            .ok_or_else(|| DiskError::Unsupported("the disk has no parent".into()))?;
+        let file = parent.view.medium.file();
+        let tried = reopen_for_writing(file).map_err(ChainError::Refused)?;
+        lock::share(&tried)
+            .and_then(|()| lock::lock(file, OpenMode::ReadOnly))
+            .map_err(|e| ChainError::Refused(Refusal::Locked(e)))
     }
 
     /// Makes a chain, whose top is this disk, ready for the merge of its second layer into its third. Both can be written
@@ -277,7 +300,7 @@ pub fn children_in(
     folder: &Path,
     parent: &Path,
     but: Option<&Path>,
-) -> std::io::Result<Vec<std::path::PathBuf>> {
+) -> std::io::Result<Vec<PathBuf>> {
     let same = |a: &Path, b: &Path| {
         a.canonicalize()
             .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))

@@ -1,11 +1,14 @@
 //! What guests do to disks, and what other programs find there.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use rustix::process::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::api::expect_ok;
 use crate::guest::{Guest, Start, script_word};
 use crate::host::disk::{fsck_after_replay, fsck_clean, md5_of, to_raw};
 use crate::result::{Failure, Figures};
@@ -88,6 +91,92 @@ pub fn discard(out: &Path) -> Result<Figures, Failure> {
 
 /// The file that was not deleted is whole.
 pub fn check_discard(out: &Path, figures: &Figures) -> Result<(), Failure> {
+    check_ext4_write(out, figures)
+}
+
+/// Waits until the job of a drive is over.
+fn wait_for_job(socket: &Path, drive: &str) -> Result<Value, Failure> {
+    let path = format!("/drives/{drive}/job");
+    for _ in 0..1500 {
+        let job = expect_ok(socket, "GET", &path, &Value::Null)?;
+        if job["state"] != "Running" {
+            return Ok(job);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Failure::claim(format!("the job of {drive} does not end"))
+}
+
+/// The disk is snapshotted, made larger, committed twice and compacted while ext4 writes to it.
+pub fn online(out: &Path) -> Result<Figures, Failure> {
+    let base = own_disk(out)?;
+    let name = |file: &str| out.join(file).display().to_string();
+    let (top, next) = (name("top.vhdx"), name("next.vhdx"));
+    let made = Command::new("./coppice")
+        .args(["disk", "create", "--parent", &base, &top])
+        .status()
+        .map_err(Failure::io("run coppice disk"))?;
+    if !made.success() {
+        return Failure::claim("coppice disk create fails");
+    }
+    let script = "mount /dev/vda /mnt; \
+        (i=0; while true; do dd if=/dev/urandom of=/mnt/f$((i%4)) bs=64k count=8 2>/dev/null; sync; i=$((i+1)); \
+         echo ROUND $i SIZE $(cat /sys/block/vda/size) END; done) & read go; kill $!; wait; rm /mnt/f[0-3]; \
+        dd if=/dev/urandom of=/mnt/file bs=64k count=40 2>/dev/null; sync; echo MD5 $(md5sum /mnt/file); umount /mnt";
+    let socket = PathBuf::from("/tmp/online.sock");
+    let mut guest = Start::new()
+        .args(&["--api-sock", &socket.to_string_lossy()])
+        .args(&["--disk", &format!("{top},id=root")])
+        .script(script)
+        .spawn()?;
+    let mut round = 0;
+    let mut rounds = |guest: &Guest| {
+        round += 3;
+        while guest.console().contains(&format!("ROUND {round} ")) {
+            round += 1;
+        }
+        guest.wait_for(&format!("ROUND {round} "))
+    };
+    rounds(&guest)?;
+    let put =
+        |what: &str, body: Value| expect_ok(&socket, "PUT", &format!("/drives/root/{what}"), &body);
+    put("snapshot", json!({"path_on_host": next}))?;
+    rounds(&guest)?;
+    let sectors: u64 = guest
+        .line("ROUND 1 SIZE ")?
+        .split(' ')
+        .next()
+        .and_then(|text| text.parse().ok())
+        .ok_or_else(|| Failure::Claim("the guest tells no size".into()))?;
+    put("resize", json!({"size": (sectors << 9) + (64 << 20)}))?;
+    guest.wait_for(&format!("SIZE {} END", sectors + (64 << 11)))?;
+    let mut figures = Figures::new();
+    for (number, left) in [(1, &top), (2, &base)] {
+        put("commit", json!({}))?;
+        let job = wait_for_job(&socket, "root")?;
+        if job["state"] != "Done" || job["path_on_host"] != json!(left) {
+            return Failure::claim(format!("commit {number}: {job}"));
+        }
+        figures.insert(format!("commit_{number}_bytes"), job["total"].clone());
+        rounds(&guest)?;
+    }
+    put("compact", json!({}))?;
+    let job = wait_for_job(&socket, "root")?;
+    if job["state"] != "Done" {
+        return Failure::claim(format!("compaction: {job}"));
+    }
+    rounds(&guest)?;
+    guest.type_in("\n")?;
+    guest.expect_exit(0)?;
+    if Path::new(&top).exists() || Path::new(&next).exists() {
+        return Failure::claim("merged files are left behind");
+    }
+    figures.insert("md5".into(), json!(md5(&guest)?));
+    Ok(figures)
+}
+
+/// All that the guest wrote is on the base.
+pub fn check_online(out: &Path, figures: &Figures) -> Result<(), Failure> {
     check_ext4_write(out, figures)
 }
 

@@ -87,6 +87,11 @@ pub const ALL: &[Scenario] = &[
         disk::check_ext4_write,
     ),
     checked(
+        "a_disk_is_snapshotted_resized_committed_and_compacted_under_its_guest",
+        disk::online,
+        disk::check_online,
+    ),
+    checked(
         "discard_gives_space_back_and_keeps_data",
         disk::discard,
         disk::check_discard,

@@ -3,6 +3,7 @@
 //! As with Firecracker: 200 with JSON, or 204, for what was done; 400 with a `fault_message` for what was not, also for unknown paths and
 //! methods; 413 for a body that is too long.
 
+use std::path::PathBuf;
 use std::sync::{MutexGuard, PoisonError};
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -72,6 +73,45 @@ enum ActionType {
     FlushMetrics,
     InstanceStart,
     SendCtrlAltDel,
+}
+
+/// The body of `PUT /drives/{id}/snapshot`: the new file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Snapshot {
+    path_on_host: PathBuf,
+}
+
+/// The body of `PUT /drives/{id}/resize`: the size in bytes.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Resize {
+    size: u64,
+}
+
+/// The body of `PUT /drives/{id}/compact`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Compact {
+    #[serde(default)]
+    find_zeros: bool,
+}
+
+/// The body of `PUT /drives/{id}/commit`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Commit {}
+
+/// The body of `PUT /drives/{id}/job`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct JobUpdate {
+    state: JobState,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+enum JobState {
+    Cancelled,
 }
 
 /// The body of `PATCH /vm`.
@@ -177,6 +217,7 @@ fn route(
             ["version"] => tell(json!({"firecracker_version": env!("CARGO_PKG_VERSION")})),
             ["machine-config"] => tell(&control(context).config().machine_config),
             ["vm", "config"] => tell(control(context).config()),
+            ["drives", id, "job"] => tell(control(context).job(id)?),
             _ => Err(unknown()),
         },
         Method::PUT | Method::PATCH if body.is_empty() => Err(Fault::NoBody(method.clone())),
@@ -204,6 +245,28 @@ fn put(
                 return Err(Fault::OtherId);
             }
             control(context).set_drive(drive)?;
+        }
+        ["drives", id, "snapshot"] => {
+            let Snapshot { path_on_host } = parse(body)?;
+            control(context).snapshot_drive(id, &path_on_host)?;
+        }
+        ["drives", id, "resize"] => {
+            let Resize { size } = parse(body)?;
+            control(context).resize_drive(id, size)?;
+        }
+        ["drives", id, "compact"] => {
+            let Compact { find_zeros } = parse(body)?;
+            control(context).compact_drive(id, find_zeros)?;
+        }
+        ["drives", id, "commit"] => {
+            let Commit {} = parse(body)?;
+            control(context).commit_drive(id)?;
+        }
+        ["drives", id, "job"] => {
+            let JobUpdate {
+                state: JobState::Cancelled,
+            } = parse(body)?;
+            control(context).cancel_job(id)?;
         }
         ["machine-config"] => {
             let machine = parse(body)?;

@@ -158,6 +158,29 @@ fn a_guest_is_configured_started_and_ruled() {
         ),
         done
     );
+    let next = bench.path("next");
+    for (path, body) in [
+        ("snapshot", json!({"path_on_host": next})),
+        ("resize", json!({"size": 1 << 20})),
+        ("compact", json!({"find_zeros": true})),
+        ("commit", json!({})),
+        ("job", json!({"state": "Cancelled"})),
+    ] {
+        assert_eq!(
+            bench.put(&format!("/drives/root/{path}"), &body),
+            done,
+            "{path}"
+        );
+        let (status, _) = bench.put(&format!("/drives/none/{path}"), &body);
+        assert_eq!(status, 400, "{path}");
+        let (status, _) = bench.put(&format!("/drives/root/{path}"), &json!({"what": 1}));
+        assert_eq!(status, 400, "{path}");
+    }
+    assert_eq!(bench.get("/drives/root/job")["state"], "Done");
+    assert_eq!(
+        bench.get("/vm/config")["drives"][0]["path_on_host"],
+        "/base"
+    );
     assert_eq!(
         bench.put("/actions", &json!({"action_type": "FlushMetrics"})),
         done
@@ -172,7 +195,18 @@ fn a_guest_is_configured_started_and_ruled() {
     );
     assert_eq!(
         *bench.calls.lock().unwrap(),
-        ["pause", "resume", "replace root", "metrics", "ctrl-alt-del"]
+        [
+            "pause",
+            "resume",
+            "replace root",
+            "snapshot root disk next",
+            "resize root 1048576",
+            "compact root true",
+            "commit root",
+            "cancel root",
+            "metrics",
+            "ctrl-alt-del"
+        ]
     );
     let config = bench.get("/vm/config");
     assert_eq!(config["machine-config"]["mem_size_mib"], 512);

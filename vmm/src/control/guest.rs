@@ -1,7 +1,9 @@
 //! What control needs of a guest.
 
+use std::path::Path;
+
 use crate::config::DriveConfig;
-use crate::machine::{DeviceMetrics, Machine, MachineError, StartError};
+use crate::machine::{DeviceMetrics, DriveTask, JobStatus, Machine, MachineError, StartError};
 
 /// A started guest. It is [`Machine`], or a double in tests.
 pub trait Guest: Send {
@@ -19,6 +21,31 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::replace_drive`].
     fn replace_drive(&mut self, drive: &DriveConfig) -> Result<(), MachineError>;
+    /// Lets a drive go on in a new file.
+    ///
+    /// # Errors
+    /// See [`Machine::snapshot_drive`].
+    fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError>;
+    /// Makes a drive larger.
+    ///
+    /// # Errors
+    /// See [`Machine::resize_drive`].
+    fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError>;
+    /// Starts a job on a drive.
+    ///
+    /// # Errors
+    /// See [`Machine::start_job`].
+    fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError>;
+    /// The last job of a drive.
+    ///
+    /// # Errors
+    /// See [`Machine::job`].
+    fn job(&self, id: &str) -> Result<JobStatus, MachineError>;
+    /// Asks the job of a drive to stop.
+    ///
+    /// # Errors
+    /// See [`Machine::job`].
+    fn cancel_job(&self, id: &str) -> Result<(), MachineError>;
     /// The counters of its devices.
     fn metrics(&self) -> DeviceMetrics;
     /// Stops it for good and closes its disks.
@@ -40,6 +67,27 @@ impl Guest for Machine {
 
     fn replace_drive(&mut self, drive: &DriveConfig) -> Result<(), MachineError> {
         Machine::replace_drive(self, drive)
+    }
+
+    fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        Machine::snapshot_drive(self, id, path, new)
+    }
+
+    fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
+        Machine::resize_drive(self, id, size)
+    }
+
+    fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
+        Machine::start_job(self, id, task)
+    }
+
+    fn job(&self, id: &str) -> Result<JobStatus, MachineError> {
+        Ok(Machine::job(self, id)?.status())
+    }
+
+    fn cancel_job(&self, id: &str) -> Result<(), MachineError> {
+        Machine::job(self, id)?.cancel();
+        Ok(())
     }
 
     fn metrics(&self) -> DeviceMetrics {

@@ -10,6 +10,8 @@
 
 mod guest;
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -20,7 +22,7 @@ use crate::config::{
     MachineConfig, MetricsConfig, SerialConfig, VmConfig,
 };
 use crate::logging::{Log, LogError};
-use crate::machine::MachineError;
+use crate::machine::{DriveTask, JobStatus, MachineError};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 
 pub use guest::{Guest, LaunchError};
@@ -95,6 +97,8 @@ pub struct Control {
     log: Log,
     api: Arc<ApiMetrics>,
     metrics: Option<MetricsFile>,
+    /// Files that commits gave to drives, and that are in the configuration.
+    noted: BTreeMap<String, PathBuf>,
 }
 
 impl Control {
@@ -106,6 +110,7 @@ impl Control {
             log,
             api,
             metrics: None,
+            noted: BTreeMap::new(),
         }
     }
 
@@ -142,8 +147,27 @@ impl Control {
     }
 
     /// All that is configured.
-    pub fn config(&self) -> &VmConfig {
+    pub fn config(&mut self) -> &VmConfig {
+        self.note_commits();
         &self.config
+    }
+
+    /// A commit gives a drive another file when it gets that far.
+    fn note_commits(&mut self) {
+        let Life::Started { guest, .. } = &self.life else {
+            return;
+        };
+        for drive in &mut self.config.drives {
+            if let Ok(JobStatus {
+                path_on_host: Some(path),
+                ..
+            }) = guest.job(&drive.drive_id)
+                && self.noted.get(&drive.drive_id) != Some(&path)
+            {
+                drive.path_on_host.clone_from(&path);
+                self.noted.insert(drive.drive_id.clone(), path);
+            }
+        }
     }
 
     fn not_started(&self) -> Result<(), ControlError> {
@@ -200,6 +224,7 @@ impl Control {
     /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Machine`.
     pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
         self.guest()?;
+        self.note_commits();
         let id = &update.drive_id;
         let present = self
             .config
@@ -213,6 +238,78 @@ impl Control {
         self.guest()?.0.replace_drive(&drive)?;
         self.config.set_drive(drive);
         Ok(())
+    }
+
+    /// The file of a drive of a started guest.
+    fn drive_path(&mut self, id: &str) -> Result<PathBuf, ControlError> {
+        self.guest()?;
+        self.note_commits();
+        let drive = self.config.drives.iter().find(|drive| drive.drive_id == id);
+        drive
+            .map(|drive| drive.path_on_host.clone())
+            .ok_or_else(|| ControlError::NoDrive(id.to_owned()))
+    }
+
+    /// `PUT /drives/{id}/snapshot`: the disk goes on in a new file, and the old one stays as it is.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn snapshot_drive(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
+        let path = self.drive_path(id)?;
+        self.guest()?.0.snapshot_drive(id, &path, new)?;
+        for drive in &mut self.config.drives {
+            if drive.drive_id == id {
+                new.clone_into(&mut drive.path_on_host);
+            }
+        }
+        Ok(())
+    }
+
+    /// `PUT /drives/{id}/resize`: makes the disk larger.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), ControlError> {
+        self.drive_path(id)?;
+        Ok(self.guest()?.0.resize_drive(id, size)?)
+    }
+
+    /// `PUT /drives/{id}/compact`: starts the job.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn compact_drive(&mut self, id: &str, find_zeros: bool) -> Result<(), ControlError> {
+        self.drive_path(id)?;
+        let task = DriveTask::Compact { find_zeros };
+        Ok(self.guest()?.0.start_job(id, task)?)
+    }
+
+    /// `PUT /drives/{id}/commit`: starts the job.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn commit_drive(&mut self, id: &str) -> Result<(), ControlError> {
+        let top = self.drive_path(id)?;
+        self.noted.remove(id);
+        Ok(self.guest()?.0.start_job(id, DriveTask::Commit { top })?)
+    }
+
+    /// `GET /drives/{id}/job`: the last job of the drive.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn job(&mut self, id: &str) -> Result<JobStatus, ControlError> {
+        self.drive_path(id)?;
+        Ok(self.guest()?.0.job(id)?)
+    }
+
+    /// `PUT /drives/{id}/job`: asks the job to stop.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn cancel_job(&mut self, id: &str) -> Result<(), ControlError> {
+        self.drive_path(id)?;
+        Ok(self.guest()?.0.cancel_job(id)?)
     }
 
     /// `PUT /machine-config`.

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::*;
 use crate::logging::{LogFilter, LogFormat};
-use crate::machine::{DeviceMetrics, StartError};
+use crate::machine::{DeviceMetrics, DriveError, JobState, StartError};
 
 /// What was asked of a [`Double`], in order.
 pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
@@ -43,6 +43,49 @@ impl Guest for Double {
         }
     }
 
+    fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        self.call(format!("snapshot {id} {} {}", name(path), name(new)));
+        Ok(())
+    }
+
+    fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
+        self.call(format!("resize {id} {size}"));
+        Ok(())
+    }
+
+    fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
+        match task {
+            DriveTask::Compact { find_zeros } => self.call(format!("compact {id} {find_zeros}")),
+            DriveTask::Commit { .. } => self.call(format!("commit {id}")),
+        }
+        Ok(())
+    }
+
+    fn job(&self, id: &str) -> Result<JobStatus, MachineError> {
+        // The double has done all at once.
+        let calls = self.0.lock().unwrap();
+        if calls.iter().any(|call| call == &format!("commit {id}")) {
+            return Ok(JobStatus {
+                operation: "commit",
+                state: JobState::Done,
+                done: 5,
+                total: 5,
+                error: None,
+                path_on_host: Some("/base".into()),
+            });
+        }
+        Err(MachineError::Change {
+            drive: id.to_owned(),
+            source: DriveError::NoJob,
+        })
+    }
+
+    fn cancel_job(&self, id: &str) -> Result<(), MachineError> {
+        self.call(format!("cancel {id}"));
+        Ok(())
+    }
+
     fn metrics(&self) -> DeviceMetrics {
         self.call("metrics");
         DeviceMetrics {
@@ -71,7 +114,7 @@ pub(crate) fn control() -> Control {
 }
 
 /// A file that can be a kernel or a disk as far as control looks at it.
-pub(crate) fn file(folder: &Path, name: &str) -> std::path::PathBuf {
+pub(crate) fn file(folder: &Path, name: &str) -> PathBuf {
     let path = folder.join(name);
     std::fs::write(&path, [0; 512]).unwrap();
     path
@@ -288,6 +331,43 @@ fn a_drive_of_a_running_guest_gets_another_file_or_keeps_its_own() {
     assert_eq!(*calls.lock().unwrap(), ["replace broken", "replace a"]);
     assert_eq!(control.config().drives[0].path_on_host, new);
     assert_eq!(control.config().drives[1], before.drives[1]);
+}
+
+#[test]
+fn what_is_done_to_the_disk_of_a_running_guest_is_seen_in_its_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = Calls::default();
+    let mut control = running(folder.path(), &calls);
+    let next = folder.path().join("next");
+    assert!(matches!(
+        control.snapshot_drive("c", &next),
+        Err(ControlError::NoDrive(_))
+    ));
+    let old = control.config().drives[0].path_on_host.clone();
+    let old = old.file_name().unwrap().to_str().unwrap().to_owned();
+    control.snapshot_drive("a", &next).unwrap();
+    assert_eq!(control.config().drives[0].path_on_host, next);
+    control.resize_drive("a", 4096).unwrap();
+    control.compact_drive("a", true).unwrap();
+    assert!(control.job("a").is_err());
+    control.commit_drive("a").unwrap();
+    assert_eq!(control.job("a").unwrap().state, JobState::Done);
+    control.cancel_job("a").unwrap();
+    assert_eq!(control.config().drives[0].path_on_host, Path::new("/base"));
+    assert_eq!(
+        *calls.lock().unwrap(),
+        [
+            format!("snapshot a {old} next"),
+            "resize a 4096".into(),
+            "compact a true".into(),
+            "commit a".into(),
+            "cancel a".into()
+        ]
+    );
+    // Another file is not replaced by what a commit that is over has said.
+    let after = folder.path().join("after");
+    control.snapshot_drive("a", &after).unwrap();
+    assert_eq!(control.config().drives[0].path_on_host, after);
 }
 
 #[test]

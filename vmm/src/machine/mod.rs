@@ -9,10 +9,11 @@
 //! by one thread at a time.
 
 mod cmdline;
+mod drive_job;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +31,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError, BootSource, MmioDevice, Protocol};
 use crate::config::{DriveConfig, VmConfig};
 use crate::layout;
+pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
+
 use crate::vm::{Buses, VcpuExit, Vcpus, Vm, VmError, VmSettings};
 
 /// What the event loop serves.
@@ -48,6 +51,18 @@ pub enum GuestEnd {
     TripleFault,
     /// It cannot go on, for a reason that is not its own decision.
     Failed(String),
+}
+
+impl From<VcpuExit> for GuestEnd {
+    fn from(exit: VcpuExit) -> Self {
+        match exit {
+            VcpuExit::Shutdown => Self::PowerOff,
+            VcpuExit::Reset => Self::Reset,
+            VcpuExit::Crash => Self::Panic,
+            VcpuExit::TripleFault => Self::TripleFault,
+            VcpuExit::Failed(error) => Self::Failed(error.to_string()),
+        }
+    }
 }
 
 /// What a machine is given by the program that runs it.
@@ -126,6 +141,14 @@ pub enum MachineError {
         /// In what it differs.
         source: BlockError,
     },
+    /// The disk of a drive cannot be changed as was asked for.
+    #[error("drive {drive}: {source}")]
+    Change {
+        /// `drive_id`.
+        drive: String,
+        /// Why not.
+        source: DriveError,
+    },
     /// The guest has not read the keys typed before.
     #[error("the guest has not taken the last Ctrl-Alt-Del yet")]
     KeyboardBusy,
@@ -143,10 +166,15 @@ pub struct DeviceMetrics {
 pub struct Machine {
     vcpus: Vcpus,
     drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
+    /// The last job of each drive.
+    jobs: BTreeMap<String, Arc<DriveJob>>,
     entropy: Option<Arc<Mutex<VirtioRng>>>,
     keyboard: Arc<Mutex<I8042>>,
     console: SerialConsole,
 }
+
+/// How often an ending machine looks whether a job has stopped.
+const JOB_POLL: std::time::Duration = std::time::Duration::from_millis(5);
 
 /// Long enough that a guest does not wait for a free entry with the engine's ring full.
 const BLOCK_QUEUE_SIZE: u16 = 128;
@@ -289,6 +317,13 @@ fn only_first(on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Arc<dyn Fn(GuestEn
     })
 }
 
+fn changed(drive: &str, source: DriveError) -> MachineError {
+    MachineError::Change {
+        drive: drive.to_owned(),
+        source,
+    }
+}
+
 impl Machine {
     /// Builds the guest that `config` describes, adds its devices to the event loop, and lets it run.
     ///
@@ -366,15 +401,7 @@ impl Machine {
             config.machine_config.vcpu_count,
             &virtio,
         )?;
-        let on_exit = move |exit| {
-            on_end(match exit {
-                VcpuExit::Shutdown => GuestEnd::PowerOff,
-                VcpuExit::Reset => GuestEnd::Reset,
-                VcpuExit::Crash => GuestEnd::Panic,
-                VcpuExit::TripleFault => GuestEnd::TripleFault,
-                VcpuExit::Failed(error) => GuestEnd::Failed(error.to_string()),
-            });
-        };
+        let on_exit = move |exit| on_end(GuestEnd::from(exit));
         let ids: Vec<_> = subscribers
             .into_iter()
             .map(|subscriber| ops.add_subscriber(subscriber))
@@ -389,6 +416,7 @@ impl Machine {
             Ok(vcpus) => Ok(Self {
                 vcpus,
                 drives,
+                jobs: BTreeMap::new(),
                 entropy,
                 keyboard,
                 console,
@@ -448,20 +476,87 @@ impl Machine {
     /// `NoDrive`, `Drive`, `Replacement`; the drive then keeps its file.
     pub fn replace_drive(&mut self, config: &DriveConfig) -> Result<(), MachineError> {
         let id = &config.drive_id;
-        let drive = self
-            .drives
-            .get(id)
-            .ok_or_else(|| MachineError::NoDrive(id.clone()))?;
+        self.idle_drive(id)?;
         let disk = open_disk(config).map_err(|source| MachineError::Drive {
             drive: id.clone(),
             source,
         })?;
-        lock(drive)
+        lock(self.drive(id)?)
             .replace_disk(disk)
             .map_err(|source| MachineError::Replacement {
                 drive: id.clone(),
                 source,
             })
+    }
+
+    fn drive(&self, id: &str) -> Result<&Arc<Mutex<VirtioBlock>>, MachineError> {
+        self.drives
+            .get(id)
+            .ok_or_else(|| MachineError::NoDrive(id.to_owned()))
+    }
+
+    /// A drive without a job that is not over.
+    fn idle_drive(&self, id: &str) -> Result<&Arc<Mutex<VirtioBlock>>, MachineError> {
+        let drive = self.drive(id)?;
+        match self.jobs.get(id) {
+            Some(job) if !job.is_over() => Err(changed(id, DriveError::Busy(job.name()))),
+            Some(_) | None => Ok(drive),
+        }
+    }
+
+    /// Lets the disk of a drive, whose file is at `path`, go on in a new file at `new`, and keeps the old one as it is.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change`; the drive then keeps its file.
+    pub fn snapshot_drive(
+        &mut self,
+        id: &str,
+        path: &Path,
+        new: &Path,
+    ) -> Result<(), MachineError> {
+        lock(self.idle_drive(id)?)
+            .change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
+                Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
+            })
+            .map_err(|source| changed(id, source))
+    }
+
+    /// Makes the disk of a drive larger, and tells the guest.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change`; the drive then has its old size.
+    pub fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
+        let drive = self.idle_drive(id)?;
+        let resized = || -> Result<(), DriveError> {
+            // While the device serves the guest; then it looks at the size anew.
+            let disk = drive_job::vhdx(lock(drive).disk())?;
+            disk.resize(size, false)?;
+            lock(drive).change_disk(|disk| Ok(Arc::clone(disk)))
+        };
+        resized().map_err(|source| changed(id, source))
+    }
+
+    /// Starts a job on the disk of a drive.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change`.
+    pub fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
+        let drive = self.idle_drive(id)?;
+        let started = drive_job::vhdx(lock(drive).disk())
+            .and_then(|_| DriveJob::start(drive, task))
+            .map_err(|source| changed(id, source))?;
+        self.jobs.insert(id.to_owned(), started);
+        Ok(())
+    }
+
+    /// The last job of a drive.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change` where there was none.
+    pub fn job(&self, id: &str) -> Result<Arc<DriveJob>, MachineError> {
+        self.drive(id)?;
+        let job = self.jobs.get(id).cloned();
+        job.ok_or_else(|| changed(id, DriveError::NoJob))
     }
 
     /// The counters of the devices.
@@ -480,6 +575,13 @@ impl Machine {
     pub fn shutdown(mut self) {
         self.console.hang_up();
         self.vcpus.stop();
+        for job in self.jobs.values() {
+            job.cancel();
+        }
+        while self.jobs.values().any(|job| !job.is_over()) {
+            // They stop at the next block.
+            std::thread::sleep(JOB_POLL);
+        }
         for (id, drive) in &self.drives {
             let mut device = lock(drive);
             device.reset();

@@ -22,8 +22,8 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 
-use storage::Disk;
 use storage::io::{Completion, DiskQueue, EngineKind};
+use storage::{Disk, Geometry};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vmm_sys_util::eventfd::EventFd;
@@ -161,7 +161,27 @@ impl VirtioBlock {
     /// # Errors
     /// `Replacement` where the disk differs in what the driver has been promised: sector size, and being writable.
     pub fn replace_disk(&mut self, disk: Arc<dyn Disk>) -> Result<(), BlockError> {
-        let (old, new) = (self.disk.disk().geometry(), disk.geometry());
+        let old = self.disk.disk().geometry();
+        self.go_on_with(disk, &old)
+    }
+
+    /// Goes on with a disk that `change` makes of the present one, of which nothing is in flight meanwhile.
+    ///
+    /// # Errors
+    /// What `change` says; and as [`VirtioBlock::replace_disk`]. Then the device goes on with the disk it has.
+    pub fn change_disk<E: From<BlockError>>(
+        &mut self,
+        change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
+    ) -> Result<(), E> {
+        let old = self.disk.disk().geometry();
+        self.disk.drain();
+        self.finish();
+        let disk = change(self.disk.disk())?;
+        Ok(self.go_on_with(disk, &old)?)
+    }
+
+    fn go_on_with(&mut self, disk: Arc<dyn Disk>, old: &Geometry) -> Result<(), BlockError> {
+        let new = disk.geometry();
         if new.logical_sector != old.logical_sector {
             return Err(BlockError::Replacement("has another sector size"));
         }

@@ -191,6 +191,39 @@ fn a_disk_is_compacted_while_others_write_and_trim() {
 }
 
 #[test]
+fn who_has_requests_in_flight_and_begins_another_is_given_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    Vhdx::create(&path, &small()).unwrap();
+    let disk = open(&path, false);
+    for block in 0..6 {
+        put(&disk, block * BLOCK, 2, 1);
+    }
+    disk.discard(range(0, 3)).unwrap();
+    disk.flush().unwrap();
+    std::thread::scope(|scope| {
+        let compaction =
+            scope.spawn(|| disk.compact(CompactOptions::default(), &Unwatched).unwrap());
+        // One request is always in flight when the next begins, as on a device with a queue.
+        let mut before = None;
+        while !compaction.is_finished() {
+            for block in 3..6 {
+                let mut out = Vec::new();
+                let range = ByteRange::new(block * MIB, SECTOR).unwrap();
+                let next = disk.resolve_write(range, &mut out).unwrap();
+                if let Some(ticket) = before.replace(next) {
+                    disk.finish(ticket, true);
+                }
+            }
+        }
+        if let Some(ticket) = before {
+            disk.finish(ticket, true);
+        }
+        compaction.join().unwrap();
+    });
+}
+
+#[test]
 fn space_of_trimmed_blocks_is_used_again_before_the_file_grows_also_after_an_open() {
     for punch_holes in [true, false] {
         let folder = tempfile::tempdir().unwrap();

@@ -1,0 +1,261 @@
+//! What is done to the disk of a running guest: snapshots and sizes at once, compaction and commits as jobs.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use devices::virtio::block::{BlockError, VirtioBlock};
+use serde::Serialize;
+use storage::vhdx::{ChainError, CompactOptions, Vhdx};
+use storage::{Disk, DiskError, Progress};
+
+use super::lock;
+
+/// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
+#[derive(Debug, thiserror::Error)]
+pub enum DriveError {
+    /// A raw disk.
+    #[error("is not a VHDX")]
+    NotVhdx,
+    /// A disk without parent.
+    #[error("has no parent that it could be merged into")]
+    NoParent,
+    /// A job is not over.
+    #[error("has a {0} that is not over")]
+    Busy(&'static str),
+    /// No job was started.
+    #[error("has no job")]
+    NoJob,
+    /// The chain of the disk cannot be changed.
+    #[error("{}", chain(.0))]
+    Chain(#[from] ChainError),
+    /// The disk refused.
+    #[error("{}", cause(.0))]
+    Disk(#[from] DiskError),
+    /// The device refused.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The host refused.
+    #[error("cannot {operation}: {error}")]
+    Io {
+        /// What was tried.
+        operation: String,
+        /// What the host said.
+        error: std::io::Error,
+    },
+}
+
+fn cause(error: &DiskError) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
+
+fn chain(error: &ChainError) -> String {
+    match error {
+        ChainError::Disk(error) => cause(error),
+        other => other.to_string(),
+    }
+}
+
+/// What a job does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DriveTask {
+    /// Moves blocks down and cuts the file.
+    Compact {
+        /// Also gives back blocks that hold only zeros.
+        find_zeros: bool,
+    },
+    /// Merges the disk, whose file is at `top`, into its parent, and goes on with that.
+    Commit {
+        /// The file.
+        top: PathBuf,
+    },
+}
+
+impl DriveTask {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Compact { .. } => "compaction",
+            Self::Commit { .. } => "commit",
+        }
+    }
+}
+
+/// Where a job is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum JobState {
+    /// At work.
+    Running,
+    /// Done.
+    Done,
+    /// Stopped, as was asked for.
+    Cancelled,
+    /// Stopped by an error.
+    Failed,
+}
+
+/// What is known of a job.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct JobStatus {
+    /// `compaction` or `commit`.
+    pub operation: &'static str,
+    /// Where it is.
+    pub state: JobState,
+    /// Bytes behind it.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The file that the drive has now.
+    pub path_on_host: Option<PathBuf>,
+}
+
+/// A job, as it is seen from outside.
+#[derive(Debug)]
+pub struct DriveJob {
+    task: DriveTask,
+    done: AtomicU64,
+    total: AtomicU64,
+    cancelled: AtomicBool,
+    end: Mutex<Option<(JobState, Option<String>)>>,
+    path: Mutex<Option<PathBuf>>,
+}
+
+impl Progress for DriveJob {
+    fn advance(&self, done: u64, total: u64) {
+        self.done.store(done, Ordering::Relaxed);
+        self.total.store(total, Ordering::Relaxed);
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+}
+
+impl DriveJob {
+    /// Asks it to stop.
+    pub fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it is over.
+    pub fn is_over(&self) -> bool {
+        lock(&self.end).is_some()
+    }
+
+    /// What it does.
+    pub fn name(&self) -> &'static str {
+        self.task.name()
+    }
+
+    /// Where it is.
+    pub fn status(&self) -> JobStatus {
+        let (state, error) = lock(&self.end).clone().unwrap_or((JobState::Running, None));
+        JobStatus {
+            operation: self.task.name(),
+            state,
+            done: self.done.load(Ordering::Relaxed),
+            total: self.total.load(Ordering::Relaxed),
+            error,
+            path_on_host: lock(&self.path).clone(),
+        }
+    }
+
+    /// Starts a thread that does the task on a drive.
+    pub(super) fn start(
+        drive: &Arc<Mutex<VirtioBlock>>,
+        task: DriveTask,
+    ) -> Result<Arc<Self>, DriveError> {
+        let job = Arc::new(Self {
+            task,
+            done: AtomicU64::new(0),
+            total: AtomicU64::new(0),
+            cancelled: AtomicBool::new(false),
+            end: Mutex::new(None),
+            path: Mutex::new(None),
+        });
+        let (worker, drive) = (Arc::clone(&job), Arc::clone(drive));
+        std::thread::Builder::new()
+            .name("drive-job".into())
+            .spawn(move || {
+                let end = match worker.run(&drive) {
+                    Ok(()) => (JobState::Done, None),
+                    Err(DriveError::Disk(DiskError::Cancelled)) => (JobState::Cancelled, None),
+                    Err(error) => (JobState::Failed, Some(error.to_string())),
+                };
+                tracing::info!(operation = worker.name(), state = ?end.0, "drive job over");
+                *lock(&worker.end) = Some(end);
+            })
+            .map_err(|error| DriveError::Io {
+                operation: "start a thread".into(),
+                error,
+            })?;
+        Ok(job)
+    }
+
+    fn run(&self, drive: &Mutex<VirtioBlock>) -> Result<(), DriveError> {
+        match &self.task {
+            DriveTask::Compact { find_zeros } => {
+                let options = CompactOptions {
+                    find_zeros: *find_zeros,
+                };
+                let disk = vhdx(lock(drive).disk())?;
+                disk.compact(options, self)?;
+                Ok(())
+            }
+            DriveTask::Commit { top } => self.commit(drive, top),
+        }
+    }
+
+    /// Freezes the disk under a new child, merges it while the guest goes on in that, and at last the child too, which is short.
+    fn commit(&self, drive: &Mutex<VirtioBlock>, top: &Path) -> Result<(), DriveError> {
+        let disk = vhdx(lock(drive).disk())?;
+        let base = disk.parent_path(top).ok_or(DriveError::NoParent)?;
+        disk.check_parent_writable()?;
+        drop(disk);
+        let mut name = top.as_os_str().to_owned();
+        name.push(".commit");
+        let new = PathBuf::from(name);
+        let mut failed = None;
+        lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
+            let child = vhdx(disk)?.snapshot(top, &new)?;
+            // From here on the guest needs the new file, whatever comes.
+            *lock(&self.path) = Some(new.clone());
+            Ok(match child.open_for_commit() {
+                Ok(ready) => ready,
+                Err(error) => {
+                    failed = Some(error);
+                    child
+                }
+            })
+        })?;
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        let middle = {
+            let disk = vhdx(lock(drive).disk())?;
+            disk.parent().cloned().ok_or(DriveError::NoParent)?
+        };
+        middle.merge_into_parent(self)?;
+        drop(middle);
+        lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
+            Ok(vhdx(disk)?.finish_commit(&new, &base)?)
+        })?;
+        *lock(&self.path) = Some(base);
+        for file in [top, &new] {
+            std::fs::remove_file(file).map_err(|error| DriveError::Io {
+                operation: format!("remove {}, which is merged", file.display()),
+                error,
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// The disk as a VHDX.
+pub(super) fn vhdx(disk: &Arc<dyn Disk>) -> Result<Arc<Vhdx>, DriveError> {
+    Arc::clone(disk).into_vhdx().ok_or(DriveError::NotVhdx)
+}
