@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update build demo test lint unit power-cuts lab bench clean
+.PHONY: help setup guest guest-update build demo test lint unit fuzz power-cuts lab bench clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -12,10 +12,11 @@ export LAB := target/$(TARGET)/release/lab
 
 help:
 	@echo "make demo          boot four guests from one disk: natively where KVM can, else in the lab"
-	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, lab"
+	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, fuzz, lab"
 	@echo "make build         the release binary, $(COPPICE)"
-	@echo "make lint unit lab the parts of make test"
+	@echo "make lint unit fuzz lab   the parts of make test"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
+	@echo "make fuzz          fuzz the disk engine, each target for FUZZ_SECONDS (60)"
 	@echo "make power-cuts    a million power cuts: POWER_CUTS and POWER_SEED say how many and which"
 	@echo "make guest         kernel, initrd and root file systems in target/guest"
 	@echo "make guest-update  pin the Debian packages of today"
@@ -37,17 +38,21 @@ demo: build guest
 	resources/demo.sh
 
 test: setup
-	resources/phases.sh lint unit lab
+	resources/phases.sh lint unit fuzz lab
 
 lint: setup
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
 
 # Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail.
 unit: setup
 	cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
+
+# FUZZ_SECONDS for each target, 60 if not said.
+fuzz: setup
+	resources/fuzz.sh
 
 # The test of the unit tests, with more cuts and a seed of its own, which is printed.
 power-cuts: setup

@@ -14,6 +14,9 @@ for package in "${!program[@]}"; do
     command -v "${program[$package]}" >/dev/null || missing+=("$package")
 done
 
+# A library of Python has no program.
+/usr/bin/python3 -c 'import pyvhdi' 2>/dev/null || missing+=(python3-libvhdi)
+
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
@@ -57,6 +60,10 @@ found=$(rustc --version | cut -d' ' -f2)
 if [ "$(printf '%s\n' "$needed" "$found" | sort -V | head -1)" != "$needed" ]; then
     echo "setup: Rust $needed or newer is needed, and $(command -v rustc) is $found; with rustup: rustup update stable" >&2
     exit 1
+fi
+if ! cargo fuzz --version >/dev/null 2>&1; then
+    echo "setup: installing cargo-fuzz"
+    cargo install --locked cargo-fuzz
 fi
 if ! cargo nextest --version >/dev/null 2>&1; then
     echo "setup: installing cargo-nextest"

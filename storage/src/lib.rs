@@ -11,6 +11,8 @@ pub mod blocking;
 pub mod convert;
 pub mod disk;
 pub mod foreign;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod io;
 pub mod lock;
 mod medium;

@@ -144,6 +144,11 @@ const FEW: usize = 4;
 const CHANGES: u64 = 1 << 63;
 
 impl Vhdx {
+    /// Bytes of a payload block.
+    pub fn block_size(&self) -> u64 {
+        self.block_size
+    }
+
     /// The parent of a differencing disk.
     pub fn parent(&self) -> Option<&Arc<Self>> {
         self.parent.as_ref()

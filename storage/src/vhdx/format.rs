@@ -89,6 +89,12 @@ impl Guid {
         Some(Self(Uuid::parse_str(text).ok()?.to_bytes_le()))
     }
 
+    /// The GUID with these bytes.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
     /// A new one.
     pub(crate) fn random() -> Self {
         Self(Uuid::new_v4().to_bytes_le())

@@ -74,3 +74,12 @@ pub use merge::Merged;
 pub use snapshot::{ChainError, children_in};
 
 pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE, SIGNATURE};
+
+/// What a fuzzer needs to make files that are sound but for what it changes.
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz_seam {
+    pub(crate) use super::format::{
+        Guid, HEADER_OFFSETS, REGION_TABLE_LEN, REGION_TABLE_OFFSETS, RawDescriptor, RawHeader,
+        RawLogEntry, checksum,
+    };
+}
