@@ -99,6 +99,8 @@ impl Bench {
                 "make a scratch folder in {}",
                 self.folder.display()
             )))?;
+        // First, while the process has not had memory that it could use again.
+        let (opens, opens_table) = opens(scratch.path())?;
         let mut rows = Vec::new();
         let mut text = format!(
             "{:<10} {:>6} {:>5} {:<10} {:>12} {:>12} {:>6} {:>10} {:>10}\n",
@@ -112,7 +114,7 @@ impl Bench {
             let ratio = vhdx.rate / raw.rate;
             let _ = writeln!(
                 text,
-                "{:<10} {:>6} {:>5} {:<10} {:>12.0} {:>12.0} {:>6.2} {:>10.1?} {:>10.1?}",
+                "{:<10} {:>6} {:>5} {:<10} {:>12.0} {:>12.0} {:>6.2} {:>10} {:>10}",
                 case.operation.name(),
                 human(case.len).replace("iB", "").replace(' ', ""),
                 case.depth,
@@ -120,8 +122,8 @@ impl Bench {
                 raw.rate,
                 vhdx.rate,
                 ratio,
-                vhdx.p50,
-                vhdx.p99
+                latency(vhdx.p50),
+                latency(vhdx.p99)
             );
             let mut row = json!({
                 "operation": case.operation.name(),
@@ -149,9 +151,8 @@ impl Bench {
             rows.push(row);
         }
         let mut json = json!({"folder": self.folder, "size": self.size.0, "cases": rows});
-        let (opens, table) = opens(scratch.path())?;
         json["open"] = opens;
-        text += &table;
+        text += &opens_table;
         if self.peer {
             let (peers, table) = peers(scratch.path(), watch)?;
             json["sparse_allocation"] = peers;
@@ -435,6 +436,15 @@ fn qemu(command: &mut std::process::Command) -> Result<(), ToolError> {
             "qemu-img: {}",
             String::from_utf8_lossy(&output.stderr).trim()
         )))
+    }
+}
+
+/// A latency for people; with several requests in flight none is measured.
+fn latency(time: Duration) -> String {
+    if time.is_zero() {
+        "-".into()
+    } else {
+        format!("{time:.1?}")
     }
 }
 
