@@ -63,7 +63,9 @@ lab: build guest
 	$(LAB) run --json target/lab/results.json
 
 bench: build guest
-	$(LAB) run bench --json target/lab/bench.json
+	command -v fio >/dev/null || sudo apt-get install -q -y --no-install-recommends fio || apt-get install -q -y --no-install-recommends fio
+	$(LAB) run bench disk_bench --json target/lab/bench.json
+	$(COPPICE) disk bench target --peer
 	cargo bench -p storage
 
 clean:

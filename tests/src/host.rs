@@ -207,6 +207,9 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     if chosen.iter().any(|scenario| scenario.name == "bench") {
         files.extend(peer::files()?);
     }
+    if chosen.iter().any(|scenario| scenario.name == "disk_bench") {
+        files.push((fio_disk(lab)?, "guest/fio.raw".to_owned()));
+    }
     let mut size = SPARE;
     for (from, to) in files {
         let to = tree.join(to);
@@ -221,6 +224,29 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     };
     fs::write(tree.join("plan.json"), serde_json::to_vec(&plan)?).map_err(io(&tree))?;
     let disk = lab.join("lab.ext4");
+    let _ = fs::remove_file(&disk);
+    let mut mke2fs = Command::new("mke2fs");
+    mke2fs
+        .args(["-q", "-t", "ext4", "-d"])
+        .arg(&tree)
+        .arg(&disk)
+        .arg(format!("{}K", size >> 10));
+    command(mke2fs)?;
+    Ok(disk)
+}
+
+/// A disk for a guest, with fio on it.
+fn fio_disk(lab: &Path) -> Result<PathBuf, Failure> {
+    let tree = lab.join("fio");
+    let _ = fs::remove_dir_all(&tree);
+    let io = |what: &Path| Failure::io(what.display().to_string());
+    let mut size = SPARE;
+    for (from, to) in peer::fio()? {
+        let to = tree.join(to);
+        fs::create_dir_all(to.parent().unwrap_or(&tree)).map_err(io(&to))?;
+        size += fs::copy(&from, to).map_err(io(&from))?;
+    }
+    let disk = lab.join("fio.ext4");
     let _ = fs::remove_file(&disk);
     let mut mke2fs = Command::new("mke2fs");
     mke2fs

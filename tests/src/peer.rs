@@ -1,4 +1,5 @@
-//! The peer of the benchmark: Debian's QEMU with its microvm machine, taken from this machine together with its libraries.
+//! Programs of Debian that benchmarks need where there is no Debian, taken from this machine together with their libraries: QEMU with its
+//! microvm machine, the peer, and fio.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,6 +7,7 @@ use std::process::Command;
 use crate::result::Failure;
 
 const BINARY: &str = "/usr/bin/qemu-system-x86_64-microvm";
+const FIO: &str = "/usr/bin/fio";
 const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 /// What it reads: firmware, and the code that enters a PVH kernel.
 const SHARED: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"];
@@ -19,22 +21,40 @@ pub fn files() -> Result<Vec<(PathBuf, String)>, Failure> {
             format!("peer/share/{name}"),
         ));
     }
+    files.extend(libraries(BINARY, "peer/lib")?);
+    Ok(files)
+}
+
+/// fio's files on this machine, and where they go on a disk of its own.
+pub fn fio() -> Result<Vec<(PathBuf, String)>, Failure> {
+    let mut files = vec![(PathBuf::from(FIO), "fio".to_owned())];
+    files.extend(libraries(FIO, "lib")?);
+    Ok(files)
+}
+
+/// The libraries of a program, and the loader that is told of their folder.
+fn libraries(program: &str, folder: &str) -> Result<Vec<(PathBuf, String)>, Failure> {
     let output = Command::new(LOADER)
-        .args(["--list", BINARY])
+        .args(["--list", program])
         .output()
-        .map_err(Failure::io("list the peer's libraries"))?;
+        .map_err(Failure::io("list a program's libraries"))?;
+    if !output.status.success() {
+        return Failure::claim(format!(
+            "{program} is needed (Debian: qemu-system-x86, fio): {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        ));
+    }
     let list = String::from_utf8_lossy(&output.stdout).into_owned();
     // Lines are `name => path (address)`, and the loader without an arrow.
-    let libraries = list
+    let mut files: Vec<(PathBuf, String)> = list
         .lines()
         .filter_map(|line| line.split_once(" => "))
-        .filter_map(|(name, path)| Some((name.trim(), path.split(' ').next()?)));
-    for (name, path) in libraries {
-        files.push((PathBuf::from(path), format!("peer/lib/{name}")));
-    }
+        .filter_map(|(name, path)| Some((name.trim(), path.split(' ').next()?)))
+        .map(|(name, path)| (PathBuf::from(path), format!("{folder}/{name}")))
+        .collect();
     files.push((
         PathBuf::from(LOADER),
-        "peer/lib/ld-linux-x86-64.so.2".to_owned(),
+        format!("{folder}/ld-linux-x86-64.so.2"),
     ));
     Ok(files)
 }

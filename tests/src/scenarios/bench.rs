@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
@@ -171,6 +172,73 @@ pub fn bench(out: &Path) -> Result<Figures, Failure> {
             println!("lab: {name}: {what} {value}");
         }
         figures.insert(name.into(), json!(measured));
+    }
+    Ok(figures)
+}
+
+/// fio in a guest, on a VHDX and on a raw disk that hold the same, through the same virtio-blk; in turns.
+pub fn disks(out: &Path) -> Result<Figures, Failure> {
+    const MIB: usize = 1 << 20;
+    const SIZE: usize = 64;
+    let (raw, vhdx) = (out.join("disk.raw"), out.join("disk.vhdx"));
+    fs::write(&raw, vec![0x5A; SIZE * MIB]).map_err(Failure::io("write a raw disk"))?;
+    let converted = Command::new("./coppice")
+        .args(["disk", "convert"])
+        .args([&raw, &vhdx])
+        .status()
+        .map_err(Failure::io("run coppice disk"))?;
+    if !converted.success() {
+        return Failure::claim("coppice disk convert fails");
+    }
+    let cases = [
+        ("read_4k_qd1", "randread 4k 1"),
+        ("read_4k_qd32", "randread 4k 32"),
+        ("write_4k_qd32", "randwrite 4k 32"),
+        ("read_64k_qd32", "read 64k 32"),
+        ("write_64k_qd32", "write 64k 32"),
+    ];
+    // The eighth and the forty-ninth field of terse output are the rates of reads and writes.
+    let mut script = "mount -o ro /dev/vda /mnt; L=/mnt/lib; f() { for r in 0 1 2; do for d in vdb vdc; do \
+        echo FIO $1 $d $r $($L/ld-linux-x86-64.so.2 --library-path $L /mnt/fio --name=x --filename=/dev/$d --direct=1 \
+        --ioengine=libaio --runtime=3 --time_based --rw=$2 --bs=$3 --iodepth=$4 --minimal | cut -d';' -f8,49) END; done; done; }"
+        .to_owned();
+    for (name, options) in cases {
+        script.push_str("\nf ");
+        script.push_str(name);
+        script.push(' ');
+        script.push_str(options);
+    }
+    let mut guest = Start::new()
+        .args(&["--mem", "256M", "--disk", "guest/fio.raw,ro,format=raw"])
+        .args(&["--disk", &vhdx.to_string_lossy()])
+        .args(&["--disk", &format!("{},format=raw", raw.display())])
+        .script(&script)
+        .spawn()?;
+    guest.expect_exit(0)?;
+    let mut figures = Figures::new();
+    for (name, _) in cases {
+        let rate = |disk: &str| -> Result<f64, Failure> {
+            let mut rates = Vec::new();
+            for round in 0..3 {
+                let line = guest.line(&format!("FIO {name} {disk} {round} "))?;
+                let rate = line
+                    .trim_end_matches(" END")
+                    .split(';')
+                    .filter_map(|text| text.trim().parse::<f64>().ok())
+                    .fold(0.0, f64::max);
+                rates.push(rate);
+            }
+            Ok(median(rates))
+        };
+        let (vhdx, raw) = (rate("vdb")?, rate("vdc")?);
+        println!(
+            "lab: fio {name}: VHDX {vhdx:.0} IOPS, raw {raw:.0}, ratio {:.2}",
+            vhdx / raw
+        );
+        figures.insert(
+            name.into(),
+            json!({"vhdx_iops": vhdx, "raw_iops": raw, "ratio": vhdx / raw}),
+        );
     }
     Ok(figures)
 }

@@ -119,5 +119,6 @@ pub const ALL: &[Scenario] = &[
         control::ctrl_alt_del,
     ),
     on_demand("bench", bench::bench),
+    on_demand("disk_bench", bench::disks),
     on_demand("demo", bench::demo),
 ];
