@@ -15,6 +15,8 @@ pub struct DiskArgument {
     format: Option<DriveFormat>,
     serial: Option<String>,
     queues: Option<u16>,
+    parents: Option<PathBuf>,
+    keep_space: bool,
 }
 
 /// Not the description of a disk.
@@ -22,12 +24,12 @@ pub struct DiskArgument {
 pub enum DiskError {
     /// No file.
     #[error(
-        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N]"
+        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space]"
     )]
     NoFile,
     /// An unknown option.
     #[error(
-        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N (a comma in a file name is written twice)"
+        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space (a comma in a file name is written twice)"
     )]
     UnknownOption(String),
     /// An option that is there twice.
@@ -75,6 +77,7 @@ impl FromStr for DiskArgument {
             .next()
             .filter(|path| !path.is_empty())
             .ok_or(DiskError::NoFile)?;
+        let (mut parents, mut keep_space) = (None, None);
         let (mut read_only, mut root, mut id, mut format, mut serial, mut queues) =
             (None, None, None, None, None, None);
         for part in parts {
@@ -84,6 +87,8 @@ impl FromStr for DiskArgument {
                 Some(("id", value)) => set("id", &mut id, value.to_owned())?,
                 Some(("serial", value)) => set("serial", &mut serial, value.to_owned())?,
                 Some(("format", value)) => set("format", &mut format, parse_format(value)?)?,
+                None if part == "keep-space" => set("keep-space", &mut keep_space, ())?,
+                Some(("parents", value)) => set("parents", &mut parents, value.into())?,
                 Some(("queues", value)) => set("queues", &mut queues, parse_queues(value)?)?,
                 None | Some(_) => return Err(DiskError::UnknownOption(part)),
             }
@@ -96,6 +101,8 @@ impl FromStr for DiskArgument {
             format,
             serial,
             queues,
+            parents,
+            keep_space: keep_space.is_some(),
         })
     }
 }
@@ -131,6 +138,8 @@ impl DiskArgument {
             format,
             serial,
             queues,
+            parents,
+            keep_space,
         } = self;
         let id = id.unwrap_or_else(|| {
             // A guest has fewer drives than there are numbers here.
@@ -144,6 +153,8 @@ impl DiskArgument {
             format,
             serial,
             num_queues: queues.unwrap_or(drive.num_queues),
+            parents,
+            keep_space,
             ..drive
         }
     }
@@ -176,14 +187,16 @@ mod tests {
             format: Some(DriveFormat::Raw),
             serial: Some("s=1".to_owned()),
             num_queues: 4,
+            keep_space: true,
+            parents: Some("/p".into()),
             ..DriveConfig::new("root", "/d")
         };
         assert_eq!(
-            drive("/d,ro,root,format=raw,serial=s=1,id=root,queues=4"),
+            drive("/d,ro,root,format=raw,serial=s=1,id=root,queues=4,parents=/p,keep-space"),
             expected
         );
         assert_eq!(
-            drive("/d,queues=4,id=root,serial=s=1,format=raw,root,ro"),
+            drive("/d,keep-space,parents=/p,queues=4,id=root,serial=s=1,format=raw,root,ro"),
             expected
         );
     }

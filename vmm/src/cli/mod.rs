@@ -77,14 +77,17 @@ pub struct RunArguments {
     /// Nothing is added to it but root= (with ro or rw), and that only where a disk is marked as root.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N. Can be repeated.
+    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space. Can be
+    /// repeated.
     ///
     /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
     /// ro: the guest cannot write, and the file can be shared;
     /// root: the guest mounts this disk as its root (it becomes vda, and root= is added to the command line);
     /// format: found by its signature if not given, but give format=raw for a raw disk that the guest may write;
     /// serial: up to 20 characters, the ID if not given; id: the name in the REST API, disk0 and so on if not given;
-    /// queues: request queues, 1 to 32, 1 if not given.
+    /// queues: request queues, 1 to 32, 1 if not given;
+    /// parents: the folder that the parents of a differencing disk have to lie in, or below; anywhere if not given;
+    /// keep-space: what the guest trims stays with the file, for its next blocks, rather than go back to the host.
     /// A comma in a file name is written twice.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub disk: Vec<DiskArgument>,

@@ -55,6 +55,12 @@ pub struct DriveConfig {
     /// Number of request queues, 1 to 32. Not in Firecracker.
     #[serde(default = "one")]
     pub num_queues: u16,
+    /// Space that the guest frees stays with the file, for its next blocks, rather than go back to the host. Not in Firecracker.
+    #[serde(default)]
+    pub keep_space: bool,
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    #[serde(default)]
+    pub parents: Option<PathBuf>,
 }
 
 const fn one() -> u16 {
@@ -164,6 +170,8 @@ impl DriveConfig {
             format: None,
             serial: None,
             num_queues: one(),
+            keep_space: false,
+            parents: None,
         }
     }
 
@@ -184,6 +192,9 @@ impl DriveConfig {
             ));
         }
         check_path("drives.path_on_host", &self.path_on_host)?;
+        if let Some(parents) = &self.parents {
+            check_path("drives.parents", parents)?;
+        }
         if self.rate_limiter.is_some() {
             return Err(ConfigError::Unsupported {
                 field: "drives.rate_limiter",

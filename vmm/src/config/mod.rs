@@ -9,7 +9,7 @@
 //! }
 //! ```
 //!
-//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, and `format`, `serial` and `num_queues` of a drive. A field
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, and `format`, `serial`, `num_queues`, `keep_space` and `parents` of a drive. A field
 //! that Coppice does not know is refused, and so is a value that it cannot honour: nothing that was asked for is left
 //! out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are such values.
 

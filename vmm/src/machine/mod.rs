@@ -281,6 +281,11 @@ fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::Ope
     let options = storage::OpenOptions {
         read_only: drive.is_read_only,
         format: drive.format.map(Into::into),
+        parents: match &drive.parents {
+            Some(folder) => storage::Parents::Within(folder.clone()),
+            None => storage::Parents::Anywhere,
+        },
+        punch_holes: !drive.keep_space,
         ..storage::OpenOptions::default()
     };
     storage::open(&drive.path_on_host, &options)
