@@ -383,9 +383,8 @@ impl Vhdx {
             .parent
             .as_ref()
             .is_some_and(|parent| parent.is_read_only());
-        let start = block * self.block_size;
-        let end = (start + self.block_size).min(self.size.load(Ordering::Relaxed));
-        let whole = ByteRange::new(start, end.saturating_sub(start));
+        // Also past the end of the disk, which may come to lie farther back.
+        let whole = ByteRange::new(block * self.block_size, self.block_size);
         let Some(whole) = whole.filter(|_| is_settled) else {
             return Ok(None);
         };
