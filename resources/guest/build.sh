@@ -78,7 +78,8 @@ done <"$here/packages.lock"
 cp "$work"/kernel/boot/vmlinuz-* "$out/vmlinuz"
 modules=$(echo "$work"/kernel/lib/modules/*)
 
-# initrd NAME INIT MODULE...: an initrd with INIT as /init, and modules to be loaded in that order.
+# initrd NAME INIT MODULE[:DEVICE]...: an initrd with INIT as /init, and modules to be loaded in that order, some of them only where there is
+# a virtio device of that number.
 initrd() {
     local name=$1 init=$2 tree=$work/$1 module
     shift 2
@@ -88,14 +89,15 @@ initrd() {
     cp "$here/$init" "$tree/init"
     chmod 755 "$tree/init"
     for module in "$@"; do
-        cp "$(find "$modules" -name "$module.ko" | grep .)" "$tree/modules/"
-        echo "$module" >>"$tree/modules/order"
+        cp "$(find "$modules" -name "${module%:*}.ko" | grep .)" "$tree/modules/"
+        echo "${module/:/ }" >>"$tree/modules/order"
     done
     find "$tree" -exec touch -h -d @$SOURCE_DATE_EPOCH {} +
     (cd "$tree" && find . | sort | cpio -o -H newc -R 0:0 --reproducible --quiet) | gzip -9n >"$out/$name.cpio.gz"
 }
 
-initrd initrd init virtio_ring virtio virtio_mmio virtio_blk virtio-rng pvpanic pvpanic-mmio
+initrd initrd init virtio_ring virtio virtio_mmio virtio_blk:0x0002 virtio-rng:0x0004 pvpanic pvpanic-mmio \
+    virtio_balloon:0x0005 libnvdimm:0x001b nd_btt:0x001b nd_pmem:0x001b nd_virtio:0x001b virtio_pmem:0x001b
 initrd host-initrd host-init irqbypass kvm kvm-amd virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev \
     virtio_pci virtio_blk
 
