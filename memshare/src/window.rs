@@ -10,7 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::ptr;
 use std::sync::Arc;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+};
 
 /// Bytes of a page of the host and of a guest.
 pub const PAGE_SIZE: u64 = 4096;
@@ -196,6 +198,31 @@ impl Window {
         Ok(())
     }
 
+    /// Puts a private copy of the pages at `offset` in their place, so that no file is behind them any more. Whoever looks meanwhile sees the same
+    /// bytes; what is written meanwhile may be lost.
+    ///
+    /// # Errors
+    /// As [`Window::map_file`].
+    pub fn make_private(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (address, size) = self.pages(offset, len)?;
+        if size == 0 {
+            return Ok(());
+        }
+        let copy = Self::reserve(len)?;
+        let mut page = vec![0; PAGE_SIZE as usize];
+        for at in (0..len).step_by(PAGE_SIZE as usize) {
+            self.read(offset + at, &mut page);
+            copy.write(at, &page);
+        }
+        // SAFETY: `copy` is a mapping of this function's own, to which no reference exists; where it goes is as in `map_file`.
+        let moved =
+            unsafe { mremap_fixed(copy.base.cast(), size, size, MremapFlags::MAYMOVE, address) };
+        moved?;
+        // What was moved away is not there to be unmapped, and others may have been given the addresses since.
+        std::mem::forget(copy);
+        Ok(())
+    }
+
     /// Gives the private memory of the pages back to the host. They read as they would have if nobody had ever written to them: as zeros, or as the
     /// file that is mapped there.
     ///
@@ -340,6 +367,10 @@ mod tests {
         assert_eq!(page, [3; 4096]);
         window.forget(2 * PAGE_SIZE, PAGE_SIZE).unwrap();
         assert!(window.holds(2 * PAGE_SIZE, &[3; 4096]));
+        window.make_private(PAGE_SIZE, 2 * PAGE_SIZE).unwrap();
+        let kinds = window.page_kinds(PAGE_SIZE, 2 * PAGE_SIZE).unwrap();
+        assert_eq!(kinds, [PageKind::Private; 2]);
+        assert!(window.holds(PAGE_SIZE, &[2; 4096]) && window.holds(2 * PAGE_SIZE, &[3; 4096]));
         window.map_zeros(PAGE_SIZE, 2 * PAGE_SIZE).unwrap();
         assert!(window.holds(PAGE_SIZE, &[0; 8192]));
     }
@@ -351,7 +382,7 @@ mod tests {
             (0, 5 * PAGE_SIZE),
             (1, PAGE_SIZE),
             (0, 1),
-            (u64::MAX & !4095, 2 * PAGE_SIZE),
+            (!4095, 2 * PAGE_SIZE),
         ] {
             let error = window.map_file(offset, len, &file, 0).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);

@@ -1,0 +1,191 @@
+//! The files whose pages guests share, one record a file and process.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::{fmt, io};
+
+/// Which file it is, on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FileIdentity {
+    /// The file system.
+    pub device: u64,
+    /// The file in it.
+    pub inode: u64,
+}
+
+/// What changes with a file's content, if it is changed by the usual means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    len: u64,
+    modified: (i64, i64),
+}
+
+/// What became of a file that was not to change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FileChange {
+    /// It ends before the end that it had: pages that are mapped past it cannot be read any more.
+    #[error("it was cut to {len} bytes")]
+    Truncated {
+        /// Its length now, in bytes.
+        len: u64,
+    },
+    /// It was written to.
+    #[error("it was written to")]
+    Written,
+    /// It does not answer.
+    #[error("it cannot be examined")]
+    Gone,
+}
+
+/// A file that does not change while its pages are shared.
+pub struct SharedFile {
+    file: Arc<File>,
+    path: PathBuf,
+    identity: FileIdentity,
+    stamp: Stamp,
+}
+
+impl fmt::Debug for SharedFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("SharedFile").field(&self.path).finish()
+    }
+}
+
+fn stamp(file: &File) -> io::Result<(FileIdentity, Stamp)> {
+    let metadata = file.metadata()?;
+    let identity = FileIdentity {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    let stamp = Stamp {
+        len: metadata.len(),
+        modified: (metadata.mtime(), metadata.mtime_nsec()),
+    };
+    Ok((identity, stamp))
+}
+
+impl SharedFile {
+    /// The open file.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Its name when it was opened, for reports.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Which file it is.
+    pub fn identity(&self) -> FileIdentity {
+        self.identity
+    }
+
+    /// Bytes it had when it was first shared.
+    pub fn len(&self) -> u64 {
+        self.stamp.len
+    }
+
+    /// Whether it had no byte.
+    pub fn is_empty(&self) -> bool {
+        self.stamp.len == 0
+    }
+
+    /// Looks whether the file is as it was when it was first shared.
+    ///
+    /// # Errors
+    /// What has happened to it.
+    pub fn check(&self) -> Result<(), FileChange> {
+        let (_, now) = stamp(&self.file).map_err(|_| FileChange::Gone)?;
+        if now.len < self.stamp.len {
+            Err(FileChange::Truncated { len: now.len })
+        } else if now.modified != self.stamp.modified {
+            Err(FileChange::Written)
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its locks.
+#[derive(Debug, Default)]
+pub struct FileRegistry {
+    files: Mutex<Vec<Weak<SharedFile>>>,
+}
+
+impl FileRegistry {
+    /// The record of `file`: the one there is, under whatever descriptor the file was opened before, or a new one.
+    ///
+    /// # Errors
+    /// Where the file cannot be examined.
+    pub fn share(&self, file: &Arc<File>) -> io::Result<Arc<SharedFile>> {
+        use std::os::fd::AsRawFd;
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = files.iter().filter_map(Weak::upgrade);
+        // The common case, without a system call.
+        if let Some(same) = known.clone().find(|known| Arc::ptr_eq(&known.file, file)) {
+            return Ok(same);
+        }
+        let (identity, stamp) = stamp(file)?;
+        if let Some(same) = known
+            .clone()
+            .find(|known| known.identity == identity && known.stamp == stamp)
+        {
+            return Ok(same);
+        }
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        let shared = Arc::new(SharedFile {
+            file: file.clone(),
+            path: std::fs::read_link(link).unwrap_or_default(),
+            identity,
+            stamp,
+        });
+        files.retain(|known| known.strong_count() > 0);
+        files.push(Arc::downgrade(&shared));
+        Ok(shared)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_one_record_however_often_it_is_opened() {
+        let named = tempfile::NamedTempFile::new().unwrap();
+        let open = || Arc::new(File::open(named.path()).unwrap());
+        let registry = FileRegistry::default();
+        let (first, second) = (
+            registry.share(&open()).unwrap(),
+            registry.share(&open()).unwrap(),
+        );
+        assert!(Arc::ptr_eq(&first, &second));
+        assert_eq!(first.path(), named.path());
+        drop((first, second));
+        registry
+            .share(&Arc::new(tempfile::tempfile().unwrap()))
+            .unwrap();
+        assert_eq!(
+            registry.files.lock().unwrap().len(),
+            1,
+            "the first is forgotten"
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_cut_or_written_to_is_found_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let shared = FileRegistry::default()
+            .share(&Arc::new(file.reopen().unwrap()))
+            .unwrap();
+        assert_eq!(shared.check(), Ok(()));
+        file.as_file()
+            .set_modified(std::time::SystemTime::UNIX_EPOCH)
+            .unwrap();
+        assert_eq!(shared.check(), Err(FileChange::Written));
+        file.as_file().set_len(100).unwrap();
+        assert_eq!(shared.check(), Err(FileChange::Truncated { len: 100 }));
+    }
+}

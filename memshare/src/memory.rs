@@ -1,0 +1,615 @@
+//! The memory of one guest, and which of its pages are files'.
+//!
+//! ```text
+//!            map, place                       merge: compare, hold, compare, map
+//! (own) ───────────────────────> Mapped <────────────────────────────────────── Candidate <── note_read ── (own)
+//!   ^                              │ the guest writes (found out later)
+//!   └── give_back, unshare ────────┴──> Copied
+//! ```
+//!
+//! Two tables say what was last done to a page: one of what is mapped there, one of the candidates. [`Window`] does it. All change together,
+//! under one lock. Who writes
+//! to guest memory from outside (a device, on behalf of a request) is kept from doing so by [`StandStill`] where a page is exchanged.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::file::{FileChange, FileIdentity, FileRegistry, SharedFile};
+use crate::policy::Limits;
+use crate::stats::{Refusal, Stats, add};
+use crate::table::{Backing, PageState, Run, Table};
+use crate::window::{PAGE_SIZE, PageKind, Window};
+
+/// A shared page that is overwritten within this time, in tenths of a second, was not worth it.
+const SOON: u32 = 100;
+/// Pages that were overwritten soon so often are left alone.
+pub(crate) const MOST_STRIKES: u8 = 4;
+
+/// A range of guest memory, in one window.
+#[derive(Debug)]
+pub struct Region {
+    /// First guest physical address.
+    pub start: u64,
+    /// The memory.
+    pub window: Window,
+}
+
+impl Region {
+    fn gfns(&self) -> Range<u64> {
+        let first = self.start / PAGE_SIZE;
+        first..first + self.window.len() / PAGE_SIZE
+    }
+}
+
+/// Whether a request that a device has under way will write to a range of guest physical memory: first address, length in bytes.
+pub type IsBusy<'a> = dyn Fn(u64, u64) -> bool + 'a;
+
+/// Brings the guest to a standstill: no vCPU runs, and no device writes to guest memory.
+pub trait StandStill: Send + Sync {
+    /// Calls `work` meanwhile. False, without a call, where that cannot be had at this moment. `work` takes the time that the guest
+    /// loses.
+    fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool;
+}
+
+/// A kernel as it stands after boot: pages of the guest are compared with it.
+#[derive(Clone, Debug)]
+pub(crate) struct Reference {
+    pub gfns: Range<u64>,
+    pub file: Arc<SharedFile>,
+}
+
+/// What changes under the lock.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// Pages whose mapping is a file's, whatever the guest has written there since.
+    pub mapped: Table,
+    /// Pages that may be copies of a file's page, whatever is mapped there.
+    pub candidates: Table,
+
+    pub references: Vec<Reference>,
+    /// Somebody wants the merger to look, or to end.
+    pub stirred: bool,
+    pub ending: bool,
+    /// The host refused another mapping: none is asked for before one has gone.
+    pub exhausted: bool,
+}
+
+impl State {
+    /// How often pages like these were shared and soon overwritten, if they are overwritten now.
+    fn strikes(&self, gfns: &Range<u64>, now: u32) -> u8 {
+        let mapped = self.mapped.within(gfns.clone());
+        let candidates = self.candidates.within(gfns.clone());
+        let strikes = mapped.chain(candidates).map(|run| match run.backing.state {
+            PageState::Candidate { strikes, .. } => strikes,
+            PageState::Mapped { since, strikes } | PageState::Copied { since, strikes } => {
+                if is_recent(since, now) {
+                    strikes + 1
+                } else {
+                    0
+                }
+            }
+        });
+        strikes.max().unwrap_or(0)
+    }
+}
+
+/// Where the memory of a guest is, in pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// The guest's own, in the host's memory.
+    pub private: u64,
+    /// Files' pages that the process has mapped and looked at.
+    pub shared: u64,
+    /// Nothing.
+    pub absent: u64,
+}
+
+/// The memory of a guest.
+#[derive(Debug)]
+pub struct SharedMemory {
+    regions: Vec<Region>,
+    files: FileRegistry,
+    limits: Limits,
+    stats: Stats,
+    started: Instant,
+    state: Mutex<State>,
+    stir: Condvar,
+}
+
+/// What was mapped before the guest ran was mapped long ago.
+fn is_recent(since: u32, now: u32) -> bool {
+    since > 0 && now.saturating_sub(since) < SOON
+}
+
+fn whole_pages(address: u64, len: u64) -> Range<u64> {
+    let end = address.saturating_add(len) / PAGE_SIZE;
+    let start = address.div_ceil(PAGE_SIZE);
+    start..end.max(start)
+}
+
+impl SharedMemory {
+    /// Memory of which no page is shared yet.
+    pub fn new(regions: Vec<Region>, limits: Limits) -> Self {
+        Self {
+            regions,
+            files: FileRegistry::default(),
+            limits,
+            stats: Stats::default(),
+            started: Instant::now(),
+            state: Mutex::default(),
+            stir: Condvar::new(),
+        }
+    }
+
+    /// The counters.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// The bounds of the work.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The files of this guest.
+    pub fn files(&self) -> &FileRegistry {
+        &self.files
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for somebody to [`SharedMemory::stir`] the merger, at most so long.
+    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: Option<std::time::Duration>) {
+        let idle = |state: &mut State| !state.stirred && !state.ending;
+        let mut state = match at_most {
+            Some(time) => {
+                self.stir
+                    .wait_timeout_while(state, time, idle)
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .0
+            }
+            None => self
+                .stir
+                .wait_while(state, idle)
+                .unwrap_or_else(PoisonError::into_inner),
+        };
+        state.stirred = false;
+    }
+
+    /// Waits for so long, or until the merger is to end.
+    pub(crate) fn rest(&self, time: std::time::Duration) {
+        let resting = |state: &mut State| !state.ending;
+        let waited = self.stir.wait_timeout_while(self.state(), time, resting);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Makes the merger look at what there is to do.
+    pub(crate) fn stir(&self, end: bool) {
+        let mut state = self.state();
+        state.stirred = true;
+        state.ending |= end;
+        self.stir.notify_all();
+    }
+
+    /// The manager's clock, in tenths of a second.
+    pub(crate) fn now(&self) -> u32 {
+        u32::try_from(self.started.elapsed().as_millis() / 100 + 1).unwrap_or(u32::MAX)
+    }
+
+    /// The region that holds all of a range of pages, and the offset of the first in its window.
+    pub(crate) fn locate(&self, gfns: &Range<u64>) -> Option<(&Window, u64)> {
+        self.regions.iter().find_map(|region| {
+            let all = region.gfns();
+            (all.start <= gfns.start && gfns.end <= all.end)
+                .then(|| (&region.window, (gfns.start - all.start) * PAGE_SIZE))
+        })
+    }
+
+    /// The parts of a range of pages that lie in guest memory.
+    fn in_memory(&self, gfns: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.regions.iter().filter_map(move |region| {
+            let all = region.gfns();
+            let part = gfns.start.max(all.start)..gfns.end.min(all.end);
+            (part.start < part.end).then_some(part)
+        })
+    }
+
+    /// Maps the pages of a file at the guest physical `address`; all are multiples of the page size. The guest does not run yet.
+    ///
+    /// # Errors
+    /// `InvalidInput` where that is not guest memory, or not inside the file; else what the host says.
+    pub fn map(
+        &self,
+        address: u64,
+        len: u64,
+        file: &Arc<SharedFile>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let pages = whole_pages(address, len);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= file.len());
+        let at = self.locate(&pages).filter(|_| inside);
+        let (window, at) = at.ok_or(io::ErrorKind::InvalidInput)?;
+        let run = Run {
+            gfn: pages.start,
+            pages: pages.end - pages.start,
+            backing: Backing {
+                file: file.clone(),
+                offset,
+                state: PageState::Mapped {
+                    since: 0,
+                    strikes: 0,
+                },
+            },
+        };
+        window.map_file(at, len, file.file(), offset)?;
+        add(&self.stats.booted, run.pages);
+        self.state().mapped.insert(run);
+        Ok(())
+    }
+
+    /// Notes that a read has filled guest memory with bytes of a file that does not change. Only whole pages, at the same place within their
+    /// pages on both sides, can come to be shared.
+    pub fn note_read(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) {
+        if address % PAGE_SIZE != offset % PAGE_SIZE {
+            return self
+                .stats
+                .refuse(Refusal::Unaligned, len.div_ceil(PAGE_SIZE));
+        }
+        let pages = whole_pages(address, len);
+        let count = pages.end - pages.start;
+        if count * PAGE_SIZE < len {
+            let parts = u64::from(!address.is_multiple_of(PAGE_SIZE))
+                + u64::from(!(address + len).is_multiple_of(PAGE_SIZE));
+            self.stats.refuse(Refusal::Partial, parts);
+        }
+        if count == 0 {
+            return;
+        }
+        let Ok(file) = self.files.share(file) else {
+            return self.stats.refuse(Refusal::Unreadable, count);
+        };
+        let now = self.now();
+        let mut state = self.state();
+        let strikes = state.strikes(&pages, now);
+        if strikes > MOST_STRIKES {
+            drop(state.candidates.remove(pages));
+            return self.stats.refuse(Refusal::Rewritten, count);
+        }
+        add(&self.stats.noted, count);
+        let first_offset = offset + (pages.start * PAGE_SIZE - address);
+        state.candidates.insert(Run {
+            gfn: pages.start,
+            pages: count,
+            backing: Backing {
+                file,
+                offset: first_offset,
+                state: PageState::Candidate {
+                    since: now,
+                    strikes,
+                },
+            },
+        });
+        let wake = !state.stirred;
+        state.stirred = true;
+        drop(state);
+        if wake {
+            self.stir.notify_all();
+        }
+    }
+
+    /// Puts a file's pages where a read wants its bytes, without moving any: guest physical `address` and `offset` in the file are
+    /// multiples of the page size, and so is `len`. False, with nothing changed, where that cannot be, so that the bytes have to be read.
+    ///
+    /// The guest has given the memory away until its request ends: it is not held.
+    pub fn place(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) -> bool {
+        let pages = whole_pages(address, len);
+        let count = pages.end - pages.start;
+        if count * PAGE_SIZE != len || !offset.is_multiple_of(PAGE_SIZE) {
+            return false;
+        }
+        let (Some((window, at)), Ok(file)) = (self.locate(&pages), self.files.share(file)) else {
+            return false;
+        };
+        let inside = offset.checked_add(len).is_some_and(|end| end <= file.len());
+        let mut state = self.state();
+        if !inside || state.exhausted || state.mapped.len() >= self.limits.runs {
+            return false;
+        }
+        if window.map_file(at, len, file.file(), offset).is_err() {
+            state.exhausted = true;
+            return false;
+        }
+        add(&self.stats.placed, count);
+        let since = self.now();
+        drop(state.candidates.remove(pages.clone()));
+        state.mapped.insert(Run {
+            gfn: pages.start,
+            pages: count,
+            backing: Backing {
+                file,
+                offset,
+                state: PageState::Mapped { since, strikes: 0 },
+            },
+        });
+        true
+    }
+
+    /// Makes whole pages of a range that a read is to fill with zeros read as zeros, without memory; returns the pages' range of guest physical
+    /// addresses. The guest has given the memory away until its request ends.
+    pub fn zero(&self, address: u64, len: u64) -> Range<u64> {
+        let pages = whole_pages(address, len);
+        let count = pages.end - pages.start;
+        if count == 0 || self.clear(&pages).is_err() {
+            return address..address;
+        }
+        add(&self.stats.zeroed, count);
+        pages.start * PAGE_SIZE..pages.end * PAGE_SIZE
+    }
+
+    /// Gives the memory of the whole pages of a range back to the host, as the guest has no use for it: what it reads there next is of no
+    /// meaning to it. What of the range is no guest memory is left out.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn give_back(&self, address: u64, len: u64) -> io::Result<()> {
+        for pages in self.in_memory(whole_pages(address, len)) {
+            self.clear(&pages)?;
+            add(
+                &self.stats.given_back,
+                (pages.end - pages.start) * PAGE_SIZE,
+            );
+        }
+        Ok(())
+    }
+
+    /// Makes pages read as zeros and hold no memory.
+    fn clear(&self, pages: &Range<u64>) -> io::Result<()> {
+        let (window, at) = self.locate(pages).ok_or(io::ErrorKind::InvalidInput)?;
+        let mut state = self.state();
+        // What is no file's page, which is all but a few of what a guest gives back, needs no change of mappings.
+        window.forget(at, (pages.end - pages.start) * PAGE_SIZE)?;
+
+        drop(state.candidates.remove(pages.clone()));
+        for run in state.mapped.remove(pages.clone()) {
+            state.exhausted = false;
+            let offset = at + (run.gfn - pages.start) * PAGE_SIZE;
+            self.map_own(window, offset, run.pages * PAGE_SIZE)?;
+        }
+
+        Ok(())
+    }
+
+    fn map_own(&self, window: &Window, offset: u64, len: u64) -> io::Result<()> {
+        window.map_zeros(offset, len)?;
+        self.keep_small(window, offset, len);
+        Ok(())
+    }
+
+    fn keep_small(&self, window: &Window, offset: u64, len: u64) {
+        if !self.limits.huge_pages
+            && let Err(error) = window.keep_small_pages(offset, len)
+        {
+            tracing::debug!(%error, "MADV_NOHUGEPAGE");
+        }
+    }
+
+    /// Makes every page of a file the guest's own, as the file is about to change, and forgets the file. The guest is held meanwhile.
+    ///
+    /// # Errors
+    /// What the host says; then some pages are still the file's. `WouldBlock` where the guest cannot be held.
+    pub fn unshare(&self, file: FileIdentity, still: &dyn StandStill) -> io::Result<()> {
+        let mut done = Ok(());
+        let held = still.hold(&mut |_| done = self.unshare_held(file));
+        if held {
+            done
+        } else {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+    }
+
+    fn unshare_held(&self, file: FileIdentity) -> io::Result<()> {
+        let mut state = self.state();
+        state
+            .references
+            .retain(|reference| reference.file.identity() != file);
+        let of_file = |run: &Run| run.backing.file.identity() == file;
+        let candidates: Vec<Run> = state.candidates.runs().filter(of_file).collect();
+        for run in candidates {
+            drop(state.candidates.remove(run.gfns()));
+        }
+        let mapped: Vec<Run> = state.mapped.runs().filter(of_file).collect();
+        for run in mapped {
+            let (window, at) = self
+                .locate(&run.gfns())
+                .ok_or(io::ErrorKind::InvalidInput)?;
+            let len = run.pages * PAGE_SIZE;
+            window.make_private(at, len)?;
+            self.keep_small(window, at, len);
+            drop(state.mapped.remove(run.gfns()));
+        }
+        Ok(())
+    }
+
+    /// Finds out which of the files' pages the guest has written to since, and forgets when what was mapped long ago was mapped.
+    pub fn refresh(&self) {
+        let now = self.now();
+        let mut state = self.state();
+        let runs: Vec<Run> = state
+            .mapped
+            .runs()
+            .filter(|run| matches!(run.backing.state, PageState::Mapped { .. }))
+            .collect();
+        for run in runs {
+            let kinds = self
+                .locate(&run.gfns())
+                .map(|(window, at)| window.page_kinds(at, run.pages * PAGE_SIZE));
+            let Some(Ok(kinds)) = kinds else { continue };
+            let settled = match run.backing.state {
+                PageState::Mapped { since, .. } if !is_recent(since, now) => PageState::Mapped {
+                    since: 0,
+                    strikes: 0,
+                },
+                state => state,
+            };
+            if settled != run.backing.state {
+                state.mapped.set_state(run.clone(), settled);
+            }
+            let mut gfn = run.gfn;
+            for same in
+                kinds.chunk_by(|a, b| (*a == PageKind::Private) == (*b == PageKind::Private))
+            {
+                let pages = same.len() as u64;
+                if same.first() == Some(&PageKind::Private)
+                    && let Some(part) = run.cut(&(gfn..gfn + pages))
+                {
+                    add(&self.stats.copied, pages);
+                    if let PageState::Mapped { since, strikes } = settled {
+                        let copied = PageState::Copied { since, strikes };
+                        state.mapped.set_state(part, copied);
+                    }
+                }
+                gfn += pages;
+            }
+        }
+    }
+
+    /// What backs the page of a guest physical address, or may come to back it; `None` where it is the guest's own.
+    pub fn backing(&self, address: u64) -> Option<Backing> {
+        let (state, gfn) = (self.state(), address / PAGE_SIZE);
+        let candidate = state.candidates.get(gfn);
+        candidate.or_else(|| state.mapped.get(gfn))
+    }
+
+    /// Guest physical addresses of the pages that the page of a file at `offset` bytes backs, or may come to back.
+    pub fn pages_of(&self, file: FileIdentity, offset: u64) -> Vec<u64> {
+        let state = self.state();
+        let mapped = state.mapped.pages_of(file, offset);
+        let gfns = mapped.chain(state.candidates.pages_of(file, offset));
+        gfns.map(|gfn| gfn * PAGE_SIZE).collect()
+    }
+
+    /// The runs of pages that are mapped from files, as it is now.
+    pub fn mapped(&self) -> Vec<Run> {
+        self.state().mapped.runs().collect()
+    }
+
+    /// The runs of pages that may be copies of files' pages, as it is now.
+    pub fn candidates(&self) -> Vec<Run> {
+        self.state().candidates.runs().collect()
+    }
+
+    /// Where the guest's memory is, as the host's kernel has it.
+    ///
+    /// # Errors
+    /// Where `/proc` is not to be had.
+    pub fn usage(&self) -> io::Result<Usage> {
+        let mut usage = Usage::default();
+        for region in &self.regions {
+            for kind in region.window.page_kinds(0, region.window.len())? {
+                match kind {
+                    PageKind::Private => usage.private += 1,
+                    PageKind::File => usage.shared += 1,
+                    PageKind::Absent => usage.absent += 1,
+                }
+            }
+        }
+        Ok(usage)
+    }
+
+    /// The guest physical address of a host address in guest memory.
+    pub fn guest_address(&self, host: usize) -> Option<u64> {
+        self.regions
+            .iter()
+            .find_map(|region| Some(region.start + region.window.offset_of(host)?))
+    }
+
+    /// The files that back pages and are not as they were, with what has become of them.
+    pub fn changed_files(&self) -> Vec<(Arc<SharedFile>, FileChange)> {
+        let mut files: Vec<Arc<SharedFile>> = Vec::new();
+        for run in self.mapped() {
+            if !files
+                .iter()
+                .any(|file| Arc::ptr_eq(file, &run.backing.file))
+            {
+                files.push(run.backing.file);
+            }
+        }
+        let changed = |file: Arc<SharedFile>| Some((file.check().err()?, file));
+        let changed = files.into_iter().filter_map(changed);
+        changed.map(|(change, file)| (file, change)).collect()
+    }
+
+    /// The first page that is a file's and cannot be read any more: its guest physical address, and what backs it.
+    pub fn lost_page(&self) -> Option<(u64, Backing)> {
+        let mut byte = [0; 1];
+        self.mapped().into_iter().find_map(|run| {
+            (0..run.pages).find_map(|page| {
+                let offset = run.backing.offset + page * PAGE_SIZE;
+                let read = run.backing.file.file().read_at(&mut byte, offset);
+                (!matches!(read, Ok(1))).then(|| {
+                    let backing = Backing {
+                        offset,
+                        ..run.backing.clone()
+                    };
+                    ((run.gfn + page) * PAGE_SIZE, backing)
+                })
+            })
+        })
+    }
+
+    /// Gives the merger a kernel as it stands after boot, in `file` from its start: pages of the guest from the guest physical
+    /// `address` on are replaced by the file's where they are equal.
+    ///
+    /// # Errors
+    /// Where the file cannot be examined.
+    pub fn add_reference(&self, address: u64, len: u64, file: &Arc<File>) -> io::Result<()> {
+        let file = self.files.share(file)?;
+        let gfns = whole_pages(address, len.min(file.len()));
+        self.state().references.push(Reference { gfns, file });
+        Ok(())
+    }
+
+    /// Notes the guest's own pages that a reference may be the same as.
+    pub(crate) fn note_references(&self) {
+        let references = self.state().references.clone();
+        for Reference { gfns, file } in references {
+            let Some((window, at)) = self.locate(&gfns) else {
+                continue;
+            };
+            let Ok(kinds) = window.page_kinds(at, (gfns.end - gfns.start) * PAGE_SIZE) else {
+                continue;
+            };
+            let mut state = self.state();
+            let now = self.now();
+            for (gfn, kind) in gfns.clone().zip(kinds) {
+                if kind != PageKind::Private {
+                    continue;
+                }
+                if state.candidates.get(gfn).is_some() {
+                    continue;
+                }
+                // Where it was the reference's page not long ago, the guest has written to it.
+                let strikes = state.strikes(&(gfn..gfn + 1), now);
+                if strikes > MOST_STRIKES {
+                    continue;
+                }
+                let backing = Backing {
+                    file: file.clone(),
+                    offset: (gfn - gfns.start) * PAGE_SIZE,
+                    state: PageState::Candidate { since: 0, strikes },
+                };
+                state.candidates.insert(Run {
+                    gfn,
+                    pages: 1,
+                    backing,
+                });
+            }
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! Candidates become shared: compared with the file, compared again while the guest stands still, and exchanged.
+//!
+//! Check and exchange are one step for the guest, as no vCPU runs and no device writes between them. What can be found out before is:
+//! the file is read, and what differs is sorted out, while the guest runs, so that it is held for little more than the second
+//! comparison. Long runs come before short ones: they take fewer mappings for the same gain.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::file::SharedFile;
+use crate::memory::{IsBusy, MOST_STRIKES, SharedMemory, StandStill};
+use crate::stats::{Refusal, add};
+use crate::table::{PageState, Run};
+use crate::window::PAGE_SIZE;
+
+/// Pages that are compared and exchanged at once, at most.
+const BATCH: u64 = 256;
+/// Runs of them, at most.
+const BATCH_RUNS: usize = 64;
+/// Once the guest was held for so long, what is left of the batch waits for the next.
+const LONGEST_HOLD: Duration = Duration::from_millis(2);
+/// Runs of fewer pages are exchanged only while the guest has less than half of the runs that it may have.
+const SHORT: u64 = 4;
+/// Pages of a huge page.
+const HUGE: u64 = 512;
+/// How long a copy is left alone before it is compared, in tenths of a second: what is soon overwritten is not worth it.
+const SETTLE: u32 = 2;
+
+/// How far a [`SharedMemory::merge`] got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Nothing is left.
+    Done,
+    /// There is more to do at once.
+    More,
+    /// The guest could not be held, or what is left has to settle: not before that time has gone by.
+    Later(Duration),
+}
+
+/// When a candidate may be compared, in tenths of a second after it was noted.
+fn settling(strikes: u8) -> u32 {
+    SETTLE << (2 * strikes.min(MOST_STRIKES))
+}
+
+/// A run with the bytes of its file.
+struct Read {
+    run: Run,
+    bytes: Vec<u8>,
+}
+
+impl Read {
+    fn page(&self, gfn: u64) -> &[u8] {
+        let at = ((gfn - self.run.gfn) * PAGE_SIZE) as usize;
+        &self.bytes[at..at + PAGE_SIZE as usize]
+    }
+}
+
+impl SharedMemory {
+    /// Candidates that have settled, joined where they touch, the longest first; and when the first of the others will have.
+    fn ready(&self) -> (Vec<Run>, Option<Duration>) {
+        let now = self.now();
+        let (mut ready, mut others): (Vec<Run>, Option<u32>) = (Vec::new(), None);
+        let state = self.state();
+        for run in state.candidates.runs() {
+            let PageState::Candidate { since, strikes } = run.backing.state else {
+                continue;
+            };
+            let left = settling(strikes).saturating_sub(now.saturating_sub(since));
+            if since > 0 && left > 0 {
+                others = Some(others.unwrap_or(left).min(left));
+                continue;
+            }
+            if let Some(last) = ready.last_mut()
+                && last.gfn + last.pages == run.gfn
+                && Arc::ptr_eq(&last.backing.file, &run.backing.file)
+                && last.backing.offset + last.pages * PAGE_SIZE == run.backing.offset
+            {
+                last.pages += run.pages;
+            } else {
+                ready.push(run);
+            }
+        }
+        drop(state);
+        ready.sort_by_key(|run| std::cmp::Reverse(run.pages));
+        let tenths = |tenths: u32| Duration::from_millis(u64::from(tenths) * 100);
+        (ready, others.map(tenths))
+    }
+
+    /// Exchanges what can be, until nothing is left or `enough` says so; that is asked between batches.
+    pub(crate) fn merge(
+        &self,
+        still: &dyn StandStill,
+        mut enough: impl FnMut() -> bool,
+    ) -> Progress {
+        let (ready, mut later) = self.ready();
+        let mut left = ready.into_iter().flat_map(pieces).peekable();
+        while left.peek().is_some() {
+            if enough() {
+                return Progress::More;
+            }
+            let (mut batch, mut pages) = (Vec::new(), 0);
+            while let Some(run) = left.next_if(|run| {
+                batch.len() < BATCH_RUNS && (batch.is_empty() || pages + run.pages <= BATCH)
+            }) {
+                pages += run.pages;
+                batch.push(run);
+            }
+            if !self.merge_batch(batch, still) {
+                later = Some(Duration::ZERO);
+            }
+        }
+        later.map_or(Progress::Done, Progress::Later)
+    }
+
+    /// Exchanges the pages of a batch, or refuses them; false where some are as they were.
+    fn merge_batch(&self, batch: Vec<Run>, still: &dyn StandStill) -> bool {
+        let (mut equal, mut room) = (Vec::new(), self.room());
+        for run in batch {
+            match self.admit(&run, &mut room).and_then(|()| read(&run)) {
+                Ok(bytes) => self.sort_out(&Read { run, bytes }, &mut equal),
+                Err(why) => self.refuse(&run, why),
+            }
+        }
+        if equal.is_empty() {
+            return true;
+        }
+        let mut complete = true;
+        let held = still.hold(&mut |is_busy| {
+            let started = Instant::now();
+            for read in &equal {
+                if started.elapsed() > LONGEST_HOLD {
+                    complete = false;
+                    break;
+                }
+                complete &= self.exchange(read, is_busy);
+            }
+            let nanoseconds = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            let stats = self.stats();
+            add(&stats.holds, 1);
+            add(&stats.held_nanoseconds, nanoseconds);
+            stats
+                .longest_hold_nanoseconds
+                .fetch_max(nanoseconds, Ordering::Relaxed);
+        });
+        held && complete
+    }
+
+    /// How many runs more the guest may have.
+    fn room(&self) -> usize {
+        let state = self.state();
+        if state.exhausted {
+            return 0;
+        }
+
+        self.limits().runs.saturating_sub(state.mapped.len())
+    }
+
+    /// Whether a run may be exchanged at all.
+    fn admit(&self, run: &Run, room: &mut usize) -> Result<(), Refusal> {
+        let limits = self.limits();
+        if limits.huge_pages && run.pages < HUGE {
+            return Err(Refusal::HugePage);
+        }
+        if *room == 0 || run.pages < SHORT && *room <= limits.runs / 2 {
+            return Err(Refusal::MapLimit);
+        }
+        let file = &run.backing.file;
+        file.check().map_err(|change| file_changed(file, change))?;
+        *room -= 1;
+        Ok(())
+    }
+
+    /// Takes the pages that differ off the list of candidates, and gathers the others.
+    fn sort_out(&self, read: &Read, equal: &mut Vec<Read>) {
+        let Some((window, at)) = self.locate(&read.run.gfns()) else {
+            return self.refuse(&read.run, Refusal::Differs);
+        };
+        let is_equal =
+            |gfn: &u64| window.holds(at + (gfn - read.run.gfn) * PAGE_SIZE, read.page(*gfn));
+        let gfns: Vec<(u64, bool)> = read.run.gfns().map(|gfn| (gfn, is_equal(&gfn))).collect();
+        for same in gfns.chunk_by(|a, b| a.1 == b.1) {
+            let Some(&(first, is_equal)) = same.first() else {
+                continue;
+            };
+            let Some(run) = read.run.cut(&(first..first + same.len() as u64)) else {
+                continue;
+            };
+            if is_equal {
+                let start = ((first - read.run.gfn) * PAGE_SIZE) as usize;
+                let bytes = read.bytes[start..start + same.len() * PAGE_SIZE as usize].to_vec();
+                equal.push(Read { run, bytes });
+            } else {
+                self.refuse(&run, Refusal::Differs);
+            }
+        }
+    }
+
+    /// The second half: with the guest at a standstill. False where a device is at work on the pages, which then are as they were.
+    fn exchange(&self, read: &Read, is_busy: &IsBusy<'_>) -> bool {
+        let Some((window, at)) = self.locate(&read.run.gfns()) else {
+            return true;
+        };
+        if is_busy(read.run.gfn * PAGE_SIZE, read.run.pages * PAGE_SIZE) {
+            return false;
+        }
+        let since = self.now();
+        let mut state = self.state();
+        // What has become of the candidates since they were chosen.
+        let still: Vec<Run> = state
+            .candidates
+            .within(read.run.gfns())
+            .filter(|run| is_part(run, &read.run))
+            .collect();
+        for run in still {
+            let PageState::Candidate { strikes, .. } = run.backing.state else {
+                continue;
+            };
+            let offset_of = |gfn: u64| at + (gfn - read.run.gfn) * PAGE_SIZE;
+            let pages: Vec<(u64, bool)> = run
+                .gfns()
+                .map(|gfn| (gfn, window.holds(offset_of(gfn), read.page(gfn))))
+                .collect();
+            for same in pages.chunk_by(|a, b| a.1 == b.1) {
+                let Some(&(first, is_equal)) = same.first() else {
+                    continue;
+                };
+                let count = same.len() as u64;
+                let Some(part) = run.cut(&(first..first + count)) else {
+                    continue;
+                };
+                drop(state.candidates.remove(part.gfns()));
+                if !is_equal {
+                    self.stats().refuse(Refusal::Differs, count);
+                    continue;
+                }
+                let (file, offset) = (part.backing.file.file(), part.backing.offset);
+                let mapped = window.map_file(offset_of(first), count * PAGE_SIZE, file, offset);
+                if let Err(error) = mapped {
+                    tracing::warn!(%error, "the host maps no more of a file into the guest, which goes on unshared");
+                    state.exhausted = true;
+                    self.stats().refuse(Refusal::MapLimit, count);
+                    continue;
+                }
+                add(&self.stats().merged, count);
+                state
+                    .mapped
+                    .set_state(part, PageState::Mapped { since, strikes });
+            }
+        }
+        true
+    }
+
+    /// Takes what is still a candidate of a run off the list.
+    fn refuse(&self, run: &Run, why: Refusal) {
+        let mut state = self.state();
+        let candidates: Vec<Run> = state
+            .candidates
+            .within(run.gfns())
+            .filter(|part| is_part(part, run))
+            .collect();
+        for part in candidates {
+            self.stats().refuse(why, part.pages);
+            drop(state.candidates.remove(part.gfns()));
+        }
+    }
+}
+
+/// Whether `part` is backed as `run` is.
+fn is_part(part: &Run, run: &Run) -> bool {
+    Arc::ptr_eq(&part.backing.file, &run.backing.file)
+        && part.backing.offset == run.backing.offset + (part.gfn - run.gfn) * PAGE_SIZE
+}
+
+/// A run as runs of at most a batch each.
+fn pieces(run: Run) -> impl Iterator<Item = Run> {
+    let gfns = run.gfns();
+    gfns.clone()
+        .step_by(BATCH as usize)
+        .filter_map(move |first| run.cut(&(first..gfns.end.min(first + BATCH))))
+}
+
+fn read(run: &Run) -> Result<Vec<u8>, Refusal> {
+    let mut bytes = vec![0; (run.pages * PAGE_SIZE) as usize];
+    let file = &run.backing.file;
+    file.file()
+        .read_exact_at(&mut bytes, run.backing.offset)
+        .map_err(|error| {
+            tracing::warn!(file = %file.path().display(), %error, "a shared file cannot be read");
+            Refusal::Unreadable
+        })?;
+    Ok(bytes)
+}
+
+fn file_changed(file: &SharedFile, change: crate::file::FileChange) -> Refusal {
+    tracing::error!(file = %file.path().display(), %change, "a file that guests share has changed: no more of it is shared");
+    Refusal::FileChanged
+}

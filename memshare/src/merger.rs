@@ -1,0 +1,194 @@
+//! The thread that merges, and how much of the CPU it takes.
+//!
+//! It sleeps without a timer where there is nothing to do. CPU time is a bucket: full at the start, so that what a guest has read while it booted is
+//! shared soon, and then filled with a share of the time that goes by.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::memory::{SharedMemory, StandStill};
+use crate::merge::Progress;
+use crate::stats::add;
+
+/// A merger compares and maps, and little else.
+const STACK_SIZE: usize = 64 << 10;
+/// The least time between two looks, and for a copy to settle.
+const PACE: Duration = Duration::from_millis(200);
+/// When the guest's kernel is compared with its reference, in seconds after the start: often while it boots and soon after, as nobody says
+/// when that is over, and then never again.
+const REFERENCE_LOOKS: [u64; 12] = [1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 45, 60];
+
+/// CPU time that may be used.
+#[derive(Debug)]
+struct Bucket {
+    left: Duration,
+    most: Duration,
+    percent: u8,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(percent: u8, burst: Duration, now: Instant) -> Self {
+        Self {
+            left: burst,
+            most: burst,
+            percent,
+            filled: now,
+        }
+    }
+
+    /// Takes what was used, and returns how long to wait before more is.
+    fn take(&mut self, used: Duration, now: Instant) -> Duration {
+        let share = f64::from(self.percent) / 100.0;
+        let earned = now.duration_since(self.filled).mul_f64(share);
+        self.filled = now;
+        let available = (self.left + earned).min(self.most);
+        self.left = available.saturating_sub(used);
+        // What is missing is earned while nothing is done.
+        let missing = used.saturating_sub(available);
+        let wait = missing.div_f64(share.max(0.001));
+        self.filled = now + wait;
+        wait
+    }
+}
+
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
+/// A running merger. Dropping it ends its thread.
+#[derive(Debug)]
+pub struct Merger {
+    memory: Arc<SharedMemory>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Merger {
+    /// Starts the thread, called `share`, that merges in `memory`; it has `still` hold the guest.
+    ///
+    /// # Errors
+    /// Where the host starts no more threads.
+    pub fn start(memory: Arc<SharedMemory>, still: Arc<dyn StandStill>) -> io::Result<Self> {
+        let thread = std::thread::Builder::new()
+            .name("share".into())
+            .stack_size(STACK_SIZE)
+            .spawn({
+                let memory = memory.clone();
+                move || run(&memory, &*still)
+            })?;
+        Ok(Self {
+            memory,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Merger {
+    fn drop(&mut self) {
+        self.memory.stir(true);
+        if let Some(thread) = self.thread.take() {
+            // A merger that has panicked has been told by the panic hook; the guest goes on unshared.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(memory: &SharedMemory, still: &dyn StandStill) {
+    let started = Instant::now();
+    let limits = *memory.limits();
+    let mut bucket = Bucket::new(limits.cpu_percent, limits.burst, started);
+    let mut looks = REFERENCE_LOOKS
+        .iter()
+        .map(|at| started + Duration::from_secs(*at))
+        .peekable();
+    let mut before = cpu_time();
+    loop {
+        let due = looks.next_if(|at| *at <= Instant::now()).is_some();
+        if due {
+            memory.note_references();
+        }
+        // Time that is owed is waited for between batches.
+        let mut owed = Duration::ZERO;
+        let progress = memory.merge(still, || {
+            let now = cpu_time();
+            let used = now.saturating_sub(before);
+            before = now;
+            add(&memory.stats().cpu_nanoseconds, used.as_nanos() as u64);
+            owed = bucket.take(used, Instant::now());
+            !owed.is_zero() || memory.state().ending
+        });
+        if due {
+            memory.refresh();
+        }
+        let has_references = !memory.state().references.is_empty();
+        let next_look = looks
+            .peek()
+            .filter(|_| has_references)
+            .map(|at| at.saturating_duration_since(Instant::now()));
+        let state = memory.state();
+        if state.ending {
+            return;
+        }
+        match progress {
+            Progress::Done => memory.wait(state, next_look),
+            Progress::More => {
+                drop(state);
+                memory.rest(owed);
+            }
+            Progress::Later(time) => {
+                let time = next_look.unwrap_or(time).min(time);
+                memory.wait(state, Some(time.max(PACE)));
+            }
+        }
+        if memory.state().ending {
+            return;
+        }
+        if progress != Progress::More {
+            // What was just read has to settle; and what comes in meanwhile is seen without another wake-up.
+            memory.rest(PACE);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn in_the_long_run_no_more_than_the_share_is_used() {
+        let start = Instant::now();
+        let burst = Duration::from_millis(500);
+        let mut bucket = Bucket::new(5, burst, start);
+        let (mut now, mut used) = (start, Duration::ZERO);
+        while now < start + Duration::from_mins(2) {
+            let slice = Duration::from_millis(7);
+            used += slice;
+            now += slice;
+            now += bucket.take(slice, now);
+        }
+        let allowed = burst + (now - start).mul_f64(0.05);
+        assert!(
+            used <= allowed + Duration::from_millis(8),
+            "{used:?} of {allowed:?}"
+        );
+        assert!(used >= allowed.mul_f64(0.9), "{used:?} of {allowed:?}");
+    }
+
+    #[test]
+    fn a_merger_that_was_idle_has_its_burst_and_no_more() {
+        let start = Instant::now();
+        let mut bucket = Bucket::new(5, Duration::from_secs(1), start);
+        let later = start + Duration::from_hours(1);
+        assert_eq!(bucket.take(Duration::from_secs(1), later), Duration::ZERO);
+        let wait = bucket.take(Duration::from_millis(50), later);
+        assert_eq!(wait, Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,93 @@
+//! What the manager has done.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why pages are not shared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Guest memory and file do not lie at the same place within their pages.
+    Unaligned,
+    /// A read, or a part of it, of less than a page.
+    Partial,
+    /// The bytes of one page come from several places, as where a sector bitmap splits a block over layers.
+    Split,
+    /// The file is one that is written to.
+    Mutable,
+    /// The guest had changed the page when it was compared.
+    Differs,
+    /// Pages like it were overwritten soon after they were shared, again and again.
+    Rewritten,
+    /// It would split a huge page.
+    HugePage,
+    /// The guest has as many runs as it may have, or the host allows no more mappings.
+    MapLimit,
+    /// The file has changed under the guest.
+    FileChanged,
+    /// The file could not be read.
+    Unreadable,
+}
+
+impl Refusal {
+    /// All, with the names they have in metrics.
+    pub const NAMES: [(Self, &str); 10] = [
+        (Self::Unaligned, "unaligned"),
+        (Self::Partial, "partial"),
+        (Self::Split, "split"),
+        (Self::Mutable, "mutable"),
+        (Self::Differs, "differs"),
+        (Self::Rewritten, "rewritten"),
+        (Self::HugePage, "huge_page"),
+        (Self::MapLimit, "map_limit"),
+        (Self::FileChanged, "file_changed"),
+        (Self::Unreadable, "unreadable"),
+    ];
+}
+
+/// Counters since the start; only ever added to, and read from any thread.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// Pages mapped at boot.
+    pub booted: AtomicU64,
+    /// Pages noted as copies of a file's page.
+    pub noted: AtomicU64,
+    /// Pages that were compared, and replaced by the file's page.
+    pub merged: AtomicU64,
+    /// Pages that a read put in place without a copy.
+    pub placed: AtomicU64,
+    /// Pages of zeros that a read put in place without memory.
+    pub zeroed: AtomicU64,
+    /// Pages that were the file's, and that the guest has written to.
+    pub copied: AtomicU64,
+    /// Bytes that the guest has given back.
+    pub given_back: AtomicU64,
+    /// Times that the guest was held.
+    pub holds: AtomicU64,
+    /// Time for which it was held, in nanoseconds.
+    pub held_nanoseconds: AtomicU64,
+    /// The longest of those times, in nanoseconds.
+    pub longest_hold_nanoseconds: AtomicU64,
+    /// CPU time of the merger, in nanoseconds.
+    pub cpu_nanoseconds: AtomicU64,
+    refused: [AtomicU64; Refusal::NAMES.len()],
+}
+
+/// Counters are independent of each other: nothing is ordered by them.
+pub(crate) fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Ordering::Relaxed);
+}
+
+impl Stats {
+    /// Counts pages that are not shared; a part of a page is one.
+    pub fn refuse(&self, why: Refusal, pages: u64) {
+        if let Some(counter) = self.refused.get(why as usize) {
+            add(counter, pages);
+        }
+    }
+
+    /// Pages that were not shared for this reason.
+    pub fn refused(&self, why: Refusal) -> u64 {
+        self.refused
+            .get(why as usize)
+            .map_or(0, |counter| counter.load(Ordering::Relaxed))
+    }
+}
