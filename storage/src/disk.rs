@@ -286,6 +286,18 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Like [`Disk::flush`].
     fn close(&self) -> Result<(), DiskError>;
 
+    /// Whether nobody writes to a file, which an extent of this disk has named, as long as the disk is open as it is: what was read from it
+    /// once can be had again.
+    fn is_settled(&self, file: &Arc<File>) -> bool {
+        let _ = file;
+        false
+    }
+
+    /// The files that extents can name, the disk's own first.
+    fn files(&self) -> Vec<Arc<File>> {
+        Vec::new()
+    }
+
     /// The disk as what it is, where it is a VHDX, for operations that no other format has.
     fn into_vhdx(self: Arc<Self>) -> Option<Arc<Vhdx>> {
         None

@@ -86,6 +86,14 @@ impl Disk for Raw {
 
     fn finish(&self, _ticket: Ticket, _ok: bool) {}
 
+    fn is_settled(&self, file: &Arc<File>) -> bool {
+        self.geometry.read_only && Arc::ptr_eq(&self.file, file)
+    }
+
+    fn files(&self) -> Vec<Arc<File>> {
+        vec![self.file.clone()]
+    }
+
     fn map(&self, range: ByteRange, out: &mut Vec<Mapping>) -> Result<(), DiskError> {
         self.geometry.check(range)?;
         let mut at = range.offset();

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
@@ -152,6 +153,13 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// Where the device cannot serve; the device is then as after `reset`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// Whether a request under way will write to a range of guest memory: first address, length in bytes. Between calls of the device, nothing
+    /// else of it writes there.
+    fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
+        let _ = (address, len);
+        false
+    }
 
     /// The driver wrote 0 to `Status`: stops, waits for requests in flight, and forgets the queues.
     fn reset(&mut self);

@@ -1,15 +1,42 @@
 //! Memory that the host's kernel reads and writes on behalf of a request.
 
+use std::fs::File;
+use std::ops::Range;
+use std::sync::Arc;
+
 use libc::iovec;
 
 /// Memory that a transfer may go to or come from.
 ///
 /// # Safety
 /// Every range that `iovecs` names is mapped, readable and writable, from any thread, until the value is dropped, and the answer is the
-/// same for each call. The memory may change at any time (a guest may write to it): nobody holds a Rust reference into it.
+/// same for each call, whatever [`IoBuffer::is_filled`] does. The memory may change at any time (a guest may write to it): nobody holds a Rust reference into it.
 pub unsafe trait IoBuffer: Send + 'static {
     /// The ranges, in order.
     fn iovecs(&self) -> &[iovec];
+
+    /// A read is about to fill a part of the ranges, told in bytes from the start of the first. True where that is not needed, as the
+    /// buffer has seen to it that the bytes are there.
+    fn is_filled(&mut self, part: Range<u64>, from: Source<'_>) -> bool {
+        let _ = (part, from);
+        false
+    }
+}
+
+/// Where the bytes of a read come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Source<'a> {
+    /// From a file.
+    File {
+        /// The file.
+        file: &'a Arc<File>,
+        /// Where in it they begin, in bytes.
+        file_offset: u64,
+        /// Whether the file does not change, see [`Disk::is_settled`](crate::Disk::is_settled).
+        is_settled: bool,
+    },
+    /// They are zeros.
+    Zeros,
 }
 
 /// Bytes of the host's own, for tools and tests.

@@ -22,6 +22,6 @@ mod transfer;
 mod uring;
 mod worker;
 
-pub use buffer::{IoBuffer, OwnedBuffer};
+pub use buffer::{IoBuffer, OwnedBuffer, Source};
 pub use engine::EngineKind;
 pub use queue::{Completion, DiskQueue, IoError, Request};

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use super::buffer::{self, Cursor, IoBuffer};
+use super::buffer::{self, Cursor, IoBuffer, Source};
 use super::engine::{Engine, EngineKind};
 use super::transfer::{Failure, Kind, Transfer};
 use super::worker::Outcome;
@@ -271,13 +271,20 @@ impl<B: IoBuffer> DiskQueue<B> {
         operation: &'static str,
         range: ByteRange,
         extents: &[Extent],
-        buffer: B,
+        mut buffer: B,
         then: Then,
     ) {
+        let filled = match kind {
+            Kind::Read => self.filled(range, extents, &mut buffer),
+            Kind::Write | Kind::Sync => Vec::new(),
+        };
         let mut transfers = Vec::with_capacity(extents.len());
         let mut cursor = Cursor::new(buffer.iovecs());
-        for extent in extents {
+        for (index, extent) in extents.iter().enumerate() {
             let iovecs = cursor.take(extent.len as usize);
+            if filled.get(index) == Some(&true) {
+                continue;
+            }
             match &extent.kind {
                 ExtentKind::Data { file, file_offset } => {
                     transfers.push(Transfer::new(kind, file.clone(), *file_offset, iovecs));
@@ -302,6 +309,28 @@ impl<B: IoBuffer> DiskQueue<B> {
             self.transfer(slot, transfer);
         }
         self.settle(slot);
+    }
+
+    /// Asks the buffer which extents it has filled without a transfer.
+    fn filled(&self, range: ByteRange, extents: &[Extent], buffer: &mut B) -> Vec<bool> {
+        let fill = |extent: &Extent| {
+            let start = extent.offset.saturating_sub(range.offset());
+            let from = match &extent.kind {
+                ExtentKind::Data { file, file_offset } => Source::File {
+                    file,
+                    file_offset: *file_offset,
+                    is_settled: self.disk.is_settled(file),
+                },
+                ExtentKind::Zero | ExtentKind::Unmapped => Source::Zeros,
+            };
+            buffer.is_filled(start..start + extent.len, from)
+        };
+        extents.iter().map(fill).collect()
+    }
+
+    /// The buffers of the requests that have not come to their end.
+    pub fn in_flight(&self) -> impl Iterator<Item = &B> {
+        self.slots.iter().flatten().map(|request| &request.buffer)
     }
 
     fn transfer(&mut self, slot: usize, transfer: Transfer) {

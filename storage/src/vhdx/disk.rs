@@ -490,6 +490,11 @@ impl Vhdx {
         self.geometry.read_only || self.frozen.load(Ordering::Acquire)
     }
 
+    /// The disk and its parents.
+    fn layers(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |layer| layer.parent.as_deref())
+    }
+
     pub(super) fn exit(&self, epoch: u64) {
         let mut state = lock(&self.state);
         state.flights.exit(epoch);
@@ -803,6 +808,17 @@ impl Disk for Vhdx {
         } else {
             self.close_all()
         }
+    }
+
+    fn is_settled(&self, file: &Arc<File>) -> bool {
+        self.layers()
+            .any(|layer| layer.is_read_only() && Arc::ptr_eq(layer.view.medium.file(), file))
+    }
+
+    fn files(&self) -> Vec<Arc<File>> {
+        self.layers()
+            .map(|layer| layer.view.medium.file().clone())
+            .collect()
     }
 
     fn into_vhdx(self: Arc<Self>) -> Option<Arc<Vhdx>> {

@@ -5,6 +5,7 @@ mod boot;
 mod control;
 mod disk;
 mod end;
+mod share;
 
 use std::path::Path;
 
@@ -117,6 +118,10 @@ pub const ALL: &[Scenario] = &[
     test(
         "ctrl_alt_del_over_rest_reaches_the_guest",
         control::ctrl_alt_del,
+    ),
+    test(
+        "what_guests_read_is_shared_and_stays_what_it_was",
+        share::reads,
     ),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),

@@ -216,6 +216,7 @@ fn route(
             [] => tell(control(context).instance_info()),
             ["version"] => tell(json!({"firecracker_version": env!("CARGO_PKG_VERSION")})),
             ["machine-config"] => tell(&control(context).config().machine_config),
+            ["vm", "sharing"] => tell(control(context).sharing()?),
             ["vm", "config"] => tell(control(context).config()),
             ["drives", id, "job"] => tell(control(context).job(id)?),
             _ => Err(unknown()),
@@ -275,6 +276,10 @@ fn put(
         ["entropy"] => {
             let entropy = parse(body)?;
             control(context).set_entropy(entropy)?;
+        }
+        ["sharing"] => {
+            let sharing = parse(body)?;
+            control(context).set_sharing(sharing)?;
         }
         ["serial"] => {
             let serial = parse(body)?;

@@ -81,6 +81,18 @@ pub struct LoadSegment {
     pub mem_len: u64,
 }
 
+impl LoadSegment {
+    /// First byte of the file past the segment.
+    pub(super) fn file_end(&self) -> u64 {
+        self.file_offset + self.file_len
+    }
+
+    /// Guest physical address of a byte of the file that is not before the segment.
+    pub(super) fn address_of(&self, file_offset: u64) -> u64 {
+        self.guest_address.0 + (file_offset - self.file_offset)
+    }
+}
+
 /// A parsed kernel. Its segments end below 2^64 and lie inside the file.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Elf {

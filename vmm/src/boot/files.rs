@@ -1,13 +1,15 @@
-//! Files, read into guest memory.
+//! Files, read or mapped into guest memory.
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use devices::GuestMemory;
-use vm_memory::{Address, Bytes, GuestAddress};
+use memshare::{PAGE_SIZE, SharedFile, SharedMemory};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
 use super::elf::LoadSegment;
@@ -52,15 +54,55 @@ pub(super) fn copy(
         action: "read",
         source,
     };
-    let start = segment.file_offset;
-    let end = start + segment.file_len;
-    let mut at = start;
-    while let Some(data) = data_range(file, at, end).map_err(error)? {
+    let mut at = segment.file_offset;
+    while let Some(data) = data_range(file, at, segment.file_end()).map_err(error)? {
         file.seek(SeekFrom::Start(data.start)).map_err(error)?;
-        let address = GuestAddress(segment.guest_address.raw_value() + (data.start - start));
+        let address = GuestAddress(segment.address_of(data.start));
         memory
             .read_exact_volatile_from(address, &mut file, (data.end - data.start) as usize)
             .map_err(|failed| error(std::io::Error::other(failed.to_string())))?;
+        at = data.end;
+    }
+    Ok(())
+}
+
+/// Maps the whole pages of a range of a file, which does not change, into guest memory, and reads the rest; reads all of it where the pages of
+/// the file are not pages of the guest.
+pub(super) fn share(
+    memory: &GuestMemory,
+    shared: &SharedMemory,
+    path: &Path,
+    role: &'static str,
+    shared_file: &Arc<SharedFile>,
+    segment: &LoadSegment,
+) -> Result<(), BootError> {
+    let file = shared_file.file();
+    let error = |source| BootError::File {
+        path: path.to_owned(),
+        role,
+        action: "map",
+        source,
+    };
+    let part = |range: Range<u64>| LoadSegment {
+        file_offset: range.start,
+        file_len: range.end - range.start,
+        guest_address: GuestAddress(segment.address_of(range.start)),
+        mem_len: range.end - range.start,
+    };
+    let mut at = segment.file_offset;
+    while let Some(data) = data_range(file, at, segment.file_end()).map_err(error)? {
+        let start = data.start.next_multiple_of(PAGE_SIZE);
+        let end = data.end / PAGE_SIZE * PAGE_SIZE;
+        let address = segment.address_of(start);
+        if start < end && address.is_multiple_of(PAGE_SIZE) {
+            shared
+                .map(address, end - start, shared_file, start)
+                .map_err(error)?;
+            copy(memory, path, role, file, &part(data.start..start))?;
+            copy(memory, path, role, file, &part(end..data.end))?;
+        } else {
+            copy(memory, path, role, file, &part(data.clone()))?;
+        }
         at = data.end;
     }
     Ok(())

@@ -10,7 +10,7 @@ use vm_memory::{Address, GuestAddress};
 use super::compression::Compression;
 use super::elf::LoadSegment;
 use super::files::open_file;
-use super::unpack::{self, Packed};
+use super::unpack::{self, Packed, Unpacked};
 use super::{BootError, BootSource, EntryPoint, Protocol, bzimage, elf};
 
 /// Longest command line of a kernel that does not say: Linux' `COMMAND_LINE_SIZE` on x86 without the terminating zero, past which it
@@ -24,6 +24,8 @@ const IDENTITY_MAP_END: u64 = 1 << 30;
 pub(super) struct Kernel {
     pub(super) path: PathBuf,
     pub(super) file: File,
+    /// Whether the file lies in the cache, so that it does not change.
+    pub(super) is_cached: bool,
     pub(super) segments: Vec<LoadSegment>,
     pub(super) entry: EntryPoint,
     pub(super) header: Option<setup_header>,
@@ -65,7 +67,7 @@ pub(super) fn find_kernel(source: &BootSource, cache: &Path) -> Result<Kernel, B
             Packed {
                 path,
                 file: &file,
-                compression,
+                compression: Some(compression),
                 offset: 0,
                 len,
             },
@@ -96,7 +98,15 @@ pub(super) fn find_kernel(source: &BootSource, cache: &Path) -> Result<Kernel, B
     })
 }
 
-fn unpacked_kernel(protocol: Protocol, path: &Path, file: File) -> Result<Kernel, BootError> {
+fn unpacked_kernel(
+    protocol: Protocol,
+    path: &Path,
+    unpacked: Unpacked,
+) -> Result<Kernel, BootError> {
+    let (file, is_cached) = match unpacked {
+        Unpacked::Cached(file) => (file, true),
+        Unpacked::Own(file) => (file, false),
+    };
     let len = file
         .metadata()
         .map_err(|source| BootError::File {
@@ -106,7 +116,11 @@ fn unpacked_kernel(protocol: Protocol, path: &Path, file: File) -> Result<Kernel
             source,
         })?
         .len();
-    elf_kernel(protocol, path, file, len)
+    let kernel = elf_kernel(protocol, path, file, len)?;
+    Ok(Kernel {
+        is_cached,
+        ..kernel
+    })
 }
 
 fn elf_kernel(protocol: Protocol, path: &Path, file: File, len: u64) -> Result<Kernel, BootError> {
@@ -127,6 +141,7 @@ fn elf_kernel(protocol: Protocol, path: &Path, file: File, len: u64) -> Result<K
     Ok(Kernel {
         path: path.to_owned(),
         file,
+        is_cached: false,
         segments: elf.segments,
         entry,
         header: None,
@@ -163,7 +178,7 @@ fn bzimage_kernel(
                     Packed {
                         path,
                         file: &file,
-                        compression,
+                        compression: Some(compression),
                         offset,
                         len,
                     },
@@ -206,6 +221,7 @@ fn bzimage_kernel(
     Ok(Kernel {
         path: path.to_owned(),
         file,
+        is_cached: false,
         segments: vec![segment],
         entry: EntryPoint::Linux64 {
             rip: GuestAddress(rip),

@@ -8,9 +8,12 @@
 //!                              └───────────────────── 64-bit entry, the guest unpacks
 //! ```
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use devices::GuestMemory;
+use memshare::{SharedFile, SharedMemory};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::HIGH_RAM_START;
@@ -101,22 +104,30 @@ pub enum EntryPoint {
     },
 }
 
-/// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`.
+/// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. Where that is `shared`, kernel and initrd are mapped
+/// from copies of their files in the cache, and read only where that cannot be.
 ///
 /// # Errors
 /// [`BootError`], naming the file and what of it is wrong. Guest memory is then in no defined state.
 pub fn load(
     memory: &GuestMemory,
+    shared: Option<&SharedMemory>,
     source: &BootSource,
     vcpus: u8,
     virtio: &[MmioDevice],
 ) -> Result<BootState, BootError> {
-    let kernel = find_kernel(source, &unpack::cache_dir())?;
+    let cache = unpack::cache_dir();
+    let kernel = find_kernel(source, &cache)?;
     let ram_end = low_ram_end(memory);
-    let kernel_end = load_kernel(memory, &kernel, ram_end)?;
+    let into = Destination {
+        memory,
+        shared,
+        cache: &cache,
+    };
+    let kernel_end = load_kernel(&into, &kernel, ram_end)?;
     let initrd = match &source.initrd {
         Some(path) => Some(load_initrd(
-            memory,
+            &into,
             path,
             kernel_end,
             ram_end.min(kernel.initrd_max),
@@ -148,9 +159,47 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
         .map_or(0, |region| region.start_addr().raw_value() + region.len())
 }
 
+/// Where files are loaded to.
+struct Destination<'a> {
+    memory: &'a GuestMemory,
+    shared: Option<&'a SharedMemory>,
+    cache: &'a Path,
+}
+
+impl Destination<'_> {
+    /// The file that does not change and holds what `file` holds, if it is to be shared.
+    fn settled(&self, path: &Path, file: &File, is_cached: bool) -> Option<Arc<SharedFile>> {
+        let shared = self.shared?;
+        let settled = if is_cached {
+            file.try_clone().ok()?
+        } else {
+            unpack::keep(path, file, file.metadata().ok()?.len(), self.cache)?
+        };
+        shared.files().share(&Arc::new(settled)).ok()
+    }
+
+    fn put(
+        &self,
+        path: &Path,
+        role: &'static str,
+        file: &File,
+        settled: Option<&Arc<SharedFile>>,
+        segment: &LoadSegment,
+    ) -> Result<(), BootError> {
+        match (self.shared, settled) {
+            (Some(shared), Some(settled)) => {
+                files::share(self.memory, shared, path, role, settled, segment)
+            }
+            (None, _) | (_, None) => copy(self.memory, path, role, file, segment),
+        }
+    }
+}
+
 /// Puts the kernel's segments into guest memory; returns the first address past them.
-fn load_kernel(memory: &GuestMemory, kernel: &Kernel, ram_end: u64) -> Result<u64, BootError> {
+fn load_kernel(into: &Destination<'_>, kernel: &Kernel, ram_end: u64) -> Result<u64, BootError> {
     check_entry(kernel)?;
+    let (path, file) = (&kernel.path, &kernel.file);
+    let settled = into.settled(path, file, kernel.is_cached);
     let mut kernel_end = 0;
     for segment in &kernel.segments {
         let start = segment.guest_address.raw_value();
@@ -165,7 +214,7 @@ fn load_kernel(memory: &GuestMemory, kernel: &Kernel, ram_end: u64) -> Result<u6
             });
         }
         // What lies past `file_len` is zero, as RAM is.
-        copy(memory, &kernel.path, "kernel", &kernel.file, segment)?;
+        into.put(path, "kernel", file, settled.as_ref(), segment)?;
         kernel_end = kernel_end.max(end);
     }
     Ok(kernel_end)
@@ -173,7 +222,7 @@ fn load_kernel(memory: &GuestMemory, kernel: &Kernel, ram_end: u64) -> Result<u6
 
 /// Puts the initrd as high as it goes, where no kernel needs the room.
 fn load_initrd(
-    memory: &GuestMemory,
+    into: &Destination<'_>,
     path: &Path,
     start: u64,
     end: u64,
@@ -197,7 +246,8 @@ fn load_initrd(
         guest_address: address,
         mem_len: len,
     };
-    copy(memory, path, "initrd", &file, &segment)?;
+    let settled = into.settled(path, &file, false);
+    into.put(path, "initrd", &file, settled.as_ref(), &segment)?;
     Ok(Initrd { address, len })
 }
 
@@ -231,7 +281,13 @@ mod tests {
 
     fn boot(bytes: &[u8], protocol: Protocol) -> Result<BootState, BootError> {
         let kernel = file(bytes);
-        load(&memory(4 << 20), &source(kernel.path(), protocol), 1, &[])
+        load(
+            &memory(4 << 20),
+            None,
+            &source(kernel.path(), protocol),
+            1,
+            &[],
+        )
     }
 
     #[test]
@@ -264,7 +320,14 @@ mod tests {
     #[test]
     fn segments_lie_where_the_kernel_says() {
         let (kernel, memory) = (file(&elf::tests::kernel(0x1000)), memory(4 << 20));
-        load(&memory, &source(kernel.path(), Protocol::Auto), 1, &[]).unwrap();
+        load(
+            &memory,
+            None,
+            &source(kernel.path(), Protocol::Auto),
+            1,
+            &[],
+        )
+        .unwrap();
         let loaded: [u8; 17] = memory.read_obj(GuestAddress(0x10_0000)).unwrap();
         assert_eq!(loaded[..16], [0xf4; 16]);
         assert_eq!(loaded[16], 0);
@@ -356,7 +419,7 @@ mod tests {
                 initrd: Some(initrd.path().to_owned()),
                 ..source(kernel.path(), Protocol::Linux64)
             };
-            match load(&memory, &source, 1, &[]) {
+            match load(&memory, None, &source, 1, &[]) {
                 Ok(_) => {
                     assert!(fits, "{len}");
                     let last: u8 = memory
@@ -386,7 +449,14 @@ mod tests {
             );
         }
         let open = |path: &Path| {
-            load(&memory(4 << 20), &source(path, Protocol::Auto), 1, &[]).unwrap_err()
+            load(
+                &memory(4 << 20),
+                None,
+                &source(path, Protocol::Auto),
+                1,
+                &[],
+            )
+            .unwrap_err()
         };
         assert!(matches!(open(Path::new("/")), BootError::NotAFile { .. }));
         assert!(matches!(

@@ -6,6 +6,9 @@
 //! unpacks and the others wait for it; the kernel appears by rename, so it is whole.
 //!
 //! Pages of zeros (a kernel's `.bss` is in its file) become holes, of which nothing is read into guest memory.
+//!
+//! Files that are not compressed lie here too, where guests are to share them: what is mapped into a guest must not change, and nobody but this
+//! user writes here.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
@@ -94,18 +97,26 @@ impl Write for KernelWriter {
 pub(super) struct Packed<'a> {
     pub(super) path: &'a Path,
     pub(super) file: &'a File,
-    pub(super) compression: Compression,
+    /// None for a file that is kept as it is.
+    pub(super) compression: Option<Compression>,
     /// First byte.
     pub(super) offset: u64,
     /// Length in bytes.
     pub(super) len: u64,
 }
 
-/// The unpacked kernel, from `cache` where it is there already. Where the cache cannot be used, the kernel lies in memory
-/// until it is closed.
-pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<File, BootError> {
+/// An unpacked kernel.
+pub(super) enum Unpacked {
+    /// It lies in the cache, for all guests of this user, and does not change.
+    Cached(File),
+    /// It lies in memory until it is closed, as the cache cannot be used.
+    Own(File),
+}
+
+/// The unpacked kernel, from `cache` where it is there already.
+pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<Unpacked, BootError> {
     match cached(&packed, cache) {
-        Ok(file) => Ok(file),
+        Ok(file) => Ok(Unpacked::Cached(file)),
         // The cache or the kernel is at fault: if the kernel is, it cannot be unpacked anywhere.
         Err(unusable) => {
             let memory = memfd_create("kernel", MemfdFlags::CLOEXEC);
@@ -114,13 +125,29 @@ pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<File, BootError
                 .and_then(|memory| unpack_to(&packed, memory.into()))
                 .map_err(|source| BootError::Unpack {
                     path: packed.path.to_owned(),
-                    compression: packed.compression.name(),
+                    compression: packed.compression.map_or("no", Compression::name),
                     source,
                 })?;
             tracing::warn!(dir = %cache.display(), error = %unusable, "the kernel cache cannot be used; each guest unpacks its kernel");
-            Ok(file)
+            Ok(Unpacked::Own(file))
         }
     }
+}
+
+/// A copy of a file as it is, in the cache; `None` where the cache cannot be used.
+pub(super) fn keep(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
+    let packed = Packed {
+        path,
+        file,
+        compression: None,
+        offset: 0,
+        len,
+    };
+    cached(&packed, cache)
+        .inspect_err(|error| {
+            tracing::warn!(dir = %cache.display(), file = %path.display(), %error, "the cache cannot be used; each guest has a copy");
+        })
+        .ok()
 }
 
 fn cached(packed: &Packed<'_>, dir: &Path) -> io::Result<File> {
@@ -167,9 +194,12 @@ fn unpack_to(packed: &Packed<'_>, out: File) -> io::Result<File> {
     let mut source = packed.file;
     source.seek(SeekFrom::Start(packed.offset))?;
     let mut writer = KernelWriter::new(out);
-    packed
-        .compression
-        .decode(BufReader::new(source.take(packed.len)), &mut writer)?;
+    let bytes = BufReader::new(source.take(packed.len));
+    let Some(compression) = packed.compression else {
+        io::copy(&mut { bytes }, &mut writer)?;
+        return writer.finish();
+    };
+    compression.decode(bytes, &mut writer)?;
     let file = writer.finish()?;
     let mut magic = [0; 4];
     file.read_exact_at(&mut magic, 0)
@@ -183,8 +213,9 @@ fn unpack_to(packed: &Packed<'_>, out: File) -> io::Result<File> {
 
 fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
     let source = packed.file.metadata()?;
+    let kind = packed.compression.map_or("plain", |_| "elf");
     Ok(format!(
-        "v{CACHE_VERSION}-{:x}-{:x}-{:x}-{:x}.{:09}-{:x}.{:09}.elf",
+        "v{CACHE_VERSION}-{:x}-{:x}-{:x}-{:x}.{:09}-{:x}.{:09}.{kind}",
         source.dev(),
         source.ino(),
         source.size(),
@@ -239,11 +270,13 @@ mod tests {
         let packed = Packed {
             path: source,
             file: &file,
-            compression,
+            compression: Some(compression),
             offset: 0,
             len: file.metadata().unwrap().len(),
         };
-        unpack(packed, cache)
+        match unpack(packed, cache)? {
+            Unpacked::Cached(file) | Unpacked::Own(file) => Ok(file),
+        }
     }
 
     fn content(file: &File) -> Vec<u8> {
@@ -311,6 +344,21 @@ mod tests {
             1,
             "one kernel and no temporary file"
         );
+    }
+
+    #[test]
+    fn a_file_that_is_not_compressed_is_kept_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("initrd");
+        fs::write(&source, b"070701, and more").unwrap();
+        let file = File::open(&source).unwrap();
+        let kept = |cache| keep(&source, &file, 16, cache);
+        let (first, second) = (kept(dir.path()).unwrap(), kept(dir.path()).unwrap());
+        assert_eq!(content(&first), b"070701, and more");
+        let inode = |file: &File| file.metadata().unwrap().ino();
+        assert_eq!(inode(&first), inode(&second));
+        assert_ne!(inode(&first), inode(&file));
+        assert!(kept(Path::new("/proc/nowhere")).is_none());
     }
 
     #[test]

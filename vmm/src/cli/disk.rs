@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::config::{DriveConfig, DriveFormat};
+use crate::config::{DriveConfig, DriveFormat, ShareModeConfig};
 
 /// The value of `--disk`. A comma in the name of the file is written twice.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +17,7 @@ pub struct DiskArgument {
     queues: Option<u16>,
     parents: Option<PathBuf>,
     keep_space: bool,
+    share: Option<ShareModeConfig>,
 }
 
 /// Not the description of a disk.
@@ -24,12 +25,12 @@ pub struct DiskArgument {
 pub enum DiskError {
     /// No file.
     #[error(
-        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space]"
+        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space][,share=off|read]"
     )]
     NoFile,
     /// An unknown option.
     #[error(
-        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space (a comma in a file name is written twice)"
+        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space, share=off|read (a comma in a file name is written twice)"
     )]
     UnknownOption(String),
     /// An option that is there twice.
@@ -77,7 +78,7 @@ impl FromStr for DiskArgument {
             .next()
             .filter(|path| !path.is_empty())
             .ok_or(DiskError::NoFile)?;
-        let (mut parents, mut keep_space) = (None, None);
+        let (mut parents, mut keep_space, mut share) = (None, None, None);
         let (mut read_only, mut root, mut id, mut format, mut serial, mut queues) =
             (None, None, None, None, None, None);
         for part in parts {
@@ -89,6 +90,7 @@ impl FromStr for DiskArgument {
                 Some(("format", value)) => set("format", &mut format, parse_format(value)?)?,
                 None if part == "keep-space" => set("keep-space", &mut keep_space, ())?,
                 Some(("parents", value)) => set("parents", &mut parents, value.into())?,
+                Some(("share", value)) => set("share", &mut share, parse_share(value)?)?,
                 Some(("queues", value)) => set("queues", &mut queues, parse_queues(value)?)?,
                 None | Some(_) => return Err(DiskError::UnknownOption(part)),
             }
@@ -103,6 +105,7 @@ impl FromStr for DiskArgument {
             queues,
             parents,
             keep_space: keep_space.is_some(),
+            share,
         })
     }
 }
@@ -115,6 +118,18 @@ fn parse_format(value: &str) -> Result<DriveFormat, DiskError> {
             option: "format",
             value: value.to_owned(),
             expected: "vhdx|raw",
+        }),
+    }
+}
+
+fn parse_share(value: &str) -> Result<ShareModeConfig, DiskError> {
+    match value {
+        "off" => Ok(ShareModeConfig::Off),
+        "read" => Ok(ShareModeConfig::Read),
+        _ => Err(DiskError::Value {
+            option: "share",
+            value: value.to_owned(),
+            expected: "off|read",
         }),
     }
 }
@@ -140,6 +155,7 @@ impl DiskArgument {
             queues,
             parents,
             keep_space,
+            share,
         } = self;
         let id = id.unwrap_or_else(|| {
             // A guest has fewer drives than there are numbers here.
@@ -155,6 +171,7 @@ impl DiskArgument {
             num_queues: queues.unwrap_or(drive.num_queues),
             parents,
             keep_space,
+            share,
             ..drive
         }
     }

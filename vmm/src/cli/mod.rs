@@ -6,8 +6,11 @@ mod size;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use memshare::ShareMode;
 
-use crate::config::{BootSourceConfig, ConfigError, MetricsConfig, SerialConfig, VmConfig};
+use crate::config::{
+    BootSourceConfig, ConfigError, HugePageConfig, MetricsConfig, SerialConfig, VmConfig,
+};
 use crate::disk_tool::{self, DiskCommand};
 use crate::logging::{LogFilter, LogFormat};
 use crate::run::RunOptions;
@@ -77,7 +80,8 @@ pub struct RunArguments {
     /// Nothing is added to it but root= (with ro or rw), and that only where a disk is marked as root.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space. Can be
+    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space,
+    /// share=off|read. Can be
     /// repeated.
     ///
     /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
@@ -88,6 +92,7 @@ pub struct RunArguments {
     /// queues: request queues, 1 to 32, 1 if not given;
     /// parents: the folder that the parents of a differencing disk have to lie in, or below; anywhere if not given;
     /// keep-space: what the guest trims stays with the file, for its next blocks, rather than go back to the host.
+    /// share: whether its pages are shared with other guests, as --share says if not given.
     /// A comma in a file name is written twice.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub disk: Vec<DiskArgument>,
@@ -97,6 +102,21 @@ pub struct RunArguments {
     /// vCPUs of the guest, 1 to 32 [default: 1].
     #[arg(long, value_name = "NUMBER")]
     pub cpus: Option<u8>,
+    /// Which pages of files the guest shares with other guests: off, boot, read or all [default: all].
+    ///
+    /// boot: the kernel and the initrd; read: also what the guest reads from disks that do not change (read-only disks, and the parents of
+    /// differencing disks); all: also the kernel as it stands after boot, and what the guest frees goes back to the host.
+    #[arg(long, value_name = "MODE")]
+    pub share: Option<ShareMode>,
+    /// Most of a core that finding shared pages may take in the long run, in percent [default: 5].
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub share_cpu: Option<u8>,
+    /// Put reads of at least so many KiB in one piece in place without a copy, instead of merging them later.
+    #[arg(long, value_name = "KIB")]
+    pub share_place: Option<u32>,
+    /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
+    #[arg(long)]
+    pub huge_pages: bool,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
     ///
     /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
@@ -207,6 +227,18 @@ impl RunArguments {
         }
         if let Some(Mebibytes(size)) = self.mem {
             config.machine_config.mem_size_mib = size;
+        }
+        if let Some(mode) = self.share {
+            config.sharing.mode = mode.into();
+        }
+        if let Some(percent) = self.share_cpu {
+            config.sharing.cpu_percent = percent;
+        }
+        if self.share_place.is_some() {
+            config.sharing.place_kib = self.share_place;
+        }
+        if self.huge_pages {
+            config.machine_config.huge_pages = HugePageConfig::Transparent;
         }
         if let Some(cpus) = self.cpus {
             config.machine_config.vcpu_count = cpus;

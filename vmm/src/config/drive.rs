@@ -9,6 +9,7 @@ use storage::io::EngineKind;
 
 use super::ConfigError;
 use super::error::{check_file, check_path};
+use super::sharing::ShareModeConfig;
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
 const SERIAL_MAX: usize = 20;
@@ -61,6 +62,9 @@ pub struct DriveConfig {
     /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
     #[serde(default)]
     pub parents: Option<PathBuf>,
+    /// What of it is shared at most, `off` or `read`; as the guest's memory where absent. Not in Firecracker.
+    #[serde(default)]
+    pub share: Option<ShareModeConfig>,
 }
 
 const fn one() -> u16 {
@@ -172,6 +176,7 @@ impl DriveConfig {
             num_queues: one(),
             keep_space: false,
             parents: None,
+            share: None,
         }
     }
 

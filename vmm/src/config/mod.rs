@@ -9,7 +9,7 @@
 //! }
 //! ```
 //!
-//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, and `format`, `serial`, `num_queues`, `keep_space` and `parents` of a drive. A field
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of a drive, and `sharing`. A field
 //! that Coppice does not know is refused, and so is a value that it cannot honour: nothing that was asked for is left
 //! out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are such values.
 
@@ -18,6 +18,7 @@ mod drive;
 mod error;
 mod machine;
 mod output;
+mod sharing;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -32,6 +33,7 @@ pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
 pub use error::ConfigError;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
+pub use sharing::{ShareModeConfig, SharingConfig};
 
 use crate::layout;
 
@@ -51,6 +53,9 @@ pub struct VmConfig {
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// What of its memory the guest shares.
+    #[serde(default)]
+    pub sharing: SharingConfig,
     /// The entropy device (virtio-rng); none where absent.
     #[serde(default)]
     pub entropy: Option<EntropyConfig>,
@@ -112,6 +117,7 @@ impl VmConfig {
             boot_source.validate()?;
         }
         self.machine_config.validate()?;
+        self.sharing.validate()?;
         let mut ids = BTreeSet::new();
         let mut root: Option<&str> = None;
         for drive in &self.drives {

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use crate::config::DriveConfig;
-use crate::machine::{DeviceMetrics, DriveTask, JobStatus, Machine, MachineError, StartError};
+use crate::machine::{
+    DeviceMetrics, DriveTask, JobStatus, Machine, MachineError, SharingReport, StartError,
+};
 
 /// A started guest. It is [`Machine`], or a double in tests.
 pub trait Guest: Send {
@@ -46,6 +48,11 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::job`].
     fn cancel_job(&self, id: &str) -> Result<(), MachineError>;
+    /// What of its memory is shared.
+    ///
+    /// # Errors
+    /// See [`Machine::sharing`].
+    fn sharing(&self) -> Result<SharingReport, MachineError>;
     /// The counters of its devices.
     fn metrics(&self) -> DeviceMetrics;
     /// Stops it for good and closes its disks.
@@ -88,6 +95,10 @@ impl Guest for Machine {
     fn cancel_job(&self, id: &str) -> Result<(), MachineError> {
         Machine::job(self, id)?.cancel();
         Ok(())
+    }
+
+    fn sharing(&self) -> Result<SharingReport, MachineError> {
+        Machine::sharing(self)
     }
 
     fn metrics(&self) -> DeviceMetrics {

@@ -19,10 +19,10 @@ use serde_json::Value;
 
 use crate::config::{
     BootSourceConfig, ConfigError, DriveConfig, DriveUpdate, EntropyConfig, LoggerConfig,
-    MachineConfig, MetricsConfig, SerialConfig, VmConfig,
+    MachineConfig, MetricsConfig, SerialConfig, SharingConfig, VmConfig,
 };
 use crate::logging::{Log, LogError};
-use crate::machine::{DriveTask, JobStatus, MachineError};
+use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 
 pub use guest::{Guest, LaunchError};
@@ -336,6 +336,22 @@ impl Control {
     /// `AfterStart`, `Ended`, `Config`.
     pub fn set_entropy(&mut self, entropy: EntropyConfig) -> Result<(), ControlError> {
         self.change(|config| config.entropy = Some(entropy))
+    }
+
+    /// `PUT /sharing`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_sharing(&mut self, sharing: SharingConfig) -> Result<(), ControlError> {
+        self.change(|config| config.sharing = sharing)
+    }
+
+    /// `GET /vm/sharing`: what of the guest's memory is shared.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn sharing(&mut self) -> Result<SharingReport, ControlError> {
+        Ok(self.guest()?.0.sharing()?)
     }
 
     /// `PUT /serial`.

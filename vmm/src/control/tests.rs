@@ -86,6 +86,11 @@ impl Guest for Double {
         Ok(())
     }
 
+    fn sharing(&self) -> Result<SharingReport, MachineError> {
+        self.call("sharing");
+        Ok(SharingReport::default())
+    }
+
     fn metrics(&self) -> DeviceMetrics {
         self.call("metrics");
         DeviceMetrics {

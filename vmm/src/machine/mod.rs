@@ -10,6 +10,7 @@
 
 mod cmdline;
 mod drive_job;
+mod sharing;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -32,6 +33,9 @@ use crate::boot::{self, BootError, BootSource, MmioDevice, Protocol};
 use crate::config::{DriveConfig, VmConfig};
 use crate::layout;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
+pub use sharing::SharingReport;
+
+use sharing::{Plan, Sharing};
 
 use crate::vm::{Buses, VcpuExit, Vcpus, Vm, VmError, VmSettings};
 
@@ -149,6 +153,9 @@ pub enum MachineError {
         /// Why not.
         source: DriveError,
     },
+    /// The host does not say where the guest's memory is.
+    #[error("where guest memory is cannot be told: {0}")]
+    Sharing(std::io::Error),
     /// The guest has not read the keys typed before.
     #[error("the guest has not taken the last Ctrl-Alt-Del yet")]
     KeyboardBusy,
@@ -171,6 +178,7 @@ pub struct Machine {
     entropy: Option<Arc<Mutex<VirtioRng>>>,
     keyboard: Arc<Mutex<I8042>>,
     console: SerialConsole,
+    sharing: Sharing,
 }
 
 /// How often an ending machine looks whether a job has stopped.
@@ -196,6 +204,7 @@ struct Builder<'a> {
     vm: &'a Vm,
     buses: Buses,
     virtio: Vec<MmioDevice>,
+    devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
 }
 
 impl Builder<'_> {
@@ -213,7 +222,8 @@ impl Builder<'_> {
                 self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
             }
         }
-        let transport = MmioTransport::new(device, self.vm.memory().clone());
+        let transport = MmioTransport::new(device.clone(), self.vm.memory().clone());
+        self.devices.push(device);
         self.buses
             .mmio
             .insert(base, MmioTransport::SIZE, Arc::new(Mutex::new(transport)))?;
@@ -370,7 +380,9 @@ impl Machine {
             vm: &vm,
             buses,
             virtio: Vec::new(),
+            devices: Vec::new(),
         };
+        let plan = Plan::new(&vm, &config.sharing, settings.huge_pages);
         let console = builder.add_serial(serial_out, serial_drained)?;
         let keyboard = builder.add_legacy(&power)?;
         let mut drives = BTreeMap::new();
@@ -379,7 +391,9 @@ impl Machine {
         let root = config.drives.iter().find(|drive| drive.is_root_device);
         let others = config.drives.iter().filter(|drive| !drive.is_root_device);
         for drive in root.into_iter().chain(others) {
-            let device = Arc::new(Mutex::new(new_block(drive)?));
+            let mut block = new_block(drive)?;
+            block.share(plan.of_drive(drive));
+            let device = Arc::new(Mutex::new(block));
             builder.add_virtio(device.clone())?;
             subscribers.push(device.clone());
             drives.insert(drive.drive_id.clone(), device);
@@ -393,7 +407,12 @@ impl Machine {
             subscribers.push(device.clone());
             entropy = Some(device);
         }
-        let Builder { buses, virtio, .. } = builder;
+        let Builder {
+            buses,
+            virtio,
+            devices,
+            ..
+        } = builder;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
@@ -402,6 +421,7 @@ impl Machine {
         };
         let state = boot::load(
             vm.memory(),
+            plan.at_boot(),
             &boot_source,
             config.machine_config.vcpu_count,
             &virtio,
@@ -411,27 +431,31 @@ impl Machine {
             .into_iter()
             .map(|subscriber| ops.add_subscriber(subscriber))
             .collect();
-        let started = vm.start(
-            buses,
-            &state.regs(),
-            |sregs| state.apply_sregs(sregs),
-            on_exit,
-        );
+        let started = vm
+            .start(
+                buses,
+                &state.regs(),
+                |sregs| state.apply_sregs(sregs),
+                on_exit,
+            )
+            .map_err(StartError::from)
+            .and_then(|vcpus| Ok((plan.start(vcpus.brake(), devices)?, vcpus)));
         match started {
-            Ok(vcpus) => Ok(Self {
+            Ok((sharing, vcpus)) => Ok(Self {
                 vcpus,
                 drives,
                 jobs: BTreeMap::new(),
                 entropy,
                 keyboard,
                 console,
+                sharing,
             }),
             Err(error) => {
                 for id in ids {
                     // The subscriber was added a moment ago.
                     let _ = ops.remove_subscriber(id);
                 }
-                Err(error.into())
+                Err(error)
             }
         }
     }
@@ -564,6 +588,14 @@ impl Machine {
         job.ok_or_else(|| changed(id, DriveError::NoJob))
     }
 
+    /// What of the guest's memory is shared.
+    ///
+    /// # Errors
+    /// `Sharing`.
+    pub fn sharing(&self) -> Result<SharingReport, MachineError> {
+        self.sharing.report().map_err(MachineError::Sharing)
+    }
+
     /// The counters of the devices.
     pub fn metrics(&self) -> DeviceMetrics {
         DeviceMetrics {
@@ -579,6 +611,7 @@ impl Machine {
     /// Stops the vCPUs for good and closes the disks, each complete and clean.
     pub fn shutdown(mut self) {
         self.console.hang_up();
+        self.sharing.stop();
         self.vcpus.stop();
         for job in self.jobs.values() {
             job.cancel();

@@ -1,6 +1,9 @@
 //! Guest RAM: anonymous private memory, with a hole below 4 GiB for devices.
 
+use std::sync::Arc;
+
 use devices::GuestMemory;
+use memshare::{Limits, Region, SharedMemory, Window};
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
@@ -92,6 +95,22 @@ fn no_huge_pages(mapping: &MmapRegion) {
         // A kernel built without huge pages refuses the advice, and needs none.
         tracing::debug!(%error, "madvise(MADV_NOHUGEPAGE)");
     }
+}
+
+/// `memory` as memory that is shared.
+pub(super) fn shared(memory: &GuestMemory, limits: Limits) -> SharedMemory {
+    let regions = memory.iter().map(|region| {
+        // SAFETY: the range is the whole mapping of a region of RAM, anonymous and private as `region` made it, of whole pages as `map` checked, and
+        // mapped as long as the clone of `memory` lives. Guest memory is accessed through raw pointers and system calls alone, and what is
+        // mapped there is nobody's concern but the guest's.
+        let window =
+            unsafe { Window::over(region.as_ptr(), region.len(), Arc::new(memory.clone())) };
+        Region {
+            start: region.start_addr().raw_value(),
+            window,
+        }
+    });
+    SharedMemory::new(regions.collect(), limits)
 }
 
 /// The regions of `memory` as KVM wants them: slot, guest address, length, host address.

@@ -26,7 +26,7 @@ mod vcpu;
 mod native_kvm;
 
 pub use memory::HugePages;
-pub use threads::Vcpus;
+pub use threads::{Brake, Held, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
 
 /// Size and shape of a VM.
@@ -199,6 +199,11 @@ impl Vm {
     /// Guest RAM. The mapping lives as long as any clone of it.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
+    }
+
+    /// Guest RAM, of which pages can be shared within `limits`. Called once: each answer keeps its own record of what is mapped.
+    pub fn share(&self, limits: memshare::Limits) -> memshare::SharedMemory {
+        memory::shared(&self.memory, limits)
     }
 
     /// A write to `event` raises `gsi`.

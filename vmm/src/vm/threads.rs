@@ -44,6 +44,8 @@ unsafe impl Send for ExitByte {}
 
 struct Table {
     target: Target,
+    /// How many want all vCPUs out of the guest for a moment, whatever the target.
+    holds: usize,
     /// By vCPU; `None` once its thread has left its loop, before the vCPU is dropped.
     exit_bytes: Vec<Option<ExitByte>>,
     parked: usize,
@@ -52,6 +54,15 @@ struct Table {
 impl Table {
     fn live(&self) -> usize {
         self.exit_bytes.iter().flatten().count()
+    }
+
+    /// Whether vCPUs are to stay out of the guest for now.
+    fn is_closed(&self) -> bool {
+        match self.target {
+            Target::Run => self.holds > 0,
+            Target::Pause => true,
+            Target::Stop => false,
+        }
     }
 
     fn set_immediate_exit(&self, index: usize, value: u8) {
@@ -66,6 +77,8 @@ impl Table {
 struct Shared {
     table: Mutex<Table>,
     changed: Condvar,
+    /// Until they are joined. Its lock comes after the table's.
+    threads: Mutex<Vec<JoinHandle<()>>>,
     ended: AtomicBool,
     on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
 }
@@ -79,9 +92,10 @@ impl Shared {
     fn gate(&self, index: u8) -> Gate {
         let mut table = self.table();
         table.set_immediate_exit(index.into(), 0);
+        // A hold is too short for the guest to notice.
         let mut waited = false;
-        while table.target == Target::Pause {
-            waited = true;
+        while table.is_closed() {
+            waited |= table.target == Target::Pause;
             table.parked += 1;
             self.changed.notify_all();
             table = self
@@ -94,6 +108,25 @@ impl Shared {
             Target::Stop => Gate::Stop,
             Target::Run | Target::Pause => Gate::Run { waited },
         }
+    }
+
+    /// Makes every vCPU come by its gate.
+    fn kick(&self, table: &Table) {
+        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        for (index, thread) in threads.iter().enumerate() {
+            table.set_immediate_exit(index, 1);
+            if let Err(error) = thread.kill(kick_signal()) {
+                tracing::debug!(%error, index, "kick of a vCPU thread that has ended");
+            }
+        }
+    }
+
+    /// Waits until every vCPU is at its gate, as long as that is closed.
+    fn wait_for_parked(&self, table: MutexGuard<'_, Table>) {
+        let parked = self.changed.wait_while(table, |table| {
+            table.is_closed() && table.parked < table.live()
+        });
+        drop(parked.unwrap_or_else(PoisonError::into_inner));
     }
 
     fn end(&self, exit: VcpuExit) {
@@ -114,7 +147,6 @@ impl Shared {
 /// The running vCPUs of a VM. Dropping it stops them.
 pub struct Vcpus {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
     /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
     _vm: VmFd,
     /// What the memory slots of the VM map: not unmapped while a vCPU can run.
@@ -143,17 +175,18 @@ impl Vcpus {
         let shared = Arc::new(Shared {
             table: Mutex::new(Table {
                 target: Target::Pause,
+                holds: 0,
                 exit_bytes,
                 parked: 0,
             }),
             changed: Condvar::new(),
+            threads: Mutex::new(Vec::with_capacity(vcpus.len())),
             ended: AtomicBool::new(false),
             on_exit,
         });
         let buses = Arc::new(buses);
-        let mut this = Self {
+        let this = Self {
             shared,
-            threads: Vec::with_capacity(vcpus.len()),
             _vm: vm,
             _memory: memory,
         };
@@ -165,10 +198,11 @@ impl Vcpus {
                 .stack_size(STACK_SIZE)
                 .spawn(move || thread_main(&shared, &buses, vcpu));
             match thread {
-                Ok(thread) => this.threads.push(thread),
+                Ok(thread) => this.threads().push(thread),
                 Err(source) => {
                     // The vCPUs without a thread are gone with the closure that owned them, their pages with them.
-                    this.shared.table().exit_bytes.truncate(this.threads.len());
+                    let started = this.threads().len();
+                    this.shared.table().exit_bytes.truncate(started);
                     return Err(VmError::Thread { index, source });
                 }
             }
@@ -177,17 +211,17 @@ impl Vcpus {
         Ok(this)
     }
 
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        let threads = self.shared.threads.lock();
+        threads.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_target(&self, target: Target) -> MutexGuard<'_, Table> {
         let mut table = self.shared.table();
         if table.target != Target::Stop {
             table.target = target;
         }
-        for (index, thread) in self.threads.iter().enumerate() {
-            table.set_immediate_exit(index, 1);
-            if let Err(error) = thread.kill(kick_signal()) {
-                tracing::debug!(%error, index, "kick of a vCPU thread that has ended");
-            }
-        }
+        self.shared.kick(&table);
         self.shared.changed.notify_all();
         table
     }
@@ -196,14 +230,8 @@ impl Vcpus {
     ///
     /// Waits for device accesses under way: not to be called with a device locked, nor from a vCPU thread.
     pub fn pause(&self) {
-        let mut table = self.set_target(Target::Pause);
-        while table.target == Target::Pause && table.parked < table.live() {
-            table = self
-                .shared
-                .changed
-                .wait(table)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        let table = self.set_target(Target::Pause);
+        self.shared.wait_for_parked(table);
     }
 
     /// Lets the vCPUs run on.
@@ -211,13 +239,49 @@ impl Vcpus {
         drop(self.set_target(Target::Run));
     }
 
+    /// A way to hold the vCPUs that outlives this value.
+    pub fn brake(&self) -> Brake {
+        Brake(self.shared.clone())
+    }
+
     /// Takes all vCPUs out of the guest for good and ends their threads.
     pub fn stop(&mut self) {
         drop(self.set_target(Target::Stop));
-        for thread in self.threads.drain(..) {
+        let threads = std::mem::take(&mut *self.threads());
+        for thread in threads {
             // A panic of the thread has been told through `on_exit`.
             let _ = thread.join();
         }
+    }
+}
+
+/// Holds the vCPUs of a VM for moments, paused or not.
+#[derive(Clone)]
+pub struct Brake(Arc<Shared>);
+
+/// No vCPU is in the guest as long as this lives.
+#[must_use = "the vCPUs go on when this is dropped"]
+pub struct Held<'a>(&'a Shared);
+
+impl Brake {
+    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until the answer is dropped. `None` once they are stopped for good.
+    pub fn hold(&self) -> Option<Held<'_>> {
+        let mut table = self.0.table();
+        if table.target == Target::Stop {
+            return None;
+        }
+        table.holds += 1;
+        let held = Held(&self.0);
+        self.0.kick(&table);
+        self.0.wait_for_parked(table);
+        Some(held)
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.table().holds -= 1;
+        self.0.changed.notify_all();
     }
 }
 

@@ -1,12 +1,14 @@
 //! Guest memory as the buffer of a request to the disk.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use libc::iovec;
-use storage::io::IoBuffer;
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use storage::io::{IoBuffer, Source};
+use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
 
 use super::super::chain::{ChainError, Segment};
+use super::sharing::{Copied, DriveSharing};
 use crate::GuestMemory;
 
 /// What a request is when its I/O has come to its end.
@@ -22,6 +24,12 @@ pub(super) enum Operation {
 #[derive(Debug)]
 pub(super) struct Ticket {
     iovecs: Vec<iovec>,
+    /// Where the data are in guest memory, in order.
+    segments: Vec<Segment>,
+    /// Who is to know where the bytes of a read come from.
+    sharing: Option<Arc<DriveSharing>>,
+    /// What a read copies from files that do not change.
+    copied: Vec<Copied>,
     /// Keeps mapped what the ranges point to.
     memory: Arc<GuestMemory>,
     /// Index of the queue it came from.
@@ -41,6 +49,29 @@ unsafe impl IoBuffer for Ticket {
     fn iovecs(&self) -> &[iovec] {
         &self.iovecs
     }
+
+    fn is_filled(&mut self, part: Range<u64>, from: Source<'_>) -> bool {
+        let Some(sharing) = &self.sharing else {
+            return false;
+        };
+        let segments: Vec<Segment> = cut(&self.segments, &part).collect();
+        sharing.fill(&self.memory, &segments, from, &mut self.copied)
+    }
+}
+
+/// The parts of `segments` that hold a part of their bytes.
+fn cut<'a>(segments: &'a [Segment], part: &Range<u64>) -> impl Iterator<Item = Segment> + use<'a> {
+    let (mut at, part) = (0, part.clone());
+    segments.iter().filter_map(move |segment| {
+        let start = part.start.max(at);
+        let end = part.end.min(at + u64::from(segment.len));
+        let address = segment.address.unchecked_add(start.saturating_sub(at));
+        at += u64::from(segment.len);
+        (start < end).then_some(Segment {
+            address,
+            len: (end - start) as u32,
+        })
+    })
 }
 
 // SAFETY: the pointers are to guest memory, which any thread may access and which the value keeps mapped.
@@ -75,6 +106,9 @@ impl Ticket {
         }
         Ok(Self {
             iovecs,
+            segments: segments.to_vec(),
+            sharing: None,
+            copied: Vec::new(),
             memory: memory.clone(),
             queue,
             head,
@@ -82,6 +116,31 @@ impl Ticket {
             operation,
             len,
         })
+    }
+
+    /// This request, with somebody who is to know where its bytes come from.
+    pub(super) fn shared_by(mut self, sharing: Option<&Arc<DriveSharing>>) -> Self {
+        if self.operation == Operation::Read {
+            self.sharing = sharing.cloned();
+        }
+        self
+    }
+
+    /// Tells that the request has succeeded.
+    pub(super) fn note_copies(&self) {
+        if let Some(sharing) = &self.sharing {
+            sharing.note(&self.copied);
+        }
+    }
+
+    /// Whether the request writes to a range of guest memory.
+    pub(super) fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
+        let range = address.raw_value()..address.raw_value().saturating_add(len);
+        self.operation == Operation::Read
+            && self.segments.iter().any(|segment| {
+                let start = segment.address.raw_value();
+                start < range.end && range.start < start + u64::from(segment.len)
+            })
     }
 
     /// The memory that the request lies in.

@@ -16,6 +16,7 @@ mod hostile;
 mod metrics;
 mod request;
 mod ring;
+mod sharing;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +27,7 @@ use storage::io::{Completion, DiskQueue, EngineKind};
 use storage::{Disk, Geometry};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::buffer::{Operation, Ticket};
@@ -34,6 +36,7 @@ pub use self::metrics::BlockMetrics;
 use self::metrics::add;
 use self::request::{Command, ID_LEN, Rules};
 use self::ring::{Next, Ring};
+pub use self::sharing::DriveSharing;
 use super::chain;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::GuestMemory;
@@ -89,6 +92,7 @@ pub struct VirtioBlock {
     active: Option<Active>,
     paused: bool,
     metrics: Arc<BlockMetrics>,
+    sharing: Option<Arc<DriveSharing>>,
 }
 
 impl VirtioBlock {
@@ -129,12 +133,23 @@ impl VirtioBlock {
             active: None,
             paused: false,
             metrics: Arc::default(),
+            sharing: None,
         })
     }
 
     /// The device's counters.
     pub fn metrics(&self) -> Arc<BlockMetrics> {
         self.metrics.clone()
+    }
+
+    /// Lets the guest share what it reads from files that do not change, or from now on no more.
+    pub fn share(&mut self, sharing: Option<Arc<DriveSharing>>) {
+        self.sharing = sharing;
+    }
+
+    /// How reads are shared.
+    pub fn sharing(&self) -> Option<&Arc<DriveSharing>> {
+        self.sharing.as_ref()
     }
 
     /// The disk.
@@ -258,6 +273,7 @@ impl VirtioBlock {
                 }) => {
                     let origin = (queue, head);
                     let ticket = Ticket::new(&active.memory, &data, origin, status, operation)?;
+                    let ticket = ticket.shared_by(self.sharing.as_ref());
                     self.disk.submit(request, ticket);
                     continue;
                 }
@@ -321,6 +337,7 @@ impl VirtioBlock {
         }
         let written = match ticket.operation {
             Operation::Read => {
+                ticket.note_copies();
                 add(&metrics.reads, 1);
                 add(&metrics.read_bytes, len);
                 ticket.len.saturating_add(1)
@@ -414,6 +431,12 @@ impl VirtioDevice for VirtioBlock {
             write_through: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
         });
         Ok(())
+    }
+
+    fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
+        self.disk
+            .in_flight()
+            .any(|ticket| ticket.is_writing(address, len))
     }
 
     fn reset(&mut self) {

@@ -1,0 +1,90 @@
+//! What a guest shares with others.
+
+use memshare::ShareMode;
+use serde::{Deserialize, Serialize};
+
+use super::ConfigError;
+
+/// How a guest shares memory. Not in Firecracker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SharingConfig {
+    /// What is shared.
+    #[serde(default)]
+    pub mode: ShareModeConfig,
+    /// Share of a core that the merger may use in the long run, in percent, 1 to 100.
+    #[serde(default = "cpu_percent")]
+    pub cpu_percent: u8,
+    /// Reads of at least so many KiB in one piece are put in place without a copy; all are copied, and merged later, where absent.
+    #[serde(default)]
+    pub place_kib: Option<u32>,
+}
+
+const fn cpu_percent() -> u8 {
+    5
+}
+
+impl Default for SharingConfig {
+    fn default() -> Self {
+        Self {
+            mode: ShareModeConfig::default(),
+            cpu_percent: cpu_percent(),
+            place_kib: None,
+        }
+    }
+}
+
+impl SharingConfig {
+    /// Checks the fields.
+    ///
+    /// # Errors
+    /// `Invalid`.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if (1..=100).contains(&self.cpu_percent) {
+            Ok(())
+        } else {
+            Err(ConfigError::invalid(
+                "sharing.cpu_percent",
+                &self.cpu_percent,
+                "1 to 100",
+            ))
+        }
+    }
+}
+
+/// A [`ShareMode`], by its name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ShareModeConfig {
+    /// Nothing.
+    Off,
+    /// Kernel and initrd.
+    Boot,
+    /// What is read from files that do not change, too.
+    Read,
+    /// The kernel as it stands after boot, too.
+    #[default]
+    All,
+}
+
+impl From<ShareModeConfig> for ShareMode {
+    fn from(config: ShareModeConfig) -> Self {
+        match config {
+            ShareModeConfig::Off => Self::Off,
+            ShareModeConfig::Boot => Self::Boot,
+            ShareModeConfig::Read => Self::Read,
+            ShareModeConfig::All => Self::All,
+        }
+    }
+}
+
+impl From<ShareMode> for ShareModeConfig {
+    fn from(mode: ShareMode) -> Self {
+        match mode {
+            ShareMode::Off => Self::Off,
+            ShareMode::Boot => Self::Boot,
+            ShareMode::Read => Self::Read,
+            ShareMode::All => Self::All,
+        }
+    }
+}

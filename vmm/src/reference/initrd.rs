@@ -1,0 +1,69 @@
+//! The initrd of a guest that boots and powers off: one program, of one system call and another.
+
+/// Where the program is loaded, and runs.
+const ADDRESS: u64 = 0x40_0000;
+const ELF_HEADER: u64 = 64;
+const PROGRAM_HEADER: u64 = 56;
+
+/// Sleeps for a second, in which a kernel finishes what it has put off, and powers off.
+const CODE: [u8; 54] = [
+    0xb8, 0x23, 0x00, 0x00, 0x00, // mov eax, 35 (nanosleep)
+    0x48, 0x8d, 0x3d, 0x1a, 0x00, 0x00, 0x00, // lea rdi, [rip + 26]
+    0x31, 0xf6, // xor esi, esi
+    0x0f, 0x05, // syscall
+    0xb8, 0xa9, 0x00, 0x00, 0x00, // mov eax, 169 (reboot)
+    0xbf, 0xad, 0xde, 0xe1, 0xfe, // mov edi, LINUX_REBOOT_MAGIC1
+    0xbe, 0x69, 0x19, 0x12, 0x28, // mov esi, LINUX_REBOOT_MAGIC2
+    0xba, 0xdc, 0xfe, 0x21, 0x43, // mov edx, LINUX_REBOOT_CMD_POWER_OFF
+    0x0f, 0x05, // syscall
+    // A timespec: one second.
+    1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, //
+];
+
+/// A static ELF executable (System V ABI, AMD64 supplement) with one segment.
+fn program() -> Vec<u8> {
+    let start = ELF_HEADER + PROGRAM_HEADER;
+    let len = start + CODE.len() as u64;
+    let mut elf = b"\x7fELF\x02\x01\x01".to_vec();
+    elf.resize(16, 0);
+    elf.extend(2u16.to_le_bytes()); // ET_EXEC
+    elf.extend(62u16.to_le_bytes()); // EM_X86_64
+    elf.extend(1u32.to_le_bytes());
+    elf.extend((ADDRESS + start).to_le_bytes());
+    elf.extend(ELF_HEADER.to_le_bytes());
+    elf.extend(0u64.to_le_bytes());
+    elf.extend(0u32.to_le_bytes());
+    for half in [ELF_HEADER as u16, PROGRAM_HEADER as u16, 1, 0, 0, 0] {
+        elf.extend(half.to_le_bytes());
+    }
+    elf.extend(1u32.to_le_bytes()); // PT_LOAD
+    elf.extend(5u32.to_le_bytes()); // readable, executable
+    for word in [0, ADDRESS, ADDRESS, len, len, 0x1000] {
+        elf.extend(word.to_le_bytes());
+    }
+    elf.extend(CODE);
+    elf
+}
+
+/// An entry of a cpio archive (Linux, Documentation/driver-api/early-userspace/buffer-format.rst, `newc`).
+fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, bytes: &[u8]) {
+    let (len, name_len) = (bytes.len() as u32, name.len() as u32 + 1);
+    archive.extend(b"070701");
+    for field in [0, mode, 0, 0, 1, 0, len, 0, 0, 0, 0, name_len, 0] {
+        archive.extend(format!("{field:08x}").bytes());
+    }
+    archive.extend(name.bytes());
+    archive.push(0);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+    archive.extend(bytes);
+    archive.resize(archive.len().next_multiple_of(4), 0);
+}
+
+/// The archive.
+pub(super) fn archive() -> Vec<u8> {
+    const EXECUTABLE: u32 = 0o100_755;
+    let mut archive = Vec::new();
+    entry(&mut archive, "init", EXECUTABLE, &program());
+    entry(&mut archive, "TRAILER!!!", 0, &[]);
+    archive
+}
