@@ -563,6 +563,29 @@ impl SharedMemory {
         })
     }
 
+    /// Tells of each page of a range that is the guest's own, and not a file's: its guest physical address and its bytes. The guest stands still.
+    ///
+    /// # Errors
+    /// `InvalidInput` where the range is not guest memory; else where `/proc` is not to be had.
+    pub fn own_pages(
+        &self,
+        address: u64,
+        len: u64,
+        mut tell: impl FnMut(u64, &[u8]),
+    ) -> io::Result<()> {
+        let gfns = whole_pages(address, len);
+        let (window, at) = self.locate(&gfns).ok_or(io::ErrorKind::InvalidInput)?;
+        let kinds = window.page_kinds(at, (gfns.end - gfns.start) * PAGE_SIZE)?;
+        let mut page = vec![0; PAGE_SIZE as usize];
+        for (index, kind) in (0..).zip(kinds) {
+            if kind == PageKind::Private {
+                window.read(at + index * PAGE_SIZE, &mut page);
+                tell((gfns.start + index) * PAGE_SIZE, &page);
+            }
+        }
+        Ok(())
+    }
+
     /// Gives the merger a kernel as it stands after boot, in `file` from its start: pages of the guest from the guest physical
     /// `address` on are replaced by the file's where they are equal.
     ///
@@ -572,6 +595,7 @@ impl SharedMemory {
         let file = self.files.share(file)?;
         let gfns = whole_pages(address, len.min(file.len()));
         self.state().references.push(Reference { gfns, file });
+        self.stir(false);
         Ok(())
     }
 

@@ -109,9 +109,12 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         .iter()
         .map(|at| started + Duration::from_secs(*at))
         .peekable();
-    let mut before = cpu_time();
+    let (mut before, mut known) = (cpu_time(), 0);
     loop {
-        let due = looks.next_if(|at| *at <= Instant::now()).is_some();
+        // A reference may come late: it is looked at then.
+        let references = memory.state().references.len();
+        let due = looks.next_if(|at| *at <= Instant::now()).is_some() || references > known;
+        known = references;
         if due {
             memory.note_references();
         }
@@ -128,10 +131,9 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         if due {
             memory.refresh();
         }
-        let has_references = !memory.state().references.is_empty();
         let next_look = looks
             .peek()
-            .filter(|_| has_references)
+            .filter(|_| references > 0)
             .map(|at| at.saturating_duration_since(Instant::now()));
         let state = memory.state();
         if state.ending {

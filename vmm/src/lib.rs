@@ -4,6 +4,7 @@
 //! cli ──┐                       ┌─ boot   kernel, initrd, ACPI into guest memory
 //!       ├─ control ── machine ──┼─ vm     KVM: memory slots, irqchip, vCPU threads, exits
 //! api ──┘   (state)   (devices) └─ devices, storage (crates)
+//!                                memshare (crate): which pages of guest memory are files'
 //! ```
 //!
 //! [`config`] is what a user asks for, checked field by field. [`control`] takes it, from the command line or the
@@ -23,6 +24,7 @@ pub mod layout;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
+pub mod reference;
 pub mod run;
 pub mod signals;
 pub mod vm;

@@ -4,8 +4,9 @@ use std::fmt::Display;
 use std::process::ExitCode;
 
 use clap::Parser;
-use coppice::cli::{Cli, Command, RunArguments};
+use coppice::cli::{Cli, Command, ImageCommand, RunArguments};
 use coppice::logging::{Log, LogFilter, LogFormat};
+use coppice::reference::{self, WarmRequest, Warmed};
 use coppice::{disk_tool, doctor, exit, run};
 
 fn main() -> ExitCode {
@@ -16,6 +17,7 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(arguments) => run_guest(*arguments),
         Command::Disk(command) => use_disk(&command),
+        Command::Image(command) => make_image(command),
         Command::Doctor { json } => examine_host(json),
     }
 }
@@ -82,6 +84,29 @@ fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {
         ),
         Err(error) => fail(exit::FAILURE, error),
     }
+}
+
+fn make_image(command: ImageCommand) -> ExitCode {
+    let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    let ImageCommand::Warm {
+        kernel,
+        cmdline,
+        cpus,
+    } = command;
+    let request = WarmRequest {
+        kernel,
+        cmdline,
+        vcpus: cpus,
+    };
+    match reference::warm(&request) {
+        Ok(Warmed::Kept(path)) => println!("{} is there", path.display()),
+        Ok(Warmed::Made { path, pages }) => println!("{}: {pages} pages", path.display()),
+        Err(error) => return fail(exit::FAILURE, error),
+    }
+    ExitCode::SUCCESS
 }
 
 fn examine_host(json: bool) -> ExitCode {

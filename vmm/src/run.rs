@@ -137,6 +137,8 @@ impl Launcher {
             serial_out,
             serial_drained,
             on_end,
+            // The program that runs this, whatever has become of its file.
+            warm: Some(PathBuf::from("/proc/self/exe")),
         })
     }
 

@@ -9,6 +9,7 @@
 //! ```
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -115,7 +116,7 @@ pub fn load(
     source: &BootSource,
     vcpus: u8,
     virtio: &[MmioDevice],
-) -> Result<BootState, BootError> {
+) -> Result<Loaded, BootError> {
     let cache = unpack::cache_dir();
     let kernel = find_kernel(source, &cache)?;
     let ram_end = low_ram_end(memory);
@@ -124,7 +125,7 @@ pub fn load(
         shared,
         cache: &cache,
     };
-    let kernel_end = load_kernel(&into, &kernel, ram_end)?;
+    let (kernel_end, mapped) = load_kernel(&into, &kernel, ram_end)?;
     let initrd = match &source.initrd {
         Some(path) => Some(load_initrd(
             &into,
@@ -148,7 +149,42 @@ pub fn load(
     };
     state.write_tables(memory)?;
     reset_vector::write(memory)?;
-    Ok(state)
+    Ok(Loaded {
+        state,
+        kernel: mapped,
+    })
+}
+
+/// Where the kernels of this user, and all that is made of them, lie.
+pub(crate) fn cache_dir() -> PathBuf {
+    unpack::cache_dir()
+}
+
+/// The file of the cache that the kernel at `path` is mapped from, made where it is not there; `None` where there is none, as for a bzImage that
+/// unpacks itself, or a cache that cannot be used.
+///
+/// # Errors
+/// As [`load`].
+pub(crate) fn runtime_kernel(path: &Path) -> Result<Option<PathBuf>, BootError> {
+    let source = BootSource {
+        kernel: path.to_owned(),
+        initrd: None,
+        cmdline: String::new(),
+        protocol: Protocol::Auto,
+    };
+    let cache = unpack::cache_dir();
+    let kernel = find_kernel(&source, &cache)?;
+    let shared = SharedMemory::new(Vec::new(), memshare::Limits::of_host(1, false));
+    let into = Destination {
+        memory: &GuestMemory::new(),
+        shared: Some(&shared),
+        cache: &cache,
+    };
+    let settled = match kernel.header {
+        None => into.settled(path, &kernel.file, kernel.is_cached),
+        Some(_) => None,
+    };
+    Ok(settled.map(|file| file.path().to_owned()))
 }
 
 /// End of RAM below the hole.
@@ -157,6 +193,24 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
         .iter()
         .next()
         .map_or(0, |region| region.start_addr().raw_value() + region.len())
+}
+
+/// A guest that can start.
+#[derive(Debug)]
+pub struct Loaded {
+    /// How its first vCPU starts.
+    pub state: BootState,
+    /// The kernel, where it is mapped from the cache.
+    pub kernel: Option<MappedKernel>,
+}
+
+/// A kernel that is mapped from a file of the cache.
+#[derive(Clone, Debug)]
+pub struct MappedKernel {
+    /// The file.
+    pub file: Arc<SharedFile>,
+    /// Guest physical addresses from its first segment to the end of its last.
+    pub addresses: Range<u64>,
 }
 
 /// Where files are loaded to.
@@ -195,12 +249,20 @@ impl Destination<'_> {
     }
 }
 
-/// Puts the kernel's segments into guest memory; returns the first address past them.
-fn load_kernel(into: &Destination<'_>, kernel: &Kernel, ram_end: u64) -> Result<u64, BootError> {
+/// Puts the kernel's segments into guest memory; returns the first address past them, and the kernel if it is mapped.
+fn load_kernel(
+    into: &Destination<'_>,
+    kernel: &Kernel,
+    ram_end: u64,
+) -> Result<(u64, Option<MappedKernel>), BootError> {
     check_entry(kernel)?;
     let (path, file) = (&kernel.path, &kernel.file);
-    let settled = into.settled(path, file, kernel.is_cached);
-    let mut kernel_end = 0;
+    // A kernel that unpacks itself writes over what it was.
+    let settled = match kernel.header {
+        None => into.settled(path, file, kernel.is_cached),
+        Some(_) => None,
+    };
+    let (mut kernel_start, mut kernel_end) = (u64::MAX, 0);
     for segment in &kernel.segments {
         let start = segment.guest_address.raw_value();
         // Segments were checked when parsed: they do not pass the end of the address space.
@@ -215,9 +277,14 @@ fn load_kernel(into: &Destination<'_>, kernel: &Kernel, ram_end: u64) -> Result<
         }
         // What lies past `file_len` is zero, as RAM is.
         into.put(path, "kernel", file, settled.as_ref(), segment)?;
+        kernel_start = kernel_start.min(start);
         kernel_end = kernel_end.max(end);
     }
-    Ok(kernel_end)
+    let mapped = settled.map(|file| MappedKernel {
+        file,
+        addresses: kernel_start..kernel_end,
+    });
+    Ok((kernel_end, mapped))
 }
 
 /// Puts the initrd as high as it goes, where no kernel needs the room.
@@ -288,6 +355,7 @@ mod tests {
             1,
             &[],
         )
+        .map(|loaded| loaded.state)
     }
 
     #[test]

@@ -42,6 +42,9 @@ pub enum Command {
     /// Make, examine and change virtual disks.
     #[command(subcommand, after_help = disk_tool::EXAMPLES)]
     Disk(DiskCommand),
+    /// Make what guests share: reference images of kernels.
+    #[command(subcommand)]
+    Image(ImageCommand),
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.
@@ -49,6 +52,31 @@ pub enum Command {
         /// Write JSON.
         #[arg(long)]
         json: bool,
+    },
+}
+
+/// What `coppice image` can do.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Boot a kernel once in a guest that is thrown away, and keep what became of its text, for guests to share (--share all).
+    ///
+    /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background: this makes it
+    /// before the first guest.
+    Warm {
+        /// The kernel, as guests are given it.
+        #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+        kernel: PathBuf,
+        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as mitigations=.
+        #[arg(
+            long,
+            value_name = "TEXT",
+            default_value = "",
+            allow_hyphen_values = true
+        )]
+        cmdline: String,
+        /// vCPUs of the guests: a kernel for one CPU differs from one for several.
+        #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+        cpus: u8,
     },
 }
 

@@ -10,6 +10,7 @@ use storage::vhdx::{ChainError, CompactOptions, Vhdx};
 use storage::{Disk, DiskError, Progress};
 
 use super::lock;
+use super::sharing::{Sharing, Unsharing};
 
 /// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
 #[derive(Debug, thiserror::Error)]
@@ -168,6 +169,7 @@ impl DriveJob {
     pub(super) fn start(
         drive: &Arc<Mutex<VirtioBlock>>,
         task: DriveTask,
+        sharing: &Sharing,
     ) -> Result<Arc<Self>, DriveError> {
         let job = Arc::new(Self {
             task,
@@ -178,10 +180,11 @@ impl DriveJob {
             path: Mutex::new(None),
         });
         let (worker, drive) = (Arc::clone(&job), Arc::clone(drive));
+        let unsharing = sharing.unsharing();
         std::thread::Builder::new()
             .name("drive-job".into())
             .spawn(move || {
-                let end = match worker.run(&drive) {
+                let end = match worker.run(&drive, &unsharing) {
                     Ok(()) => (JobState::Done, None),
                     Err(DriveError::Disk(DiskError::Cancelled)) => (JobState::Cancelled, None),
                     Err(error) => (JobState::Failed, Some(error.to_string())),
@@ -196,7 +199,7 @@ impl DriveJob {
         Ok(job)
     }
 
-    fn run(&self, drive: &Mutex<VirtioBlock>) -> Result<(), DriveError> {
+    fn run(&self, drive: &Mutex<VirtioBlock>, unsharing: &Unsharing) -> Result<(), DriveError> {
         match &self.task {
             DriveTask::Compact { find_zeros } => {
                 let options = CompactOptions {
@@ -206,7 +209,20 @@ impl DriveJob {
                 disk.compact(options, self)?;
                 Ok(())
             }
-            DriveTask::Commit { top } => self.commit(drive, top),
+            DriveTask::Commit { top } => {
+                // The merge writes to files whose pages the guest may have.
+                let sharing = lock(drive).sharing().cloned();
+                lock(drive).share(None);
+                let files = lock(drive).disk().files();
+                let unshared = unsharing.unshare(&files).map_err(|error| DriveError::Io {
+                    operation: "give the guest pages of its own".into(),
+                    error,
+                });
+                drop(files);
+                let done = unshared.and_then(|()| self.commit(drive, top));
+                lock(drive).share(sharing);
+                done
+            }
         }
     }
 

@@ -13,6 +13,7 @@ mod drive_job;
 mod sharing;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,15 +28,16 @@ use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::rng::{RngMetrics, VirtioRng};
 use devices::virtio::{Interrupt, VirtioDevice};
 use event_manager::{MutEventSubscriber, SubscriberOps};
+use memshare::SharedMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::boot::{self, BootError, BootSource, MmioDevice, Protocol};
+use crate::boot::{self, BootError, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::{DriveConfig, VmConfig};
 use crate::layout;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
 
-use sharing::{Plan, Sharing};
+use sharing::{MappedFrom, Plan, Sharing};
 
 use crate::vm::{Buses, VcpuExit, Vcpus, Vm, VmError, VmSettings};
 
@@ -77,6 +79,8 @@ pub struct Surroundings {
     pub serial_drained: EventFd,
     /// Told once how the guest ended, on a thread that must not be held up.
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    /// The program that makes a reference image of the guest's kernel (`coppice image warm`), where there is none yet.
+    pub warm: Option<PathBuf>,
 }
 
 /// Why a guest cannot be started.
@@ -360,6 +364,7 @@ impl Machine {
             serial_out,
             serial_drained,
             on_end,
+            warm,
         } = surroundings;
         let on_end = only_first(on_end);
         let power: PowerSink = {
@@ -419,7 +424,7 @@ impl Machine {
             cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio),
             protocol: Protocol::from(source.boot_protocol),
         };
-        let state = boot::load(
+        let Loaded { state, kernel } = boot::load(
             vm.memory(),
             plan.at_boot(),
             &boot_source,
@@ -439,7 +444,16 @@ impl Machine {
                 on_exit,
             )
             .map_err(StartError::from)
-            .and_then(|vcpus| Ok((plan.start(vcpus.brake(), devices)?, vcpus)));
+            .and_then(|vcpus| {
+                let kernel = kernel.map(|mapped| MappedFrom {
+                    mapped,
+                    path: boot_source.kernel,
+                    cmdline: boot_source.cmdline,
+                    vcpus: config.machine_config.vcpu_count,
+                });
+                let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
+                Ok((sharing, vcpus))
+            });
         match started {
             Ok((sharing, vcpus)) => Ok(Self {
                 vcpus,
@@ -572,7 +586,7 @@ impl Machine {
     pub fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
         let drive = self.idle_drive(id)?;
         let started = drive_job::vhdx(lock(drive).disk())
-            .and_then(|_| DriveJob::start(drive, task))
+            .and_then(|_| DriveJob::start(drive, task, &self.sharing))
             .map_err(|source| changed(id, source))?;
         self.jobs.insert(id.to_owned(), started);
         Ok(())
@@ -594,6 +608,16 @@ impl Machine {
     /// `Sharing`.
     pub fn sharing(&self) -> Result<SharingReport, MachineError> {
         self.sharing.report().map_err(MachineError::Sharing)
+    }
+
+    /// The guest's memory, and what of it is shared.
+    pub fn shared_memory(&self) -> &Arc<SharedMemory> {
+        self.sharing.memory()
+    }
+
+    /// Guest physical addresses of the kernel, where it is mapped from a file.
+    pub fn kernel(&self) -> Option<&Range<u64>> {
+        self.sharing.kernel()
     }
 
     /// The counters of the devices.

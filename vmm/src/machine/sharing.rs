@@ -1,17 +1,32 @@
 //! What of a guest's memory is shared: joins the memory manager to the vCPUs and devices of a machine.
 
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
+use std::time::Duration;
 
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::DriveSharing;
-use memshare::{IsBusy, Limits, Merger, Refusal, ShareMode, SharedMemory, StandStill};
+use memshare::{
+    IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode, SharedMemory, StandStill,
+};
 use serde::Serialize;
-use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::GuestAddress;
 
 use super::{StartError, host};
+use crate::boot::MappedKernel;
 use crate::config::{DriveConfig, SharingConfig};
-use crate::vm::{Brake, HugePages, Vm};
+use crate::reference::{self, Key};
+use crate::vm::{self, Brake, HugePages, Vm};
+
+/// How often the guest is tried to be held where it has to be, and the pause between.
+const HOLD_ATTEMPTS: u32 = 1000;
+const HOLD_PAUSE: Duration = Duration::from_millis(5);
+/// The thread waits for a process, and opens a file.
+const WARM_STACK_SIZE: usize = 64 << 10;
 
 /// Brings vCPUs and devices to a standstill.
 struct Machinery {
@@ -81,18 +96,30 @@ impl Plan {
         })
     }
 
-    /// Begins to share, with the guest's vCPUs and devices.
+    /// Begins to share, with the guest's vCPUs and devices; `warm` is the program that makes a reference image of the kernel.
     pub(super) fn start(
         self,
         brake: Brake,
         devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+        kernel: Option<MappedFrom>,
+        warm: Option<PathBuf>,
     ) -> Result<Sharing, StartError> {
         let still: Arc<dyn StandStill> = Arc::new(Machinery { brake, devices });
         let merger = (self.mode >= ShareMode::Read)
             .then(|| Merger::start(self.memory.clone(), still.clone()))
             .transpose()
             .map_err(host("thread that shares memory"))?;
+        let addresses = kernel
+            .as_ref()
+            .map(|kernel| kernel.mapped.addresses.clone());
+        if self.mode >= ShareMode::All
+            && let Some(kernel) = kernel
+            && let Err(error) = kernel.refer(&self.memory, warm)
+        {
+            tracing::warn!(%error, "the kernel is not compared with a reference image");
+        }
         Ok(Sharing {
+            kernel: addresses,
             mode: self.mode,
             memory: self.memory,
             still,
@@ -101,9 +128,79 @@ impl Plan {
     }
 }
 
+/// A kernel that is mapped, and what it was booted from.
+pub(super) struct MappedFrom {
+    pub(super) mapped: MappedKernel,
+    pub(super) path: PathBuf,
+    pub(super) cmdline: String,
+    pub(super) vcpus: u8,
+}
+
+impl MappedFrom {
+    /// Has the guest's kernel compared with its reference image: with the one there is, or with one that is made meanwhile.
+    fn refer(self, memory: &Arc<SharedMemory>, warm: Option<PathBuf>) -> std::io::Result<()> {
+        let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))
+            .map_err(std::io::Error::other)?;
+        let image = Key {
+            kernel: self.mapped.file.path(),
+            cpu: &cpu,
+            vcpus: self.vcpus,
+            cmdline: &self.cmdline,
+        }
+        .path();
+        let addresses = self.mapped.addresses.clone();
+        let add = move |memory: &SharedMemory| {
+            let file = Arc::new(File::open(&image)?);
+            memory.add_reference(addresses.start, addresses.end - addresses.start, &file)
+        };
+        match (add(memory), warm) {
+            (Err(error), Some(program)) if error.kind() == std::io::ErrorKind::NotFound => {
+                let memory = Arc::downgrade(memory);
+                std::thread::Builder::new()
+                    .name("warm".into())
+                    .stack_size(WARM_STACK_SIZE)
+                    .spawn(move || {
+                        let made = self.make(&program);
+                        let added = made
+                            .and_then(|()| memory.upgrade().map_or(Ok(()), |memory| add(&memory)));
+                        if let Err(error) = added {
+                            tracing::warn!(%error, "there is no reference image of the kernel");
+                        }
+                    })?;
+                Ok(())
+            }
+            (added, _) => added,
+        }
+    }
+
+    fn make(&self, program: &Path) -> std::io::Result<()> {
+        let status = Command::new(program)
+            .args(["image", "warm", "--kernel"])
+            .arg(&self.path)
+            .args([
+                "--cmdline",
+                &self.cmdline,
+                "--cpus",
+                &self.vcpus.to_string(),
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(std::io::Error::other(format!(
+                "coppice image warm: {status}"
+            )))
+        }
+    }
+}
+
 /// The sharing of a started guest.
 pub(super) struct Sharing {
     mode: ShareMode,
+    kernel: Option<Range<u64>>,
     memory: Arc<SharedMemory>,
     still: Arc<dyn StandStill>,
     /// Ends before anything that it holds still.
@@ -111,6 +208,24 @@ pub(super) struct Sharing {
 }
 
 impl Sharing {
+    /// The memory.
+    pub(super) fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    /// Where the kernel is, if it is mapped.
+    pub(super) fn kernel(&self) -> Option<&Range<u64>> {
+        self.kernel.as_ref()
+    }
+
+    /// A way to take files' pages from the guest that outlives this value.
+    pub(super) fn unsharing(&self) -> Unsharing {
+        Unsharing {
+            memory: self.memory.clone(),
+            still: self.still.clone(),
+        }
+    }
+
     /// Ends the merger.
     pub(super) fn stop(&mut self) {
         self.merger = None;
@@ -123,6 +238,9 @@ impl Sharing {
         let stats = self.memory.stats();
         let usage = self.memory.usage()?;
         let candidates = self.memory.candidates();
+        let mapped = self.memory.mapped();
+        let files_own = |run: &&Run| matches!(run.backing.state, PageState::Mapped { .. });
+        let saved: u64 = mapped.iter().filter(files_own).map(|run| run.pages).sum();
         let refused = Refusal::NAMES.map(|(why, name)| (name, stats.refused(why)));
         let microseconds = |nanoseconds: &AtomicU64| get(nanoseconds) / 1000;
         Ok(SharingReport {
@@ -130,8 +248,8 @@ impl Sharing {
             private_pages: usage.private,
             shared_pages: usage.shared,
             absent_pages: usage.absent,
-            saved_bytes: usage.shared * memshare::PAGE_SIZE,
-            runs: self.memory.mapped().len(),
+            saved_bytes: saved * PAGE_SIZE,
+            runs: mapped.len(),
             candidate_pages: candidates.iter().map(|run| run.pages).sum(),
             mapped_pages: get(&stats.booted),
             merged_pages: get(&stats.merged),
@@ -146,6 +264,37 @@ impl Sharing {
             longest_hold_microseconds: microseconds(&stats.longest_hold_nanoseconds),
             merger_cpu_microseconds: microseconds(&stats.cpu_nanoseconds),
         })
+    }
+}
+
+/// Gives a guest pages of its own in place of files'.
+pub(super) struct Unsharing {
+    memory: Arc<SharedMemory>,
+    still: Arc<dyn StandStill>,
+}
+
+impl Unsharing {
+    /// Takes every page of the files from the guest, so that they can be written to.
+    pub(super) fn unshare(&self, files: &[Arc<File>]) -> std::io::Result<()> {
+        for file in files {
+            let file = self.memory.files().share(file)?.identity();
+            for attempt in 1.. {
+                match self.memory.unshare(file, &*self.still) {
+                    // A device is in use for a moment.
+                    Err(error)
+                        if error.kind() == std::io::ErrorKind::WouldBlock
+                            && attempt < HOLD_ATTEMPTS =>
+                    {
+                        std::thread::sleep(HOLD_PAUSE);
+                    }
+                    unshared => {
+                        unshared?;
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 }
 

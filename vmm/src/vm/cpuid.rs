@@ -6,6 +6,8 @@
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
+use sha2::{Digest, Sha256};
+
 use super::VmError;
 
 const FEATURES: u32 = 0x1;
@@ -69,6 +71,25 @@ impl Template {
     }
 
     /// Bits of the APIC ID that number the cores of the package.
+    /// What tells this CPU from others, as a guest sees it: a digest of all leaves.
+    pub(super) fn digest(&self) -> Result<Vec<u8>, VmError> {
+        let mut digest = Sha256::new();
+        for entry in self.for_vcpu(0)?.as_slice() {
+            let words = [
+                entry.function,
+                entry.index,
+                entry.eax,
+                entry.ebx,
+                entry.ecx,
+                entry.edx,
+            ];
+            for word in words {
+                digest.update(word.to_le_bytes());
+            }
+        }
+        Ok(digest.finalize().to_vec())
+    }
+
     fn core_bits(&self) -> u32 {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()
     }

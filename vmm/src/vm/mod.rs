@@ -135,6 +135,15 @@ pub(crate) const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
+/// What tells the CPU of a guest with so many vCPUs from that of a guest elsewhere.
+///
+/// # Errors
+/// `Open`, and `Kvm` and `CpuidTooLong` where KVM does not tell.
+pub fn cpu_model(vcpus: u8) -> Result<Vec<u8>, VmError> {
+    let kvm = Kvm::new().map_err(VmError::Open)?;
+    cpuid::Template::of_host(&kvm, vcpus)?.digest()
+}
+
 /// A virtual machine whose vCPUs do not run yet.
 pub struct Vm {
     fd: VmFd,

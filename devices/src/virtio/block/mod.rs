@@ -142,8 +142,10 @@ impl VirtioBlock {
         self.metrics.clone()
     }
 
-    /// Lets the guest share what it reads from files that do not change, or from now on no more.
+    /// Lets the guest share what it reads from files that do not change, or from now on no more. Waits for requests in flight.
     pub fn share(&mut self, sharing: Option<Arc<DriveSharing>>) {
+        self.disk.drain();
+        self.finish();
         self.sharing = sharing;
     }
 

@@ -1,0 +1,201 @@
+//! Boots a guest that is thrown away, and keeps what became of its kernel.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use event_manager::EventManager;
+use rustix::fs::{FlockOperation, flock};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Key, initrd, representative_cpus, text_words};
+use crate::config::{BootSourceConfig, ShareModeConfig, SharingConfig, VmConfig};
+use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
+use crate::vm::{self, VmError};
+
+/// RAM of the guest in MiB: any kernel boots in that, and its text does not depend on it.
+const MEMORY_MIB: u32 = 128;
+/// A kernel that takes longer does not come to an end.
+const PATIENCE: Duration = Duration::from_mins(2);
+
+/// What an image is to be made of.
+#[derive(Clone, Debug)]
+pub struct WarmRequest {
+    /// The kernel, as a guest is given it.
+    pub kernel: PathBuf,
+    /// The command line of the guests that are to use the image.
+    pub cmdline: String,
+    /// Their vCPUs.
+    pub vcpus: u8,
+}
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Warmed {
+    /// The image was there already.
+    Kept(PathBuf),
+    /// It was made.
+    Made {
+        /// Where it is.
+        path: PathBuf,
+        /// Pages in it: those that differ from the kernel's file.
+        pages: u64,
+    },
+}
+
+/// Why there is no image.
+#[derive(Debug, thiserror::Error)]
+pub enum WarmError {
+    /// The guest does not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The host's KVM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The guest ended otherwise than by powering off.
+    #[error("the guest did not boot to its end: {0:?}")]
+    End(GuestEnd),
+    /// The guest did not end.
+    #[error("the guest has not booted within {PATIENCE:?}")]
+    Slow,
+    /// The kernel is none that can be mapped.
+    #[error("the kernel is not mapped from the cache, so that its pages cannot be shared: {0}")]
+    NotMapped(PathBuf),
+    /// The event loop.
+    #[error("event loop: {0}")]
+    EventLoop(#[from] event_manager::Error),
+    /// A file.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> WarmError {
+    let what = what.into();
+    move |source| WarmError::Io { what, source }
+}
+
+/// Makes the reference image of a kernel, if it is not there. Of several that are asked for at once, one is made at a time.
+///
+/// # Errors
+/// [`WarmError`]; then nothing is left behind.
+pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
+    let cpus = representative_cpus(request.vcpus);
+    let cpu = vm::cpu_model(cpus)?;
+    let mut initrd = tempfile::NamedTempFile::new().map_err(failed("make an initrd"))?;
+    initrd
+        .write_all(&initrd::archive())
+        .map_err(failed("write an initrd"))?;
+    let cache = crate::boot::cache_dir();
+    std::fs::create_dir_all(&cache).map_err(failed(cache.display().to_string()))?;
+    let lock_path = cache.join(".warming");
+    let lock = File::create(&lock_path).map_err(failed(lock_path.display().to_string()))?;
+    flock(&lock, FlockOperation::LockExclusive)
+        .map_err(|error| failed(lock_path.display().to_string())(error.into()))?;
+    let kernel = crate::boot::runtime_kernel(&request.kernel).map_err(StartError::from)?;
+    let kernel = kernel.ok_or_else(|| WarmError::NotMapped(request.kernel.clone()))?;
+    let path = Key {
+        kernel: &kernel,
+        cpu: &cpu,
+        vcpus: cpus,
+        cmdline: &request.cmdline,
+    }
+    .path();
+    if path.exists() {
+        return Ok(Warmed::Kept(path));
+    }
+    let mut cmdline = "quiet panic=-1 reboot=k".to_owned();
+    for word in text_words(&request.cmdline) {
+        cmdline.push(' ');
+        cmdline.push_str(word);
+    }
+    let mut config = VmConfig {
+        boot_source: Some(BootSourceConfig {
+            kernel_image_path: request.kernel.clone(),
+            initrd_path: Some(initrd.path().to_owned()),
+            boot_args: Some(cmdline),
+            ..BootSourceConfig::default()
+        }),
+        sharing: SharingConfig {
+            mode: ShareModeConfig::Boot,
+            ..SharingConfig::default()
+        },
+        ..VmConfig::default()
+    };
+    config.machine_config.mem_size_mib = MEMORY_MIB;
+    config.machine_config.vcpu_count = cpus;
+    let pages = boot_and_keep(&config, &path)?;
+    Ok(Warmed::Made { path, pages })
+}
+
+fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
+    let mut manager = EventManager::<Subscriber>::new_with_capacity(8)?;
+    let (end, is_over) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
+    let on_end = {
+        let (end, is_over) = (end.clone(), is_over.clone());
+        Arc::new(move |how: GuestEnd| {
+            *end.lock().unwrap_or_else(PoisonError::into_inner) = Some(how);
+            is_over.store(true, Ordering::SeqCst);
+        })
+    };
+    let nowhere = File::options().write(true).open("/dev/null");
+    let surroundings = Surroundings {
+        serial_out: nowhere.map_err(failed("open /dev/null"))?.into(),
+        serial_drained: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(failed("make an eventfd"))?,
+        on_end,
+        warm: None,
+    };
+    let started = Instant::now();
+    let mut machine = Machine::start(config, &mut manager, surroundings)?;
+    while !is_over.load(Ordering::SeqCst) && started.elapsed() < PATIENCE {
+        manager.run_with_timeout(50)?;
+    }
+    machine.pause();
+    let how = end.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let kept = match how {
+        Some(GuestEnd::PowerOff) => keep(&machine, path),
+        Some(other) => Err(WarmError::End(other)),
+        None => Err(WarmError::Slow),
+    };
+    machine.shutdown();
+    kept
+}
+
+/// Writes the kernel's pages that are no longer those of its file.
+fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
+    let io = |source| failed(path.display().to_string())(source);
+    let kernel = machine
+        .kernel()
+        .ok_or_else(|| WarmError::NotMapped(path.to_owned()))?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let file = tempfile::Builder::new()
+        .prefix(".warming-")
+        .tempfile_in(folder)
+        .map_err(io)?;
+    let (mut pages, mut written) = (0, Ok(()));
+    let memory = machine.shared_memory();
+    memory
+        .own_pages(kernel.start, kernel.end - kernel.start, |address, bytes| {
+            if written.is_ok() && bytes.iter().any(|byte| *byte != 0) {
+                pages += 1;
+                written = file.as_file().write_all_at(bytes, address - kernel.start);
+            }
+        })
+        .map_err(io)?;
+    written.map_err(io)?;
+    file.as_file()
+        .set_len(kernel.end - kernel.start)
+        .map_err(io)?;
+    file.as_file().sync_data().map_err(io)?;
+    file.persist(path).map_err(|error| io(error.error))?;
+    Ok(pages)
+}
