@@ -1,6 +1,9 @@
 //! What control needs of a guest.
 
 use std::path::Path;
+use std::sync::Mutex;
+
+use devices::virtio::balloon::VirtioBalloon;
 
 use crate::config::DriveConfig;
 use crate::machine::{DeviceMetrics, DriveTask, JobStatus, Machine, MachineError, StartError};
@@ -46,6 +49,8 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::job`].
     fn cancel_job(&self, id: &str) -> Result<(), MachineError>;
+    /// Its balloon, where it has one.
+    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>>;
     /// The counters of its devices.
     fn metrics(&self) -> DeviceMetrics;
     /// Stops it for good and closes its disks.
@@ -88,6 +93,10 @@ impl Guest for Machine {
     fn cancel_job(&self, id: &str) -> Result<(), MachineError> {
         Machine::job(self, id)?.cancel();
         Ok(())
+    }
+
+    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+        Machine::balloon(self)
     }
 
     fn metrics(&self) -> DeviceMetrics {

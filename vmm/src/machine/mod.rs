@@ -8,6 +8,7 @@
 //! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine itself is called
 //! by one thread at a time.
 
+mod balloon;
 mod cmdline;
 mod drive_job;
 
@@ -21,6 +22,7 @@ use devices::bus::{Bus, BusRangeError};
 use devices::legacy::{
     AcpiPm, CmosRtc, I8042, PowerEvent, PowerSink, Pvpanic, SerialConsole, SerialInput, SerialPort,
 };
+use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
 use devices::virtio::block::{BlockConfig, BlockError, BlockMetrics, VirtioBlock};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::rng::{RngMetrics, VirtioRng};
@@ -160,6 +162,8 @@ pub struct DeviceMetrics {
     pub drives: BTreeMap<String, Arc<BlockMetrics>>,
     /// Of the entropy device, where there is one.
     pub entropy: Option<Arc<RngMetrics>>,
+    /// Of the balloon, where there is one.
+    pub balloon: Option<Arc<BalloonMetrics>>,
 }
 
 /// A started guest.
@@ -169,6 +173,7 @@ pub struct Machine {
     /// The last job of each drive.
     jobs: BTreeMap<String, Arc<DriveJob>>,
     entropy: Option<Arc<Mutex<VirtioRng>>>,
+    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
     keyboard: Arc<Mutex<I8042>>,
     console: SerialConsole,
 }
@@ -210,7 +215,9 @@ impl Builder<'_> {
             let device = lock(&device);
             self.vm.register_irqfd(device.interrupt().irqfd(), gsi)?;
             for (queue, kick) in (0..).zip(device.kicks()) {
-                self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
+                if !device.is_synchronous(queue as usize) {
+                    self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
+                }
             }
         }
         let transport = MmioTransport::new(device, self.vm.memory().clone());
@@ -393,11 +400,15 @@ impl Machine {
             subscribers.push(device.clone());
             entropy = Some(device);
         }
+        let balloon = balloon::add(config.balloon, &mut builder, &mut subscribers)?;
+        let reporting = config
+            .balloon
+            .is_some_and(|balloon| balloon.free_page_reporting);
         let Builder { buses, virtio, .. } = builder;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
-            cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio),
+            cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio, reporting),
             protocol: Protocol::from(source.boot_protocol),
         };
         let state = boot::load(
@@ -423,6 +434,7 @@ impl Machine {
                 drives,
                 jobs: BTreeMap::new(),
                 entropy,
+                balloon,
                 keyboard,
                 console,
             }),
@@ -450,6 +462,9 @@ impl Machine {
         if let Some(entropy) = &self.entropy {
             lock(entropy).pause();
         }
+        if let Some(balloon) = &self.balloon {
+            lock(balloon).pause();
+        }
     }
 
     /// Goes on after a pause.
@@ -459,6 +474,9 @@ impl Machine {
         }
         if let Some(entropy) = &self.entropy {
             lock(entropy).resume();
+        }
+        if let Some(balloon) = &self.balloon {
+            lock(balloon).resume();
         }
         self.vcpus.resume();
     }
@@ -564,6 +582,11 @@ impl Machine {
         job.ok_or_else(|| changed(id, DriveError::NoJob))
     }
 
+    /// The balloon, where there is one.
+    pub fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+        self.balloon.as_deref()
+    }
+
     /// The counters of the devices.
     pub fn metrics(&self) -> DeviceMetrics {
         DeviceMetrics {
@@ -573,6 +596,7 @@ impl Machine {
                 .map(|(id, drive)| (id.clone(), lock(drive).metrics()))
                 .collect(),
             entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
+            balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
         }
     }
 

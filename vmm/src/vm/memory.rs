@@ -94,6 +94,37 @@ fn no_huge_pages(mapping: &MmapRegion) {
     }
 }
 
+/// Gives guest RAM back to the host: it reads as zeros from now on, and takes a page again when it is touched. The range is made of whole pages.
+///
+/// # Errors
+/// Where the range is not in guest RAM, or not made of whole pages; else what the host says.
+pub(crate) fn give_back(
+    memory: &GuestMemory,
+    address: GuestAddress,
+    len: u64,
+) -> std::io::Result<()> {
+    // The kernel would go on to the end of the last page.
+    if !len.is_multiple_of(PAGE_SIZE) {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    }
+    let len = usize::try_from(len).map_err(std::io::Error::other)?;
+    // The regions begin and end with a page.
+    for slice in GuestMemoryBackend::get_slices(memory, address, len) {
+        let slice = slice.map_err(std::io::Error::other)?;
+        // SAFETY: the slice lies in a mapping that `memory` keeps, private and anonymous, and the kernel refuses an address that is not the
+        // start of a page. Its bytes become zeros, as if the guest had written them: guest memory is only accessed through raw,
+        // volatile accesses and by the guest itself, and no Rust reference into it exists.
+        unsafe {
+            rustix::mm::madvise(
+                slice.ptr_guard_mut().as_ptr().cast(),
+                slice.len(),
+                rustix::mm::Advice::LinuxDontNeed,
+            )
+        }?;
+    }
+    Ok(())
+}
+
 /// The regions of `memory` as KVM wants them: slot, guest address, length, host address.
 pub(super) fn slots(memory: &GuestMemory) -> impl Iterator<Item = (u32, u64, u64, u64)> + '_ {
     memory.iter().zip(0..).map(|(region, slot)| {
@@ -108,6 +139,8 @@ pub(super) fn slots(memory: &GuestMemory) -> impl Iterator<Item = (u32, u64, u64
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
     use super::*;
 
     #[test]
@@ -135,6 +168,29 @@ mod tests {
                 "{size:#x}"
             );
         }
+    }
+
+    #[test]
+    fn what_is_given_back_reads_as_zeros_and_nothing_else_does() {
+        let memory = map(1 << 32, HugePages::Never).unwrap();
+        let (first, last) = (MMIO_HOLE_START - 4096, MMIO_HOLE_END);
+        for address in [0, 4096, 8192, 12288, first, last] {
+            memory.write_obj(7u8, GuestAddress(address)).unwrap();
+        }
+        give_back(&memory, GuestAddress(4096), 8192).unwrap();
+        let byte = |address| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        assert_eq!([0, 4096, 8192, 12288].map(byte), [7, 0, 0, 7]);
+        for (address, len) in [
+            (MMIO_HOLE_START, 4096),
+            (first, 8192),
+            (1 << 50, 4096),
+            (u64::MAX - 4095, 4096),
+            (1, 4096),
+            (0, 1),
+        ] {
+            give_back(&memory, GuestAddress(address), len).unwrap_err();
+        }
+        assert_eq!([0, 12288, last].map(byte), [7; 3]);
     }
 
     #[test]

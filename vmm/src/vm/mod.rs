@@ -26,6 +26,7 @@ mod vcpu;
 mod native_kvm;
 
 pub use memory::HugePages;
+pub(crate) use memory::give_back;
 pub use threads::Vcpus;
 pub use vcpu::{VcpuError, VcpuExit};
 
