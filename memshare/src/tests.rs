@@ -271,6 +271,33 @@ fn reads_that_do_not_fill_whole_pages_are_counted_and_left_alone() {
 }
 
 #[test]
+fn what_is_given_back_reads_as_zeros_whatever_it_was_and_nothing_else_does() {
+    let (memory, file) = (memory(limits()), file(7));
+    for page in 0..8 {
+        window(&memory).0.write(page * PAGE_SIZE, &[9]);
+    }
+    read(&memory, 2, 2, &file, 7, 0);
+    merge(&memory, &Gate::default());
+    // Whole pages alone, and of the range what is memory.
+    memory
+        .give_back(START + PAGE_SIZE - 1, 3 * PAGE_SIZE)
+        .unwrap();
+    let first = |page: u64| {
+        let mut byte = [0];
+        window(&memory).0.read(page * PAGE_SIZE, &mut byte);
+        byte[0]
+    };
+    assert_eq!([0, 1, 2, 3, 4].map(first), [9, 0, 0, 7, 9]);
+    memory.give_back(0, START + PAGE_SIZE).unwrap();
+    memory
+        .give_back(START + (PAGES - 1) * PAGE_SIZE, u64::MAX)
+        .unwrap();
+    assert_eq!([0, 4].map(first), [0, 9]);
+    let given = memory.stats().given_back.load(Ordering::Relaxed);
+    assert_eq!(given, 4 * PAGE_SIZE);
+}
+
+#[test]
 fn a_page_that_is_overwritten_soon_is_shared_more_and_more_rarely_and_then_no_more() {
     let (memory, file) = (memory(limits()), file(7));
     for _ in 0..20 {

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use devices::virtio::balloon::BalloonMetrics;
 use rustix::fs::OFlags;
 use serde_json::{Map, Value, json};
 
@@ -80,7 +81,28 @@ pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
             json!({"entropy_bytes": get(&entropy.bytes), "entropy_event_fails": get(&entropy.failures)}),
         );
     }
+    if let Some(balloon) = &devices.balloon {
+        line.insert("balloon".to_owned(), balloon_counters(balloon));
+    }
     Value::Object(line)
+}
+
+fn balloon_counters(balloon: &BalloonMetrics) -> Value {
+    json!({
+        "inflate_count": get(&balloon.inflations),
+        "deflate_count": get(&balloon.deflations),
+        "stats_updates_count": get(&balloon.statistics),
+        "stats_update_fails": get(&balloon.statistics_failures),
+        "event_fails": get(&balloon.failures),
+        "inflate_freed": get(&balloon.inflated.bytes),
+        "inflate_fails": get(&balloon.inflated.failures),
+        "free_page_hint_count": get(&balloon.hinted.ranges),
+        "free_page_hint_freed": get(&balloon.hinted.bytes),
+        "free_page_hint_fails": get(&balloon.hinted.failures),
+        "free_page_report_count": get(&balloon.reported.ranges),
+        "free_page_report_freed": get(&balloon.reported.bytes),
+        "free_page_report_fails": get(&balloon.reported.failures),
+    })
 }
 
 /// A file or named pipe that gets the lines.

@@ -321,13 +321,8 @@ impl MmioTransport {
 
     /// A notification that no ioeventfd took.
     fn notify(&self, queue: u32) {
-        let device = lock(&self.device);
-        if let Some(kick) = usize::try_from(queue)
-            .ok()
-            .and_then(|index| device.kicks().get(index))
-            && let Err(error) = kick.write(1)
-        {
-            tracing::debug!(%error, "virtio kick");
+        if let Ok(queue) = usize::try_from(queue) {
+            lock(&self.device).notified(queue);
         }
     }
 }

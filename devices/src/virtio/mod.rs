@@ -1,5 +1,6 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
+pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod mmio;
@@ -138,6 +139,21 @@ pub trait VirtioDevice: Send {
 
     /// An ioeventfd for each queue: readable when the driver notifies the queue.
     fn kicks(&self) -> &[EventFd];
+
+    /// Whether the driver's notifications of a queue have to be served before the driver goes on. The queue is then not to have an
+    /// ioeventfd, so that each of them comes to [`VirtioDevice::notified`].
+    fn is_synchronous(&self, _queue: usize) -> bool {
+        false
+    }
+
+    /// The driver notified a queue, and no ioeventfd took it: wakes the device thread.
+    fn notified(&mut self, queue: usize) {
+        if let Some(kick) = self.kicks().get(queue)
+            && let Err(error) = kick.write(1)
+        {
+            tracing::debug!(%error, "virtio kick");
+        }
+    }
 
     /// The interrupt line, which the transport asks for causes.
     fn interrupt(&self) -> &Arc<Interrupt>;

@@ -8,6 +8,7 @@
 mod malice;
 mod stack;
 
+use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
 use devices::virtio::rng::VirtioRng;
 use proptest::collection::vec;
@@ -87,6 +88,19 @@ proptest! {
     #[test]
     fn the_block_device_survives_any_driver(actions in vec(action(), 0..80)) {
         survives::<VirtioBlock>(actions)?;
+    }
+
+    #[test]
+    fn the_balloon_survives_any_driver(actions in vec(action(), 0..80)) {
+        survives::<VirtioBalloon>(actions)?;
+    }
+
+    #[test]
+    fn the_balloon_writes_only_what_is_offered(
+        volleys in vec(volley(), 1..6),
+        features in select(vec![0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]),
+    ) {
+        writes_only_what_is_offered::<VirtioBalloon>(volleys, features)?;
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What the lab shows. A name is a claim.
 
+mod balloon;
 mod bench;
 mod boot;
 mod control;
@@ -122,6 +123,23 @@ pub const ALL: &[Scenario] = &[
     test(
         "what_guests_read_is_shared_and_stays_what_it_was",
         share::reads,
+    ),
+    test(
+        "an_inflated_balloon_takes_memory_from_the_vmm_and_a_deflated_one_gives_it_back",
+        balloon::inflate_and_deflate,
+    ),
+    test(
+        "freed_memory_goes_back_to_the_host_unasked",
+        balloon::reporting,
+    ),
+    test("a_hinting_run_gives_free_memory_back", balloon::hinting),
+    test(
+        "a_guest_survives_that_needs_what_is_in_the_balloon",
+        balloon::deflate_on_oom,
+    ),
+    test(
+        "statistics_of_the_balloon_follow_the_guest",
+        balloon::statistics,
     ),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),

@@ -8,6 +8,7 @@
 //! runtime: a `connection` polls its own descriptor. Connections beyond the limit wait in the socket's backlog; one that
 //! is idle for a minute is closed. Where no socket was asked for, none of this exists.
 
+mod balloon;
 mod connection;
 mod routes;
 mod socket;

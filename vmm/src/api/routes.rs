@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Context;
+use super::{Context, balloon};
 use crate::config::{DriveConfig, DriveUpdate};
 use crate::control::{Control, ControlError};
 use crate::metrics::count;
@@ -24,7 +24,7 @@ pub const MAX_BODY: usize = 51200;
 
 /// A request that is not done.
 #[derive(Debug, thiserror::Error)]
-enum Fault {
+pub(super) enum Fault {
     #[error("Request payload is larger than the limit of {MAX_BODY} bytes.")]
     TooLong,
     #[error("The body of the request cannot be read: {0}.")]
@@ -186,16 +186,16 @@ async fn read(body: Incoming) -> Result<Bytes, Fault> {
     }
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     Ok(serde_json::from_slice(body)?)
 }
 
-fn tell(value: impl Serialize) -> Result<Option<Value>, Fault> {
+pub(super) fn tell(value: impl Serialize) -> Result<Option<Value>, Fault> {
     Ok(Some(serde_json::to_value(value)?))
 }
 
 /// The guest. Its lock is taken only once a request has been read and understood, and held for that request alone.
-fn control(context: &Context) -> MutexGuard<'_, Control> {
+pub(super) fn control(context: &Context) -> MutexGuard<'_, Control> {
     context
         .control
         .lock()
@@ -219,8 +219,12 @@ fn route(
             ["vm", "sharing"] => tell(control(context).sharing()?),
             ["vm", "config"] => tell(control(context).config()),
             ["drives", id, "job"] => tell(control(context).job(id)?),
+            ["balloon", ref path @ ..] => balloon::get(context, path, unknown),
             _ => Err(unknown()),
         },
+        Method::PATCH if body.is_empty() && balloon::needs_no_body(&segments) => {
+            patch(context, &segments, body, unknown).map(|()| None)
+        }
         Method::PUT | Method::PATCH if body.is_empty() => Err(Fault::NoBody(method.clone())),
         Method::PUT => put(context, &segments, body, unknown).map(|()| None),
         Method::PATCH => patch(context, &segments, body, unknown).map(|()| None),
@@ -281,6 +285,10 @@ fn put(
             let sharing = parse(body)?;
             control(context).set_sharing(sharing)?;
         }
+        ["balloon"] => {
+            let balloon = parse(body)?;
+            control(context).set_balloon(balloon)?;
+        }
         ["serial"] => {
             let serial = parse(body)?;
             control(context).set_serial(serial)?;
@@ -327,6 +335,7 @@ fn patch(
             let update: Value = parse(body)?;
             control(context).update_machine_config(&update)?;
         }
+        ["balloon", ref path @ ..] => return balloon::patch(context, path, body, unknown),
         ["vm"] => {
             let VmUpdate { state } = parse(body)?;
             match state {

@@ -433,6 +433,11 @@ fn a_started_guest_is_not_configured_any_more() {
         ),
         ("PATCH", "/machine-config", json!({"vcpu_count": 2})),
         ("PUT", "/entropy", json!({})),
+        (
+            "PUT",
+            "/balloon",
+            json!({"amount_mib": 0, "deflate_on_oom": false}),
+        ),
         ("PUT", "/serial", json!({})),
         ("PUT", "/logger", json!({"level": "Info"})),
         (
@@ -454,6 +459,94 @@ fn a_started_guest_is_not_configured_any_more() {
         );
     }
     assert_eq!(bench.get("/vm/config"), before);
+}
+
+#[test]
+fn a_balloon_is_ruled_as_in_firecracker() {
+    let bench = Bench::new();
+    let done = (204, Value::Null);
+    let refused = |method: &str, path: &str, body: &str, named: &str| {
+        let (status, fault) = bench.request(method, path, body);
+        let message = fault["fault_message"].as_str().unwrap_or_default();
+        assert_eq!(status, 400, "{method} {path} {body}: {fault}");
+        assert!(message.contains(named), "{method} {path} {body}: {message}");
+    };
+    refused("GET", "/balloon", "", "no balloon");
+    refused("PUT", "/balloon", r#"{"amount_mib": 1}"#, "deflate_on_oom");
+    refused("PUT", "/balloon", "", "Empty PUT");
+    let amount = r#"{"amount_mib": 129, "deflate_on_oom": true}"#;
+    refused("PUT", "/balloon", amount, "balloon.amount_mib");
+    let balloon = json!({
+        "amount_mib": 16, "deflate_on_oom": true, "stats_polling_interval_s": 1,
+        "free_page_hinting": true, "free_page_reporting": false
+    });
+    assert_eq!(bench.put("/balloon", &balloon), done);
+    assert_eq!(bench.get("/balloon"), balloon);
+    let less = json!({"mem_size_mib": 8});
+    let (status, _) = bench.patch("/machine-config", &less);
+    assert_eq!(status, 400, "less memory than is in the balloon");
+    refused(
+        "PATCH",
+        "/balloon",
+        r#"{"amount_mib": 8}"#,
+        "before starting",
+    );
+    refused("PATCH", "/balloon/hinting/start", "", "before starting");
+    refused("GET", "/balloon/statistics", "", "before starting");
+    refused("GET", "/balloon/hinting/status", "", "before starting");
+    bench.start();
+
+    assert_eq!(bench.patch("/balloon", &json!({"amount_mib": 8})), done);
+    assert_eq!(bench.get("/balloon")["amount_mib"], 8);
+    assert_eq!(bench.get("/vm/config")["balloon"]["amount_mib"], 8);
+    let statistics = bench.get("/balloon/statistics");
+    assert_eq!(
+        (&statistics["target_mib"], &statistics["actual_pages"]),
+        (&json!(8), &json!(0))
+    );
+    let interval = json!({"stats_polling_interval_s": 2});
+    assert_eq!(bench.patch("/balloon/statistics", &interval), done);
+    assert_eq!(bench.get("/balloon")["stats_polling_interval_s"], 2);
+    let status = json!({"host_cmd": 0, "guest_cmd": null});
+    assert_eq!(bench.get("/balloon/hinting/status"), status);
+    // The double has no driver: what is said of it comes after the body was understood.
+    for body in ["", "{}", r#"{"acknowledge_on_stop": false}"#] {
+        refused("PATCH", "/balloon/hinting/start", body, "no driver");
+    }
+    for body in ["", "{}"] {
+        refused("PATCH", "/balloon/hinting/stop", body, "no driver");
+    }
+    let off = r#"{"stats_polling_interval_s": 0}"#;
+    refused("PATCH", "/balloon/statistics", off, "on or off");
+    refused("PATCH", "/balloon/statistics", "", "Empty PATCH");
+    refused(
+        "PATCH",
+        "/balloon",
+        r#"{"amount_mib": 129}"#,
+        "balloon.amount_mib",
+    );
+    refused("PATCH", "/balloon", r#"{"amount_mib": -1}"#, "-1");
+    refused("PATCH", "/balloon", "", "Empty PATCH");
+    refused(
+        "PATCH",
+        "/balloon/hinting/start",
+        r#"{"stop": 1}"#,
+        "unknown field",
+    );
+    refused(
+        "PATCH",
+        "/balloon/hinting/stop",
+        r#"{"stop": 1}"#,
+        "unknown field",
+    );
+    for path in [
+        "/balloon/hinting",
+        "/balloon/nothing",
+        "/balloon/hinting/start/now",
+    ] {
+        refused("PATCH", path, "{}", "Invalid request");
+        refused("GET", path, "", "Invalid request");
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod balloon;
 mod disk;
 mod size;
 
@@ -16,6 +17,7 @@ use crate::logging::{LogFilter, LogFormat};
 use crate::run::RunOptions;
 use crate::{console, exit};
 
+pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use disk::{DiskArgument, DiskError};
 pub use size::{Bytes, Mebibytes, SizeError};
 
@@ -105,7 +107,8 @@ pub struct RunArguments {
     pub initrd: Option<PathBuf>,
     /// The kernel command line [default: console=ttyS0 reboot=k panic=-1].
     ///
-    /// Nothing is added to it but root= (with ro or rw), and that only where a disk is marked as root.
+    /// Nothing is added to it but root= (with ro or rw), where a disk is marked as root, and what a balloon with reporting needs (see
+    /// --balloon).
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space,
@@ -124,6 +127,23 @@ pub struct RunArguments {
     /// A comma in a file name is written twice.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub disk: Vec<DiskArgument>,
+    /// A balloon: memory that the guest gives back, and options behind commas: deflate-on-oom, stats=SECONDS, hinting, reporting.
+    ///
+    /// The amount, with a binary suffix, is what the guest is to do without: 64M; 0 if not given. Without any value, there is a balloon of 0
+    /// for the REST API. It takes the place of the one in the configuration file. Options:
+    /// deflate-on-oom: the guest takes memory out of the balloon rather than run out of it;
+    /// stats=SECONDS: the guest says every so often how its memory is used;
+    /// hinting: the guest gives back its free memory when the REST API says so;
+    /// reporting: the guest gives back its free memory all the time. Linux would tell of free blocks of 2 MiB and more only, so
+    /// `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says `page_reporting_order`.
+    #[arg(
+        long,
+        value_name = "[AMOUNT][,OPTION...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub balloon: Option<BalloonArgument>,
     /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
     #[arg(long, value_name = "SIZE")]
     pub mem: Option<Mebibytes>,
@@ -152,7 +172,7 @@ pub struct RunArguments {
     pub api_sock: Option<PathBuf>,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --log, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
+    /// --mem, --cpus, --balloon, --log, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
     /// and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
@@ -252,6 +272,9 @@ impl RunArguments {
             let drive =
                 disk.into_drive(|id| config.drives.iter().any(|drive| drive.drive_id == id));
             config.drives.push(drive);
+        }
+        if let Some(BalloonArgument(balloon)) = self.balloon {
+            config.balloon = Some(balloon);
         }
         if let Some(Mebibytes(size)) = self.mem {
             config.machine_config.mem_size_mib = size;

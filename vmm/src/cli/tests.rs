@@ -1,7 +1,7 @@
 use clap::CommandFactory;
 
 use super::*;
-use crate::config::DriveConfig;
+use crate::config::{BalloonConfig, DriveConfig};
 
 fn options(arguments: &[&str]) -> Result<RunOptions, String> {
     let cli = Cli::try_parse_from(["coppice", "run"].iter().chain(arguments))
@@ -37,6 +37,7 @@ fn the_help_tells_keys_exit_codes_and_examples() {
         "128+N",
         "Examples:",
         "--disk",
+        "--balloon",
         "console=ttyS0",
     ] {
         assert!(help.contains(part), "{part} in {help}");
@@ -160,6 +161,28 @@ fn arguments_add_to_a_configuration_file_and_conflicts_name_both() {
 }
 
 #[test]
+fn a_balloon_of_the_command_line_takes_the_place_of_the_files() {
+    let file = config_file(r#"{"balloon": {"amount_mib": 8, "deflate_on_oom": true}}"#);
+    let path = file.path().to_str().unwrap();
+    let balloon = |arguments: &[&str]| {
+        let common = ["--api-sock", "s", "--config", path];
+        let config = options(&[&common, arguments].concat())?.config;
+        Ok::<_, String>(config.balloon.unwrap())
+    };
+    assert_eq!(balloon(&[]).unwrap().amount_mib, 8);
+    let given = BalloonConfig {
+        amount_mib: 64,
+        free_page_reporting: true,
+        ..BalloonConfig::default()
+    };
+    assert_eq!(balloon(&["--balloon", "64M,reporting"]), Ok(given));
+    let bare = balloon(&["--balloon", "--mem", "64M"]);
+    assert_eq!(bare, Ok(BalloonConfig::default()));
+    let error = balloon(&["--balloon", "129M"]).unwrap_err();
+    assert!(error.contains("balloon.amount_mib"), "{error}");
+}
+
+#[test]
 fn the_log_level_of_the_command_line_wins() {
     let file = config_file(r#"{"logger": {"log_path": "/log", "level": "Error", "module": "x"}}"#);
     let logger = |arguments: &[&str]| {
@@ -180,11 +203,12 @@ fn the_log_level_of_the_command_line_wins() {
 
 #[test]
 fn values_that_cannot_be_are_usage_errors() {
-    let cases: [&[&str]; 7] = [
+    let cases: [&[&str]; 8] = [
         &["--kernel", "k", "--mem", "128"],
         &["--kernel", "k", "--cpus", "0"],
         &["--kernel", "k", "--cpus", "300"],
         &["--kernel", "k", "--disk", "d,qcow2"],
+        &["--kernel", "k", "--balloon", "64"],
         &["--kernel", "k", "--log", "loud"],
         &["--kernel", "k", "--log-format", "xml"],
         &["--kernel", "k", "--config", "/nonexistent.json"],

@@ -86,7 +86,7 @@ pub enum ConfigError {
     /// More devices than interrupt lines.
     #[error("a guest has at most {} virtio devices, not {found}", layout::VIRTIO_GSIS.len())]
     TooManyDevices {
-        /// Drives and the entropy device together.
+        /// Drives, the entropy device and the balloon together.
         found: usize,
     },
     /// An update that changes nothing.

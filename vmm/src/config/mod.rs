@@ -13,6 +13,7 @@
 //! that Coppice does not know is refused, and so is a value that it cannot honour: nothing that was asked for is left
 //! out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are such values.
 
+mod balloon;
 mod boot_source;
 mod drive;
 mod error;
@@ -28,6 +29,7 @@ use std::path::Path;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+pub use balloon::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart};
 pub use boot_source::{BootProtocol, BootSourceConfig};
 pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
 pub use error::ConfigError;
@@ -59,6 +61,9 @@ pub struct VmConfig {
     /// The entropy device (virtio-rng); none where absent.
     #[serde(default)]
     pub entropy: Option<EntropyConfig>,
+    /// The balloon (virtio-balloon); none where absent.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
     /// Where the output of the serial console goes; to standard output where absent.
     #[serde(default)]
     pub serial: Option<SerialConfig>,
@@ -142,6 +147,16 @@ impl VmConfig {
                 field: "entropy.rate_limiter",
             });
         }
+        let memory = self.machine_config.mem_size_mib;
+        if let Some(balloon) = self.balloon
+            && balloon.amount_mib > memory
+        {
+            return Err(ConfigError::invalid(
+                "balloon.amount_mib",
+                &balloon.amount_mib,
+                format!("{memory}, which the guest has, or less"),
+            ));
+        }
         if let Some(serial) = &self.serial {
             serial.validate()?;
         }
@@ -151,7 +166,9 @@ impl VmConfig {
         if let Some(metrics) = &self.metrics {
             metrics.validate()?;
         }
-        let devices = self.drives.len() + usize::from(self.entropy.is_some());
+        let devices = self.drives.len()
+            + usize::from(self.entropy.is_some())
+            + usize::from(self.balloon.is_some());
         if devices > layout::VIRTIO_GSIS.len() {
             return Err(ConfigError::TooManyDevices { found: devices });
         }

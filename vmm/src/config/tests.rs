@@ -27,11 +27,19 @@ fn a_configuration_of_firecracker_is_taken_as_it_is() {
         },
         "logger": {"log_path": "/log", "level": "Warning", "show_level": true, "show_log_origin": false},
         "metrics": {"metrics_path": "/metrics"},
+        "balloon": {"amount_mib": 1024, "deflate_on_oom": true, "stats_polling_interval_s": 1},
         "entropy": {"rate_limiter": null}
     }))
     .unwrap();
     assert_eq!(config.machine_config.mem_size_mib, 1024);
     assert_eq!(config.drives[0].io_engine, IoEngine::Sync);
+    let balloon = BalloonConfig {
+        amount_mib: 1024,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 1,
+        ..BalloonConfig::default()
+    };
+    assert_eq!(config.balloon, Some(balloon));
     assert_eq!(config.logger.as_ref().unwrap().level, Some(LogLevel::Warn));
     assert_eq!(
         parse(serde_json::to_value(&config).unwrap()).unwrap(),
@@ -119,6 +127,15 @@ fn what_is_not_known_or_not_supported_is_refused_by_name() {
             "entropy.rate_limiter",
         ),
         (
+            json!({"balloon": {"amount_mib": 129, "deflate_on_oom": true}}),
+            "balloon.amount_mib",
+        ),
+        (json!({"balloon": {"amount_mib": 1}}), "deflate_on_oom"),
+        (
+            json!({"balloon": {"amount_mib": 1, "deflate_on_oom": true, "free_page_poison": true}}),
+            "free_page_poison",
+        ),
+        (
             json!({"serial": {"rate_limiter": {}}}),
             "serial.rate_limiter",
         ),
@@ -149,6 +166,8 @@ fn drives_have_names_of_their_own_one_root_and_an_interrupt_line_each() {
     parse(json!({"drives": many(limit)})).unwrap();
     parse(json!({"drives": many(limit + 1)})).unwrap_err();
     parse(json!({"drives": many(limit), "entropy": {}})).unwrap_err();
+    let balloon = json!({"amount_mib": 0, "deflate_on_oom": false});
+    parse(json!({"drives": many(limit - 1), "entropy": {}, "balloon": balloon})).unwrap_err();
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! What control needs of a guest.
 
 use std::path::Path;
+use std::sync::Mutex;
+
+use devices::virtio::balloon::VirtioBalloon;
 
 use crate::config::DriveConfig;
 use crate::machine::{
@@ -53,6 +56,8 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::sharing`].
     fn sharing(&self) -> Result<SharingReport, MachineError>;
+    /// Its balloon, where it has one.
+    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>>;
     /// The counters of its devices.
     fn metrics(&self) -> DeviceMetrics;
     /// Stops it for good and closes its disks.
@@ -99,6 +104,10 @@ impl Guest for Machine {
 
     fn sharing(&self) -> Result<SharingReport, MachineError> {
         Machine::sharing(self)
+    }
+
+    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+        Machine::balloon(self)
     }
 
     fn metrics(&self) -> DeviceMetrics {

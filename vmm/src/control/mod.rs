@@ -8,12 +8,14 @@
 //! Every request either takes effect in full or changes nothing. A [`Control`] stands behind a mutex: the threads of the REST socket call it, and
 //! the main thread when it starts and ends the guest.
 
+mod balloon;
 mod guest;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use devices::virtio::balloon::BalloonError;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -25,6 +27,7 @@ use crate::logging::{Log, LogError};
 use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 
+pub use balloon::HintingState;
 pub use guest::{Guest, LaunchError};
 
 /// What is known about the guest, as `GET /` tells it.
@@ -70,6 +73,12 @@ pub enum ControlError {
     /// There is no drive of that name.
     #[error("there is no drive {0}")]
     NoDrive(String),
+    /// The guest has no balloon.
+    #[error("there is no balloon")]
+    NoBalloon,
+    /// The balloon refuses.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
     /// The guest cannot start.
     #[error("the guest cannot start: {0}")]
     Launch(#[from] LaunchError),

@@ -2,21 +2,28 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
 
+use devices::virtio::Interrupt;
+use devices::virtio::balloon::{BalloonError, VirtioBalloon};
 use serde_json::json;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::config::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart};
 use crate::logging::{LogFilter, LogFormat};
 use crate::machine::{DeviceMetrics, DriveError, JobState, StartError};
 
 /// What was asked of a [`Double`], in order.
 pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
 
-/// A guest that does nothing but remember.
-pub(crate) struct Double(Calls);
+/// A guest that does nothing but remember; its balloon has no driver.
+pub(crate) struct Double {
+    calls: Calls,
+    balloon: Option<Mutex<VirtioBalloon>>,
+}
 
 impl Double {
     fn call(&self, what: impl Into<String>) {
-        self.0.lock().unwrap().push(what.into());
+        self.calls.lock().unwrap().push(what.into());
     }
 }
 
@@ -64,7 +71,7 @@ impl Guest for Double {
 
     fn job(&self, id: &str) -> Result<JobStatus, MachineError> {
         // The double has done all at once.
-        let calls = self.0.lock().unwrap();
+        let calls = self.calls.lock().unwrap();
         if calls.iter().any(|call| call == &format!("commit {id}")) {
             return Ok(JobStatus {
                 operation: "commit",
@@ -91,11 +98,17 @@ impl Guest for Double {
         Ok(SharingReport::default())
     }
 
+    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+        self.balloon.as_ref()
+    }
+
     fn metrics(&self) -> DeviceMetrics {
         self.call("metrics");
+        let balloon = self.balloon.as_ref();
         DeviceMetrics {
             drives: BTreeMap::new(),
             entropy: None,
+            balloon: balloon.map(|balloon| balloon.lock().unwrap().metrics()),
         }
     }
 
@@ -109,7 +122,16 @@ pub(crate) fn launch(calls: &Calls, config: &VmConfig) -> Result<Box<dyn Guest>,
     if config.boot_source.is_none() {
         return Err(StartError::NoKernel.into());
     }
-    Ok(Box::new(Double(calls.clone())))
+    let balloon = config.balloon.map(|balloon| {
+        let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = Arc::new(Interrupt::new(irqfd));
+        let device = VirtioBalloon::new(&balloon.into(), Arc::new(|_, _| Ok(())), interrupt);
+        Mutex::new(device.unwrap())
+    });
+    Ok(Box::new(Double {
+        calls: calls.clone(),
+        balloon,
+    }))
 }
 
 /// A control without a configuration.
@@ -203,6 +225,7 @@ fn refuses_to_be_configured(
         control.set_machine_config(MachineConfig::default()),
         control.update_machine_config(&json!({"vcpu_count": 2})),
         control.set_entropy(EntropyConfig::default()),
+        control.set_balloon(BalloonConfig::default()),
         control.set_serial(SerialConfig::default()),
         control.set_logger(&LoggerConfig::default()),
         control.set_metrics(&MetricsConfig {
@@ -250,6 +273,12 @@ fn what_is_refused_changes_nothing() {
     control.set_drive(second_root).unwrap_err();
     control
         .set_drive(DriveConfig::new("a", folder.path().join("missing")))
+        .unwrap_err();
+    control
+        .set_balloon(BalloonConfig {
+            amount_mib: 129,
+            ..BalloonConfig::default()
+        })
         .unwrap_err();
     control
         .set_machine_config(MachineConfig {
@@ -373,6 +402,69 @@ fn what_is_done_to_the_disk_of_a_running_guest_is_seen_in_its_configuration() {
     let after = folder.path().join("after");
     control.snapshot_drive("a", &after).unwrap();
     assert_eq!(control.config().drives[0].path_on_host, after);
+}
+
+#[test]
+fn a_balloon_is_set_up_before_the_start_and_changed_after_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut control = control();
+    assert!(matches!(control.balloon(), Err(ControlError::NoBalloon)));
+    let balloon = BalloonConfig {
+        amount_mib: 16,
+        stats_polling_interval_s: 1,
+        free_page_hinting: true,
+        ..BalloonConfig::default()
+    };
+    control.set_balloon(balloon).unwrap();
+    let update = |amount_mib| BalloonUpdate { amount_mib };
+    let interval = |stats_polling_interval_s| BalloonStatisticsUpdate {
+        stats_polling_interval_s,
+    };
+    for refused in [
+        control.update_balloon(update(8)),
+        control.update_balloon_statistics(interval(2)),
+        control.start_hinting(HintingStart::default()),
+        control.stop_hinting(),
+        control.hinting().map(drop),
+        control.balloon_statistics().map(drop),
+    ] {
+        assert!(matches!(refused, Err(ControlError::BeforeStart)));
+    }
+    let kernel_image_path = file(folder.path(), "kernel");
+    control
+        .set_boot_source(BootSourceConfig {
+            kernel_image_path,
+            ..BootSourceConfig::default()
+        })
+        .unwrap();
+    let calls = Calls::default();
+    control.start(|config| launch(&calls, config)).unwrap();
+
+    control.update_balloon(update(64)).unwrap();
+    control.update_balloon(update(129)).unwrap_err();
+    control.update_balloon_statistics(interval(9)).unwrap();
+    control.update_balloon_statistics(interval(0)).unwrap_err();
+    let expected = BalloonConfig {
+        amount_mib: 64,
+        stats_polling_interval_s: 9,
+        ..balloon
+    };
+    assert_eq!(control.balloon().unwrap(), expected);
+    assert_eq!(control.config().balloon, Some(expected));
+    let sizes =
+        json!({"target_pages": 16384, "actual_pages": 0, "target_mib": 64, "actual_mib": 0});
+    assert_eq!(control.balloon_statistics().unwrap(), sizes);
+    let status = control.hinting().unwrap();
+    assert_eq!((status.host_cmd, status.guest_cmd), (0, None));
+    assert!(matches!(
+        control.start_hinting(HintingStart::default()),
+        Err(ControlError::Balloon(BalloonError::NoDriver))
+    ));
+    control.end();
+    assert!(matches!(
+        control.update_balloon(update(1)),
+        Err(ControlError::Ended)
+    ));
 }
 
 #[test]

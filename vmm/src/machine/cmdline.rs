@@ -6,11 +6,13 @@ use crate::config::DriveConfig;
 /// Completes the command line that was given, or the default one.
 ///
 /// Where a drive is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
-/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice.
+/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. Where the balloon has
+/// `reporting`, see [`report_every_page`].
 pub(super) fn complete(
     given: Option<&str>,
     root: Option<&DriveConfig>,
     virtio: &[MmioDevice],
+    reporting: bool,
 ) -> String {
     let mut cmdline = given.unwrap_or(boot::DEFAULT_CMDLINE).to_owned();
     if let Some(root) = root {
@@ -30,7 +32,20 @@ pub(super) fn complete(
             cmdline = format!("{cmdline} {}", device.cmdline());
         }
     }
+    if reporting {
+        cmdline = report_every_page(cmdline);
+    }
     cmdline
+}
+
+/// Lets Linux report free memory down to single pages, unless the command line says how. On its own it tells of free blocks of 2 MiB and more, of
+/// which a small guest that has run for a while has few.
+fn report_every_page(cmdline: String) -> String {
+    if cmdline.contains("page_reporting_order") {
+        cmdline
+    } else {
+        cmdline + " page_reporting.page_reporting_order=0"
+    }
 }
 
 #[cfg(test)]
@@ -45,8 +60,8 @@ mod tests {
 
     #[test]
     fn what_was_given_stays_as_it_is() {
-        assert_eq!(complete(Some("quiet"), None, &[DEVICE]), "quiet");
-        assert_eq!(complete(None, None, &[]), boot::DEFAULT_CMDLINE);
+        assert_eq!(complete(Some("quiet"), None, &[DEVICE], false), "quiet");
+        assert_eq!(complete(None, None, &[], false), boot::DEFAULT_CMDLINE);
     }
 
     #[test]
@@ -54,15 +69,23 @@ mod tests {
         let mut root = DriveConfig::new("root", "root.vhdx");
         root.is_read_only = true;
         assert_eq!(
-            complete(Some("quiet"), Some(&root), &[]),
+            complete(Some("quiet"), Some(&root), &[], false),
             "quiet root=/dev/vda ro"
         );
         root.partuuid = Some("0eaa91a0-01".into());
         root.is_read_only = false;
         assert_eq!(
-            complete(Some("quiet"), Some(&root), &[]),
+            complete(Some("quiet"), Some(&root), &[], false),
             "quiet root=PARTUUID=0eaa91a0-01 rw"
         );
+    }
+
+    #[test]
+    fn free_pages_are_reported_one_by_one_unless_the_user_says_otherwise() {
+        let with = |given| complete(Some(given), None, &[], true);
+        assert_eq!(with("quiet"), "quiet page_reporting.page_reporting_order=0");
+        let given = "quiet page_reporting.page_reporting_order=9";
+        assert_eq!(with(given), given);
     }
 
     #[test]
@@ -73,7 +96,7 @@ mod tests {
             ..DEVICE
         };
         assert_eq!(
-            complete(Some("acpi=off"), None, &[DEVICE, second]),
+            complete(Some("acpi=off"), None, &[DEVICE, second], false),
             "acpi=off virtio_mmio.device=0x1000@0xc0001000:5 virtio_mmio.device=0x1000@0xc0002000:6"
         );
     }

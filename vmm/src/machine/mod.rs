@@ -8,6 +8,7 @@
 //! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine itself is called
 //! by one thread at a time.
 
+mod balloon;
 mod cmdline;
 mod drive_job;
 mod sharing;
@@ -23,6 +24,7 @@ use devices::bus::{Bus, BusRangeError};
 use devices::legacy::{
     AcpiPm, CmosRtc, I8042, PowerEvent, PowerSink, Pvpanic, SerialConsole, SerialInput, SerialPort,
 };
+use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
 use devices::virtio::block::{BlockConfig, BlockError, BlockMetrics, VirtioBlock};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::rng::{RngMetrics, VirtioRng};
@@ -32,7 +34,7 @@ use memshare::SharedMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, BootError, BootSource, Loaded, MmioDevice, Protocol};
-use crate::config::{DriveConfig, VmConfig};
+use crate::config::{BalloonConfig, DriveConfig, VmConfig};
 use crate::layout;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
@@ -171,6 +173,8 @@ pub struct DeviceMetrics {
     pub drives: BTreeMap<String, Arc<BlockMetrics>>,
     /// Of the entropy device, where there is one.
     pub entropy: Option<Arc<RngMetrics>>,
+    /// Of the balloon, where there is one.
+    pub balloon: Option<Arc<BalloonMetrics>>,
 }
 
 /// A started guest.
@@ -180,6 +184,7 @@ pub struct Machine {
     /// The last job of each drive.
     jobs: BTreeMap<String, Arc<DriveJob>>,
     entropy: Option<Arc<Mutex<VirtioRng>>>,
+    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
     keyboard: Arc<Mutex<I8042>>,
     console: SerialConsole,
     sharing: Sharing,
@@ -223,7 +228,9 @@ impl Builder<'_> {
             let device = lock(&device);
             self.vm.register_irqfd(device.interrupt().irqfd(), gsi)?;
             for (queue, kick) in (0..).zip(device.kicks()) {
-                self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
+                if !device.is_synchronous(queue as usize) {
+                    self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
+                }
             }
         }
         let transport = MmioTransport::new(device.clone(), self.vm.memory().clone());
@@ -412,6 +419,18 @@ impl Machine {
             subscribers.push(device.clone());
             entropy = Some(device);
         }
+        let wanted = config.balloon.or_else(|| {
+            // What a guest frees is the better part of what it need not hold.
+            let has_room = builder.virtio.len() < layout::VIRTIO_GSIS.len();
+            (plan.is_all() && has_room).then(BalloonConfig::reporting)
+        });
+        let balloon = balloon::add(
+            wanted,
+            plan.memory().clone(),
+            &mut builder,
+            &mut subscribers,
+        )?;
+        let reporting = wanted.is_some_and(|balloon| balloon.free_page_reporting);
         let Builder {
             buses,
             virtio,
@@ -421,7 +440,7 @@ impl Machine {
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
-            cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio),
+            cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio, reporting),
             protocol: Protocol::from(source.boot_protocol),
         };
         let Loaded { state, kernel } = boot::load(
@@ -460,6 +479,7 @@ impl Machine {
                 drives,
                 jobs: BTreeMap::new(),
                 entropy,
+                balloon,
                 keyboard,
                 console,
                 sharing,
@@ -488,6 +508,9 @@ impl Machine {
         if let Some(entropy) = &self.entropy {
             lock(entropy).pause();
         }
+        if let Some(balloon) = &self.balloon {
+            lock(balloon).pause();
+        }
     }
 
     /// Goes on after a pause.
@@ -497,6 +520,9 @@ impl Machine {
         }
         if let Some(entropy) = &self.entropy {
             lock(entropy).resume();
+        }
+        if let Some(balloon) = &self.balloon {
+            lock(balloon).resume();
         }
         self.vcpus.resume();
     }
@@ -620,6 +646,11 @@ impl Machine {
         self.sharing.kernel()
     }
 
+    /// The balloon, where there is one.
+    pub fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+        self.balloon.as_deref()
+    }
+
     /// The counters of the devices.
     pub fn metrics(&self) -> DeviceMetrics {
         DeviceMetrics {
@@ -629,6 +660,7 @@ impl Machine {
                 .map(|(id, drive)| (id.clone(), lock(drive).metrics()))
                 .collect(),
             entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
+            balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
         }
     }
 

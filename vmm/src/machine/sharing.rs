@@ -78,6 +78,16 @@ impl Plan {
         }
     }
 
+    /// Whether all is shared that can be.
+    pub(super) fn is_all(&self) -> bool {
+        self.mode == ShareMode::All
+    }
+
+    /// The memory.
+    pub(super) fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
     /// The memory, where kernel and initrd are to be mapped.
     pub(super) fn at_boot(&self) -> Option<&SharedMemory> {
         (self.mode >= ShareMode::Boot).then_some(&*self.memory)

@@ -127,6 +127,7 @@ pub(super) fn slots(memory: &GuestMemory) -> impl Iterator<Item = (u32, u64, u64
 
 #[cfg(test)]
 mod tests {
+
     use super::*;
 
     #[test]

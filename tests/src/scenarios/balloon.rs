@@ -1,0 +1,229 @@
+//! Memory that guests give back.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::api::{expect_ok, request};
+use crate::guest::{Guest, Start};
+use crate::result::{Failure, Figures};
+
+/// For what a guest does in its own time, such as telling of free pages.
+const PATIENCE: Duration = Duration::from_mins(2);
+const MIB: u64 = 1024;
+
+/// Puts 40 MiB of text into a file and says when; frees them when told to, and says so too.
+const FILL_AND_FREE: &str = "mount -t tmpfs -o size=90% files /mnt; yes coppice | head -c 40M >/mnt/file; echo FILLED; \
+                             read word; rm /mnt/file; echo FREED; read word; ";
+/// Writes them again, and says whether they are what was written.
+const FILL_AGAIN: &str = "yes coppice | head -c 40M >/mnt/file; \
+                          [ \"$(md5sum </mnt/file)\" = \"$(yes coppice | head -c 40M | md5sum)\" ] && echo SAME; ";
+
+/// Anonymous memory of the VMM in KiB: guest RAM that the host has given, and little else.
+fn anonymous(guest: &Guest) -> Result<u64, Failure> {
+    let path = guest.proc().join("smaps_rollup");
+    let text = fs::read_to_string(&path).map_err(Failure::io(path.display().to_string()))?;
+    let kib = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Anonymous:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    kib.ok_or_else(|| Failure::Claim(format!("smaps_rollup: {text}")))
+}
+
+/// Looks again and again until there is a result.
+fn until<T>(
+    claim: &str,
+    mut look: impl FnMut() -> Result<Option<T>, Failure>,
+) -> Result<T, Failure> {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if started.elapsed() > PATIENCE {
+            return Failure::claim(format!("not in {PATIENCE:?}: {claim}"));
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// A guest with a balloon, and its socket.
+struct Ballooned {
+    guest: Guest,
+    socket: PathBuf,
+}
+
+impl Ballooned {
+    fn start(name: &str, balloon: &str, script: &str) -> Result<Self, Failure> {
+        let socket = PathBuf::from(format!("/tmp/{name}.sock"));
+        let path = socket.to_string_lossy().into_owned();
+        let args = ["--api-sock", &path, "--balloon", balloon];
+        let guest = Start::new().args(&args).script(script).spawn()?;
+        Ok(Self { guest, socket })
+    }
+
+    fn patch(&self, path: &str, body: &Value) -> Result<(), Failure> {
+        expect_ok(&self.socket, "PATCH", path, body).map(drop)
+    }
+
+    fn statistics(&self) -> Result<Value, Failure> {
+        expect_ok(&self.socket, "GET", "/balloon/statistics", &Value::Null)
+    }
+
+    /// Asks for a balloon of so many MiB, and waits until the guest has it.
+    fn resize(&self, mib: u64) -> Result<(), Failure> {
+        self.patch("/balloon", &json!({"amount_mib": mib}))?;
+        until(&format!("a balloon of {mib} MiB"), || {
+            let actual = self.statistics()?["actual_mib"].as_u64();
+            Ok((actual == Some(mib)).then_some(()))
+        })
+    }
+
+    /// Waits until the host has at least `mib` MiB less in the guest than `before`; what it has, and how long that took.
+    fn wait_for_return(&self, before: u64, mib: u64) -> Result<(u64, Duration), Failure> {
+        let started = Instant::now();
+        let claim = format!("{mib} MiB less than {before} KiB");
+        let now = until(&claim, || {
+            let now = anonymous(&self.guest)?;
+            Ok((now + mib * MIB <= before).then_some(now))
+        })?;
+        Ok((now, started.elapsed()))
+    }
+
+    fn go_on(&mut self) -> Result<(), Failure> {
+        self.guest.type_in("go\n")
+    }
+}
+
+/// Pages in the balloon are the host's; after it is deflated the guest uses them as before.
+pub fn inflate_and_deflate(_: &Path) -> Result<Figures, Failure> {
+    let keep = "head -c 4M /dev/urandom >/keep; sum=$(md5sum </keep); ";
+    let check = "[ \"$(md5sum </keep)\" = \"$sum\" ] && echo KEPT";
+    let script = format!("{keep}{FILL_AND_FREE}{FILL_AGAIN}{check}");
+    let mut vm = Ballooned::start("inflate", ",stats=1", &script)?;
+    vm.guest.wait_for("FILLED")?;
+    vm.go_on()?;
+    vm.guest.wait_for("FREED")?;
+    let before = anonymous(&vm.guest)?;
+    vm.resize(40)?;
+    let (inflated, _) = vm.wait_for_return(before, 30)?;
+    vm.resize(0)?;
+    vm.go_on()?;
+    vm.guest.wait_for("SAME")?;
+    vm.guest.wait_for("KEPT")?;
+    vm.guest.expect_exit(0)?;
+    Ok(Figures::from([
+        ("anonymous_kib_before".into(), json!(before)),
+        ("anonymous_kib_inflated".into(), json!(inflated)),
+    ]))
+}
+
+/// Nobody asks: Linux tells of its free pages.
+pub fn reporting(_: &Path) -> Result<Figures, Failure> {
+    let script = format!("{FILL_AND_FREE}{FILL_AGAIN}");
+    let mut vm = Ballooned::start("report", "reporting", &script)?;
+    vm.guest.wait_for("FILLED")?;
+    let filled = anonymous(&vm.guest)?;
+    vm.go_on()?;
+    vm.guest.wait_for("FREED")?;
+    let (freed, took) = vm.wait_for_return(filled, 38)?;
+    vm.go_on()?;
+    vm.guest.wait_for("SAME")?;
+    vm.guest.expect_exit(0)?;
+    Ok(Figures::from([
+        ("anonymous_kib_with_40_mib_written".into(), json!(filled)),
+        ("anonymous_kib_after_they_were_freed".into(), json!(freed)),
+        ("seconds".into(), json!(took.as_secs_f64())),
+    ]))
+}
+
+/// The host asks for free memory once, and the guest goes on using it.
+pub fn hinting(_: &Path) -> Result<Figures, Failure> {
+    let script = format!("{FILL_AND_FREE}{FILL_AGAIN}");
+    let mut vm = Ballooned::start("hint", "hinting", &script)?;
+    vm.guest.wait_for("FILLED")?;
+    vm.go_on()?;
+    vm.guest.wait_for("FREED")?;
+    let before = anonymous(&vm.guest)?;
+    let mut after = before;
+    for (run, body) in [(1, Value::Null), (2, json!({"acknowledge_on_stop": true}))] {
+        vm.patch("/balloon/hinting/start", &body)?;
+        until(&format!("the end of run {run}"), || {
+            let status = expect_ok(&vm.socket, "GET", "/balloon/hinting/status", &Value::Null)?;
+            Ok((status == json!({"host_cmd": 1, "guest_cmd": 0})).then_some(()))
+        })?;
+        if run == 1 {
+            after = vm.wait_for_return(before, 16)?.0;
+        }
+    }
+    vm.go_on()?;
+    vm.guest.wait_for("SAME")?;
+    vm.guest.expect_exit(0)?;
+    Ok(Figures::from([
+        ("anonymous_kib_before".into(), json!(before)),
+        ("anonymous_kib_after_a_run".into(), json!(after)),
+    ]))
+}
+
+/// A guest that needs what is in the balloon takes it.
+pub fn deflate_on_oom(_: &Path) -> Result<Figures, Failure> {
+    let script = "echo READY; read word; dd if=/dev/zero of=/dev/null bs=48M count=1 && echo SURVIVED; read word";
+    let mut vm = Ballooned::start("oom", ",deflate-on-oom,stats=1", script)?;
+    vm.guest.wait_for("READY")?;
+    vm.resize(48)?;
+    vm.go_on()?;
+    vm.guest.wait_for("SURVIVED")?;
+    let actual = until("what is left in the balloon", || {
+        let actual = vm.statistics()?["actual_mib"].as_u64();
+        Ok(actual.filter(|actual| *actual < 48))
+    })?;
+    vm.go_on()?;
+    vm.guest.expect_exit(0)?;
+    let console = vm.guest.console();
+    if console.contains("Out of memory") || console.contains("oom-kill") {
+        return Failure::claim("the guest killed a process");
+    }
+    Ok(Figures::from([(
+        "mib_left_of_48_in_the_balloon".into(),
+        json!(actual),
+    )]))
+}
+
+/// What the guest says of its memory follows what it does with it.
+pub fn statistics(_: &Path) -> Result<Figures, Failure> {
+    let script = format!("echo READY; read word; {FILL_AND_FREE}");
+    let mut vm = Ballooned::start("stats", ",stats=1", &script)?;
+    vm.guest.wait_for("READY")?;
+    let before = until("statistics", || {
+        let statistics = vm.statistics()?;
+        Ok(statistics["total_memory"].is_u64().then_some(statistics))
+    })?;
+    let of = |statistics: &Value, name: &str| statistics[name].as_u64().unwrap_or_default() >> 20;
+    let (total, free) = (of(&before, "total_memory"), of(&before, "available_memory"));
+    if !(64..=128).contains(&total) || !(1..total).contains(&free) {
+        return Failure::claim(format!("in a guest of 128 MiB: {before}"));
+    }
+    vm.go_on()?;
+    vm.guest.wait_for("FILLED")?;
+    let interval = json!({"stats_polling_interval_s": 2});
+    vm.patch("/balloon/statistics", &interval)?;
+    let after = until("30 MiB less available", || {
+        let statistics = vm.statistics()?;
+        let fewer = of(&statistics, "available_memory") + 30 <= free;
+        Ok(fewer.then_some(statistics))
+    })?;
+    let off = json!({"stats_polling_interval_s": 0});
+    let (status, _) = request(&vm.socket, "PATCH", "/balloon/statistics", &off)?;
+    if status != 400 {
+        return Failure::claim(format!("to turn statistics off is answered {status}"));
+    }
+    vm.go_on()?;
+    vm.go_on()?;
+    vm.guest.expect_exit(0)?;
+    Ok(Figures::from([
+        ("before".into(), before),
+        ("with_40_mib_written".into(), after),
+    ]))
+}
