@@ -3,6 +3,7 @@
 pub mod block;
 pub mod chain;
 pub mod mmio;
+pub mod pmem;
 pub mod rng;
 
 use std::sync::Arc;
