@@ -23,6 +23,7 @@ pub mod layout;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
+pub mod pmem;
 pub mod run;
 pub mod signals;
 pub mod vm;

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod disk;
+mod pmem;
 mod size;
 
 use std::path::PathBuf;
@@ -14,6 +15,7 @@ use crate::run::RunOptions;
 use crate::{console, exit};
 
 pub use disk::{DiskArgument, DiskError};
+pub use pmem::{PmemArgument, PmemError};
 pub use size::{Bytes, Mebibytes, SizeError};
 
 /// A virtual machine monitor for many small guests.
@@ -91,6 +93,18 @@ pub struct RunArguments {
     /// A comma in a file name is written twice.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub disk: Vec<DiskArgument>,
+    /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR. Can be
+    /// repeated.
+    ///
+    /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts them with -o dax.
+    /// Options:
+    /// ro: what the guest writes is dropped, and the file can be shared (the default);
+    /// cow: what the guest writes is its own, and forgotten at its end; the file can be shared;
+    /// rw: what the guest has flushed is on the disk;
+    /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the command line);
+    /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given.
+    #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
+    pub pmem: Vec<PmemArgument>,
     /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
     #[arg(long, value_name = "SIZE")]
     pub mem: Option<Mebibytes>,
@@ -104,7 +118,7 @@ pub struct RunArguments {
     pub api_sock: Option<PathBuf>,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --log, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
+    /// --mem, --cpus, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel, --initrd or --cmdline
     /// and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
@@ -204,6 +218,10 @@ impl RunArguments {
             let drive =
                 disk.into_drive(|id| config.drives.iter().any(|drive| drive.drive_id == id));
             config.drives.push(drive);
+        }
+        for pmem in self.pmem {
+            let pmem = pmem.into_pmem(|id| config.pmem.iter().any(|pmem| pmem.id == id));
+            config.pmem.push(pmem);
         }
         if let Some(Mebibytes(size)) = self.mem {
             config.machine_config.mem_size_mib = size;

@@ -90,6 +90,7 @@ impl Guest for Double {
         self.call("metrics");
         DeviceMetrics {
             drives: BTreeMap::new(),
+            pmem: BTreeMap::new(),
             entropy: None,
         }
     }

@@ -30,8 +30,8 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::little_endian::U64;
 use zerocopy::{Immutable, IntoBytes};
 
-use self::flusher::{Flusher, Outcome};
 pub use self::flusher::{Backing, FlushError};
+use self::flusher::{Flusher, Outcome};
 pub use self::metrics::PmemMetrics;
 use self::metrics::add;
 use self::request::{Answer, Command, Response};

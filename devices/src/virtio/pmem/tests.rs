@@ -293,9 +293,7 @@ fn a_type_or_response_in_pieces_is_one_and_other_types_fail() {
         (RESPONSES, 2, WRITE),
         (RESPONSES + 2, 64, WRITE),
     ];
-    memory
-        .write_obj(u64::MAX, GuestAddress(RESPONSES))
-        .unwrap();
+    memory.write_obj(u64::MAX, GuestAddress(RESPONSES)).unwrap();
     driver.offer(0, &pieces);
     driver.turn();
     let after: u64 = memory.read_obj(GuestAddress(RESPONSES)).unwrap();
