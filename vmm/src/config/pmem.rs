@@ -115,3 +115,87 @@ impl PmemConfig {
         check_file("pmem.path_on_host", &self.path_on_host, self.mode().keeps())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::VmConfig;
+    use super::*;
+
+    fn parse(value: serde_json::Value) -> Result<VmConfig, String> {
+        let config: VmConfig = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        config.validate().map_err(|error| error.to_string())?;
+        Ok(config)
+    }
+
+    fn pmem(id: &str) -> serde_json::Value {
+        json!({"id": id, "path_on_host": "/disk"})
+    }
+
+    #[test]
+    fn the_mode_follows_from_read_only_where_it_is_not_said() {
+        let mode = |value: serde_json::Value| {
+            let mut one = pmem("a");
+            for (field, value) in value.as_object().unwrap() {
+                one[field] = value.clone();
+            }
+            parse(json!({"pmem": [one]})).map(|config| config.pmem[0].mode())
+        };
+        assert_eq!(mode(json!({})), Ok(PmemMode::Rw));
+        assert_eq!(mode(json!({"read_only": true})), Ok(PmemMode::Ro));
+        assert_eq!(mode(json!({"mode": "ro"})), Ok(PmemMode::Ro));
+        assert_eq!(
+            mode(json!({"mode": "cow", "read_only": true})),
+            Ok(PmemMode::Cow)
+        );
+        let error = mode(json!({"mode": "rw", "read_only": true})).unwrap_err();
+        assert!(error.contains("pmem.mode"), "{error}");
+    }
+
+    #[test]
+    fn a_configuration_with_pmem_is_written_as_it_was_read() {
+        let config = parse(json!({"pmem": [{
+            "id": "a", "path_on_host": "/disk", "root_device": true, "read_only": true, "rate_limiter": null,
+            "mode": "cow", "format": "vhdx", "parents": "/bases"
+        }]}))
+        .unwrap();
+        assert_eq!(
+            parse(serde_json::to_value(&config).unwrap()).unwrap(),
+            config
+        );
+    }
+
+    #[test]
+    fn devices_have_names_of_their_own_an_interrupt_line_each_and_one_root_with_the_drives() {
+        let root = |id: &str| json!({"id": id, "path_on_host": "/disk", "root_device": true});
+        let drive = |id: String, is_root: bool| json!({"drive_id": id, "path_on_host": "/disk", "is_root_device": is_root});
+        for (config, named) in [
+            (json!({"pmem": [pmem("a"), pmem("a")]}), "id a"),
+            (json!({"pmem": [pmem("../a")]}), "pmem.id"),
+            (
+                json!({"pmem": [{"id": "a", "path_on_host": ""}]}),
+                "pmem.path_on_host",
+            ),
+            (
+                json!({"pmem": [root("a"), root("b")]}),
+                "b is root_device, but a",
+            ),
+            (
+                json!({"pmem": [root("b")], "drives": [drive("a".into(), true)]}),
+                "b is root_device, but a",
+            ),
+        ] {
+            let error = parse(config.clone()).expect_err(&config.to_string());
+            assert!(error.contains(named), "{config}: {error}");
+        }
+        let drives = |count: usize| {
+            (0..count)
+                .map(|n| drive(format!("d{n}"), false))
+                .collect::<Vec<_>>()
+        };
+        let limit = crate::layout::VIRTIO_GSIS.len();
+        parse(json!({"drives": drives(limit - 1), "pmem": [pmem("d0")]})).unwrap();
+        parse(json!({"drives": drives(limit), "pmem": [pmem("a")]})).unwrap_err();
+    }
+}

@@ -5,6 +5,7 @@ use std::sync::Mutex;
 use serde_json::json;
 
 use super::*;
+use crate::config::PmemMode;
 use crate::logging::{LogFilter, LogFormat};
 use crate::machine::{DeviceMetrics, DriveError, JobState, StartError};
 
@@ -196,6 +197,7 @@ fn refuses_to_be_configured(
             ..BootSourceConfig::default()
         }),
         control.set_drive(DriveConfig::new("b", file(folder, "b"))),
+        control.set_pmem(PmemConfig::new("b", file(folder, "b"), PmemMode::Ro)),
         control.set_machine_config(MachineConfig::default()),
         control.update_machine_config(&json!({"vcpu_count": 2})),
         control.set_entropy(EntropyConfig::default()),
