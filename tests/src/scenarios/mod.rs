@@ -124,6 +124,7 @@ pub const ALL: &[Scenario] = &[
         pmem::check_killed,
     ),
     test("a_raw_file_is_memory_of_a_guest", pmem::raw),
+    test("boots_from_pmem_by_dax", pmem::root),
     test("pauses_and_resumes_over_rest", control::pause_and_resume),
     test(
         "is_configured_and_started_over_rest",
@@ -135,5 +136,6 @@ pub const ALL: &[Scenario] = &[
     ),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
+    on_demand("pmem_bench", pmem::bench),
     on_demand("demo", bench::demo),
 ];

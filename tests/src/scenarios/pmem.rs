@@ -248,3 +248,104 @@ pub fn raw(out: &Path) -> Result<Figures, Failure> {
         Failure::claim(format!("wrote {wrote}, found {found}"))
     }
 }
+
+/// The root file system, by DAX, as the command line is told.
+pub fn root(_: &Path) -> Result<Figures, Failure> {
+    let mut guest = Start::new()
+        .args(&["--pmem", "guest/root.vhdx,cow,root"])
+        .spawn()?;
+    guest.wait_for("COPPICE-ROOT")?;
+    guest.type_in("echo ROOT $(grep ' / ext4' /proc/mounts); touch /x && echo WROTE; exit\n")?;
+    guest.expect_exit(0)?;
+    let console = guest.console();
+    if console.contains("ROOT /dev/pmem0 / ext4 rw") && console.contains("dax") {
+        guest.line("WROTE").map(|_| Figures::new())
+    } else {
+        Failure::claim("the root is not pmem by DAX")
+    }
+}
+
+/// Times two reads of a file, 50 synced writes of 4 KiB, and a write of 8 MiB with its sync, in hundredths of seconds.
+const TIMES: &str = "t() { cut -d' ' -f1 /proc/uptime | tr -d .; }; \
+    r() { A=$(t); dd if=/mnt/file of=/dev/null bs=64k 2>/dev/null; B=$(t); echo $1 $((B-A)) END; }; r FIRST; r SECOND; \
+    w() { A=$(t); for i in $(seq 50); do dd if=/dev/zero of=/mnt/w bs=4k count=1 conv=$2 2>/dev/null; done; B=$(t); \
+    echo $1 $((B-A)) END; }; w UNSYNCED notrunc; w SYNCED notrunc,fsync; \
+    A=$(t); dd if=/dev/zero of=/mnt/big bs=64k count=128 conv=fsync 2>/dev/null; B=$(t); echo BIG $((B-A)) END; ";
+const FREE: &str = "echo FREE $(awk '/^MemFree/ {print $2}' /proc/meminfo) END; ";
+
+fn number(guest: &Guest, prefix: &str) -> Result<i64, Failure> {
+    let text = words_after(guest, prefix)?;
+    text.parse()
+        .map_err(|_| Failure::Claim(format!("{prefix}{text} is no number")))
+}
+
+/// A guest that reads and writes as [`TIMES`] says, on a disk of its own; and two that read one file, by what that costs.
+fn measured(out: &Path, base: &str, option: &str, mount: &str) -> Result<Figures, Failure> {
+    let own = out.join("own.vhdx").display().to_string();
+    fs::copy(base, &own).map_err(Failure::io("copy the base"))?;
+    let rw = if option == "--pmem" {
+        format!("{own},rw")
+    } else {
+        own.clone()
+    };
+    let script = mount.replace("MODE", "rw") + TIMES + "umount /mnt";
+    let mut guest = Start::new().args(&[option, &rw]).script(&script).spawn()?;
+    guest.expect_exit(0)?;
+    let mut figures = Figures::new();
+    for name in ["FIRST", "SECOND", "UNSYNCED", "SYNCED", "BIG"] {
+        let value = number(&guest, &format!("{name} "))?;
+        figures.insert(
+            format!("{}_centiseconds", name.to_lowercase()),
+            json!(value),
+        );
+    }
+    let script = mount.replace("MODE", "ro") + "cat /mnt/file >/dev/null; echo READ; sleep 100000";
+    let start = || {
+        Start::new()
+            .args(&[option, &format!("{base},ro")])
+            .script(&script)
+            .spawn()
+    };
+    let guests = [start()?, start()?];
+    for guest in &guests {
+        guest.wait_for("READ")?;
+    }
+    for (name, guest) in ["first", "second"].into_iter().zip(&guests) {
+        let rollup = fs::read_to_string(guest.proc().join("smaps_rollup"))
+            .map_err(Failure::io("read smaps_rollup"))?;
+        let private: u64 = rollup
+            .lines()
+            .filter(|line| line.starts_with("Private_"))
+            .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok())
+            .sum();
+        figures.insert(format!("private_kib_of_{name}_reader"), json!(private));
+    }
+    Ok(figures)
+}
+
+/// Pmem beside a drive, on the same disk: times, and memory of guests that have read 40 MiB; and what a larger disk takes of its guest's RAM.
+pub fn bench(out: &Path) -> Result<Figures, Failure> {
+    let (base, _) = base_with_file(out)?;
+    let drive = "mount -t ext4 -o MODE /dev/vda /mnt; ";
+    let mut figures = Figures::new();
+    for (name, option, mount) in [
+        ("drive", "--disk", drive.to_owned()),
+        ("pmem", "--pmem", mounted("MODE")),
+    ] {
+        let measured = measured(out, &base, option, &mount)?;
+        println!("lab: {name}: {measured:?}");
+        figures.insert(name.into(), json!(measured));
+    }
+    let free = |size: &str| -> Result<i64, Failure> {
+        let disk = out.join(format!("{size}.vhdx")).display().to_string();
+        coppice(&["disk", "create", "--size", size, &disk])?;
+        let wait = "for i in $(seq 100); do [ -b /dev/pmem0 ] && break; sleep 0.1; done; ";
+        let mut guest = start(&disk, &(wait.to_owned() + FREE))?;
+        guest.expect_exit(0)?;
+        number(&guest, "FREE ")
+    };
+    let (small, large) = (free("64M")?, free("2112M")?);
+    println!("lab: free RAM with 64 MiB {small} KiB, with 2 GiB more {large} KiB");
+    figures.insert("kib_of_ram_for_2_gib_of_disk".into(), json!(small - large));
+    Ok(figures)
+}
