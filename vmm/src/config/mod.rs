@@ -9,9 +9,10 @@
 //! }
 //! ```
 //!
-//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space` and `parents` of a drive, and `mode`, `format` and `parents` of a pmem device. A field
-//! that Coppice does not know is refused, and so is a value that it cannot honour: nothing that was asked for is left
-//! out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are such values.
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space` and `parents` of a
+//! drive, and `mode`, `format` and `parents` of a pmem device. A field that Coppice does not know is refused, and so is a value that it
+//! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are
+//! such values.
 
 mod boot_source;
 mod drive;

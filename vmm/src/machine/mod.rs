@@ -32,7 +32,6 @@ use crate::boot::{self, BootError, BootSource, MmioDevice, Protocol};
 use crate::config::{DriveConfig, VmConfig};
 use crate::layout;
 use crate::pmem::{MapBudget, Pmem, PmemCounters, PmemError};
-use cmdline::Root;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 
 use crate::vm::{Buses, VcpuExit, Vcpus, Vm, VmError, VmSettings};
@@ -442,7 +441,11 @@ impl Machine {
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
-            cmdline: cmdline::complete(source.boot_args.as_deref(), Root::of(config), &virtio),
+            cmdline: cmdline::complete(
+                source.boot_args.as_deref(),
+                cmdline::Root::of(config),
+                &virtio,
+            ),
             protocol: Protocol::from(source.boot_protocol),
         };
         let state = boot::load(
