@@ -86,6 +86,18 @@ fn shows_its_disk(mapped: &MappedDisk) {
     assert!(mapped.window().holds(0, &expected));
 }
 
+/// The mappings of this process that the window lies in.
+fn mappings(disk: &MappedDisk) -> usize {
+    let start = disk.window().as_ptr() as u64;
+    let end = start + disk.window().len();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let hex = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    maps.lines()
+        .filter_map(|line| line.split(' ').next()?.split_once('-'))
+        .filter(|(from, to)| hex(from) < end && hex(to) > start)
+        .count()
+}
+
 /// Bytes that differ from sector to sector and from seed to seed.
 fn pattern(seed: u8, len: u64) -> Vec<u8> {
     (0..len)
@@ -103,7 +115,7 @@ fn a_child_over_its_parent_is_mapped_from_both_files() {
     let figures = disk.figures();
     assert_eq!((figures.mapped, figures.copied), (4 * 256, 0));
     // The parent's first block, the child's, the parent's other two, and what nobody has.
-    assert_eq!(figures.mappings, 4);
+    assert_eq!((figures.mappings, mappings(&disk)), (4, 4));
     let kinds = disk.window().page_kinds(0, 4 * MIB).unwrap();
     assert!(kinds.iter().all(|kind| *kind == PageKind::File));
 }
@@ -309,6 +321,7 @@ fn a_flush_is_durable_without_a_close() {
         bytes_of(&*open(&copy, true), 3 * MIB, 4096),
         pattern(7, 4096)
     );
+    shows_its_disk(&mapped(&copy));
 }
 
 #[test]
@@ -418,6 +431,47 @@ fn what_a_failed_flush_did_not_keep_is_tried_again_by_the_next() {
         assert_eq!(bytes[8192..12288], pattern(5, 4096));
         assert_eq!(bytes[65536..69632], pattern(6, 4096));
     }
+}
+
+#[test]
+fn the_counters_of_a_device_are_told_by_its_name() {
+    let device = Arc::<PmemMetrics>::default();
+    device.flushes.store(3, Ordering::Relaxed);
+    let mapping = Figures {
+        mappings: 7,
+        mapped: 5,
+        copied: 1,
+    };
+    let devices = crate::machine::DeviceMetrics {
+        drives: std::collections::BTreeMap::new(),
+        pmem: [("root".to_owned(), PmemCounters { device, mapping })].into(),
+        entropy: None,
+    };
+    let line = crate::metrics::snapshot(&crate::metrics::ApiMetrics::default(), Some(&devices));
+    let pmem = &line["pmem_root"];
+    for (name, value) in [
+        ("flush_count", 3),
+        ("flush_bytes", 0),
+        ("flush_fails", 0),
+        ("event_fails", 0),
+        ("mappings", 7),
+        ("pages_mapped", 5),
+        ("pages_copied", 1),
+    ] {
+        assert_eq!(pmem[name], value, "{name}");
+    }
+}
+
+#[test]
+fn a_write_that_is_not_allowed_goes_nowhere() {
+    let mut dropped = DroppedWrites::new("a".to_owned());
+    for _ in 0..2 {
+        dropped.write(0, &[1; 8]);
+        assert!(dropped.told);
+    }
+    let mut data = [0; 4];
+    dropped.read(0, &mut data);
+    assert_eq!(data, [0xff; 4]);
 }
 
 #[test]
