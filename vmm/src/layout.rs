@@ -6,7 +6,7 @@
 //! 0x000e_0000  ACPI tables (reserved, backed by RAM)
 //! 0x0010_0000  RAM: kernel; the initrd at the end of RAM below the hole
 //! 0xc000_0000  MMIO hole: virtio-mmio devices, IOAPIC, local APICs, KVM's own pages
-//! 0x1_0000_0000  RAM beyond 3 GiB
+//! 0x1_0000_0000  RAM beyond 3 GiB; above it the windows of pmem devices
 //! ```
 
 /// GDT of the boot vCPU.
@@ -38,6 +38,9 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// End of the hole.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
+/// Where memory beside RAM begins, each window of it anew: so that huge pages can map it, and nothing of a guest's RAM shares a
+/// memory block of its kernel's with it.
+pub const WINDOW_ALIGNMENT: u64 = 1 << 30;
 /// First virtio-mmio device; each takes [`VIRTIO_MMIO_SIZE`] bytes.
 pub const VIRTIO_MMIO_START: u64 = 0xc000_1000;
 /// Size in bytes of the register window of a virtio-mmio device.

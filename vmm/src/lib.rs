@@ -9,7 +9,8 @@
 //!
 //! [`config`] is what a user asks for, checked field by field. [`control`] takes it, from the command line or the
 //! REST socket ([`api`]), and refuses what comes in the wrong state. [`machine`] builds the guest and its devices and
-//! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one.
+//! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one. [`pmem`] maps disks into the
+//! guest's memory, and has a thread for each that the guest has flushed.
 
 pub mod api;
 pub mod boot;
@@ -24,6 +25,7 @@ pub mod layout;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
+pub mod pmem;
 pub mod reference;
 pub mod run;
 pub mod signals;

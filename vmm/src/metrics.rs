@@ -75,6 +75,20 @@ pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
             }),
         );
     }
+    for (id, pmem) in &devices.pmem {
+        line.insert(
+            format!("pmem_{id}"),
+            json!({
+                "flush_count": get(&pmem.device.flushes),
+                "flush_bytes": get(&pmem.device.written_bytes),
+                "flush_fails": get(&pmem.device.errors),
+                "event_fails": get(&pmem.device.failures),
+                "mappings": pmem.mapping.mappings,
+                "pages_mapped": pmem.mapping.mapped,
+                "pages_copied": pmem.mapping.copied,
+            }),
+        );
+    }
     if let Some(entropy) = &devices.entropy {
         line.insert(
             "entropy".to_owned(),

@@ -88,6 +88,27 @@ impl Chain {
     }
 }
 
+/// The last byte of a chain that the device may write, whatever its other buffers are: where a device says that it refuses those. `None` where
+/// that byte, or the chain's end, is not to be had.
+pub fn last_writable_byte(
+    descriptors: &DescriptorChain<&GuestMemory>,
+    queue_size: u16,
+) -> Option<GuestAddress> {
+    let (mut last, mut complete) = (None, false);
+    for (count, descriptor) in descriptors.clone().enumerate() {
+        if count >= usize::from(queue_size) {
+            return None;
+        }
+        complete = !descriptor.has_next();
+        if descriptor.is_write_only() && descriptor.len() > 0 {
+            last = descriptor
+                .addr()
+                .checked_add(u64::from(descriptor.len()) - 1);
+        }
+    }
+    last.filter(|byte| complete && descriptors.memory().check_range(*byte, 1))
+}
+
 /// Bytes in all `segments`; a chain's segments are too few to overflow it.
 pub fn total_len(segments: &[Segment]) -> u64 {
     segments.iter().map(|segment| u64::from(segment.len)).sum()

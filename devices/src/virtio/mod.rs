@@ -4,6 +4,7 @@ pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod mmio;
+pub mod pmem;
 pub mod rng;
 
 use std::sync::Arc;

@@ -10,6 +10,7 @@ mod stack;
 
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
+use devices::virtio::pmem::VirtioPmem;
 use devices::virtio::rng::VirtioRng;
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -104,6 +105,11 @@ proptest! {
     }
 
     #[test]
+    fn the_pmem_device_survives_any_driver(actions in vec(action(), 0..80)) {
+        survives::<VirtioPmem>(actions)?;
+    }
+
+    #[test]
     fn the_entropy_device_writes_only_what_is_offered(
         volleys in vec(volley(), 1..6),
         features in select(vec![0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]),
@@ -117,5 +123,13 @@ proptest! {
         features in select(vec![0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]),
     ) {
         writes_only_what_is_offered::<VirtioBlock>(volleys, features)?;
+    }
+
+    #[test]
+    fn the_pmem_device_writes_only_what_is_offered(
+        volleys in vec(volley(), 1..6),
+        features in select(vec![0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]),
+    ) {
+        writes_only_what_is_offered::<VirtioPmem>(volleys, features)?;
     }
 }

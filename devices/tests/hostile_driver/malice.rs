@@ -235,8 +235,8 @@ fn wild_volley() -> impl Strategy<Value = Volley> {
 /// data may overlap, also with the headers.
 fn well_formed_volley() -> impl Strategy<Value = Volley> {
     let len = prop_oneof![4 => select(vec![512u32, 1024, 4096]), 1 => 0u32..5000];
-    // Memory has a hole, and one chain into it fails the device before the others are served.
-    let address = prop_oneof![40 => BUFFERS..0x3_e000, 1 => BUFFERS..MEMORY_END];
+    // Memory has a hole, and ends: what is in neither is refused.
+    let address = prop_oneof![8 => BUFFERS..0x3_e000, 1 => BUFFERS..MEMORY_END];
     vec((header(), address, len), 5).prop_map(|requests| {
         let mut table = Vec::new();
         for (slot, ((kind, _), address, len)) in (0..).zip(&requests) {

@@ -6,6 +6,7 @@ mod boot;
 mod control;
 mod disk;
 mod end;
+mod pmem;
 mod share;
 
 use std::path::Path;
@@ -111,6 +112,21 @@ pub const ALL: &[Scenario] = &[
         disk::sigkill,
         disk::check_cut_off,
     ),
+    test(
+        "two_guests_read_one_disk_by_dax_and_hold_it_once",
+        pmem::shared,
+    ),
+    test(
+        "what_a_pmem_guest_writes_to_its_own_copy_is_forgotten",
+        pmem::copy_on_write,
+    ),
+    checked(
+        "what_a_pmem_guest_synced_is_in_the_child_after_sigkill",
+        pmem::killed,
+        pmem::check_killed,
+    ),
+    test("a_raw_file_is_memory_of_a_guest", pmem::raw),
+    test("boots_from_pmem_by_dax", pmem::root),
     test("pauses_and_resumes_over_rest", control::pause_and_resume),
     test(
         "is_configured_and_started_over_rest",
@@ -143,5 +159,6 @@ pub const ALL: &[Scenario] = &[
     ),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
+    on_demand("pmem_bench", pmem::bench),
     on_demand("demo", bench::demo),
 ];

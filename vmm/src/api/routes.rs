@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Context, balloon};
-use crate::config::{DriveConfig, DriveUpdate};
+use crate::config::{DriveConfig, DriveUpdate, PmemConfig};
 use crate::control::{Control, ControlError};
 use crate::metrics::count;
 
@@ -243,7 +243,7 @@ fn put(
             let boot_source = parse(body)?;
             control(context).set_boot_source(boot_source)?;
         }
-        ["drives"] => return Err(Fault::NoId),
+        ["drives" | "pmem"] => return Err(Fault::NoId),
         ["drives", id] => {
             let drive: DriveConfig = parse(body)?;
             if drive.drive_id != id {
@@ -272,6 +272,13 @@ fn put(
                 state: JobState::Cancelled,
             } = parse(body)?;
             control(context).cancel_job(id)?;
+        }
+        ["pmem", id] => {
+            let pmem: PmemConfig = parse(body)?;
+            if pmem.id != id {
+                return Err(Fault::OtherId);
+            }
+            control(context).set_pmem(pmem)?;
         }
         ["machine-config"] => {
             let machine = parse(body)?;

@@ -1,5 +1,7 @@
 //! Clients that are slow, hostile, in a hurry, or all of it, by raw sockets.
 
+mod pmem;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};

@@ -49,7 +49,7 @@ pub enum DiskError {
 }
 
 /// Cuts at single commas, and makes one of two.
-fn split(text: &str) -> Vec<String> {
+pub(super) fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut rest = text.chars().peekable();
     while let Some(c) = rest.next() {

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod disk;
+mod pmem;
 mod size;
 
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use crate::{console, exit};
 
 pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use disk::{DiskArgument, DiskError};
+pub use pmem::{PmemArgument, PmemError};
 pub use size::{Bytes, Mebibytes, SizeError};
 
 /// A virtual machine monitor for many small guests.
@@ -144,6 +146,18 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub balloon: Option<BalloonArgument>,
+    /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR. Can be
+    /// repeated.
+    ///
+    /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts them with -o dax.
+    /// Options:
+    /// ro: what the guest writes is dropped, and the file can be shared (the default);
+    /// cow: what the guest writes is its own, and forgotten at its end; the file can be shared;
+    /// rw: what the guest has flushed is on the disk;
+    /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the command line);
+    /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given.
+    #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
+    pub pmem: Vec<PmemArgument>,
     /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
     #[arg(long, value_name = "SIZE")]
     pub mem: Option<Mebibytes>,
@@ -172,7 +186,7 @@ pub struct RunArguments {
     pub api_sock: Option<PathBuf>,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --balloon, --log, --serial and --metrics win over the file, and --disk adds to its drives. Where --kernel, --initrd or --cmdline
+    /// --mem, --cpus, --balloon, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel, --initrd or --cmdline
     /// and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
@@ -275,6 +289,10 @@ impl RunArguments {
         }
         if let Some(BalloonArgument(balloon)) = self.balloon {
             config.balloon = Some(balloon);
+        }
+        for pmem in self.pmem {
+            let pmem = pmem.into_pmem(|id| config.pmem.iter().any(|pmem| pmem.id == id));
+            config.pmem.push(pmem);
         }
         if let Some(Mebibytes(size)) = self.mem {
             config.machine_config.mem_size_mib = size;

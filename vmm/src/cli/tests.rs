@@ -1,7 +1,7 @@
 use clap::CommandFactory;
 
 use super::*;
-use crate::config::{BalloonConfig, DriveConfig};
+use crate::config::{BalloonConfig, DriveConfig, PmemConfig, PmemMode};
 
 fn options(arguments: &[&str]) -> Result<RunOptions, String> {
     let cli = Cli::try_parse_from(["coppice", "run"].iter().chain(arguments))
@@ -97,6 +97,24 @@ fn arguments_describe_a_guest() {
     );
     assert_eq!(config.metrics.unwrap().metrics_path, PathBuf::from("m"));
     assert_eq!(options.api_socket, Some(PathBuf::from("s")));
+}
+
+#[test]
+fn pmem_devices_add_to_those_of_a_configuration_file() {
+    let file = config_file(
+        r#"{"boot-source": {"kernel_image_path": "k"}, "pmem": [{"id": "pmem0", "path_on_host": "a"}]}"#,
+    );
+    let path = file.path().to_str().unwrap();
+    let config = options(&["--config", path, "--pmem", "b", "--pmem", "c,rw"])
+        .unwrap()
+        .config;
+    let expected = [
+        PmemConfig::new("pmem1", "b", PmemMode::Ro),
+        PmemConfig::new("pmem2", "c", PmemMode::Rw),
+    ];
+    assert_eq!(config.pmem[1..], expected);
+    let error = options(&["--config", path, "--pmem", "b,id=pmem0"]).unwrap_err();
+    assert!(error.contains("id pmem0"), "{error}");
 }
 
 #[test]
@@ -203,12 +221,13 @@ fn the_log_level_of_the_command_line_wins() {
 
 #[test]
 fn values_that_cannot_be_are_usage_errors() {
-    let cases: [&[&str]; 8] = [
+    let cases: [&[&str]; 9] = [
         &["--kernel", "k", "--mem", "128"],
         &["--kernel", "k", "--cpus", "0"],
         &["--kernel", "k", "--cpus", "300"],
         &["--kernel", "k", "--disk", "d,qcow2"],
         &["--kernel", "k", "--balloon", "64"],
+        &["--kernel", "k", "--pmem", "d,ro,rw"],
         &["--kernel", "k", "--log", "loud"],
         &["--kernel", "k", "--log-format", "xml"],
         &["--kernel", "k", "--config", "/nonexistent.json"],

@@ -8,15 +8,13 @@ use storage::Format;
 use storage::io::EngineKind;
 
 use super::ConfigError;
-use super::error::{check_file, check_path};
+use super::error::{check_file, check_id, check_path};
 use super::sharing::ShareModeConfig;
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
 const SERIAL_MAX: usize = 20;
 /// Most request queues: one for each vCPU that a guest can have.
 const QUEUES_MAX: u16 = crate::layout::MAX_VCPUS as u16;
-/// Longest `drive_id`, in bytes.
-const ID_MAX: usize = 64;
 
 /// Firecracker's drive, and what Coppice knows beyond it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -185,17 +183,7 @@ impl DriveConfig {
     /// # Errors
     /// `Unsupported`, `Invalid`.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        let word = |c: char| c == '_' || c.is_ascii_alphanumeric();
-        if self.drive_id.is_empty()
-            || self.drive_id.len() > ID_MAX
-            || !self.drive_id.chars().all(word)
-        {
-            return Err(ConfigError::invalid(
-                "drives.drive_id",
-                &format_args!("{:.80?}", self.drive_id),
-                format!("1 to {ID_MAX} letters, digits and underscores"),
-            ));
-        }
+        check_id("drives.drive_id", &self.drive_id)?;
         check_path("drives.path_on_host", &self.path_on_host)?;
         if let Some(parents) = &self.parents {
             check_path("drives.parents", parents)?;

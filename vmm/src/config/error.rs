@@ -83,10 +83,21 @@ pub enum ConfigError {
         /// The first one.
         first: String,
     },
+    /// Two pmem devices of one name.
+    #[error("pmem: two devices have the id {0}")]
+    DuplicatePmem(String),
+    /// A pmem device as root, where there is one.
+    #[error("pmem: {pmem} is root_device, but {first} is the root already")]
+    SecondPmemRoot {
+        /// The device.
+        pmem: String,
+        /// The drive or pmem device that is.
+        first: String,
+    },
     /// More devices than interrupt lines.
     #[error("a guest has at most {} virtio devices, not {found}", layout::VIRTIO_GSIS.len())]
     TooManyDevices {
-        /// Drives, the entropy device and the balloon together.
+        /// Drives, pmem devices, the entropy device and the balloon together.
         found: usize,
     },
     /// An update that changes nothing.
@@ -106,6 +117,22 @@ impl ConfigError {
             expected: expected.into(),
         }
     }
+}
+
+/// Longest name of a drive or a pmem device, in bytes.
+const ID_MAX: usize = 64;
+
+/// Names go into paths of the REST API, and into names of counters.
+pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
+    let word = |c: char| c == '_' || c.is_ascii_alphanumeric();
+    if id.is_empty() || id.len() > ID_MAX || !id.chars().all(word) {
+        return Err(ConfigError::invalid(
+            field,
+            &format_args!("{id:.80?}"),
+            format!("1 to {ID_MAX} letters, digits and underscores"),
+        ));
+    }
+    Ok(())
 }
 
 /// Opens a regular file as it will be opened, and closes it again. Never waits for the other end of a pipe.

@@ -9,9 +9,10 @@
 //! }
 //! ```
 //!
-//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of a drive, and `sharing`. A field
-//! that Coppice does not know is refused, and so is a value that it cannot honour: nothing that was asked for is left
-//! out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are such values.
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of
+//! a drive, `mode`, `format` and `parents` of a pmem device, and `sharing`. A field that Coppice does not know is refused, and so is a value that it
+//! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are
+//! such values.
 
 mod balloon;
 mod boot_source;
@@ -19,6 +20,7 @@ mod drive;
 mod error;
 mod machine;
 mod output;
+mod pmem;
 mod sharing;
 
 use std::collections::BTreeSet;
@@ -35,6 +37,7 @@ pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
 pub use error::ConfigError;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
+pub use pmem::{PmemConfig, PmemMode};
 pub use sharing::{ShareModeConfig, SharingConfig};
 
 use crate::layout;
@@ -52,6 +55,9 @@ pub struct VmConfig {
     /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
+    /// Disks as memory, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
+    #[serde(default)]
+    pub pmem: Vec<PmemConfig>,
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
@@ -116,7 +122,7 @@ impl VmConfig {
     /// Checks every field by itself and all of them together. Does not look at any file: see [`VmConfig::check_files`].
     ///
     /// # Errors
-    /// `Unsupported`, `Invalid`, `DuplicateDrive`, `SecondRoot`, `TooManyDevices`.
+    /// `Unsupported`, `Invalid`, `DuplicateDrive`, `SecondRoot`, `DuplicatePmem`, `SecondPmemRoot`, `TooManyDevices`.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if let Some(boot_source) = &self.boot_source {
             boot_source.validate()?;
@@ -135,6 +141,21 @@ impl VmConfig {
             {
                 return Err(ConfigError::SecondRoot {
                     drive: drive.drive_id.clone(),
+                    first: first.to_owned(),
+                });
+            }
+        }
+        let mut ids = BTreeSet::new();
+        for pmem in &self.pmem {
+            pmem.validate()?;
+            if !ids.insert(pmem.id.as_str()) {
+                return Err(ConfigError::DuplicatePmem(pmem.id.clone()));
+            }
+            if pmem.root_device
+                && let Some(first) = root.replace(&pmem.id)
+            {
+                return Err(ConfigError::SecondPmemRoot {
+                    pmem: pmem.id.clone(),
                     first: first.to_owned(),
                 });
             }
@@ -167,6 +188,7 @@ impl VmConfig {
             metrics.validate()?;
         }
         let devices = self.drives.len()
+            + self.pmem.len()
             + usize::from(self.entropy.is_some())
             + usize::from(self.balloon.is_some());
         if devices > layout::VIRTIO_GSIS.len() {
@@ -175,7 +197,7 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Checks that the kernel, the initrd and every drive can be opened as they are going to be.
+    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be.
     ///
     /// # Errors
     /// `File` and `NotAFile`.
@@ -183,7 +205,8 @@ impl VmConfig {
         if let Some(boot_source) = &self.boot_source {
             boot_source.check_files()?;
         }
-        self.drives.iter().try_for_each(DriveConfig::check_file)
+        self.drives.iter().try_for_each(DriveConfig::check_file)?;
+        self.pmem.iter().try_for_each(PmemConfig::check_file)
     }
 
     /// Adds a drive, or replaces the one with the same `drive_id` in its place.
@@ -195,6 +218,14 @@ impl VmConfig {
         {
             Some(other) => *other = drive,
             None => self.drives.push(drive),
+        }
+    }
+
+    /// Adds a pmem device, or replaces the one with the same `id` in its place.
+    pub fn set_pmem(&mut self, pmem: PmemConfig) {
+        match self.pmem.iter_mut().find(|other| other.id == pmem.id) {
+            Some(other) => *other = pmem,
+            None => self.pmem.push(pmem),
         }
     }
 }

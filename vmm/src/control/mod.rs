@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use crate::config::{
     BootSourceConfig, ConfigError, DriveConfig, DriveUpdate, EntropyConfig, LoggerConfig,
-    MachineConfig, MetricsConfig, SerialConfig, SharingConfig, VmConfig,
+    MachineConfig, MetricsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig,
 };
 use crate::logging::{Log, LogError};
 use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
@@ -225,6 +225,17 @@ impl Control {
         drive.validate()?;
         drive.check_file()?;
         self.change(|config| config.set_drive(drive))
+    }
+
+    /// `PUT /pmem/{id}`: adds a pmem device, or replaces the one of that name.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_pmem(&mut self, pmem: PmemConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        pmem.validate()?;
+        pmem.check_file()?;
+        self.change(|config| config.set_pmem(pmem))
     }
 
     /// `PATCH /drives/{id}`: gives a drive of a started guest another file.

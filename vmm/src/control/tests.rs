@@ -8,7 +8,9 @@ use serde_json::json;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::config::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart};
+use crate::config::{
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart, PmemMode,
+};
 use crate::logging::{LogFilter, LogFormat};
 use crate::machine::{DeviceMetrics, DriveError, JobState, StartError};
 
@@ -107,6 +109,7 @@ impl Guest for Double {
         let balloon = self.balloon.as_ref();
         DeviceMetrics {
             drives: BTreeMap::new(),
+            pmem: BTreeMap::new(),
             entropy: None,
             balloon: balloon.map(|balloon| balloon.lock().unwrap().metrics()),
         }
@@ -222,6 +225,7 @@ fn refuses_to_be_configured(
             ..BootSourceConfig::default()
         }),
         control.set_drive(DriveConfig::new("b", file(folder, "b"))),
+        control.set_pmem(PmemConfig::new("b", file(folder, "b"), PmemMode::Ro)),
         control.set_machine_config(MachineConfig::default()),
         control.update_machine_config(&json!({"vcpu_count": 2})),
         control.set_entropy(EntropyConfig::default()),

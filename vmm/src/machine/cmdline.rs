@@ -1,28 +1,61 @@
 //! The kernel command line of a guest: what the user gave, and what follows from its devices.
 
 use crate::boot::{self, MmioDevice};
-use crate::config::DriveConfig;
+use crate::config::{DriveConfig, PmemConfig, PmemMode, VmConfig};
+
+/// What the guest mounts as its root.
+#[derive(Clone, Copy)]
+pub(super) enum Root<'a> {
+    /// Its first drive, or a partition of it.
+    Drive(&'a DriveConfig),
+    /// Its first pmem device.
+    Pmem(&'a PmemConfig),
+}
+
+impl<'a> Root<'a> {
+    /// The root of a guest, if one is marked; there is one at most.
+    pub(super) fn of(config: &'a VmConfig) -> Option<Self> {
+        let drive = config.drives.iter().find(|drive| drive.is_root_device);
+        let pmem = config.pmem.iter().find(|pmem| pmem.root_device);
+        drive.map(Self::Drive).or(pmem.map(Self::Pmem))
+    }
+
+    fn words(self) -> String {
+        // The root device is the first of its kind: its name in the guest is known.
+        match self {
+            Self::Drive(root) => {
+                let device = root
+                    .partuuid
+                    .as_ref()
+                    .map_or("/dev/vda".to_owned(), |uuid| format!("PARTUUID={uuid}"));
+                let mode = if root.is_read_only { "ro" } else { "rw" };
+                format!("root={device} {mode}")
+            }
+            Self::Pmem(root) => {
+                let mode = match root.mode() {
+                    PmemMode::Ro => "ro",
+                    PmemMode::Cow | PmemMode::Rw => "rw",
+                };
+                format!("root=/dev/pmem0 {mode} rootflags=dax")
+            }
+        }
+    }
+}
 
 /// Completes the command line that was given, or the default one.
 ///
-/// Where a drive is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
+/// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
 /// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. Where the balloon has
 /// `reporting`, see [`report_every_page`].
 pub(super) fn complete(
     given: Option<&str>,
-    root: Option<&DriveConfig>,
+    root: Option<Root<'_>>,
     virtio: &[MmioDevice],
     reporting: bool,
 ) -> String {
     let mut cmdline = given.unwrap_or(boot::DEFAULT_CMDLINE).to_owned();
     if let Some(root) = root {
-        // The root device is the first drive: its name in the guest is known.
-        let device = root
-            .partuuid
-            .as_ref()
-            .map_or("/dev/vda".to_owned(), |uuid| format!("PARTUUID={uuid}"));
-        let mode = if root.is_read_only { "ro" } else { "rw" };
-        cmdline = format!("{cmdline} root={device} {mode}");
+        cmdline = format!("{cmdline} {}", root.words());
     }
     if cmdline
         .split_ascii_whitespace()
@@ -69,13 +102,13 @@ mod tests {
         let mut root = DriveConfig::new("root", "root.vhdx");
         root.is_read_only = true;
         assert_eq!(
-            complete(Some("quiet"), Some(&root), &[], false),
+            complete(Some("quiet"), Some(Root::Drive(&root)), &[], false),
             "quiet root=/dev/vda ro"
         );
         root.partuuid = Some("0eaa91a0-01".into());
         root.is_read_only = false;
         assert_eq!(
-            complete(Some("quiet"), Some(&root), &[], false),
+            complete(Some("quiet"), Some(Root::Drive(&root)), &[], false),
             "quiet root=PARTUUID=0eaa91a0-01 rw"
         );
     }
@@ -86,6 +119,29 @@ mod tests {
         assert_eq!(with("quiet"), "quiet page_reporting.page_reporting_order=0");
         let given = "quiet page_reporting.page_reporting_order=9";
         assert_eq!(with(given), given);
+    }
+
+    #[test]
+    fn a_pmem_device_as_root_is_mounted_by_dax() {
+        for (mode, word) in [
+            (PmemMode::Ro, "ro"),
+            (PmemMode::Cow, "rw"),
+            (PmemMode::Rw, "rw"),
+        ] {
+            let mut config = VmConfig {
+                pmem: vec![
+                    PmemConfig::new("data", "a", PmemMode::Ro),
+                    PmemConfig::new("root", "b", mode),
+                ],
+                ..VmConfig::default()
+            };
+            assert!(Root::of(&config).is_none());
+            config.pmem[1].root_device = true;
+            assert_eq!(
+                complete(Some("quiet"), Root::of(&config), &[], false),
+                format!("quiet root=/dev/pmem0 {word} rootflags=dax")
+            );
+        }
     }
 
     #[test]

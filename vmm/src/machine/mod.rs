@@ -36,6 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, BootError, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::{BalloonConfig, DriveConfig, VmConfig};
 use crate::layout;
+use crate::pmem::{MapBudget, Pmem, PmemCounters, PmemError};
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
 
@@ -113,6 +114,14 @@ pub enum StartError {
         /// What is wrong with its settings.
         source: BlockError,
     },
+    /// A pmem device.
+    #[error("pmem {pmem}: {source}")]
+    Pmem {
+        /// `id`.
+        pmem: String,
+        /// Why it cannot be.
+        source: Box<PmemError>,
+    },
     /// More devices than interrupt lines.
     #[error("a guest has at most {} virtio devices", layout::VIRTIO_GSIS.len())]
     TooManyDevices,
@@ -171,6 +180,8 @@ pub enum MachineError {
 pub struct DeviceMetrics {
     /// By `drive_id`.
     pub drives: BTreeMap<String, Arc<BlockMetrics>>,
+    /// By `id`.
+    pub pmem: BTreeMap<String, PmemCounters>,
     /// Of the entropy device, where there is one.
     pub entropy: Option<Arc<RngMetrics>>,
     /// Of the balloon, where there is one.
@@ -183,6 +194,7 @@ pub struct Machine {
     drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
     /// The last job of each drive.
     jobs: BTreeMap<String, Arc<DriveJob>>,
+    pmem: BTreeMap<String, Pmem>,
     entropy: Option<Arc<Mutex<VirtioRng>>>,
     balloon: Option<Arc<Mutex<VirtioBalloon>>>,
     keyboard: Arc<Mutex<I8042>>,
@@ -245,6 +257,15 @@ impl Builder<'_> {
             gsi,
         });
         Ok(())
+    }
+
+    /// Puts a pmem device behind a transport, and a guard where the guest must not write.
+    fn add_pmem(&mut self, pmem: &Pmem) -> Result<(), StartError> {
+        if let Some(guard) = pmem.guard() {
+            let writes = guard.writes.clone();
+            self.buses.mmio.insert(guard.address, guard.len, writes)?;
+        }
+        self.add_virtio(pmem.device().clone())
     }
 
     fn add_port(
@@ -333,6 +354,24 @@ fn new_block(drive: &DriveConfig) -> Result<VirtioBlock, StartError> {
     })
 }
 
+/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order it finds them.
+fn attach_pmem(config: &VmConfig, vm: &mut Vm) -> Result<Vec<(String, Pmem)>, StartError> {
+    let mut budget = MapBudget::of_host();
+    let root = config.pmem.iter().filter(|pmem| pmem.root_device);
+    let others = config.pmem.iter().filter(|pmem| !pmem.root_device);
+    root.chain(others)
+        .map(|pmem| {
+            let interrupt = new_interrupt("pmem device")?;
+            let attached = Pmem::attach(pmem, vm, interrupt, &mut budget);
+            let attached = attached.map_err(|source| StartError::Pmem {
+                pmem: pmem.id.clone(),
+                source: Box::new(source),
+            })?;
+            Ok((pmem.id.clone(), attached))
+        })
+        .collect()
+}
+
 /// Passes on the first call alone: a guest that panics and then resets has panicked.
 fn only_first(on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Arc<dyn Fn(GuestEnd) + Send + Sync> {
     let told = AtomicBool::new(false);
@@ -366,7 +405,8 @@ impl Machine {
             vcpus: config.machine_config.vcpu_count,
             huge_pages: config.machine_config.huge_pages.into(),
         };
-        let vm = Vm::new(settings)?;
+        let mut vm = Vm::new(settings)?;
+        let pmem = attach_pmem(config, &mut vm)?;
         let Surroundings {
             serial_out,
             serial_drained,
@@ -410,6 +450,10 @@ impl Machine {
             subscribers.push(device.clone());
             drives.insert(drive.drive_id.clone(), device);
         }
+        for (_, pmem) in &pmem {
+            builder.add_pmem(pmem)?;
+            subscribers.push(pmem.device().clone());
+        }
         let mut entropy = None;
         if config.entropy.is_some() {
             let rng =
@@ -440,7 +484,12 @@ impl Machine {
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
-            cmdline: cmdline::complete(source.boot_args.as_deref(), root, &virtio, reporting),
+            cmdline: cmdline::complete(
+                source.boot_args.as_deref(),
+                cmdline::Root::of(config),
+                &virtio,
+                reporting,
+            ),
             protocol: Protocol::from(source.boot_protocol),
         };
         let Loaded { state, kernel } = boot::load(
@@ -478,6 +527,7 @@ impl Machine {
                 vcpus,
                 drives,
                 jobs: BTreeMap::new(),
+                pmem: pmem.into_iter().collect(),
                 entropy,
                 balloon,
                 keyboard,
@@ -505,6 +555,9 @@ impl Machine {
         for drive in self.drives.values() {
             lock(drive).pause();
         }
+        for pmem in self.pmem.values() {
+            lock(pmem.device()).pause();
+        }
         if let Some(entropy) = &self.entropy {
             lock(entropy).pause();
         }
@@ -517,6 +570,9 @@ impl Machine {
     pub fn resume(&mut self) {
         for drive in self.drives.values() {
             lock(drive).resume();
+        }
+        for pmem in self.pmem.values() {
+            lock(pmem.device()).resume();
         }
         if let Some(entropy) = &self.entropy {
             lock(entropy).resume();
@@ -659,6 +715,11 @@ impl Machine {
                 .iter()
                 .map(|(id, drive)| (id.clone(), lock(drive).metrics()))
                 .collect(),
+            pmem: self
+                .pmem
+                .iter()
+                .map(|(id, pmem)| (id.clone(), pmem.counters()))
+                .collect(),
             entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
             balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
         }
@@ -681,6 +742,12 @@ impl Machine {
             device.reset();
             if let Err(error) = device.disk().close() {
                 tracing::error!(drive = %id, %error, "the disk could not be closed cleanly");
+            }
+        }
+        for (id, pmem) in &self.pmem {
+            lock(pmem.device()).reset();
+            if let Err(error) = pmem.close() {
+                tracing::error!(pmem = %id, %error, "not all that the guest wrote is on the disk");
             }
         }
     }

@@ -58,6 +58,12 @@ impl Template {
         })
     }
 
+    /// Bits of a guest physical address; 36 where a processor does not say (SDM volume 3, 4.1.4).
+    pub(super) fn physical_bits(&self) -> u32 {
+        let sizes = self.entries.iter().find(|e| e.function == AMD_SIZES);
+        sizes.map_or(36, |sizes| sizes.eax & 0xff)
+    }
+
     /// The CPUID of the vCPU with local APIC ID `apic_id`.
     pub(super) fn for_vcpu(&self, apic_id: u8) -> Result<CpuId, VmError> {
         let mut entries = self.entries.clone();

@@ -4,6 +4,8 @@
 //! Vm::new ── register_irqfd, register_ioevent, memory ──> Vm::start ──> Vcpus: pause <─> resume ── stop
 //! ```
 
+use std::sync::Arc;
+
 use devices::GuestMemory;
 use devices::bus::Bus;
 use kvm_bindings::{
@@ -19,6 +21,7 @@ use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, MAX_VCPUS};
 mod cpuid;
 mod memory;
 mod pmu;
+mod slots;
 mod threads;
 mod vcpu;
 
@@ -26,6 +29,7 @@ mod vcpu;
 mod native_kvm;
 
 pub use memory::HugePages;
+pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
 pub use threads::{Brake, Held, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
 
@@ -82,6 +86,16 @@ pub enum VmError {
         size: u64,
         /// What the host said.
         source: std::io::Error,
+    },
+    /// Memory beside RAM that the guest has no addresses for.
+    #[error(
+        "the guest's addresses, of {bits} bits, have no room for {size:#x} bytes above its RAM"
+    )]
+    WindowSize {
+        /// Asked for, in bytes.
+        size: u64,
+        /// Bits of a guest physical address.
+        bits: u32,
     },
     /// More CPUID leaves than KVM takes.
     #[error("CPUID of {0} leaves is longer than KVM takes")]
@@ -146,8 +160,11 @@ pub fn cpu_model(vcpus: u8) -> Result<Vec<u8>, VmError> {
 
 /// A virtual machine whose vCPUs do not run yet.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     memory: GuestMemory,
+    windows: slots::Windows,
+    /// Bits of a guest physical address.
+    physical_bits: u32,
     vcpus: Vec<vcpu::Vcpu>,
 }
 
@@ -199,8 +216,10 @@ impl Vm {
             made.push(vcpu);
         }
         Ok(Self {
-            fd,
+            fd: Arc::new(fd),
             memory,
+            windows: slots::Windows::default(),
+            physical_bits: cpuid.physical_bits(),
             vcpus: made,
         })
     }
@@ -248,7 +267,8 @@ impl Vm {
         if let Some(first) = self.vcpus.first() {
             first.enter_at(regs, set_sregs)?;
         }
-        Vcpus::start(self.fd, self.vcpus, self.memory, buses, Box::new(on_exit))
+        let memory = (self.memory, self.windows.mapped);
+        Vcpus::start(self.fd, self.vcpus, memory, buses, Box::new(on_exit))
     }
 }
 

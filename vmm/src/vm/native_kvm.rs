@@ -333,6 +333,47 @@ fn ram_lies_on_both_sides_of_the_hole() {
     assert_eq!(memory.read_obj::<u8>(GuestAddress(HIGH + 1)).unwrap(), 0x78);
 }
 
+/// Runs a guest that reads a byte of a window and writes the next one; what it read, and the bytes afterwards.
+fn guest_with_window(access: WindowAccess) -> (Access, [u8; 2], PlacedWindow) {
+    let window = Arc::new(memshare::Window::reserve(64 << 20).unwrap());
+    let mut vm = vm(1, 4 << 20);
+    let placed = vm.add_window(window.clone(), access).unwrap();
+    assert_eq!(placed.address, 4 << 30);
+    let at = HIGH - placed.address;
+    window.write(at, &[0x77]);
+    // mov al, [0x200000]; inc al; mov [0x200001], al; out PORT, al; hlt: 0x200000 is mapped to HIGH.
+    let code = [
+        0x8a, 0x04, 0x25, 0x00, 0x00, 0x20, 0x00, 0xfe, 0xc0, 0x88, 0x04, 0x25, 0x01, 0x00, 0x20,
+        0x00, 0xe6, 0x10, 0xf4,
+    ];
+    let running = run(vm, &code, Mode::Long);
+    let seen = running.accesses.recv().unwrap();
+    drop(running);
+    let mut bytes = [0; 2];
+    window.read(at, &mut bytes);
+    (seen, bytes, placed)
+}
+
+#[test]
+fn a_guest_uses_a_window_as_it_may_and_what_it_writes_is_logged() {
+    let seen = Access::Write(0, vec![0x78]);
+    let (read, bytes, placed) = guest_with_window(WindowAccess::Read);
+    assert_eq!((&read, bytes), (&seen, [0x77, 0]));
+    assert!(placed.log.is_none());
+    let (read, bytes, placed) = guest_with_window(WindowAccess::Write);
+    assert_eq!((&read, bytes), (&seen, [0x77, 0x78]));
+    assert!(placed.log.is_none());
+    let (read, bytes, placed) = guest_with_window(WindowAccess::LoggedWrite);
+    assert_eq!((&read, bytes), (&seen, [0x77, 0x78]));
+    let log = placed.log.unwrap();
+    let page = (HIGH - placed.address) as usize / 4096;
+    let mut expected = vec![0; (64 << 20) / 4096 / 64];
+    expected[page / 64] |= 1 << (page % 64);
+    assert_eq!(log.take().unwrap(), expected);
+    expected.fill(0);
+    assert_eq!(log.take().unwrap(), expected, "it is forgotten");
+}
+
 #[test]
 fn the_guest_starts_its_other_vcpus() {
     const STARTED_AT: u64 = 0x2000;

@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 
 use devices::GuestMemory;
 use kvm_ioctls::VmFd;
+use memshare::Window;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
@@ -148,9 +149,9 @@ impl Shared {
 pub struct Vcpus {
     shared: Arc<Shared>,
     /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     /// What the memory slots of the VM map: not unmapped while a vCPU can run.
-    _memory: GuestMemory,
+    _memory: (GuestMemory, Vec<Arc<Window>>),
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -161,9 +162,9 @@ fn kick_signal() -> libc::c_int {
 
 impl Vcpus {
     pub(super) fn start(
-        vm: VmFd,
+        vm: Arc<VmFd>,
         mut vcpus: Vec<Vcpu>,
-        memory: GuestMemory,
+        memory: (GuestMemory, Vec<Arc<Window>>),
         buses: Buses,
         on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
     ) -> Result<Self, VmError> {

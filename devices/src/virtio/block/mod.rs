@@ -256,6 +256,11 @@ impl VirtioBlock {
         for _ in 0..ring.size() {
             let mut chain = match ring.next(&active.memory)? {
                 Next::Chain(chain) => chain,
+                Next::Outside { head, status } => {
+                    add(&self.metrics.errors, 1);
+                    ring.finish(&active.memory, head, status, (VIRTIO_BLK_S_IOERR as u8, 0))?;
+                    continue;
+                }
                 Next::Empty | Next::Full => return Ok(()),
             };
             let head = chain.head;

@@ -3,7 +3,7 @@
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::chain::Chain;
+use super::super::chain::{self, Chain, ChainError};
 use super::RingFault;
 use crate::GuestMemory;
 
@@ -11,6 +11,9 @@ use crate::GuestMemory;
 pub(super) enum Next {
     /// A request.
     Chain(Chain),
+    /// A request with a buffer outside guest memory, and its status byte. No fault of the driver: memory that is not RAM, such as a file on a
+    /// pmem device, is a good buffer to the programs of the guest.
+    Outside { head: u16, status: GuestAddress },
     /// Nothing; the driver will kick.
     Empty,
     /// Maybe something, but as many requests are under way as the ring has descriptors.
@@ -57,9 +60,17 @@ impl Ring {
         let Some(descriptors) = descriptors else {
             return Ok(Next::Empty);
         };
-        let chain = Chain::walk(&descriptors, self.queue.size())?;
+        let size = self.queue.size();
+        let next = match Chain::walk(&descriptors, size) {
+            Ok(chain) => Next::Chain(chain),
+            Err(ChainError::Memory) => Next::Outside {
+                head: descriptors.head_index(),
+                status: chain::last_writable_byte(&descriptors, size).ok_or(ChainError::Memory)?,
+            },
+            Err(error) => return Err(error.into()),
+        };
         self.in_flight += 1;
-        Ok(Next::Chain(chain))
+        Ok(next)
     }
 
     /// Gives a request back, with its status byte and the count of bytes written.

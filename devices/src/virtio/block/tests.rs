@@ -435,6 +435,26 @@ fn a_short_header_ends_in_an_error_and_a_missing_status_fails_the_device() {
 }
 
 #[test]
+fn a_buffer_that_is_not_ram_fails_its_request_and_not_the_device() {
+    let memory = memory();
+    let disk = FileDisk::new(false, SectorSize::B512);
+    disk.file.write_all_at(&[5; 512], 0).unwrap();
+    let mut driver = Driver::new(&memory, device(disk, EngineKind::Auto), true);
+    // Where pmem devices lie; and across the end of RAM.
+    for outside in [4 << 30, 0x4_0200 - 256] {
+        for (kind, flags) in [(VIRTIO_BLK_T_IN, WRITE), (VIRTIO_BLK_T_OUT, 0)] {
+            assert_eq!(driver.request(kind, 0, (outside, 512, flags)), (IOERR, 0));
+        }
+    }
+    assert_eq!(driver.request(VIRTIO_BLK_T_IN, 0, (DATA, 512, WRITE)).0, OK);
+    assert_eq!(driver.bytes(DATA, 512), [5; 512]);
+    let header = driver.header(VIRTIO_BLK_T_IN, 0);
+    driver.offer(&[header, (DATA, 512, WRITE), (4 << 30, 1, WRITE)]);
+    driver.device.serve(0);
+    assert!(driver.device.interrupt.needs_reset(), "no status byte");
+}
+
+#[test]
 fn a_head_offered_again_and_again_takes_no_more_than_a_queue_of_requests() {
     let memory = memory();
     let disk = FileDisk::new(false, SectorSize::B512);

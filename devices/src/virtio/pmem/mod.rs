@@ -1,0 +1,352 @@
+//! virtio-pmem: memory that keeps what is written to it (VIRTIO 1.2, 5.19).
+//!
+//! ```text
+//! vCPU ── kick ──> device thread: ring ─ flush ─> flusher thread ── event ──> ring ── interrupt ──> vCPU
+//! ```
+//!
+//! The guest reads and writes the memory itself, without this device: here it only learns where that lies, and asks for what it
+//! wrote to be made durable. Who does that is a [`Backing`]; memory that keeps nothing has none, and a flush of it succeeds at once.
+//!
+//! A flush blocks, so it runs on a thread of its own, one at a time. Requests that come in meanwhile wait for the next one, which they
+//! share: what they ask for may have been written after the present one looked. The device thread alone takes requests from the ring, never
+//! more than it has descriptors; the others (`activate`, `reset`, [`VirtioPmem::pause`] and so on) run on any thread, under the
+//! device's mutex.
+
+mod event_handler;
+mod flusher;
+#[cfg(test)]
+mod hostile;
+mod metrics;
+mod request;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+use zerocopy::little_endian::U64;
+use zerocopy::{Immutable, IntoBytes};
+
+pub use self::flusher::{Backing, FlushError};
+use self::flusher::{Flusher, Outcome};
+pub use self::metrics::PmemMetrics;
+use self::metrics::add;
+use self::request::{Answer, Command, Response};
+use super::chain::{self, Chain};
+use super::{ActivateError, Activation, Interrupt, RING_FEATURES, VirtioDevice};
+use crate::GuestMemory;
+
+const QUEUE_SIZE: u16 = 64;
+
+/// What a pmem device is made of.
+#[derive(Clone)]
+pub struct PmemConfig {
+    /// Where the memory lies, guest physical.
+    pub start: u64,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Who makes durable what the guest writes; nobody, where that is forgotten at the end.
+    pub backing: Option<Arc<dyn Backing>>,
+}
+
+/// `struct virtio_pmem_config` (5.19.4).
+#[derive(Clone, Copy, Debug, IntoBytes, Immutable)]
+#[repr(C)]
+struct ConfigSpace {
+    start: U64,
+    size: U64,
+}
+
+/// The device while a driver uses it.
+struct Active {
+    memory: GuestMemory,
+    queue: Queue,
+    /// Whether requests were given back that the driver may not know of.
+    used: bool,
+}
+
+impl Active {
+    fn answer(&mut self, response: &Response, answer: Answer) -> Result<(), RingFault> {
+        let written = response.write(&self.memory, answer)?;
+        self.queue
+            .add_used(&self.memory, response.head(), written)?;
+        self.used = true;
+        Ok(())
+    }
+
+    /// Whether the driver wants to hear of what was given back since the last call.
+    fn take_interrupt(&mut self) -> Result<bool, RingFault> {
+        if !std::mem::take(&mut self.used) {
+            return Ok(false);
+        }
+        Ok(self.queue.needs_notification(&self.memory)?)
+    }
+}
+
+/// The device.
+pub struct VirtioPmem {
+    interrupt: Arc<Interrupt>,
+    kick: [EventFd; 1],
+    config: ConfigSpace,
+    flusher: Option<Flusher>,
+    active: Option<Active>,
+    /// Requests for which a flush has yet to begin.
+    waiting: Vec<Response>,
+    /// Requests that the flush under way answers.
+    covered: Vec<Response>,
+    /// Whether a look for more was put off because of those two.
+    stalled: bool,
+    paused: bool,
+    metrics: Arc<PmemMetrics>,
+}
+
+impl VirtioPmem {
+    /// A device that interrupts through `interrupt`.
+    ///
+    /// # Errors
+    /// Where the host has no file descriptor left.
+    pub fn new(config: PmemConfig, interrupt: Arc<Interrupt>) -> io::Result<Self> {
+        let PmemConfig {
+            start,
+            size,
+            backing,
+        } = config;
+        Ok(Self {
+            interrupt,
+            kick: [EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?],
+            config: ConfigSpace {
+                start: start.into(),
+                size: size.into(),
+            },
+            flusher: backing.map(Flusher::new).transpose()?,
+            active: None,
+            waiting: Vec::new(),
+            covered: Vec::new(),
+            stalled: false,
+            paused: false,
+            metrics: Arc::default(),
+        })
+    }
+
+    /// The device's counters.
+    pub fn metrics(&self) -> Arc<PmemMetrics> {
+        self.metrics.clone()
+    }
+
+    /// Answers every request that was taken, waiting for their flushes; serves nothing more until [`VirtioPmem::resume`].
+    pub fn pause(&mut self) {
+        self.paused = true;
+        self.drain();
+    }
+
+    /// Serves what has come in while the device was paused, and goes on.
+    pub fn resume(&mut self) {
+        self.paused = false;
+        self.kick();
+    }
+
+    /// Makes the device thread look at the queue.
+    fn kick(&self) {
+        if let Err(error) = self.kick[0].write(1) {
+            // Only a counter that is full refuses, and then it is readable already.
+            tracing::debug!(%error, "virtio-pmem kick");
+        }
+    }
+
+    fn serve(&mut self) {
+        if self.paused {
+            return;
+        }
+        if let Err(error) = self.take().and_then(|()| self.notify()) {
+            return self.fail(&error);
+        }
+        self.start_flush();
+    }
+
+    /// Takes at most a queue's worth of requests.
+    fn take(&mut self) -> Result<(), RingFault> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let size = active.queue.size();
+        for _ in 0..size {
+            // An honest driver has no more under way than descriptors, but nothing keeps it from making one available again and again.
+            if self.waiting.len() + self.covered.len() >= usize::from(size) {
+                self.stalled = true;
+                return Ok(());
+            }
+            let mut descriptors = active.queue.iter(&active.memory)?.next();
+            if descriptors.is_none() && active.queue.enable_notification(&active.memory)? {
+                // One came in between.
+                descriptors = active.queue.iter(&active.memory)?.next();
+            }
+            let Some(descriptors) = descriptors else {
+                return Ok(());
+            };
+            let chain = Chain::walk(&descriptors, size)?;
+            let (command, response) = request::parse(&active.memory, chain)?;
+            match command {
+                Command::Flush if self.flusher.is_some() => self.waiting.push(response),
+                Command::Flush => {
+                    add(&self.metrics.flushes, 1);
+                    active.answer(&response, Answer::Done)?;
+                }
+                Command::Unknown => {
+                    add(&self.metrics.errors, 1);
+                    active.answer(&response, Answer::Failed)?;
+                }
+            }
+        }
+        // The turn is over, and there may be more.
+        self.kick();
+        Ok(())
+    }
+
+    /// Begins a flush for the requests that wait for one, unless one is under way.
+    fn start_flush(&mut self) {
+        let Some(flusher) = &mut self.flusher else {
+            return;
+        };
+        if self.waiting.is_empty() || flusher.is_running() {
+            return;
+        }
+        self.covered = std::mem::take(&mut self.waiting);
+        if let Err(error) = flusher.begin() {
+            self.finish(Err(error.into()));
+        }
+    }
+
+    /// The flush under way has come to its end.
+    fn finish(&mut self, outcome: Outcome) {
+        let answer = match outcome {
+            Ok(bytes) => {
+                add(&self.metrics.flushes, 1);
+                add(&self.metrics.written_bytes, bytes);
+                Answer::Done
+            }
+            Err(error) => {
+                let error: &dyn std::error::Error = &*error;
+                tracing::warn!(error, "virtio-pmem flush");
+                add(&self.metrics.errors, 1);
+                Answer::Failed
+            }
+        };
+        let covered = std::mem::take(&mut self.covered);
+        // They are none where the driver has reset the device meanwhile.
+        if let Some(active) = &mut self.active
+            && let Err(error) = covered
+                .iter()
+                .try_for_each(|response| active.answer(response, answer))
+        {
+            return self.fail(&error);
+        }
+        if let Err(error) = self.notify() {
+            return self.fail(&error);
+        }
+        if std::mem::take(&mut self.stalled) {
+            self.kick();
+        }
+    }
+
+    /// Tells the driver of what was given back.
+    fn notify(&mut self) -> Result<(), RingFault> {
+        if let Some(active) = &mut self.active
+            && active.take_interrupt()?
+        {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// Waits for the flush under way, and for the one that requests wait for.
+    fn drain(&mut self) {
+        loop {
+            self.start_flush();
+            let Some(outcome) = self.flusher.as_mut().and_then(Flusher::wait) else {
+                return;
+            };
+            self.finish(outcome);
+        }
+    }
+
+    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no response can tell.
+    fn fail(&mut self, error: &RingFault) {
+        tracing::warn!(%error, "virtio-pmem: the driver broke the ring; the device needs a reset");
+        add(&self.metrics.failures, 1);
+        self.stop();
+        self.interrupt.fail();
+    }
+
+    /// Lets go of guest memory. A flush under way goes on, and answers nobody: it knows nothing of the ring.
+    fn stop(&mut self) {
+        self.active = None;
+        self.waiting.clear();
+        self.covered.clear();
+        self.stalled = false;
+    }
+}
+
+/// The driver broke the ring.
+#[derive(Debug, thiserror::Error)]
+enum RingFault {
+    #[error(transparent)]
+    Queue(#[from] virtio_queue::Error),
+    #[error(transparent)]
+    Chain(#[from] chain::ChainError),
+    #[error("a request without room for a response")]
+    NoResponse,
+}
+
+impl VirtioDevice for VirtioPmem {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_PMEM
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn kicks(&self) -> &[EventFd] {
+        &self.kick
+    }
+
+    fn interrupt(&self) -> &Arc<Interrupt> {
+        &self.interrupt
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let rest = usize::try_from(offset)
+            .ok()
+            .and_then(|offset| self.config.as_bytes().get(offset..))
+            .unwrap_or_default();
+        data.fill(0);
+        for (to, from) in data.iter_mut().zip(rest) {
+            *to = *from;
+        }
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Some(queue) = activation.queues.into_iter().next().flatten() else {
+            return Err(ActivateError("its queue is not ready".into()));
+        };
+        self.active = Some(Active {
+            memory: activation.memory,
+            queue,
+            used: false,
+        });
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+}

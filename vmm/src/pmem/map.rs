@@ -1,0 +1,297 @@
+//! The memory that shows a disk.
+//!
+//! Whole pages of the disk's files are mapped, from whichever layer has them. What reads as zeros stays fresh memory, for which the host has one page
+//! for all. What is no whole page of a file, such as sectors that two layers share a page of, or the end of a file, is copied.
+//!
+//! A mapping is right as long as nobody uses that space of the file for anything else. [`Disk::resolve_read`] promises just that until the
+//! ticket is given back, so the tickets are kept until the guest has stopped. A disk that is open for reading changes nothing anyway, nor
+//! does any parent: others are kept from writing by locks. In a disk that is open for writing, the writes of this guest's own
+//! flushes alone reach mapped pages, with what the guest's copy of the page holds.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use memshare::{PAGE_SIZE, Window};
+use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
+
+/// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
+const UNIT: u64 = 2 << 20;
+/// Bytes of the disk that are resolved at once: bounds what their extents take.
+const PIECE: u64 = 64 << 20;
+/// Linux' default of `vm.max_map_count`.
+const DEFAULT_MAP_COUNT: usize = 65530;
+
+/// Why a disk cannot be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MapError {
+    /// Too many pieces.
+    #[error(
+        "is in too many pieces: it takes {needed} mappings, and {left} are left (half of vm.max_map_count, for all pmem devices together); bring them together by `coppice disk convert` or `coppice disk compact`, use it as a drive, or raise vm.max_map_count"
+    )]
+    Fragmented {
+        /// How many mappings it takes.
+        needed: usize,
+        /// How many there may be.
+        left: usize,
+    },
+    /// A file ends before what is said to be in it.
+    #[error("has {len} bytes at offset {offset:#x} of a file that ends before them")]
+    Short {
+        /// Where the bytes are to be.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+    /// The disk does not say where its bytes are.
+    #[error("{}", with_cause(.0))]
+    Disk(#[from] DiskError),
+    /// The host does not map it.
+    #[error("cannot map {len:#x} bytes: {source}")]
+    Host {
+        /// How many bytes.
+        len: u64,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// An error of a disk in one line.
+pub(super) fn with_cause(error: &DiskError) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
+
+/// How many mappings are left to the disks of a guest.
+#[derive(Clone, Copy, Debug)]
+pub struct MapBudget(usize);
+
+impl MapBudget {
+    /// Half of what the host lets a process have: the other half is for RAM that is shared page by page, and for the process itself.
+    pub fn of_host() -> Self {
+        let count = std::fs::read_to_string("/proc/sys/vm/max_map_count")
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
+        Self(count.unwrap_or(DEFAULT_MAP_COUNT) / 2)
+    }
+
+    #[cfg(test)]
+    pub(super) fn new(mappings: usize) -> Self {
+        Self(mappings)
+    }
+}
+
+/// What a disk looks like as memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Mappings in the process, fresh memory among them.
+    pub mappings: usize,
+    /// Pages that are mapped from files.
+    pub mapped: u64,
+    /// Pages that had to be copied.
+    pub copied: u64,
+}
+
+/// A disk and the memory that shows it.
+pub(super) struct MappedDisk {
+    disk: Arc<dyn Disk>,
+    window: Arc<Window>,
+    /// What keeps the mapped space of the files as it is.
+    tickets: Mutex<Vec<Ticket>>,
+    figures: Figures,
+}
+
+impl MappedDisk {
+    /// Maps all of a disk. Behind its end there are zeros, to a whole number of 2 MiB.
+    pub(super) fn new(disk: &Arc<dyn Disk>, budget: &mut MapBudget) -> Result<Self, MapError> {
+        let size = disk.geometry().size;
+        let len = size.next_multiple_of(UNIT);
+        let failed = |source| MapError::Host { len, source };
+        let window = Arc::new(Window::reserve(len).map_err(failed)?);
+        if let Err(error) = window.keep_small_pages(0, len) {
+            // A kernel without huge pages has none to keep out.
+            tracing::debug!(%error, "madvise(MADV_NOHUGEPAGE)");
+        }
+        // From here on dropped, with all tickets there are, where something fails.
+        let mut mapped = Self {
+            disk: disk.clone(),
+            window: window.clone(),
+            tickets: Mutex::default(),
+            figures: Figures::default(),
+        };
+        let mut mapper = Mapper {
+            disk: &**disk,
+            window: &window,
+            size,
+            limit: budget.0,
+            run: None,
+            end: 0,
+            copied_to: 0,
+            figures: Figures::default(),
+        };
+        let mut extents = Vec::new();
+        for offset in (0..size).step_by(PIECE as usize) {
+            let len = PIECE.min(size - offset);
+            let range = ByteRange::new(offset, len).ok_or(DiskError::Range { offset, len })?;
+            let ticket = disk.resolve_read(range, &mut extents)?;
+            mapped.tickets().push(ticket);
+            for extent in extents.drain(..) {
+                mapper.add(&extent)?;
+            }
+        }
+        let figures = mapper.finish()?;
+        budget.0 -= figures.mappings;
+        mapped.figures = figures;
+        Ok(mapped)
+    }
+
+    fn tickets(&self) -> std::sync::MutexGuard<'_, Vec<Ticket>> {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    pub(super) fn window(&self) -> &Arc<Window> {
+        &self.window
+    }
+
+    pub(super) fn figures(&self) -> Figures {
+        self.figures
+    }
+
+    /// Lets go of the files and closes the disk. Nobody uses the memory any more.
+    pub(super) fn close(&self) -> Result<(), DiskError> {
+        self.let_go();
+        self.disk.close()
+    }
+
+    fn let_go(&self) {
+        for ticket in std::mem::take(&mut *self.tickets()) {
+            self.disk.finish(ticket, true);
+        }
+    }
+}
+
+impl Drop for MappedDisk {
+    fn drop(&mut self) {
+        self.let_go();
+    }
+}
+
+/// Pages of a file that follow each other, there and in the disk.
+struct Run {
+    at: u64,
+    len: u64,
+    file: Arc<File>,
+    file_offset: u64,
+}
+
+struct Mapper<'a> {
+    disk: &'a dyn Disk,
+    window: &'a Window,
+    /// Bytes of the disk.
+    size: u64,
+    /// Most mappings.
+    limit: usize,
+    /// What is mapped when it is known where it ends.
+    run: Option<Run>,
+    /// Where the last mapping ends.
+    end: u64,
+    /// What lies before this is not copied again.
+    copied_to: u64,
+    figures: Figures,
+}
+
+impl Mapper<'_> {
+    /// Takes the next extent.
+    fn add(&mut self, extent: &Extent) -> Result<(), MapError> {
+        let ExtentKind::Data { file, file_offset } = &extent.kind else {
+            return Ok(());
+        };
+        let (start, end) = (extent.offset, extent.offset + extent.len);
+        let (first, last) = (start.next_multiple_of(PAGE_SIZE), end - end % PAGE_SIZE);
+        if start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last {
+            return self.copy(start, end);
+        }
+        // The pages at its ends are others' as well.
+        self.copy(start, first)?;
+        self.map(Run {
+            at: first,
+            len: last - first,
+            file: file.clone(),
+            file_offset: file_offset + (first - start),
+        })?;
+        self.copy(last, end)
+    }
+
+    /// Copies the pages that a range touches, zeros after the end of the disk among them.
+    fn copy(&mut self, start: u64, end: u64) -> Result<(), MapError> {
+        let first = (start - start % PAGE_SIZE).max(self.copied_to);
+        let mut page = [0; PAGE_SIZE as usize];
+        for at in (first..end).step_by(PAGE_SIZE as usize) {
+            let part = &mut page[..PAGE_SIZE.min(self.size - at) as usize];
+            blocking::read_at(self.disk, part, at)?;
+            self.window.write(at, part);
+            self.copied_to = at + PAGE_SIZE;
+            self.figures.copied += 1;
+        }
+        Ok(())
+    }
+
+    fn map(&mut self, next: Run) -> Result<(), MapError> {
+        self.figures.mapped += next.len / PAGE_SIZE;
+        if let Some(run) = &mut self.run
+            && run.at + run.len == next.at
+            && run.file_offset + run.len == next.file_offset
+            && Arc::ptr_eq(&run.file, &next.file)
+        {
+            run.len += next.len;
+            return Ok(());
+        }
+        let before = self.run.replace(next);
+        before.map_or(Ok(()), |run| self.map_run(&run))
+    }
+
+    /// Maps a run whose end is known. Beyond the limit it is only counted.
+    fn map_run(&mut self, run: &Run) -> Result<(), MapError> {
+        let gap = run.at != self.end;
+        self.figures.mappings += 1 + usize::from(gap);
+        self.end = run.at + run.len;
+        if self.figures.mappings > self.limit {
+            return Ok(());
+        }
+        let failed = |source| MapError::Host {
+            len: run.len,
+            source,
+        };
+        // A page past the end of its file would raise SIGBUS, in the guest's hands or ours.
+        let held = run.file.metadata().map_err(failed)?.len();
+        if run.file_offset + run.len > held {
+            return Err(MapError::Short {
+                offset: run.file_offset,
+                len: run.len,
+            });
+        }
+        self.window
+            .map_file(run.at, run.len, &run.file, run.file_offset)
+            .map_err(failed)
+    }
+
+    fn finish(mut self) -> Result<Figures, MapError> {
+        if let Some(run) = self.run.take() {
+            self.map_run(&run)?;
+        }
+        self.figures.mappings += usize::from(self.end != self.window.len());
+        if self.figures.mappings > self.limit {
+            return Err(MapError::Fragmented {
+                needed: self.figures.mappings,
+                left: self.limit,
+            });
+        }
+        Ok(self.figures)
+    }
+}

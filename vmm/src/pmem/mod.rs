@@ -1,0 +1,222 @@
+//! Disks as a guest's memory (virtio-pmem): what a disk holds is mapped from its files, so that all guests of a host share what its page cache
+//! has of them.
+//!
+//! ```text
+//! open: disk ── resolve_read ─> extents ── mmap ─> window ── memory slot ─> guest
+//! flush:  guest ── dirty log ─> pages ── resolve_write, flush ─> disk
+//! ```
+//!
+//! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says what comes of it. In
+//! `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as the host's page cache keeps it.
+
+mod map;
+#[cfg(test)]
+mod tests;
+mod writeback;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use devices::bus::BusDevice;
+use devices::virtio::Interrupt;
+use devices::virtio::pmem::{Backing, PmemConfig as DeviceConfig, PmemMetrics, VirtioPmem};
+use memshare::PAGE_SIZE;
+use storage::{OpenError, OpenOptions, Parents};
+
+use self::map::MappedDisk;
+pub use self::map::{Figures, MapBudget, MapError};
+use self::writeback::Writeback;
+pub use self::writeback::{DirtyPages, WritebackError};
+use crate::config::{PmemConfig, PmemMode};
+use crate::vm::{DirtyLog, Vm, VmError, WindowAccess};
+
+/// Why a guest cannot have a pmem device.
+#[derive(Debug, thiserror::Error)]
+pub enum PmemError {
+    /// The disk cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The disk cannot be mapped.
+    #[error("{}: {source}", path.display())]
+    Map {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        source: MapError,
+    },
+    /// The guest has no place for it.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The host has no file descriptor left.
+    #[error("cannot make the device: {0}")]
+    Host(std::io::Error),
+}
+
+/// What a pmem device has done, and what it was made of.
+#[derive(Clone, Debug)]
+pub struct PmemCounters {
+    /// The device's.
+    pub device: Arc<PmemMetrics>,
+    /// The mapping's.
+    pub mapping: Figures,
+}
+
+/// A pmem device of a guest, and the disk behind it.
+pub struct Pmem {
+    device: Arc<Mutex<VirtioPmem>>,
+    disk: Arc<MappedDisk>,
+    writeback: Option<Arc<Writeback<DirtyLog>>>,
+    metrics: Arc<PmemMetrics>,
+    guard: Option<Guard>,
+}
+
+/// Where a guest may only read, and who takes on the MMIO bus what it writes there all the same.
+pub struct Guard {
+    /// First guest physical address.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Takes the writes.
+    pub writes: Arc<Mutex<dyn BusDevice>>,
+}
+
+impl Pmem {
+    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses.
+    ///
+    /// # Errors
+    /// [`PmemError`].
+    pub fn attach(
+        config: &PmemConfig,
+        vm: &mut Vm,
+        interrupt: Arc<Interrupt>,
+        budget: &mut MapBudget,
+    ) -> Result<Self, PmemError> {
+        let options = OpenOptions {
+            read_only: !config.mode().keeps(),
+            format: config.format.map(Into::into),
+            parents: match &config.parents {
+                Some(folder) => Parents::Within(folder.clone()),
+                None => Parents::Anywhere,
+            },
+            ..OpenOptions::default()
+        };
+        let disk = storage::open(&config.path_on_host, &options)?;
+        let disk = MappedDisk::new(&disk, budget).map_err(|source| PmemError::Map {
+            path: config.path_on_host.clone(),
+            source,
+        })?;
+        let disk = Arc::new(disk);
+        let mapping = disk.figures();
+        if mapping.copied > 0 {
+            tracing::warn!(
+                pmem = %config.id,
+                bytes = mapping.copied * PAGE_SIZE,
+                "parts of the disk are no whole pages of its files: they were copied, and are shared with nobody"
+            );
+        }
+        let access = match config.mode() {
+            PmemMode::Ro => WindowAccess::Read,
+            PmemMode::Cow => WindowAccess::Write,
+            PmemMode::Rw => WindowAccess::LoggedWrite,
+        };
+        let size = disk.window().len();
+        let placed = vm.add_window(disk.window().clone(), access)?;
+        tracing::info!(
+            pmem = %config.id,
+            address = format_args!("{:#x}", placed.address),
+            size,
+            mappings = mapping.mappings,
+            "pmem"
+        );
+        let writeback = placed
+            .log
+            .map(|log| Arc::new(Writeback::new(disk.clone(), log)));
+        let device = DeviceConfig {
+            start: placed.address,
+            size,
+            backing: writeback
+                .clone()
+                .map(|writeback| writeback as Arc<dyn Backing>),
+        };
+        let device = VirtioPmem::new(device, interrupt).map_err(PmemError::Host)?;
+        let guard = match config.mode() {
+            PmemMode::Ro => {
+                let dropped = DroppedWrites::new(config.id.clone());
+                Some(Guard {
+                    address: placed.address,
+                    len: size,
+                    writes: Arc::new(Mutex::new(dropped)),
+                })
+            }
+            PmemMode::Cow | PmemMode::Rw => None,
+        };
+        Ok(Self {
+            metrics: device.metrics(),
+            device: Arc::new(Mutex::new(device)),
+            disk,
+            writeback,
+            guard,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Mutex<VirtioPmem>> {
+        &self.device
+    }
+
+    /// What belongs on the MMIO bus, where the guest may only read.
+    pub fn guard(&self) -> Option<&Guard> {
+        self.guard.as_ref()
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> PmemCounters {
+        PmemCounters {
+            device: self.metrics.clone(),
+            mapping: self.disk.figures(),
+        }
+    }
+
+    /// Makes durable what the guest has written, and closes the disk. No vCPU runs any more, and the device is reset.
+    ///
+    /// # Errors
+    /// Where something that the guest has written is not on the disk.
+    pub fn close(&self) -> Result<(), WritebackError> {
+        let written = match &self.writeback {
+            Some(writeback) => writeback.write_back().map(drop),
+            None => Ok(()),
+        };
+        let closed = self.disk.close();
+        written?;
+        Ok(closed?)
+    }
+}
+
+/// Takes what a guest writes to memory that it may only read: KVM hands such writes over (`KVM_MEM_READONLY`), and here they end.
+struct DroppedWrites {
+    id: String,
+    told: bool,
+}
+
+impl DroppedWrites {
+    fn new(id: String) -> Self {
+        Self { id, told: false }
+    }
+}
+
+impl BusDevice for DroppedWrites {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        // Reads are the memory's own.
+        data.fill(0xff);
+    }
+
+    fn write(&mut self, offset: u64, _data: &[u8]) {
+        if !std::mem::replace(&mut self.told, true) {
+            tracing::warn!(
+                pmem = %self.id,
+                offset,
+                "the guest writes to memory that it may only read; this and what follows is dropped"
+            );
+        }
+    }
+}
