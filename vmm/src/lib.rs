@@ -11,6 +11,7 @@
 //! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one.
 
 pub mod api;
+pub mod bench;
 pub mod boot;
 pub mod cli;
 pub mod config;

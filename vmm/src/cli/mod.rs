@@ -1,5 +1,6 @@
 //! The command line.
 
+mod bench;
 mod disk;
 mod size;
 
@@ -13,6 +14,7 @@ use crate::logging::{LogFilter, LogFormat};
 use crate::run::RunOptions;
 use crate::{console, exit};
 
+pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
 pub use size::{Bytes, Mebibytes, SizeError};
 
@@ -39,6 +41,9 @@ pub enum Command {
     /// Make, examine and change virtual disks.
     #[command(subcommand, after_help = disk_tool::EXAMPLES)]
     Disk(DiskCommand),
+    /// Measure what guests cost on this host.
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.

@@ -8,7 +8,7 @@ fn options(arguments: &[&str]) -> Result<RunOptions, String> {
         .map_err(|error| error.to_string())?;
     match cli.command {
         Command::Run(run) => run.into_options().map_err(|error| error.to_string()),
-        Command::Doctor { .. } | Command::Disk(_) => Err("not run".to_owned()),
+        Command::Doctor { .. } | Command::Disk(_) | Command::Bench(_) => Err("not run".to_owned()),
     }
 }
 
