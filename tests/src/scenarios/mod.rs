@@ -3,12 +3,19 @@
 mod bench;
 mod boot;
 mod control;
+mod density;
 mod disk;
 mod end;
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::result::{Failure, Figures};
+
+/// RAM in MiB of the lab's host, where a scenario needs no other.
+const MEMORY: u32 = 4096;
+/// A scenario that takes longer hangs, and with it perhaps the host.
+pub const LIMIT: Duration = Duration::from_mins(5);
 
 /// When a scenario is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +41,21 @@ pub struct Scenario {
     pub run: Run,
     /// Runs afterwards on this machine, with what was brought out.
     pub check: Option<Check>,
+    /// RAM in MiB of the host that it runs in.
+    pub memory: u32,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+impl Scenario {
+    /// One that needs a host of its own size, and more time.
+    const fn with(self, memory: u32, limit: Duration) -> Self {
+        Self {
+            memory,
+            limit,
+            ..self
+        }
+    }
 }
 
 const fn test(name: &'static str, run: Run) -> Scenario {
@@ -42,6 +64,8 @@ const fn test(name: &'static str, run: Run) -> Scenario {
         kind: Kind::Test,
         run,
         check: None,
+        memory: MEMORY,
+        limit: LIMIT,
     }
 }
 
@@ -51,6 +75,8 @@ const fn checked(name: &'static str, run: Run, check: Check) -> Scenario {
         kind: Kind::Test,
         run,
         check: Some(check),
+        memory: MEMORY,
+        limit: LIMIT,
     }
 }
 
@@ -60,6 +86,8 @@ const fn on_demand(name: &'static str, run: Run) -> Scenario {
         kind: Kind::OnDemand,
         run,
         check: None,
+        memory: MEMORY,
+        limit: LIMIT,
     }
 }
 
@@ -118,7 +146,17 @@ pub const ALL: &[Scenario] = &[
         "ctrl_alt_del_over_rest_reaches_the_guest",
         control::ctrl_alt_del,
     ),
+    checked(
+        "the_density_benchmark_measures_two_guests",
+        density::two_guests,
+        density::check_two_guests,
+    ),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("demo", bench::demo),
+    Scenario {
+        check: Some(density::draw),
+        ..on_demand("density", density::density)
+    }
+    .with(density::MEMORY, density::LIMIT),
 ];

@@ -149,6 +149,7 @@ impl Guest {
                 .map_err(BenchError::io("wait for a guest"))?;
             if let Some(status) = status
                 && self.console.lock().1
+                && self.log.lock().1
             {
                 // What it said last may have come in between.
                 return self.console.find(awaited).ok_or_else(|| BenchError::Ended {

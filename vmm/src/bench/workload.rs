@@ -87,7 +87,9 @@ impl Workload {
                  S=$(sha256sum /tmp/data)"
             ),
         };
-        format!("{mount}\n{work}\necho \"{SUM}${{S%% *}}\"\necho {IDLE}\nexec sleep 1000000\n")
+        format!(
+            "{mount}\n{work}\nS=${{S%% *}}\necho \"{SUM}${{S:-none}}\"\necho {IDLE}\nexec sleep 1000000\n"
+        )
     }
 
     /// The checksum that guest number `guest` has to print.
