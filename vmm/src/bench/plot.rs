@@ -108,17 +108,22 @@ fn draw_panel<B: DrawingBackend>(
     workload: Workload,
     runs: &[&Run],
 ) -> Drawn {
+    // Guests as whole numbers, so that the axis has no half ones.
     let used: Vec<Vec<_>> = runs
         .iter()
         .map(|run| {
-            run.used()
-                .into_iter()
-                .map(|(guests, kib)| (guests, kib / 1024.0))
-                .collect()
+            let guests = run.points.iter().map(|point| point.guests);
+            let mib = run.used().into_iter().map(|(_, kib)| kib / 1024.0);
+            guests.zip(mib).collect()
         })
         .collect();
-    let most = |part: fn(&(f64, f64)) -> f64| used.iter().flatten().map(part).fold(1.0, f64::max);
-    let (guests, mib) = (most(|point| point.0), most(|point| point.1));
+    let points = || used.iter().flatten();
+    let guests = points()
+        .map(|(guests, _)| *guests)
+        .max()
+        .unwrap_or(1)
+        .max(1);
+    let mib = points().map(|(_, mib)| *mib).fold(1.0, f64::max);
     let mut chart = ChartBuilder::on(area)
         .caption(
             format!("Host memory in use, workload {workload}"),
@@ -127,7 +132,7 @@ fn draw_panel<B: DrawingBackend>(
         .margin(16)
         .x_label_area_size(52)
         .y_label_area_size(80)
-        .build_cartesian_2d(0.0..guests, 0.0..mib * 1.08)
+        .build_cartesian_2d(0..guests, 0.0..mib * 1.08)
         .map_err(words)?;
     chart
         .configure_mesh()
@@ -135,7 +140,6 @@ fn draw_panel<B: DrawingBackend>(
         .x_desc("guests")
         .y_desc("MiB")
         .x_labels(X_LABELS)
-        .x_label_formatter(&|guests| format!("{guests:.0}"))
         .y_label_formatter(&|mib| format!("{mib:.0}"))
         .label_style((FONT, 18))
         .axis_desc_style((FONT, 20))

@@ -159,7 +159,8 @@ pub(super) fn float(value: u64) -> f64 {
 
 /// The mean of a figure.
 pub(super) fn mean<T>(items: &[T], figure: impl Fn(&T) -> f64) -> f64 {
-    items.iter().map(figure).sum::<f64>() / float(items.len().max(1) as u64)
+    // No items have the mean 0, and the sum of none is -0.
+    items.iter().map(figure).fold(0.0, |sum, item| sum + item) / float(items.len().max(1) as u64)
 }
 
 impl Run {
