@@ -55,31 +55,51 @@ fn object<T: FromBytes>(file: &File, at: u64) -> Option<T> {
     T::read_from_bytes(&bytes).ok()
 }
 
+/// Linux on x86-64 maps its image here: from guest physical address 0 on, but for the per-CPU template (`__START_KERNEL_map`).
+const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+/// Sections that are used while booting only.
+const INIT: [&str; 11] = [
+    ".init",
+    ".exit",
+    ".alt",
+    ".parainstructions",
+    ".retpoline_sites",
+    ".return_sites",
+    ".smp_locks",
+    ".data_nosave",
+    ".data..percpu",
+    ".x86_cpu_dev",
+    ".apicdrivers",
+];
+/// Sections that are not written to, whatever their flags say.
+const READ_ONLY: [&str; 3] = [".rodata", "__modver", ".orc_unwind"];
+
 /// What a section is part of, by the names that Linux gives its sections.
 fn class(name: &str, flags: u64) -> &'static str {
     let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
     if starts(&[".bss", ".brk"]) {
         "kernel bss"
-    } else if starts(&[
-        ".init",
-        ".exit",
-        ".altinstr",
-        ".parainstructions",
-        ".data_nosave",
-        ".smp_locks",
-        ".x86_cpu_dev",
-    ]) || name == ".data..percpu"
-        || name.starts_with(".apicdrivers")
-        || name.starts_with(".iommu_table")
-    {
-        "kernel init and per-CPU template"
+    } else if starts(&INIT) {
+        "kernel init, per-CPU template"
     } else if starts(&[".text"]) {
         "kernel text"
-    } else if flags & WRITE != 0 {
+    } else if flags & WRITE != 0 && !starts(&READ_ONLY) {
         "kernel data"
     } else {
         "kernel rodata"
     }
+}
+
+/// Where a section lies in guest memory, if a segment brings it there.
+fn place(section: &Section, segments: &[LoadSegment]) -> Option<u64> {
+    // A section that is not in the file has no offset that says anything.
+    if let Some(address) = section.address.get().checked_sub(KERNEL_MAP) {
+        return Some(address);
+    }
+    segments.iter().find_map(|segment| {
+        let into = section.offset.get().checked_sub(segment.file_offset)?;
+        (into < segment.file_len).then(|| segment.guest_address.0.checked_add(into))?
+    })
 }
 
 /// The sections as (guest address, class), by address. None where there are none, or they make no sense.
@@ -108,12 +128,7 @@ fn sections(file: &File, segments: &[LoadSegment]) -> Option<Vec<(u64, &'static 
         }
         let name = text.get(section.name.get() as usize..)?;
         let name = name.split(|byte| *byte == 0).next()?;
-        // The last segment that reaches there: what is not in the file follows its segment.
-        let inside = segments.iter().rev().find_map(|segment| {
-            let into = section.offset.get().checked_sub(segment.file_offset)?;
-            (into < segment.mem_len).then(|| segment.guest_address.0.checked_add(into))?
-        });
-        if let Some(address) = inside {
+        if let Some(address) = place(&section, segments) {
             found.push((address, class(&String::from_utf8_lossy(name), flags)));
         }
     }
@@ -163,14 +178,14 @@ mod tests {
 
     const NAMES: &str = "\0.text\0.rodata\0.data\0.bss\0.shstrtab\0";
 
-    fn section(name: &str, flags: u64, offset: u64, size: u64) -> Vec<u8> {
+    fn section(name: &str, flags: u64, address: u64, offset: u64, size: u64) -> Vec<u8> {
         let at = NAMES
             .find(&format!("\0{name}\0"))
             .map_or(0, |at| at as u32 + 1);
         let mut bytes = Vec::new();
         bytes.extend(at.to_le_bytes());
         bytes.extend(1u32.to_le_bytes());
-        for value in [flags, 0, offset, size] {
+        for value in [flags, address, offset, size] {
             bytes.extend(value.to_le_bytes());
         }
         bytes.extend([0; 24]);
@@ -187,11 +202,29 @@ mod tests {
         bytes.extend(NAMES.as_bytes());
         bytes.resize(0x6000, 0);
         bytes.extend([0; 64]);
-        bytes.extend(section(".text", ALLOC | 4, 0x1000, 0x1800));
-        bytes.extend(section(".rodata", ALLOC, 0x3000, 0x800));
-        bytes.extend(section(".data", ALLOC | WRITE, 0x4000, 0x1000));
-        bytes.extend(section(".bss", ALLOC | WRITE, 0x5000, 0x3000));
-        bytes.extend(section(".shstrtab", 0, 0x5000, NAMES.len() as u64));
+        bytes.extend(section(
+            ".text",
+            ALLOC | 4,
+            KERNEL_MAP + 0x100_0000,
+            0x1000,
+            0x1800,
+        ));
+        bytes.extend(section(
+            ".rodata",
+            ALLOC | WRITE,
+            KERNEL_MAP + 0x100_2000,
+            0x3000,
+            0x800,
+        ));
+        bytes.extend(section(".data", ALLOC | WRITE, 0, 0x4000, 0x1000));
+        bytes.extend(section(
+            ".bss",
+            ALLOC | WRITE,
+            KERNEL_MAP + 0x200_1000,
+            0x4000,
+            0x3000,
+        ));
+        bytes.extend(section(".shstrtab", 0, 0, 0x5000, NAMES.len() as u64));
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&bytes).unwrap();
         file
@@ -211,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_cover_their_segments_whole() {
+    fn sections_cover_their_segments_whole_also_those_that_are_not_in_the_file() {
         let parts = parts(&kernel(), &segments());
         let parts: Vec<_> = parts
             .iter()
