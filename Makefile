@@ -69,7 +69,7 @@ bench: build guest
 	$(COPPICE) disk bench target --peer
 	cargo bench -p storage
 
-# Half an hour and more: six guests of each configuration, one after the other, under emulation.
+# Long: two workloads and six guests of each configuration, one after the other, under emulation.
 bench-density: build guest
 	$(LAB) run density --json target/lab/density.json
 

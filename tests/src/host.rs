@@ -45,7 +45,6 @@ pub fn run(
     let lock = File::create(lab.join("lock")).map_err(Failure::io("make the lab's lock"))?;
     lock.lock().map_err(Failure::io("lock the lab"))?;
     eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
-    let _ = fs::remove_dir_all(lab.join("out"));
     let sizes: BTreeSet<_> = chosen.iter().map(|scenario| scenario.memory).collect();
     let mut outcomes = Vec::new();
     for memory in sizes {
@@ -121,15 +120,17 @@ fn run_hosts(
 
 /// Boots a host with `memory` MiB for `scenarios`, and brings out what they left.
 fn run_host(root: &Path, lab: &Path, memory: u32, scenarios: &[&Scenario]) -> Result<(), Failure> {
+    let out = lab.join("out");
+    for scenario in scenarios {
+        // What an earlier run, or a host that was lost, has left of it.
+        let _ = fs::remove_dir_all(out.join(scenario.name));
+    }
     let disk = make_disk(root, lab, scenarios)?;
     let booted = boot(root, &disk, memory);
     // A host that was cut off leaves its results in the journal.
     let _ = Command::new("e2fsck").arg("-p").arg(&disk).output();
-    let out = lab.join("out");
     fs::create_dir_all(&out).map_err(Failure::io(out.display().to_string()))?;
     for scenario in scenarios {
-        // What a host that was lost has left of it.
-        let _ = fs::remove_dir_all(out.join(scenario.name));
         let request = format!("rdump /out/{} {}", scenario.name, out.display());
         command(Command::new("debugfs").args(["-R", &request]).arg(&disk))?;
     }
@@ -161,10 +162,12 @@ fn choose(names: &[String]) -> Result<Vec<&'static Scenario>, Failure> {
             ));
         }
     }
+    // A whole name is that scenario's alone, also where others begin with it.
+    let is_whole = |name: &String| scenarios::ALL.iter().any(|scenario| scenario.name == name);
     let wanted = |scenario: &&Scenario| {
-        names
-            .iter()
-            .any(|name| scenario.name.starts_with(name.as_str()))
+        names.iter().any(|name| {
+            scenario.name == name || !is_whole(name) && scenario.name.starts_with(name.as_str())
+        })
     };
     Ok(scenarios::ALL.iter().filter(wanted).collect())
 }
@@ -227,7 +230,11 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
         "root.raw",
         "bench.vhdx",
     ];
-    let is_chosen = |name| chosen.iter().any(|scenario| scenario.name == name);
+    let is_chosen = |name: &str| {
+        chosen
+            .iter()
+            .any(|scenario| scenario.name.starts_with(name))
+    };
     if is_chosen("density") {
         names.push("full.vhdx");
     }

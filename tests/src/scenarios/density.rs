@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -11,15 +11,18 @@ use serde_json::{Value, json};
 use crate::guest::KERNEL_CACHE;
 use crate::host;
 use crate::result::{Failure, Figures};
+use crate::scenarios;
 
 /// RAM in MiB of the host in which densities are measured.
 pub const MEMORY: u32 = 8192;
-/// For all configurations; each guest that comes to rest is told meanwhile.
-pub const LIMIT: Duration = Duration::from_hours(2);
+/// Each guest that comes to rest is told meanwhile.
+pub const LIMIT: Duration = Duration::from_mins(40);
 
 /// The peer comes with its libraries; the lab's host has none.
 const PEER: &str = "peer/lib/ld-linux-x86-64.so.2 --library-path peer/lib peer/qemu -L peer/share";
 const WORKLOADS: &str = "read,python";
+/// What the scenarios' names begin with; the name of a configuration follows.
+const PREFIX: &str = "density_";
 /// The file that the benchmark's guests read.
 const DATA: &str = "/data/40M";
 
@@ -69,49 +72,37 @@ fn run_has(option: &str) -> Result<bool, Failure> {
     Ok(String::from_utf8_lossy(&help.stdout).contains(option))
 }
 
-/// All configurations, each by a benchmark of its own, so that one that fails costs no other.
+/// One configuration, by the name of the scenario: so that a host that is lost costs no other.
 pub fn density(out: &Path) -> Result<Figures, Failure> {
-    let mut configurations = if run_has("--share ")? {
-        vec!["share-off", "share-boot", "share-read", "share-all"]
-    } else {
-        vec!["default"]
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    let configuration = name.trim_start_matches(PREFIX).replace('_', "-");
+    let is_there = match configuration.as_str() {
+        "default" => !run_has("--share ")?,
+        "pmem" => run_has("--pmem ")?,
+        other => other.starts_with("qemu") || run_has("--share ")?,
     };
-    if run_has("--pmem ")? {
-        configurations.push("pmem");
+    if !is_there {
+        return Ok(Figures::from([(
+            "not_measured".into(),
+            json!(configuration),
+        )]));
     }
-    let coppice = configurations.len();
-    configurations.extend(["qemu-microvm", "qemu-microvm-ksm"]);
-    let (mut figures, mut failures) = (Figures::new(), Vec::new());
-    for (number, configuration) in configurations.into_iter().enumerate() {
-        let folder = out.join(configuration).to_string_lossy().into_owned();
-        let common = [
-            "--config",
-            configuration,
-            "--out",
-            &folder,
-            "--disk",
-            "guest/bench.vhdx",
-        ];
-        let measured = bench(&[&common[..], &["--workload", WORKLOADS]].concat());
-        match measured.and_then(|_| result(Path::new(&folder))) {
-            Ok(report) => {
-                figures.insert(configuration.into(), summary(&report));
-            }
-            Err(failure) => failures.push(failure.to_string()),
-        }
-        if number < coppice {
-            match bench(&[&common[..], &["--explain", "--workload", "read"]].concat()) {
-                Ok(text) => fs::write(out.join(configuration).join("explain.txt"), text)
-                    .map_err(Failure::io("keep the explanation"))?,
-                Err(failure) => failures.push(failure.to_string()),
-            }
-        }
+    let folder = out.to_string_lossy();
+    let common = [
+        "--config",
+        &configuration,
+        "--out",
+        &folder,
+        "--disk",
+        "guest/bench.vhdx",
+    ];
+    bench(&[&common[..], &["--workload", WORKLOADS]].concat())?;
+    if !configuration.starts_with("qemu") {
+        let text = bench(&[&common[..], &["--workload", WORKLOADS, "--explain"]].concat())?;
+        println!("{text}");
+        fs::write(out.join("explain.txt"), text).map_err(Failure::io("keep the explanation"))?;
     }
-    if failures.is_empty() {
-        Ok(figures)
-    } else {
-        Failure::claim(failures.join("; "))
-    }
+    Ok(summary(&result(out)?))
 }
 
 /// `result.json` of a benchmark.
@@ -122,40 +113,37 @@ fn result(folder: &Path) -> Result<Value, Failure> {
 }
 
 /// MiB of each further guest, by workload.
-fn summary(report: &Value) -> Value {
+fn summary(report: &Value) -> Figures {
     let runs = report["runs"].as_array().into_iter().flatten();
-    let pairs = runs.map(|run| {
+    let figures = runs.map(|run| {
         let mib = run["line"]["guest_kib"].as_f64().unwrap_or(f64::NAN) / 1024.0;
         let name = run["workload"].as_str().unwrap_or_default();
-        (
-            format!("{name}_mib_each_further_guest"),
-            json!((mib * 10.0).round() / 10.0),
-        )
+        let figure = json!((mib * 10.0).round() / 10.0);
+        (format!("{name}_mib_each_further_guest"), figure)
     });
-    Value::Object(pairs.collect())
+    figures.collect()
 }
 
-/// Draws on this machine what all configurations came to.
+/// Draws on this machine what this and the other configurations came to, those of earlier runs of the lab included, into `density` beside the
+/// scenario's folder.
 pub fn draw(folder: &Path, _: &Figures) -> Result<(), Failure> {
-    let results = fs::read_dir(folder).map_err(Failure::io(folder.display().to_string()))?;
-    let mut results: Vec<PathBuf> = results
-        .filter_map(Result::ok)
-        .map(|entry| entry.path().join("result.json"))
-        .filter(|path| path.exists())
-        .collect();
-    // The peer, what it is measured beside, last.
-    results.sort_by_key(|path| (path.to_string_lossy().contains("qemu"), path.clone()));
-    let mut arguments = vec!["bench".to_owned(), "density".to_owned()];
-    for result in results {
-        arguments.extend(["--plot".to_owned(), result.to_string_lossy().into_owned()]);
+    let out = folder.parent().unwrap_or(folder);
+    let arguments = scenarios::ALL
+        .iter()
+        .filter(|scenario| scenario.name.starts_with(PREFIX))
+        .map(|scenario| out.join(scenario.name).join("result.json"))
+        .filter(|result| result.exists())
+        .flat_map(|result| ["--plot".to_owned(), result.to_string_lossy().into_owned()]);
+    let mut arguments: Vec<_> = arguments.collect();
+    if arguments.is_empty() {
+        return Ok(());
     }
-    arguments.extend(["--out".to_owned(), folder.to_string_lossy().into_owned()]);
-    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
-    host::coppice(&arguments)?;
-    let table =
-        fs::read_to_string(folder.join("table.txt")).map_err(Failure::io("read the table"))?;
-    println!("{table}");
-    println!("lab: pictures and results are in {}", folder.display());
+    let density = out.join("density");
+    arguments.extend(["--out".to_owned(), density.to_string_lossy().into_owned()]);
+    let words = ["bench", "density"].into_iter();
+    let words: Vec<_> = words.chain(arguments.iter().map(String::as_str)).collect();
+    host::coppice(&words)?;
+    println!("lab: {}", density.join("table.txt").display());
     Ok(())
 }
 

@@ -47,17 +47,6 @@ pub struct Scenario {
     pub limit: Duration,
 }
 
-impl Scenario {
-    /// One that needs a host of its own size, and more time.
-    const fn with(self, memory: u32, limit: Duration) -> Self {
-        Self {
-            memory,
-            limit,
-            ..self
-        }
-    }
-}
-
 const fn test(name: &'static str, run: Run) -> Scenario {
     Scenario {
         name,
@@ -88,6 +77,16 @@ const fn on_demand(name: &'static str, run: Run) -> Scenario {
         check: None,
         memory: MEMORY,
         limit: LIMIT,
+    }
+}
+
+/// A configuration of the density benchmark, in a host of its own size and with more time.
+const fn density(name: &'static str) -> Scenario {
+    Scenario {
+        check: Some(density::draw),
+        memory: density::MEMORY,
+        limit: density::LIMIT,
+        ..on_demand(name, density::density)
     }
 }
 
@@ -154,9 +153,12 @@ pub const ALL: &[Scenario] = &[
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("demo", bench::demo),
-    Scenario {
-        check: Some(density::draw),
-        ..on_demand("density", density::density)
-    }
-    .with(density::MEMORY, density::LIMIT),
+    density("density_default"),
+    density("density_share_off"),
+    density("density_share_boot"),
+    density("density_share_read"),
+    density("density_share_all"),
+    density("density_pmem"),
+    density("density_qemu_microvm"),
+    density("density_qemu_microvm_ksm"),
 ];
