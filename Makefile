@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update build demo test lint unit fuzz power-cuts lab bench clean
+.PHONY: help setup guest guest-update build demo test lint unit fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -16,6 +16,7 @@ help:
 	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit fuzz lab   the parts of make test"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
+	@echo "make bench-density memory of many guests in the lab, beside QEMU's; results in target/lab/out/density"
 	@echo "make fuzz          fuzz the disk engine, each target for FUZZ_SECONDS (60)"
 	@echo "make power-cuts    a million power cuts: POWER_CUTS and POWER_SEED say how many and which"
 	@echo "make guest         kernel, initrd and root file systems in target/guest"
@@ -67,6 +68,10 @@ bench: build guest
 	$(LAB) run bench disk_bench --json target/lab/bench.json
 	$(COPPICE) disk bench target --peer
 	cargo bench -p storage
+
+# Long: two workloads and six guests of each configuration, one after the other, under emulation.
+bench-density: build guest
+	$(LAB) run density --json target/lab/density.json
 
 clean:
 	cargo clean

@@ -9,23 +9,21 @@ use crate::guest;
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios;
 
-/// A scenario that takes longer hangs, and with it perhaps the host.
-const LIMIT: Duration = Duration::from_mins(5);
-
 /// Ends the lab's host when a scenario hangs, after a word of the kernel on what its CPUs and blocked tasks do. Each message starts
-/// the time anew.
-fn watch() -> Sender<()> {
+/// the time anew, and says how long it is.
+fn watch() -> Sender<Duration> {
     let (alive, lives) = mpsc::channel();
     std::thread::spawn(move || {
+        let mut limit = scenarios::LIMIT;
         loop {
-            match lives.recv_timeout(LIMIT) {
-                Ok(()) => {}
+            match lives.recv_timeout(limit) {
+                Ok(next) => limit = next,
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => break,
             }
         }
         println!(
-            "lab: the scenario has not ended after {LIMIT:?}; the lab's host says why and ends"
+            "lab: the scenario has not ended after {limit:?}; the lab's host says why and ends"
         );
         // All messages to the console, backtraces of the CPUs, blocked tasks, sync, power off.
         for key in ["8", "l", "w", "s", "o"] {
@@ -47,7 +45,7 @@ pub fn run() -> Result<(), Failure> {
     {
         println!("lab: {}", scenario.name);
         // Without a watch nothing would be lost but the report.
-        let _ = alive.send(());
+        let _ = alive.send(scenario.limit);
         let out = Path::new("out").join(scenario.name);
         fs::create_dir_all(&out).map_err(Failure::io("make the scenario's folder"))?;
         let started = Instant::now();

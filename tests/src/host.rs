@@ -1,5 +1,6 @@
 //! This machine's part: builds what goes into the lab, boots it, and checks what comes out.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -12,17 +13,16 @@ use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios::{self, Kind, Scenario};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// RAM of the lab's host in MiB.
-const MEMORY: &str = "4096";
 /// Least size of the lab disk, beside what is put on it.
 const SPARE: u64 = 768 << 20;
 /// A host that does not name another scenario for so long is stuck: longer than the agent's own limit.
 const STALL: Duration = Duration::from_mins(6);
-/// Hosts that may be booted. A scenario that fails is not run again, but one whose emulated host is lost under it, with those behind it, is: nested
+/// Hosts that may be booted for scenarios that need one of the same size. A scenario that fails is not run again, but one whose emulated host is lost under it, with those behind it, is: nested
 /// virtualization under emulation has been seen to stop. Every host that is lost is told.
 const HOSTS: usize = 3;
 
-fn workspace() -> PathBuf {
+/// The root of the sources.
+pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .unwrap_or(Path::new("/"))
@@ -45,28 +45,16 @@ pub fn run(
     let lock = File::create(lab.join("lock")).map_err(Failure::io("make the lab's lock"))?;
     lock.lock().map_err(Failure::io("lock the lab"))?;
     eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
-    let (mut outcomes, mut left) = (Vec::new(), chosen.clone());
-    for host in 1..=HOSTS {
-        let ended = run_host(&root, &lab, &left);
-        let out = lab.join("out");
-        let (done, lost): (Vec<_>, Vec<_>) = left
-            .into_iter()
-            .partition(|scenario| out.join(scenario.name).join("outcome.json").exists());
-        outcomes.extend(done.into_iter().map(|scenario| judge(scenario, &out)));
-        left = lost;
-        let Some(stuck) = left.first() else { break };
-        let why = ended
-            .err()
-            .map_or("it ended".to_owned(), |failure| failure.to_string());
-        println!(
-            "lab: host {host} of {HOSTS} was lost in {}: {why}",
-            stuck.name
-        );
+    let sizes: BTreeSet<_> = chosen.iter().map(|scenario| scenario.memory).collect();
+    let mut outcomes = Vec::new();
+    for memory in sizes {
+        let scenarios = chosen
+            .iter()
+            .copied()
+            .filter(|scenario| scenario.memory == memory)
+            .collect();
+        outcomes.extend(run_hosts(&root, &lab, memory, scenarios));
     }
-    outcomes.extend(
-        left.into_iter()
-            .map(|scenario| judge(scenario, &lab.join("out"))),
-    );
     for outcome in &outcomes {
         let verdict = if outcome.failure.is_none() {
             "PASS"
@@ -102,18 +90,50 @@ pub fn run(
     Ok(failed == 0)
 }
 
-/// Boots a host for `scenarios`, and brings out what they left.
-fn run_host(root: &Path, lab: &Path, scenarios: &[&Scenario]) -> Result<(), Failure> {
+/// Boots hosts of one size until all scenarios have run, or too many hosts were lost.
+fn run_hosts(
+    root: &Path,
+    lab: &Path,
+    memory: u32,
+    mut left: Vec<&'static Scenario>,
+) -> Vec<Outcome> {
+    let (mut outcomes, out) = (Vec::new(), lab.join("out"));
+    for host in 1..=HOSTS {
+        let ended = run_host(root, lab, memory, &left);
+        let (done, lost): (Vec<_>, Vec<_>) = left
+            .into_iter()
+            .partition(|scenario| out.join(scenario.name).join("outcome.json").exists());
+        outcomes.extend(done.into_iter().map(|scenario| judge(scenario, &out)));
+        left = lost;
+        let Some(stuck) = left.first() else { break };
+        let why = ended
+            .err()
+            .map_or("it ended".to_owned(), |failure| failure.to_string());
+        println!(
+            "lab: host {host} of {HOSTS} was lost in {}: {why}",
+            stuck.name
+        );
+    }
+    outcomes.extend(left.into_iter().map(|scenario| judge(scenario, &out)));
+    outcomes
+}
+
+/// Boots a host with `memory` MiB for `scenarios`, and brings out what they left.
+fn run_host(root: &Path, lab: &Path, memory: u32, scenarios: &[&Scenario]) -> Result<(), Failure> {
+    let out = lab.join("out");
+    for scenario in scenarios {
+        // What an earlier run, or a host that was lost, has left of it.
+        let _ = fs::remove_dir_all(out.join(scenario.name));
+    }
     let disk = make_disk(root, lab, scenarios)?;
-    let booted = boot(root, &disk);
+    let booted = boot(root, &disk, memory);
     // A host that was cut off leaves its results in the journal.
     let _ = Command::new("e2fsck").arg("-p").arg(&disk).output();
-    let _ = fs::remove_dir_all(lab.join("out"));
-    command(
-        Command::new("debugfs")
-            .args(["-R", &format!("rdump /out {}", lab.display())])
-            .arg(&disk),
-    )?;
+    fs::create_dir_all(&out).map_err(Failure::io(out.display().to_string()))?;
+    for scenario in scenarios {
+        let request = format!("rdump /out/{} {}", scenario.name, out.display());
+        command(Command::new("debugfs").args(["-R", &request]).arg(&disk))?;
+    }
     booted
 }
 
@@ -142,10 +162,12 @@ fn choose(names: &[String]) -> Result<Vec<&'static Scenario>, Failure> {
             ));
         }
     }
+    // A whole name is that scenario's alone, also where others begin with it.
+    let is_whole = |name: &String| scenarios::ALL.iter().any(|scenario| scenario.name == name);
     let wanted = |scenario: &&Scenario| {
-        names
-            .iter()
-            .any(|name| scenario.name.starts_with(name.as_str()))
+        names.iter().any(|name| {
+            scenario.name == name || !is_whole(name) && scenario.name.starts_with(name.as_str())
+        })
     };
     Ok(scenarios::ALL.iter().filter(wanted).collect())
 }
@@ -201,13 +223,28 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
         .iter()
         .map(|name| (binaries.join(name), (*name).to_owned()))
         .collect();
-    for name in ["vmlinuz", "initrd.cpio.gz", "root.vhdx", "root.raw"] {
+    let mut names = vec![
+        "vmlinuz",
+        "initrd.cpio.gz",
+        "root.vhdx",
+        "root.raw",
+        "bench.vhdx",
+    ];
+    let is_chosen = |name: &str| {
+        chosen
+            .iter()
+            .any(|scenario| scenario.name.starts_with(name))
+    };
+    if is_chosen("density") {
+        names.push("full.vhdx");
+    }
+    for name in names {
         files.push((guest.join(name), format!("guest/{name}")));
     }
-    if chosen.iter().any(|scenario| scenario.name == "bench") {
+    if is_chosen("bench") || is_chosen("density") {
         files.extend(peer::files()?);
     }
-    if chosen.iter().any(|scenario| scenario.name == "disk_bench") {
+    if is_chosen("disk_bench") {
         files.push((fio_disk(lab)?, "guest/fio.raw".to_owned()));
     }
     let mut size = SPARE;
@@ -258,8 +295,8 @@ fn fio_disk(lab: &Path) -> Result<PathBuf, Failure> {
     Ok(disk)
 }
 
-/// Boots the lab's host and waits for its end.
-fn boot(root: &Path, disk: &Path) -> Result<(), Failure> {
+/// Boots the lab's host with `memory` MiB, and waits for its end.
+fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
     let guest = root.join("target/guest");
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args([
@@ -268,7 +305,7 @@ fn boot(root: &Path, disk: &Path) -> Result<(), Failure> {
         "-smp",
         "2",
         "-m",
-        MEMORY,
+        &memory.to_string(),
         "-nographic",
         "-nic",
         "none",
@@ -358,6 +395,15 @@ fn judge(scenario: &Scenario, out: &Path) -> Outcome {
         outcome.failure = Some(failure.to_string());
     }
     outcome
+}
+
+/// Runs Coppice on this machine.
+pub fn coppice(arguments: &[&str]) -> Result<(), Failure> {
+    let program = workspace()
+        .join("target")
+        .join(TARGET)
+        .join("release/coppice");
+    command(Command::new(program).args(arguments))
 }
 
 /// What programs of this machine find on a disk that a guest has written.

@@ -34,7 +34,7 @@ enum Command {
     List,
     /// Runs scenarios, by default all tests.
     Run {
-        /// Names, or beginnings of names; `bench` and `demo` are run only when named.
+        /// Names, or beginnings of names; `bench`, `density` and `demo` are run only when named.
         scenarios: Vec<String>,
         /// Writes the results as JSON.
         #[arg(long)]

@@ -13,6 +13,7 @@
 //! guest's memory, and has a thread for each that the guest has flushed.
 
 pub mod api;
+pub mod bench;
 pub mod boot;
 pub mod cli;
 pub mod config;

@@ -4,10 +4,12 @@ use std::fmt::Display;
 use std::process::ExitCode;
 
 use clap::Parser;
-use coppice::cli::{Cli, Command, ImageCommand, RunArguments};
+use coppice::cli::{
+    BenchCommand, Cli, Command, DensityArguments, DensityTask, ImageCommand, RunArguments,
+};
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{disk_tool, doctor, exit, run};
+use coppice::{bench, disk_tool, doctor, exit, run};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -18,6 +20,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run_guest(*arguments),
         Command::Disk(command) => use_disk(&command),
         Command::Image(command) => make_image(command),
+        Command::Bench(BenchCommand::Density(arguments)) => measure_density(*arguments),
         Command::Doctor { json } => examine_host(json),
     }
 }
@@ -83,6 +86,55 @@ fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {
             "interrupted; no file was left half-made",
         ),
         Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn measure_density(arguments: DensityArguments) -> ExitCode {
+    let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    let json = arguments.json();
+    let measured = match arguments.into_task() {
+        DensityTask::Measure(options) => {
+            bench::density(&options).map(|report| shown(&report, json))
+        }
+        DensityTask::Explain(options) => bench::explanations(&options).map(|explanations| {
+            let text = explanations.iter().map(ToString::to_string);
+            let text = text.collect::<Vec<_>>().join("\n\n");
+            if json {
+                as_json(&explanations)
+            } else {
+                Ok(text)
+            }
+        }),
+        DensityTask::Plot { results, out } => {
+            bench::plot(&results, &out).map(|report| shown(&report, json))
+        }
+    };
+    match measured {
+        Ok(Ok(text)) => {
+            println!("{text}");
+            ExitCode::SUCCESS
+        }
+        Ok(Err(error)) => fail(exit::FAILURE, error),
+        Err(bench::BenchError::Cancelled(signal)) => fail(
+            exit::SIGNAL_BASE + signal,
+            "interrupted; all guests are stopped",
+        ),
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn as_json(value: &impl serde::Serialize) -> serde_json::Result<String> {
+    serde_json::to_string_pretty(value)
+}
+
+fn shown(report: &bench::Report, json: bool) -> serde_json::Result<String> {
+    if json {
+        as_json(report)
+    } else {
+        Ok(report.to_string())
     }
 }
 

@@ -4,14 +4,21 @@ mod balloon;
 mod bench;
 mod boot;
 mod control;
+mod density;
 mod disk;
 mod end;
 mod pmem;
 mod share;
 
 use std::path::Path;
+use std::time::Duration;
 
 use crate::result::{Failure, Figures};
+
+/// RAM in MiB of the lab's host, where a scenario needs no other.
+const MEMORY: u32 = 4096;
+/// A scenario that takes longer hangs, and with it perhaps the host.
+pub const LIMIT: Duration = Duration::from_mins(5);
 
 /// When a scenario is run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +44,10 @@ pub struct Scenario {
     pub run: Run,
     /// Runs afterwards on this machine, with what was brought out.
     pub check: Option<Check>,
+    /// RAM in MiB of the host that it runs in.
+    pub memory: u32,
+    /// How long it may take.
+    pub limit: Duration,
 }
 
 const fn test(name: &'static str, run: Run) -> Scenario {
@@ -45,6 +56,8 @@ const fn test(name: &'static str, run: Run) -> Scenario {
         kind: Kind::Test,
         run,
         check: None,
+        memory: MEMORY,
+        limit: LIMIT,
     }
 }
 
@@ -54,6 +67,8 @@ const fn checked(name: &'static str, run: Run, check: Check) -> Scenario {
         kind: Kind::Test,
         run,
         check: Some(check),
+        memory: MEMORY,
+        limit: LIMIT,
     }
 }
 
@@ -63,6 +78,18 @@ const fn on_demand(name: &'static str, run: Run) -> Scenario {
         kind: Kind::OnDemand,
         run,
         check: None,
+        memory: MEMORY,
+        limit: LIMIT,
+    }
+}
+
+/// A configuration of the density benchmark, in a host of its own size and with more time.
+const fn density(name: &'static str) -> Scenario {
+    Scenario {
+        check: Some(density::draw),
+        memory: density::MEMORY,
+        limit: density::LIMIT,
+        ..on_demand(name, density::density)
     }
 }
 
@@ -157,8 +184,20 @@ pub const ALL: &[Scenario] = &[
         "statistics_of_the_balloon_follow_the_guest",
         balloon::statistics,
     ),
+    checked(
+        "the_density_benchmark_measures_two_guests",
+        density::two_guests,
+        density::check_two_guests,
+    ),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("pmem_bench", pmem::bench),
     on_demand("demo", bench::demo),
+    density("density_share_off"),
+    density("density_share_boot"),
+    density("density_share_read"),
+    density("density_share_all"),
+    density("density_pmem"),
+    density("density_qemu_microvm"),
+    density("density_qemu_microvm_ksm"),
 ];

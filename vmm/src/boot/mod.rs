@@ -187,6 +187,21 @@ pub(crate) fn runtime_kernel(path: &Path) -> Result<Option<PathBuf>, BootError> 
     Ok(settled.map(|file| file.path().to_owned()))
 }
 
+/// A kernel as guests get it, and where its parts go: an ELF file, unpacked into the cache where it was packed.
+///
+/// # Errors
+/// [`BootError`], also for a kernel that only unpacks itself.
+pub fn unpacked(kernel: &Path) -> Result<(File, Vec<LoadSegment>), BootError> {
+    let source = BootSource {
+        kernel: kernel.to_owned(),
+        initrd: None,
+        cmdline: String::new(),
+        protocol: Protocol::Pvh,
+    };
+    let kernel = find_kernel(&source, &unpack::cache_dir())?;
+    Ok((kernel.file, kernel.segments))
+}
+
 /// End of RAM below the hole.
 fn low_ram_end(memory: &GuestMemory) -> u64 {
     memory

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod balloon;
+mod bench;
 mod disk;
 mod pmem;
 mod size;
@@ -19,6 +20,7 @@ use crate::run::RunOptions;
 use crate::{console, exit};
 
 pub use balloon::{BalloonArgument, BalloonArgumentError};
+pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
 pub use pmem::{PmemArgument, PmemError};
 pub use size::{Bytes, Mebibytes, SizeError};
@@ -49,6 +51,9 @@ pub enum Command {
     /// Make what guests share: reference images of kernels.
     #[command(subcommand)]
     Image(ImageCommand),
+    /// Measure what guests cost on this host.
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.

@@ -1,0 +1,156 @@
+//! How many guests a larger host holds, by what each further guest took of this one.
+
+use serde::{Deserialize, Serialize};
+
+use super::Run;
+use super::report::{Extrapolation, float};
+
+/// Hosts that are asked about, in GiB.
+const HOSTS: [u64; 2] = [64, 256];
+/// Part of a host's memory that guests may take; the rest is for the host itself.
+const FOR_GUESTS: f64 = 0.96;
+
+/// How the figures come about, for the foot of a table.
+pub(super) const HOW: &str = "Guests of a host: (96 % of its memory - fixed) / each further guest. Fixed and each further guest are the intercept and the slope of \
+the straight line\nwith the least squares through the last points (from half of the guests on) of: guests, MemAvailable before - MemAvailable now.";
+
+/// What guests take: `fixed_kib` for all together, and `guest_kib` for each.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Line {
+    /// What the first guest takes for all: files that all of them map, and the like.
+    pub fixed_kib: f64,
+    /// What each takes.
+    pub guest_kib: f64,
+}
+
+impl Line {
+    /// The line through points (guests, KiB in use) with the least squares; through the origin where there is but one. None where guests take nothing:
+    /// noise, or no points.
+    fn through(points: &[(f64, f64)]) -> Option<Self> {
+        let count = float(points.len() as u64);
+        let sum = |term: fn(&(f64, f64)) -> f64| points.iter().map(term).sum::<f64>();
+        let (x, y) = (sum(|point| point.0), sum(|point| point.1));
+        let (xx, xy) = (
+            sum(|point| point.0 * point.0),
+            sum(|point| point.0 * point.1),
+        );
+        let spread = count * xx - x * x;
+        let line = if spread > 0.0 {
+            let guest_kib = (count * xy - x * y) / spread;
+            Self {
+                fixed_kib: (y - guest_kib * x) / count,
+                guest_kib,
+            }
+        } else {
+            Self {
+                fixed_kib: 0.0,
+                guest_kib: y / x,
+            }
+        };
+        (line.guest_kib.is_finite() && line.guest_kib > 0.0).then_some(line)
+    }
+
+    /// Guests that a host with so much memory holds.
+    #[allow(
+        clippy::cast_sign_loss,
+        reason = "a negative number of guests becomes none"
+    )]
+    fn guests(&self, host_gib: u64) -> u64 {
+        let room = float(host_gib << 20) * FOR_GUESTS;
+        // What is fixed is at times a little below zero, which gains no room.
+        ((room - self.fixed_kib.max(0.0)) / self.guest_kib).max(0.0) as u64
+    }
+}
+
+impl Run {
+    /// Computes from its points what it comes to.
+    pub(super) fn conclude(&mut self) {
+        let used = self.used();
+        let guests = self.points.last().map_or(0, |point| point.guests);
+        self.host_kib_per_guest = used
+            .last()
+            .map_or(0.0, |(count, used)| used / count.max(1.0));
+        let from = float(guests as u64 / 2).max(1.0);
+        let last: Vec<_> = used
+            .into_iter()
+            .filter(|(count, _)| *count >= from)
+            .collect();
+        self.line = Line::through(&last);
+        self.extrapolation = self
+            .line
+            .iter()
+            .flat_map(|line| {
+                HOSTS.map(|host_gib| Extrapolation {
+                    host_gib,
+                    guests: line.guests(host_gib),
+                })
+            })
+            .collect();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Configuration;
+    use super::super::report::tests::run;
+    use super::*;
+
+    fn close(a: f64, b: f64) -> bool {
+        (a - b).abs() < 1e-6
+    }
+
+    #[test]
+    fn a_straight_line_is_found_and_noise_is_evened_out() {
+        let line = Line::through(&[(3.0, 130.0), (4.0, 140.0), (5.0, 150.0)]).unwrap();
+        assert!(
+            close(line.fixed_kib, 100.0) && close(line.guest_kib, 10.0),
+            "{line:?}"
+        );
+        let line = Line::through(&[(1.0, 9.0), (2.0, 22.0), (3.0, 29.0)]).unwrap();
+        assert!(
+            close(line.guest_kib, 10.0) && close(line.fixed_kib, 0.0),
+            "{line:?}"
+        );
+    }
+
+    #[test]
+    fn one_point_makes_a_line_through_the_origin_and_none_or_no_growth_makes_no_line() {
+        let line = Line::through(&[(4.0, 40.0)]).unwrap();
+        assert!(close(line.fixed_kib, 0.0) && close(line.guest_kib, 10.0));
+        assert_eq!(Line::through(&[]), None);
+        assert_eq!(Line::through(&[(1.0, 5.0), (2.0, 5.0)]), None);
+        assert_eq!(Line::through(&[(1.0, 5.0), (2.0, 3.0)]), None);
+        assert_eq!(Line::through(&[(0.0, 5.0)]), None);
+    }
+
+    #[test]
+    fn what_the_first_guest_takes_for_all_is_no_part_of_each_further_one() {
+        let run = run(Configuration::ShareOff, 40 << 10, 10 << 10);
+        let line = run.line.unwrap();
+        assert!(close(line.fixed_kib, 40.0 * 1024.0) && close(line.guest_kib, 10.0 * 1024.0));
+        // (64 * 1024 * 0.96 - 40) / 10 MiB, cut to whole guests.
+        assert_eq!(
+            run.extrapolation[0],
+            Extrapolation {
+                host_gib: 64,
+                guests: 6287
+            }
+        );
+        assert_eq!(
+            run.extrapolation[1],
+            Extrapolation {
+                host_gib: 256,
+                guests: 25161
+            }
+        );
+    }
+
+    #[test]
+    fn a_host_too_small_for_what_is_fixed_holds_no_guest() {
+        let line = Line {
+            fixed_kib: 2e9,
+            guest_kib: 10.0,
+        };
+        assert_eq!(line.guests(64), 0);
+    }
+}

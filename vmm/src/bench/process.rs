@@ -1,0 +1,67 @@
+//! What the process of a guest holds of the host's memory.
+
+use std::fs;
+use std::ops::Range;
+
+use super::BenchError;
+use super::smaps::{self, Mapping, Usage};
+
+/// A process's memory at one moment, in KiB.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ProcessMemory {
+    /// All of it.
+    pub(super) whole: Usage,
+    /// Guest RAM.
+    pub(super) ram: Usage,
+    /// The rest: the VMM's own.
+    pub(super) beside: Usage,
+    /// Page tables of the process.
+    pub(super) page_tables: u64,
+    /// Mappings that guest RAM is made of.
+    pub(super) ram_mappings: usize,
+}
+
+fn read(pid: u32, name: &str) -> Result<String, BenchError> {
+    let path = format!("/proc/{pid}/{name}");
+    fs::read_to_string(&path).map_err(BenchError::io(format!("read {path}")))
+}
+
+/// The mappings of a process, and where the `mebibytes` of its guest are.
+pub(super) fn mappings(pid: u32, mebibytes: u32) -> Result<(Vec<Mapping>, Range<u64>), BenchError> {
+    let mappings = smaps::parse(&read(pid, "smaps")?);
+    let ram = smaps::guest_ram(&mappings, u64::from(mebibytes) << 20)
+        .ok_or(BenchError::NoRam(u64::from(mebibytes) << 10))?;
+    Ok((mappings, ram))
+}
+
+impl ProcessMemory {
+    /// Of a process with a guest of so many MiB.
+    pub(super) fn of(pid: u32, mebibytes: u32) -> Result<Self, BenchError> {
+        let (mappings, range) = mappings(pid, mebibytes)?;
+        let (ram, beside) = smaps::split(&mappings, &range);
+        let status = read(pid, "status")?;
+        let page_tables = status
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix("VmPTE:")?
+                    .strip_suffix("kB")?
+                    .trim()
+                    .parse()
+                    .ok()
+            })
+            .ok_or_else(|| BenchError::Malformed {
+                path: format!("/proc/{pid}/status").into(),
+                expected: "VmPTE",
+            })?;
+        Ok(Self {
+            whole: Usage::of_rollup(&read(pid, "smaps_rollup")?),
+            ram,
+            beside,
+            page_tables,
+            ram_mappings: mappings
+                .iter()
+                .filter(|mapping| range.contains(&mapping.range.start))
+                .count(),
+        })
+    }
+}
