@@ -20,7 +20,7 @@ pub const LIMIT: Duration = Duration::from_mins(40);
 
 /// The peer comes with its libraries; the lab's host has none.
 const PEER: &str = "peer/lib/ld-linux-x86-64.so.2 --library-path peer/lib peer/qemu -L peer/share";
-const WORKLOADS: &str = "read,python";
+const WORKLOADS: &str = "read";
 /// What the scenarios' names begin with; the name of a configuration follows.
 const PREFIX: &str = "density_";
 /// The file that the benchmark's guests read.

@@ -159,7 +159,10 @@ fn format_of(disk: &Path) -> Result<&'static str, BenchError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Args;
+
     use crate::bench::Inputs;
+    use crate::cli::RunArguments;
 
     fn options() -> Options {
         Options {
@@ -220,23 +223,13 @@ mod tests {
         assert!(words.contains("mem-merge=off"), "{words}");
     }
 
-    /// Arguments that `coppice run` has not (yet), each with its value.
-    const LATER: [&str; 2] = ["--share", "--pmem"];
-
     #[test]
     fn run_understands_what_its_guests_are_started_with() {
         for configuration in Configuration::value_variants() {
             if !configuration.is_coppice() {
                 continue;
             }
-            let mut words = arguments(*configuration, Workload::Read);
-            for later in LATER {
-                if let Some(at) = words.iter().position(|word| word == later)
-                    && !run_has(later.trim_start_matches('-'))
-                {
-                    words.drain(at..at + 2);
-                }
-            }
+            let words = arguments(*configuration, Workload::Read);
             let command = RunArguments::augment_args(clap::Command::new("coppice"));
             let words = words.into_iter().skip(1);
             let parsed = command.try_get_matches_from(words);

@@ -9,40 +9,39 @@
 //! by one thread at a time.
 
 mod balloon;
+mod builder;
 mod cmdline;
 mod drive_job;
 mod sharing;
+mod start;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use devices::bus::{Bus, BusRangeError};
-use devices::legacy::{
-    AcpiPm, CmosRtc, I8042, PowerEvent, PowerSink, Pvpanic, SerialConsole, SerialInput, SerialPort,
-};
+use devices::bus::BusRangeError;
+use devices::legacy::{I8042, SerialConsole};
 use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
-use devices::virtio::block::{BlockConfig, BlockError, BlockMetrics, VirtioBlock};
-use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::block::{BlockError, BlockMetrics, VirtioBlock};
 use devices::virtio::rng::{RngMetrics, VirtioRng};
 use devices::virtio::{Interrupt, VirtioDevice};
-use event_manager::{MutEventSubscriber, SubscriberOps};
+use event_manager::MutEventSubscriber;
 use memshare::SharedMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::boot::{self, BootError, BootSource, Loaded, MmioDevice, Protocol};
-use crate::config::{BalloonConfig, DriveConfig, VmConfig};
+use crate::boot::BootError;
+use crate::config::DriveConfig;
 use crate::layout;
-use crate::pmem::{MapBudget, Pmem, PmemCounters, PmemError};
+use crate::pmem::{Pmem, PmemCounters, PmemError};
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
 
-use sharing::{MappedFrom, Plan, Sharing};
+use builder::open_disk;
+use sharing::Sharing;
 
-use crate::vm::{Buses, VcpuExit, Vcpus, Vm, VmError, VmSettings};
+use crate::vm::{VcpuExit, Vcpus, VmError};
 
 /// What the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -205,9 +204,6 @@ pub struct Machine {
 /// How often an ending machine looks whether a job has stopped.
 const JOB_POLL: std::time::Duration = std::time::Duration::from_millis(5);
 
-/// Long enough that a guest does not wait for a free entry with the engine's ring full.
-const BLOCK_QUEUE_SIZE: u16 = 128;
-
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -220,166 +216,8 @@ fn event(device: &'static str) -> Result<EventFd, StartError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host(device))
 }
 
-/// The devices of a machine while it is put together.
-struct Builder<'a> {
-    vm: &'a Vm,
-    buses: Buses,
-    virtio: Vec<MmioDevice>,
-    devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
-}
-
-impl Builder<'_> {
-    /// Puts a virtio device on the next free interrupt line and registers its eventfds.
-    fn add_virtio(&mut self, device: Arc<Mutex<dyn VirtioDevice>>) -> Result<(), StartError> {
-        let index = self.virtio.len();
-        let gsi = *layout::VIRTIO_GSIS
-            .get(index)
-            .ok_or(StartError::TooManyDevices)?;
-        let base = layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_SIZE;
-        {
-            let device = lock(&device);
-            self.vm.register_irqfd(device.interrupt().irqfd(), gsi)?;
-            for (queue, kick) in (0..).zip(device.kicks()) {
-                if !device.is_synchronous(queue as usize) {
-                    self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
-                }
-            }
-        }
-        let transport = MmioTransport::new(device.clone(), self.vm.memory().clone());
-        self.devices.push(device);
-        self.buses
-            .mmio
-            .insert(base, MmioTransport::SIZE, Arc::new(Mutex::new(transport)))?;
-        // The window lies in the hole below 4 GiB.
-        self.virtio.push(MmioDevice {
-            base: base as u32,
-            size: MmioTransport::SIZE as u32,
-            gsi,
-        });
-        Ok(())
-    }
-
-    /// Puts a pmem device behind a transport, and a guard where the guest must not write.
-    fn add_pmem(&mut self, pmem: &Pmem) -> Result<(), StartError> {
-        if let Some(guard) = pmem.guard() {
-            let writes = guard.writes.clone();
-            self.buses.mmio.insert(guard.address, guard.len, writes)?;
-        }
-        self.add_virtio(pmem.device().clone())
-    }
-
-    fn add_port(
-        &mut self,
-        port: u16,
-        count: u64,
-        device: Arc<Mutex<dyn devices::bus::BusDevice>>,
-    ) -> Result<(), StartError> {
-        Ok(self.buses.pio.insert(port.into(), count, device)?)
-    }
-
-    fn add_serial(&mut self, out: OwnedFd, drained: EventFd) -> Result<SerialConsole, StartError> {
-        let irqfd = event("serial port")?;
-        self.vm.register_irqfd(&irqfd, layout::SERIAL_GSI)?;
-        let (port, console) =
-            SerialPort::new(out, SerialInput { irqfd, drained }).map_err(host("serial port"))?;
-        self.add_port(
-            layout::SERIAL_PORT,
-            SerialPort::PORTS,
-            Arc::new(Mutex::new(port)),
-        )?;
-        Ok(console)
-    }
-
-    fn add_legacy(&mut self, power: &PowerSink) -> Result<Arc<Mutex<I8042>>, StartError> {
-        let irqfd = event("keyboard controller")?;
-        self.vm.register_irqfd(&irqfd, layout::I8042_GSI)?;
-        let keyboard = Arc::new(Mutex::new(I8042::new(power.clone(), irqfd)));
-        // Port 0x61 between its two ports is the PIT's, where there is one.
-        self.add_port(layout::I8042_PORT, I8042::PORTS, keyboard.clone())?;
-        self.add_port(
-            layout::RTC_PORT,
-            CmosRtc::PORTS,
-            Arc::new(Mutex::new(CmosRtc::new())),
-        )?;
-        self.add_port(
-            layout::PVPANIC_PORT,
-            1,
-            Arc::new(Mutex::new(Pvpanic::new(power.clone()))),
-        )?;
-        self.add_port(
-            layout::ACPI_PM_PORT,
-            AcpiPm::PORTS,
-            Arc::new(Mutex::new(AcpiPm::new(power.clone()))),
-        )?;
-        Ok(keyboard)
-    }
-}
-
 fn new_interrupt(device: &'static str) -> Result<Arc<Interrupt>, StartError> {
     Ok(Arc::new(Interrupt::new(event(device)?)))
-}
-
-fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::OpenError> {
-    let options = storage::OpenOptions {
-        read_only: drive.is_read_only,
-        format: drive.format.map(Into::into),
-        parents: match &drive.parents {
-            Some(folder) => storage::Parents::Within(folder.clone()),
-            None => storage::Parents::Anywhere,
-        },
-        punch_holes: !drive.keep_space,
-        ..storage::OpenOptions::default()
-    };
-    storage::open(&drive.path_on_host, &options)
-}
-
-fn new_block(drive: &DriveConfig) -> Result<VirtioBlock, StartError> {
-    let disk = open_disk(drive).map_err(|source| StartError::Drive {
-        drive: drive.drive_id.clone(),
-        source,
-    })?;
-    let config = BlockConfig {
-        disk,
-        serial: drive
-            .serial
-            .clone()
-            .unwrap_or_else(|| drive.drive_id.clone()),
-        queues: drive.num_queues,
-        queue_size: BLOCK_QUEUE_SIZE,
-        engine: drive.io_engine.into(),
-    };
-    VirtioBlock::new(config, new_interrupt("drive")?).map_err(|source| StartError::Block {
-        drive: drive.drive_id.clone(),
-        source,
-    })
-}
-
-/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order it finds them.
-fn attach_pmem(config: &VmConfig, vm: &mut Vm) -> Result<Vec<(String, Pmem)>, StartError> {
-    let mut budget = MapBudget::of_host();
-    let root = config.pmem.iter().filter(|pmem| pmem.root_device);
-    let others = config.pmem.iter().filter(|pmem| !pmem.root_device);
-    root.chain(others)
-        .map(|pmem| {
-            let interrupt = new_interrupt("pmem device")?;
-            let attached = Pmem::attach(pmem, vm, interrupt, &mut budget);
-            let attached = attached.map_err(|source| StartError::Pmem {
-                pmem: pmem.id.clone(),
-                source: Box::new(source),
-            })?;
-            Ok((pmem.id.clone(), attached))
-        })
-        .collect()
-}
-
-/// Passes on the first call alone: a guest that panics and then resets has panicked.
-fn only_first(on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Arc<dyn Fn(GuestEnd) + Send + Sync> {
-    let told = AtomicBool::new(false);
-    Arc::new(move |end| {
-        if !told.swap(true, Ordering::SeqCst) {
-            on_end(end);
-        }
-    })
 }
 
 fn changed(drive: &str, source: DriveError) -> MachineError {
@@ -390,160 +228,6 @@ fn changed(drive: &str, source: DriveError) -> MachineError {
 }
 
 impl Machine {
-    /// Builds the guest that `config` describes, adds its devices to the event loop, and lets it run.
-    ///
-    /// # Errors
-    /// [`StartError`]; then nothing runs and every disk is closed again.
-    pub fn start(
-        config: &VmConfig,
-        ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
-        surroundings: Surroundings,
-    ) -> Result<Self, StartError> {
-        let source = config.boot_source.as_ref().ok_or(StartError::NoKernel)?;
-        let settings = VmSettings {
-            memory_bytes: u64::from(config.machine_config.mem_size_mib) << 20,
-            vcpus: config.machine_config.vcpu_count,
-            huge_pages: config.machine_config.huge_pages.into(),
-        };
-        let mut vm = Vm::new(settings)?;
-        let pmem = attach_pmem(config, &mut vm)?;
-        let Surroundings {
-            serial_out,
-            serial_drained,
-            on_end,
-            warm,
-        } = surroundings;
-        let on_end = only_first(on_end);
-        let power: PowerSink = {
-            let on_end = on_end.clone();
-            Arc::new(move |event| {
-                on_end(match event {
-                    PowerEvent::PowerOff => GuestEnd::PowerOff,
-                    PowerEvent::Reset => GuestEnd::Reset,
-                    PowerEvent::Panic => GuestEnd::Panic,
-                });
-            })
-        };
-        let buses = Buses {
-            pio: Bus::new(),
-            mmio: Bus::new(),
-        };
-        let mut builder = Builder {
-            vm: &vm,
-            buses,
-            virtio: Vec::new(),
-            devices: Vec::new(),
-        };
-        let plan = Plan::new(&vm, &config.sharing, settings.huge_pages);
-        let console = builder.add_serial(serial_out, serial_drained)?;
-        let keyboard = builder.add_legacy(&power)?;
-        let mut drives = BTreeMap::new();
-        let mut subscribers: Vec<Subscriber> = Vec::new();
-        // A guest names its disks in the order it finds them: the root device comes first.
-        let root = config.drives.iter().find(|drive| drive.is_root_device);
-        let others = config.drives.iter().filter(|drive| !drive.is_root_device);
-        for drive in root.into_iter().chain(others) {
-            let mut block = new_block(drive)?;
-            block.share(plan.of_drive(drive));
-            let device = Arc::new(Mutex::new(block));
-            builder.add_virtio(device.clone())?;
-            subscribers.push(device.clone());
-            drives.insert(drive.drive_id.clone(), device);
-        }
-        for (_, pmem) in &pmem {
-            builder.add_pmem(pmem)?;
-            subscribers.push(pmem.device().clone());
-        }
-        let mut entropy = None;
-        if config.entropy.is_some() {
-            let rng =
-                VirtioRng::new(new_interrupt("entropy device")?).map_err(host("entropy device"))?;
-            let device = Arc::new(Mutex::new(rng));
-            builder.add_virtio(device.clone())?;
-            subscribers.push(device.clone());
-            entropy = Some(device);
-        }
-        let wanted = config.balloon.or_else(|| {
-            // What a guest frees is the better part of what it need not hold.
-            let has_room = builder.virtio.len() < layout::VIRTIO_GSIS.len();
-            (plan.is_all() && has_room).then(BalloonConfig::reporting)
-        });
-        let balloon = balloon::add(
-            wanted,
-            plan.memory().clone(),
-            &mut builder,
-            &mut subscribers,
-        )?;
-        let reporting = wanted.is_some_and(|balloon| balloon.free_page_reporting);
-        let Builder {
-            buses,
-            virtio,
-            devices,
-            ..
-        } = builder;
-        let boot_source = BootSource {
-            kernel: PathBuf::from(&source.kernel_image_path),
-            initrd: source.initrd_path.as_ref().map(PathBuf::from),
-            cmdline: cmdline::complete(
-                source.boot_args.as_deref(),
-                cmdline::Root::of(config),
-                &virtio,
-                reporting,
-            ),
-            protocol: Protocol::from(source.boot_protocol),
-        };
-        let Loaded { state, kernel } = boot::load(
-            vm.memory(),
-            plan.at_boot(),
-            &boot_source,
-            config.machine_config.vcpu_count,
-            &virtio,
-        )?;
-        let on_exit = move |exit| on_end(GuestEnd::from(exit));
-        let ids: Vec<_> = subscribers
-            .into_iter()
-            .map(|subscriber| ops.add_subscriber(subscriber))
-            .collect();
-        let started = vm
-            .start(
-                buses,
-                &state.regs(),
-                |sregs| state.apply_sregs(sregs),
-                on_exit,
-            )
-            .map_err(StartError::from)
-            .and_then(|vcpus| {
-                let kernel = kernel.map(|mapped| MappedFrom {
-                    mapped,
-                    path: boot_source.kernel,
-                    cmdline: boot_source.cmdline,
-                    vcpus: config.machine_config.vcpu_count,
-                });
-                let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
-                Ok((sharing, vcpus))
-            });
-        match started {
-            Ok((sharing, vcpus)) => Ok(Self {
-                vcpus,
-                drives,
-                jobs: BTreeMap::new(),
-                pmem: pmem.into_iter().collect(),
-                entropy,
-                balloon,
-                keyboard,
-                console,
-                sharing,
-            }),
-            Err(error) => {
-                for id in ids {
-                    // The subscriber was added a moment ago.
-                    let _ = ops.remove_subscriber(id);
-                }
-                Err(error)
-            }
-        }
-    }
-
     /// The host's side of the serial console.
     pub fn console(&self) -> &SerialConsole {
         &self.console
