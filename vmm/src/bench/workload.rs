@@ -72,7 +72,10 @@ impl Workload {
     fn script(self, device: Device, guest: usize) -> String {
         let mount = match device {
             Device::Block => "mount -t ext4 -o ro /dev/vda /mnt",
-            Device::Memory => "mount -t ext4 -o ro,dax /dev/pmem0 /mnt",
+            // The device appears some time after its driver.
+            Device::Memory => {
+                "until [ -e /dev/pmem0 ]; do sleep 0.1; done; mount -t ext4 -o ro,dax /dev/pmem0 /mnt"
+            }
         };
         let work = match self {
             Self::Idle => "S=$(echo idle | md5sum)".to_owned(),
