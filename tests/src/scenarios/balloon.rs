@@ -11,15 +11,15 @@ use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
 /// For what a guest does in its own time, such as telling of free pages.
-const PATIENCE: Duration = Duration::from_mins(2);
+const PATIENCE: Duration = Duration::from_mins(1);
 const MIB: u64 = 1024;
 
 /// Puts 40 MiB of text into a file and says when; frees them when told to, and says so too.
-const FILL_AND_FREE: &str = "mount -t tmpfs -o size=90% files /mnt; yes coppice | head -c 40M >/mnt/file; echo FILLED; \
+const FILL_AND_FREE: &str = "mount -t tmpfs -o size=90% files /mnt; yes coppice | head -c 40m >/mnt/file; echo FILLED; \
                              read word; rm /mnt/file; echo FREED; read word; ";
 /// Writes them again, and says whether they are what was written.
-const FILL_AGAIN: &str = "yes coppice | head -c 40M >/mnt/file; \
-                          [ \"$(md5sum </mnt/file)\" = \"$(yes coppice | head -c 40M | md5sum)\" ] && echo SAME; ";
+const FILL_AGAIN: &str = "yes coppice | head -c 40m >/mnt/file; \
+                          [ \"$(md5sum </mnt/file)\" = \"$(yes coppice | head -c 40m | md5sum)\" ] && echo SAME; ";
 
 /// Anonymous memory of the VMM in KiB: guest RAM that the host has given, and little else.
 fn anonymous(guest: &Guest) -> Result<u64, Failure> {
@@ -99,7 +99,7 @@ impl Ballooned {
 
 /// Pages in the balloon are the host's; after it is deflated the guest uses them as before.
 pub fn inflate_and_deflate(_: &Path) -> Result<Figures, Failure> {
-    let keep = "head -c 4M /dev/urandom >/keep; sum=$(md5sum </keep); ";
+    let keep = "head -c 4m /dev/urandom >/keep; sum=$(md5sum </keep); ";
     let check = "[ \"$(md5sum </keep)\" = \"$sum\" ] && echo KEPT";
     let script = format!("{keep}{FILL_AND_FREE}{FILL_AGAIN}{check}");
     let mut vm = Ballooned::start("inflate", ",stats=1", &script)?;
@@ -196,7 +196,7 @@ pub fn statistics(_: &Path) -> Result<Figures, Failure> {
     let script = format!("echo READY; read word; {FILL_AND_FREE}");
     let mut vm = Ballooned::start("stats", ",stats=1", &script)?;
     vm.guest.wait_for("READY")?;
-    let before = until("statistics", || {
+    let before = until("the first statistics", || {
         let statistics = vm.statistics()?;
         Ok(statistics["total_memory"].is_u64().then_some(statistics))
     })?;

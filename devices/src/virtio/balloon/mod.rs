@@ -371,6 +371,8 @@ impl VirtioDevice for VirtioBalloon {
             statistics_buffer: None,
         });
         self.set_timer();
+        // Linux puts its first statistics into their queue, and notifies it, before it says that it is ready.
+        (0..QUEUES).for_each(|queue| self.kick(queue));
         Ok(())
     }
 

@@ -42,11 +42,20 @@ impl<'a> Driver<'a> {
             features: device.features(),
         };
         device.activate(activation).unwrap();
-        Self {
+        let driver = Self {
             device,
             given,
             memory,
             rings,
+        };
+        driver.look();
+        driver
+    }
+
+    /// The device thread has heard the kicks.
+    fn look(&self) {
+        for kick in &self.device.kicks {
+            kick.read().unwrap();
         }
     }
 
@@ -286,6 +295,30 @@ fn statistics_are_kept_and_their_buffer_goes_back_when_others_are_wanted() {
     let metrics = driver.device.metrics();
     assert_eq!(metrics.statistics.load(Ordering::Relaxed), 3);
     assert_eq!(metrics.statistics_failures.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn statistics_that_were_there_before_the_driver_was_ready_are_found() {
+    let memory = memory();
+    let (mut device, _) = device(&everything());
+    let ring = Ring::all(&memory).swap_remove(2);
+    memory.write_obj(4u16, GuestAddress(DATA)).unwrap();
+    memory.write_obj(1000u64, GuestAddress(DATA + 2)).unwrap();
+    ring.describe(0, (DATA, 10, 0, 0));
+    ring.set_available(1);
+    device.notified(2);
+    device.kicks[2].read().unwrap();
+    device.serve(2);
+    let queues = vec![None, None, Some(ring.queue())];
+    let activation = Activation {
+        memory: memory.clone(),
+        queues,
+        features: device.features(),
+    };
+    device.activate(activation).unwrap();
+    device.kicks[2].read().unwrap();
+    device.serve(2);
+    assert_eq!(device.state().unwrap().values.0[4], Some(1000));
 }
 
 #[test]
