@@ -371,17 +371,25 @@ impl SharedMemory {
     /// Makes pages read as zeros and hold no memory.
     fn clear(&self, pages: &Range<u64>) -> io::Result<()> {
         let (window, at) = self.locate(pages).ok_or(io::ErrorKind::InvalidInput)?;
-        let mut state = self.state();
+        self.clear_locked(&mut self.state(), window, at, pages)
+    }
+
+    /// As `clear`, for pages at `at` in `window`.
+    pub(crate) fn clear_locked(
+        &self,
+        state: &mut State,
+        window: &Window,
+        at: u64,
+        pages: &Range<u64>,
+    ) -> io::Result<()> {
         // What is no file's page, which is all but a few of what a guest gives back, needs no change of mappings.
         window.forget(at, (pages.end - pages.start) * PAGE_SIZE)?;
-
         drop(state.candidates.remove(pages.clone()));
         for run in state.mapped.remove(pages.clone()) {
             state.exhausted = false;
             let offset = at + (run.gfn - pages.start) * PAGE_SIZE;
             self.map_own(window, offset, run.pages * PAGE_SIZE)?;
         }
-
         Ok(())
     }
 

@@ -15,8 +15,8 @@ use crate::stats::{Refusal, add};
 use crate::table::{PageState, Run};
 use crate::window::PAGE_SIZE;
 
-/// Pages that are compared and exchanged at once, at most.
-const BATCH: u64 = 256;
+/// Pages that are compared and exchanged at once, at most: their bytes are all the memory that the merger takes.
+const BATCH: u64 = 128;
 /// Runs of them, at most.
 const BATCH_RUNS: usize = 64;
 /// Once the guest was held for so long, what is left of the batch waits for the next.
@@ -45,12 +45,12 @@ fn settling(strikes: u8) -> u32 {
 }
 
 /// A run with the bytes of its file.
-struct Read {
+struct Read<'a> {
     run: Run,
-    bytes: Vec<u8>,
+    bytes: &'a [u8],
 }
 
-impl Read {
+impl Read<'_> {
     fn page(&self, gfn: u64) -> &[u8] {
         let at = ((gfn - self.run.gfn) * PAGE_SIZE) as usize;
         &self.bytes[at..at + PAGE_SIZE as usize]
@@ -95,6 +95,7 @@ impl SharedMemory {
         mut enough: impl FnMut() -> bool,
     ) -> Progress {
         let (ready, mut later) = self.ready();
+        let mut buffer = Vec::new();
         let mut left = ready.into_iter().flat_map(pieces).peekable();
         while left.peek().is_some() {
             if enough() {
@@ -107,7 +108,7 @@ impl SharedMemory {
                 pages += run.pages;
                 batch.push(run);
             }
-            if !self.merge_batch(batch, still) {
+            if !self.merge_batch(batch, &mut buffer, still) {
                 later = Some(Duration::ZERO);
             }
         }
@@ -115,13 +116,21 @@ impl SharedMemory {
     }
 
     /// Exchanges the pages of a batch, or refuses them; false where some are as they were.
-    fn merge_batch(&self, batch: Vec<Run>, still: &dyn StandStill) -> bool {
-        let (mut equal, mut room) = (Vec::new(), self.room());
+    fn merge_batch(&self, batch: Vec<Run>, buffer: &mut Vec<u8>, still: &dyn StandStill) -> bool {
+        let (mut runs, mut room) = (Vec::new(), self.room());
+        buffer.resize((BATCH * PAGE_SIZE) as usize, 0);
+        let mut left = &mut buffer[..];
         for run in batch {
-            match self.admit(&run, &mut room).and_then(|()| read(&run)) {
-                Ok(bytes) => self.sort_out(&Read { run, bytes }, &mut equal),
+            let (bytes, rest) = left.split_at_mut((run.pages * PAGE_SIZE) as usize);
+            left = rest;
+            match self.admit(&run, &mut room).and_then(|()| read(&run, bytes)) {
+                Ok(()) => runs.push(Read { run, bytes }),
                 Err(why) => self.refuse(&run, why),
             }
+        }
+        let mut equal = Vec::new();
+        for read in &runs {
+            self.sort_out(read, &mut equal);
         }
         if equal.is_empty() {
             return true;
@@ -173,7 +182,7 @@ impl SharedMemory {
     }
 
     /// Takes the pages that differ off the list of candidates, and gathers the others.
-    fn sort_out(&self, read: &Read, equal: &mut Vec<Read>) {
+    fn sort_out<'a>(&self, read: &Read<'a>, equal: &mut Vec<Read<'a>>) {
         let Some((window, at)) = self.locate(&read.run.gfns()) else {
             return self.refuse(&read.run, Refusal::Differs);
         };
@@ -189,7 +198,7 @@ impl SharedMemory {
             };
             if is_equal {
                 let start = ((first - read.run.gfn) * PAGE_SIZE) as usize;
-                let bytes = read.bytes[start..start + same.len() * PAGE_SIZE as usize].to_vec();
+                let bytes = &read.bytes[start..start + same.len() * PAGE_SIZE as usize];
                 equal.push(Read { run, bytes });
             } else {
                 self.refuse(&run, Refusal::Differs);
@@ -198,7 +207,7 @@ impl SharedMemory {
     }
 
     /// The second half: with the guest at a standstill. False where a device is at work on the pages, which then are as they were.
-    fn exchange(&self, read: &Read, is_busy: &IsBusy<'_>) -> bool {
+    fn exchange(&self, read: &Read<'_>, is_busy: &IsBusy<'_>) -> bool {
         let Some((window, at)) = self.locate(&read.run.gfns()) else {
             return true;
         };
@@ -218,12 +227,14 @@ impl SharedMemory {
                 continue;
             };
             let offset_of = |gfn: u64| at + (gfn - read.run.gfn) * PAGE_SIZE;
-            let pages: Vec<(u64, bool)> = run
-                .gfns()
-                .map(|gfn| (gfn, window.holds(offset_of(gfn), read.page(gfn))))
-                .collect();
+            let of_page = |gfn| {
+                let bytes = read.page(gfn);
+                (window.holds(offset_of(gfn), bytes), is_zero(bytes))
+            };
+            let pages: Vec<(u64, (bool, bool))> =
+                run.gfns().map(|gfn| (gfn, of_page(gfn))).collect();
             for same in pages.chunk_by(|a, b| a.1 == b.1) {
-                let Some(&(first, is_equal)) = same.first() else {
+                let Some(&(first, (is_equal, is_zero))) = same.first() else {
                     continue;
                 };
                 let count = same.len() as u64;
@@ -233,6 +244,17 @@ impl SharedMemory {
                 drop(state.candidates.remove(part.gfns()));
                 if !is_equal {
                     self.stats().refuse(Refusal::Differs, count);
+                    continue;
+                }
+                if is_zero {
+                    // Zeros take no page of the file, nor of anybody.
+                    let gfns = part.gfns();
+                    if self
+                        .clear_locked(&mut state, window, offset_of(first), &gfns)
+                        .is_ok()
+                    {
+                        add(&self.stats().zeroed, count);
+                    }
                     continue;
                 }
                 let (file, offset) = (part.backing.file.file(), part.backing.offset);
@@ -267,6 +289,10 @@ impl SharedMemory {
     }
 }
 
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
+
 /// Whether `part` is backed as `run` is.
 fn is_part(part: &Run, run: &Run) -> bool {
     Arc::ptr_eq(&part.backing.file, &run.backing.file)
@@ -281,16 +307,14 @@ fn pieces(run: Run) -> impl Iterator<Item = Run> {
         .filter_map(move |first| run.cut(&(first..gfns.end.min(first + BATCH))))
 }
 
-fn read(run: &Run) -> Result<Vec<u8>, Refusal> {
-    let mut bytes = vec![0; (run.pages * PAGE_SIZE) as usize];
+fn read(run: &Run, bytes: &mut [u8]) -> Result<(), Refusal> {
     let file = &run.backing.file;
     file.file()
-        .read_exact_at(&mut bytes, run.backing.offset)
+        .read_exact_at(bytes, run.backing.offset)
         .map_err(|error| {
             tracing::warn!(file = %file.path().display(), %error, "a shared file cannot be read");
             Refusal::Unreadable
-        })?;
-    Ok(bytes)
+        })
 }
 
 fn file_changed(file: &SharedFile, change: crate::file::FileChange) -> Refusal {

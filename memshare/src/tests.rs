@@ -343,9 +343,10 @@ fn the_number_of_runs_is_bounded_and_the_guest_goes_on_unshared() {
 #[test]
 fn a_file_that_has_changed_is_shared_no_more_and_a_cut_one_is_named() {
     let named = tempfile::NamedTempFile::new().unwrap();
-    named.as_file().set_len(16 * PAGE_SIZE).unwrap();
+    named.as_file().write_all(&[7; 16 * PAGE]).unwrap();
     let file = Arc::new(named.reopen().unwrap());
     let memory = memory(limits());
+    window(&memory).0.write(0, &[7; 2 * PAGE]);
     memory.note_read(START, 2 * PAGE_SIZE, &file, 0);
     assert_eq!(merge(&memory, &Gate::default()), Progress::Done);
     assert!(memory.changed_files().is_empty() && memory.lost_page().is_none());

@@ -318,20 +318,30 @@ impl Window {
         const PRESENT: u64 = 1 << 63;
         const SWAPPED: u64 = 1 << 62;
         const FILE: u64 = 1 << 61;
+        /// Pages that are asked for at once.
+        const PIECE: usize = 1024;
         let (address, size) = self.pages(offset, len)?;
-        let mut entries = vec![0; size / PAGE_SIZE as usize * 8];
         let pagemap = File::open("/proc/self/pagemap")?;
-        pagemap.read_exact_at(&mut entries, address as u64 / PAGE_SIZE * 8)?;
-        let (entries, _) = entries.as_chunks::<8>();
-        let kinds = entries.iter().map(|entry| {
-            let entry = u64::from_ne_bytes(*entry);
-            match (entry & (PRESENT | SWAPPED) != 0, entry & FILE != 0) {
-                (false, _) => PageKind::Absent,
-                (true, true) => PageKind::File,
-                (true, false) => PageKind::Private,
-            }
-        });
-        Ok(kinds.collect())
+        let (mut left, mut at) = (size / PAGE_SIZE as usize, address as u64 / PAGE_SIZE * 8);
+        let mut kinds = Vec::with_capacity(left);
+        let mut entries = vec![0; left.min(PIECE) * 8];
+        while left > 0 {
+            let count = left.min(PIECE);
+            let entries = &mut entries[..count * 8];
+            pagemap.read_exact_at(entries, at)?;
+            let (entries, _) = entries.as_chunks::<8>();
+            kinds.extend(entries.iter().map(|entry| {
+                let entry = u64::from_ne_bytes(*entry);
+                match (entry & (PRESENT | SWAPPED) != 0, entry & FILE != 0) {
+                    (false, _) => PageKind::Absent,
+                    (true, true) => PageKind::File,
+                    (true, false) => PageKind::Private,
+                }
+            }));
+            left -= count;
+            at += count as u64 * 8;
+        }
+        Ok(kinds)
     }
 }
 

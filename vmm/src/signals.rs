@@ -74,12 +74,16 @@ impl AsRawFd for Signals {
 }
 
 /// Keeps the C allocator to one arena, which all threads share: an arena for each thread costs more memory than
-/// the few allocations of a running guest gain by not waiting for each other.
+/// the few allocations of a running guest gain by not waiting for each other. Large pieces are mapped, and given back when they are freed:
+/// left to itself, the allocator takes the next ones of their size from the heap, which then never shrinks.
 pub fn share_one_heap() {
+    const LARGE: libc::c_int = 64 << 10;
     // SAFETY: mallopt changes parameters of the allocator and no memory.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, LARGE);
     }
 }
 

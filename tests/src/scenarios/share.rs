@@ -116,18 +116,18 @@ pub fn reads(out: &Path) -> Result<Figures, Failure> {
 /// Temporary.
 pub fn anatomy(out: &Path) -> Result<Figures, Failure> {
     let socket = out.join("a.sock");
-    let script = "mount -t ext4 -o ro /dev/vda /mnt; md5sum /mnt/data/40M; free -k; cat /proc/meminfo; cat /proc/buddyinfo /proc/pagetypeinfo; head -3 /proc/zoneinfo; cat /proc/cmdline; lsmod; df; du -s /bin /; echo SETTLED; sleep 4; cat /proc/meminfo | head -3; sleep 40; cat /proc/meminfo | head -3; cat /proc/slabinfo | sort -k3 -n | awk '{print $3*$4/1024, $1}' | sort -n | tail -20; sleep 10000";
+    let script = "mount -t ext4 -o ro /dev/vda /mnt; md5sum /mnt/data/40M; cat /proc/meminfo | head -3; cat /sys/bus/virtio/devices/*/device /sys/bus/virtio/devices/*/features; cat /sys/bus/virtio/devices/*/status; cat /sys/module/page_reporting/parameters/*; cat /proc/interrupts; echo SETTLED; sleep 10; cat /proc/meminfo | head -3; cat /proc/interrupts; for p in /proc/[0-9]*; do cat $p/comm $p/wchan; echo; done; dmesg | tail -30; sleep 10000";
     let guest = Start::new()
         .args(&["--disk", "guest/bench.vhdx,ro"])
         .args(&["--api-sock", &socket.display().to_string()])
         .script(script)
         .spawn()?;
     guest.wait_for("SETTLED")?;
-    for _ in 0..40 {
+    for _ in 0..20 {
         println!("lab: {}", sharing(&socket)?);
         std::thread::sleep(Duration::from_secs(1));
     }
-    std::thread::sleep(Duration::from_secs(15));
+    std::thread::sleep(Duration::from_secs(5));
     println!("{}", guest.console());
     Ok(Figures::new())
 }
