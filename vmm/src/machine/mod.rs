@@ -361,6 +361,17 @@ fn only_first(on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> Arc<dyn Fn(GuestEn
     })
 }
 
+/// Tells of what the guest does to its power.
+fn power_sink(on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>) -> PowerSink {
+    Arc::new(move |event| {
+        on_end(match event {
+            PowerEvent::PowerOff => GuestEnd::PowerOff,
+            PowerEvent::Reset => GuestEnd::Reset,
+            PowerEvent::Panic => GuestEnd::Panic,
+        });
+    })
+}
+
 fn changed(drive: &str, source: DriveError) -> MachineError {
     MachineError::Change {
         drive: drive.to_owned(),
@@ -392,16 +403,7 @@ impl Machine {
             on_end,
         } = surroundings;
         let on_end = only_first(on_end);
-        let power: PowerSink = {
-            let on_end = on_end.clone();
-            Arc::new(move |event| {
-                on_end(match event {
-                    PowerEvent::PowerOff => GuestEnd::PowerOff,
-                    PowerEvent::Reset => GuestEnd::Reset,
-                    PowerEvent::Panic => GuestEnd::Panic,
-                });
-            })
-        };
+        let power = power_sink(on_end.clone());
         let buses = Buses {
             pio: Bus::new(),
             mmio: Bus::new(),
