@@ -116,18 +116,53 @@ pub fn reads(out: &Path) -> Result<Figures, Failure> {
 /// Temporary.
 pub fn anatomy(out: &Path) -> Result<Figures, Failure> {
     let socket = out.join("a.sock");
-    let script = "mount -t ext4 -o ro /dev/vda /mnt; md5sum /mnt/data/40M; cat /proc/meminfo | head -3; cat /sys/bus/virtio/devices/*/device /sys/bus/virtio/devices/*/features; cat /sys/bus/virtio/devices/*/status; cat /sys/module/page_reporting/parameters/*; cat /proc/interrupts; echo SETTLED; sleep 10; cat /proc/meminfo | head -3; cat /proc/interrupts; for p in /proc/[0-9]*; do cat $p/comm $p/wchan; echo; done; dmesg | tail -30; sleep 10000";
+    let script = "mount -t ext4 -o ro /dev/vda /mnt; md5sum /mnt/data/40M; sleep 12; cat /proc/meminfo; cat /proc/slabinfo | awk '{print $3*$4/1024, $1}' | sort -n | tail -25; cat /proc/iomem; cat /proc/kpageflags >/tmp/k; dd if=/tmp/k of=/dev/vdb bs=64k conv=fsync; cat /proc/vmallocinfo | sort -k2 -n | tail -40; dmesg | head -100; echo SETTLED; sleep 10000";
+    fs::write(out.join("k.raw"), vec![0u8; 1 << 20]).map_err(Failure::io("k"))?;
     let guest = Start::new()
-        .args(&["--disk", "guest/bench.vhdx,ro"])
+        .args(&[
+            "--disk",
+            "guest/bench.vhdx,ro",
+            "--disk",
+            &format!("{},format=raw", out.join("k.raw").display()),
+        ])
         .args(&["--api-sock", &socket.display().to_string()])
         .script(script)
         .spawn()?;
     guest.wait_for("SETTLED")?;
-    for _ in 0..20 {
-        println!("lab: {}", sharing(&socket)?);
-        std::thread::sleep(Duration::from_secs(1));
+    std::thread::sleep(Duration::from_secs(2));
+    println!("lab: {}", sharing(&socket)?);
+    fs::copy(guest.proc().join("maps"), out.join("maps")).map_err(Failure::io("maps"))?;
+    fs::copy(guest.proc().join("smaps"), out.join("smaps")).map_err(Failure::io("maps"))?;
+    let maps = fs::read_to_string(out.join("maps")).map_err(Failure::io("maps"))?;
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for line in maps.lines() {
+        let (a, b) = line
+            .split(' ')
+            .next()
+            .unwrap_or("")
+            .split_once('-')
+            .unwrap_or(("0", "0"));
+        let (a, b) = (
+            u64::from_str_radix(a, 16).unwrap_or(0),
+            u64::from_str_radix(b, 16).unwrap_or(0),
+        );
+        match runs.last_mut() {
+            Some(last) if last.1 == a => last.1 = b,
+            _ => runs.push((a, b)),
+        }
     }
-    std::thread::sleep(Duration::from_secs(5));
-    println!("{}", guest.console());
+    println!("lab: runs {runs:x?}");
+    for (a, b) in runs {
+        if b - a >= 128 << 20 {
+            use std::os::unix::fs::FileExt;
+            let file =
+                fs::File::open(guest.proc().join("pagemap")).map_err(Failure::io("pagemap"))?;
+            let mut bytes = vec![0; ((b - a) / 4096 * 8) as usize];
+            file.read_exact_at(&mut bytes, a / 4096 * 8)
+                .map_err(Failure::io("pagemap"))?;
+            fs::write(out.join(format!("pagemap-{a:x}")), bytes).map_err(Failure::io("pagemap"))?;
+        }
+    }
+    drop(guest);
     Ok(Figures::new())
 }
