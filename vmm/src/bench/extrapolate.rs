@@ -12,7 +12,7 @@ const FOR_GUESTS: f64 = 0.96;
 
 /// How the figures come about, for the foot of a table.
 pub(super) const HOW: &str = "Guests of a host: (96 % of its memory - fixed) / each further guest. Fixed and each further guest are the intercept and the slope of \
-the straight line\nwith the least squares through the last points (from half of the guests on) of: guests, MemAvailable before - MemAvailable now.";
+the straight line\nwith the least squares through the last points (from half of the guests on) of: guests, memory in use: what the host's free and reclaimable memory\nwas before, less what it is (MemAvailable, and the pages that CPUs keep at hand).";
 
 /// What guests take: `fixed_kib` for all together, and `guest_kib` for each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -1,4 +1,4 @@
-//! The host's memory, by `/proc/meminfo`.
+//! The host's memory, by `/proc/meminfo` and `/proc/zoneinfo`.
 
 use std::fs;
 
@@ -7,12 +7,16 @@ use serde::{Deserialize, Serialize};
 use super::{BenchError, Host};
 
 const MEMINFO: &str = "/proc/meminfo";
+const ZONEINFO: &str = "/proc/zoneinfo";
+const PAGE_KIB: u64 = 4;
 
 /// The host's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostMemory {
     /// What could be used without swapping.
     pub available: u64,
+    /// What each CPU keeps at hand for its next allocations. It is free, and `available` does not have it: some MiB, now more and now less.
+    pub at_hand: u64,
     /// Page tables of all processes.
     pub page_tables: u64,
     /// Page tables of all guests, which KVM keeps; 0 before Linux 6.1, which counts them nowhere.
@@ -35,9 +39,19 @@ fn kibibytes(meminfo: &str, key: &str) -> Option<u64> {
     value.strip_suffix("kB")?.trim().parse().ok()
 }
 
-fn parse(meminfo: &str) -> Option<HostMemory> {
+/// Pages on the lists of all CPUs: `count:` below each `cpu:` of each zone.
+fn pages_at_hand(zoneinfo: &str) -> u64 {
+    zoneinfo
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("count:"))
+        .filter_map(|count| count.trim().parse::<u64>().ok())
+        .sum()
+}
+
+fn parse(meminfo: &str, zoneinfo: &str) -> Option<HostMemory> {
     Some(HostMemory {
         available: kibibytes(meminfo, "MemAvailable")?,
+        at_hand: pages_at_hand(zoneinfo) * PAGE_KIB,
         page_tables: kibibytes(meminfo, "PageTables")?,
         secondary_page_tables: kibibytes(meminfo, "SecPageTables").unwrap_or(0),
         slab: kibibytes(meminfo, "Slab")?,
@@ -47,8 +61,8 @@ fn parse(meminfo: &str) -> Option<HostMemory> {
     })
 }
 
-fn meminfo() -> Result<String, BenchError> {
-    fs::read_to_string(MEMINFO).map_err(BenchError::io(format!("read {MEMINFO}")))
+fn read(path: &str) -> Result<String, BenchError> {
+    fs::read_to_string(path).map_err(BenchError::io(format!("read {path}")))
 }
 
 fn malformed() -> BenchError {
@@ -59,10 +73,17 @@ fn malformed() -> BenchError {
 }
 
 impl HostMemory {
+    /// What is there for whoever asks.
+    pub(super) fn unused(&self) -> u64 {
+        self.available + self.at_hand
+    }
+
     /// Reads it, once the page cache of nobody's mappings is dropped, where this process may.
     pub(super) fn read() -> Result<Self, BenchError> {
         drop_caches();
-        parse(&meminfo()?).ok_or_else(malformed)
+        // Counters that each CPU has not yet added to the host's; only root may ask for that.
+        let _ = fs::write("/proc/sys/vm/stat_refresh", "1");
+        parse(&read(MEMINFO)?, &read(ZONEINFO)?).ok_or_else(malformed)
     }
 }
 
@@ -74,13 +95,14 @@ fn drop_caches() -> bool {
 
 /// What is measured on.
 pub(super) fn describe() -> Result<Host, BenchError> {
-    let total = kibibytes(&meminfo()?, "MemTotal").ok_or_else(malformed)?;
-    let read = |path: &str| fs::read_to_string(path).map(|text| text.trim().to_owned());
+    let total = kibibytes(&read(MEMINFO)?, "MemTotal").ok_or_else(malformed)?;
+    // Only told.
+    let word = |path| read(path).map_or(String::new(), |text| text.trim().to_owned());
     Ok(Host {
-        kernel: read("/proc/sys/kernel/osrelease").unwrap_or_default(),
+        kernel: word("/proc/sys/kernel/osrelease"),
         cpus: std::thread::available_parallelism().map_or(0, std::num::NonZero::get),
         memory_kib: total,
-        huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default(),
+        huge_pages: word("/sys/kernel/mm/transparent_hugepage/enabled"),
         caches_dropped: drop_caches(),
     })
 }
@@ -101,17 +123,38 @@ PageTables:          444 kB
 SecPageTables:        12 kB
 ";
 
+    const ZONES: &str = "\
+Node 0, zone      DMA
+  pages free     2816
+  pagesets
+    cpu: 0
+              count: 0
+              high:  0
+              batch: 1
+Node 0, zone   Normal
+        count_of_nothing 7
+    cpu: 0
+              count: 500
+              high:  1800
+    cpu: 1
+              count: 100
+";
+
     #[test]
     fn meminfo_is_read_by_whole_names() {
-        let memory = parse(SAMPLE).unwrap();
+        let memory = parse(SAMPLE, ZONES).unwrap();
+        assert_eq!(
+            (memory.at_hand, memory.unused()),
+            (4 * 600, 3_872_244 + 2400)
+        );
         assert_eq!(
             (memory.page_tables, memory.secondary_page_tables),
             (444, 12)
         );
         assert_eq!(memory.available, 3_872_244);
         let older = SAMPLE.replace("SecPageTables", "Other");
-        assert_eq!(parse(&older).unwrap().secondary_page_tables, 0);
-        assert_eq!(parse(&SAMPLE.replace("Slab:", "Slub:")), None);
+        assert_eq!(parse(&older, "").unwrap().secondary_page_tables, 0);
+        assert_eq!(parse(&SAMPLE.replace("Slab:", "Slub:"), ZONES), None);
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub struct Run {
     pub settle_seconds: f64,
     /// The host with no guest, and after each that was started; with all started at once, with none and with all.
     pub points: Vec<Point>,
-    /// (available before - available after) / guests.
+    /// (available and at hand before - the same after) / guests.
     pub host_kib_per_guest: f64,
     /// What each further guest takes, by the last points; absent where the points show no such thing.
     pub line: Option<Line>,
@@ -175,14 +175,11 @@ impl Run {
 
     /// What the guests took of the host's memory at each point, in KiB.
     pub(super) fn used(&self) -> Vec<(f64, f64)> {
-        let before = self
-            .points
-            .first()
-            .map_or(0, |point| point.memory.available);
+        let before = self.points.first().map_or(0, |point| point.memory.unused());
         self.points
             .iter()
             .map(|point| {
-                let used = float(before) - float(point.memory.available);
+                let used = float(before) - float(point.memory.unused());
                 (float(point.guests as u64), used)
             })
             .collect()
