@@ -19,7 +19,7 @@ mkdir -p "$out/packages"
 out=$(cd "$out" && pwd)
 
 # Everything is made anew when the recipe changes, and nothing when it does not.
-stamp=$(cat "$here"/{build.sh,packages.lock,init,host-init} | sha256sum | cut -d' ' -f1)
+stamp=$(cat "$here"/{build.sh,packages.lock,init,host-init,stress.py} | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -139,6 +139,7 @@ for applet in mount cut poweroff setsid cttyhack; do
     [ -e "$work/full/bin/$applet" ] || ln -s busybox "$work/full/bin/$applet"
 done
 rm -rf "$work/full/usr/share"/{doc,man,locale,info,lintian}
+cp "$here/stress.py" "$work/full/"
 rootfs full "$work/full" 256M
 rm -f "$out/full.raw"
 

@@ -235,7 +235,7 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
             .iter()
             .any(|scenario| scenario.name.starts_with(name))
     };
-    if is_chosen("density") {
+    if is_chosen("density") || is_chosen("no_write_is_lost") {
         names.push("full.vhdx");
     }
     for name in names {

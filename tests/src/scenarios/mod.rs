@@ -189,6 +189,7 @@ pub const ALL: &[Scenario] = &[
         density::two_guests,
         density::check_two_guests,
     ),
+    test("no_write_is_lost_while_pages_are_merged", share::stress),
     on_demand("share_anatomy", share::anatomy),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),

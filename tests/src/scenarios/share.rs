@@ -113,6 +113,61 @@ pub fn reads(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
+/// What `stress.py` expects of a disk: each word of a page is the page's number.
+fn numbered_disk(out: &Path) -> Result<PathBuf, Failure> {
+    let path = out.join("numbered.raw");
+    let mut bytes = Vec::with_capacity(SIZE as usize);
+    for page in 0..SIZE / 4096 {
+        for _ in 0..4096 / 8 {
+            bytes.extend(page.to_le_bytes());
+        }
+    }
+    fs::write(&path, bytes).map_err(Failure::io("write a disk"))?;
+    Ok(path)
+}
+
+/// Guests write to pages before, while and after they are merged, on two CPUs; no write is lost, and no guest falls.
+pub fn stress(out: &Path) -> Result<Figures, Failure> {
+    const GUESTS: usize = 3;
+    let disk = numbered_disk(out)?;
+    let disk = format!("{},ro,format=raw", disk.display());
+    let script = "mount -t ext4 -o ro /dev/vda /mnt; mount -t devtmpfs dev /mnt/dev; cd /mnt; p() { chroot /mnt /usr/bin/python3 /stress.py /dev/vdb 45; }; \
+        p & p; wait; i=0; while [ $i -lt 8 ]; do echo 3 >/proc/sys/vm/drop_caches; cat /dev/vdb >/dev/null; i=$((i+1)); done; echo STRESSED";
+    let sockets: Vec<_> = (0..GUESTS)
+        .map(|number| out.join(format!("{number}.sock")))
+        .collect();
+    let mut guests = Vec::new();
+    for socket in &sockets {
+        let socket = socket.display().to_string();
+        let start = Start::new()
+            .args(&["--cpus", "2", "--mem", "192M", "--share-cpu", "50"])
+            .args(&["--disk", "guest/full.vhdx,ro", "--disk", &disk])
+            .args(&["--api-sock", &socket]);
+        guests.push(start.script(script).spawn()?);
+    }
+    let mut figures = Figures::new();
+    let mut merged = 0;
+    for (number_of, (guest, socket)) in guests.iter_mut().zip(&sockets).enumerate() {
+        guest.wait_for("STRESSED")?;
+        let report = sharing(socket)?;
+        let console = guest.console();
+        if console.contains("LOST") || console.matches(" rounds, ").count() != 2 {
+            return Failure::claim("a write was lost, or a process was");
+        }
+        merged += number(&report, "merged_pages");
+        figures.insert(format!("guest_{number_of}"), json!(report));
+    }
+    for guest in &mut guests {
+        guest.expect_exit(0)?;
+    }
+    if merged < 1000 {
+        return Failure::claim(format!(
+            "only {merged} pages were merged while guests wrote to them"
+        ));
+    }
+    Ok(figures)
+}
+
 /// Temporary.
 pub fn anatomy(out: &Path) -> Result<Figures, Failure> {
     let socket = out.join("a.sock");
@@ -161,6 +216,10 @@ pub fn anatomy(out: &Path) -> Result<Figures, Failure> {
             file.read_exact_at(&mut bytes, a / 4096 * 8)
                 .map_err(Failure::io("pagemap"))?;
             fs::write(out.join(format!("pagemap-{a:x}")), bytes).map_err(Failure::io("pagemap"))?;
+            let file = fs::File::open(guest.proc().join("mem")).map_err(Failure::io("mem"))?;
+            let mut bytes = vec![0; (b - a) as usize];
+            file.read_exact_at(&mut bytes, a).map_err(Failure::io("mem"))?;
+            fs::write(out.join("ram"), bytes).map_err(Failure::io("mem"))?;
         }
     }
     drop(guest);

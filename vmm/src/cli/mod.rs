@@ -142,7 +142,8 @@ pub struct RunArguments {
     /// stats=SECONDS: the guest says every so often how its memory is used;
     /// hinting: the guest gives back its free memory when the REST API says so;
     /// reporting: the guest gives back its free memory all the time. Linux would tell of free blocks of 2 MiB and more only, so
-    /// `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says `page_reporting_order`.
+    /// `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says `page_reporting_order`. Linux before
+    /// 6.2 forgets it; write 0 to `/sys/module/page_reporting/parameters/page_reporting_order` there.
     #[arg(
         long,
         value_name = "[AMOUNT][,OPTION...]",

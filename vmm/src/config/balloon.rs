@@ -4,7 +4,7 @@ use devices::virtio::balloon::BalloonConfig as Device;
 use serde::{Deserialize, Serialize};
 
 /// Pages of 4 KiB in a MiB.
-const PAGES_PER_MIB: u32 = 256;
+pub(crate) const PAGES_PER_MIB: u32 = 256;
 
 /// Firecracker's `balloon`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -31,6 +31,7 @@ use std::path::Path;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use balloon::PAGES_PER_MIB;
 pub use balloon::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart};
 pub use boot_source::{BootProtocol, BootSourceConfig};
 pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};

@@ -8,11 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::{Control, ControlError};
 use crate::config::{
-    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart, VmConfig,
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart, PAGES_PER_MIB, VmConfig,
 };
-
-/// Pages of 4 KiB in a MiB.
-const PAGES_PER_MIB: u32 = 256;
 
 /// What `GET /balloon/hinting/status` answers: the numbers of `free_page_hint_cmd_id`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
