@@ -31,6 +31,7 @@ mod policy;
 mod stats;
 mod table;
 mod window;
+mod zeros;
 
 #[cfg(test)]
 mod tests;

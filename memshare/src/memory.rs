@@ -202,6 +202,10 @@ impl SharedMemory {
         u32::try_from(self.started.elapsed().as_millis() / 100 + 1).unwrap_or(u32::MAX)
     }
 
+    pub(crate) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
     /// The region that holds all of a range of pages, and the offset of the first in its window.
     pub(crate) fn locate(&self, gfns: &Range<u64>) -> Option<(&Window, u64)> {
         self.regions.iter().find_map(|region| {

@@ -6,7 +6,6 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::file::SharedFile;
@@ -20,7 +19,7 @@ const BATCH: u64 = 128;
 /// Runs of them, at most.
 const BATCH_RUNS: usize = 64;
 /// Once the guest was held for so long, what is left of the batch waits for the next.
-const LONGEST_HOLD: Duration = Duration::from_millis(2);
+pub(crate) const LONGEST_HOLD: Duration = Duration::from_millis(2);
 /// Runs of fewer pages are exchanged only while the guest has less than half of the runs that it may have.
 const SHORT: u64 = 4;
 /// Pages of a huge page.
@@ -145,13 +144,7 @@ impl SharedMemory {
                 }
                 complete &= self.exchange(read, is_busy);
             }
-            let nanoseconds = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            let stats = self.stats();
-            add(&stats.holds, 1);
-            add(&stats.held_nanoseconds, nanoseconds);
-            stats
-                .longest_hold_nanoseconds
-                .fetch_max(nanoseconds, Ordering::Relaxed);
+            self.stats().hold(started.elapsed());
         });
         held && complete
     }

@@ -18,9 +18,11 @@ use crate::stats::add;
 const STACK_SIZE: usize = 64 << 10;
 /// The least time between two looks, and for a copy to settle.
 const PACE: Duration = Duration::from_millis(200);
-/// When the guest's kernel is compared with its reference, in seconds after the start: often while it boots and soon after, as nobody says
-/// when that is over, and then never again.
-const REFERENCE_LOOKS: [u64; 12] = [1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 45, 60];
+/// When the guest's kernel is compared with its reference, and its zeros are looked for, in seconds after the start: often while it boots and soon after,
+/// as nobody says when that is over, and then never again.
+const LOOKS: [u64; 20] = [
+    1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
+];
 
 /// CPU time that may be used.
 #[derive(Debug)]
@@ -105,7 +107,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
     let started = Instant::now();
     let limits = *memory.limits();
     let mut bucket = Bucket::new(limits.cpu_percent, limits.burst, started);
-    let mut looks = REFERENCE_LOOKS
+    let mut looks = LOOKS
         .iter()
         .map(|at| started + Duration::from_secs(*at))
         .peekable();
@@ -120,20 +122,25 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         }
         // Time that is owed is waited for between batches.
         let mut owed = Duration::ZERO;
-        let progress = memory.merge(still, || {
+        let mut settle_up = || {
             let now = cpu_time();
             let used = now.saturating_sub(before);
             before = now;
             add(&memory.stats().cpu_nanoseconds, used.as_nanos() as u64);
             owed = bucket.take(used, Instant::now());
             !owed.is_zero() || memory.state().ending
-        });
+        };
+        let progress = memory.merge(still, &mut settle_up);
         if due {
             memory.refresh();
+            if limits.zeros && !limits.huge_pages {
+                memory.give_zeros_back(still);
+            }
         }
+        settle_up();
         let next_look = looks
             .peek()
-            .filter(|_| references > 0)
+            .filter(|_| references > 0 || limits.zeros)
             .map(|at| at.saturating_duration_since(Instant::now()));
         let state = memory.state();
         if state.ending {

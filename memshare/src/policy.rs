@@ -63,6 +63,8 @@ pub struct Limits {
     pub burst: Duration,
     /// Runs of file pages that a guest may have: each takes up to two mappings of the process.
     pub runs: usize,
+    /// Whether pages of zeros that the guest holds after boot go back to the host.
+    pub zeros: bool,
     /// Whether guest memory may have transparent huge pages, which are not split for less than the whole of them.
     pub huge_pages: bool,
 }
@@ -81,6 +83,7 @@ impl Limits {
             cpu_percent,
             burst: Duration::from_secs(2),
             runs: maps / 4,
+            zeros: false,
             huge_pages,
         }
     }

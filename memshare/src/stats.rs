@@ -1,6 +1,7 @@
 //! What the manager has done.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Why pages are not shared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,7 @@ pub struct Stats {
     pub merged: AtomicU64,
     /// Pages that a read put in place without a copy.
     pub placed: AtomicU64,
-    /// Pages of zeros that a read put in place without memory.
+    /// Pages of zeros that were read, or that the guest held, and that take no memory any more.
     pub zeroed: AtomicU64,
     /// Pages that were the file's, and that the guest has written to.
     pub copied: AtomicU64,
@@ -77,6 +78,15 @@ pub(crate) fn add(counter: &AtomicU64, count: u64) {
 }
 
 impl Stats {
+    /// Counts that the guest was held for so long.
+    pub(crate) fn hold(&self, time: Duration) {
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        add(&self.holds, 1);
+        add(&self.held_nanoseconds, nanoseconds);
+        self.longest_hold_nanoseconds
+            .fetch_max(nanoseconds, Ordering::Relaxed);
+    }
+
     /// Counts pages that are not shared; a part of a page is one.
     pub fn refuse(&self, why: Refusal, pages: u64) {
         if let Some(counter) = self.refused.get(why as usize) {

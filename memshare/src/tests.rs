@@ -43,6 +43,7 @@ fn limits() -> Limits {
         cpu_percent: 100,
         burst: Duration::from_secs(10),
         runs: 1000,
+        zeros: false,
         huge_pages: false,
     }
 }
@@ -125,6 +126,7 @@ enum Step {
     GiveBack(u64, u64),
     Unshare(bool),
     Refresh,
+    GiveZerosBack,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -141,6 +143,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             1 => range().prop_map(|(page, count)| Step::GiveBack(page, count)),
             1 => any::<bool>().prop_map(Step::Unshare),
             1 => Just(Step::Refresh),
+            1 => Just(Step::GiveZerosBack),
         ],
         0..40,
     )
@@ -189,6 +192,7 @@ proptest! {
                     prop_assert!(memory.mapped().iter().all(|run| run.backing.file.identity() != identity));
                 }
                 Step::Refresh => memory.refresh(),
+                Step::GiveZerosBack => memory.give_zeros_back(&gate),
             }
             for (page, expected) in model.iter().enumerate() {
                 prop_assert!(window(&memory).0.holds(page as u64 * PAGE_SIZE, expected), "page {}", page);
@@ -378,6 +382,35 @@ fn a_reference_takes_the_place_of_pages_that_are_equal() {
     assert_eq!(merge(&memory, &Gate::default()), Progress::Done);
     assert_eq!(memory.stats().merged.load(Ordering::Relaxed), 8);
     assert_eq!(memory.stats().refused(Refusal::Differs), 8);
+}
+
+#[test]
+fn zeros_that_a_guest_holds_take_no_memory() {
+    let (memory, file) = (memory(limits()), file(7));
+    for page in 0..32 {
+        window(&memory)
+            .0
+            .write(page * PAGE_SIZE + 4095, &[u8::from(page % 4 == 3)]);
+    }
+    read(&memory, 40, 2, &file, 7, 0);
+    merge(&memory, &Gate::default());
+    window(&memory).0.write(40 * PAGE_SIZE, &[0; PAGE]);
+    let gate = Gate {
+        busy: Some(1),
+        ..Gate::default()
+    };
+    memory.give_zeros_back(&gate);
+    let kinds = window(&memory).0.page_kinds(0, PAGES * PAGE_SIZE).unwrap();
+    let private = kinds
+        .iter()
+        .filter(|kind| **kind == PageKind::Private)
+        .count();
+    // Every fourth, and the three that a device is at work on.
+    assert_eq!(private, 8 + 3);
+    assert!(window(&memory).0.holds(40 * PAGE_SIZE, &[0; PAGE]));
+    assert!(window(&memory).0.holds(41 * PAGE_SIZE, &content(7, 1)));
+    assert!(memory.backing(START + 40 * PAGE_SIZE).is_none());
+    assert_eq!(memory.stats().zeroed.load(Ordering::Relaxed), 22);
 }
 
 #[test]

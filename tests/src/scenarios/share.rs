@@ -131,8 +131,8 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 3;
     let disk = numbered_disk(out)?;
     let disk = format!("{},ro,format=raw", disk.display());
-    let script = "mount -t ext4 -o ro /dev/vda /mnt; mount -t devtmpfs dev /mnt/dev; cd /mnt; p() { chroot /mnt /usr/bin/python3 /stress.py /dev/vdb 45; }; \
-        p & p; wait; i=0; while [ $i -lt 8 ]; do echo 3 >/proc/sys/vm/drop_caches; cat /dev/vdb >/dev/null; i=$((i+1)); done; echo STRESSED";
+    let script = "mount -t ext4 -o ro /dev/vda /mnt; mount -t devtmpfs dev /mnt/dev; cd /mnt; p() { chroot /mnt /usr/bin/python3 /stress.py /dev/vdb 25; }; \
+        p & p; wait; i=0; while [ $i -lt 3 ]; do echo 3 >/proc/sys/vm/drop_caches; cat /dev/vdb >/dev/null; i=$((i+1)); done; echo STRESSED";
     let sockets: Vec<_> = (0..GUESTS)
         .map(|number| out.join(format!("{number}.sock")))
         .collect();
@@ -218,7 +218,8 @@ pub fn anatomy(out: &Path) -> Result<Figures, Failure> {
             fs::write(out.join(format!("pagemap-{a:x}")), bytes).map_err(Failure::io("pagemap"))?;
             let file = fs::File::open(guest.proc().join("mem")).map_err(Failure::io("mem"))?;
             let mut bytes = vec![0; (b - a) as usize];
-            file.read_exact_at(&mut bytes, a).map_err(Failure::io("mem"))?;
+            file.read_exact_at(&mut bytes, a)
+                .map_err(Failure::io("mem"))?;
             fs::write(out.join("ram"), bytes).map_err(Failure::io("mem"))?;
         }
     }

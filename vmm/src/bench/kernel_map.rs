@@ -236,6 +236,7 @@ mod tests {
             file_len,
             guest_address: GuestAddress(address),
             mem_len,
+            is_writable: true,
         };
         [
             segment(0x1000, 0x3000, 0x100_0000, 0x3000),

@@ -22,6 +22,8 @@ const MACHINE_X86_64: u16 = 62;
 const MAX_PROGRAM_HEADERS: u16 = 64;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+/// Flag of a segment that is written to.
+const PF_W: u32 = 2;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry point.
 const PHYS32_ENTRY: u32 = 18;
 /// A note segment is read whole.
@@ -79,6 +81,8 @@ pub struct LoadSegment {
     pub guest_address: GuestAddress,
     /// Bytes in guest memory; those past `file_len` are zero.
     pub mem_len: u64,
+    /// Whether the kernel writes there as it runs, by the segment's flags.
+    pub is_writable: bool,
 }
 
 impl LoadSegment {
@@ -250,6 +254,7 @@ fn load_segment(
         file_len: filesz,
         guest_address: GuestAddress(paddr),
         mem_len: memsz,
+        is_writable: program.flags.get() & PF_W != 0,
     })
 }
 
@@ -342,6 +347,7 @@ pub(super) mod tests {
             file_len: 16,
             guest_address: GuestAddress(0x10_0000),
             mem_len: 0x1000,
+            is_writable: true,
         };
         assert_eq!(elf.segments, [segment]);
         assert_eq!(elf.entry, GuestAddress(0x10_0000));

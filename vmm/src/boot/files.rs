@@ -88,6 +88,7 @@ pub(super) fn share(
         file_len: range.end - range.start,
         guest_address: GuestAddress(segment.address_of(range.start)),
         mem_len: range.end - range.start,
+        ..*segment
     };
     let mut at = segment.file_offset;
     while let Some(data) = data_range(file, at, segment.file_end()).map_err(error)? {
@@ -154,6 +155,7 @@ mod tests {
             file_len: mib + 4,
             guest_address: GuestAddress(mib),
             mem_len: mib + 4,
+            is_writable: true,
         };
         copy(&memory, path, "kernel", &sparse, &segment).unwrap();
         let (head, tail) = (GuestAddress(mib), GuestAddress(2 * mib));

@@ -217,6 +217,7 @@ fn bzimage_kernel(
         file_len: image.kernel_len,
         guest_address: GuestAddress(address),
         mem_len,
+        is_writable: true,
     };
     Ok(Kernel {
         path: path.to_owned(),

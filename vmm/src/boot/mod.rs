@@ -224,7 +224,7 @@ pub struct Loaded {
 pub struct MappedKernel {
     /// The file.
     pub file: Arc<SharedFile>,
-    /// Guest physical addresses from its first segment to the end of its last.
+    /// Guest physical addresses of its text and read-only data, from the first segment that is not written to to the end of the last.
     pub addresses: Range<u64>,
 }
 
@@ -277,7 +277,7 @@ fn load_kernel(
         None => into.settled(path, file, kernel.is_cached),
         Some(_) => None,
     };
-    let (mut kernel_start, mut kernel_end) = (u64::MAX, 0);
+    let mut kernel_end = 0;
     for segment in &kernel.segments {
         let start = segment.guest_address.raw_value();
         // Segments were checked when parsed: they do not pass the end of the address space.
@@ -292,12 +292,19 @@ fn load_kernel(
         }
         // What lies past `file_len` is zero, as RAM is.
         into.put(path, "kernel", file, settled.as_ref(), segment)?;
-        kernel_start = kernel_start.min(start);
         kernel_end = kernel_end.max(end);
     }
-    let mapped = settled.map(|file| MappedKernel {
-        file,
-        addresses: kernel_start..kernel_end,
+    let mapped = settled.and_then(|file| {
+        let read_only = || {
+            kernel
+                .segments
+                .iter()
+                .filter(|segment| !segment.is_writable)
+        };
+        let start = read_only().map(|segment| segment.guest_address.raw_value());
+        let end = read_only().map(|segment| segment.guest_address.raw_value() + segment.mem_len);
+        let addresses = start.min()?..end.max()?;
+        Some(MappedKernel { file, addresses })
     });
     Ok((kernel_end, mapped))
 }
@@ -327,6 +334,7 @@ fn load_initrd(
         file_len: len,
         guest_address: address,
         mem_len: len,
+        is_writable: true,
     };
     let settled = into.settled(path, &file, false);
     into.put(path, "initrd", &file, settled.as_ref(), &segment)?;
@@ -414,6 +422,54 @@ mod tests {
         let loaded: [u8; 17] = memory.read_obj(GuestAddress(0x10_0000)).unwrap();
         assert_eq!(loaded[..16], [0xf4; 16]);
         assert_eq!(loaded[16], 0);
+    }
+
+    #[test]
+    fn shared_files_are_mapped_where_pages_allow_it_and_read_as_ever_elsewhere() {
+        const PAGE: u64 = memshare::PAGE_SIZE;
+        let folder = tempfile::tempdir().unwrap();
+        let memory = memory(8 << 20);
+        let shared = crate::vm::shared_memory(&memory, memshare::Limits::of_host(5, false));
+        let into = Destination {
+            memory: &memory,
+            shared: Some(&shared),
+            cache: &folder.path().join("cache"),
+        };
+        let bytes: Vec<u8> = (0..3 * PAGE + 100).map(|at| (at / 7) as u8).collect();
+        let source = file(&bytes);
+        let settled = into.settled(source.path(), source.as_file(), false);
+        let put = |file_offset, address| {
+            let segment = LoadSegment {
+                file_offset,
+                file_len: bytes.len() as u64 - file_offset,
+                guest_address: GuestAddress(address),
+                mem_len: 4 * PAGE,
+                is_writable: false,
+            };
+            let file = source.as_file();
+            into.put(source.path(), "initrd", file, settled.as_ref(), &segment)
+                .unwrap();
+            let mut loaded = vec![0; segment.file_len as usize];
+            memory
+                .read_slice(&mut loaded, segment.guest_address)
+                .unwrap();
+            assert!(loaded == bytes[file_offset as usize..], "{address:#x}");
+        };
+        put(0, 1 << 20);
+        put(512, 2 << 20);
+        put(PAGE + 512, (3 << 20) + 512);
+        let mapped: Vec<_> = shared
+            .mapped()
+            .iter()
+            .map(|run| (run.gfn * PAGE, run.pages, run.backing.offset))
+            .collect();
+        // Pages of the file lie on pages of the guest at the first and the last of the three places.
+        let expected = [(1 << 20, 3, 0), ((3 << 20) + PAGE, 1, 2 * PAGE)];
+        assert_eq!(mapped, expected);
+        // The file itself may change: guests have the copy in the cache.
+        source.as_file().set_len(0).unwrap();
+        let first: [u8; 8] = memory.read_obj(GuestAddress(1 << 20)).unwrap();
+        assert_eq!(first, bytes[..8]);
     }
 
     #[test]

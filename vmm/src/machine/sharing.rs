@@ -18,7 +18,7 @@ use vm_memory::GuestAddress;
 
 use super::{StartError, host};
 use crate::boot::MappedKernel;
-use crate::config::{DriveConfig, SharingConfig};
+use crate::config::{DriveConfig, ShareModeConfig, SharingConfig};
 use crate::reference::{self, Key};
 use crate::vm::{self, Brake, HugePages, Vm};
 
@@ -70,7 +70,10 @@ impl Plan {
             HugePages::Never => false,
             HugePages::HostPolicy => true,
         };
-        let limits = Limits::of_host(config.cpu_percent, huge_pages);
+        let limits = Limits {
+            zeros: config.mode == ShareModeConfig::All,
+            ..Limits::of_host(config.cpu_percent, huge_pages)
+        };
         Self {
             mode: config.mode.into(),
             place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
@@ -331,7 +334,7 @@ pub struct SharingReport {
     pub merged_pages: u64,
     /// Pages that were put in place by a read, in total.
     pub placed_pages: u64,
-    /// Pages of zeros that were read, and that take no memory, in total.
+    /// Pages of zeros that were read, or that the guest held, and that take no memory any more, in total.
     pub zero_pages: u64,
     /// Pages that were a file's until the guest wrote to them, in total, as far as is known.
     pub copied_pages: u64,

@@ -98,7 +98,7 @@ fn no_huge_pages(mapping: &MmapRegion) {
 }
 
 /// `memory` as memory that is shared.
-pub(super) fn shared(memory: &GuestMemory, limits: Limits) -> SharedMemory {
+pub(crate) fn shared(memory: &GuestMemory, limits: Limits) -> SharedMemory {
     let regions = memory.iter().map(|region| {
         // SAFETY: the range is the whole mapping of a region of RAM, anonymous and private as `region` made it, of whole pages as `map` checked, and
         // mapped as long as the clone of `memory` lives. Guest memory is accessed through raw pointers and system calls alone, and what is

@@ -29,6 +29,8 @@ mod vcpu;
 mod native_kvm;
 
 pub use memory::HugePages;
+#[cfg(test)]
+pub(crate) use memory::shared as shared_memory;
 pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
 pub use threads::{Brake, Held, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
