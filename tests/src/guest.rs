@@ -181,9 +181,18 @@ pub struct Guest {
 impl Guest {
     /// Waits until the console shows `text`; returns the time since the start.
     pub fn wait_for(&self, text: &str) -> Result<Duration, Failure> {
+        self.wait_since(self.started, text)
+    }
+
+    /// As [`Guest::wait_for`], of a guest that has been there for long.
+    pub fn wait_from_now(&self, text: &str) -> Result<Duration, Failure> {
+        self.wait_since(Instant::now(), text)
+    }
+
+    fn wait_since(&self, since: Instant, text: &str) -> Result<Duration, Failure> {
         let mut state = self.console.lock();
         while !state.0.contains(text) {
-            let left = PATIENCE.saturating_sub(self.started.elapsed());
+            let left = PATIENCE.saturating_sub(since.elapsed());
             if state.1 || left.is_zero() {
                 return Failure::claim(format!("the console never showed {text:?}"));
             }

@@ -191,6 +191,11 @@ pub const ALL: &[Scenario] = &[
     ),
     test("no_write_is_lost_while_pages_are_merged", share::stress),
     on_demand("share_anatomy", share::anatomy),
+    Scenario {
+        memory: density::MEMORY,
+        limit: density::LIMIT,
+        ..on_demand("sixty_four_guests_of_128_mib_live_in_8_gib", share::many)
+    },
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("pmem_bench", pmem::bench),

@@ -77,7 +77,7 @@ fn start(socket: &Path, disk: &Path, script: &str) -> Result<Guest, Failure> {
 /// Two guests read a disk; most of what they have of it is the file's own pages, and reads the same before and after.
 pub fn reads(out: &Path) -> Result<Figures, Failure> {
     let (disk, sum) = disk(out)?;
-    let script = "echo FIRST $(md5sum </dev/vdb) END; read x; echo SECOND $(md5sum </dev/vdb) END; sleep 100000";
+    let script = "echo FIRST $(md5sum </dev/vdb) END; read x; echo SECOND $(md5sum </dev/vdb) END; echo OVER; sleep 100000";
     let sockets = [out.join("a.sock"), out.join("b.sock")];
     let mut figures = Figures::new();
     let mut guests = Vec::new();
@@ -96,10 +96,7 @@ pub fn reads(out: &Path) -> Result<Figures, Failure> {
             ));
         }
         guest.type_in("\n")?;
-        let again = guest.wait_for("SECOND");
-        again?;
-        guest.wait_for("SECOND")?;
-        std::thread::sleep(Duration::from_millis(200));
+        guest.wait_for("OVER")?;
         let expected = format!("{sum} - END");
         let (first, second) = (guest.line("FIRST ")?, guest.line("SECOND ")?);
         if first != expected || second != expected {
@@ -166,6 +163,65 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
         ));
     }
     Ok(figures)
+}
+
+fn available_kib() -> Result<u64, Failure> {
+    let text = fs::read_to_string("/proc/meminfo").map_err(Failure::io("/proc/meminfo"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
+    kib.ok_or_else(|| Failure::Claim("the host does not say what memory is available".into()))
+}
+
+/// As many guests as have all of the host's memory for their own, all alive at once, and each with what it read and what it wrote.
+pub fn many(_: &Path) -> Result<Figures, Failure> {
+    const GUESTS: usize = 64;
+    /// Guests that boot at once.
+    const WAVE: usize = 4;
+    let mut guests: Vec<Guest> = Vec::new();
+    let before = available_kib()?;
+    for first in (0..GUESTS).step_by(WAVE) {
+        for guest in first..GUESTS.min(first + WAVE) {
+            let script = format!(
+                "mount -t ext4 -o ro /dev/vda /mnt; \
+                 yes guest{guest} | head -c 1048576 >/tmp/own; S=$(cat /tmp/own /mnt/data/40M | md5sum); echo READY $S; \
+                 read x; T=$(cat /tmp/own /mnt/data/40M | md5sum); echo AGAIN $T; echo OVER; sleep 100000"
+            );
+            let start = Start::new().args(&["--disk", "guest/bench.vhdx,ro"]);
+            guests.push(start.script(&script).spawn()?);
+        }
+        for guest in &guests[first..] {
+            guest.wait_for("READY ")?;
+        }
+        println!("lab: {} guests", guests.len());
+    }
+    std::thread::sleep(Duration::from_secs(20));
+    let after = available_kib()?;
+    let mut sums = std::collections::BTreeSet::new();
+    for guest in &mut guests {
+        guest.type_in("\n")?;
+        guest.wait_from_now("OVER")?;
+        let (first, second) = (guest.line("READY ")?, guest.line("AGAIN ")?);
+        if first != second {
+            return Failure::claim(format!("a guest had {first}, and now {second}"));
+        }
+        sums.insert(first);
+    }
+    if sums.len() != GUESTS {
+        return Failure::claim(format!(
+            "{} different checksums of {GUESTS} guests",
+            sums.len()
+        ));
+    }
+    Ok(Figures::from([
+        ("guests".into(), json!(GUESTS)),
+        (
+            "kib_a_guest".into(),
+            json!((before - after) / GUESTS as u64),
+        ),
+        ("available_kib_left".into(), json!(after)),
+    ]))
 }
 
 /// Temporary.
