@@ -21,6 +21,8 @@ pub const LIMIT: Duration = Duration::from_mins(40);
 /// The peer comes with its libraries; the lab's host has none.
 const PEER: &str = "peer/lib/ld-linux-x86-64.so.2 --library-path peer/lib peer/qemu -L peer/share";
 const WORKLOADS: &str = "read";
+/// Seconds of rest before each reading: Linux takes some to tell of what it has freed.
+const SETTLE: &str = "10";
 /// What the scenarios' names begin with; the name of a configuration follows.
 const PREFIX: &str = "density_";
 /// The file that the benchmark's guests read.
@@ -71,6 +73,8 @@ pub fn density(out: &Path) -> Result<Figures, Failure> {
     let common = [
         "--config",
         &configuration,
+        "--settle",
+        SETTLE,
         "--out",
         &folder,
         "--disk",

@@ -190,7 +190,6 @@ pub const ALL: &[Scenario] = &[
         density::check_two_guests,
     ),
     test("no_write_is_lost_while_pages_are_merged", share::stress),
-    on_demand("share_anatomy", share::anatomy),
     Scenario {
         memory: density::MEMORY,
         limit: density::LIMIT,
@@ -204,6 +203,7 @@ pub const ALL: &[Scenario] = &[
     density("density_share_boot"),
     density("density_share_read"),
     density("density_share_all"),
+    density("density_share_all_lean"),
     density("density_pmem"),
     density("density_qemu_microvm"),
     density("density_qemu_microvm_ksm"),

@@ -29,6 +29,8 @@ pub enum Configuration {
     ShareRead,
     /// `coppice run --share all`: both.
     ShareAll,
+    /// The same with `--lean`: the guest has no trace file system.
+    ShareAllLean,
     /// `coppice run --pmem`: the guest reads its disk in place, and shares as with `all`.
     Pmem,
     /// QEMU's microvm machine.
@@ -44,6 +46,7 @@ impl fmt::Display for Configuration {
             Self::ShareBoot => "share-boot",
             Self::ShareRead => "share-read",
             Self::ShareAll => "share-all",
+            Self::ShareAllLean => "share-all-lean",
             Self::Pmem => "pmem",
             Self::QemuMicrovm => "qemu-microvm",
             Self::QemuMicrovmKsm => "qemu-microvm-ksm",
@@ -56,18 +59,24 @@ impl Configuration {
     pub(super) fn is_coppice(self) -> bool {
         match self {
             Self::QemuMicrovm | Self::QemuMicrovmKsm => false,
-            Self::ShareOff | Self::ShareBoot | Self::ShareRead | Self::ShareAll | Self::Pmem => {
-                true
-            }
+            Self::ShareOff
+            | Self::ShareBoot
+            | Self::ShareRead
+            | Self::ShareAll
+            | Self::ShareAllLean
+            | Self::Pmem => true,
         }
     }
 
     /// Whether it is measured where nobody says what is to be: what is there, and each only under one name.
     pub(super) fn applies(self, options: &Options) -> bool {
         match self {
-            Self::ShareOff | Self::ShareBoot | Self::ShareRead | Self::ShareAll | Self::Pmem => {
-                true
-            }
+            Self::ShareOff
+            | Self::ShareBoot
+            | Self::ShareRead
+            | Self::ShareAll
+            | Self::ShareAllLean
+            | Self::Pmem => true,
             Self::QemuMicrovm => options.peer.is_there(),
             Self::QemuMicrovmKsm => options.peer.is_there() && super::ksm::can_be_set(),
         }
@@ -75,7 +84,7 @@ impl Configuration {
 
     /// Whether guests have their kernel compared with its reference image.
     pub(super) fn needs_reference(self) -> bool {
-        matches!(self, Self::ShareAll | Self::Pmem)
+        matches!(self, Self::ShareAll | Self::ShareAllLean | Self::Pmem)
     }
 
     /// How its guests see their disk.
@@ -86,6 +95,7 @@ impl Configuration {
             | Self::ShareBoot
             | Self::ShareRead
             | Self::ShareAll
+            | Self::ShareAllLean
             | Self::QemuMicrovm
             | Self::QemuMicrovmKsm => Device::Block,
         }
@@ -106,7 +116,7 @@ impl Configuration {
             Self::ShareOff => Some("off"),
             Self::ShareBoot => Some("boot"),
             Self::ShareRead => Some("read"),
-            Self::ShareAll => Some("all"),
+            Self::ShareAll | Self::ShareAllLean => Some("all"),
             Self::QemuMicrovm | Self::QemuMicrovmKsm => {
                 let merge = self == Self::QemuMicrovmKsm;
                 let format = format_of(disk)?;
@@ -134,6 +144,9 @@ impl Configuration {
             .arg(format!("{},ro", doubled_commas(disk)));
         if let Some(share) = share {
             command.args(["--share", share]);
+        }
+        if self == Self::ShareAllLean {
+            command.arg("--lean");
         }
         command.args(&options.run_arguments);
         command.arg("--cmdline").arg(cmdline);

@@ -170,6 +170,7 @@ impl<'a> Bench<'a> {
             | Configuration::ShareBoot
             | Configuration::ShareRead
             | Configuration::ShareAll
+            | Configuration::ShareAllLean
             | Configuration::Pmem
             | Configuration::QemuMicrovm => None,
         };

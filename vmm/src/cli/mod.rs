@@ -182,6 +182,11 @@ pub struct RunArguments {
     /// Put reads of at least so many KiB in one piece in place without a copy, instead of merging them later.
     #[arg(long, value_name = "KIB")]
     pub share_place: Option<u32>,
+    /// Have Linux do without its trace file system: 8 MiB less for each guest, with kernels before 6.6.
+    ///
+    /// `initcall_blacklist=event_trace_init,tracer_init_tracefs` is added to the kernel command line, unless that has an `initcall_blacklist`.
+    #[arg(long)]
+    pub lean: bool,
     /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
     #[arg(long)]
     pub huge_pages: bool,
@@ -287,6 +292,13 @@ impl RunArguments {
             if source.boot_args.replace(cmdline).is_some() {
                 return Err(conflict("--cmdline", "boot-source.boot_args"));
             }
+        }
+        if self.lean {
+            let source = config
+                .boot_source
+                .as_mut()
+                .ok_or(UsageError::NeedsKernel("--lean"))?;
+            source.lean = true;
         }
         for disk in self.disk {
             let drive =

@@ -23,6 +23,9 @@ pub struct BootSourceConfig {
     /// How the kernel is entered. Not in Firecracker.
     #[serde(default)]
     pub boot_protocol: BootProtocol,
+    /// Linux does without what costs a small guest much memory and it hardly uses: its trace file system. Not in Firecracker.
+    #[serde(default)]
+    pub lean: bool,
 }
 
 /// How a kernel is entered: see [`boot::Protocol`].

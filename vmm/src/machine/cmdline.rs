@@ -42,16 +42,27 @@ impl<'a> Root<'a> {
     }
 }
 
+/// What Linux is to do about its memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wanted {
+    /// Tell of free pages one by one, see [`report_every_page`].
+    pub(super) reporting: bool,
+    /// Make no file of each of its trace events: before Linux 6.6, some ten thousand inodes in every guest.
+    pub(super) lean: bool,
+}
+
+const LEAN: &str = "initcall_blacklist=event_trace_init,tracer_init_tracefs";
+
 /// Completes the command line that was given, or the default one.
 ///
 /// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
-/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. Where the balloon has
-/// `reporting`, see [`report_every_page`].
+/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. What is `wanted` of the
+/// guest's memory is told, unless the command line speaks of it.
 pub(super) fn complete(
     given: Option<&str>,
     root: Option<Root<'_>>,
     virtio: &[MmioDevice],
-    reporting: bool,
+    wanted: Wanted,
 ) -> String {
     let mut cmdline = given.unwrap_or(boot::DEFAULT_CMDLINE).to_owned();
     if let Some(root) = root {
@@ -65,8 +76,11 @@ pub(super) fn complete(
             cmdline = format!("{cmdline} {}", device.cmdline());
         }
     }
-    if reporting {
+    if wanted.reporting {
         cmdline = report_every_page(cmdline);
+    }
+    if wanted.lean && !cmdline.contains("initcall_blacklist=") {
+        cmdline = format!("{cmdline} {LEAN}");
     }
     cmdline
 }
@@ -93,8 +107,14 @@ mod tests {
 
     #[test]
     fn what_was_given_stays_as_it_is() {
-        assert_eq!(complete(Some("quiet"), None, &[DEVICE], false), "quiet");
-        assert_eq!(complete(None, None, &[], false), boot::DEFAULT_CMDLINE);
+        assert_eq!(
+            complete(Some("quiet"), None, &[DEVICE], Wanted::default()),
+            "quiet"
+        );
+        assert_eq!(
+            complete(None, None, &[], Wanted::default()),
+            boot::DEFAULT_CMDLINE
+        );
     }
 
     #[test]
@@ -102,20 +122,36 @@ mod tests {
         let mut root = DriveConfig::new("root", "root.vhdx");
         root.is_read_only = true;
         assert_eq!(
-            complete(Some("quiet"), Some(Root::Drive(&root)), &[], false),
+            complete(
+                Some("quiet"),
+                Some(Root::Drive(&root)),
+                &[],
+                Wanted::default()
+            ),
             "quiet root=/dev/vda ro"
         );
         root.partuuid = Some("0eaa91a0-01".into());
         root.is_read_only = false;
         assert_eq!(
-            complete(Some("quiet"), Some(Root::Drive(&root)), &[], false),
+            complete(
+                Some("quiet"),
+                Some(Root::Drive(&root)),
+                &[],
+                Wanted::default()
+            ),
             "quiet root=PARTUUID=0eaa91a0-01 rw"
         );
     }
 
     #[test]
     fn free_pages_are_reported_one_by_one_unless_the_user_says_otherwise() {
-        let with = |given| complete(Some(given), None, &[], true);
+        let with = |given| {
+            let wanted = Wanted {
+                reporting: true,
+                ..Wanted::default()
+            };
+            complete(Some(given), None, &[], wanted)
+        };
         assert_eq!(with("quiet"), "quiet page_reporting.page_reporting_order=0");
         let given = "quiet page_reporting.page_reporting_order=9";
         assert_eq!(with(given), given);
@@ -138,10 +174,21 @@ mod tests {
             assert!(Root::of(&config).is_none());
             config.pmem[1].root_device = true;
             assert_eq!(
-                complete(Some("quiet"), Root::of(&config), &[], false),
+                complete(Some("quiet"), Root::of(&config), &[], Wanted::default()),
                 format!("quiet root=/dev/pmem0 {word} rootflags=dax")
             );
         }
+    }
+
+    #[test]
+    fn a_lean_guest_has_no_trace_events_unless_the_user_says_otherwise() {
+        let wanted = Wanted {
+            lean: true,
+            ..Wanted::default()
+        };
+        let with = |given| complete(Some(given), None, &[], wanted);
+        assert_eq!(with("quiet"), format!("quiet {LEAN}"));
+        assert_eq!(with("initcall_blacklist=x"), "initcall_blacklist=x");
     }
 
     #[test]
@@ -152,7 +199,7 @@ mod tests {
             ..DEVICE
         };
         assert_eq!(
-            complete(Some("acpi=off"), None, &[DEVICE, second], false),
+            complete(Some("acpi=off"), None, &[DEVICE, second], Wanted::default()),
             "acpi=off virtio_mmio.device=0x1000@0xc0001000:5 virtio_mmio.device=0x1000@0xc0002000:6"
         );
     }

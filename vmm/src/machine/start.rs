@@ -9,8 +9,9 @@ use devices::legacy::{PowerEvent, PowerSink};
 use event_manager::SubscriberOps;
 
 use super::builder::{Builder, attach_pmem};
+use super::cmdline::{self, Wanted};
 use super::sharing::{MappedFrom, Plan};
-use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, cmdline};
+use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
 use crate::boot::{self, BootSource, Loaded, Protocol};
 use crate::config::VmConfig;
 use crate::vm::{Vm, VmSettings};
@@ -89,7 +90,10 @@ impl Machine {
                 source.boot_args.as_deref(),
                 cmdline::Root::of(config),
                 &virtio,
-                reporting,
+                Wanted {
+                    reporting,
+                    lean: source.lean,
+                },
             ),
             protocol: Protocol::from(source.boot_protocol),
         };
