@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::{fmt, io};
 
@@ -45,6 +46,8 @@ pub struct SharedFile {
     path: PathBuf,
     identity: FileIdentity,
     stamp: Stamp,
+    /// Kinds of change that were told of, a bit each.
+    told: AtomicU8,
 }
 
 impl fmt::Debug for SharedFile {
@@ -106,6 +109,18 @@ impl SharedFile {
             Ok(())
         }
     }
+
+    /// Notes that a change is told of: whether it is the first of all, or `None` where one of its kind was told before.
+    pub(crate) fn note(&self, change: FileChange) -> Option<bool> {
+        let kind = match change {
+            FileChange::Written => 1,
+            FileChange::Truncated { .. } => 2,
+            FileChange::Gone => 4,
+        };
+        // Nothing else is ordered by it.
+        let before = self.told.fetch_or(kind, Ordering::Relaxed);
+        (before & kind == 0).then_some(before == 0)
+    }
 }
 
 /// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its locks.
@@ -115,6 +130,12 @@ pub struct FileRegistry {
 }
 
 impl FileRegistry {
+    /// The files that somebody refers to.
+    pub fn known(&self) -> Vec<Arc<SharedFile>> {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// The record of `file`: the one there is, under whatever descriptor the file was opened before, or a new one.
     ///
     /// # Errors
@@ -140,6 +161,7 @@ impl FileRegistry {
             path: std::fs::read_link(link).unwrap_or_default(),
             identity,
             stamp,
+            told: AtomicU8::new(0),
         });
         files.retain(|known| known.strong_count() > 0);
         files.push(Arc::downgrade(&shared));

@@ -66,6 +66,8 @@ pub struct Stats {
     pub held_nanoseconds: AtomicU64,
     /// The longest of those times, in nanoseconds.
     pub longest_hold_nanoseconds: AtomicU64,
+    /// Files that have changed under the guest.
+    pub changed_files: AtomicU64,
     /// CPU time of the merger, in nanoseconds.
     pub cpu_nanoseconds: AtomicU64,
     refused: [AtomicU64; Refusal::NAMES.len()],
