@@ -97,16 +97,18 @@ impl SharedMemory {
 
     /// The files that back pages, or may come to, and are not as they were, with what has become of them.
     pub fn changed_files(&self) -> Vec<(Arc<SharedFile>, FileChange)> {
+        let mut files = self.state().others.clone();
+        files.extend(self.files().known());
         let changed = |file: Arc<SharedFile>| Some((file.check().err()?, file));
-        let changed = self.files().known().into_iter().filter_map(changed);
+        let changed = files.into_iter().filter_map(changed);
         changed
-            // What was taken from the guest before it was written to may be remembered for a moment.
-            .filter(|(_, file)| self.uses(file))
+            .filter(|(_, file)| self.is_in_use(file))
             .map(|(change, file)| (file, change))
             .collect()
     }
 
-    fn uses(&self, file: &Arc<SharedFile>) -> bool {
+    /// What was taken from the guest, so that it can be written to, may be remembered for a moment.
+    fn is_in_use(&self, file: &Arc<SharedFile>) -> bool {
         let state = self.state();
         let mut runs = state.mapped.runs().chain(state.candidates.runs());
         runs.any(|run| Arc::ptr_eq(&run.backing.file, file))

@@ -164,6 +164,11 @@ impl SharedMemory {
         &self.stats
     }
 
+    /// Where the memory is.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
     /// The bounds of the work.
     pub fn limits(&self) -> &Limits {
         &self.limits

@@ -376,7 +376,10 @@ fn each_kind_of_change_is_told_of_once_and_only_while_the_file_backs_pages() {
     let told = Arc::new(std::sync::Mutex::new(Vec::new()));
     let changes = told.clone();
     memory.on_change(Box::new(move |file, change| {
-        changes.lock().unwrap().push((file.path().to_owned(), change));
+        changes
+            .lock()
+            .unwrap()
+            .push((file.path().to_owned(), change));
     }));
     let shared = memory.files().share(&file).unwrap();
     memory.map(START, 2 * PAGE_SIZE, &shared, 0).unwrap();

@@ -68,6 +68,8 @@ impl<'a> Builder<'a> {
         for drive in root.chain(others) {
             let mut block = new_block(drive)?;
             block.share(plan.of_drive(drive));
+            let faults = plan.faults().clone();
+            block.on_fault(Arc::new(move || faults.request_failed()));
             let device = Arc::new(Mutex::new(block));
             self.add_virtio(device.clone())?;
             self.subscribers.push(device.clone());

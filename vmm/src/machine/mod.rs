@@ -12,6 +12,7 @@ mod balloon;
 mod builder;
 mod cmdline;
 mod drive_job;
+mod faults;
 mod sharing;
 mod start;
 

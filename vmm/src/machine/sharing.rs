@@ -16,9 +16,13 @@ use memshare::{
 use serde::Serialize;
 use vm_memory::GuestAddress;
 
+use super::faults::Faults;
+use super::start::OnEnd;
 use super::{StartError, host};
 use crate::boot::MappedKernel;
-use crate::config::{DriveConfig, SharingConfig};
+use crate::config::{DriveConfig, VmConfig};
+use crate::fault::FaultWatch;
+use crate::pmem::Pmem;
 use crate::reference::{self, Key};
 use crate::vm::{self, Brake, HugePages, Vm};
 
@@ -62,20 +66,44 @@ pub(super) struct Plan {
     mode: ShareMode,
     place_from: Option<u64>,
     memory: Arc<SharedMemory>,
+    faults: Arc<Faults>,
+    watch: Option<FaultWatch>,
 }
 
 impl Plan {
-    pub(super) fn new(vm: &Vm, config: &SharingConfig, huge_pages: HugePages) -> Self {
-        let huge_pages = match huge_pages {
+    /// Where anything of the guest's memory is a file's, that is watched from now on.
+    pub(super) fn new(
+        vm: &Vm,
+        config: &VmConfig,
+        pmem: &[(String, Pmem)],
+        on_end: OnEnd,
+    ) -> Result<Self, StartError> {
+        let huge_pages = match config.machine_config.huge_pages.into() {
             HugePages::Never => false,
             HugePages::HostPolicy => true,
         };
+        let config = &config.sharing;
         let limits = Limits::of_host(config.cpu_percent, huge_pages);
-        Self {
-            mode: config.mode.into(),
+        let mode = ShareMode::from(config.mode);
+        let memory = Arc::new(vm.share(limits));
+        let windows = pmem.iter().map(|(_, pmem)| pmem.memory().clone()).collect();
+        let faults = Faults::new(memory.clone(), windows, on_end);
+        let watch = (mode > ShareMode::Off || !pmem.is_empty())
+            .then(|| faults.watch())
+            .transpose()
+            .map_err(host("thread that watches over guest memory"))?;
+        Ok(Self {
+            mode,
             place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
-            memory: Arc::new(vm.share(limits)),
-        }
+            memory,
+            faults,
+            watch,
+        })
+    }
+
+    /// Who is to know of lost pages.
+    pub(super) fn faults(&self) -> &Arc<Faults> {
+        &self.faults
     }
 
     /// Whether all is shared that can be.
@@ -134,6 +162,7 @@ impl Plan {
             memory: self.memory,
             still,
             merger,
+            _watch: self.watch,
         })
     }
 }
@@ -215,6 +244,7 @@ pub(super) struct Sharing {
     still: Arc<dyn StandStill>,
     /// Ends before anything that it holds still.
     merger: Option<Merger>,
+    _watch: Option<FaultWatch>,
 }
 
 impl Sharing {
@@ -244,6 +274,7 @@ impl Sharing {
     /// What is shared now.
     pub(super) fn report(&self) -> std::io::Result<SharingReport> {
         self.memory.refresh();
+        self.memory.look_at_files();
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let stats = self.memory.stats();
         let usage = self.memory.usage()?;
@@ -268,6 +299,7 @@ impl Sharing {
             copied_pages: get(&stats.copied),
             noted_pages: get(&stats.noted),
             refused_pages: refused.into_iter().collect(),
+            changed_files: get(&stats.changed_files),
             given_back_bytes: get(&stats.given_back),
             holds: get(&stats.holds),
             held_microseconds: microseconds(&stats.held_nanoseconds),
@@ -339,6 +371,8 @@ pub struct SharingReport {
     pub noted_pages: u64,
     /// Pages that were not shared, by reason, in total.
     pub refused_pages: std::collections::BTreeMap<&'static str, u64>,
+    /// Files that have changed under the guest although they were not to.
+    pub changed_files: u64,
     /// Bytes that the guest gave back, in total.
     pub given_back_bytes: u64,
     /// Times that the guest was held for an exchange.

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use memshare::{PAGE_SIZE, Window};
+use memshare::{Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window};
 use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
@@ -100,6 +100,8 @@ pub(super) struct MappedDisk {
     window: Arc<Window>,
     /// What keeps the mapped space of the files as it is.
     tickets: Mutex<Vec<Ticket>>,
+    /// Which pages are files', from the first of the window on.
+    table: Table,
     figures: Figures,
 }
 
@@ -119,6 +121,7 @@ impl MappedDisk {
             disk: disk.clone(),
             window: window.clone(),
             tickets: Mutex::default(),
+            table: Table::default(),
             figures: Figures::default(),
         };
         let mut mapper = Mapper {
@@ -129,6 +132,8 @@ impl MappedDisk {
             run: None,
             end: 0,
             copied_to: 0,
+            files: FileRegistry::default(),
+            table: Table::default(),
             figures: Figures::default(),
         };
         let mut extents = Vec::new();
@@ -141,9 +146,8 @@ impl MappedDisk {
                 mapper.add(&extent)?;
             }
         }
-        let figures = mapper.finish()?;
-        budget.0 -= figures.mappings;
-        mapped.figures = figures;
+        (mapped.table, mapped.figures) = mapper.finish()?;
+        budget.0 -= mapped.figures.mappings;
         Ok(mapped)
     }
 
@@ -157,6 +161,25 @@ impl MappedDisk {
 
     pub(super) fn window(&self) -> &Arc<Window> {
         &self.window
+    }
+
+    /// The first page that is a file's and cannot be read any more, with its offset in the window as its address.
+    pub(super) fn lost_page(&self) -> Option<LostPage> {
+        self.table.lost_page()
+    }
+
+    /// The files that are mapped.
+    pub(super) fn files(&self) -> Vec<Arc<SharedFile>> {
+        let mut files: Vec<Arc<SharedFile>> = Vec::new();
+        for run in self.table.runs() {
+            if !files
+                .iter()
+                .any(|file| Arc::ptr_eq(file, &run.backing.file))
+            {
+                files.push(run.backing.file);
+            }
+        }
+        files
     }
 
     pub(super) fn figures(&self) -> Figures {
@@ -203,6 +226,8 @@ struct Mapper<'a> {
     end: u64,
     /// What lies before this is not copied again.
     copied_to: u64,
+    files: FileRegistry,
+    table: Table,
     figures: Figures,
 }
 
@@ -278,10 +303,23 @@ impl Mapper<'_> {
         }
         self.window
             .map_file(run.at, run.len, &run.file, run.file_offset)
-            .map_err(failed)
+            .map_err(failed)?;
+        self.table.insert(memshare::Run {
+            gfn: run.at / PAGE_SIZE,
+            pages: run.len / PAGE_SIZE,
+            backing: Backing {
+                file: self.files.share(&run.file).map_err(failed)?,
+                offset: run.file_offset,
+                state: PageState::Mapped {
+                    since: 0,
+                    strikes: 0,
+                },
+            },
+        });
+        Ok(())
     }
 
-    fn finish(mut self) -> Result<Figures, MapError> {
+    fn finish(mut self) -> Result<(Table, Figures), MapError> {
         if let Some(run) = self.run.take() {
             self.map_run(&run)?;
         }
@@ -292,6 +330,6 @@ impl Mapper<'_> {
                 left: self.limit,
             });
         }
-        Ok(self.figures)
+        Ok((self.table, self.figures))
     }
 }
