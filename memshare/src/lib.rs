@@ -36,7 +36,7 @@ mod window;
 #[cfg(test)]
 mod tests;
 
-pub use file::{FileChange, FileIdentity, FileRegistry, SharedFile};
+pub use file::{Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile};
 pub use lost::{LostPage, OnChange};
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
 pub use merger::Merger;

@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use crate::file::{FileIdentity, FileRegistry, SharedFile};
+use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
 use crate::lost::OnChange;
 use crate::policy::Limits;
 use crate::stats::{Refusal, Stats, add};
@@ -290,8 +290,10 @@ impl SharedMemory {
         if count == 0 {
             return;
         }
-        let Ok(file) = self.files.share(file) else {
-            return self.stats.refuse(Refusal::Unreadable, count);
+        let file = match self.files.share(file) {
+            Ok(file) => file,
+            Err(ShareError::Foreign) => return self.stats.refuse(Refusal::Domain, count),
+            Err(ShareError::Host(_)) => return self.stats.refuse(Refusal::Unreadable, count),
         };
         let now = self.now();
         let mut state = self.state();

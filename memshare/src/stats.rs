@@ -25,11 +25,13 @@ pub enum Refusal {
     FileChanged,
     /// The file could not be read.
     Unreadable,
+    /// Guests of another domain have the file.
+    Domain,
 }
 
 impl Refusal {
     /// All, with the names they have in metrics.
-    pub const NAMES: [(Self, &str); 10] = [
+    pub const NAMES: [(Self, &str); 11] = [
         (Self::Unaligned, "unaligned"),
         (Self::Partial, "partial"),
         (Self::Split, "split"),
@@ -40,6 +42,7 @@ impl Refusal {
         (Self::MapLimit, "map_limit"),
         (Self::FileChanged, "file_changed"),
         (Self::Unreadable, "unreadable"),
+        (Self::Domain, "domain"),
     ];
 }
 

@@ -499,3 +499,19 @@ fn no_write_is_lost_while_pages_are_merged() {
     );
     assert!(memory.stats().cpu_nanoseconds.load(Ordering::Relaxed) > 0);
 }
+
+#[test]
+fn a_file_that_is_not_admitted_is_read_and_not_shared() {
+    let (memory, own, foreign) = (memory(limits()), file(1), file(2));
+    let admitted = own.clone();
+    memory
+        .files()
+        .admit_by(Box::new(move |file| Arc::ptr_eq(file, &admitted)));
+    read(&memory, 0, 4, &own, 1, 0);
+    read(&memory, 8, 4, &foreign, 2, 0);
+    assert!(!memory.place(START + 16 * PAGE_SIZE, PAGE_SIZE, &foreign, 0));
+    assert_eq!(merge(&memory, &Gate::default()), Progress::Done);
+    assert_eq!(memory.stats().merged.load(Ordering::Relaxed), 4);
+    assert_eq!(memory.stats().refused(Refusal::Domain), 4);
+    assert!(window(&memory).0.holds(8 * PAGE_SIZE, &content(2, 0)));
+}

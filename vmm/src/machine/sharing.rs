@@ -11,11 +11,13 @@ use std::time::Duration;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::DriveSharing;
 use memshare::{
-    IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode, SharedMemory, StandStill,
+    FileIdentity, IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode,
+    SharedMemory, StandStill,
 };
 use serde::Serialize;
 use vm_memory::GuestAddress;
 
+use super::domain::SharingDomain;
 use super::faults::Faults;
 use super::start::OnEnd;
 use super::{StartError, host};
@@ -86,6 +88,10 @@ impl Plan {
         let limits = Limits::of_host(config.cpu_percent, huge_pages);
         let mode = ShareMode::from(config.mode);
         let memory = Arc::new(vm.share(limits));
+        let domain = SharingDomain::of(config);
+        memory
+            .files()
+            .admit_by(Box::new(move |file| domain.admits(file)));
         let windows = pmem.iter().map(|(_, pmem)| pmem.memory().clone()).collect();
         let faults = Faults::new(memory.clone(), windows, on_end);
         let watch = (mode > ShareMode::Off || !pmem.is_empty())
@@ -173,6 +179,7 @@ pub(super) struct MappedFrom {
     pub(super) path: PathBuf,
     pub(super) cmdline: String,
     pub(super) vcpus: u8,
+    pub(super) domain: Option<String>,
 }
 
 impl MappedFrom {
@@ -222,6 +229,7 @@ impl MappedFrom {
                 "--cpus",
                 &self.vcpus.to_string(),
             ])
+            .args(self.domain.iter().flat_map(|name| ["--share-domain", name]))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -319,7 +327,7 @@ impl Unsharing {
     /// Takes every page of the files from the guest, so that they can be written to.
     pub(super) fn unshare(&self, files: &[Arc<File>]) -> std::io::Result<()> {
         for file in files {
-            let file = self.memory.files().share(file)?.identity();
+            let file = FileIdentity::of(file)?;
             for attempt in 1.. {
                 match self.memory.unshare(file, &*self.still) {
                     // A device is in use for a moment.

@@ -92,6 +92,7 @@ impl Machine {
                 reporting,
             ),
             protocol: Protocol::from(source.boot_protocol),
+            domain: config.sharing.domain.clone(),
         };
         let Loaded { state, kernel } = boot::load(
             vm.memory(),
@@ -120,6 +121,7 @@ impl Machine {
                     path: boot_source.kernel,
                     cmdline: boot_source.cmdline,
                     vcpus: config.machine_config.vcpu_count,
+                    domain: boot_source.domain,
                 });
                 let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
                 Ok((sharing, vcpus))

@@ -106,8 +106,18 @@ pub(super) struct MappedDisk {
 }
 
 impl MappedDisk {
-    /// Maps all of a disk. Behind its end there are zeros, to a whole number of 2 MiB.
+    /// Maps all of a disk.
+    #[cfg(test)]
     pub(super) fn new(disk: &Arc<dyn Disk>, budget: &mut MapBudget) -> Result<Self, MapError> {
+        Self::of(disk, budget, &|_| true)
+    }
+
+    /// Maps what `admits` lets be shared of a disk, and copies the rest. Behind its end there are zeros, to a whole number of 2 MiB.
+    pub(super) fn of(
+        disk: &Arc<dyn Disk>,
+        budget: &mut MapBudget,
+        admits: &dyn Fn(&Arc<File>) -> bool,
+    ) -> Result<Self, MapError> {
         let size = disk.geometry().size;
         let len = size.next_multiple_of(UNIT);
         let failed = |source| MapError::Host { len, source };
@@ -132,6 +142,8 @@ impl MappedDisk {
             run: None,
             end: 0,
             copied_to: 0,
+            admits,
+            asked: None,
             files: FileRegistry::default(),
             table: Table::default(),
             figures: Figures::default(),
@@ -226,6 +238,9 @@ struct Mapper<'a> {
     end: u64,
     /// What lies before this is not copied again.
     copied_to: u64,
+    /// Whether a file that does not change may be shared, and the last answer.
+    admits: &'a dyn Fn(&Arc<File>) -> bool,
+    asked: Option<(Arc<File>, bool)>,
     files: FileRegistry,
     table: Table,
     figures: Figures,
@@ -239,7 +254,8 @@ impl Mapper<'_> {
         };
         let (start, end) = (extent.offset, extent.offset + extent.len);
         let (first, last) = (start.next_multiple_of(PAGE_SIZE), end - end % PAGE_SIZE);
-        if start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last {
+        let is_apart = start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last;
+        if is_apart || !self.is_admitted(file) {
             return self.copy(start, end);
         }
         // The pages at its ends are others' as well.
@@ -251,6 +267,21 @@ impl Mapper<'_> {
             file_offset: file_offset + (first - start),
         })?;
         self.copy(last, end)
+    }
+
+    /// A file that this guest writes to is nobody else's anyway.
+    fn is_admitted(&mut self, file: &Arc<File>) -> bool {
+        if !self.disk.is_settled(file) {
+            return true;
+        }
+        match &self.asked {
+            Some((last, answer)) if Arc::ptr_eq(last, file) => *answer,
+            Some(_) | None => {
+                let answer = (self.admits)(file);
+                self.asked = Some((file.clone(), answer));
+                answer
+            }
+        }
     }
 
     /// Copies the pages that a range touches, zeros after the end of the disk among them.
@@ -308,7 +339,10 @@ impl Mapper<'_> {
             gfn: run.at / PAGE_SIZE,
             pages: run.len / PAGE_SIZE,
             backing: Backing {
-                file: self.files.share(&run.file).map_err(failed)?,
+                file: self
+                    .files
+                    .share(&run.file)
+                    .map_err(|error| failed(error.into()))?,
                 offset: run.file_offset,
                 state: PageState::Mapped {
                     since: 0,

@@ -14,6 +14,7 @@ mod map;
 mod tests;
 mod writeback;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -115,7 +116,8 @@ impl PmemMemory {
 }
 
 impl Pmem {
-    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses.
+    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses. Files that
+    /// `admits` refuses are copied.
     ///
     /// # Errors
     /// [`PmemError`].
@@ -124,6 +126,7 @@ impl Pmem {
         vm: &mut Vm,
         interrupt: Arc<Interrupt>,
         budget: &mut MapBudget,
+        admits: &dyn Fn(&Arc<File>) -> bool,
     ) -> Result<Self, PmemError> {
         let options = OpenOptions {
             read_only: !config.mode().keeps(),
@@ -135,7 +138,7 @@ impl Pmem {
             ..OpenOptions::default()
         };
         let disk = storage::open(&config.path_on_host, &options)?;
-        let disk = MappedDisk::new(&disk, budget).map_err(|source| PmemError::Map {
+        let disk = MappedDisk::of(&disk, budget, admits).map_err(|source| PmemError::Map {
             path: config.path_on_host.clone(),
             source,
         })?;
