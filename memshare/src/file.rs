@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::{fmt, io};
 
 /// Which file it is, on this host.
@@ -13,6 +14,16 @@ pub struct FileIdentity {
     pub device: u64,
     /// The file in it.
     pub inode: u64,
+}
+
+impl FileIdentity {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// Where it cannot be examined.
+    pub fn of(file: &File) -> io::Result<Self> {
+        Ok(stamp(file)?.0)
+    }
 }
 
 /// What changes with a file's content, if it is changed by the usual means.
@@ -45,6 +56,8 @@ pub struct SharedFile {
     path: PathBuf,
     identity: FileIdentity,
     stamp: Stamp,
+    /// Kinds of change that were told of, a bit each.
+    told: AtomicU8,
 }
 
 impl fmt::Debug for SharedFile {
@@ -106,26 +119,84 @@ impl SharedFile {
             Ok(())
         }
     }
+
+    /// Notes that a change is told of: whether it is the first of all, or `None` where one of its kind was told before.
+    pub(crate) fn note(&self, change: FileChange) -> Option<bool> {
+        let kind = match change {
+            FileChange::Written => 1,
+            FileChange::Truncated { .. } => 2,
+            FileChange::Gone => 4,
+        };
+        // Nothing else is ordered by it.
+        let before = self.told.fetch_or(kind, Ordering::Relaxed);
+        (before & kind == 0).then_some(before == 0)
+    }
 }
 
+/// Why a file is not shared.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// It cannot be examined.
+    #[error(transparent)]
+    Host(#[from] io::Error),
+    /// Whoever runs the guest says no.
+    #[error("guests that this one shares nothing with have the file")]
+    Foreign,
+}
+
+impl From<ShareError> for io::Error {
+    fn from(error: ShareError) -> Self {
+        match error {
+            ShareError::Host(error) => error,
+            ShareError::Foreign => Self::other(error),
+        }
+    }
+}
+
+/// Says whether the pages of a file may be shared at all; asked often of a file that may not, and seldom of one that may.
+pub type Admission = dyn Fn(&Arc<File>) -> bool + Send + Sync;
+
 /// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its locks.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct FileRegistry {
     files: Mutex<Vec<Weak<SharedFile>>>,
+    admission: OnceLock<Box<Admission>>,
+}
+
+impl fmt::Debug for FileRegistry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FileRegistry").field(&self.files).finish()
+    }
 }
 
 impl FileRegistry {
+    /// Has `admits` asked of each file before it is shared. Only the first call counts.
+    pub fn admit_by(&self, admits: Box<Admission>) {
+        if self.admission.set(admits).is_err() {
+            tracing::debug!("somebody is asked about files already");
+        }
+    }
+
+    /// The files that somebody refers to.
+    pub fn known(&self) -> Vec<Arc<SharedFile>> {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.iter().filter_map(Weak::upgrade).collect()
+    }
+
     /// The record of `file`: the one there is, under whatever descriptor the file was opened before, or a new one.
     ///
     /// # Errors
-    /// Where the file cannot be examined.
-    pub fn share(&self, file: &Arc<File>) -> io::Result<Arc<SharedFile>> {
+    /// [`ShareError`].
+    pub fn share(&self, file: &Arc<File>) -> Result<Arc<SharedFile>, ShareError> {
         use std::os::fd::AsRawFd;
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         let known = files.iter().filter_map(Weak::upgrade);
         // The common case, without a system call.
         if let Some(same) = known.clone().find(|known| Arc::ptr_eq(&known.file, file)) {
             return Ok(same);
+        }
+        if self.admission.get().is_some_and(|admits| !admits(file)) {
+            return Err(ShareError::Foreign);
         }
         let (identity, stamp) = stamp(file)?;
         if let Some(same) = known
@@ -140,6 +211,7 @@ impl FileRegistry {
             path: std::fs::read_link(link).unwrap_or_default(),
             identity,
             stamp,
+            told: AtomicU8::new(0),
         });
         files.retain(|known| known.strong_count() > 0);
         files.push(Arc::downgrade(&shared));

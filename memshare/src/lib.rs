@@ -18,12 +18,13 @@
 //! - [`SharedMemory`] joins them for a guest, and [`Merger`] is the thread that turns copies into shared pages, off the path of any request.
 //!
 //! What can go wrong leaves the guest with more memory of its own, never with other bytes: a limit that is reached, a merger that is killed, a
-//! file that changes. A file that is cut under a mapping cannot be helped: who touches the page gets `SIGBUS`, and
-//! [`SharedMemory::lost_page`] says which page that is.
+//! file that changes. A file that is cut under a mapping cannot be helped: who touches the page gets `SIGBUS`, and [`SharedMemory::lost_page`] says
+//! which page that is. [`SharedMemory::on_change`] tells of it before, where the merger finds out first.
 //!
 //! The crate knows nothing of KVM or virtio: [`StandStill`] is what it needs of a guest.
 
 mod file;
+mod lost;
 mod memory;
 mod merge;
 mod merger;
@@ -36,7 +37,8 @@ mod zeros;
 #[cfg(test)]
 mod tests;
 
-pub use file::{FileChange, FileIdentity, FileRegistry, SharedFile};
+pub use file::{Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile};
+pub use lost::{LostPage, OnChange};
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
 pub use merger::Merger;
 pub use policy::{Limits, ShareMode, ShareModeError};

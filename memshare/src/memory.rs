@@ -11,14 +11,15 @@
 //! under one lock. Who writes
 //! to guest memory from outside (a device, on behalf of a request) is kept from doing so by [`StandStill`] where a page is exchanged.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use crate::file::{FileChange, FileIdentity, FileRegistry, SharedFile};
+use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
+use crate::lost::OnChange;
 use crate::policy::Limits;
 use crate::stats::{Refusal, Stats, add};
 use crate::table::{Backing, PageState, Run, Table};
@@ -71,6 +72,8 @@ pub(crate) struct State {
     pub candidates: Table,
 
     pub references: Vec<Reference>,
+    /// Files that back other memory of the guest.
+    pub others: Vec<Arc<SharedFile>>,
     /// Somebody wants the merger to look, or to end.
     pub stirred: bool,
     pub ending: bool,
@@ -109,7 +112,6 @@ pub struct Usage {
 }
 
 /// The memory of a guest.
-#[derive(Debug)]
 pub struct SharedMemory {
     regions: Vec<Region>,
     files: FileRegistry,
@@ -118,6 +120,17 @@ pub struct SharedMemory {
     started: Instant,
     state: Mutex<State>,
     stir: Condvar,
+    pub(crate) on_change: OnceLock<Box<OnChange>>,
+}
+
+impl fmt::Debug for SharedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedMemory")
+            .field("regions", &self.regions)
+            .field("limits", &self.limits)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What was mapped before the guest ran was mapped long ago.
@@ -142,12 +155,18 @@ impl SharedMemory {
             started: Instant::now(),
             state: Mutex::default(),
             stir: Condvar::new(),
+            on_change: OnceLock::new(),
         }
     }
 
     /// The counters.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Where the memory is.
+    pub fn regions(&self) -> &[Region] {
+        &self.regions
     }
 
     /// The bounds of the work.
@@ -200,10 +219,6 @@ impl SharedMemory {
     /// The manager's clock, in tenths of a second.
     pub(crate) fn now(&self) -> u32 {
         u32::try_from(self.started.elapsed().as_millis() / 100 + 1).unwrap_or(u32::MAX)
-    }
-
-    pub(crate) fn regions(&self) -> &[Region] {
-        &self.regions
     }
 
     /// The region that holds all of a range of pages, and the offset of the first in its window.
@@ -275,8 +290,10 @@ impl SharedMemory {
         if count == 0 {
             return;
         }
-        let Ok(file) = self.files.share(file) else {
-            return self.stats.refuse(Refusal::Unreadable, count);
+        let file = match self.files.share(file) {
+            Ok(file) => file,
+            Err(ShareError::Foreign) => return self.stats.refuse(Refusal::Domain, count),
+            Err(ShareError::Host(_)) => return self.stats.refuse(Refusal::Unreadable, count),
         };
         let now = self.now();
         let mut state = self.state();
@@ -539,40 +556,6 @@ impl SharedMemory {
         self.regions
             .iter()
             .find_map(|region| Some(region.start + region.window.offset_of(host)?))
-    }
-
-    /// The files that back pages and are not as they were, with what has become of them.
-    pub fn changed_files(&self) -> Vec<(Arc<SharedFile>, FileChange)> {
-        let mut files: Vec<Arc<SharedFile>> = Vec::new();
-        for run in self.mapped() {
-            if !files
-                .iter()
-                .any(|file| Arc::ptr_eq(file, &run.backing.file))
-            {
-                files.push(run.backing.file);
-            }
-        }
-        let changed = |file: Arc<SharedFile>| Some((file.check().err()?, file));
-        let changed = files.into_iter().filter_map(changed);
-        changed.map(|(change, file)| (file, change)).collect()
-    }
-
-    /// The first page that is a file's and cannot be read any more: its guest physical address, and what backs it.
-    pub fn lost_page(&self) -> Option<(u64, Backing)> {
-        let mut byte = [0; 1];
-        self.mapped().into_iter().find_map(|run| {
-            (0..run.pages).find_map(|page| {
-                let offset = run.backing.offset + page * PAGE_SIZE;
-                let read = run.backing.file.file().read_at(&mut byte, offset);
-                (!matches!(read, Ok(1))).then(|| {
-                    let backing = Backing {
-                        offset,
-                        ..run.backing.clone()
-                    };
-                    ((run.gfn + page) * PAGE_SIZE, backing)
-                })
-            })
-        })
     }
 
     /// Tells of each page of a range that is the guest's own, and not a file's: its guest physical address and its bytes. The guest stands still.

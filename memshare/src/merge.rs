@@ -8,7 +8,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::file::SharedFile;
 use crate::memory::{IsBusy, MOST_STRIKES, SharedMemory, StandStill};
 use crate::stats::{Refusal, add};
 use crate::table::{PageState, Run};
@@ -169,7 +168,10 @@ impl SharedMemory {
             return Err(Refusal::MapLimit);
         }
         let file = &run.backing.file;
-        file.check().map_err(|change| file_changed(file, change))?;
+        file.check().map_err(|change| {
+            self.tell_change(file, change);
+            Refusal::FileChanged
+        })?;
         *room -= 1;
         Ok(())
     }
@@ -308,9 +310,4 @@ fn read(run: &Run, bytes: &mut [u8]) -> Result<(), Refusal> {
             tracing::warn!(file = %file.path().display(), %error, "a shared file cannot be read");
             Refusal::Unreadable
         })
-}
-
-fn file_changed(file: &SharedFile, change: crate::file::FileChange) -> Refusal {
-    tracing::error!(file = %file.path().display(), %change, "a file that guests share has changed: no more of it is shared");
-    Refusal::FileChanged
 }

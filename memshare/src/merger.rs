@@ -113,6 +113,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         .peekable();
     let (mut before, mut known) = (cpu_time(), 0);
     loop {
+        memory.look_at_files();
         // A reference may come late: it is looked at then.
         let references = memory.state().references.len();
         let due = looks.next_if(|at| *at <= Instant::now()).is_some() || references > known;

@@ -26,11 +26,13 @@ pub enum Refusal {
     FileChanged,
     /// The file could not be read.
     Unreadable,
+    /// Guests of another domain have the file.
+    Domain,
 }
 
 impl Refusal {
     /// All, with the names they have in metrics.
-    pub const NAMES: [(Self, &str); 10] = [
+    pub const NAMES: [(Self, &str); 11] = [
         (Self::Unaligned, "unaligned"),
         (Self::Partial, "partial"),
         (Self::Split, "split"),
@@ -41,6 +43,7 @@ impl Refusal {
         (Self::MapLimit, "map_limit"),
         (Self::FileChanged, "file_changed"),
         (Self::Unreadable, "unreadable"),
+        (Self::Domain, "domain"),
     ];
 }
 
@@ -67,6 +70,8 @@ pub struct Stats {
     pub held_nanoseconds: AtomicU64,
     /// The longest of those times, in nanoseconds.
     pub longest_hold_nanoseconds: AtomicU64,
+    /// Files that have changed under the guest.
+    pub changed_files: AtomicU64,
     /// CPU time of the merger, in nanoseconds.
     pub cpu_nanoseconds: AtomicU64,
     refused: [AtomicU64; Refusal::NAMES.len()],

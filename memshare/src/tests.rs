@@ -361,9 +361,72 @@ fn a_file_that_has_changed_is_shared_no_more_and_a_cut_one_is_named() {
     assert_eq!(memory.stats().refused(Refusal::FileChanged), 1);
     let changed = memory.changed_files();
     assert_eq!(changed[0].1, FileChange::Truncated { len: PAGE_SIZE });
-    let (address, backing) = memory.lost_page().unwrap();
-    assert_eq!((address, backing.offset), (START + PAGE_SIZE, PAGE_SIZE));
-    assert_eq!(backing.file.path(), named.path());
+    let lost = LostPage {
+        address: START + PAGE_SIZE,
+        file: named.path().to_owned(),
+        offset: PAGE_SIZE,
+        change: Some(FileChange::Truncated { len: PAGE_SIZE }),
+    };
+    assert_eq!(memory.lost_page(), Some(lost.clone()));
+    assert!(lost.to_string().ends_with("it was cut to 4096 bytes"));
+}
+
+#[test]
+fn each_kind_of_change_is_told_of_once_and_only_while_the_file_backs_pages() {
+    let named = tempfile::NamedTempFile::new().unwrap();
+    named.as_file().write_all(&[7; 2 * PAGE]).unwrap();
+    let file = Arc::new(named.reopen().unwrap());
+    let memory = memory(limits());
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let changes = told.clone();
+    memory.on_change(Box::new(move |file, change| {
+        changes
+            .lock()
+            .unwrap()
+            .push((file.path().to_owned(), change));
+    }));
+    let shared = memory.files().share(&file).unwrap();
+    memory.map(START, 2 * PAGE_SIZE, &shared, 0).unwrap();
+    memory.look_at_files();
+    named
+        .as_file()
+        .set_modified(std::time::SystemTime::UNIX_EPOCH)
+        .unwrap();
+    for _ in 0..2 {
+        memory.look_at_files();
+    }
+    named.as_file().set_len(PAGE_SIZE + 1).unwrap();
+    for _ in 0..2 {
+        memory.look_at_files();
+    }
+    let cut = FileChange::Truncated { len: PAGE_SIZE + 1 };
+    let expected = [FileChange::Written, cut].map(|change| (named.path().to_owned(), change));
+    assert_eq!(*told.lock().unwrap(), expected);
+    assert_eq!(memory.stats().changed_files.load(Ordering::Relaxed), 1);
+    let lost = memory.lost_page().unwrap();
+    assert_eq!(lost.address, START + PAGE_SIZE, "a page that is cut inside");
+    memory.zero(START, 2 * PAGE_SIZE);
+    assert!(memory.changed_files().is_empty(), "nothing is its any more");
+}
+
+#[test]
+fn a_merger_that_may_map_nothing_leaves_every_byte_as_it_is() {
+    let limits = Limits {
+        runs: 0,
+        ..limits()
+    };
+    let (memory, file) = (Arc::new(memory(limits)), file(6));
+    let merger = Merger::start(memory.clone(), Arc::new(Gate::default())).unwrap();
+    read(&memory, 0, 16, &file, 6, 0);
+    while !memory.candidates().is_empty() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(merger);
+    assert_eq!(memory.stats().merged.load(Ordering::Relaxed), 0);
+    assert_eq!(memory.stats().refused(Refusal::MapLimit), 16);
+    for page in 0..16 {
+        assert!(window(&memory).0.holds(page * PAGE_SIZE, &content(6, page)));
+    }
 }
 
 #[test]
@@ -468,4 +531,20 @@ fn no_write_is_lost_while_pages_are_merged() {
         "something was merged"
     );
     assert!(memory.stats().cpu_nanoseconds.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn a_file_that_is_not_admitted_is_read_and_not_shared() {
+    let (memory, own, foreign) = (memory(limits()), file(1), file(2));
+    let admitted = own.clone();
+    memory
+        .files()
+        .admit_by(Box::new(move |file| Arc::ptr_eq(file, &admitted)));
+    read(&memory, 0, 4, &own, 1, 0);
+    read(&memory, 8, 4, &foreign, 2, 0);
+    assert!(!memory.place(START + 16 * PAGE_SIZE, PAGE_SIZE, &foreign, 0));
+    assert_eq!(merge(&memory, &Gate::default()), Progress::Done);
+    assert_eq!(memory.stats().merged.load(Ordering::Relaxed), 4);
+    assert_eq!(memory.stats().refused(Refusal::Domain), 4);
+    assert!(window(&memory).0.holds(8 * PAGE_SIZE, &content(2, 0)));
 }

@@ -10,6 +10,7 @@
 pub mod blocking;
 pub mod convert;
 pub mod disk;
+mod domain;
 pub mod foreign;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -25,6 +26,7 @@ pub use disk::{
     ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
     Ticket,
 };
+pub use domain::Domain;
 pub use lock::OpenMode;
 pub use open::{Format, OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open};
 pub use progress::{Progress, Unwatched};

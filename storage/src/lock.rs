@@ -50,7 +50,7 @@ pub enum LockError {
 }
 
 #[derive(Clone, Copy)]
-enum Kind {
+pub(crate) enum Kind {
     None,
     Shared,
     Exclusive,
@@ -140,7 +140,7 @@ fn is_written_by_qemu(file: &File) -> Result<bool, LockError> {
 }
 
 /// Takes a lock; false where another holder is in the way.
-fn set(file: &File, kind: Kind, start: u64, len: u64) -> Result<bool, LockError> {
+pub(crate) fn set(file: &File, kind: Kind, start: u64, len: u64) -> Result<bool, LockError> {
     match fcntl(file, libc::F_OFD_SETLK, kind, start, len) {
         Ok(_) => Ok(true),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
@@ -149,7 +149,12 @@ fn set(file: &File, kind: Kind, start: u64, len: u64) -> Result<bool, LockError>
 }
 
 /// The lock of another holder that is in the way of `kind`.
-fn conflict(file: &File, kind: Kind, start: u64, len: u64) -> Result<Option<Kind>, LockError> {
+pub(crate) fn conflict(
+    file: &File,
+    kind: Kind,
+    start: u64,
+    len: u64,
+) -> Result<Option<Kind>, LockError> {
     let found = fcntl(file, libc::F_OFD_GETLK, kind, start, len).map_err(LockError::Host)?;
     Ok(match libc::c_int::from(found.l_type) {
         libc::F_UNLCK => None,
@@ -158,7 +163,7 @@ fn conflict(file: &File, kind: Kind, start: u64, len: u64) -> Result<Option<Kind
     })
 }
 
-#[allow(clippy::cast_possible_wrap)] // the constants and byte numbers used here are small
+#[allow(clippy::cast_possible_wrap)] // the constants are small, and byte numbers less than 2^63
 fn fcntl(
     file: &File,
     command: libc::c_int,

@@ -10,7 +10,7 @@
 //! [`config`] is what a user asks for, checked field by field. [`control`] takes it, from the command line or the
 //! REST socket ([`api`]), and refuses what comes in the wrong state. [`machine`] builds the guest and its devices and
 //! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one. [`pmem`] maps disks into the
-//! guest's memory, and has a thread for each that the guest has flushed.
+//! guest's memory, and has a thread for each that the guest has flushed. [`fault`] ends a guest of which a mapped page is lost.
 
 pub mod api;
 pub mod bench;
@@ -22,6 +22,7 @@ pub mod control;
 pub mod disk_tool;
 pub mod doctor;
 pub mod exit;
+pub mod fault;
 pub mod layout;
 pub mod logging;
 pub mod machine;

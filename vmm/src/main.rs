@@ -147,11 +147,13 @@ fn make_image(command: ImageCommand) -> ExitCode {
         kernel,
         cmdline,
         cpus,
+        share_domain,
     } = command;
     let request = WarmRequest {
         kernel,
         cmdline,
         vcpus: cpus,
+        domain: share_domain,
     };
     match reference::warm(&request) {
         Ok(Warmed::Kept(path)) => println!("{} is there", path.display()),

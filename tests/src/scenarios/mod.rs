@@ -168,6 +168,10 @@ pub const ALL: &[Scenario] = &[
         share::reads,
     ),
     test(
+        "a_file_cut_under_its_guests_ends_those_with_a_report_and_no_other",
+        share::cut_file,
+    ),
+    test(
         "an_inflated_balloon_takes_memory_from_the_vmm_and_a_deflated_one_gives_it_back",
         balloon::inflate_and_deflate,
     ),

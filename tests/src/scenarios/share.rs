@@ -223,3 +223,67 @@ pub fn many(_: &Path) -> Result<Figures, Failure> {
         ("available_kib_left".into(), json!(after)),
     ]))
 }
+
+/// The file under a mapping is cut: who reads the pages again ends with a report that names it, who does not read them goes on, and so does who has
+/// another file.
+pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
+    let (cut, _) = disk(out)?;
+    let other = out.join("other.raw");
+    fs::copy(&cut, &other).map_err(Failure::io("copy a disk"))?;
+    // The disk stays open, so that the guest keeps the pages that it has read.
+    let script = "exec 3</dev/vdb; md5sum </dev/vdb; echo READ END; read x; md5sum </dev/vdb; echo AGAIN END; sleep 100000";
+    let names = ["a", "b", "c"];
+    let sockets = names.map(|name| out.join(format!("{name}.sock")));
+    let mut guests = Vec::new();
+    for (socket, disk) in sockets.iter().zip([&cut, &cut, &other]) {
+        guests.push(start(socket, disk, script)?);
+    }
+    for (guest, socket) in guests.iter().zip(&sockets) {
+        guest.wait_for("READ END")?;
+        let report = settled(socket)?;
+        if number(&report, "merged_pages") < SIZE / 4096 / 2 {
+            return Failure::claim(format!("the guest shares too little: {report}"));
+        }
+    }
+    fs::File::options()
+        .write(true)
+        .open(&cut)
+        .and_then(|file| file.set_len(0))
+        .map_err(Failure::io("cut the disk"))?;
+    let [reader, idle, elsewhere] = &mut guests[..] else {
+        return Failure::claim("three guests were started");
+    };
+    reader.type_in("\n")?;
+    expect_report(reader, &cut)?;
+    let report = sharing(&sockets[2])?;
+    if number(&report, "changed_files") != 0 {
+        return Failure::claim(format!("another guest's file has not changed: {report}"));
+    }
+    elsewhere.type_in("\n")?;
+    elsewhere.wait_for("AGAIN END")?;
+    // Whoever asks what this one shares makes it look at its files.
+    let asked = sharing(&sockets[1]);
+    println!("lab: the guest that has not read: {asked:?}");
+    expect_report(idle, &cut)?;
+    elsewhere.signal(rustix::process::Signal::TERM)?;
+    elsewhere.expect_exit(143)?;
+    for disk in [cut, other] {
+        fs::remove_file(disk).map_err(Failure::io("remove a disk"))?;
+    }
+    Ok(Figures::new())
+}
+
+fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
+    guest.expect_exit(1)?;
+    let (said, file) = (guest.report(), file.display().to_string());
+    let named = |line: &&str| {
+        line.starts_with("coppice: guest page 0x")
+            && line.contains(&file)
+            && line.contains(" at offset 0x")
+    };
+    match said.lines().find(named) {
+        Some(line) => println!("lab: {line}"),
+        None => return Failure::claim(format!("no report names {file}")),
+    }
+    Ok(())
+}

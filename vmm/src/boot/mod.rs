@@ -53,6 +53,8 @@ pub struct BootSource {
     pub cmdline: String,
     /// How the kernel is entered.
     pub protocol: Protocol,
+    /// The sharing domain whose cache it is, where that has a name.
+    pub domain: Option<String>,
 }
 
 /// How a kernel is entered.
@@ -117,7 +119,7 @@ pub fn load(
     vcpus: u8,
     virtio: &[MmioDevice],
 ) -> Result<Loaded, BootError> {
-    let cache = unpack::cache_dir();
+    let cache = unpack::cache_dir(source.domain.as_deref());
     let kernel = find_kernel(source, &cache)?;
     let ram_end = low_ram_end(memory);
     let into = Destination {
@@ -155,24 +157,28 @@ pub fn load(
     })
 }
 
-/// Where the kernels of this user, and all that is made of them, lie.
-pub(crate) fn cache_dir() -> PathBuf {
-    unpack::cache_dir()
+/// Where the kernels of this user, and all that is made of them, lie for a sharing domain.
+pub(crate) fn cache_dir(domain: Option<&str>) -> PathBuf {
+    unpack::cache_dir(domain)
 }
 
-/// The file of the cache that the kernel at `path` is mapped from, made where it is not there; `None` where there is none, as for a bzImage that
+/// The file of the cache of a sharing domain that the kernel at `path` is mapped from, made where it is not there; `None` where there is none, as for a bzImage that
 /// unpacks itself, or a cache that cannot be used.
 ///
 /// # Errors
 /// As [`load`].
-pub(crate) fn runtime_kernel(path: &Path) -> Result<Option<PathBuf>, BootError> {
+pub(crate) fn runtime_kernel(
+    path: &Path,
+    domain: Option<&str>,
+) -> Result<Option<PathBuf>, BootError> {
     let source = BootSource {
         kernel: path.to_owned(),
         initrd: None,
         cmdline: String::new(),
         protocol: Protocol::Auto,
+        domain: domain.map(str::to_owned),
     };
-    let cache = unpack::cache_dir();
+    let cache = unpack::cache_dir(domain);
     let kernel = find_kernel(&source, &cache)?;
     let shared = SharedMemory::new(Vec::new(), memshare::Limits::of_host(1, false));
     let into = Destination {
@@ -197,8 +203,9 @@ pub fn unpacked(kernel: &Path) -> Result<(File, Vec<LoadSegment>), BootError> {
         initrd: None,
         cmdline: String::new(),
         protocol: Protocol::Pvh,
+        domain: None,
     };
-    let kernel = find_kernel(&source, &unpack::cache_dir())?;
+    let kernel = find_kernel(&source, &unpack::cache_dir(None))?;
     Ok((kernel.file, kernel.segments))
 }
 
@@ -366,6 +373,7 @@ mod tests {
             initrd: None,
             cmdline: DEFAULT_CMDLINE.to_owned(),
             protocol,
+            domain: None,
         }
     }
 

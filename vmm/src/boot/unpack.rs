@@ -239,8 +239,8 @@ fn open_cached(path: &Path) -> Option<File> {
 }
 
 /// Where this user's unpacked kernels lie: `$XDG_CACHE_HOME/coppice/kernels`, by default below `~/.cache`; without a
-/// home, below `/var/cache`.
-pub(super) fn cache_dir() -> PathBuf {
+/// home, below `/var/cache`. A sharing domain has a folder of its own in there.
+pub(super) fn cache_dir(domain: Option<&str>) -> PathBuf {
     let absolute = |name| {
         std::env::var_os(name)
             .map(PathBuf::from)
@@ -248,8 +248,11 @@ pub(super) fn cache_dir() -> PathBuf {
     };
     let base =
         absolute("XDG_CACHE_HOME").or_else(|| absolute("HOME").map(|home| home.join(".cache")));
-    base.unwrap_or_else(|| "/var/cache".into())
-        .join("coppice/kernels")
+    let kernels = base
+        .unwrap_or_else(|| "/var/cache".into())
+        .join("coppice/kernels");
+    // No file there is called like a domain: those have dots in their names.
+    domain.map_or_else(|| kernels.clone(), |domain| kernels.join(domain))
 }
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use clap::{Args, Parser, Subcommand};
 use memshare::ShareMode;
 
 use crate::config::{
-    BootSourceConfig, ConfigError, HugePageConfig, MetricsConfig, SerialConfig, VmConfig,
+    BootSourceConfig, ConfigError, HugePageConfig, MetricsConfig, SerialConfig, SharingConfig,
+    VmConfig,
 };
 use crate::disk_tool::{self, DiskCommand};
 use crate::logging::{LogFilter, LogFormat};
@@ -86,6 +87,9 @@ pub enum ImageCommand {
         /// vCPUs of the guests: a kernel for one CPU differs from one for several.
         #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
         cpus: u8,
+        /// The sharing domain of the guests, if they have one.
+        #[arg(long, value_name = "NAME", value_parser = domain)]
+        share_domain: Option<String>,
     },
 }
 
@@ -176,6 +180,12 @@ pub struct RunArguments {
     /// differencing disks); all: also the kernel as it stands after boot, and what the guest frees goes back to the host.
     #[arg(long, value_name = "MODE")]
     pub share: Option<ShareMode>,
+    /// Share with guests of the domain NAME alone: letters, digits and underscores [default: with guests without a domain].
+    ///
+    /// The kernel and the initrd are kept for each domain. The pages of a disk are shared by the domain that has it first, and copied for guests of
+    /// any other, which the log tells.
+    #[arg(long, value_name = "NAME")]
+    pub share_domain: Option<String>,
     /// Most of a core that finding shared pages may take in the long run, in percent [default: 5].
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub share_cpu: Option<u8>,
@@ -221,6 +231,15 @@ pub struct RunArguments {
 #[allow(clippy::unnecessary_wraps, reason = "the shape of a value parser")]
 fn utf8_path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
     Ok(PathBuf::from(text))
+}
+
+/// A name becomes a folder.
+fn domain(text: &str) -> Result<String, ConfigError> {
+    let config = SharingConfig {
+        domain: Some(text.to_owned()),
+        ..SharingConfig::default()
+    };
+    config.validate().map(|()| text.to_owned())
 }
 
 /// Arguments that do not go together.
@@ -317,6 +336,9 @@ impl RunArguments {
         }
         if let Some(mode) = self.share {
             config.sharing.mode = mode.into();
+        }
+        if self.share_domain.is_some() {
+            config.sharing.domain = self.share_domain;
         }
         if let Some(percent) = self.share_cpu {
             config.sharing.cpu_percent = percent;

@@ -238,3 +238,27 @@ fn values_that_cannot_be_are_usage_errors() {
         options(arguments).expect_err(&format!("{arguments:?}"));
     }
 }
+
+#[test]
+fn a_sharing_domain_wins_over_the_configuration_file_and_has_to_be_a_name() {
+    let file = config_file(
+        r#"{"boot-source": {"kernel_image_path": "k"}, "sharing": {"mode": "read", "domain": "a"}}"#,
+    );
+    let path = file.path().to_str().unwrap();
+    let domain = |more: &[&str]| {
+        let arguments = [&["--config", path], more].concat();
+        options(&arguments).map(|options| options.config.sharing.domain)
+    };
+    assert_eq!(domain(&[]), Ok(Some("a".to_owned())));
+    assert_eq!(
+        domain(&["--share-domain", "tenant_7"]),
+        Ok(Some("tenant_7".to_owned()))
+    );
+    for name in ["", "..", "a/b", "a.b", &"x".repeat(65)] {
+        let refused = domain(&["--share-domain", name]).unwrap_err();
+        assert!(refused.contains("sharing.domain"), "{name}: {refused}");
+    }
+    let image = ["coppice", "image", "warm", "--kernel", "k"];
+    let warm = |name| Cli::try_parse_from(image.iter().chain(&["--share-domain", name]));
+    assert!(warm("tenant_7").is_ok() && warm("../x").is_err());
+}

@@ -4,9 +4,10 @@ use memshare::ShareMode;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigError;
+use super::error::check_id;
 
 /// How a guest shares memory. Not in Firecracker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SharingConfig {
     /// What is shared.
@@ -18,6 +19,9 @@ pub struct SharingConfig {
     /// Reads of at least so many KiB in one piece are put in place without a copy; all are copied, and merged later, where absent.
     #[serde(default)]
     pub place_kib: Option<u32>,
+    /// The guest shares with guests of this domain alone: 1 to 64 letters, digits and underscores. Those without are in one together.
+    #[serde(default)]
+    pub domain: Option<String>,
 }
 
 const fn cpu_percent() -> u8 {
@@ -30,6 +34,7 @@ impl Default for SharingConfig {
             mode: ShareModeConfig::default(),
             cpu_percent: cpu_percent(),
             place_kib: None,
+            domain: None,
         }
     }
 }
@@ -40,6 +45,9 @@ impl SharingConfig {
     /// # Errors
     /// `Invalid`.
     pub fn validate(&self) -> Result<(), ConfigError> {
+        if let Some(domain) = &self.domain {
+            check_id("sharing.domain", domain)?;
+        }
         if (1..=100).contains(&self.cpu_percent) {
             Ok(())
         } else {

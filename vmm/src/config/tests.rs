@@ -261,3 +261,15 @@ fn a_configuration_file_that_cannot_be_used_is_named() {
     std::fs::write(&path, vec![b' '; MAX_FILE_SIZE as usize + 1]).unwrap();
     assert!(matches!(refused(), ConfigError::TooLong { .. }));
 }
+
+#[test]
+fn a_sharing_domain_is_a_name_and_none_where_it_is_not_said() {
+    let parsed = |sharing| parse(json!({ "sharing": sharing }));
+    let domain = |sharing| parsed(sharing).unwrap().sharing.domain;
+    assert_eq!(domain(json!({"mode": "boot"})), None);
+    assert_eq!(domain(json!({"domain": "a_1"})), Some("a_1".to_owned()));
+    for name in ["", "../a", "a b"] {
+        let refused = parsed(json!({ "domain": name })).unwrap_err();
+        assert!(refused.contains("sharing.domain"), "{name}: {refused}");
+    }
+}

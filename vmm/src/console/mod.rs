@@ -26,7 +26,7 @@ use vmm_sys_util::eventfd::EventFd;
 use devices::legacy::SerialConsole;
 
 pub use escape::{Command, Escape, HELP};
-pub use terminal::{RawMode, is_raw};
+pub use terminal::{RawMode, is_raw, restore_terminal};
 
 /// How many bytes may be typed before the guest reads them.
 pub const TYPED_AHEAD: usize = 16 * 1024;

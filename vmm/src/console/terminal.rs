@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
@@ -56,11 +56,21 @@ pub fn is_raw() -> bool {
     RAW.load(Ordering::Relaxed)
 }
 
+/// Restores the terminal from any thread, at the very end of the process. One that is being restored by another thread is left to that.
+pub fn restore_terminal() {
+    match ORIGINAL.try_lock() {
+        Ok(original) => put_back(original),
+        Err(TryLockError::Poisoned(original)) => put_back(original.into_inner()),
+        Err(TryLockError::WouldBlock) => {}
+    }
+}
+
 fn restore() {
-    let original = ORIGINAL
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
+    put_back(ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner));
+}
+
+fn put_back(mut original: MutexGuard<'_, Option<(OwnedFd, Termios)>>) {
+    let original = original.take();
     if let Some((terminal, original)) = original {
         // A terminal that is gone (after SIGHUP) has no mode to restore. Output that nobody reads must not keep the process:
         // so without waiting for it.

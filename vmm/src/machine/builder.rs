@@ -16,7 +16,7 @@ use devices::virtio::rng::VirtioRng;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sharing::Plan;
-use super::{StartError, Subscriber, balloon, event, host, lock, new_interrupt};
+use super::{SharingDomain, StartError, Subscriber, balloon, event, host, lock, new_interrupt};
 use crate::boot::MmioDevice;
 use crate::config::{BalloonConfig, DriveConfig, VmConfig};
 use crate::layout;
@@ -68,6 +68,8 @@ impl<'a> Builder<'a> {
         for drive in root.chain(others) {
             let mut block = new_block(drive)?;
             block.share(plan.of_drive(drive));
+            let faults = plan.faults().clone();
+            block.on_fault(Arc::new(move || faults.request_failed()));
             let device = Arc::new(Mutex::new(block));
             self.add_virtio(device.clone())?;
             self.subscribers.push(device.clone());
@@ -242,12 +244,15 @@ pub(super) fn attach_pmem(
     vm: &mut Vm,
 ) -> Result<Vec<(String, Pmem)>, StartError> {
     let mut budget = MapBudget::of_host();
+    let domain = SharingDomain::of(&config.sharing);
     let root = config.pmem.iter().filter(|pmem| pmem.root_device);
     let others = config.pmem.iter().filter(|pmem| !pmem.root_device);
     root.chain(others)
         .map(|pmem| {
             let interrupt = new_interrupt("pmem device")?;
-            let attached = Pmem::attach(pmem, vm, interrupt, &mut budget);
+            let attached = Pmem::attach(pmem, vm, interrupt, &mut budget, &|file| {
+                domain.admits(file)
+            });
             let attached = attached.map_err(|source| StartError::Pmem {
                 pmem: pmem.id.clone(),
                 source: Box::new(source),

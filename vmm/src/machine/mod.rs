@@ -11,7 +11,9 @@
 mod balloon;
 mod builder;
 mod cmdline;
+mod domain;
 mod drive_job;
+mod faults;
 mod sharing;
 mod start;
 
@@ -35,6 +37,7 @@ use crate::boot::BootError;
 use crate::config::DriveConfig;
 use crate::layout;
 use crate::pmem::{Pmem, PmemCounters, PmemError};
+pub(crate) use domain::SharingDomain;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
 

@@ -11,14 +11,20 @@ use std::time::Duration;
 use devices::virtio::VirtioDevice;
 use devices::virtio::block::DriveSharing;
 use memshare::{
-    IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode, SharedMemory, StandStill,
+    FileIdentity, IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode,
+    SharedMemory, StandStill,
 };
 use serde::Serialize;
 use vm_memory::GuestAddress;
 
+use super::domain::SharingDomain;
+use super::faults::Faults;
+use super::start::OnEnd;
 use super::{StartError, host};
 use crate::boot::MappedKernel;
-use crate::config::{DriveConfig, ShareModeConfig, SharingConfig};
+use crate::config::{DriveConfig, VmConfig};
+use crate::fault::FaultWatch;
+use crate::pmem::Pmem;
 use crate::reference::{self, Key};
 use crate::vm::{self, Brake, HugePages, Vm};
 
@@ -62,23 +68,51 @@ pub(super) struct Plan {
     mode: ShareMode,
     place_from: Option<u64>,
     memory: Arc<SharedMemory>,
+    faults: Arc<Faults>,
+    watch: Option<FaultWatch>,
 }
 
 impl Plan {
-    pub(super) fn new(vm: &Vm, config: &SharingConfig, huge_pages: HugePages) -> Self {
-        let huge_pages = match huge_pages {
+    /// Where anything of the guest's memory is a file's, that is watched from now on.
+    pub(super) fn new(
+        vm: &Vm,
+        config: &VmConfig,
+        pmem: &[(String, Pmem)],
+        on_end: OnEnd,
+    ) -> Result<Self, StartError> {
+        let huge_pages = match config.machine_config.huge_pages.into() {
             HugePages::Never => false,
             HugePages::HostPolicy => true,
         };
+        let config = &config.sharing;
+        let mode = ShareMode::from(config.mode);
         let limits = Limits {
-            zeros: config.mode == ShareModeConfig::All,
+            zeros: mode == ShareMode::All,
             ..Limits::of_host(config.cpu_percent, huge_pages)
         };
-        Self {
-            mode: config.mode.into(),
+        let memory = Arc::new(vm.share(limits));
+        let domain = SharingDomain::of(config);
+        memory
+            .files()
+            .admit_by(Box::new(move |file| domain.admits(file)));
+        let windows = pmem.iter().map(|(_, pmem)| pmem.memory().clone()).collect();
+        let faults = Faults::new(memory.clone(), windows, on_end);
+        let watch = (mode > ShareMode::Off || !pmem.is_empty())
+            .then(|| faults.watch())
+            .transpose()
+            .map_err(host("thread that watches over guest memory"))?;
+        Ok(Self {
+            mode,
             place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
-            memory: Arc::new(vm.share(limits)),
-        }
+            memory,
+            faults,
+            watch,
+        })
+    }
+
+    /// Who is to know of lost pages.
+    pub(super) fn faults(&self) -> &Arc<Faults> {
+        &self.faults
     }
 
     /// Whether all is shared that can be.
@@ -137,6 +171,7 @@ impl Plan {
             memory: self.memory,
             still,
             merger,
+            _watch: self.watch,
         })
     }
 }
@@ -147,6 +182,7 @@ pub(super) struct MappedFrom {
     pub(super) path: PathBuf,
     pub(super) cmdline: String,
     pub(super) vcpus: u8,
+    pub(super) domain: Option<String>,
 }
 
 impl MappedFrom {
@@ -196,6 +232,7 @@ impl MappedFrom {
                 "--cpus",
                 &self.vcpus.to_string(),
             ])
+            .args(self.domain.iter().flat_map(|name| ["--share-domain", name]))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -218,6 +255,7 @@ pub(super) struct Sharing {
     still: Arc<dyn StandStill>,
     /// Ends before anything that it holds still.
     merger: Option<Merger>,
+    _watch: Option<FaultWatch>,
 }
 
 impl Sharing {
@@ -247,6 +285,7 @@ impl Sharing {
     /// What is shared now.
     pub(super) fn report(&self) -> std::io::Result<SharingReport> {
         self.memory.refresh();
+        self.memory.look_at_files();
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let stats = self.memory.stats();
         let usage = self.memory.usage()?;
@@ -271,6 +310,7 @@ impl Sharing {
             copied_pages: get(&stats.copied),
             noted_pages: get(&stats.noted),
             refused_pages: refused.into_iter().collect(),
+            changed_files: get(&stats.changed_files),
             given_back_bytes: get(&stats.given_back),
             holds: get(&stats.holds),
             held_microseconds: microseconds(&stats.held_nanoseconds),
@@ -290,7 +330,7 @@ impl Unsharing {
     /// Takes every page of the files from the guest, so that they can be written to.
     pub(super) fn unshare(&self, files: &[Arc<File>]) -> std::io::Result<()> {
         for file in files {
-            let file = self.memory.files().share(file)?.identity();
+            let file = FileIdentity::of(file)?;
             for attempt in 1.. {
                 match self.memory.unshare(file, &*self.still) {
                     // A device is in use for a moment.
@@ -342,6 +382,8 @@ pub struct SharingReport {
     pub noted_pages: u64,
     /// Pages that were not shared, by reason, in total.
     pub refused_pages: std::collections::BTreeMap<&'static str, u64>,
+    /// Files that have changed under the guest although they were not to.
+    pub changed_files: u64,
     /// Bytes that the guest gave back, in total.
     pub given_back_bytes: u64,
     /// Times that the guest was held for an exchange.

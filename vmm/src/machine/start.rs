@@ -16,7 +16,7 @@ use crate::boot::{self, BootSource, Loaded, Protocol};
 use crate::config::VmConfig;
 use crate::vm::{Vm, VmSettings};
 
-type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
+pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
 /// Passes on the first call alone: a guest that panics and then resets has panicked.
 fn only_first(on_end: OnEnd) -> OnEnd {
@@ -63,11 +63,10 @@ impl Machine {
             warm,
         } = surroundings;
         let on_end = only_first(on_end);
-        let power = power_sink(on_end.clone());
         let mut builder = Builder::new(&vm);
-        let plan = Plan::new(&vm, &config.sharing, settings.huge_pages);
+        let keyboard = builder.add_legacy(&power_sink(on_end.clone()))?;
+        let plan = Plan::new(&vm, config, &pmem, on_end)?;
         let console = builder.add_serial(serial_out, serial_drained)?;
-        let keyboard = builder.add_legacy(&power)?;
         let drives = builder.add_drives(&config.drives, &plan)?;
         for (_, pmem) in &pmem {
             builder.add_pmem(pmem)?;
@@ -96,6 +95,7 @@ impl Machine {
                 },
             ),
             protocol: Protocol::from(source.boot_protocol),
+            domain: config.sharing.domain.clone(),
         };
         let Loaded { state, kernel } = boot::load(
             vm.memory(),
@@ -104,7 +104,8 @@ impl Machine {
             config.machine_config.vcpu_count,
             &virtio,
         )?;
-        let on_exit = move |exit| on_end(GuestEnd::from(exit));
+        let faults = plan.faults().clone();
+        let on_exit = move |exit| faults.vcpu_left(exit);
         let ids: Vec<_> = subscribers
             .into_iter()
             .map(|subscriber| ops.add_subscriber(subscriber))
@@ -123,6 +124,7 @@ impl Machine {
                     path: boot_source.kernel,
                     cmdline: boot_source.cmdline,
                     vcpus: config.machine_config.vcpu_count,
+                    domain: boot_source.domain,
                 });
                 let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
                 Ok((sharing, vcpus))

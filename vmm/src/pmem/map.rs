@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use memshare::{PAGE_SIZE, Window};
+use memshare::{Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window};
 use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
@@ -100,12 +100,24 @@ pub(super) struct MappedDisk {
     window: Arc<Window>,
     /// What keeps the mapped space of the files as it is.
     tickets: Mutex<Vec<Ticket>>,
+    /// Which pages are files', from the first of the window on.
+    table: Table,
     figures: Figures,
 }
 
 impl MappedDisk {
-    /// Maps all of a disk. Behind its end there are zeros, to a whole number of 2 MiB.
+    /// Maps all of a disk.
+    #[cfg(test)]
     pub(super) fn new(disk: &Arc<dyn Disk>, budget: &mut MapBudget) -> Result<Self, MapError> {
+        Self::of(disk, budget, &|_| true)
+    }
+
+    /// Maps what `admits` lets be shared of a disk, and copies the rest. Behind its end there are zeros, to a whole number of 2 MiB.
+    pub(super) fn of(
+        disk: &Arc<dyn Disk>,
+        budget: &mut MapBudget,
+        admits: &dyn Fn(&Arc<File>) -> bool,
+    ) -> Result<Self, MapError> {
         let size = disk.geometry().size;
         let len = size.next_multiple_of(UNIT);
         let failed = |source| MapError::Host { len, source };
@@ -119,6 +131,7 @@ impl MappedDisk {
             disk: disk.clone(),
             window: window.clone(),
             tickets: Mutex::default(),
+            table: Table::default(),
             figures: Figures::default(),
         };
         let mut mapper = Mapper {
@@ -129,6 +142,10 @@ impl MappedDisk {
             run: None,
             end: 0,
             copied_to: 0,
+            admits,
+            asked: None,
+            files: FileRegistry::default(),
+            table: Table::default(),
             figures: Figures::default(),
         };
         let mut extents = Vec::new();
@@ -141,9 +158,8 @@ impl MappedDisk {
                 mapper.add(&extent)?;
             }
         }
-        let figures = mapper.finish()?;
-        budget.0 -= figures.mappings;
-        mapped.figures = figures;
+        (mapped.table, mapped.figures) = mapper.finish()?;
+        budget.0 -= mapped.figures.mappings;
         Ok(mapped)
     }
 
@@ -157,6 +173,25 @@ impl MappedDisk {
 
     pub(super) fn window(&self) -> &Arc<Window> {
         &self.window
+    }
+
+    /// The first page that is a file's and cannot be read any more, with its offset in the window as its address.
+    pub(super) fn lost_page(&self) -> Option<LostPage> {
+        self.table.lost_page()
+    }
+
+    /// The files that are mapped.
+    pub(super) fn files(&self) -> Vec<Arc<SharedFile>> {
+        let mut files: Vec<Arc<SharedFile>> = Vec::new();
+        for run in self.table.runs() {
+            if !files
+                .iter()
+                .any(|file| Arc::ptr_eq(file, &run.backing.file))
+            {
+                files.push(run.backing.file);
+            }
+        }
+        files
     }
 
     pub(super) fn figures(&self) -> Figures {
@@ -203,6 +238,11 @@ struct Mapper<'a> {
     end: u64,
     /// What lies before this is not copied again.
     copied_to: u64,
+    /// Whether a file that does not change may be shared, and the last answer.
+    admits: &'a dyn Fn(&Arc<File>) -> bool,
+    asked: Option<(Arc<File>, bool)>,
+    files: FileRegistry,
+    table: Table,
     figures: Figures,
 }
 
@@ -214,7 +254,8 @@ impl Mapper<'_> {
         };
         let (start, end) = (extent.offset, extent.offset + extent.len);
         let (first, last) = (start.next_multiple_of(PAGE_SIZE), end - end % PAGE_SIZE);
-        if start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last {
+        let is_apart = start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last;
+        if is_apart || !self.is_admitted(file) {
             return self.copy(start, end);
         }
         // The pages at its ends are others' as well.
@@ -226,6 +267,21 @@ impl Mapper<'_> {
             file_offset: file_offset + (first - start),
         })?;
         self.copy(last, end)
+    }
+
+    /// A file that this guest writes to is nobody else's anyway.
+    fn is_admitted(&mut self, file: &Arc<File>) -> bool {
+        if !self.disk.is_settled(file) {
+            return true;
+        }
+        match &self.asked {
+            Some((last, answer)) if Arc::ptr_eq(last, file) => *answer,
+            Some(_) | None => {
+                let answer = (self.admits)(file);
+                self.asked = Some((file.clone(), answer));
+                answer
+            }
+        }
     }
 
     /// Copies the pages that a range touches, zeros after the end of the disk among them.
@@ -278,10 +334,26 @@ impl Mapper<'_> {
         }
         self.window
             .map_file(run.at, run.len, &run.file, run.file_offset)
-            .map_err(failed)
+            .map_err(failed)?;
+        self.table.insert(memshare::Run {
+            gfn: run.at / PAGE_SIZE,
+            pages: run.len / PAGE_SIZE,
+            backing: Backing {
+                file: self
+                    .files
+                    .share(&run.file)
+                    .map_err(|error| failed(error.into()))?,
+                offset: run.file_offset,
+                state: PageState::Mapped {
+                    since: 0,
+                    strikes: 0,
+                },
+            },
+        });
+        Ok(())
     }
 
-    fn finish(mut self) -> Result<Figures, MapError> {
+    fn finish(mut self) -> Result<(Table, Figures), MapError> {
         if let Some(run) = self.run.take() {
             self.map_run(&run)?;
         }
@@ -292,6 +364,6 @@ impl Mapper<'_> {
                 left: self.limit,
             });
         }
-        Ok(self.figures)
+        Ok((self.table, self.figures))
     }
 }

@@ -14,13 +14,14 @@ mod map;
 mod tests;
 mod writeback;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use devices::bus::BusDevice;
 use devices::virtio::Interrupt;
 use devices::virtio::pmem::{Backing, PmemConfig as DeviceConfig, PmemMetrics, VirtioPmem};
-use memshare::PAGE_SIZE;
+use memshare::{LostPage, PAGE_SIZE, SharedFile};
 use storage::{OpenError, OpenOptions, Parents};
 
 use self::map::MappedDisk;
@@ -28,6 +29,7 @@ pub use self::map::{Figures, MapBudget, MapError};
 use self::writeback::Writeback;
 pub use self::writeback::{DirtyPages, WritebackError};
 use crate::config::{PmemConfig, PmemMode};
+use crate::fault::GuestRange;
 use crate::vm::{DirtyLog, Vm, VmError, WindowAccess};
 
 /// Why a guest cannot have a pmem device.
@@ -64,7 +66,7 @@ pub struct PmemCounters {
 /// A pmem device of a guest, and the disk behind it.
 pub struct Pmem {
     device: Arc<Mutex<VirtioPmem>>,
-    disk: Arc<MappedDisk>,
+    memory: PmemMemory,
     writeback: Option<Arc<Writeback<DirtyLog>>>,
     metrics: Arc<PmemMetrics>,
     guard: Option<Guard>,
@@ -80,8 +82,42 @@ pub struct Guard {
     pub writes: Arc<Mutex<dyn BusDevice>>,
 }
 
+/// The memory of a pmem device, as it is seen by who looks for lost pages.
+#[derive(Clone)]
+pub struct PmemMemory {
+    address: u64,
+    disk: Arc<MappedDisk>,
+    keeps: bool,
+}
+
+impl PmemMemory {
+    /// Where it is.
+    pub fn range(&self) -> GuestRange {
+        GuestRange::new(self.address, self.disk.window())
+    }
+
+    /// The files behind it that are not to change: none where the guest's writes go to them.
+    pub fn settled_files(&self) -> Vec<Arc<SharedFile>> {
+        if self.keeps {
+            Vec::new()
+        } else {
+            self.disk.files()
+        }
+    }
+
+    /// The first page that is a file's and cannot be read any more.
+    pub fn lost_page(&self) -> Option<LostPage> {
+        let lost = self.disk.lost_page()?;
+        Some(LostPage {
+            address: self.address + lost.address,
+            ..lost
+        })
+    }
+}
+
 impl Pmem {
-    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses.
+    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses. Files that
+    /// `admits` refuses are copied.
     ///
     /// # Errors
     /// [`PmemError`].
@@ -90,6 +126,7 @@ impl Pmem {
         vm: &mut Vm,
         interrupt: Arc<Interrupt>,
         budget: &mut MapBudget,
+        admits: &dyn Fn(&Arc<File>) -> bool,
     ) -> Result<Self, PmemError> {
         let options = OpenOptions {
             read_only: !config.mode().keeps(),
@@ -101,7 +138,7 @@ impl Pmem {
             ..OpenOptions::default()
         };
         let disk = storage::open(&config.path_on_host, &options)?;
-        let disk = MappedDisk::new(&disk, budget).map_err(|source| PmemError::Map {
+        let disk = MappedDisk::of(&disk, budget, admits).map_err(|source| PmemError::Map {
             path: config.path_on_host.clone(),
             source,
         })?;
@@ -153,7 +190,11 @@ impl Pmem {
         Ok(Self {
             metrics: device.metrics(),
             device: Arc::new(Mutex::new(device)),
-            disk,
+            memory: PmemMemory {
+                address: placed.address,
+                disk,
+                keeps: config.mode().keeps(),
+            },
             writeback,
             guard,
         })
@@ -162,6 +203,11 @@ impl Pmem {
     /// The device.
     pub fn device(&self) -> &Arc<Mutex<VirtioPmem>> {
         &self.device
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &PmemMemory {
+        &self.memory
     }
 
     /// What belongs on the MMIO bus, where the guest may only read.
@@ -173,7 +219,7 @@ impl Pmem {
     pub fn counters(&self) -> PmemCounters {
         PmemCounters {
             device: self.metrics.clone(),
-            mapping: self.disk.figures(),
+            mapping: self.memory.disk.figures(),
         }
     }
 
@@ -186,7 +232,7 @@ impl Pmem {
             Some(writeback) => writeback.write_back().map(drop),
             None => Ok(()),
         };
-        let closed = self.disk.close();
+        let closed = self.memory.disk.close();
         written?;
         Ok(closed?)
     }

@@ -390,7 +390,7 @@ impl Disk for Failing {
     fn finish(&self, ticket: Ticket, ok: bool) {
         self.disk.finish(ticket, ok);
     }
-    fn flush_by_sync(&self) -> Option<Arc<std::fs::File>> {
+    fn flush_by_sync(&self) -> Option<Arc<File>> {
         None
     }
     fn flush(&self) -> Result<(), DiskError> {
@@ -501,4 +501,24 @@ fn the_budget_is_half_of_what_the_host_lets_a_process_have() {
         format!("{budget:?}"),
         format!("MapBudget({})", count / 2 - 2)
     );
+}
+
+#[test]
+fn a_file_that_is_not_admitted_is_copied_and_one_that_is_cut_is_named() {
+    let folder = Folder::new();
+    let parent = folder.vhdx("base", 16 * MIB, &[(0, pattern(1, 2 * MIB))]);
+    let child = folder.child("child", &parent, &[(MIB, pattern(9, MIB))]);
+    let disk = open(&child, true);
+    let top = disk.files().first().cloned().unwrap();
+    let admits = |file: &Arc<File>| Arc::ptr_eq(file, &top);
+    let mapped = MappedDisk::of(&disk, &mut MapBudget::new(1000), &admits).unwrap();
+    shows_its_disk(&mapped);
+    let figures = mapped.figures();
+    assert_eq!((figures.mapped, figures.copied), (256, 256));
+    assert_eq!((mapped.files().len(), mapped.lost_page()), (1, None));
+    let cut = mapped.files().remove(0).path().to_owned();
+    let writer = File::options().write(true).open(&cut).unwrap();
+    writer.set_len(0).unwrap();
+    let lost = mapped.lost_page().unwrap();
+    assert_eq!((lost.address, lost.file), (MIB, cut));
 }

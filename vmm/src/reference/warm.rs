@@ -31,6 +31,8 @@ pub struct WarmRequest {
     pub cmdline: String,
     /// Their vCPUs.
     pub vcpus: u8,
+    /// Their sharing domain, where that has a name.
+    pub domain: Option<String>,
 }
 
 /// What was done.
@@ -94,13 +96,14 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     initrd
         .write_all(&initrd::archive())
         .map_err(failed("write an initrd"))?;
-    let cache = crate::boot::cache_dir();
+    let domain = request.domain.as_deref();
+    let cache = crate::boot::cache_dir(domain);
     std::fs::create_dir_all(&cache).map_err(failed(cache.display().to_string()))?;
     let lock_path = cache.join(".warming");
     let lock = File::create(&lock_path).map_err(failed(lock_path.display().to_string()))?;
     flock(&lock, FlockOperation::LockExclusive)
         .map_err(|error| failed(lock_path.display().to_string())(error.into()))?;
-    let kernel = crate::boot::runtime_kernel(&request.kernel).map_err(StartError::from)?;
+    let kernel = crate::boot::runtime_kernel(&request.kernel, domain).map_err(StartError::from)?;
     let kernel = kernel.ok_or_else(|| WarmError::NotMapped(request.kernel.clone()))?;
     let path = Key {
         kernel: &kernel,
@@ -126,6 +129,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
         }),
         sharing: SharingConfig {
             mode: ShareModeConfig::Boot,
+            domain: request.domain.clone(),
             ..SharingConfig::default()
         },
         ..VmConfig::default()

@@ -73,6 +73,9 @@ pub enum BlockError {
     Replacement(&'static str),
 }
 
+/// Is told that the host could not reach the guest memory of a request (`EFAULT`).
+pub type OnFault = dyn Fn() + Send + Sync;
+
 /// The device while a driver uses it.
 struct Active {
     memory: Arc<GuestMemory>,
@@ -93,6 +96,7 @@ pub struct VirtioBlock {
     paused: bool,
     metrics: Arc<BlockMetrics>,
     sharing: Option<Arc<DriveSharing>>,
+    on_fault: Option<Arc<OnFault>>,
 }
 
 impl VirtioBlock {
@@ -134,6 +138,7 @@ impl VirtioBlock {
             paused: false,
             metrics: Arc::default(),
             sharing: None,
+            on_fault: None,
         })
     }
 
@@ -152,6 +157,11 @@ impl VirtioBlock {
     /// How reads are shared.
     pub fn sharing(&self) -> Option<&Arc<DriveSharing>> {
         self.sharing.as_ref()
+    }
+
+    /// Has `tell` told of requests whose guest memory the host cannot reach, before the driver gets to know of the error.
+    pub fn on_fault(&mut self, tell: Arc<OnFault>) {
+        self.on_fault = Some(tell);
     }
 
     /// The disk.
@@ -335,6 +345,12 @@ impl VirtioBlock {
         let metrics = &self.metrics;
         let len = u64::from(ticket.len);
         if let Err(error) = result {
+            if let storage::io::IoError::Transfer { source, .. } = &error
+                && source.raw_os_error() == Some(libc::EFAULT)
+                && let Some(tell) = &self.on_fault
+            {
+                tell();
+            }
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, operation = ?ticket.operation, "virtio-blk request");
             add(&metrics.errors, 1);

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::Queue;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::mock::MockSplitQueue;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use zerocopy::IntoBytes;
 
 use super::super::RING_FEATURES;
@@ -609,4 +609,32 @@ fn the_configuration_space_is_laid_out_as_specified() {
     assert_eq!(u32_at(56), 1, "write_zeroes_may_unmap");
     assert_eq!(u32_at(58), 0, "past the last field");
     assert_eq!(u32_at(u64::MAX), 0);
+}
+
+#[test]
+fn a_request_on_memory_whose_file_was_cut_fails_and_is_told_of() {
+    with_each_engine(|engine| {
+        let memory = memory();
+        let region = memory.iter().next().unwrap();
+        let owner = Arc::new(memory.clone());
+        // SAFETY: whole pages at the start of a region, private and mapped as long as `owner` lives, which nobody holds references into.
+        let window = unsafe { memshare::Window::over(region.as_ptr(), 0x2_0000, owner) };
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        window.map_file(0x1_2000, 4096, &file, 0).unwrap();
+        file.set_len(0).unwrap();
+        let mut device = device(FileDisk::new(false, SectorSize::B512), engine);
+        let told = Arc::new(AtomicUsize::new(0));
+        let count = told.clone();
+        device.on_fault(Arc::new(move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        }));
+        let mut driver = Driver::new(&memory, device, true);
+        let read = driver.request(VIRTIO_BLK_T_IN, 0, (0x1_2000, 512, WRITE));
+        assert_eq!((read.0, told.load(Ordering::Relaxed)), (IOERR, 1));
+        let written = driver.request(VIRTIO_BLK_T_OUT, 0, (0x1_2000, 512, 0));
+        assert_eq!((written.0, told.load(Ordering::Relaxed)), (IOERR, 2));
+        let elsewhere = driver.request(VIRTIO_BLK_T_IN, 0, (DATA, 512, WRITE));
+        assert_eq!((elsewhere.0, told.load(Ordering::Relaxed)), (OK, 2));
+    });
 }
