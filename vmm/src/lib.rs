@@ -27,6 +27,7 @@ pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod pmem;
+pub mod procfs;
 pub mod reference;
 pub mod run;
 pub mod signals;

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::BenchError;
+use super::{ProcError, failed};
 
 /// The thread of Coppice that makes guests share what they have read.
 const MERGER: &str = "share";
@@ -17,10 +17,9 @@ fn ticks(stat: &str) -> Option<u64> {
     Some(next()? + next()?)
 }
 
-fn time_of(path: &Path) -> Result<Duration, BenchError> {
-    let stat =
-        fs::read_to_string(path).map_err(BenchError::io(format!("read {}", path.display())))?;
-    let ticks = ticks(&stat).ok_or_else(|| BenchError::Malformed {
+fn time_of(path: &Path) -> Result<Duration, ProcError> {
+    let stat = fs::read_to_string(path).map_err(failed(path))?;
+    let ticks = ticks(&stat).ok_or_else(|| ProcError::Malformed {
         path: path.to_owned(),
         expected: "CPU times as the 14th and 15th fields",
     })?;
@@ -29,14 +28,20 @@ fn time_of(path: &Path) -> Result<Duration, BenchError> {
 }
 
 /// CPU time so far of a process, with all its threads.
-pub(super) fn of_process(pid: u32) -> Result<Duration, BenchError> {
+///
+/// # Errors
+/// `Read`, `Malformed`.
+pub fn of_process(pid: u32) -> Result<Duration, ProcError> {
     time_of(Path::new(&format!("/proc/{pid}/stat")))
 }
 
 /// CPU time so far of the merger of a guest; zero where it has none.
-pub(super) fn of_merger(pid: u32) -> Result<Duration, BenchError> {
+///
+/// # Errors
+/// `Read`, `Malformed`.
+pub fn of_merger(pid: u32) -> Result<Duration, ProcError> {
     let folder = PathBuf::from(format!("/proc/{pid}/task"));
-    let tasks = fs::read_dir(&folder).map_err(BenchError::io("read the threads of a guest"))?;
+    let tasks = fs::read_dir(&folder).map_err(failed(&folder))?;
     let mut sum = Duration::ZERO;
     for task in tasks.filter_map(Result::ok) {
         // A thread may end at any time.
