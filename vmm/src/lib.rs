@@ -31,4 +31,6 @@ pub mod procfs;
 pub mod reference;
 pub mod run;
 pub mod signals;
+pub mod text_table;
+pub mod top;
 pub mod vm;

@@ -1,5 +1,6 @@
 //! Clients that are slow, hostile, in a hurry, or all of it, by raw sockets.
 
+mod client;
 mod metrics;
 mod pmem;
 

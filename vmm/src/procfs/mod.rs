@@ -1,12 +1,14 @@
-//! What the kernel says of processes, in `/proc`: their memory, and their CPU time.
+//! What the kernel says of processes, in `/proc`: their memory, the files that they map, and their CPU time.
 
 mod cpu;
+mod maps;
 mod smaps;
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-pub use cpu::{of_merger, of_process};
+pub use cpu::{of_merger, of_process, start_of};
+pub use maps::{MappedFile, mapped_files};
 pub use smaps::{Mapping, Usage, guest_ram, parse, split};
 
 /// Why nothing can be said of a process.
