@@ -12,6 +12,10 @@ use super::reading::Reading;
 
 const KEYS: &str = "Left/Right sort  r reverse  f files  Up/Down scroll  q quit";
 
+/// What is shown of a name at least, and the room between columns.
+const NAME: usize = 12;
+const SPACING: usize = 2;
+
 /// What comes of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
@@ -45,6 +49,24 @@ fn styled(cells: &[String], marked: Option<usize>) -> Row<'_> {
         Cell::new(Text::from(cell.as_str()).alignment(alignment)).style(style)
     });
     Row::new(cells)
+}
+
+/// The widths of the columns for which there is room: names are cut first, figures are shown whole or not at all.
+fn fitted(widths: &[usize], room: usize) -> Vec<usize> {
+    let mut shown: Vec<_> = widths.iter().copied().take(1).collect();
+    let mut used = shown.first().copied().unwrap_or(0).min(NAME);
+    for width in widths.iter().skip(1) {
+        if used + SPACING + width > room {
+            break;
+        }
+        used += SPACING + width;
+        shown.push(*width);
+    }
+    let figures: usize = shown.iter().skip(1).map(|width| SPACING + width).sum();
+    if let Some(name) = shown.first_mut() {
+        *name = room.saturating_sub(figures).min(*name);
+    }
+    shown
 }
 
 impl Screen {
@@ -123,15 +145,8 @@ impl Screen {
                 *width = cell.chars().count().max(*width);
             }
         }
-        let widths = widths.iter().enumerate().map(|(at, width)| {
-            let width = u16::try_from(*width).unwrap_or(u16::MAX);
-            // Where there is no room for all, names are cut, and figures are not.
-            if at == 0 {
-                Constraint::Max(width)
-            } else {
-                Constraint::Length(width)
-            }
-        });
+        let shown = fitted(&widths, frame.area().width.into());
+        let widths = shown.iter().map(|width| Constraint::Length(*width as u16));
         let [body, keys] =
             Layout::vertical([Constraint::Min(0), Constraint::Length(1)]).areas(frame.area());
         let bold = Style::new().add_modifier(Modifier::BOLD);
@@ -139,7 +154,7 @@ impl Screen {
         let widget = Widget::new(rows.map(|row| styled(row, None)), widths)
             .header(styled(&table.heading, marked).style(bold))
             .footer(styled(&table.totals, None).style(bold))
-            .column_spacing(2);
+            .column_spacing(SPACING as u16);
         frame.render_widget(widget, body);
         frame.render_widget(Line::from(KEYS), keys);
     }
@@ -240,6 +255,19 @@ mod tests {
             shown(&screen(), width);
         }
         shown(&Screen::new(Column::Cpu, true), 80);
+    }
+
+    #[test]
+    fn where_there_is_no_room_names_are_cut_and_figures_are_whole() {
+        assert_eq!(fitted(&[20, 7, 7], 80), [20, 7, 7]);
+        assert_eq!(fitted(&[20, 7, 7], 32), [14, 7, 7]);
+        assert_eq!(fitted(&[20, 7, 7], 29), [20, 7]);
+        assert_eq!(fitted(&[20, 7], 5), [5]);
+        let (lines, _) = shown(&screen(), 80);
+        assert!(
+            lines[0].starts_with("GUEST") && lines[0].ends_with("CPU%"),
+            "{lines:?}"
+        );
     }
 
     #[test]
