@@ -9,7 +9,7 @@ use coppice::cli::{
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{bench, disk_tool, doctor, exit, run};
+use coppice::{bench, disk_tool, doctor, exit, run, top};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         Command::Disk(command) => use_disk(&command),
         Command::Image(command) => make_image(command),
         Command::Bench(BenchCommand::Density(arguments)) => measure_density(*arguments),
+        Command::Top(arguments) => show_guests(&arguments.into_options()),
         Command::Doctor { json } => examine_host(json),
     }
 }
@@ -135,6 +136,14 @@ fn shown(report: &bench::Report, json: bool) -> serde_json::Result<String> {
         as_json(report)
     } else {
         Ok(report.to_string())
+    }
+}
+
+fn show_guests(options: &top::Options) -> ExitCode {
+    match top::run(options) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(signal)) => ExitCode::from(exit::SIGNAL_BASE + signal),
+        Err(error) => fail(exit::FAILURE, error),
     }
 }
 

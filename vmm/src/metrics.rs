@@ -1,7 +1,9 @@
-//! Counters, written as lines of JSON.
+//! Counters, written as lines of JSON, and read by Prometheus.
 //!
 //! Names are Firecracker's where it counts the same thing. Unlike there, every line holds totals since the start: a line that is lost
 //! loses nothing.
+
+mod prometheus;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -15,6 +17,8 @@ use rustix::fs::OFlags;
 use serde_json::{Map, Value, json};
 
 use crate::machine::DeviceMetrics;
+
+pub use prometheus::{CONTENT_TYPE, Scrape};
 
 /// Requests to the REST socket.
 #[derive(Debug, Default)]

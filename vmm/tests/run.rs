@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
 mod process;
+mod top;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -1,10 +1,9 @@
 //! Requests below `/balloon`.
 
 use serde::Deserialize;
-use serde_json::Value;
 
 use super::Context;
-use super::routes::{Fault, control, parse, tell};
+use super::routes::{Answer, Fault, control, parse, tell};
 use crate::config::HintingStart;
 
 /// The body of `PATCH /balloon/hinting/stop`, where there is one.
@@ -21,7 +20,7 @@ pub(super) fn get(
     context: &Context,
     path: &[&str],
     unknown: impl Fn() -> Fault,
-) -> Result<Option<Value>, Fault> {
+) -> Result<Answer, Fault> {
     match *path {
         [] => tell(control(context).balloon()?),
         ["statistics"] => tell(control(context).balloon_statistics()?),

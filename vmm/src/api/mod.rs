@@ -5,11 +5,13 @@
 //! ```
 //!
 //! The socket is seldom used and its requests wait for each other anyway, so a thread for each connection does, and there is no async
-//! runtime: a `connection` polls its own descriptor. Connections beyond the limit wait in the socket's backlog; one that
+//! runtime: a connection polls its own descriptor (`polled`). Connections beyond the limit wait in the socket's backlog; one that
 //! is idle for a minute is closed. Where no socket was asked for, none of this exists.
 
 mod balloon;
+mod client;
 mod connection;
+mod polled;
 mod routes;
 mod socket;
 
@@ -22,6 +24,7 @@ use crate::config::VmConfig;
 use crate::control::{Control, Guest, LaunchError};
 use crate::metrics::ApiMetrics;
 
+pub use client::{ClientError, get};
 pub use routes::MAX_BODY;
 pub use socket::{ApiSocket, SocketError};
 

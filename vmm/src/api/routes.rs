@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::{Context, balloon};
 use crate::config::{DriveConfig, DriveUpdate, PmemConfig};
 use crate::control::{Control, ControlError};
-use crate::metrics::count;
+use crate::metrics::{self, count};
 
 /// Longest body of a request in bytes; Firecracker's default.
 pub const MAX_BODY: usize = 51200;
@@ -37,6 +37,8 @@ pub(super) enum Fault {
     NoBody(Method),
     #[error("An error occurred when deserializing the json body of a request: {0}.")]
     Json(#[from] serde_json::Error),
+    #[error("The metrics cannot be written: {0}.")]
+    Metrics(#[from] std::fmt::Error),
     #[error("The ID cannot be empty.")]
     NoId,
     #[error("The id from the path does not match the id from the body!")]
@@ -54,6 +56,7 @@ impl Fault {
             | Self::NeedlessBody(_)
             | Self::NoBody(_)
             | Self::Json(_)
+            | Self::Metrics(_)
             | Self::NoId
             | Self::OtherId
             | Self::Control(_) => StatusCode::BAD_REQUEST,
@@ -127,13 +130,25 @@ enum VmState {
     Resumed,
 }
 
-fn response(status: StatusCode, body: Option<&Value>) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::from(body.map(Value::to_string).unwrap_or_default()));
+/// What is answered to a request that is done.
+pub(super) enum Answer {
+    Done,
+    Json(Value),
+    Metrics(String),
+}
+
+fn response(status: StatusCode, answer: Answer) -> Response<Full<Bytes>> {
+    let (body, content) = match answer {
+        Answer::Done => (String::new(), None),
+        Answer::Json(value) => (value.to_string(), Some("application/json")),
+        Answer::Metrics(text) => (text, Some(metrics::CONTENT_TYPE)),
+    };
+    let mut response = Response::new(Full::from(body));
     *response.status_mut() = status;
-    if body.is_some() {
+    if let Some(content) = content {
         response
             .headers_mut()
-            .insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            .insert(CONTENT_TYPE, HeaderValue::from_static(content));
     }
     response
 }
@@ -141,11 +156,11 @@ fn response(status: StatusCode, body: Option<&Value>) -> Response<Full<Bytes>> {
 /// Does what `request` asks for.
 pub(super) async fn answer(context: &Context, request: Request<Incoming>) -> Response<Full<Bytes>> {
     let (head, body) = request.into_parts();
-    let metrics = &context.metrics;
+    let counters = &context.metrics;
     match head.method {
-        Method::GET => count(&metrics.get),
-        Method::PUT => count(&metrics.put),
-        Method::PATCH => count(&metrics.patch),
+        Method::GET => count(&counters.get),
+        Method::PUT => count(&counters.put),
+        Method::PATCH => count(&counters.patch),
         _ => {}
     }
     let path = head.uri.path();
@@ -154,21 +169,20 @@ pub(super) async fn answer(context: &Context, request: Request<Incoming>) -> Res
         Err(fault) => Err(fault),
     };
     match done {
-        Ok(value) => {
+        Ok(answer) => {
             tracing::info!(method = %head.method, path, "REST request done");
-            let status = if value.is_some() {
-                StatusCode::OK
-            } else {
-                StatusCode::NO_CONTENT
+            let status = match answer {
+                Answer::Done => StatusCode::NO_CONTENT,
+                Answer::Json(_) | Answer::Metrics(_) => StatusCode::OK,
             };
-            response(status, value.as_ref())
+            response(status, answer)
         }
         Err(fault) => {
-            count(&metrics.failures);
+            count(&counters.failures);
             tracing::info!(method = %head.method, path, %fault, "REST request refused");
             response(
                 fault.status(),
-                Some(&json!({"fault_message": fault.to_string()})),
+                Answer::Json(json!({"fault_message": fault.to_string()})),
             )
         }
     }
@@ -190,8 +204,8 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     Ok(serde_json::from_slice(body)?)
 }
 
-pub(super) fn tell(value: impl Serialize) -> Result<Option<Value>, Fault> {
-    Ok(Some(serde_json::to_value(value)?))
+pub(super) fn tell(value: impl Serialize) -> Result<Answer, Fault> {
+    Ok(Answer::Json(serde_json::to_value(value)?))
 }
 
 /// The guest. Its lock is taken only once a request has been read and understood, and held for that request alone.
@@ -202,12 +216,7 @@ pub(super) fn control(context: &Context) -> MutexGuard<'_, Control> {
         .unwrap_or_else(PoisonError::into_inner)
 }
 
-fn route(
-    context: &Context,
-    method: &Method,
-    path: &str,
-    body: &[u8],
-) -> Result<Option<Value>, Fault> {
+fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<Answer, Fault> {
     let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
     let unknown = || Fault::Unknown(method.clone(), path.to_owned());
     match *method {
@@ -216,6 +225,10 @@ fn route(
             [] => tell(control(context).instance_info()),
             ["version"] => tell(json!({"firecracker_version": env!("CARGO_PKG_VERSION")})),
             ["machine-config"] => tell(&control(context).config().machine_config),
+            ["metrics"] => {
+                let scrape = control(context).scrape();
+                Ok(Answer::Metrics(scrape.encode()?))
+            }
             ["vm", "sharing"] => tell(control(context).sharing()?),
             ["vm", "config"] => tell(control(context).config()),
             ["drives", id, "job"] => tell(control(context).job(id)?),
@@ -223,11 +236,11 @@ fn route(
             _ => Err(unknown()),
         },
         Method::PATCH if body.is_empty() && balloon::needs_no_body(&segments) => {
-            patch(context, &segments, body, unknown).map(|()| None)
+            patch(context, &segments, body, unknown).map(|()| Answer::Done)
         }
         Method::PUT | Method::PATCH if body.is_empty() => Err(Fault::NoBody(method.clone())),
-        Method::PUT => put(context, &segments, body, unknown).map(|()| None),
-        Method::PATCH => patch(context, &segments, body, unknown).map(|()| None),
+        Method::PUT => put(context, &segments, body, unknown).map(|()| Answer::Done),
+        Method::PATCH => patch(context, &segments, body, unknown).map(|()| Answer::Done),
         _ => Err(unknown()),
     }
 }

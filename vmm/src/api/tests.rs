@@ -1,5 +1,7 @@
 //! Clients that are slow, hostile, in a hurry, or all of it, by raw sockets.
 
+mod client;
+mod metrics;
 mod pmem;
 
 use std::io::{Read, Write};

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::{Configuration, Workload};
 use crate::boot::BootError;
+use crate::procfs::ProcError;
 
 /// Why a benchmark failed.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +70,9 @@ pub enum BenchError {
         /// What it was to hold.
         expected: &'static str,
     },
+    /// The kernel does not say how a process is.
+    #[error(transparent)]
+    Process(#[from] ProcError),
     /// The kernel cannot be unpacked for the peer, or examined.
     #[error(transparent)]
     Kernel(#[from] BootError),

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::kernel_map::Part;
 use super::report::float;
-use super::{BenchError, Configuration, Workload, table};
+use super::{BenchError, Configuration, Workload};
+use crate::text_table::columns;
 
 const PAGE: u64 = 4096;
 /// `pagemap` has 64 bits for each page (Linux, Documentation/admin-guide/mm/pagemap.rst).
@@ -142,7 +143,7 @@ impl fmt::Display for Explanation {
             }
         }
         rows.push(row("all", sum[0], sum[1], sum[2]));
-        f.write_str(table::columns(&rows).trim_end())
+        f.write_str(columns(&rows).trim_end())
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::interrupt::Interrupt;
-use super::{BenchError, KsmFigures, cpu};
+use super::{BenchError, KsmFigures};
+use crate::procfs;
 
 const FOLDER: &str = "/sys/kernel/mm/ksm";
 /// Much more than the kernel's default of 100 pages every 20 ms, so that it settles while somebody waits: about two thirds of a core.
@@ -81,7 +82,7 @@ impl Ksm {
 
     /// CPU time of the scanner so far.
     pub(super) fn cpu_time(&self) -> Result<Duration, BenchError> {
-        cpu::of_process(self.pid)
+        Ok(procfs::of_process(self.pid)?)
     }
 
     fn figures(&self, settled: bool, after: Duration) -> Result<KsmFigures, BenchError> {

@@ -4,7 +4,7 @@
 //! Options ── run ──┬─ configuration, peer     how a guest is started
 //!                  ├─ workload                what it does, and the checksum that it has to print
 //!                  ├─ guest                   its process, and its console
-//!                  ├─ host, process, cpu, ksm readings of /proc and /sys
+//!                  ├─ host, process, ksm      readings of /proc and /sys
 //!                  └─ report ── extrapolate, table, plot
 //! explain: where the RAM of one guest is, by what lies there
 //! ```
@@ -13,7 +13,6 @@
 //! host kernel's. One thread drives all; a thread for each guest reads its console, and another its log.
 
 mod configuration;
-mod cpu;
 mod error;
 mod explain;
 mod extrapolate;
@@ -28,7 +27,6 @@ mod plot;
 mod process;
 mod report;
 mod run;
-mod smaps;
 mod table;
 mod workload;
 

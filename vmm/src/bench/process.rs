@@ -1,10 +1,9 @@
 //! What the process of a guest holds of the host's memory.
 
-use std::fs;
 use std::ops::Range;
 
 use super::BenchError;
-use super::smaps::{self, Mapping, Usage};
+use crate::procfs::{self, Mapping, ProcError, Usage};
 
 /// A process's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug)]
@@ -21,15 +20,10 @@ pub(super) struct ProcessMemory {
     pub(super) ram_mappings: usize,
 }
 
-fn read(pid: u32, name: &str) -> Result<String, BenchError> {
-    let path = format!("/proc/{pid}/{name}");
-    fs::read_to_string(&path).map_err(BenchError::io(format!("read {path}")))
-}
-
 /// The mappings of a process, and where the `mebibytes` of its guest are.
 pub(super) fn mappings(pid: u32, mebibytes: u32) -> Result<(Vec<Mapping>, Range<u64>), BenchError> {
-    let mappings = smaps::parse(&read(pid, "smaps")?);
-    let ram = smaps::guest_ram(&mappings, u64::from(mebibytes) << 20)
+    let mappings = procfs::mappings(pid)?;
+    let ram = procfs::guest_ram(&mappings, u64::from(mebibytes) << 20)
         .ok_or(BenchError::NoRam(u64::from(mebibytes) << 10))?;
     Ok((mappings, ram))
 }
@@ -38,8 +32,8 @@ impl ProcessMemory {
     /// Of a process with a guest of so many MiB.
     pub(super) fn of(pid: u32, mebibytes: u32) -> Result<Self, BenchError> {
         let (mappings, range) = mappings(pid, mebibytes)?;
-        let (ram, beside) = smaps::split(&mappings, &range);
-        let status = read(pid, "status")?;
+        let (ram, beside) = procfs::split(&mappings, &range);
+        let status = procfs::read(pid, "status")?;
         let page_tables = status
             .lines()
             .find_map(|line| {
@@ -49,12 +43,12 @@ impl ProcessMemory {
                     .parse()
                     .ok()
             })
-            .ok_or_else(|| BenchError::Malformed {
+            .ok_or_else(|| ProcError::Malformed {
                 path: format!("/proc/{pid}/status").into(),
                 expected: "VmPTE",
             })?;
         Ok(Self {
-            whole: Usage::of_rollup(&read(pid, "smaps_rollup")?),
+            whole: procfs::memory(pid)?,
             ram,
             beside,
             page_tables,

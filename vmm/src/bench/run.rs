@@ -15,9 +15,10 @@ use super::ksm::Ksm;
 use super::process::{self, ProcessMemory};
 use super::{
     BenchError, Configuration, Explanation, GuestFigures, KsmFigures, Options, Point, Report, Run,
-    Second, Workload, cpu, explain,
+    Second, Workload, explain,
 };
 use crate::boot::{self, LoadSegment};
+use crate::procfs;
 
 const RESULT: &str = "result.json";
 
@@ -295,7 +296,7 @@ impl<'a> Bench<'a> {
             vmm_private_kib: memory.beside.private,
             vmm_shared_kib: memory.beside.shared,
             page_tables_kib: memory.page_tables,
-            merger_cpu_seconds: cpu::of_merger(pid)?.as_secs_f64(),
+            merger_cpu_seconds: procfs::of_merger(pid)?.as_secs_f64(),
         })
     }
 
@@ -304,8 +305,8 @@ impl<'a> Bench<'a> {
         let read = || -> Result<[Duration; 3], BenchError> {
             let mut sums = [Duration::ZERO; 3];
             for resting in resting {
-                sums[0] += cpu::of_process(resting.guest.pid())?;
-                sums[1] += cpu::of_merger(resting.guest.pid())?;
+                sums[0] += procfs::of_process(resting.guest.pid())?;
+                sums[1] += procfs::of_merger(resting.guest.pid())?;
             }
             if let Some(ksm) = ksm {
                 sums[2] = ksm.cpu_time()?;

@@ -1,33 +1,10 @@
 //! The result for people.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use super::report::{Report, Run, float, mean};
 use super::{GuestFigures, extrapolate};
-
-/// A table of columns that are as wide as they have to be: the first to the left, all others to the right.
-pub(super) fn columns(rows: &[Vec<String>]) -> String {
-    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let widths: Vec<_> = (0..count)
-        .map(|at| {
-            let cells = rows.iter().filter_map(|row| row.get(at));
-            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-        })
-        .collect();
-    let mut text = String::new();
-    for row in rows {
-        for (at, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            // Writing to a string does not fail.
-            let _ = match at {
-                0 => write!(text, "{cell:<width$}"),
-                _ => write!(text, "  {cell:>width$}"),
-            };
-        }
-        text.truncate(text.trim_end().len());
-        text.push('\n');
-    }
-    text
-}
+use crate::text_table::columns;
 
 fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).to_vec()
@@ -196,13 +173,6 @@ impl fmt::Display for Report {
 #[cfg(test)]
 mod tests {
     use super::super::report::tests::report;
-    use super::*;
-
-    #[test]
-    fn columns_are_aligned() {
-        let rows = [row(["a", "1"]), row(["long", "1000"]), row(["b"])];
-        assert_eq!(columns(&rows), "a        1\nlong  1000\nb\n");
-    }
 
     #[test]
     fn a_report_shows_every_run_in_every_part_and_how_hosts_are_computed() {

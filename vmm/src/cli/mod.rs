@@ -5,6 +5,7 @@ mod bench;
 mod disk;
 mod pmem;
 mod size;
+mod top;
 
 use std::path::PathBuf;
 
@@ -25,6 +26,7 @@ pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
 pub use pmem::{PmemArgument, PmemError};
 pub use size::{Bytes, Mebibytes, SizeError};
+pub use top::TopArguments;
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
@@ -55,6 +57,9 @@ pub enum Command {
     /// Measure what guests cost on this host.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Show all of this user's guests, with what each of them takes of the host.
+    #[command(after_help = top::HELP)]
+    Top(TopArguments),
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.

@@ -10,6 +10,7 @@
 
 mod balloon;
 mod guest;
+mod scrape;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -179,6 +179,7 @@ pub enum MachineError {
 }
 
 /// The counters of a machine's devices.
+#[derive(Debug)]
 pub struct DeviceMetrics {
     /// By `drive_id`.
     pub drives: BTreeMap<String, Arc<BlockMetrics>>,

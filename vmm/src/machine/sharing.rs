@@ -25,6 +25,7 @@ use crate::boot::MappedKernel;
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
+use crate::procfs;
 use crate::reference::{self, Key};
 use crate::vm::{self, Brake, HugePages, Vm};
 
@@ -289,6 +290,7 @@ impl Sharing {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let stats = self.memory.stats();
         let usage = self.memory.usage()?;
+        let process = procfs::memory(std::process::id()).map_err(std::io::Error::other)?;
         let candidates = self.memory.candidates();
         let mapped = self.memory.mapped();
         let files_own = |run: &&Run| matches!(run.backing.state, PageState::Mapped { .. });
@@ -300,6 +302,9 @@ impl Sharing {
             private_pages: usage.private,
             shared_pages: usage.shared,
             absent_pages: usage.absent,
+            private_kib: process.private,
+            shared_kib: process.shared,
+            proportional_kib: process.proportional,
             saved_bytes: saved * PAGE_SIZE,
             runs: mapped.len(),
             candidate_pages: candidates.iter().map(|run| run.pages).sum(),
@@ -362,6 +367,12 @@ pub struct SharingReport {
     pub shared_pages: u64,
     /// Pages of RAM that take nothing from the host.
     pub absent_pages: u64,
+    /// Memory of the process that is nobody else's.
+    pub private_kib: u64,
+    /// Memory of the process that others map as well.
+    pub shared_kib: u64,
+    /// Memory of the process, where what is shared is divided by those that map it.
+    pub proportional_kib: u64,
     /// What the guest would hold more without the shared pages.
     pub saved_bytes: u64,
     /// Runs of pages that are mapped from files.

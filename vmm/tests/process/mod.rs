@@ -70,6 +70,11 @@ impl Coppice {
         &self.socket
     }
 
+    /// Its number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// A folder for files.
     pub fn folder(&self) -> &Path {
         self.folder.path()
@@ -171,6 +176,17 @@ impl Terminal {
     /// All of its settings.
     pub fn mode(&self) -> String {
         format!("{:?}", rustix::termios::tcgetattr(&self.kept).unwrap())
+    }
+
+    /// Another size.
+    pub fn resize(&self, rows: u16, columns: u16) {
+        let size = rustix::termios::Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        rustix::termios::tcsetwinsize(&self.master, size).unwrap();
     }
 
     /// What a user does.

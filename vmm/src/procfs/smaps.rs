@@ -4,17 +4,17 @@ use std::ops::Range;
 
 /// Memory of some mappings in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Usage {
+pub struct Usage {
     /// In the process's page tables.
-    pub(super) resident: u64,
+    pub resident: u64,
     /// The process's share of that, where others have part in it.
-    pub(super) proportional: u64,
+    pub proportional: u64,
     /// Nobody else's.
-    pub(super) private: u64,
+    pub private: u64,
     /// Others' as well.
-    pub(super) shared: u64,
+    pub shared: u64,
     /// Of no file.
-    pub(super) anonymous: u64,
+    pub anonymous: u64,
 }
 
 impl Usage {
@@ -45,7 +45,7 @@ impl Usage {
     }
 
     /// The sum of a whole `smaps_rollup`.
-    pub(super) fn of_rollup(text: &str) -> Self {
+    pub fn of_rollup(text: &str) -> Self {
         let mut usage = Self::default();
         text.lines().for_each(|line| usage.add_line(line));
         usage
@@ -54,13 +54,15 @@ impl Usage {
 
 /// One mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Mapping {
-    pub(super) range: Range<u64>,
+pub struct Mapping {
+    /// Addresses in the process.
+    pub range: Range<u64>,
     /// Readable, writable, not executable, private: what guest RAM is.
     is_data: bool,
     /// Not counted against what the host may promise (`nr` of `VmFlags`): Coppice asks so for all of guest RAM, and for nothing else.
     is_unreserved: bool,
-    pub(super) usage: Usage,
+    /// What it takes.
+    pub usage: Usage,
 }
 
 /// The range and permissions of a mapping's first line: `7f0000000000-7f0008000000 rw-p 00000000 00:00 0  name`.
@@ -72,7 +74,7 @@ fn head(line: &str) -> Option<(Range<u64>, &str)> {
 }
 
 /// The mappings of `/proc/PID/smaps`, by address.
-pub(super) fn parse(text: &str) -> Vec<Mapping> {
+pub fn parse(text: &str) -> Vec<Mapping> {
     let mut mappings: Vec<Mapping> = Vec::new();
     for line in text.lines() {
         if let Some((range, permissions)) = head(line) {
@@ -97,7 +99,7 @@ pub(super) fn parse(text: &str) -> Vec<Mapping> {
 /// Where guest RAM of `bytes` is: a run of mappings that touch each other, alike in kind, and are as large together. Sharing cuts guest RAM into many
 /// mappings, anonymous ones and ones of files, and what lies before or behind may touch it; of several such runs, guest RAM is the one in
 /// use.
-pub(super) fn guest_ram(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
+pub fn guest_ram(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
     let run = |first: usize| {
         let rest = mappings.get(first..)?;
         let start = rest.first()?;
@@ -125,7 +127,7 @@ pub(super) fn guest_ram(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> 
 }
 
 /// What the mappings inside `ram` use, and what all others do.
-pub(super) fn split(mappings: &[Mapping], ram: &Range<u64>) -> (Usage, Usage) {
+pub fn split(mappings: &[Mapping], ram: &Range<u64>) -> (Usage, Usage) {
     let (mut inside, mut beside) = (Usage::default(), Usage::default());
     for mapping in mappings {
         let is_inside = ram.start <= mapping.range.start && mapping.range.end <= ram.end;

@@ -1,0 +1,63 @@
+//! What the kernel says of processes, in `/proc`: their memory, the files that they map, and their CPU time.
+
+mod cpu;
+mod maps;
+mod smaps;
+
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+pub use cpu::{of_merger, of_process, start_of};
+pub use maps::{MappedFile, mapped_files};
+pub use smaps::{Mapping, Usage, guest_ram, parse, split};
+
+/// Why nothing can be said of a process.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcError {
+    /// It has ended, or is another user's.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A file of the kernel is not as expected.
+    #[error("{}: expected {expected}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What it was to hold.
+        expected: &'static str,
+    },
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> ProcError {
+    let path = path.to_owned();
+    move |source| ProcError::Read { path, source }
+}
+
+/// A file of a process, by the name it has in its folder.
+///
+/// # Errors
+/// `Read`.
+pub fn read(pid: u32, name: &str) -> Result<String, ProcError> {
+    let path = PathBuf::from(format!("/proc/{pid}/{name}"));
+    fs::read_to_string(&path).map_err(failed(&path))
+}
+
+/// The mappings of a process.
+///
+/// # Errors
+/// `Read`.
+pub fn mappings(pid: u32) -> Result<Vec<Mapping>, ProcError> {
+    Ok(parse(&read(pid, "smaps")?))
+}
+
+/// All memory of a process.
+///
+/// # Errors
+/// `Read`.
+pub fn memory(pid: u32) -> Result<Usage, ProcError> {
+    Ok(Usage::of_rollup(&read(pid, "smaps_rollup")?))
+}
