@@ -17,6 +17,9 @@ use rustix::mm::{
 /// Bytes of a page of the host and of a guest.
 pub const PAGE_SIZE: u64 = 4096;
 
+/// Bytes before and behind reserved memory that nobody can touch: what runs past it faults, and no mapping of others grows together with it.
+const GUARD: usize = PAGE_SIZE as usize;
+
 /// Where the memory of a page is, as the host's kernel has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageKind {
@@ -85,22 +88,35 @@ impl Window {
     /// # Errors
     /// What the host says.
     pub fn reserve(len: u64) -> io::Result<Self> {
+        Self::reserve_between(len, GUARD)
+    }
+
+    /// New memory between guards of so many bytes.
+    fn reserve_between(len: u64, guard: usize) -> io::Result<Self> {
         let size = usize::try_from(len).map_err(io::Error::other)?;
+        let guarded = size
+            .checked_add(2 * guard)
+            .ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: a new mapping, wherever the kernel has room for it, changes nothing that exists.
-        let base = unsafe {
+        let start = unsafe {
             mmap_anonymous(
                 ptr::null_mut(),
-                size,
-                READ_WRITE,
+                guarded,
+                ProtFlags::empty(),
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
-        }?
-        .cast();
-        Ok(Self {
-            base,
+        }?;
+        let reservation = Reservation {
+            base: start.cast(),
+            len: guarded,
+        };
+        let window = Self {
+            base: start.wrapping_byte_add(guard).cast(),
             len,
-            _owner: Arc::new(Reservation { base, len: size }),
-        })
+            _owner: Arc::new(reservation),
+        };
+        window.map_zeros(0, len)?;
+        Ok(window)
     }
 
     /// A window over memory that exists.
@@ -208,7 +224,7 @@ impl Window {
         if size == 0 {
             return Ok(());
         }
-        let copy = Self::reserve(len)?;
+        let copy = Self::reserve_between(len, 0)?;
         let mut page = vec![0; PAGE_SIZE as usize];
         for at in (0..len).step_by(PAGE_SIZE as usize) {
             self.read(offset + at, &mut page);

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::options::Options;
 use super::workload::Device;
-use super::{BenchError, Workload};
+use super::{BenchError, Workload, page_use};
 
 /// What every guest is told beside its work.
 pub(super) const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
@@ -101,15 +101,19 @@ impl Configuration {
         }
     }
 
-    /// The program and arguments of guest number `guest`. `kernel` is the unpacked kernel, for the peer.
+    /// The program and arguments of guest number `guest`. `kernel` is the unpacked kernel, for the peer. A guest of Coppice's is given
+    /// `flags` as one more disk, and leaves its page flags there.
     pub(super) fn command(
         self,
         options: &Options,
         kernel: &Path,
         workload: Workload,
         guest: usize,
+        flags: Option<&Path>,
     ) -> Result<Command, BenchError> {
-        let cmdline = format!("{CMDLINE} {}", workload.cmdline(self.device(), guest));
+        let flags_len = flags.map(|_| page_use::flags_len(options.memory));
+        let work = workload.cmdline(self.device(), guest, flags_len);
+        let cmdline = format!("{CMDLINE} {work}");
         let disk = options.inputs.disk(workload);
         let share = match self {
             Self::Pmem => None,
@@ -142,6 +146,12 @@ impl Configuration {
         command
             .arg(option)
             .arg(format!("{},ro", doubled_commas(disk)));
+        // Before what the user adds, which would change its name in the guest.
+        if let Some(flags) = flags {
+            command
+                .arg("--disk")
+                .arg(format!("{},format=raw", doubled_commas(flags)));
+        }
         if let Some(share) = share {
             command.args(["--share", share]);
         }
@@ -192,8 +202,16 @@ mod tests {
     }
 
     fn arguments(configuration: Configuration, workload: Workload) -> Vec<String> {
+        arguments_with(configuration, workload, None)
+    }
+
+    fn arguments_with(
+        configuration: Configuration,
+        workload: Workload,
+        flags: Option<&Path>,
+    ) -> Vec<String> {
         let command = configuration
-            .command(&options(), Path::new("/elf"), workload, 1)
+            .command(&options(), Path::new("/elf"), workload, 1, flags)
             .unwrap();
         std::iter::once(command.get_program())
             .chain(command.get_args())
@@ -212,9 +230,27 @@ mod tests {
             "{words}"
         );
         let words = arguments(Configuration::ShareOff, Workload::Python).join(" ");
-        assert!(words.contains("--disk p,,q,ro --log"), "{words}");
+        assert!(
+            words.contains("--disk p,,q,ro --share off --log"),
+            "{words}"
+        );
         let words = arguments(Configuration::Pmem, Workload::Read).join(" ");
         assert!(words.contains("--pmem /proc/version,ro --log"), "{words}");
+    }
+
+    #[test]
+    fn page_flags_go_to_a_disk_after_the_guest_s_own() {
+        let flags = Some(Path::new("/f,1"));
+        let words = arguments_with(Configuration::ShareAll, Workload::Read, flags).join(" ");
+        assert!(
+            words.contains("--disk /proc/version,ro --disk /f,,1,format=raw --share all --log"),
+            "{words}"
+        );
+        let words = arguments_with(Configuration::Pmem, Workload::Read, flags).join(" ");
+        assert!(
+            words.contains("--pmem /proc/version,ro --disk /f,,1,format=raw --log"),
+            "{words}"
+        );
     }
 
     #[test]
@@ -242,7 +278,8 @@ mod tests {
             if !configuration.is_coppice() {
                 continue;
             }
-            let words = arguments(*configuration, Workload::Read);
+            let flags = Some(Path::new("/f"));
+            let words = arguments_with(*configuration, Workload::Read, flags);
             let command = RunArguments::augment_args(clap::Command::new("coppice"));
             let words = words.into_iter().skip(1);
             let parsed = command.try_get_matches_from(words);

@@ -1,6 +1,8 @@
 //! Where the RAM of a guest is, page by page: private to its process, a page of a file that others may map too, or nowhere; by what the guest
 //! has, or had, at that address.
 //!
+//! What the guest uses its pages for is beside it, by `page_use`.
+//!
 //! The kernel's `/proc/PID/pagemap` says it, which tells copied pages of a private mapping from those that are still the file's.
 
 use std::fmt;
@@ -12,17 +14,41 @@ use serde::{Deserialize, Serialize};
 
 use super::kernel_map::Part;
 use super::report::float;
-use super::{BenchError, Configuration, Workload};
-use crate::text_table::columns;
+use super::{BenchError, Configuration, Use, Workload};
+use crate::text_table;
 
-const PAGE: u64 = 4096;
-/// `pagemap` has 64 bits for each page (Linux, Documentation/admin-guide/mm/pagemap.rst).
-const ENTRY: u64 = 8;
+pub(super) const PAGE: u64 = 4096;
+/// `pagemap` and `kpageflags` have 64 bits for each page (Linux, Documentation/admin-guide/mm/pagemap.rst).
+pub(super) const ENTRY: u64 = 8;
 const PRESENT: u64 = 1 << 63;
 /// Swapped out: private all the same.
 const SWAPPED: u64 = 1 << 62;
 /// Of a file.
 const FILE: u64 = 1 << 61;
+
+/// Where the host has a page of guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Backing {
+    /// In a page of the process.
+    Private,
+    /// In a page of a file.
+    File,
+    /// Nowhere.
+    Absent,
+}
+
+impl Backing {
+    /// By an entry of `pagemap`.
+    pub(super) fn of(entry: u64) -> Self {
+        if entry & PRESENT != 0 && entry & FILE != 0 {
+            Self::File
+        } else if entry & (PRESENT | SWAPPED) != 0 {
+            Self::Private
+        } else {
+            Self::Absent
+        }
+    }
+}
 
 /// An area of guest RAM, in KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +72,8 @@ pub struct Explanation {
     pub workload: Workload,
     /// The areas, in the order in which they begin; the rest last.
     pub areas: Vec<Area>,
+    /// What the guest uses its pages for, most private first; nothing where it did not say.
+    pub uses: Vec<Use>,
 }
 
 /// Where the initrd was put: as high as it goes.
@@ -93,12 +121,10 @@ pub(super) fn areas(entries: &[u64], parts: &[Part]) -> Vec<Area> {
         let area = part
             .and_then(|part| areas.iter_mut().find(|area| area.name == part.name))
             .unwrap_or(&mut rest);
-        let counter = if entry & PRESENT != 0 && entry & FILE != 0 {
-            &mut area.file_kib
-        } else if entry & (PRESENT | SWAPPED) != 0 {
-            &mut area.private_kib
-        } else {
-            &mut area.absent_kib
+        let counter = match Backing::of(*entry) {
+            Backing::Private => &mut area.private_kib,
+            Backing::File => &mut area.file_kib,
+            Backing::Absent => &mut area.absent_kib,
         };
         *counter += PAGE / 1024;
     }
@@ -106,54 +132,93 @@ pub(super) fn areas(entries: &[u64], parts: &[Part]) -> Vec<Area> {
     areas
 }
 
-impl fmt::Display for Explanation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = |kib: u64| format!("{:.2}", float(kib) / 1024.0);
-        let row = |name: &str, private, file, absent| {
-            vec![
-                name.to_owned(),
-                mib(private),
-                mib(file),
-                mib(absent),
-                mib(private + file + absent),
-            ]
-        };
-        let head = format!(
+fn mib(kib: u64) -> String {
+    format!("{:.2}", float(kib) / 1024.0)
+}
+
+/// Columns of MiB: a head, a row for each name with its KiB, and their sum.
+fn columns<const N: usize>(title: &str, heads: [&str; N], named: &[(&str, [u64; N])]) -> String {
+    let row = |name: &str, kib: [u64; N]| {
+        let mut row = vec![name.to_owned()];
+        row.extend(kib.map(mib));
+        row
+    };
+    let mut head = vec![title.to_owned()];
+    head.extend(heads.map(str::to_owned));
+    let mut rows = vec![head];
+    let mut sum = [0; N];
+    for (name, kib) in named {
+        rows.push(row(name, *kib));
+        for (sum, kib) in sum.iter_mut().zip(kib) {
+            *sum += kib;
+        }
+    }
+    rows.push(row("all", sum));
+    text_table::columns(&rows)
+}
+
+impl Explanation {
+    fn by_place(&self) -> String {
+        let named: Vec<_> = self
+            .areas
+            .iter()
+            .map(|area| {
+                let (private, file, absent) = (area.private_kib, area.file_kib, area.absent_kib);
+                let kib = [private, file, absent, private + file + absent];
+                (area.name.as_str(), kib)
+            })
+            .collect();
+        let title = format!(
             "{}, {}: MiB of guest RAM",
             self.configuration, self.workload
         );
-        let mut rows = vec![
-            [head.as_str(), "private", "of a file", "absent", "all"]
-                .map(str::to_owned)
-                .to_vec(),
-        ];
-        let mut sum = [0; 3];
-        for area in &self.areas {
-            rows.push(row(
-                &area.name,
-                area.private_kib,
-                area.file_kib,
-                area.absent_kib,
-            ));
-            for (sum, part) in
-                sum.iter_mut()
-                    .zip([area.private_kib, area.file_kib, area.absent_kib])
-            {
-                *sum += part;
-            }
+        columns(&title, ["private", "of a file", "absent", "all"], &named)
+    }
+
+    fn by_use(&self) -> String {
+        let named: Vec<_> = self
+            .uses
+            .iter()
+            .map(|row| {
+                let (private, file, absent) = (row.private_kib, row.file_kib, row.absent_kib);
+                let kib = [private, row.zero_kib, file, absent, private + file + absent];
+                (row.name.as_str(), kib)
+            })
+            .collect();
+        let title = format!(
+            "{}, {}: MiB by the guest's use",
+            self.configuration, self.workload
+        );
+        let heads = ["private", "of it zero", "of a file", "absent", "all"];
+        columns(&title, heads, &named)
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.by_place())?;
+        if self.uses.is_empty() {
+            write!(
+                f,
+                "{}, {}: the guest did not say what it uses its pages for",
+                self.configuration, self.workload
+            )
+        } else {
+            f.write_str(self.by_use().trim_end())
         }
-        rows.push(row("all", sum[0], sum[1], sum[2]));
-        f.write_str(columns(&rows).trim_end())
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
     use super::*;
 
-    fn part(name: &str, range: Range<u64>) -> Part {
+    pub(in super::super) const PRIVATE_PAGE: u64 = PRESENT;
+    pub(in super::super) const FILE_PAGE: u64 = PRESENT | FILE;
+
+    pub(in super::super) fn part(name: &str, range: Range<u64>) -> Part {
         Part {
             name: name.to_owned(),
             range,
@@ -187,6 +252,46 @@ mod tests {
                 ("data", 4, 0, 0),
                 ("rest of RAM", 4, 0, 4)
             ]
+        );
+    }
+
+    #[test]
+    fn an_explanation_is_a_table_by_place_and_one_by_use() {
+        let mut explanation = Explanation {
+            configuration: Configuration::ShareAll,
+            workload: Workload::Read,
+            areas: areas(&[PRIVATE_PAGE, 0], &[]),
+            uses: vec![
+                Use {
+                    name: "slab".to_owned(),
+                    private_kib: 2048,
+                    zero_kib: 512,
+                    file_kib: 1024,
+                    absent_kib: 0,
+                },
+                Use {
+                    name: "free".to_owned(),
+                    private_kib: 0,
+                    zero_kib: 0,
+                    file_kib: 0,
+                    absent_kib: 1024,
+                },
+            ],
+        };
+        let text = explanation.to_string();
+        let (_, by_use) = text.split_once("\n\n").unwrap();
+        assert_eq!(
+            by_use,
+            "share-all, read: MiB by the guest's use  private  of it zero  of a file  absent   all\n\
+             slab                                        2.00        0.50       1.00    0.00  3.00\n\
+             free                                        0.00        0.00       0.00    1.00  1.00\n\
+             all                                         2.00        0.50       1.00    1.00  4.00"
+        );
+        explanation.uses.clear();
+        assert!(
+            explanation
+                .to_string()
+                .ends_with("did not say what it uses its pages for")
         );
     }
 

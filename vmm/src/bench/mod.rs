@@ -6,7 +6,7 @@
 //!                  ├─ guest                   its process, and its console
 //!                  ├─ host, process, ksm      readings of /proc and /sys
 //!                  └─ report ── extrapolate, table, plot
-//! explain: where the RAM of one guest is, by what lies there
+//! explain: where the RAM of one guest is, by what lies there (kernel_map), and by what the guest uses it for (page_use)
 //! ```
 //!
 //! Guests are child processes, as a user starts them. Nothing is asked of the VMM under measurement but its console: all figures are the
@@ -22,6 +22,7 @@ mod interrupt;
 mod kernel_map;
 mod ksm;
 mod options;
+mod page_use;
 mod peer;
 mod plot;
 mod process;
@@ -36,6 +37,7 @@ pub use explain::{Area, Explanation};
 pub use extrapolate::Line;
 pub use host::HostMemory;
 pub use options::{Inputs, Options};
+pub use page_use::Use;
 pub use peer::Peer;
 pub use report::{GuestFigures, Host, KsmFigures, Point, Report, Run, Second};
 pub use run::{density, explanations, plot};

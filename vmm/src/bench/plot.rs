@@ -187,7 +187,7 @@ mod tests {
         draw(&report(), folder.path()).unwrap();
         let svg = std::fs::read_to_string(folder.path().join("density.svg")).unwrap();
         assert!(
-            svg.contains("default: 26.0 MiB") && svg.contains("qemu-microvm: 110.0 MiB"),
+            svg.contains("share-off: 26.0 MiB") && svg.contains("qemu-microvm: 110.0 MiB"),
             "{svg}"
         );
         let file = std::io::BufReader::new(File::open(folder.path().join("density.png")).unwrap());

@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use tempfile::NamedTempFile;
+
 use super::configuration::CMDLINE;
 use super::guest::{Guest, Times};
 use super::host::{self, HostMemory};
 use super::interrupt::Interrupt;
 use super::kernel_map::{self, Part};
 use super::ksm::Ksm;
+use super::page_use::{self, Ram};
 use super::process::{self, ProcessMemory};
 use super::{
     BenchError, Configuration, Explanation, GuestFigures, KsmFigures, Options, Point, Report, Run,
@@ -85,7 +88,7 @@ fn leave(report: &Report, out: &Path) -> Result<(), BenchError> {
     super::plot::draw(report, out)
 }
 
-/// Says for one guest of each of Coppice's configurations where its RAM is.
+/// Says for one guest of each of Coppice's configurations where its RAM is, and what the guest uses it for.
 ///
 /// # Errors
 /// As [`density`].
@@ -180,7 +183,7 @@ impl<'a> Bench<'a> {
         points.push(point(0)?);
         if options.parallel {
             let started: Result<Vec<_>, _> = (1..=options.guests)
-                .map(|number| self.start(configuration, workload, number))
+                .map(|number| self.start(configuration, workload, number, None))
                 .collect();
             for (number, guest) in (1..).zip(started?) {
                 resting.push(self.rest(guest, configuration, workload, number)?);
@@ -189,7 +192,7 @@ impl<'a> Bench<'a> {
             points.push(point(options.guests)?);
         } else {
             for number in 1..=options.guests {
-                let guest = self.start(configuration, workload, number)?;
+                let guest = self.start(configuration, workload, number, None)?;
                 resting.push(self.rest(guest, configuration, workload, number)?);
                 ksm_figures = self.settle(ksm.as_ref())?;
                 points.push(point(number)?);
@@ -236,6 +239,7 @@ impl<'a> Bench<'a> {
         configuration: Configuration,
         workload: Workload,
         number: usize,
+        flags: Option<&Path>,
     ) -> Result<Guest, BenchError> {
         let kernel = format!(
             "/proc/{}/fd/{}",
@@ -243,7 +247,7 @@ impl<'a> Bench<'a> {
             self.kernel.as_raw_fd()
         );
         let mut command =
-            configuration.command(self.options, Path::new(&kernel), workload, number)?;
+            configuration.command(self.options, Path::new(&kernel), workload, number, flags)?;
         Guest::start(&mut command)
     }
 
@@ -335,16 +339,29 @@ impl<'a> Bench<'a> {
         configuration: Configuration,
         workload: Workload,
     ) -> Result<Explanation, BenchError> {
-        let guest = self.start(configuration, workload, 1)?;
+        let memory = self.options.memory;
+        let disk = page_use::disk(memory)?;
+        let flags = disk.as_ref().map(NamedTempFile::path);
+        let guest = self.start(configuration, workload, 1, flags)?;
         let resting = self.rest(guest, configuration, workload, 1)?;
         self.settle(None)?;
         let pid = resting.guest.pid();
-        let (_, ram) = process::mappings(pid, self.options.memory)?;
+        let (_, ram) = process::mappings(pid, memory)?;
         let entries = explain::pagemap(pid, &ram)?;
+        let parts = self.parts()?;
+        let flags = disk.map(|disk| page_use::flags(disk.as_file(), memory));
+        let uses = match flags.transpose()?.flatten() {
+            Some(flags) => {
+                let ram = Ram::of(pid, ram)?;
+                page_use::uses(&flags, &entries, &parts, |page| ram.is_zero(page))?
+            }
+            None => Vec::new(),
+        };
         Ok(Explanation {
             configuration,
             workload,
-            areas: explain::areas(&entries, &self.parts()?),
+            areas: explain::areas(&entries, &parts),
+            uses,
         })
     }
 

@@ -60,16 +60,27 @@ pub(super) enum Device {
     Memory,
 }
 
+impl Device {
+    /// The guest's name of the first disk beside its own.
+    fn next(self) -> &'static str {
+        match self {
+            Self::Block => "/dev/vdb",
+            Self::Memory => "/dev/vda",
+        }
+    }
+}
+
 impl Workload {
-    /// The word of the kernel command line that makes `/init` do it.
-    pub(super) fn cmdline(self, device: Device, guest: usize) -> String {
-        let script = self.script(device, guest);
+    /// The word of the kernel command line that makes `/init` do it. So many bytes of `/proc/kpageflags` as `flags_len` says go to the disk
+    /// beside the guest's own before it idles.
+    pub(super) fn cmdline(self, device: Device, guest: usize, flags_len: Option<u64>) -> String {
+        let script = self.script(device, guest, flags_len);
         let script = base64::engine::general_purpose::STANDARD.encode(script);
         format!("coppice.sh={script}")
     }
 
     /// The shell commands of guest number `guest`.
-    fn script(self, device: Device, guest: usize) -> String {
+    fn script(self, device: Device, guest: usize, flags_len: Option<u64>) -> String {
         let mount = match device {
             Device::Block => "mount -t ext4 -o ro /dev/vda /mnt",
             // The device appears some time after its driver.
@@ -77,21 +88,37 @@ impl Workload {
                 "until [ -e /dev/pmem0 ]; do sleep 0.1; done; mount -t ext4 -o ro,dax /dev/pmem0 /mnt"
             }
         };
+        // Read at once, so that what is done with the flags is not in them; and no more than is of RAM, as they go on to the end of pmem.
+        let dump = flags_len.map_or_else(String::new, |len| {
+            let disk = device.next();
+            format!("dd if=/proc/kpageflags of={disk} bs={len} count=1 conv=fsync\n")
+        });
         let work = match self {
             Self::Idle => "S=$(echo idle | md5sum)".to_owned(),
             Self::Read => "cat /mnt/data/40M >/dev/null; S=$(md5sum /mnt/data/40M)".to_owned(),
-            Self::Python => format!(
-                "exec chroot /mnt /usr/bin/python3 -c 'import {PYTHON_MODULES}\n\
-                 print(\"{SUM}\" + hashlib.md5(bytes(range(256)) * 4096).hexdigest() + \"\\n{IDLE}\", flush=True)\n\
-                 time.sleep(1e6)'"
-            ),
+            Self::Python => {
+                // Its root has neither file: it inherits both, open.
+                let (dump, files) = flags_len.map_or_else(Default::default, |len| {
+                    let dump = format!(
+                        "import os\nos.write(4, os.read(3, {len}))\nos.fsync(4)\nos.close(4)\n"
+                    );
+                    let files = format!(" 3</proc/kpageflags 4>{}", device.next());
+                    (dump, files)
+                });
+                format!(
+                    "exec chroot /mnt /usr/bin/python3 -c 'import {PYTHON_MODULES}\n\
+                     print(\"{SUM}\" + hashlib.md5(bytes(range(256)) * 4096).hexdigest())\n\
+                     {dump}print(\"{IDLE}\", flush=True)\n\
+                     time.sleep(1e6)'{files}"
+                )
+            }
             Self::Write => format!(
                 "awk 'BEGIN {{ for (i = 0; i < {LINES}; i++) printf \"%08d-%0118d\\n\", {guest}, i }}' >/tmp/data; \
                  S=$(sha256sum /tmp/data)"
             ),
         };
         format!(
-            "{mount}\n{work}\nS=${{S%% *}}\necho \"{SUM}${{S:-none}}\"\necho {IDLE}\nexec sleep 1000000\n"
+            "{mount}\n{work}\nS=${{S%% *}}\necho \"{SUM}${{S:-none}}\"\n{dump}echo {IDLE}\nexec sleep 1000000\n"
         )
     }
 
@@ -130,10 +157,13 @@ mod tests {
     fn scripts_are_shell_and_fit_the_kernel_command_line() {
         for workload in Workload::value_variants() {
             for device in [Device::Block, Device::Memory] {
-                assert!(workload.cmdline(device, 999).len() < ROOM, "{workload}");
-                let script = workload.script(device, 1);
-                let checked = Command::new("sh").args(["-n", "-c", &script]).status();
-                assert!(checked.unwrap().success(), "{script}");
+                for flags_len in [None, Some(6 << 20)] {
+                    let cmdline = workload.cmdline(device, 999, flags_len);
+                    assert!(cmdline.len() < ROOM, "{workload}");
+                    let script = workload.script(device, 1, flags_len);
+                    let checked = Command::new("sh").args(["-n", "-c", &script]).status();
+                    assert!(checked.unwrap().success(), "{script}");
+                }
             }
         }
     }
@@ -155,8 +185,22 @@ mod tests {
 
     #[test]
     fn a_script_says_where_the_disk_is() {
-        let script = |device| Workload::Read.script(device, 1);
+        let script = |device| Workload::Read.script(device, 1, None);
         assert!(script(Device::Block).contains("ro /dev/vda"));
         assert!(script(Device::Memory).contains("ro,dax /dev/pmem0"));
+    }
+
+    #[test]
+    fn page_flags_are_left_on_the_next_disk_before_the_guest_idles() {
+        for workload in Workload::value_variants() {
+            for (device, disk) in [(Device::Block, "/dev/vdb"), (Device::Memory, "/dev/vda")] {
+                let script = workload.script(device, 1, Some(4096));
+                assert!(script.contains("/proc/kpageflags"), "{script}");
+                assert!(script.contains(disk), "{script}");
+                assert!(script.find("4096") < script.find(IDLE), "{script}");
+                let script = workload.script(device, 1, None);
+                assert!(!script.contains("kpageflags") && !script.contains("/dev/vdb"));
+            }
+        }
     }
 }

@@ -79,7 +79,7 @@ pub struct DensityArguments {
     /// Write JSON.
     #[arg(long)]
     json: bool,
-    /// Say instead for one guest of each of Coppice's configurations where its RAM is, by what lies there.
+    /// Say instead for one guest of each of Coppice's configurations where its RAM is, by what lies there and by what the guest uses it for.
     #[arg(long, conflicts_with_all = ["parallel", "guests"])]
     explain: bool,
     /// Join results of earlier benchmarks, and make table and pictures of them; measures nothing. Can be repeated.
