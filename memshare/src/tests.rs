@@ -343,7 +343,7 @@ fn the_number_of_runs_is_bounded_and_the_guest_goes_on_unshared() {
 #[test]
 fn a_file_that_has_changed_is_shared_no_more_and_a_cut_one_is_named() {
     let named = tempfile::NamedTempFile::new().unwrap();
-    named.as_file().write_all(&[7; 16 * PAGE]).unwrap();
+    named.as_file().write_all(&vec![7; 16 * PAGE]).unwrap();
     let file = Arc::new(named.reopen().unwrap());
     let memory = memory(limits());
     window(&memory).0.write(0, &[7; 2 * PAGE]);
