@@ -265,7 +265,7 @@ mod tests {
         assert_eq!(fitted(&[20, 7], 5), [5]);
         let (lines, _) = shown(&screen(), 80);
         assert!(
-            lines[0].starts_with("GUEST") && lines[0].ends_with("CPU%"),
+            lines[0].starts_with("GUEST") && lines[0].ends_with("MERGER%"),
             "{lines:?}"
         );
     }
