@@ -199,6 +199,7 @@ pub const ALL: &[Scenario] = &[
         limit: density::LIMIT,
         ..on_demand("sixty_four_guests_of_128_mib_live_in_8_gib", share::many)
     },
+    on_demand("share_read_bench", share::read_bench),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("pmem_bench", pmem::bench),

@@ -287,3 +287,50 @@ fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
     }
     Ok(())
 }
+
+/// How long a guest takes to read a disk, which the host has in its page cache, for the first time and again; by how the reads are shared. In turns.
+pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
+    const ROUNDS: usize = 3;
+    const READS: usize = 4;
+    let (disk, _) = disk(out)?;
+    let disk = format!("{},ro,format=raw", disk.display());
+    let ways: [(&str, &[&str]); 3] = [
+        ("off", &["--share", "off"]),
+        ("merged", &["--share", "read"]),
+        ("placed", &["--share", "read", "--share-place", "64"]),
+    ];
+    let script = format!(
+        "u() {{ cut -d' ' -f1 /proc/uptime; }}; for i in $(seq {READS}); do echo 3 >/proc/sys/vm/drop_caches; a=$(u); \
+         cat /dev/vdb >/dev/null; b=$(u); cat /dev/vdb >/dev/null; echo TIME $i $a $b $(u) END; sleep 2; done; echo OVER; sleep 100000"
+    );
+    let mut seconds = std::collections::BTreeMap::<(&str, &str), Vec<f64>>::new();
+    for _ in 0..ROUNDS {
+        for (name, arguments) in ways {
+            let start = Start::new().args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk]);
+            let guest = start.args(arguments).script(&script).spawn()?;
+            guest.wait_for("OVER")?;
+            for read in 1..=READS {
+                let line = guest.line(&format!("TIME {read} "))?;
+                let times: Vec<f64> = line
+                    .split(' ')
+                    .filter_map(|word| word.parse().ok())
+                    .collect();
+                let [a, b, c] = times[..] else {
+                    return Failure::claim(format!("no times: {line}"));
+                };
+                // The first read of all finds memory that nobody has touched.
+                let first = if read == 1 { "untouched" } else { "cold" };
+                seconds.entry((name, first)).or_default().push(b - a);
+                seconds.entry((name, "warm")).or_default().push(c - b);
+            }
+        }
+    }
+    let mut figures = Figures::new();
+    for ((name, what), mut values) in seconds {
+        values.sort_by(f64::total_cmp);
+        let median = values.get(values.len() / 2).copied().unwrap_or(f64::NAN);
+        println!("lab: {name}, {what}: {median:.3} s");
+        figures.insert(format!("{name}_{what}_seconds"), json!(median));
+    }
+    Ok(figures)
+}

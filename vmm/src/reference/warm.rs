@@ -64,6 +64,9 @@ pub enum WarmError {
     /// The guest did not end.
     #[error("the guest has not booted within {PATIENCE:?}")]
     Slow,
+    /// It was tried before.
+    #[error("an earlier guest with this kernel did not boot to its end: to try again, remove {}", .0.display())]
+    FailedBefore(PathBuf),
     /// The kernel is none that can be mapped.
     #[error("the kernel is not mapped from the cache, so that its pages cannot be shared: {0}")]
     NotMapped(PathBuf),
@@ -88,7 +91,7 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> WarmError {
 /// Makes the reference image of a kernel, if it is not there. Of several that are asked for at once, one is made at a time.
 ///
 /// # Errors
-/// [`WarmError`]; then nothing is left behind.
+/// [`WarmError`]. An empty file tells of a kernel that does not boot that far; nothing else is left behind.
 pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     let cpus = representative_cpus(request.vcpus);
     let cpu = vm::cpu_model(cpus)?;
@@ -112,8 +115,10 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
         cmdline: &request.cmdline,
     }
     .path();
-    if path.exists() {
-        return Ok(Warmed::Kept(path));
+    match path.metadata() {
+        Ok(metadata) if metadata.len() == 0 => return Err(WarmError::FailedBefore(path)),
+        Ok(_) => return Ok(Warmed::Kept(path)),
+        Err(_) => {}
     }
     let mut cmdline = "quiet panic=-1 reboot=k".to_owned();
     for word in text_words(&request.cmdline) {
@@ -136,8 +141,15 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     };
     config.machine_config.mem_size_mib = MEMORY_MIB;
     config.machine_config.vcpu_count = cpus;
-    let pages = boot_and_keep(&config, &path)?;
-    Ok(Warmed::Made { path, pages })
+    match boot_and_keep(&config, &path) {
+        Ok(pages) => Ok(Warmed::Made { path, pages }),
+        Err(error @ (WarmError::End(_) | WarmError::Slow)) => {
+            // Or every guest to come would have it tried again. An empty image is none to anybody.
+            File::create(&path).map_err(failed(path.display().to_string()))?;
+            Err(error)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
