@@ -65,8 +65,13 @@ pub struct Start {
 }
 
 impl Start {
-    /// A guest of 128 MiB and one CPU with Debian's kernel and the lab's initrd.
+    /// Coppice with a kernel and an initrd; the guest shares no memory, unless that is what is to be shown.
     pub fn new() -> Self {
+        Self::sharing().args(&["--share", "off"])
+    }
+
+    /// As [`Start::new`], but sharing as Coppice does by itself.
+    pub fn sharing() -> Self {
         let args = [
             "run",
             "--kernel",
@@ -86,7 +91,8 @@ impl Start {
 
     /// A program that waits to be configured, or is configured by a file.
     pub fn bare(args: &[&str]) -> Self {
-        let args = std::iter::once("run")
+        let args = ["run", "--share", "off"]
+            .into_iter()
             .chain(args.iter().copied())
             .map(str::to_owned)
             .collect();
