@@ -11,9 +11,9 @@ pub enum ShareMode {
     /// Kernel and initrd are mapped from their files.
     Boot,
     /// What the guest reads from files that do not change, too.
+    #[default]
     Read,
     /// The kernel as it stands after boot, too, by a reference image.
-    #[default]
     All,
 }
 

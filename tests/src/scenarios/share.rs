@@ -129,7 +129,7 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     let disk = numbered_disk(out)?;
     let disk = format!("{},ro,format=raw", disk.display());
     let script = "mount -t ext4 -o ro /dev/vda /mnt; mount -t devtmpfs dev /mnt/dev; cd /mnt; p() { chroot /mnt /usr/bin/python3 /stress.py /dev/vdb 25; }; \
-        p & p; wait; i=0; while [ $i -lt 3 ]; do echo 3 >/proc/sys/vm/drop_caches; cat /dev/vdb >/dev/null; i=$((i+1)); done; echo STRESSED";
+        p & p; wait; i=0; while [ $i -lt 3 ]; do echo 3 >/proc/sys/vm/drop_caches; cat /dev/vdb >/dev/null; i=$((i+1)); done; echo STRESSED; read x";
     let sockets: Vec<_> = (0..GUESTS)
         .map(|number| out.join(format!("{number}.sock")))
         .collect();
@@ -147,6 +147,7 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     for (number_of, (guest, socket)) in guests.iter_mut().zip(&sockets).enumerate() {
         guest.wait_for("STRESSED")?;
         let report = sharing(socket)?;
+        guest.type_in("\n")?;
         let console = guest.console();
         if console.contains("LOST") || console.matches(" rounds, ").count() != 2 {
             return Failure::claim("a write was lost, or a process was");
@@ -188,7 +189,7 @@ pub fn many(_: &Path) -> Result<Figures, Failure> {
                  yes guest{guest} | head -c 1048576 >/tmp/own; S=$(cat /tmp/own /mnt/data/40M | md5sum); echo READY $S; \
                  read x; T=$(cat /tmp/own /mnt/data/40M | md5sum); echo AGAIN $T; echo OVER; sleep 100000"
             );
-            let start = Start::sharing().args(&["--disk", "guest/bench.vhdx,ro"]);
+            let start = Start::sharing().args(&["--share", "all", "--disk", "guest/bench.vhdx,ro"]);
             guests.push(start.script(&script).spawn()?);
         }
         for guest in &guests[first..] {

@@ -116,11 +116,10 @@ impl Configuration {
         let cmdline = format!("{CMDLINE} {work}");
         let disk = options.inputs.disk(workload);
         let share = match self {
-            Self::Pmem => None,
             Self::ShareOff => Some("off"),
             Self::ShareBoot => Some("boot"),
             Self::ShareRead => Some("read"),
-            Self::ShareAll | Self::ShareAllLean => Some("all"),
+            Self::ShareAll | Self::ShareAllLean | Self::Pmem => Some("all"),
             Self::QemuMicrovm | Self::QemuMicrovmKsm => {
                 let merge = self == Self::QemuMicrovmKsm;
                 let format = format_of(disk)?;
@@ -235,7 +234,10 @@ mod tests {
             "{words}"
         );
         let words = arguments(Configuration::Pmem, Workload::Read).join(" ");
-        assert!(words.contains("--pmem /proc/version,ro --log"), "{words}");
+        assert!(
+            words.contains("--pmem /proc/version,ro --share all --log"),
+            "{words}"
+        );
     }
 
     #[test]

@@ -69,9 +69,9 @@ pub enum ShareModeConfig {
     /// Kernel and initrd.
     Boot,
     /// What is read from files that do not change, too.
+    #[default]
     Read,
     /// The kernel as it stands after boot, too.
-    #[default]
     All,
 }
 
