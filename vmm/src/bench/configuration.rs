@@ -250,7 +250,7 @@ mod tests {
         );
         let words = arguments_with(Configuration::Pmem, Workload::Read, flags).join(" ");
         assert!(
-            words.contains("--pmem /proc/version,ro --disk /f,,1,format=raw --log"),
+            words.contains("--pmem /proc/version,ro --disk /f,,1,format=raw --share all --log"),
             "{words}"
         );
     }
