@@ -7,11 +7,11 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ShareMode {
     /// None: all memory is the guest's own.
+    #[default]
     Off,
     /// Kernel and initrd are mapped from their files.
     Boot,
     /// What the guest reads from files that do not change, too.
-    #[default]
     Read,
     /// The kernel as it stands after boot, too, by a reference image.
     All,

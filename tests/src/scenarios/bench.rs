@@ -174,7 +174,7 @@ impl Candidate {
 }
 
 fn coppice() -> Result<Guest, Failure> {
-    let start = Start::sharing().args(&["--disk", "guest/root.vhdx,ro"]);
+    let start = Start::sharing().args(&["--share", "read", "--disk", "guest/root.vhdx,ro"]);
     start.script(IDLE).spawn()
 }
 

@@ -163,11 +163,11 @@ pub const ALL: &[Scenario] = &[
         "ctrl_alt_del_over_rest_reaches_the_guest",
         control::ctrl_alt_del,
     ),
-    test(
+    on_demand(
         "what_guests_read_is_shared_and_stays_what_it_was",
         share::reads,
     ),
-    test(
+    on_demand(
         "a_file_cut_under_its_guests_ends_those_with_a_report_and_no_other",
         share::cut_file,
     ),
@@ -193,7 +193,7 @@ pub const ALL: &[Scenario] = &[
         density::two_guests,
         density::check_two_guests,
     ),
-    test("no_write_is_lost_while_pages_are_merged", share::stress),
+    on_demand("no_write_is_lost_while_pages_are_merged", share::stress),
     Scenario {
         memory: density::MEMORY,
         limit: density::LIMIT,

@@ -69,7 +69,7 @@ fn start(socket: &Path, disk: &Path, script: &str) -> Result<Guest, Failure> {
     let socket = socket.display().to_string();
     Start::sharing()
         .args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk])
-        .args(&["--api-sock", &socket])
+        .args(&["--api-sock", &socket, "--share", "read"])
         .script(script)
         .spawn()
 }
@@ -137,7 +137,7 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     for socket in &sockets {
         let socket = socket.display().to_string();
         let start = Start::sharing()
-            .args(&["--mem", "192M", "--share-cpu", "50"])
+            .args(&["--mem", "192M", "--share", "read", "--share-cpu", "50"])
             .args(&["--disk", "guest/full.vhdx,ro", "--disk", &disk])
             .args(&["--api-sock", &socket]);
         guests.push(start.script(script).spawn()?);

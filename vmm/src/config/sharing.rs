@@ -65,11 +65,11 @@ impl SharingConfig {
 #[serde(rename_all = "lowercase")]
 pub enum ShareModeConfig {
     /// Nothing.
+    #[default]
     Off,
     /// Kernel and initrd.
     Boot,
     /// What is read from files that do not change, too.
-    #[default]
     Read,
     /// The kernel as it stands after boot, too.
     All,
