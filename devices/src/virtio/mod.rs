@@ -107,6 +107,18 @@ impl Interrupt {
     }
 }
 
+/// Reads a configuration space that consists of `bytes`: fills `data` with those from `offset`; those past the end are zero.
+fn read_config_bytes(bytes: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| bytes.get(offset..))
+        .unwrap_or_default();
+    data.fill(0);
+    for (to, from) in data.iter_mut().zip(rest) {
+        *to = *from;
+    }
+}
+
 /// What a device gets when the driver sets `DRIVER_OK`.
 #[derive(Debug)]
 pub struct Activation {

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use libc::iovec;
 
+use crate::Disk;
+
 /// Memory that a transfer may go to or come from.
 ///
 /// # Safety
@@ -28,12 +30,12 @@ pub unsafe trait IoBuffer: Send + 'static {
 pub enum Source<'a> {
     /// From a file.
     File {
+        /// The disk, which knows whether the file changes ([`Disk::is_settled`]).
+        disk: &'a dyn Disk,
         /// The file.
         file: &'a Arc<File>,
         /// Where in it they begin, in bytes.
         file_offset: u64,
-        /// Whether the file does not change, see [`Disk::is_settled`](crate::Disk::is_settled).
-        is_settled: bool,
     },
     /// They are zeros.
     Zeros,

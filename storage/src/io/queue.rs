@@ -104,6 +104,8 @@ pub struct DiskQueue<B: IoBuffer> {
     free: Vec<usize>,
     completed: VecDeque<Completion<B>>,
     extents: Vec<Extent>,
+    /// Of a read that is being started: the extents that its buffer has filled without a transfer.
+    filled: Vec<bool>,
 }
 
 impl<B: IoBuffer> DiskQueue<B> {
@@ -119,6 +121,7 @@ impl<B: IoBuffer> DiskQueue<B> {
             free: Vec::new(),
             completed: VecDeque::new(),
             extents: Vec::new(),
+            filled: Vec::new(),
         })
     }
 
@@ -274,15 +277,16 @@ impl<B: IoBuffer> DiskQueue<B> {
         mut buffer: B,
         then: Then,
     ) {
-        let filled = match kind {
-            Kind::Read => self.filled(range, extents, &mut buffer),
-            Kind::Write | Kind::Sync => Vec::new(),
-        };
+        self.filled.clear();
+        match kind {
+            Kind::Read => self.ask_what_is_filled(range, extents, &mut buffer),
+            Kind::Write | Kind::Sync => {}
+        }
         let mut transfers = Vec::with_capacity(extents.len());
         let mut cursor = Cursor::new(buffer.iovecs());
         for (index, extent) in extents.iter().enumerate() {
             let iovecs = cursor.take(extent.len as usize);
-            if filled.get(index) == Some(&true) {
+            if self.filled.get(index) == Some(&true) {
                 continue;
             }
             match &extent.kind {
@@ -312,20 +316,20 @@ impl<B: IoBuffer> DiskQueue<B> {
     }
 
     /// Asks the buffer which extents it has filled without a transfer.
-    fn filled(&self, range: ByteRange, extents: &[Extent], buffer: &mut B) -> Vec<bool> {
+    fn ask_what_is_filled(&mut self, range: ByteRange, extents: &[Extent], buffer: &mut B) {
         let fill = |extent: &Extent| {
             let start = extent.offset.saturating_sub(range.offset());
             let from = match &extent.kind {
                 ExtentKind::Data { file, file_offset } => Source::File {
+                    disk: &*self.disk,
                     file,
                     file_offset: *file_offset,
-                    is_settled: self.disk.is_settled(file),
                 },
                 ExtentKind::Zero | ExtentKind::Unmapped => Source::Zeros,
             };
             buffer.is_filled(start..start + extent.len, from)
         };
-        extents.iter().map(fill).collect()
+        self.filled.extend(extents.iter().map(fill));
     }
 
     /// The buffers of the requests that have not come to their end.

@@ -3,7 +3,7 @@
 use zerocopy::little_endian::U32;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::super::RING_FEATURES;
+use super::super::{RING_FEATURES, read_config_bytes};
 use super::BalloonConfig;
 
 /// There is a statistics queue.
@@ -32,14 +32,7 @@ pub(super) struct ConfigSpace {
 impl ConfigSpace {
     /// Fills `data` with the bytes from `offset`; those past the end are zero.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.as_bytes().get(offset..))
-            .unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_config_bytes(self.as_bytes(), offset, data);
     }
 
     /// Takes what of `data` lies in `actual`.

@@ -84,14 +84,14 @@ impl Ticket {
     /// `Memory` where a segment is outside guest memory.
     pub(super) fn new(
         memory: &Arc<GuestMemory>,
-        segments: &[Segment],
+        segments: Vec<Segment>,
         (queue, head): (usize, u16),
         status: GuestAddress,
         operation: Operation,
     ) -> Result<Self, ChainError> {
         let mut iovecs = Vec::with_capacity(segments.len());
         let mut len = 0u32;
-        for segment in segments {
+        for segment in &segments {
             len = len.checked_add(segment.len).ok_or(ChainError::Memory)?;
             // A segment may go on from one memory region to the next.
             for slice in
@@ -106,7 +106,7 @@ impl Ticket {
         }
         Ok(Self {
             iovecs,
-            segments: segments.to_vec(),
+            segments,
             sharing: None,
             copied: Vec::new(),
             memory: memory.clone(),

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_blk::{
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes};
 
-use super::super::RING_FEATURES;
+use super::super::{RING_FEATURES, read_config_bytes};
 
 /// The unit of every sector number in the protocol, whatever the disk's own sectors are (5.2.6).
 pub(super) const SECTOR: u64 = 512;
@@ -78,14 +78,7 @@ impl ConfigSpace {
 
     /// Fills `data` with the bytes from `offset`; those past the end are zero.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.as_bytes().get(offset..))
-            .unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_config_bytes(self.as_bytes(), offset, data);
     }
 }
 

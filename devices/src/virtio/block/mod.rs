@@ -289,7 +289,7 @@ impl VirtioBlock {
                     data,
                 }) => {
                     let origin = (queue, head);
-                    let ticket = Ticket::new(&active.memory, &data, origin, status, operation)?;
+                    let ticket = Ticket::new(&active.memory, data, origin, status, operation)?;
                     let ticket = ticket.shared_by(self.sharing.as_ref());
                     self.disk.submit(request, ticket);
                     continue;

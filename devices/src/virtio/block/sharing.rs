@@ -44,10 +44,10 @@ impl DriveSharing {
         match from {
             Source::Zeros => segments.iter().all(|segment| self.zero(memory, *segment)),
             Source::File {
+                disk,
                 file,
                 file_offset,
-                is_settled: true,
-            } => self.share(segments, file, file_offset, copied),
+            } if disk.is_settled(file) => self.share(segments, file, file_offset, copied),
             Source::File { .. } => {
                 let pages = segments
                     .iter()

@@ -36,7 +36,7 @@ pub use self::metrics::PmemMetrics;
 use self::metrics::add;
 use self::request::{Answer, Command, Response};
 use super::chain::{self, Chain};
-use super::{ActivateError, Activation, Interrupt, RING_FEATURES, VirtioDevice};
+use super::{ActivateError, Activation, Interrupt, RING_FEATURES, VirtioDevice, read_config_bytes};
 use crate::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
@@ -322,14 +322,7 @@ impl VirtioDevice for VirtioPmem {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let rest = usize::try_from(offset)
-            .ok()
-            .and_then(|offset| self.config.as_bytes().get(offset..))
-            .unwrap_or_default();
-        data.fill(0);
-        for (to, from) in data.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        read_config_bytes(self.config.as_bytes(), offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
