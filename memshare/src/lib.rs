@@ -41,7 +41,7 @@ pub use file::{Admission, FileChange, FileIdentity, FileRegistry, ShareError, Sh
 pub use lost::{LostPage, OnChange};
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
 pub use merger::Merger;
-pub use policy::{Limits, ShareMode, ShareModeError};
+pub use policy::{Limits, ShareMode, ShareModeError, max_map_count};
 pub use stats::{Refusal, Stats};
 pub use table::{Backing, PageState, Run, Table};
 pub use window::{PAGE_SIZE, PageKind, Window};

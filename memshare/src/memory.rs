@@ -22,7 +22,7 @@ use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
 use crate::lost::OnChange;
 use crate::policy::Limits;
 use crate::stats::{Refusal, Stats, add};
-use crate::table::{Backing, PageState, Run, Table};
+use crate::table::{Backing, PageState, Run, Table, alike};
 use crate::window::{PAGE_SIZE, PageKind, Window};
 
 /// A shared page that is overwritten within this time, in tenths of a second, was not worth it.
@@ -70,7 +70,6 @@ pub(crate) struct State {
     pub mapped: Table,
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
-
     pub references: Vec<Reference>,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
@@ -489,21 +488,17 @@ impl SharedMemory {
             if settled != run.backing.state {
                 state.mapped.set_state(run.clone(), settled);
             }
-            let mut gfn = run.gfn;
-            for same in
-                kinds.chunk_by(|a, b| (*a == PageKind::Private) == (*b == PageKind::Private))
-            {
-                let pages = same.len() as u64;
-                if same.first() == Some(&PageKind::Private)
-                    && let Some(part) = run.cut(&(gfn..gfn + pages))
+            let is_private =
+                |gfn: u64| kinds.get((gfn - run.gfn) as usize) == Some(&PageKind::Private);
+            let private = alike(run.gfns(), is_private).into_iter();
+            for (gfns, _) in private.filter(|(_, is_private)| *is_private) {
+                if let (PageState::Mapped { since, strikes }, Some(part)) =
+                    (settled, run.cut(&gfns))
                 {
-                    add(&self.stats.copied, pages);
-                    if let PageState::Mapped { since, strikes } = settled {
-                        let copied = PageState::Copied { since, strikes };
-                        state.mapped.set_state(part, copied);
-                    }
+                    add(&self.stats.copied, part.pages);
+                    let copied = PageState::Copied { since, strikes };
+                    state.mapped.set_state(part, copied);
                 }
-                gfn += pages;
             }
         }
     }
@@ -549,13 +544,6 @@ impl SharedMemory {
             }
         }
         Ok(usage)
-    }
-
-    /// The guest physical address of a host address in guest memory.
-    pub fn guest_address(&self, host: usize) -> Option<u64> {
-        self.regions
-            .iter()
-            .find_map(|region| Some(region.start + region.window.offset_of(host)?))
     }
 
     /// Tells of each page of a range that is the guest's own, and not a file's: its guest physical address and its bytes. The guest stands still.

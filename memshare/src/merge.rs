@@ -5,12 +5,11 @@
 //! comparison. Long runs come before short ones: they take fewer mappings for the same gain.
 
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::memory::{IsBusy, MOST_STRIKES, SharedMemory, StandStill};
 use crate::stats::{Refusal, add};
-use crate::table::{PageState, Run};
+use crate::table::{PageState, Run, alike};
 use crate::window::PAGE_SIZE;
 
 /// Pages that are compared and exchanged at once, at most: their bytes are all the memory that the merger takes.
@@ -72,8 +71,7 @@ impl SharedMemory {
             }
             if let Some(last) = ready.last_mut()
                 && last.gfn + last.pages == run.gfn
-                && Arc::ptr_eq(&last.backing.file, &run.backing.file)
-                && last.backing.offset + last.pages * PAGE_SIZE == run.backing.offset
+                && last.backing.leads_to(last.pages, &run.backing)
             {
                 last.pages += run.pages;
             } else {
@@ -154,7 +152,6 @@ impl SharedMemory {
         if state.exhausted {
             return 0;
         }
-
         self.limits().runs.saturating_sub(state.mapped.len())
     }
 
@@ -182,18 +179,14 @@ impl SharedMemory {
             return self.refuse(&read.run, Refusal::Differs);
         };
         let is_equal =
-            |gfn: &u64| window.holds(at + (gfn - read.run.gfn) * PAGE_SIZE, read.page(*gfn));
-        let gfns: Vec<(u64, bool)> = read.run.gfns().map(|gfn| (gfn, is_equal(&gfn))).collect();
-        for same in gfns.chunk_by(|a, b| a.1 == b.1) {
-            let Some(&(first, is_equal)) = same.first() else {
-                continue;
-            };
-            let Some(run) = read.run.cut(&(first..first + same.len() as u64)) else {
+            |gfn: u64| window.holds(at + (gfn - read.run.gfn) * PAGE_SIZE, read.page(gfn));
+        for (gfns, is_equal) in alike(read.run.gfns(), is_equal) {
+            let Some(run) = read.run.cut(&gfns) else {
                 continue;
             };
             if is_equal {
-                let start = ((first - read.run.gfn) * PAGE_SIZE) as usize;
-                let bytes = &read.bytes[start..start + same.len() * PAGE_SIZE as usize];
+                let start = ((run.gfn - read.run.gfn) * PAGE_SIZE) as usize;
+                let bytes = &read.bytes[start..start + (run.pages * PAGE_SIZE) as usize];
                 equal.push(Read { run, bytes });
             } else {
                 self.refuse(&run, Refusal::Differs);
@@ -226,24 +219,18 @@ impl SharedMemory {
                 let bytes = read.page(gfn);
                 (window.holds(offset_of(gfn), bytes), is_zero(bytes))
             };
-            let pages: Vec<(u64, (bool, bool))> =
-                run.gfns().map(|gfn| (gfn, of_page(gfn))).collect();
-            for same in pages.chunk_by(|a, b| a.1 == b.1) {
-                let Some(&(first, (is_equal, is_zero))) = same.first() else {
+            for (gfns, (is_equal, is_zero)) in alike(run.gfns(), of_page) {
+                let Some(part) = run.cut(&gfns) else {
                     continue;
                 };
-                let count = same.len() as u64;
-                let Some(part) = run.cut(&(first..first + count)) else {
-                    continue;
-                };
-                drop(state.candidates.remove(part.gfns()));
+                let (first, count) = (part.gfn, part.pages);
+                drop(state.candidates.remove(gfns.clone()));
                 if !is_equal {
                     self.stats().refuse(Refusal::Differs, count);
                     continue;
                 }
                 if is_zero {
                     // Zeros take no page of the file, nor of anybody.
-                    let gfns = part.gfns();
                     if self
                         .clear_locked(&mut state, window, offset_of(first), &gfns)
                         .is_ok()
@@ -290,8 +277,7 @@ fn is_zero(bytes: &[u8]) -> bool {
 
 /// Whether `part` is backed as `run` is.
 fn is_part(part: &Run, run: &Run) -> bool {
-    Arc::ptr_eq(&part.backing.file, &run.backing.file)
-        && part.backing.offset == run.backing.offset + (part.gfn - run.gfn) * PAGE_SIZE
+    run.backing.leads_to(part.gfn - run.gfn, &part.backing)
 }
 
 /// A run as runs of at most a batch each.

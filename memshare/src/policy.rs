@@ -3,8 +3,13 @@
 use std::str::FromStr;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// Which ways to a shared page a guest takes. Each has those before it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
 pub enum ShareMode {
     /// None: all memory is the guest's own.
     #[default]
@@ -69,20 +74,22 @@ pub struct Limits {
     pub huge_pages: bool,
 }
 
-/// `vm.max_map_count` where the host does not say.
-const DEFAULT_MAP_COUNT: usize = 65530;
+/// Mappings that the host lets a process have (`vm.max_map_count`); Linux' default where it does not say.
+pub fn max_map_count() -> usize {
+    const DEFAULT: usize = 65530;
+    std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(DEFAULT)
+}
 
 impl Limits {
     /// The default: 5 % of a core, a burst of two seconds, and a quarter of the mappings that the host allows a process as runs.
     pub fn of_host(cpu_percent: u8, huge_pages: bool) -> Self {
-        let maps = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-            .ok()
-            .and_then(|text| text.trim().parse().ok())
-            .unwrap_or(DEFAULT_MAP_COUNT);
         Self {
             cpu_percent,
             burst: Duration::from_secs(2),
-            runs: maps / 4,
+            runs: max_map_count() / 4,
             zeros: false,
             huge_pages,
         }

@@ -56,10 +56,13 @@ impl Backing {
         }
     }
 
+    /// Whether the page that is `pages` further on is, in the file, that of `next`.
+    pub(crate) fn leads_to(&self, pages: u64, next: &Self) -> bool {
+        Arc::ptr_eq(&self.file, &next.file) && self.offset + pages * PAGE_SIZE == next.offset
+    }
+
     fn goes_on_with(&self, pages: u64, next: &Self) -> bool {
-        Arc::ptr_eq(&self.file, &next.file)
-            && self.offset + pages * PAGE_SIZE == next.offset
-            && self.state == next.state
+        self.leads_to(pages, next) && self.state == next.state
     }
 }
 
@@ -90,6 +93,22 @@ impl Run {
             backing: self.backing.advanced(start - self.gfn),
         })
     }
+}
+
+/// The pages of `gfns` as ranges of those that `of_page` says the same of, in order.
+pub(crate) fn alike<T: PartialEq>(
+    gfns: Range<u64>,
+    of_page: impl Fn(u64) -> T,
+) -> Vec<(Range<u64>, T)> {
+    let mut ranges: Vec<(Range<u64>, T)> = Vec::new();
+    for gfn in gfns {
+        let what = of_page(gfn);
+        match ranges.last_mut() {
+            Some((range, same)) if *same == what => range.end += 1,
+            Some(_) | None => ranges.push((gfn..gfn + 1, what)),
+        }
+    }
+    ranges
 }
 
 /// The runs of a guest, by their first page, without overlap.

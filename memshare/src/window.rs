@@ -31,6 +31,26 @@ pub enum PageKind {
     Private,
 }
 
+impl PageKind {
+    /// Bit of an entry of `/proc/PID/pagemap` (Linux, Documentation/admin-guide/mm/pagemap.rst): the page is in RAM.
+    pub const PRESENT: u64 = 1 << 63;
+    /// Bit of an entry: the page is in swap, and private all the same.
+    pub const SWAPPED: u64 = 1 << 62;
+    /// Bit of an entry: the page is a file's.
+    pub const FILE: u64 = 1 << 61;
+
+    /// By an entry of `/proc/PID/pagemap`.
+    pub fn of(entry: u64) -> Self {
+        if entry & Self::PRESENT != 0 && entry & Self::FILE != 0 {
+            Self::File
+        } else if entry & (Self::PRESENT | Self::SWAPPED) != 0 {
+            Self::Private
+        } else {
+            Self::Absent
+        }
+    }
+}
+
 /// Private memory that is unmapped when it goes.
 struct Reservation {
     base: *mut u8,
@@ -145,12 +165,6 @@ impl Window {
     /// The host's address of the first byte.
     pub fn as_ptr(&self) -> *mut u8 {
         self.base
-    }
-
-    /// The offset of a host address; `None` outside the window.
-    pub fn offset_of(&self, address: usize) -> Option<u64> {
-        let offset = (address as u64).checked_sub(self.base as u64)?;
-        (offset < self.len).then_some(offset)
     }
 
     /// The host's address and length of a range of whole pages.
@@ -330,10 +344,6 @@ impl Window {
     /// # Errors
     /// As [`Window::map_file`], and where `/proc` is not to be had.
     pub fn page_kinds(&self, offset: u64, len: u64) -> io::Result<Vec<PageKind>> {
-        /// Linux, Documentation/admin-guide/mm/pagemap.rst.
-        const PRESENT: u64 = 1 << 63;
-        const SWAPPED: u64 = 1 << 62;
-        const FILE: u64 = 1 << 61;
         /// Pages that are asked for at once.
         const PIECE: usize = 1024;
         let (address, size) = self.pages(offset, len)?;
@@ -346,14 +356,11 @@ impl Window {
             let entries = &mut entries[..count * 8];
             pagemap.read_exact_at(entries, at)?;
             let (entries, _) = entries.as_chunks::<8>();
-            kinds.extend(entries.iter().map(|entry| {
-                let entry = u64::from_ne_bytes(*entry);
-                match (entry & (PRESENT | SWAPPED) != 0, entry & FILE != 0) {
-                    (false, _) => PageKind::Absent,
-                    (true, true) => PageKind::File,
-                    (true, false) => PageKind::Private,
-                }
-            }));
+            kinds.extend(
+                entries
+                    .iter()
+                    .map(|entry| PageKind::of(u64::from_ne_bytes(*entry))),
+            );
             left -= count;
             at += count as u64 * 8;
         }

@@ -10,6 +10,7 @@ use std::time::Instant;
 use crate::memory::{SharedMemory, StandStill};
 use crate::merge::LONGEST_HOLD;
 use crate::stats::add;
+use crate::table::alike;
 use crate::window::{PAGE_SIZE, PageKind};
 
 /// Pages that are given back while the guest is held once, at most.
@@ -75,20 +76,13 @@ impl SharedMemory {
             return;
         };
         let offset_of = |gfn: u64| at + (gfn - run.start) * PAGE_SIZE;
-        let gfns: Vec<(u64, bool)> = run
-            .clone()
-            .map(|gfn| (gfn, window.holds(offset_of(gfn), &ZEROS)))
-            .collect();
+        let is_zero = |gfn| window.holds(offset_of(gfn), &ZEROS);
+        let zeros = alike(run.clone(), is_zero).into_iter();
         let mut state = self.state();
-        for same in gfns.chunk_by(|a, b| a.1 == b.1) {
-            let Some(&(first, true)) = same.first() else {
-                continue;
-            };
-            let count = same.len() as u64;
-            let gfns = first..first + count;
-            let cleared = self.clear_locked(&mut state, window, offset_of(first), &gfns);
+        for (gfns, _) in zeros.filter(|(_, is_zero)| *is_zero) {
+            let cleared = self.clear_locked(&mut state, window, offset_of(gfns.start), &gfns);
             if cleared.is_ok() {
-                add(&self.stats().zeroed, count);
+                add(&self.stats().zeroed, gfns.end - gfns.start);
             }
         }
     }

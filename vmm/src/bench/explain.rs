@@ -10,6 +10,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use memshare::PageKind;
 use serde::{Deserialize, Serialize};
 
 use super::kernel_map::Part;
@@ -20,36 +21,6 @@ use crate::text_table;
 pub(super) const PAGE: u64 = 4096;
 /// `pagemap` and `kpageflags` have 64 bits for each page (Linux, Documentation/admin-guide/mm/pagemap.rst).
 pub(super) const ENTRY: u64 = 8;
-const PRESENT: u64 = 1 << 63;
-/// Swapped out: private all the same.
-const SWAPPED: u64 = 1 << 62;
-/// Of a file.
-const FILE: u64 = 1 << 61;
-
-/// Where the host has a page of guest RAM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Backing {
-    /// In a page of the process.
-    Private,
-    /// In a page of a file.
-    File,
-    /// Nowhere.
-    Absent,
-}
-
-impl Backing {
-    /// By an entry of `pagemap`.
-    pub(super) fn of(entry: u64) -> Self {
-        if entry & PRESENT != 0 && entry & FILE != 0 {
-            Self::File
-        } else if entry & (PRESENT | SWAPPED) != 0 {
-            Self::Private
-        } else {
-            Self::Absent
-        }
-    }
-}
-
 /// An area of guest RAM, in KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Area {
@@ -121,10 +92,10 @@ pub(super) fn areas(entries: &[u64], parts: &[Part]) -> Vec<Area> {
         let area = part
             .and_then(|part| areas.iter_mut().find(|area| area.name == part.name))
             .unwrap_or(&mut rest);
-        let counter = match Backing::of(*entry) {
-            Backing::Private => &mut area.private_kib,
-            Backing::File => &mut area.file_kib,
-            Backing::Absent => &mut area.absent_kib,
+        let counter = match PageKind::of(*entry) {
+            PageKind::Private => &mut area.private_kib,
+            PageKind::File => &mut area.file_kib,
+            PageKind::Absent => &mut area.absent_kib,
         };
         *counter += PAGE / 1024;
     }
@@ -215,6 +186,9 @@ pub(super) mod tests {
 
     use super::*;
 
+    const PRESENT: u64 = PageKind::PRESENT;
+    const SWAPPED: u64 = PageKind::SWAPPED;
+    const FILE: u64 = PageKind::FILE;
     pub(in super::super) const PRIVATE_PAGE: u64 = PRESENT;
     pub(in super::super) const FILE_PAGE: u64 = PRESENT | FILE;
 

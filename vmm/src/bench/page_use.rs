@@ -7,10 +7,11 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
+use memshare::PageKind;
 use serde::{Deserialize, Serialize};
 
 use super::BenchError;
-use super::explain::{Backing, ENTRY, PAGE};
+use super::explain::{ENTRY, PAGE};
 use super::kernel_map::Part;
 use crate::layout::MMIO_HOLE_START;
 
@@ -205,15 +206,15 @@ pub(super) fn uses(
             });
         }
         let counted = &mut uses[index];
-        match Backing::of(*entry) {
-            Backing::Private => {
+        match PageKind::of(*entry) {
+            PageKind::Private => {
                 counted.private_kib += PAGE / 1024;
                 if is_zero(page)? {
                     counted.zero_kib += PAGE / 1024;
                 }
             }
-            Backing::File => counted.file_kib += PAGE / 1024,
-            Backing::Absent => counted.absent_kib += PAGE / 1024,
+            PageKind::File => counted.file_kib += PAGE / 1024,
+            PageKind::Absent => counted.absent_kib += PAGE / 1024,
         }
     }
     uses.sort_by(|one, other| {

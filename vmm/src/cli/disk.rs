@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::config::{DriveConfig, DriveFormat, ShareModeConfig};
+use memshare::ShareMode;
+
+use crate::config::{DriveConfig, DriveFormat};
 
 /// The value of `--disk`. A comma in the name of the file is written twice.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,7 +19,7 @@ pub struct DiskArgument {
     queues: Option<u16>,
     parents: Option<PathBuf>,
     keep_space: bool,
-    share: Option<ShareModeConfig>,
+    share: Option<ShareMode>,
 }
 
 /// Not the description of a disk.
@@ -122,10 +124,10 @@ fn parse_format(value: &str) -> Result<DriveFormat, DiskError> {
     }
 }
 
-fn parse_share(value: &str) -> Result<ShareModeConfig, DiskError> {
+fn parse_share(value: &str) -> Result<ShareMode, DiskError> {
     match value {
-        "off" => Ok(ShareModeConfig::Off),
-        "read" => Ok(ShareModeConfig::Read),
+        "off" => Ok(ShareMode::Off),
+        "read" => Ok(ShareMode::Read),
         _ => Err(DiskError::Value {
             option: "share",
             value: value.to_owned(),

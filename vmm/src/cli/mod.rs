@@ -340,7 +340,7 @@ impl RunArguments {
             config.machine_config.mem_size_mib = size;
         }
         if let Some(mode) = self.share {
-            config.sharing.mode = mode.into();
+            config.sharing.mode = mode;
         }
         if self.share_domain.is_some() {
             config.sharing.domain = self.share_domain;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use memshare::ShareMode;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use storage::Format;
@@ -9,7 +10,6 @@ use storage::io::EngineKind;
 
 use super::ConfigError;
 use super::error::{check_file, check_id, check_path};
-use super::sharing::ShareModeConfig;
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
 const SERIAL_MAX: usize = 20;
@@ -62,7 +62,7 @@ pub struct DriveConfig {
     pub parents: Option<PathBuf>,
     /// What of it is shared at most, `off` or `read`; as the guest's memory where absent. Not in Firecracker.
     #[serde(default)]
-    pub share: Option<ShareModeConfig>,
+    pub share: Option<ShareMode>,
 }
 
 const fn one() -> u16 {

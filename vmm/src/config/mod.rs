@@ -39,7 +39,7 @@ pub use error::ConfigError;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
-pub use sharing::{ShareModeConfig, SharingConfig};
+pub use sharing::SharingConfig;
 
 use crate::layout;
 

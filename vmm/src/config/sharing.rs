@@ -12,7 +12,7 @@ use super::error::check_id;
 pub struct SharingConfig {
     /// What is shared.
     #[serde(default)]
-    pub mode: ShareModeConfig,
+    pub mode: ShareMode,
     /// Share of a core that the merger may use in the long run, in percent, 1 to 100.
     #[serde(default = "cpu_percent")]
     pub cpu_percent: u8,
@@ -31,7 +31,7 @@ const fn cpu_percent() -> u8 {
 impl Default for SharingConfig {
     fn default() -> Self {
         Self {
-            mode: ShareModeConfig::default(),
+            mode: ShareMode::default(),
             cpu_percent: cpu_percent(),
             place_kib: None,
             domain: None,
@@ -56,43 +56,6 @@ impl SharingConfig {
                 &self.cpu_percent,
                 "1 to 100",
             ))
-        }
-    }
-}
-
-/// A [`ShareMode`], by its name.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ShareModeConfig {
-    /// Nothing.
-    #[default]
-    Off,
-    /// Kernel and initrd.
-    Boot,
-    /// What is read from files that do not change, too.
-    Read,
-    /// The kernel as it stands after boot, too.
-    All,
-}
-
-impl From<ShareModeConfig> for ShareMode {
-    fn from(config: ShareModeConfig) -> Self {
-        match config {
-            ShareModeConfig::Off => Self::Off,
-            ShareModeConfig::Boot => Self::Boot,
-            ShareModeConfig::Read => Self::Read,
-            ShareModeConfig::All => Self::All,
-        }
-    }
-}
-
-impl From<ShareMode> for ShareModeConfig {
-    fn from(mode: ShareMode) -> Self {
-        match mode {
-            ShareMode::Off => Self::Off,
-            ShareMode::Boot => Self::Boot,
-            ShareMode::Read => Self::Read,
-            ShareMode::All => Self::All,
         }
     }
 }

@@ -86,7 +86,7 @@ impl Plan {
             HugePages::HostPolicy => true,
         };
         let config = &config.sharing;
-        let mode = ShareMode::from(config.mode);
+        let mode = config.mode;
         let limits = Limits {
             zeros: mode == ShareMode::All,
             ..Limits::of_host(config.cpu_percent, huge_pages)
@@ -133,9 +133,7 @@ impl Plan {
 
     /// How the reads of a drive are shared.
     pub(super) fn of_drive(&self, drive: &DriveConfig) -> Option<Arc<DriveSharing>> {
-        let mode = drive
-            .share
-            .map_or(self.mode, |share| self.mode.min(share.into()));
+        let mode = drive.share.map_or(self.mode, |share| self.mode.min(share));
         (mode >= ShareMode::Read).then(|| {
             Arc::new(DriveSharing {
                 memory: self.memory.clone(),

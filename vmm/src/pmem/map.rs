@@ -12,15 +12,15 @@ use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use memshare::{Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window};
+use memshare::{
+    Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window, max_map_count,
+};
 use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
 const UNIT: u64 = 2 << 20;
 /// Bytes of the disk that are resolved at once: bounds what their extents take.
 const PIECE: u64 = 64 << 20;
-/// Linux' default of `vm.max_map_count`.
-const DEFAULT_MAP_COUNT: usize = 65530;
 
 /// Why a disk cannot be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -71,10 +71,7 @@ pub struct MapBudget(usize);
 impl MapBudget {
     /// Half of what the host lets a process have: the other half is for RAM that is shared page by page, and for the process itself.
     pub fn of_host() -> Self {
-        let count = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-            .ok()
-            .and_then(|text| text.trim().parse().ok());
-        Self(count.unwrap_or(DEFAULT_MAP_COUNT) / 2)
+        Self(max_map_count() / 2)
     }
 
     #[cfg(test)]
