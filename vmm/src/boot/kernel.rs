@@ -35,6 +35,20 @@ pub(super) struct Kernel {
     pub(super) cmdline_max: usize,
 }
 
+impl Kernel {
+    /// A file of `cache` that does not change, and holds what the kernel's holds; none for a kernel that unpacks itself, as it writes over what it was.
+    pub(super) fn settled(&self, cache: &Path) -> Option<File> {
+        if self.header.is_some() {
+            None
+        } else if self.is_cached {
+            self.file.try_clone().ok()
+        } else {
+            let len = self.file.metadata().ok()?.len();
+            unpack::keep(&self.path, &self.file, len, cache)
+        }
+    }
+}
+
 /// Opens and checks the kernel of `source`; one that is unpacked on the host lies in `cache`.
 pub(super) fn find_kernel(source: &BootSource, cache: &Path) -> Result<Kernel, BootError> {
     let path = &source.kernel;

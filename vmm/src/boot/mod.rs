@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::GuestMemory;
-use memshare::{SharedFile, SharedMemory};
+use memshare::{FileRegistry, SharedFile, SharedMemory};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::HIGH_RAM_START;
@@ -179,18 +179,9 @@ pub(crate) fn runtime_kernel(
         domain: domain.map(str::to_owned),
     };
     let cache = unpack::cache_dir(domain);
-    let kernel = find_kernel(&source, &cache)?;
-    let shared = SharedMemory::new(Vec::new(), memshare::Limits::of_host(1, false));
-    let into = Destination {
-        memory: &GuestMemory::new(),
-        shared: Some(&shared),
-        cache: &cache,
-    };
-    let settled = match kernel.header {
-        None => into.settled(path, &kernel.file, kernel.is_cached),
-        Some(_) => None,
-    };
-    Ok(settled.map(|file| file.path().to_owned()))
+    let settled = find_kernel(&source, &cache)?.settled(&cache);
+    let shared = settled.and_then(|file| FileRegistry::default().share(&Arc::new(file)).ok());
+    Ok(shared.map(|file| file.path().to_owned()))
 }
 
 /// A kernel as guests get it, and where its parts go: an ELF file, unpacked into the cache where it was packed.
@@ -243,15 +234,10 @@ struct Destination<'a> {
 }
 
 impl Destination<'_> {
-    /// The file that does not change and holds what `file` holds, if it is to be shared.
-    fn settled(&self, path: &Path, file: &File, is_cached: bool) -> Option<Arc<SharedFile>> {
-        let shared = self.shared?;
-        let settled = if is_cached {
-            file.try_clone().ok()?
-        } else {
-            unpack::keep(path, file, file.metadata().ok()?.len(), self.cache)?
-        };
-        shared.files().share(&Arc::new(settled)).ok()
+    /// The file that does not change, as `settled` finds it, if it is to be shared.
+    fn settled(&self, settled: impl FnOnce(&Path) -> Option<File>) -> Option<Arc<SharedFile>> {
+        let files = self.shared?.files();
+        files.share(&Arc::new(settled(self.cache)?)).ok()
     }
 
     fn put(
@@ -279,11 +265,7 @@ fn load_kernel(
 ) -> Result<(u64, Option<MappedKernel>), BootError> {
     check_entry(kernel)?;
     let (path, file) = (&kernel.path, &kernel.file);
-    // A kernel that unpacks itself writes over what it was.
-    let settled = match kernel.header {
-        None => into.settled(path, file, kernel.is_cached),
-        Some(_) => None,
-    };
+    let settled = into.settled(|cache| kernel.settled(cache));
     let mut kernel_end = 0;
     for segment in &kernel.segments {
         let start = segment.guest_address.raw_value();
@@ -343,7 +325,7 @@ fn load_initrd(
         mem_len: len,
         is_writable: true,
     };
-    let settled = into.settled(path, &file, false);
+    let settled = into.settled(|cache| unpack::keep(path, &file, len, cache));
     into.put(path, "initrd", &file, settled.as_ref(), &segment)?;
     Ok(Initrd { address, len })
 }
@@ -445,7 +427,9 @@ mod tests {
         };
         let bytes: Vec<u8> = (0..3 * PAGE + 100).map(|at| (at / 7) as u8).collect();
         let source = file(&bytes);
-        let settled = into.settled(source.path(), source.as_file(), false);
+        let settled = into.settled(|cache| {
+            unpack::keep(source.path(), source.as_file(), bytes.len() as u64, cache)
+        });
         let put = |file_offset, address| {
             let segment = LoadSegment {
                 file_offset,

@@ -4,16 +4,16 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use event_manager::EventManager;
+use memshare::ShareMode;
 use rustix::fs::{FlockOperation, flock};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Key, initrd, representative_cpus, text_words};
-use crate::config::{BootSourceConfig, ShareModeConfig, SharingConfig, VmConfig};
+use crate::config::{BootSourceConfig, SharingConfig, VmConfig};
 use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
 use crate::vm::{self, VmError};
 
@@ -133,7 +133,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
             ..BootSourceConfig::default()
         }),
         sharing: SharingConfig {
-            mode: ShareModeConfig::Boot,
+            mode: ShareMode::Boot,
             domain: request.domain.clone(),
             ..SharingConfig::default()
         },
@@ -154,14 +154,15 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
 
 fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     let mut manager = EventManager::<Subscriber>::new_with_capacity(8)?;
-    let (end, is_over) = (Arc::new(Mutex::new(None)), Arc::new(AtomicBool::new(false)));
-    let on_end = {
-        let (end, is_over) = (end.clone(), is_over.clone());
-        Arc::new(move |how: GuestEnd| {
-            *end.lock().unwrap_or_else(PoisonError::into_inner) = Some(how);
-            is_over.store(true, Ordering::SeqCst);
-        })
-    };
+    let (told, end) = mpsc::channel();
+    let told = Mutex::new(told);
+    let on_end = Arc::new(move |how: GuestEnd| {
+        // Nobody waits for it any more where that fails.
+        let _ = told
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(how);
+    });
     let nowhere = File::options().write(true).open("/dev/null");
     let surroundings = Surroundings {
         serial_out: nowhere.map_err(failed("open /dev/null"))?.into(),
@@ -172,12 +173,13 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     };
     let started = Instant::now();
     let mut machine = Machine::start(config, &mut manager, surroundings)?;
-    while !is_over.load(Ordering::SeqCst) && started.elapsed() < PATIENCE {
+    let mut how = None;
+    while how.is_none() && started.elapsed() < PATIENCE {
         manager.run_with_timeout(50)?;
+        how = end.try_recv().ok();
     }
     machine.pause();
-    let how = end.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let kept = match how {
+    let kept = match how.or_else(|| end.try_recv().ok()) {
         Some(GuestEnd::PowerOff) => keep(&machine, path),
         Some(other) => Err(WarmError::End(other)),
         None => Err(WarmError::Slow),
