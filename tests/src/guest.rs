@@ -250,18 +250,28 @@ impl Guest {
         Path::new("/proc").join(self.child.id().to_string())
     }
 
-    /// Waits for the VMM's end, and for the rest of what it wrote.
-    pub fn wait(&mut self) -> Result<ExitStatus, Failure> {
+    /// Waits for the VMM's end, and for the rest of what it wrote; `None` where it goes on for longer than `patience`.
+    pub fn try_exit(&mut self, patience: Duration) -> Result<Option<ExitStatus>, Failure> {
+        let begun = Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().map_err(Failure::io("wait"))? {
                 self.console.wait_for_end();
                 self.log.wait_for_end();
-                return Ok(status);
+                return Ok(Some(status));
             }
-            if self.started.elapsed() > PATIENCE {
-                return Failure::claim("the VMM did not end");
+            if begun.elapsed() > patience {
+                return Ok(None);
             }
             std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits for the VMM's end, and for the rest of what it wrote.
+    pub fn wait(&mut self) -> Result<ExitStatus, Failure> {
+        let left = PATIENCE.saturating_sub(self.started.elapsed());
+        match self.try_exit(left)? {
+            Some(status) => Ok(status),
+            None => Failure::claim("the VMM did not end"),
         }
     }
 

@@ -9,6 +9,7 @@ mod disk;
 mod end;
 mod pmem;
 mod share;
+mod soak;
 
 use std::path::Path;
 use std::time::Duration;
@@ -90,6 +91,14 @@ const fn density(name: &'static str) -> Scenario {
         memory: density::MEMORY,
         limit: density::LIMIT,
         ..on_demand(name, density::density)
+    }
+}
+
+/// Guests of one way to share, in a host with more time.
+const fn soak(name: &'static str) -> Scenario {
+    Scenario {
+        limit: density::LIMIT,
+        ..on_demand(name, soak::soak)
     }
 }
 
@@ -200,6 +209,10 @@ pub const ALL: &[Scenario] = &[
         ..on_demand("sixty_four_guests_of_128_mib_live_in_8_gib", share::many)
     },
     on_demand("share_read_bench", share::read_bench),
+    soak("soak_off"),
+    soak("soak_boot"),
+    soak("soak_read"),
+    soak("soak_all"),
     on_demand("bench", bench::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("pmem_bench", pmem::bench),

@@ -15,6 +15,7 @@ const CACHE: u32 = 0x4;
 const PERFORMANCE_MONITORING: u32 = 0xa;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
+const KVM_FEATURES: u32 = 0x4000_0001;
 const AMD_FEATURES: u32 = 0x8000_0001;
 const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_CACHE: u32 = 0x8000_001d;
@@ -30,6 +31,8 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: more than one logical processor in the package.
 const HTT: u32 = 1 << 28;
+/// Leaf `0x4000_0001` EAX: asynchronous page faults, as such, as exits to a nested hypervisor, and with an interrupt when the page is there.
+const ASYNC_PF: u32 = (1 << 4) | (1 << 10) | (1 << 14);
 /// Leaf `0x8000_0001` ECX: the logical processors of the package are cores.
 const CMP_LEGACY: u32 = 1 << 1;
 /// Leaf `0x8000_0001` ECX: six performance counters.
@@ -76,7 +79,6 @@ impl Template {
         CpuId::from_entries(&entries).map_err(|_| VmError::CpuidTooLong(entries.len()))
     }
 
-    /// Bits of the APIC ID that number the cores of the package.
     /// What tells this CPU from others, as a guest sees it: a digest of all leaves.
     pub(super) fn digest(&self) -> Result<Vec<u8>, VmError> {
         let mut digest = Sha256::new();
@@ -96,6 +98,7 @@ impl Template {
         Ok(digest.finalize().to_vec())
     }
 
+    /// Bits of the APIC ID that number the cores of the package.
     fn core_bits(&self) -> u32 {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()
     }
@@ -129,6 +132,9 @@ impl Template {
             PERFORMANCE_MONITORING | AMD_PERFORMANCE_MONITORING => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
+            // A guest of anonymous memory hardly ever has such a fault; one whose memory is files' has many, and on AMD processors tasks that wait
+            // for ever and vCPUs that spin came of them (cloud-hypervisor #2277, firecracker #3020 and #3043).
+            KVM_FEATURES => set(&mut entry.eax, ASYNC_PF, false),
             AMD_FEATURES => {
                 set(&mut entry.ecx, CMP_LEGACY, many);
                 set(&mut entry.ecx, PERFCTR_CORE, false);

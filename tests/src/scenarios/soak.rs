@@ -1,0 +1,74 @@
+//! Many guests, one wave after the other: how often one does not do what it was told, by what it shares.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::guest::{Guest, Start};
+use crate::result::{Failure, Figures};
+
+/// Guests of one wave, which boot at the same time on two processors.
+const WAVE: usize = 4;
+const WAVES: usize = 12;
+/// A wave that takes longer hangs.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// MD5 of the file that the guests read.
+const DATA_MD5: &str = "5190a94c24b537fd1ac2c225956dac1d";
+/// What the scenarios' names begin with; options of `coppice run` follow.
+const PREFIX: &str = "soak_";
+
+/// One wave: how many guests ended by themselves with the right checksum, and what became of the others.
+fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
+    let script = "mount -t ext4 -o ro /dev/vda /mnt; S=$(md5sum </mnt/data/40M); sleep 1; \
+                  T=$(md5sum </mnt/data/40M); echo SUMS $S $T";
+    let guests: Result<Vec<Guest>, _> = (0..WAVE)
+        .map(|_| {
+            Start::sharing()
+                .args(args)
+                .args(&["--disk", "guest/bench.vhdx,ro"])
+                .script(script)
+                .spawn()
+        })
+        .collect();
+    let started = Instant::now();
+    let mut well = 0;
+    for guest in &mut guests? {
+        let console = |guest: &Guest| {
+            let text = guest.console();
+            let from = text.len().saturating_sub(200);
+            text.get(from..).unwrap_or_default().replace(['\r', '\n'], "|")
+        };
+        match guest.try_exit(PATIENCE.saturating_sub(started.elapsed()))? {
+            Some(status) if status.code() == Some(0) => match guest.line("SUMS ") {
+                Ok(line) if line.matches(DATA_MD5).count() == 2 => well += 1,
+                Ok(line) => others.push(format!("sums {line}")),
+                Err(_) => others.push(format!("no sums: {}", console(guest))),
+            },
+            Some(status) => others.push(format!("{status}: {}", console(guest))),
+            None => others.push(format!("hung: {}", console(guest))),
+        }
+    }
+    Ok(well)
+}
+
+/// The scenario's name says what the guests share.
+pub fn soak(out: &Path) -> Result<Figures, Failure> {
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    let mode = name.trim_start_matches(PREFIX).replace('_', "-");
+    let args = ["--share", &mode];
+    let (mut well, mut others) = (0, Vec::new());
+    for number in 0..WAVES {
+        let before = others.len();
+        well += wave(&args, &mut others)?;
+        for other in &others[before..] {
+            println!("lab: wave {number}: {other}");
+        }
+        println!("lab: {well} of {} well", (number + 1) * WAVE);
+    }
+    Ok(Figures::from([
+        ("guests".into(), json!(WAVES * WAVE)),
+        ("well".into(), json!(well)),
+        ("others".into(), json!(others)),
+    ]))
+}
