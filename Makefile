@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update build demo test lint unit fuzz power-cuts lab bench bench-density clean
+.PHONY: help setup guest guest-update emulator build demo test lint unit fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -20,6 +20,7 @@ help:
 	@echo "make fuzz          fuzz the disk engine, each target for FUZZ_SECONDS (60)"
 	@echo "make power-cuts    a million power cuts: POWER_CUTS and POWER_SEED say how many and which"
 	@echo "make guest         kernel, initrd and root file systems in target/guest"
+	@echo "make emulator      the emulator of the lab's host in target/emulator"
 	@echo "make guest-update  pin the Debian packages of today"
 	@echo "make clean         remove target"
 
@@ -29,13 +30,16 @@ setup:
 guest: setup
 	resources/guest/build.sh
 
+emulator: setup
+	resources/emulator.sh
+
 guest-update:
 	resources/guest/update.sh
 
 build: setup
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target $(TARGET) -p coppice -p lab
 
-demo: build guest
+demo: build guest emulator
 	resources/demo.sh
 
 test: setup
@@ -60,17 +64,17 @@ power-cuts: setup
 	POWER_CUTS=$${POWER_CUTS:-1000000} POWER_SEED=$${POWER_SEED:-$$RANDOM} \
 		cargo test --release -p storage --lib a_power_cut_at_any_operation -- --nocapture
 
-lab: build guest
+lab: build guest emulator
 	$(LAB) run --json target/lab/results.json
 
-bench: build guest
+bench: build guest emulator
 	command -v fio >/dev/null || sudo apt-get install -q -y --no-install-recommends fio || apt-get install -q -y --no-install-recommends fio
 	$(LAB) run bench disk_bench --json target/lab/bench.json
 	$(COPPICE) disk bench target --peer
 	cargo bench -p storage
 
 # Long: two workloads and six guests of each configuration, one after the other, under emulation.
-bench-density: build guest
+bench-density: build guest emulator
 	$(LAB) run density --json target/lab/density.json
 
 clean:

@@ -7,6 +7,7 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use crate::file::FileIdentity;
 use crate::memory::{IsBusy, MOST_STRIKES, SharedMemory, StandStill};
 use crate::stats::{Refusal, add};
 use crate::table::{PageState, Run, alike};
@@ -113,13 +114,14 @@ impl SharedMemory {
 
     /// Exchanges the pages of a batch, or refuses them; false where some are as they were.
     fn merge_batch(&self, batch: Vec<Run>, buffer: &mut Vec<u8>, still: &dyn StandStill) -> bool {
-        let (mut runs, mut room) = (Vec::new(), self.room());
+        let (mut runs, mut room, mut checked) = (Vec::new(), self.room(), None);
         buffer.resize((BATCH * PAGE_SIZE) as usize, 0);
         let mut left = &mut buffer[..];
         for run in batch {
             let (bytes, rest) = left.split_at_mut((run.pages * PAGE_SIZE) as usize);
             left = rest;
-            match self.admit(&run, &mut room).and_then(|()| read(&run, bytes)) {
+            let admitted = self.admit(&run, &mut room, &mut checked);
+            match admitted.and_then(|()| read(&run, bytes)) {
                 Ok(()) => runs.push(Read { run, bytes }),
                 Err(why) => self.refuse(&run, why),
             }
@@ -155,8 +157,13 @@ impl SharedMemory {
         self.limits().runs.saturating_sub(state.mapped.len())
     }
 
-    /// Whether a run may be exchanged at all.
-    fn admit(&self, run: &Run, room: &mut usize) -> Result<(), Refusal> {
+    /// Whether a run may be exchanged at all. `checked` is the file that was looked at last in this batch.
+    fn admit(
+        &self,
+        run: &Run,
+        room: &mut usize,
+        checked: &mut Option<FileIdentity>,
+    ) -> Result<(), Refusal> {
         let limits = self.limits();
         if limits.huge_pages && run.pages < HUGE {
             return Err(Refusal::HugePage);
@@ -165,10 +172,13 @@ impl SharedMemory {
             return Err(Refusal::MapLimit);
         }
         let file = &run.backing.file;
-        file.check().map_err(|change| {
-            self.tell_change(file, change);
-            Refusal::FileChanged
-        })?;
+        if *checked != Some(file.identity()) {
+            file.check().map_err(|change| {
+                self.tell_change(file, change);
+                Refusal::FileChanged
+            })?;
+            *checked = Some(file.identity());
+        }
         *room -= 1;
         Ok(())
     }

@@ -135,7 +135,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         if due {
             memory.refresh();
             if limits.zeros && !limits.huge_pages {
-                memory.give_zeros_back(still);
+                memory.give_zeros_back(still, &mut settle_up);
             }
         }
         settle_up();

@@ -192,7 +192,7 @@ proptest! {
                     prop_assert!(memory.mapped().iter().all(|run| run.backing.file.identity() != identity));
                 }
                 Step::Refresh => memory.refresh(),
-                Step::GiveZerosBack => memory.give_zeros_back(&gate),
+                Step::GiveZerosBack => memory.give_zeros_back(&gate, || false),
             }
             for (page, expected) in model.iter().enumerate() {
                 prop_assert!(window(&memory).0.holds(page as u64 * PAGE_SIZE, expected), "page {}", page);
@@ -462,7 +462,7 @@ fn zeros_that_a_guest_holds_take_no_memory() {
         busy: Some(1),
         ..Gate::default()
     };
-    memory.give_zeros_back(&gate);
+    memory.give_zeros_back(&gate, || false);
     let kinds = window(&memory).0.page_kinds(0, PAGES * PAGE_SIZE).unwrap();
     let private = kinds
         .iter()

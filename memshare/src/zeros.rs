@@ -40,10 +40,11 @@ impl SharedMemory {
         runs
     }
 
-    /// Gives back the pages of zeros that the guest holds. What cannot be done at once stays as it is, for another look.
-    pub(crate) fn give_zeros_back(&self, still: &dyn StandStill) {
+    /// Gives back the pages of zeros that the guest holds, until `enough` says so; that is asked between batches. What cannot be done at once stays as
+    /// it is, for another look.
+    pub(crate) fn give_zeros_back(&self, still: &dyn StandStill, mut enough: impl FnMut() -> bool) {
         let mut runs = self.zero_runs().into_iter().peekable();
-        while runs.peek().is_some() {
+        while runs.peek().is_some() && !enough() {
             let (mut batch, mut pages) = (Vec::new(), 0);
             while let Some(run) =
                 runs.next_if(|run| batch.is_empty() || pages + (run.end - run.start) <= BATCH)

@@ -298,7 +298,14 @@ fn fio_disk(lab: &Path) -> Result<PathBuf, Failure> {
 /// Boots the lab's host with `memory` MiB, and waits for its end.
 fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
     let guest = root.join("target/guest");
-    let mut qemu = Command::new("qemu-system-x86_64");
+    let emulator = root.join("target/emulator");
+    // It comes with its libraries, and this machine's may be older.
+    let mut qemu = Command::new(emulator.join("lib/ld-linux-x86-64.so.2"));
+    qemu.arg("--library-path").arg(emulator.join("lib"));
+    qemu.arg(emulator.join("qemu"));
+    for firmware in ["share/qemu", "share/seabios"] {
+        qemu.arg("-L").arg(emulator.join(firmware));
+    }
     qemu.args([
         "-accel",
         "tcg,thread=multi",
@@ -327,7 +334,7 @@ fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
         .stdout(Stdio::piped())
         .stderr(log.try_clone().map_err(Failure::io("log"))?)
         .spawn()
-        .map_err(Failure::io("start qemu-system-x86_64"))?;
+        .map_err(Failure::io("start the emulator (make emulator fetches it)"))?;
     let stdout = child.stdout.take();
     let progress = Arc::new(Mutex::new(Instant::now()));
     let seen = progress.clone();

@@ -37,7 +37,9 @@ fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
         let console = |guest: &Guest| {
             let text = guest.console();
             let from = text.len().saturating_sub(200);
-            text.get(from..).unwrap_or_default().replace(['\r', '\n'], "|")
+            text.get(from..)
+                .unwrap_or_default()
+                .replace(['\r', '\n'], "|")
         };
         match guest.try_exit(PATIENCE.saturating_sub(started.elapsed()))? {
             Some(status) if status.code() == Some(0) => match guest.line("SUMS ") {

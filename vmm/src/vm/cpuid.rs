@@ -193,6 +193,7 @@ mod tests {
             CACHE,
             PERFORMANCE_MONITORING,
             TOPOLOGY_V2,
+            KVM_FEATURES,
             AMD_FEATURES,
             AMD_SIZES,
             AMD_TOPOLOGY,
@@ -255,5 +256,11 @@ mod tests {
         assert_eq!(find(&cpuid, AMD_PERFORMANCE_MONITORING, 0).eax, 0);
         assert_eq!(find(&cpuid, FEATURES, 0).ecx & PDCM, 0);
         assert_eq!(find(&cpuid, AMD_FEATURES, 0).ecx & PERFCTR_CORE, 0);
+    }
+
+    #[test]
+    fn no_page_fault_is_asynchronous() {
+        let cpuid = template(1).for_vcpu(0).unwrap();
+        assert_eq!(find(&cpuid, KVM_FEATURES, 0).eax, !ASYNC_PF);
     }
 }

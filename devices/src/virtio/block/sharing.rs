@@ -107,17 +107,27 @@ impl DriveSharing {
         edges.into_iter().all(|edge| write_zeros(memory, edge))
     }
 
-    /// Tells of the copies that a read has made.
+    /// Tells of the copies that a read has made. Pages whose bytes come from two of them are counted, and left alone.
     pub(super) fn note(&self, copied: &[Copied]) {
-        for piece in copied {
-            let Copied {
-                address,
-                len,
-                file,
-                file_offset,
-            } = piece;
-            self.memory
-                .note_read(address.raw_value(), *len, file, *file_offset);
+        let mut seam = None;
+        for (index, piece) in copied.iter().enumerate() {
+            let address = piece.address.raw_value();
+            let (mut start, mut end) = (address, address + piece.len);
+            if seam == Some(start) {
+                start = start.next_multiple_of(PAGE_SIZE);
+            }
+            let next = copied.get(index + 1);
+            let meets = next.is_some_and(|next| next.address.raw_value() == end);
+            seam = (meets && !end.is_multiple_of(PAGE_SIZE)).then_some(end);
+            if seam.is_some() {
+                self.memory.stats().refuse(Refusal::Split, 1);
+                end -= end % PAGE_SIZE;
+            }
+            if start < end {
+                let offset = piece.file_offset + (start - address);
+                self.memory
+                    .note_read(start, end - start, &piece.file, offset);
+            }
         }
     }
 }
@@ -136,4 +146,45 @@ fn write_zeros(memory: &GuestMemory, range: Range<u64>) -> bool {
         at += len;
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use memshare::{Limits, Region, Window};
+
+    use super::*;
+
+    #[test]
+    fn a_page_of_two_layers_is_counted_at_each_seam_and_its_neighbours_are_candidates() {
+        let window = Window::reserve(8 * PAGE_SIZE).unwrap();
+        let regions = vec![Region { start: 0, window }];
+        let memory = Arc::new(SharedMemory::new(regions, Limits::of_host(5, false)));
+        let sharing = DriveSharing {
+            memory: memory.clone(),
+            place_from: None,
+        };
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 * PAGE_SIZE).unwrap();
+        let file = Arc::new(file);
+        let piece = |start: u64, len: u64| Copied {
+            address: GuestAddress(start),
+            len,
+            file: file.clone(),
+            file_offset: start,
+        };
+        // The third page has a sector of another layer in its midst; the last page is read in part.
+        sharing.note(&[
+            piece(0, 2 * PAGE_SIZE + 512),
+            piece(2 * PAGE_SIZE + 512, 512),
+            piece(2 * PAGE_SIZE + 1024, 3 * PAGE_SIZE),
+        ]);
+        let candidates: Vec<_> = memory
+            .candidates()
+            .iter()
+            .map(|run| (run.gfn, run.pages))
+            .collect();
+        assert_eq!(candidates, [(0, 2), (3, 2)]);
+        assert_eq!(memory.stats().refused(Refusal::Split), 2);
+        assert_eq!(memory.stats().refused(Refusal::Partial), 1);
+    }
 }
