@@ -12,13 +12,13 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "lowercase")]
 pub enum ShareMode {
     /// None: all memory is the guest's own.
-    #[default]
     Off,
     /// Kernel and initrd are mapped from their files.
     Boot,
     /// What the guest reads from files that do not change, too.
     Read,
     /// The kernel as it stands after boot, too, by a reference image.
+    #[default]
     All,
 }
 

@@ -65,13 +65,8 @@ pub struct Start {
 }
 
 impl Start {
-    /// Coppice with a kernel and an initrd; the guest shares no memory, unless that is what is to be shown.
+    /// Coppice with a kernel and an initrd.
     pub fn new() -> Self {
-        Self::sharing().args(&["--share", "off"])
-    }
-
-    /// As [`Start::new`], but sharing as Coppice does by itself.
-    pub fn sharing() -> Self {
         let args = [
             "run",
             "--kernel",
@@ -91,7 +86,7 @@ impl Start {
 
     /// A program that waits to be configured, or is configured by a file.
     pub fn bare(args: &[&str]) -> Self {
-        let args = ["run", "--share", "off"]
+        let args = ["run"]
             .into_iter()
             .chain(args.iter().copied())
             .map(str::to_owned)

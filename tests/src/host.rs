@@ -20,6 +20,8 @@ const STALL: Duration = Duration::from_mins(6);
 /// Hosts that may be booted for scenarios that need one of the same size. A scenario that fails is not run again, but one whose emulated host is lost under it, with those behind it, is: nested
 /// virtualization under emulation has been seen to stop. Every host that is lost is told.
 const HOSTS: usize = 3;
+/// Hosts that may run side by side.
+const LANES: usize = 2;
 
 /// The root of the sources.
 pub fn workspace() -> PathBuf {
@@ -46,14 +48,32 @@ pub fn run(
     lock.lock().map_err(Failure::io("lock the lab"))?;
     eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
     let sizes: BTreeSet<_> = chosen.iter().map(|scenario| scenario.memory).collect();
+    let lanes = lanes(&chosen);
     let mut outcomes = Vec::new();
     for memory in sizes {
-        let scenarios = chosen
+        let same: Vec<_> = chosen
             .iter()
             .copied()
             .filter(|scenario| scenario.memory == memory)
             .collect();
-        outcomes.extend(run_hosts(&root, &lab, memory, scenarios));
+        std::thread::scope(|scope| {
+            let running: Vec<_> = (0..lanes)
+                .map(|lane| {
+                    let (root, lab) = (&root, &lab);
+                    let own = same.iter().copied().skip(lane).step_by(lanes).collect();
+                    scope.spawn(move || run_hosts(root, lab, lane, memory, own))
+                })
+                .collect();
+            for lane in running {
+                outcomes.extend(lane.join().unwrap_or_default());
+            }
+        });
+    }
+    // A lane that could not go on has left no word of its scenarios.
+    for scenario in &chosen {
+        if !outcomes.iter().any(|outcome| outcome.name == scenario.name) {
+            outcomes.push(judge(scenario, &lab.join("out")));
+        }
     }
     for outcome in &outcomes {
         let verdict = if outcome.failure.is_none() {
@@ -90,16 +110,32 @@ pub fn run(
     Ok(failed == 0)
 }
 
+/// How many hosts run side by side, each with one processor: what is measured has the machine for itself.
+fn lanes(chosen: &[&Scenario]) -> usize {
+    let tests_alone = chosen.iter().all(|scenario| scenario.kind == Kind::Test);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    if tests_alone {
+        processors.min(LANES).min(chosen.len()).max(1)
+    } else {
+        1
+    }
+}
+
 /// Boots hosts of one size until all scenarios have run, or too many hosts were lost.
 fn run_hosts(
     root: &Path,
     lab: &Path,
+    lane: usize,
     memory: u32,
     mut left: Vec<&'static Scenario>,
 ) -> Vec<Outcome> {
     let (mut outcomes, out) = (Vec::new(), lab.join("out"));
+    let own = lab.join(format!("host{}", lane + 1));
     for host in 1..=HOSTS {
-        let ended = run_host(root, lab, memory, &left);
+        if left.is_empty() {
+            break;
+        }
+        let ended = run_host(root, &own, &out, memory, &left);
         let (done, lost): (Vec<_>, Vec<_>) = left
             .into_iter()
             .partition(|scenario| out.join(scenario.name).join("outcome.json").exists());
@@ -119,17 +155,23 @@ fn run_hosts(
 }
 
 /// Boots a host with `memory` MiB for `scenarios`, and brings out what they left.
-fn run_host(root: &Path, lab: &Path, memory: u32, scenarios: &[&Scenario]) -> Result<(), Failure> {
-    let out = lab.join("out");
+fn run_host(
+    root: &Path,
+    own: &Path,
+    out: &Path,
+    memory: u32,
+    scenarios: &[&Scenario],
+) -> Result<(), Failure> {
+    fs::create_dir_all(own).map_err(Failure::io(own.display().to_string()))?;
     for scenario in scenarios {
         // What an earlier run, or a host that was lost, has left of it.
         let _ = fs::remove_dir_all(out.join(scenario.name));
     }
-    let disk = make_disk(root, lab, scenarios)?;
+    let disk = make_disk(root, own, scenarios)?;
     let booted = boot(root, &disk, memory);
     // A host that was cut off leaves its results in the journal.
     let _ = Command::new("e2fsck").arg("-p").arg(&disk).output();
-    fs::create_dir_all(&out).map_err(Failure::io(out.display().to_string()))?;
+    fs::create_dir_all(out).map_err(Failure::io(out.display().to_string()))?;
     for scenario in scenarios {
         let request = format!("rdump /out/{} {}", scenario.name, out.display());
         command(Command::new("debugfs").args(["-R", &request]).arg(&disk))?;
@@ -310,7 +352,7 @@ fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
         "-accel",
         "tcg,thread=multi",
         "-smp",
-        "2",
+        "1",
         "-m",
         &memory.to_string(),
         "-nographic",

@@ -174,7 +174,7 @@ impl Candidate {
 }
 
 fn coppice() -> Result<Guest, Failure> {
-    let start = Start::sharing().args(&["--share", "read", "--disk", "guest/root.vhdx,ro"]);
+    let start = Start::new().args(&["--disk", "guest/root.vhdx,ro"]);
     start.script(IDLE).spawn()
 }
 
@@ -289,7 +289,7 @@ pub fn disks(out: &Path) -> Result<Figures, Failure> {
 pub fn demo(_: &Path) -> Result<Figures, Failure> {
     let script = "mount -o ro /dev/vda /mnt && echo \"GUEST $(uname -r), $(nproc) CPU, $(md5sum /mnt/bin/busybox)\"; echo SHOWN; sleep 100000";
     let start = || {
-        Start::sharing()
+        Start::new()
             .args(&["--disk", "guest/root.vhdx,ro"])
             .script(script)
             .spawn()

@@ -172,11 +172,11 @@ pub const ALL: &[Scenario] = &[
         "ctrl_alt_del_over_rest_reaches_the_guest",
         control::ctrl_alt_del,
     ),
-    on_demand(
+    test(
         "what_guests_read_is_shared_and_stays_what_it_was",
         share::reads,
     ),
-    on_demand(
+    test(
         "a_file_cut_under_its_guests_ends_those_with_a_report_and_no_other",
         share::cut_file,
     ),
@@ -202,7 +202,7 @@ pub const ALL: &[Scenario] = &[
         density::two_guests,
         density::check_two_guests,
     ),
-    on_demand("no_write_is_lost_while_pages_are_merged", share::stress),
+    test("no_write_is_lost_while_pages_are_merged", share::stress),
     Scenario {
         memory: density::MEMORY,
         limit: density::LIMIT,

@@ -67,9 +67,9 @@ fn settled(socket: &Path) -> Result<Value, Failure> {
 fn start(socket: &Path, disk: &Path, script: &str) -> Result<Guest, Failure> {
     let disk = format!("{},ro,format=raw", disk.display());
     let socket = socket.display().to_string();
-    Start::sharing()
+    Start::new()
         .args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk])
-        .args(&["--api-sock", &socket, "--share", "read"])
+        .args(&["--api-sock", &socket])
         .script(script)
         .spawn()
 }
@@ -136,8 +136,8 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     let mut guests = Vec::new();
     for socket in &sockets {
         let socket = socket.display().to_string();
-        let start = Start::sharing()
-            .args(&["--mem", "192M", "--share", "read", "--share-cpu", "50"])
+        let start = Start::new()
+            .args(&["--mem", "192M", "--share-cpu", "50"])
             .args(&["--disk", "guest/full.vhdx,ro", "--disk", &disk])
             .args(&["--api-sock", &socket]);
         guests.push(start.script(script).spawn()?);
@@ -189,7 +189,7 @@ pub fn many(_: &Path) -> Result<Figures, Failure> {
                  yes guest{guest} | head -c 1048576 >/tmp/own; S=$(cat /tmp/own /mnt/data/40M | md5sum); echo READY $S; \
                  read x; T=$(cat /tmp/own /mnt/data/40M | md5sum); echo AGAIN $T; echo OVER; sleep 100000"
             );
-            let start = Start::sharing().args(&["--share", "all", "--disk", "guest/bench.vhdx,ro"]);
+            let start = Start::new().args(&["--share", "all", "--disk", "guest/bench.vhdx,ro"]);
             guests.push(start.script(&script).spawn()?);
         }
         for guest in &guests[first..] {
@@ -307,7 +307,7 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
     let mut seconds = std::collections::BTreeMap::<(&str, &str), Vec<f64>>::new();
     for _ in 0..ROUNDS {
         for (name, arguments) in ways {
-            let start = Start::sharing().args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk]);
+            let start = Start::new().args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk]);
             let guest = start.args(arguments).script(&script).spawn()?;
             guest.wait_for("OVER")?;
             for read in 1..=READS {

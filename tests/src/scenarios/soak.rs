@@ -1,5 +1,7 @@
 //! Many guests, one wave after the other: how often one does not do what it was told, by what it shares.
 
+use std::fmt::Write as _;
+use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,11 +14,44 @@ use crate::result::{Failure, Figures};
 const WAVE: usize = 4;
 const WAVES: usize = 12;
 /// A wave that takes longer hangs.
-const PATIENCE: Duration = Duration::from_secs(180);
+const PATIENCE: Duration = Duration::from_mins(3);
 /// MD5 of the file that the guests read.
 const DATA_MD5: &str = "5190a94c24b537fd1ac2c225956dac1d";
 /// What the scenarios' names begin with; options of `coppice run` follow.
 const PREFIX: &str = "soak_";
+
+/// What the threads of a VMM do: names, states, CPU time in ticks, and where in the kernel they are.
+fn threads(guest: &Guest) -> String {
+    let mut text = String::new();
+    for task in fs::read_dir(guest.proc().join("task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let (stat, stack) = (read("stat"), read("stack"));
+        let fields: Vec<_> = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or_default()
+            .split_whitespace()
+            .collect();
+        let [state, user, system] =
+            [0, 11, 12].map(|field| fields.get(field).copied().unwrap_or("?"));
+        let frames: Vec<_> = stack
+            .lines()
+            .take(6)
+            .filter_map(|line| line.split_whitespace().nth(1))
+            .collect();
+        let _ = write!(
+            text,
+            "{} {state} {user}+{system} [{}]; ",
+            read("comm").trim(),
+            frames.join(" ")
+        );
+    }
+    text
+}
 
 /// One wave: how many guests ended by themselves with the right checksum, and what became of the others.
 fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
@@ -24,7 +59,7 @@ fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
                   T=$(md5sum </mnt/data/40M); echo SUMS $S $T";
     let guests: Result<Vec<Guest>, _> = (0..WAVE)
         .map(|_| {
-            Start::sharing()
+            Start::new()
                 .args(args)
                 .args(&["--disk", "guest/bench.vhdx,ro"])
                 .script(script)
@@ -48,7 +83,12 @@ fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
                 Err(_) => others.push(format!("no sums: {}", console(guest))),
             },
             Some(status) => others.push(format!("{status}: {}", console(guest))),
-            None => others.push(format!("hung: {}", console(guest))),
+            None => {
+                println!("lab: {}", threads(guest));
+                std::thread::sleep(Duration::from_secs(2));
+                println!("lab: 2 s later: {}", threads(guest));
+                others.push(format!("hung: {}", console(guest)));
+            }
         }
     }
     Ok(well)

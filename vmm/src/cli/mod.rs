@@ -179,7 +179,7 @@ pub struct RunArguments {
     /// vCPUs of the guest, 1 to 32 [default: 1].
     #[arg(long, value_name = "NUMBER")]
     pub cpus: Option<u8>,
-    /// Which pages of files the guest shares with other guests: off, boot, read or all [default: off].
+    /// Which pages of files the guest shares with other guests: off, boot, read or all [default: all].
     ///
     /// boot: the kernel and the initrd; read: also what the guest reads from disks that do not change (read-only disks, and the parents of
     /// differencing disks); all: also the kernel as it stands after boot, and what the guest frees goes back to the host.
