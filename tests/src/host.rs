@@ -17,8 +17,8 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const SPARE: u64 = 768 << 20;
 /// A host that does not name another scenario for so long is stuck: longer than the agent's own limit.
 const STALL: Duration = Duration::from_mins(6);
-/// Hosts that may be booted for scenarios that need one of the same size. A scenario that fails is not run again, but one whose emulated host is lost under it, with those behind it, is: nested
-/// virtualization under emulation has been seen to stop. Every host that is lost is told.
+/// Hosts that may be booted one after the other for the same scenarios. A scenario that fails is not run again, but one whose emulated host is
+/// lost under it is, with those behind it. Every host that is lost is told.
 const HOSTS: usize = 3;
 /// Hosts that may run side by side.
 const LANES: usize = 2;
@@ -42,6 +42,7 @@ pub fn run(
     let (root, started) = (workspace(), Instant::now());
     build(&root)?;
     command(Command::new(root.join("resources/guest/build.sh")))?;
+    command(Command::new(root.join("resources/emulator.sh")))?;
     let lab = folder.unwrap_or_else(|| root.join("target/lab"));
     fs::create_dir_all(&lab).map_err(Failure::io(lab.display().to_string()))?;
     let lock = File::create(lab.join("lock")).map_err(Failure::io("make the lab's lock"))?;
@@ -348,6 +349,7 @@ fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
     for firmware in ["share/qemu", "share/seabios"] {
         qemu.arg("-L").arg(emulator.join(firmware));
     }
+    // With more processors, their threads spoil each other's translations of nested guests' memory now and then.
     qemu.args([
         "-accel",
         "tcg,thread=multi",
