@@ -70,28 +70,27 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
 }
 
 impl Memory {
-    /// From `smaps`, where guest RAM is the one run of mappings that is as long: what is shared cuts it in pieces.
+    /// From `smaps`. Guest RAM is a run of mappings that is as long, as what is shared cuts it in pieces, and of those the one that is used most:
+    /// an allocator can have reserved as much.
     fn of(guest: &Guest) -> Result<Self, Failure> {
         let mappings = mappings(&read(&guest.proc().join("smaps"))?);
-        let runs = mappings.chunk_by(|a, b| a.end == b.start);
-        let (mut memory, mut rams) = (Self::default(), 0);
-        for run in runs {
-            let len: u64 = run
-                .iter()
-                .map(|mapping| (mapping.end - mapping.start) >> 10)
-                .sum();
-            if len >= GUEST_KIB {
-                rams += 1;
-                memory.ram += run.iter().map(|mapping| mapping.rss).sum::<u64>();
-            } else {
-                memory.beside += run.iter().map(|mapping| mapping.private).sum::<u64>();
-            }
-        }
-        if rams == 1 {
-            Ok(memory)
-        } else {
-            Failure::claim(format!("{rams} runs of mappings are as long as guest RAM"))
-        }
+        let all: u64 = mappings.iter().map(|mapping| mapping.private).sum();
+        let rss = |run: &[Mapping]| run.iter().map(|mapping| mapping.rss).sum::<u64>();
+        let ram = mappings
+            .chunk_by(|a, b| a.end == b.start)
+            .filter(|run| {
+                let len: u64 = run.iter().map(|mapping| mapping.end - mapping.start).sum();
+                len >> 10 >= GUEST_KIB
+            })
+            .max_by_key(|run| rss(run));
+        let Some(ram) = ram else {
+            return Failure::claim("no run of mappings is as long as guest RAM");
+        };
+        let private: u64 = ram.iter().map(|mapping| mapping.private).sum();
+        Ok(Self {
+            ram: rss(ram),
+            beside: all - private,
+        })
     }
 }
 
