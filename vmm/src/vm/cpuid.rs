@@ -193,7 +193,6 @@ mod tests {
             CACHE,
             PERFORMANCE_MONITORING,
             TOPOLOGY_V2,
-            KVM_FEATURES,
             AMD_FEATURES,
             AMD_SIZES,
             AMD_TOPOLOGY,
@@ -260,7 +259,15 @@ mod tests {
 
     #[test]
     fn no_page_fault_is_asynchronous() {
-        let cpuid = template(1).for_vcpu(0).unwrap();
+        let hosts = kvm_cpuid_entry2 {
+            eax: u32::MAX,
+            ..entry(KVM_FEATURES, 0)
+        };
+        let template = Template {
+            entries: vec![hosts],
+            ..template(1)
+        };
+        let cpuid = template.for_vcpu(0).unwrap();
         assert_eq!(find(&cpuid, KVM_FEATURES, 0).eax, !ASYNC_PF);
     }
 }
