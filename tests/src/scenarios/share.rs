@@ -179,7 +179,7 @@ fn available_kib() -> Result<u64, Failure> {
 pub fn many(_: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 64;
     /// Guests that boot at once.
-    const WAVE: usize = 4;
+    const WAVE: usize = 2;
     let mut guests: Vec<Guest> = Vec::new();
     let before = available_kib()?;
     for first in (0..GUESTS).step_by(WAVE) {
