@@ -86,8 +86,7 @@ impl Start {
 
     /// A program that waits to be configured, or is configured by a file.
     pub fn bare(args: &[&str]) -> Self {
-        let args = ["run"]
-            .into_iter()
+        let args = std::iter::once("run")
             .chain(args.iter().copied())
             .map(str::to_owned)
             .collect();

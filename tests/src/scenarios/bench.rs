@@ -178,7 +178,7 @@ fn coppice() -> Result<Guest, Failure> {
 }
 
 fn coppice_unshared() -> Result<Guest, Failure> {
-    let start = Start::new().args(&["--disk", "guest/root.vhdx,ro"]);
+    let start = Start::new().args(&["--share", "off", "--disk", "guest/root.vhdx,ro"]);
     start.script(IDLE).spawn()
 }
 
