@@ -40,7 +40,7 @@ pub struct Region {
 }
 
 impl Region {
-    fn gfns(&self) -> Range<u64> {
+    pub(crate) fn gfns(&self) -> Range<u64> {
         let first = self.start / PAGE_SIZE;
         first..first + self.window.len() / PAGE_SIZE
     }
@@ -71,6 +71,8 @@ pub(crate) struct State {
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
     pub references: Vec<Reference>,
+    /// What the memory was when it was last that of a snapshot, as far as it was files'.
+    pub base: Option<Table>,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
     /// Somebody wants the merger to look, or to end.
@@ -112,7 +114,7 @@ pub struct Usage {
 
 /// The memory of a guest.
 pub struct SharedMemory {
-    regions: Vec<Region>,
+    pub(crate) regions: Vec<Region>,
     files: FileRegistry,
     limits: Limits,
     stats: Stats,

@@ -22,6 +22,7 @@ mod cpuid;
 mod memory;
 mod pmu;
 mod slots;
+mod state;
 mod threads;
 mod vcpu;
 
@@ -32,6 +33,7 @@ pub use memory::HugePages;
 #[cfg(test)]
 pub(crate) use memory::shared as shared_memory;
 pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
+pub use state::{StateError, VcpuState, VmState};
 pub use threads::{Brake, Held, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
 
@@ -165,9 +167,11 @@ pub struct Vm {
     fd: Arc<VmFd>,
     memory: GuestMemory,
     windows: slots::Windows,
-    /// Bits of a guest physical address.
-    physical_bits: u32,
+    cpuid: cpuid::Template,
+    has_pit: bool,
     vcpus: Vec<vcpu::Vcpu>,
+    /// Its state is that of another, which has run.
+    restored: bool,
 }
 
 impl Vm {
@@ -204,6 +208,7 @@ impl Vm {
             create_pit(&fd)?;
         }
         pmu::disable(&fd)?;
+        let msrs = state::msrs_to_save(&kvm)?;
         add_slots(&fd, &memory)?;
         let mut made = Vec::with_capacity(vcpus.into());
         for index in 0..vcpus {
@@ -213,7 +218,11 @@ impl Vm {
             vcpu_fd
                 .set_cpuid2(&cpuid.for_vcpu(index)?)
                 .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
-            let vcpu = vcpu::Vcpu { fd: vcpu_fd, index };
+            let vcpu = vcpu::Vcpu {
+                fd: vcpu_fd,
+                index,
+                msrs: msrs.clone(),
+            };
             vcpu.reset()?;
             made.push(vcpu);
         }
@@ -221,8 +230,10 @@ impl Vm {
             fd: Arc::new(fd),
             memory,
             windows: slots::Windows::default(),
-            physical_bits: cpuid.physical_bits(),
+            has_pit: !cpuid.tsc_deadline,
+            cpuid,
             vcpus: made,
+            restored: false,
         })
     }
 
@@ -269,8 +280,35 @@ impl Vm {
         if let Some(first) = self.vcpus.first() {
             first.enter_at(regs, set_sregs)?;
         }
-        let memory = (self.memory, self.windows.mapped);
-        Vcpus::start(self.fd, self.vcpus, memory, buses, Box::new(on_exit))
+        let vcpus = self.start_threads(buses, on_exit)?;
+        vcpus.resume();
+        Ok(vcpus)
+    }
+
+    /// Starts the vCPU threads of a guest that has its state from another; they stand still until [`Vcpus::resume`].
+    ///
+    /// `on_exit` is as for [`Vm::start`].
+    pub fn start_paused(
+        self,
+        buses: Buses,
+        on_exit: impl Fn(VcpuExit) + Send + Sync + 'static,
+    ) -> Result<Vcpus, VmError> {
+        self.start_threads(buses, on_exit)
+    }
+
+    fn start_threads(
+        self,
+        buses: Buses,
+        on_exit: impl Fn(VcpuExit) + Send + Sync + 'static,
+    ) -> Result<Vcpus, VmError> {
+        let parts = threads::Parts {
+            vm: self.fd,
+            vcpus: self.vcpus,
+            has_pit: self.has_pit,
+            memory: (self.memory, self.windows.mapped),
+            restored: self.restored,
+        };
+        Vcpus::start(parts, buses, Box::new(on_exit))
     }
 }
 

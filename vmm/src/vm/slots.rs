@@ -94,9 +94,9 @@ impl Vm {
     ) -> Result<PlacedWindow, VmError> {
         let len = window.len();
         let end = self.windows.end.max(end_of_ram(&self.memory));
-        let address = place(end, len, self.physical_bits).ok_or(VmError::WindowSize {
+        let address = place(end, len, self.cpuid.physical_bits()).ok_or(VmError::WindowSize {
             size: len,
-            bits: self.physical_bits,
+            bits: self.cpuid.physical_bits(),
         })?;
         let flags = match access {
             WindowAccess::Read => {

@@ -15,6 +15,7 @@ use kvm_ioctls::VmFd;
 use memshare::Window;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+use super::state::{StateError, VcpuState, VmState};
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
 use super::{Buses, VmError};
 
@@ -50,6 +51,8 @@ struct Table {
     /// By vCPU; `None` once its thread has left its loop, before the vCPU is dropped.
     exit_bytes: Vec<Option<ExitByte>>,
     parked: usize,
+    /// By vCPU, where somebody waits for the states of all.
+    states: Option<Vec<Option<Result<VcpuState, StateError>>>>,
 }
 
 impl Table {
@@ -64,6 +67,12 @@ impl Table {
             Target::Pause => true,
             Target::Stop => false,
         }
+    }
+
+    /// Where the state of a vCPU is to be put, if somebody still waits for it.
+    fn wanted_state(&mut self, index: u8) -> Option<&mut Option<Result<VcpuState, StateError>>> {
+        let slot = self.states.as_mut()?.get_mut(usize::from(index))?;
+        slot.is_none().then_some(slot)
     }
 
     fn set_immediate_exit(&self, index: usize, value: u8) {
@@ -82,6 +91,8 @@ struct Shared {
     threads: Mutex<Vec<JoinHandle<()>>>,
     ended: AtomicBool,
     on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
+    /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
+    vm: Arc<VmFd>,
 }
 
 impl Shared {
@@ -89,14 +100,17 @@ impl Shared {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while the vCPUs are to be paused.
-    fn gate(&self, index: u8) -> Gate {
+    /// Waits while the vCPUs are to be paused, and tells the vCPU's state meanwhile if that is asked for.
+    fn gate(&self, vcpu: &Vcpu) -> Gate {
         let mut table = self.table();
-        table.set_immediate_exit(index.into(), 0);
+        table.set_immediate_exit(vcpu.index.into(), 0);
         // A hold is too short for the guest to notice.
         let mut waited = false;
         while table.is_closed() {
             waited |= table.target == Target::Pause;
+            if let Some(slot) = table.wanted_state(vcpu.index) {
+                *slot = Some(vcpu.save(&self.vm));
+            }
             table.parked += 1;
             self.changed.notify_all();
             table = self
@@ -148,10 +162,19 @@ impl Shared {
 /// The running vCPUs of a VM. Dropping it stops them.
 pub struct Vcpus {
     shared: Arc<Shared>,
-    /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
-    _vm: Arc<VmFd>,
+    has_pit: bool,
     /// What the memory slots of the VM map: not unmapped while a vCPU can run.
     _memory: (GuestMemory, Vec<Arc<Window>>),
+}
+
+/// What the vCPU threads are started with.
+pub(super) struct Parts {
+    pub(super) vm: Arc<VmFd>,
+    pub(super) vcpus: Vec<Vcpu>,
+    pub(super) has_pit: bool,
+    pub(super) memory: (GuestMemory, Vec<Arc<Window>>),
+    /// The vCPUs have run elsewhere.
+    pub(super) restored: bool,
 }
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -161,13 +184,19 @@ fn kick_signal() -> libc::c_int {
 }
 
 impl Vcpus {
+    /// The threads stand still until [`Vcpus::resume`].
     pub(super) fn start(
-        vm: Arc<VmFd>,
-        mut vcpus: Vec<Vcpu>,
-        memory: (GuestMemory, Vec<Arc<Window>>),
+        parts: Parts,
         buses: Buses,
         on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
     ) -> Result<Self, VmError> {
+        let Parts {
+            vm,
+            mut vcpus,
+            has_pit,
+            memory,
+            restored,
+        } = parts;
         register_signal_handler(kick_signal(), on_kick).map_err(VmError::kvm("sigaction"))?;
         let exit_bytes = vcpus
             .iter_mut()
@@ -179,16 +208,18 @@ impl Vcpus {
                 holds: 0,
                 exit_bytes,
                 parked: 0,
+                states: None,
             }),
             changed: Condvar::new(),
             threads: Mutex::new(Vec::with_capacity(vcpus.len())),
             ended: AtomicBool::new(false),
             on_exit,
+            vm,
         });
         let buses = Arc::new(buses);
         let this = Self {
             shared,
-            _vm: vm,
+            has_pit,
             _memory: memory,
         };
         for vcpu in vcpus {
@@ -197,7 +228,7 @@ impl Vcpus {
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
                 .stack_size(STACK_SIZE)
-                .spawn(move || thread_main(&shared, &buses, vcpu));
+                .spawn(move || thread_main(&shared, &buses, vcpu, restored));
             match thread {
                 Ok(thread) => this.threads().push(thread),
                 Err(source) => {
@@ -208,7 +239,6 @@ impl Vcpus {
                 }
             }
         }
-        this.resume();
         Ok(this)
     }
 
@@ -238,6 +268,32 @@ impl Vcpus {
     /// Lets the vCPUs run on.
     pub fn resume(&self) {
         drop(self.set_target(Target::Run));
+    }
+
+    /// What KVM holds of the guest, which is paused: of the VM, and of each vCPU.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn save(&self) -> Result<(VmState, Vec<VcpuState>), StateError> {
+        let mut table = self.shared.table();
+        table.states = Some(table.exit_bytes.iter().map(|_| None).collect());
+        self.shared.changed.notify_all();
+        // A vCPU that has left its loop, or leaves it now, tells nothing.
+        let waiting = |table: &mut Table| {
+            let live = table.exit_bytes.iter().map(Option::is_some);
+            let states = table.states.iter().flatten();
+            live.zip(states)
+                .any(|(lives, state)| lives && state.is_none())
+        };
+        let waited = self.shared.changed.wait_while(table, waiting);
+        let mut table = waited.unwrap_or_else(PoisonError::into_inner);
+        let states = table.states.take().unwrap_or_default();
+        drop(table);
+        let vcpus = (0..)
+            .zip(states)
+            .map(|(index, state)| state.unwrap_or(Err(StateError::Ended(index))));
+        let vcpus = vcpus.collect::<Result<_, _>>()?;
+        Ok((VmState::of(&self.shared.vm, self.has_pit)?, vcpus))
     }
 
     /// A way to hold the vCPUs that outlives this value.
@@ -292,13 +348,15 @@ impl Drop for Vcpus {
     }
 }
 
-fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu) {
+fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu, restored: bool) {
     let index = vcpu.index;
     // The mask is inherited; a thread that waits for its signals by signalfd may have blocked this one too.
     if let Err(error) = unblock_signal(kick_signal()) {
         tracing::warn!(%error, index, "the kick signal stays as it was");
     }
-    let looped = catch_unwind(AssertUnwindSafe(|| run_loop(shared, buses, &mut vcpu)));
+    let looped = catch_unwind(AssertUnwindSafe(|| {
+        run_loop(shared, buses, &mut vcpu, restored)
+    }));
     let exit = looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })));
     shared.leave(index);
     drop(vcpu);
@@ -308,10 +366,10 @@ fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu) {
 }
 
 /// Runs the vCPU until it is to stop (`None`) or the guest ends.
-fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu) -> Option<VcpuExit> {
-    // Every vCPU waits for the start of all; only a pause after that is one that the guest could notice.
-    let mut entered = false;
-    while let Gate::Run { waited } = shared.gate(vcpu.index) {
+fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu, restored: bool) -> Option<VcpuExit> {
+    // Every vCPU waits for the start of all; only a pause after that is one that the guest could notice, or the time between its save and its restore.
+    let mut entered = restored;
+    while let Gate::Run { waited } = shared.gate(vcpu) {
         if waited
             && entered
             && let Err(error) = vcpu.fd.kvmclock_ctrl()

@@ -1,5 +1,7 @@
 //! One vCPU: its state at reset, and the loop of its thread.
 
+use std::sync::Arc;
+
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit as KvmExit, VcpuFd};
@@ -85,6 +87,8 @@ pub(super) enum Step {
 pub(super) struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: u8,
+    /// Those that KVM saves.
+    pub(super) msrs: Arc<[u32]>,
 }
 
 /// MSRs at boot: fast string operations, and write-back as the default memory type, as firmware leaves them.

@@ -1,0 +1,415 @@
+//! What KVM holds of a guest: taken from one that stands still, and given to one that has not run.
+//!
+//! The order in which the parts of a vCPU are set matters (Linux Documentation/virt/kvm/api.rst): CPUID before all that depends on features, the local
+//! APIC before the MSR of its deadline, and pending events at last.
+
+use std::sync::Arc;
+
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, Msrs, kvm_clock_data,
+    kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use serde::{Deserialize, Serialize};
+
+use super::vcpu::Vcpu;
+use super::{Vm, VmError};
+
+/// Why the state of a guest cannot be taken, or not be given to another.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A KVM request failed.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// A vCPU has left.
+    #[error("vCPU {0} has come to its end")]
+    Ended(u8),
+    /// The guest is a hypervisor.
+    #[error(
+        "vCPU {0} runs guests of its own (EFER.SVME or CR4.VMXE), whose state cannot be saved; unload kvm in the guest"
+    )]
+    Nested(u8),
+    /// More floating-point state than is saved.
+    #[error(
+        "vCPU state of {0} bytes (KVM_GET_XSAVE2) cannot be saved: more than 4096; hide AMX from the guest"
+    )]
+    Xsave(i32),
+    /// Another processor.
+    #[error("the guest was saved on another processor: {0}")]
+    Processor(String),
+    /// Not as many vCPUs as there are.
+    #[error("the state is of {saved} vCPUs, and the guest has {present}")]
+    Vcpus {
+        /// In the state.
+        saved: usize,
+        /// In the guest.
+        present: usize,
+    },
+    /// One timer chip more or less than the guest has.
+    #[error("the state has {} PIT, and the guest has {}", if *.0 { "a" } else { "no" }, if *.0 { "none" } else { "one" })]
+    Pit(bool),
+}
+
+/// What KVM holds of a guest beside its vCPUs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmState {
+    clock: kvm_clock_data,
+    pic_master: kvm_irqchip,
+    pic_slave: kvm_irqchip,
+    ioapic: kvm_irqchip,
+    /// Where the guest has one.
+    pit: Option<kvm_pit_state2>,
+}
+
+/// A vCPU.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpuState {
+    cpuid: Vec<kvm_cpuid_entry2>,
+    /// `None` where KVM does not tell.
+    tsc_khz: Option<u32>,
+    mp_state: kvm_mp_state,
+    regs: kvm_regs,
+    sregs: kvm_sregs,
+    xsave: kvm_xsave,
+    xcrs: kvm_xcrs,
+    debug_regs: kvm_debugregs,
+    lapic: kvm_lapic_state,
+    msrs: Vec<kvm_msr_entry>,
+    events: kvm_vcpu_events,
+}
+
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// EFER.SVME (AMD64 APM volume 2, 3.1.7) and CR4.VMXE (SDM volume 3, 2.5).
+const EFER_SVME: u64 = 1 << 12;
+const CR4_VMXE: u64 = 1 << 13;
+/// `KVM_CLOCK_TSC_STABLE` and others are only told, not taken, by `KVM_SET_CLOCK`.
+const CLOCK_FLAGS_TAKEN: u32 = 0;
+
+const XSAVE_BYTES: i32 = 4096;
+
+/// The MSRs that KVM saves, as far as it has any.
+pub(super) fn msrs_to_save(kvm: &Kvm) -> Result<Arc<[u32]>, VmError> {
+    let list = kvm
+        .get_msr_index_list()
+        .map_err(VmError::kvm("KVM_GET_MSR_INDEX_LIST"))?;
+    Ok(list.as_slice().into())
+}
+
+fn irqchip(fd: &VmFd, chip_id: u32) -> Result<kvm_irqchip, VmError> {
+    let mut chip = kvm_irqchip {
+        chip_id,
+        ..Default::default()
+    };
+    fd.get_irqchip(&mut chip)
+        .map_err(VmError::kvm("KVM_GET_IRQCHIP"))?;
+    Ok(chip)
+}
+
+impl VmState {
+    /// Of a guest whose vCPUs stand still.
+    pub(super) fn of(fd: &VmFd, has_pit: bool) -> Result<Self, VmError> {
+        Ok(Self {
+            clock: fd.get_clock().map_err(VmError::kvm("KVM_GET_CLOCK"))?,
+            pic_master: irqchip(fd, KVM_IRQCHIP_PIC_MASTER)?,
+            pic_slave: irqchip(fd, KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: irqchip(fd, KVM_IRQCHIP_IOAPIC)?,
+            pit: has_pit
+                .then(|| fd.get_pit2().map_err(VmError::kvm("KVM_GET_PIT2")))
+                .transpose()?,
+        })
+    }
+}
+
+/// Feature bits of CPUID that a guest may have come to rely on: function, index, and the registers EAX to EDX that are sets of features.
+const FEATURE_LEAVES: [(u32, u32, [bool; 4]); 9] = [
+    (0x1, 0, [false, false, true, true]),
+    (0x7, 0, [false, true, true, true]),
+    (0x7, 1, [true, false, false, true]),
+    (0xd, 0, [true, false, false, true]),
+    (0xd, 1, [true, false, true, true]),
+    (0x4000_0001, 0, [true, false, false, false]),
+    (0x8000_0001, 0, [false, false, true, true]),
+    (0x8000_0007, 0, [false, false, false, true]),
+    (0x8000_0008, 0, [false, true, false, false]),
+];
+
+/// Leaf 1 ECX, OSXSAVE: follows CR4, so a part of the state. Leaf 7 EDX and others have none such.
+const OSXSAVE: u32 = 1 << 27;
+
+fn words(entry: &kvm_cpuid_entry2) -> [u32; 4] {
+    [entry.eax, entry.ebx, entry.ecx, entry.edx]
+}
+
+fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> Option<[u32; 4]> {
+    let found = entries
+        .iter()
+        .find(|entry| entry.function == function && entry.index == index);
+    found.map(words)
+}
+
+/// What of the CPU that a guest was saved on this host lacks; `None` where it can go on here.
+fn lacks(saved: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Option<String> {
+    let vendor = |entries| leaf(entries, 0, 0).map(|[_, ebx, ecx, edx]| [ebx, edx, ecx]);
+    let name = |words: Option<[u32; 3]>| {
+        let bytes: Vec<u8> = words
+            .iter()
+            .flatten()
+            .flat_map(|w| w.to_le_bytes())
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    };
+    let (theirs, ours) = (vendor(saved), vendor(host));
+    if theirs != ours {
+        return Some(format!(
+            "of {:?}, and this is one of {:?}",
+            name(theirs),
+            name(ours)
+        ));
+    }
+    for (function, index, registers) in FEATURE_LEAVES {
+        let Some(saved) = leaf(saved, function, index) else {
+            continue;
+        };
+        let host = leaf(host, function, index).unwrap_or_default();
+        let names = ["EAX", "EBX", "ECX", "EDX"];
+        for (((saved, host), is_set), name) in saved.into_iter().zip(host).zip(registers).zip(names)
+        {
+            let mut missing = saved & !host;
+            if (function, name) == (0x1, "ECX") {
+                missing &= !OSXSAVE;
+            }
+            if is_set && missing != 0 {
+                return Some(format!(
+                    "this one lacks the features {missing:#010x} of CPUID leaf {function:#x}.{index} {name}"
+                ));
+            }
+        }
+    }
+    None
+}
+
+impl Vm {
+    /// Gives the VM, which has not run, what KVM held of another, and each vCPU its state.
+    ///
+    /// # Errors
+    /// [`StateError`]; the VM is of no use then.
+    pub fn restore(&mut self, state: &VmState, vcpus: &[VcpuState]) -> Result<(), StateError> {
+        if vcpus.len() != self.vcpus.len() {
+            return Err(StateError::Vcpus {
+                saved: vcpus.len(),
+                present: self.vcpus.len(),
+            });
+        }
+        if state.pit.is_some() != self.has_pit {
+            return Err(StateError::Pit(state.pit.is_some()));
+        }
+        for (vcpu, state) in self.vcpus.iter().zip(vcpus) {
+            let host = self.cpuid.for_vcpu(vcpu.index)?;
+            if let Some(lack) = lacks(&state.cpuid, host.as_slice()) {
+                return Err(StateError::Processor(lack));
+            }
+            vcpu.restore(state)?;
+        }
+        let fd = &self.fd;
+        for chip in [&state.pic_master, &state.pic_slave, &state.ioapic] {
+            fd.set_irqchip(chip)
+                .map_err(VmError::kvm("KVM_SET_IRQCHIP"))?;
+        }
+        if let Some(pit) = &state.pit {
+            fd.set_pit2(pit).map_err(VmError::kvm("KVM_SET_PIT2"))?;
+        }
+        let clock = kvm_clock_data {
+            clock: state.clock.clock,
+            flags: CLOCK_FLAGS_TAKEN,
+            ..Default::default()
+        };
+        fd.set_clock(&clock)
+            .map_err(VmError::kvm("KVM_SET_CLOCK"))?;
+        self.restored = true;
+        Ok(())
+    }
+}
+
+impl Vcpu {
+    /// The state of a vCPU that is out of the guest, with its last access complete.
+    pub(super) fn save(&self, vm: &VmFd) -> Result<VcpuState, StateError> {
+        let fd = &self.fd;
+        let xsave_bytes = vm.check_extension_int(Cap::Xsave2);
+        if xsave_bytes > XSAVE_BYTES {
+            return Err(StateError::Xsave(xsave_bytes));
+        }
+        let sregs = fd.get_sregs().map_err(VmError::kvm("KVM_GET_SREGS"))?;
+        if sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0 {
+            return Err(StateError::Nested(self.index));
+        }
+        let cpuid = fd
+            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(VmError::kvm("KVM_GET_CPUID2"))?;
+        // KVM_GET_MP_STATE also takes in what is about to change the state (an INIT or a start-up IPI): first of all.
+        let mp_state = fd
+            .get_mp_state()
+            .map_err(VmError::kvm("KVM_GET_MP_STATE"))?;
+        Ok(VcpuState {
+            cpuid: cpuid.as_slice().to_vec(),
+            tsc_khz: fd.get_tsc_khz().ok(),
+            mp_state,
+            regs: fd.get_regs().map_err(VmError::kvm("KVM_GET_REGS"))?,
+            sregs,
+            xsave: fd.get_xsave().map_err(VmError::kvm("KVM_GET_XSAVE"))?,
+            xcrs: fd.get_xcrs().map_err(VmError::kvm("KVM_GET_XCRS"))?,
+            debug_regs: fd
+                .get_debug_regs()
+                .map_err(VmError::kvm("KVM_GET_DEBUGREGS"))?,
+            lapic: fd.get_lapic().map_err(VmError::kvm("KVM_GET_LAPIC"))?,
+            msrs: self.msrs()?,
+            events: fd
+                .get_vcpu_events()
+                .map_err(VmError::kvm("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// All MSRs that can be read.
+    fn msrs(&self) -> Result<Vec<kvm_msr_entry>, VmError> {
+        let mut entries: Vec<kvm_msr_entry> = Vec::with_capacity(self.msrs.len());
+        let mut left = &*self.msrs;
+        while !left.is_empty() {
+            let wanted: Vec<_> = left
+                .iter()
+                .map(|index| kvm_msr_entry {
+                    index: *index,
+                    ..Default::default()
+                })
+                .collect();
+            let mut msrs = Msrs::from_entries(&wanted).map_err(|_| VmError::Msr(0))?;
+            let got = self
+                .fd
+                .get_msrs(&mut msrs)
+                .map_err(VmError::kvm("KVM_GET_MSRS"))?;
+            entries.extend(msrs.as_slice().iter().take(got));
+            // One that is listed and not there for this CPU ends the call.
+            left = left.get(got + 1..).unwrap_or_default();
+        }
+        let value = |wanted: u32| {
+            let found = entries.iter().find(|entry| entry.index == wanted);
+            found.map(|entry| entry.data)
+        };
+        // A deadline that has passed reads as 0, and the interrupt that it raises may not have come to the local APIC yet; KVM does not tell. A
+        // deadline of now raises it again, which a guest takes for an early tick at worst.
+        if value(IA32_TSC_DEADLINE) == Some(0)
+            && let Some(now) = value(IA32_TSC)
+            && let Some(deadline) = entries
+                .iter_mut()
+                .find(|entry| entry.index == IA32_TSC_DEADLINE)
+        {
+            deadline.data = now;
+        }
+        Ok(entries)
+    }
+
+    /// Gives a vCPU that has not run the state of another.
+    pub(super) fn restore(&self, state: &VcpuState) -> Result<(), VmError> {
+        let fd = &self.fd;
+        let cpuid = CpuId::from_entries(&state.cpuid)
+            .map_err(|_| VmError::CpuidTooLong(state.cpuid.len()))?;
+        fd.set_cpuid2(&cpuid)
+            .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
+        if let Some(khz) = state.tsc_khz
+            && fd.get_tsc_khz().ok() != Some(khz)
+        {
+            fd.set_tsc_khz(khz)
+                .map_err(VmError::kvm("KVM_SET_TSC_KHZ"))?;
+        }
+        fd.set_mp_state(state.mp_state)
+            .map_err(VmError::kvm("KVM_SET_MP_STATE"))?;
+        fd.set_regs(&state.regs)
+            .map_err(VmError::kvm("KVM_SET_REGS"))?;
+        fd.set_sregs(&state.sregs)
+            .map_err(VmError::kvm("KVM_SET_SREGS"))?;
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `Vcpu::save` refuses states of more than the 4096 of the structure, and
+        // `Vm::new` asks for no feature that would make this VM's longer.
+        unsafe { fd.set_xsave(&state.xsave) }.map_err(VmError::kvm("KVM_SET_XSAVE"))?;
+        fd.set_xcrs(&state.xcrs)
+            .map_err(VmError::kvm("KVM_SET_XCRS"))?;
+        fd.set_debug_regs(&state.debug_regs)
+            .map_err(VmError::kvm("KVM_SET_DEBUGREGS"))?;
+        fd.set_lapic(&state.lapic)
+            .map_err(VmError::kvm("KVM_SET_LAPIC"))?;
+        let is_deadline = |entry: &kvm_msr_entry| entry.index == IA32_TSC_DEADLINE;
+        let (deadline, msrs): (Vec<_>, Vec<_>) = state.msrs.iter().copied().partition(is_deadline);
+        self.set_msrs(&msrs)?;
+        self.set_msrs(&deadline)?;
+        fd.set_vcpu_events(&state.events)
+            .map_err(VmError::kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), VmError> {
+        let mut left = entries;
+        while !left.is_empty() {
+            let msrs = Msrs::from_entries(left).map_err(|_| VmError::Msr(0))?;
+            let set = self
+                .fd
+                .set_msrs(&msrs)
+                .map_err(VmError::kvm("KVM_SET_MSRS"))?;
+            let Some(refused) = left.get(set) else {
+                break;
+            };
+            // What user space may not write (a feature register, say) is no loss where it has that value already.
+            if self.msr(refused.index) != Some(refused.data) {
+                return Err(VmError::Msr(refused.index));
+            }
+            left = left.get(set + 1..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn msr(&self, index: u32) -> Option<u64> {
+        let entry = kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+        (self.fd.get_msrs(&mut msrs).ok()? == 1)
+            .then(|| msrs.as_slice().first().map(|entry| entry.data))
+            .flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_guest_goes_on_only_where_every_feature_is_that_it_saw() {
+        let saved = [entry(0, [1, 2, 3, 4]), entry(1, [7, 7, 0b101 | OSXSAVE, 1])];
+        assert_eq!(lacks(&saved, &saved), None);
+        // Model, family and what else is no feature may differ, and so may OSXSAVE.
+        let newer = [entry(0, [9, 2, 3, 4]), entry(1, [8, 9, 0b111, 3])];
+        assert_eq!(lacks(&saved, &newer), None);
+        let older = [entry(0, [1, 2, 3, 4]), entry(1, [7, 7, 0b001, 1])];
+        let lack = lacks(&saved, &older).unwrap();
+        assert!(
+            lack.contains("0x00000004 of CPUID leaf 0x1.0 ECX"),
+            "{lack}"
+        );
+        let other = [entry(0, [1, 0, 3, 4]), entry(1, [7, 7, 0b101, 1])];
+        assert!(lacks(&saved, &other).unwrap().contains("this is one of"));
+        // A leaf that the host does not have has no features.
+        let none = [entry(0, [1, 2, 3, 4])];
+        assert!(lacks(&saved, &none).is_some());
+    }
+}
