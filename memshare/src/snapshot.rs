@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::file::SharedFile;
 use crate::memory::{Region, SharedMemory, State};
-use crate::table::{Run, Table, alike};
+use crate::table::{Backing, PageState, Run, Table, alike};
 use crate::window::{PAGE_SIZE, PageKind};
 
 /// What a page is to a snapshot.
@@ -86,23 +86,39 @@ impl SharedMemory {
     }
 
     /// Puts the pages of `file`, which holds the regions of the memory one behind the other just as they are, in place of all pages, and makes them the
-    /// base. The guest stands still, no device writes to its memory, and nothing is compared meanwhile.
+    /// base. The guest stands still, and no device writes to its memory.
     ///
     /// # Errors
     /// As [`SharedMemory::map`]; then some regions may be mapped, with the same bytes as before.
     pub fn rebase(&self, file: &Arc<SharedFile>) -> io::Result<()> {
+        let total: u64 = self.regions.iter().map(|region| region.window.len()).sum();
+        if file.len() < total {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let mut offset = 0;
+        // All of it under the lock: nobody exchanges a page meanwhile.
+        let mut state = self.state();
         for region in &self.regions {
             let (gfns, len) = (region.gfns(), region.window.len());
-            {
-                let mut state = self.state();
-                drop(state.candidates.remove(gfns.clone()));
-                drop(state.mapped.remove(gfns));
-            }
-            self.map_base(region.start, len, file, offset)?;
+            region.window.map_file(0, len, file.file(), offset)?;
+            drop(state.candidates.remove(gfns.clone()));
+            let run = Run {
+                gfn: gfns.start,
+                pages: gfns.end - gfns.start,
+                backing: Backing {
+                    file: file.clone(),
+                    offset,
+                    state: PageState::Mapped {
+                        since: 0,
+                        strikes: 0,
+                    },
+                },
+            };
+            state.mapped.insert(run.clone());
+            state.base.get_or_insert_default().insert(run);
             offset += len;
         }
-        self.state().exhausted = false;
+        state.exhausted = false;
         Ok(())
     }
 

@@ -27,7 +27,9 @@ pub const CMDLINE_MAX: u64 = 0x1_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first.
 pub const ACPI_START: u64 = 0xe_0000;
-/// Where a CPU starts after a reset, in real mode: the tables end before it.
+/// The generation ID of the VM, 16 bytes: the tables end before it.
+pub const VM_GENERATION_ID: u64 = 0xf_f000;
+/// Where a CPU starts after a reset, in real mode.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// End of the ACPI area.
 pub const ACPI_END: u64 = 0x10_0000;
@@ -62,6 +64,8 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042_PORT: u16 = 0x60;
 /// GSI of the i8042 keyboard.
 pub const I8042_GSI: u32 = 1;
+/// GSI of the event device that tells of a new generation ID: that of COM2, which there is not.
+pub const GENERATION_GSI: u32 = 3;
 /// Index port of the CMOS RTC; the data port follows.
 pub const RTC_PORT: u16 = 0x70;
 /// pvpanic (ACPI `QEMU0001`): the guest tells that it panicked.

@@ -32,6 +32,7 @@ pub mod procfs;
 pub mod reference;
 pub mod run;
 pub mod signals;
+pub mod snapshot;
 pub mod text_table;
 pub mod top;
 pub mod vm;

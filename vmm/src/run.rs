@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::api::{ApiServer, ApiSocket, SocketError};
 use crate::config::VmConfig;
 use crate::console::{self, Console, RawMode};
-use crate::control::{Control, ControlError, Guest, LaunchError};
+use crate::control::{Control, ControlError, Guest, LaunchError, Origin};
 use crate::exit::ExitReason;
 use crate::logging::Log;
 use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings};
@@ -146,13 +146,18 @@ impl Launcher {
         self.console.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts the guest; on the thread of the event loop.
+    /// Builds the guest, and lets it run if it is new; on the thread of the event loop.
     fn launch(
         &self,
         config: &VmConfig,
+        origin: Origin,
         ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
-        let machine = Machine::start(config, ops, self.surroundings(config)?)?;
+        let surroundings = self.surroundings(config)?;
+        let machine = match origin {
+            Origin::Kernel => Machine::start(config, ops, surroundings),
+            Origin::Snapshot(loading) => Machine::load(config, *loading, ops, surroundings),
+        }?;
         self.console().connect(Box::new(machine.console().clone()));
         Ok(Box::new(machine))
     }
@@ -198,14 +203,14 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     };
 
     if start {
-        lock(&control).start(|config| launcher.launch(config, &mut manager))?;
+        lock(&control).start(|config, origin| launcher.launch(config, origin, &mut manager))?;
     }
     let server = match &socket {
         Some(socket) => {
             let remote = manager.remote_endpoint();
-            let launch = move |config: &VmConfig| {
+            let launch = move |config: &VmConfig, origin| {
                 let (launcher, config) = (launcher.clone(), config.clone());
-                remote.call_blocking(move |ops| launcher.launch(&config, ops))
+                remote.call_blocking(move |ops| launcher.launch(&config, origin, ops))
             };
             match ApiServer::start(socket, control.clone(), api_metrics, Arc::new(launch)) {
                 Ok(server) => Some(server),

@@ -21,7 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::config::VmConfig;
-use crate::control::{Control, Guest, LaunchError};
+use crate::control::{Control, Guest, LaunchError, Origin};
 use crate::metrics::ApiMetrics;
 
 pub use client::{ClientError, get};
@@ -35,8 +35,9 @@ const STACK: usize = 256 << 10;
 /// How long the end of the process waits for answers to be written.
 const FINISH: Duration = Duration::from_secs(1);
 
-/// Builds a guest and lets it run; on any thread but that of the event loop.
-pub type Launch = Arc<dyn Fn(&VmConfig) -> Result<Box<dyn Guest>, LaunchError> + Send + Sync>;
+/// Builds a guest, and lets it run if it is new; on any thread but that of the event loop.
+pub type Launch =
+    Arc<dyn Fn(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError> + Send + Sync>;
 
 /// What requests act on.
 #[derive(Clone)]

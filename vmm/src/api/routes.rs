@@ -15,9 +15,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Context, balloon};
-use crate::config::{DriveConfig, DriveUpdate, PmemConfig};
+use crate::config::{DriveConfig, DriveUpdate, PmemConfig, VmConfig};
 use crate::control::{Control, ControlError};
 use crate::metrics::{self, count};
+use crate::snapshot::{CreateSnapshot, LoadSnapshot};
 
 /// Longest body of a request in bytes; Firecracker's default.
 pub const MAX_BODY: usize = 51200;
@@ -321,11 +322,20 @@ fn put(
             let metrics = parse(body)?;
             control(context).set_metrics(&metrics)?;
         }
+        ["snapshot", "create"] => {
+            let request: CreateSnapshot = parse(body)?;
+            control(context).create_snapshot(&request)?;
+        }
+        ["snapshot", "load"] => {
+            let request: LoadSnapshot = parse(body)?;
+            let launch = |config: &VmConfig, origin| (context.launch)(config, origin);
+            control(context).load_snapshot(&request, launch)?;
+        }
         ["actions"] => {
             let Action { action_type } = parse(body)?;
             match action_type {
                 ActionType::InstanceStart => {
-                    control(context).start(|config| (context.launch)(config))?;
+                    control(context).start(|config, origin| (context.launch)(config, origin))?;
                 }
                 ActionType::SendCtrlAltDel => control(context).send_ctrl_alt_del()?,
                 ActionType::FlushMetrics => control(context).flush_metrics()?,

@@ -5,8 +5,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path, ResourceTemplate,
-    ZERO,
+    Arg, Device, EISAName, Equal, IO, If, Interrupt, Memory32Fixed, Method, Name, Notify, ONE,
+    Package, Path, ResourceTemplate, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -32,6 +32,9 @@ const IAPC_8042: u16 = 1 << 1;
 const IAPC_NO_VGA: u16 = 1 << 2;
 /// Register of the CMOS RTC that holds the century.
 const RTC_CENTURY: u8 = 0x32;
+
+/// The notification that the generation ID has changed.
+const GENERATION_CHANGED: u8 = 0x80;
 
 /// Size in bytes of the header that every table but the RSDP starts with.
 const HEADER_LEN: u32 = 36;
@@ -102,9 +105,9 @@ impl Writer<'_> {
         table.to_aml_bytes(&mut bytes);
         let address = self.next.next_multiple_of(16);
         let end = address + bytes.len() as u64;
-        if end > layout::RESET_VECTOR {
+        if end > layout::VM_GENERATION_ID {
             return Err(BootError::AcpiTooLarge {
-                room: layout::RESET_VECTOR - layout::ACPI_START,
+                room: layout::VM_GENERATION_ID - layout::ACPI_START,
             });
         }
         self.memory
@@ -185,6 +188,7 @@ fn dsdt(virtio: &[MmioDevice]) -> Vec<u8> {
         isa_device(device, &mut bytes);
     }
     pvpanic(&mut bytes);
+    generation_id(&mut bytes);
     for (uid, device) in virtio.iter().enumerate() {
         virtio_mmio(uid, device, &mut bytes);
     }
@@ -230,6 +234,47 @@ fn pvpanic(sink: &mut Vec<u8>) {
                     1,
                     1,
                 )]),
+            ),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
+/// The generation ID of the VM (Microsoft, Virtual Machine Generation ID), by the names that QEMU's has, and the event device that notifies of a new
+/// one (ACPI 6.5, 5.6.9).
+fn generation_id(sink: &mut Vec<u8>) {
+    // Microsoft's name for the device; drivers look for it in either case.
+    let name = "VM_Gen_Counter";
+    let address = layout::VM_GENERATION_ID as u32;
+    Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMUVGID"),
+            &Name::new("_CID".into(), &name),
+            &Name::new("_DDN".into(), &name),
+            // The lower and the upper half of the address.
+            &Name::new("ADDR".into(), &Package::new(vec![&address, &ZERO])),
+        ],
+    )
+    .to_aml_bytes(sink);
+    let gsi = layout::GENERATION_GSI;
+    Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &ZERO),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&interrupt(gsi)]),
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&If::new(
+                    &Equal::new(&Arg(0), &gsi),
+                    vec![&Notify::new(&Path::new("VGEN"), &GENERATION_CHANGED)],
+                )],
             ),
         ],
     )

@@ -24,7 +24,7 @@ pub struct MachineConfig {
     /// Not supported: refused unless `None`.
     #[serde(default)]
     pub cpu_template: Option<CpuTemplate>,
-    /// Not supported: refused unless `false`.
+    /// After a full snapshot the guest goes on from its memory file, so that it can be saved as a difference to that.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// How RAM is backed; `2M` is not supported.
@@ -114,7 +114,6 @@ impl MachineConfig {
                 self.cpu_template.unwrap_or_default() != CpuTemplate::None,
                 "machine-config.cpu_template",
             ),
-            (self.track_dirty_pages, "machine-config.track_dirty_pages"),
             (
                 self.huge_pages == HugePageConfig::Hugetlbfs2M,
                 "machine-config.huge_pages",

@@ -11,8 +11,7 @@
 //!
 //! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of
 //! a drive, `mode`, `format` and `parents` of a pmem device, and `sharing`. A field that Coppice does not know is refused, and so is a value that it
-//! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT, dirty page tracking and huge pages are
-//! such values.
+//! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT and huge pages are such values.
 
 mod balloon;
 mod boot_source;
@@ -206,8 +205,56 @@ impl VmConfig {
         if let Some(boot_source) = &self.boot_source {
             boot_source.check_files()?;
         }
+        self.check_disks()
+    }
+
+    /// Checks that every drive and pmem device can be opened as they are going to be.
+    ///
+    /// # Errors
+    /// `File` and `NotAFile`.
+    pub fn check_disks(&self) -> Result<(), ConfigError> {
         self.drives.iter().try_for_each(DriveConfig::check_file)?;
         self.pmem.iter().try_for_each(PmemConfig::check_file)
+    }
+
+    /// What of it makes a guest, if anything is set: all but the log, the metrics and the serial console.
+    pub fn of_a_guest(&self) -> Option<&'static str> {
+        let is_set = [
+            (self.boot_source.is_some(), "boot-source"),
+            (!self.drives.is_empty(), "drives"),
+            (!self.pmem.is_empty(), "pmem"),
+            (
+                self.machine_config != MachineConfig::default(),
+                "machine-config",
+            ),
+            (self.sharing != SharingConfig::default(), "sharing"),
+            (self.entropy.is_some(), "entropy"),
+            (self.balloon.is_some(), "balloon"),
+        ];
+        is_set
+            .iter()
+            .find_map(|(is_set, field)| is_set.then_some(*field))
+    }
+
+    /// Makes the paths of disks mean the same in any folder.
+    ///
+    /// # Errors
+    /// `Read`, where this process has no folder any more.
+    pub fn make_paths_absolute(&mut self) -> Result<(), ConfigError> {
+        let drives = self.drives.iter_mut();
+        let drives = drives.flat_map(|drive| {
+            std::iter::once(&mut drive.path_on_host).chain(drive.parents.as_mut())
+        });
+        let pmem = self.pmem.iter_mut();
+        let pmem = pmem
+            .flat_map(|pmem| std::iter::once(&mut pmem.path_on_host).chain(pmem.parents.as_mut()));
+        for path in drives.chain(pmem) {
+            *path = std::path::absolute(&*path).map_err(|source| ConfigError::Read {
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(())
     }
 
     /// Adds a drive, or replaces the one with the same `drive_id` in its place.

@@ -5,10 +5,19 @@ use std::sync::Mutex;
 
 use devices::virtio::balloon::VirtioBalloon;
 
-use crate::config::DriveConfig;
+use crate::config::{DriveConfig, VmConfig};
 use crate::machine::{
     DeviceMetrics, DriveTask, JobStatus, Machine, MachineError, SharingReport, StartError,
 };
+use crate::snapshot::{CreateSnapshot, Loading, SnapshotError};
+
+/// What a guest begins with.
+pub enum Origin {
+    /// Its kernel; it runs at once.
+    Kernel,
+    /// A snapshot; it stands still.
+    Snapshot(Box<Loading>),
+}
 
 /// A started guest. It is [`Machine`], or a double in tests.
 pub trait Guest: Send {
@@ -58,6 +67,15 @@ pub trait Guest: Send {
     fn sharing(&self) -> Result<SharingReport, MachineError>;
     /// Its balloon, where it has one.
     fn balloon(&self) -> Option<&Mutex<VirtioBalloon>>;
+    /// Saves it; only called while the vCPUs stand still. It was started with `config`.
+    ///
+    /// # Errors
+    /// See [`Machine::snapshot`].
+    fn snapshot(
+        &mut self,
+        request: &CreateSnapshot,
+        config: &VmConfig,
+    ) -> Result<(), SnapshotError>;
     /// The counters of its devices.
     fn metrics(&self) -> DeviceMetrics;
     /// Stops it for good and closes its disks.
@@ -108,6 +126,14 @@ impl Guest for Machine {
 
     fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
         Machine::balloon(self)
+    }
+
+    fn snapshot(
+        &mut self,
+        request: &CreateSnapshot,
+        config: &VmConfig,
+    ) -> Result<(), SnapshotError> {
+        Machine::snapshot(self, request, config)
     }
 
     fn metrics(&self) -> DeviceMetrics {

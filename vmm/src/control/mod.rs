@@ -27,9 +27,10 @@ use crate::config::{
 use crate::logging::{Log, LogError};
 use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
+use crate::snapshot::{CreateSnapshot, LoadSnapshot, Loading, SnapshotError};
 
 pub use balloon::HintingState;
-pub use guest::{Guest, LaunchError};
+pub use guest::{Guest, LaunchError, Origin};
 
 /// What is known about the guest, as `GET /` tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -86,6 +87,15 @@ pub enum ControlError {
     /// The running guest refuses.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// A guest that runs cannot be saved.
+    #[error("the guest runs: pause it before you save it")]
+    NotPaused,
+    /// A guest that something is configured for cannot be loaded.
+    #[error("a snapshot brings its own {0}: load it before anything but logger, metrics and serial is configured")]
+    Configured(&'static str),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The log cannot be changed.
     #[error(transparent)]
     Log(#[from] LogError),
@@ -421,10 +431,10 @@ impl Control {
     /// `AfterStart`, `Ended`, `Launch`; the guest can be configured and started again then.
     pub fn start(
         &mut self,
-        launch: impl FnOnce(&VmConfig) -> Result<Box<dyn Guest>, LaunchError>,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.not_started()?;
-        let guest = launch(&self.config)?;
+        let guest = launch(&self.config, Origin::Kernel)?;
         self.life = Life::Started {
             guest,
             paused: false,
@@ -455,6 +465,57 @@ impl Control {
             guest.resume();
             *paused = false;
         }
+        Ok(())
+    }
+
+    /// `PUT /snapshot/create`.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NotPaused`, `Snapshot`; the guest can go on all the same.
+    pub fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<(), ControlError> {
+        self.guest()?;
+        self.note_commits();
+        let mut config = self.config.clone();
+        // It may be loaded from another folder.
+        config.make_paths_absolute()?;
+        match self.guest()? {
+            (_, false) => Err(ControlError::NotPaused),
+            (guest, true) => Ok(guest.snapshot(request, &config)?),
+        }
+    }
+
+    /// `PUT /snapshot/load`: `launch` builds the guest, which stands still then.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Configured`, `Snapshot`, `Config`, `Launch`; another can be loaded then.
+    pub fn load_snapshot(
+        &mut self,
+        request: &LoadSnapshot,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        self.not_started()?;
+        if let Some(field) = self.config.of_a_guest() {
+            return Err(ControlError::Configured(field));
+        }
+        let loading = Loading::read(request)?;
+        let own = &self.config;
+        let config = VmConfig {
+            serial: own.serial.clone(),
+            logger: own.logger.clone(),
+            metrics: own.metrics.clone(),
+            ..loading.config().clone()
+        };
+        config.validate()?;
+        config.check_disks()?;
+        let mut guest = launch(&config, Origin::Snapshot(Box::new(loading)))?;
+        if request.resume_vm {
+            guest.resume();
+        }
+        self.life = Life::Started {
+            guest,
+            paused: !request.resume_vm,
+        };
+        self.config = config;
         Ok(())
     }
 

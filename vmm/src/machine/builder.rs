@@ -13,6 +13,8 @@ use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::rng::VirtioRng;
+use devices::vmgenid::VmGenId;
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sharing::Plan;
@@ -38,6 +40,7 @@ pub(super) struct Builder<'a> {
     pub(super) buses: Buses,
     pub(super) virtio: Vec<MmioDevice>,
     pub(super) devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+    pub(super) transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// What the event loop is to serve.
     pub(super) subscribers: Vec<Subscriber>,
 }
@@ -52,6 +55,7 @@ impl<'a> Builder<'a> {
             },
             virtio: Vec::new(),
             devices: Vec::new(),
+            transports: Vec::new(),
             subscribers: Vec::new(),
         }
     }
@@ -127,10 +131,12 @@ impl<'a> Builder<'a> {
             }
         }
         let transport = MmioTransport::new(device.clone(), self.vm.memory().clone());
+        let transport = Arc::new(Mutex::new(transport));
         self.devices.push(device);
+        self.transports.push(transport.clone());
         self.buses
             .mmio
-            .insert(base, MmioTransport::SIZE, Arc::new(Mutex::new(transport)))?;
+            .insert(base, MmioTransport::SIZE, transport)?;
         // The window lies in the hole below 4 GiB.
         self.virtio.push(MmioDevice {
             base: base as u32,
@@ -147,6 +153,14 @@ impl<'a> Builder<'a> {
             self.buses.mmio.insert(guard.address, guard.len, writes)?;
         }
         self.add_virtio(pmem.device().clone())
+    }
+
+    /// The generation ID, where the tables of the guest say that it is.
+    pub(super) fn add_generation(&self) -> Result<VmGenId, StartError> {
+        let generation = VmGenId::new(GuestAddress(layout::VM_GENERATION_ID))?;
+        self.vm
+            .register_irqfd(generation.irqfd(), layout::GENERATION_GSI)?;
+        Ok(generation)
     }
 
     fn add_port(
@@ -178,17 +192,14 @@ impl<'a> Builder<'a> {
     pub(super) fn add_legacy(
         &mut self,
         power: &PowerSink,
-    ) -> Result<Arc<Mutex<I8042>>, StartError> {
+    ) -> Result<(Arc<Mutex<I8042>>, Arc<Mutex<CmosRtc>>), StartError> {
         let irqfd = event("keyboard controller")?;
         self.vm.register_irqfd(&irqfd, layout::I8042_GSI)?;
         let keyboard = Arc::new(Mutex::new(I8042::new(power.clone(), irqfd)));
         // Port 0x61 between its two ports is the PIT's, where there is one.
         self.add_port(layout::I8042_PORT, I8042::PORTS, keyboard.clone())?;
-        self.add_port(
-            layout::RTC_PORT,
-            CmosRtc::PORTS,
-            Arc::new(Mutex::new(CmosRtc::new())),
-        )?;
+        let rtc = Arc::new(Mutex::new(CmosRtc::new()));
+        self.add_port(layout::RTC_PORT, CmosRtc::PORTS, rtc.clone())?;
         self.add_port(
             layout::PVPANIC_PORT,
             1,
@@ -199,11 +210,12 @@ impl<'a> Builder<'a> {
             AcpiPm::PORTS,
             Arc::new(Mutex::new(AcpiPm::new(power.clone()))),
         )?;
-        Ok(keyboard)
+        Ok((keyboard, rtc))
     }
 }
 
-pub(super) fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::OpenError> {
+/// Opens the disk of a drive as its guest is going to have it.
+pub(crate) fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::OpenError> {
     let options = storage::OpenOptions {
         read_only: drive.is_read_only,
         format: drive.format.map(Into::into),

@@ -15,6 +15,7 @@ mod domain;
 mod drive_job;
 mod faults;
 mod sharing;
+mod snapshot;
 mod start;
 
 use std::collections::BTreeMap;
@@ -24,11 +25,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::BusRangeError;
-use devices::legacy::{I8042, SerialConsole};
+use devices::legacy::{CmosRtc, I8042, SerialConsole};
+use devices::persist::RestoreError;
 use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
 use devices::virtio::block::{BlockError, BlockMetrics, VirtioBlock};
+use devices::virtio::mmio::MmioTransport;
 use devices::virtio::rng::{RngMetrics, VirtioRng};
 use devices::virtio::{Interrupt, VirtioDevice};
+use devices::vmgenid::{VmGenId, VmGenIdError};
 use event_manager::MutEventSubscriber;
 use memshare::SharedMemory;
 use vmm_sys_util::eventfd::EventFd;
@@ -37,11 +41,13 @@ use crate::boot::BootError;
 use crate::config::DriveConfig;
 use crate::layout;
 use crate::pmem::{Pmem, PmemCounters, PmemError};
+use crate::snapshot::{MemoryState, SnapshotError};
 pub(crate) use domain::SharingDomain;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
+pub use snapshot::DevicesState;
 
-use builder::open_disk;
+pub(crate) use builder::open_disk;
 use sharing::Sharing;
 
 use crate::vm::{VcpuExit, Vcpus, VmError};
@@ -130,6 +136,15 @@ pub enum StartError {
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] BusRangeError),
+    /// The generation ID.
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
+    /// What a device was is not what it can be here.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The host has no more of something.
     #[error("cannot make the {device}: {source}")]
     Host {
@@ -201,8 +216,15 @@ pub struct Machine {
     entropy: Option<Arc<Mutex<VirtioRng>>>,
     balloon: Option<Arc<Mutex<VirtioBalloon>>>,
     keyboard: Arc<Mutex<I8042>>,
+    rtc: Arc<Mutex<CmosRtc>>,
     console: SerialConsole,
+    generation: VmGenId,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
     sharing: Sharing,
+    /// The files that the memory is the news of, where there are any.
+    base: Option<MemoryState>,
+    /// It has its state from a snapshot, and has not run yet.
+    is_new: bool,
 }
 
 /// How often an ending machine looks whether a job has stopped.
@@ -267,6 +289,9 @@ impl Machine {
         }
         if let Some(balloon) = &self.balloon {
             lock(balloon).resume();
+        }
+        if std::mem::take(&mut self.is_new) {
+            self.raise_pending();
         }
         self.vcpus.resume();
     }

@@ -1,20 +1,32 @@
 //! From a configuration to a guest that runs.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
-use devices::legacy::{PowerEvent, PowerSink};
+use devices::legacy::{CmosRtc, I8042, PowerEvent, PowerSink, SerialConsole};
+use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::VirtioBalloon;
+use devices::virtio::block::VirtioBlock;
+use devices::virtio::mmio::MmioTransport;
+use devices::virtio::rng::VirtioRng;
+use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::builder::{Builder, attach_pmem};
 use super::cmdline::{self, Wanted};
+use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan};
-use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
-use crate::boot::{self, BootSource, Loaded, Protocol};
+use super::snapshot::Devices;
+use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, lock};
+use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
-use crate::vm::{Vm, VmSettings};
+use crate::pmem::Pmem;
+use crate::snapshot::{Loading, SnapshotError};
+use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
@@ -38,6 +50,147 @@ fn power_sink(on_end: OnEnd) -> PowerSink {
     })
 }
 
+/// The devices of a guest that is being put together.
+struct Assembled {
+    plan: Plan,
+    keyboard: Arc<Mutex<I8042>>,
+    rtc: Arc<Mutex<CmosRtc>>,
+    console: SerialConsole,
+    generation: VmGenId,
+    drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
+    pmem: Vec<(String, Pmem)>,
+    entropy: Option<Arc<Mutex<VirtioRng>>>,
+    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
+    /// Whether the guest is to report its free pages.
+    reporting: bool,
+    buses: Buses,
+    virtio: Vec<MmioDevice>,
+    devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
+    subscribers: Vec<Subscriber>,
+}
+
+impl Assembled {
+    fn new(
+        config: &VmConfig,
+        vm: &mut Vm,
+        serial: (OwnedFd, EventFd),
+        on_end: OnEnd,
+    ) -> Result<Self, StartError> {
+        let pmem = attach_pmem(config, vm)?;
+        let mut builder = Builder::new(vm);
+        let (keyboard, rtc) = builder.add_legacy(&power_sink(on_end.clone()))?;
+        let plan = Plan::new(vm, config, &pmem, on_end)?;
+        let (out, drained) = serial;
+        let console = builder.add_serial(out, drained)?;
+        let drives = builder.add_drives(&config.drives, &plan)?;
+        for (_, pmem) in &pmem {
+            builder.add_pmem(pmem)?;
+            builder.subscribers.push(pmem.device().clone());
+        }
+        let entropy = config.entropy.map(|_| builder.add_entropy()).transpose()?;
+        let balloon = builder.add_balloon(config.balloon, &plan)?;
+        let generation = builder.add_generation()?;
+        let Builder {
+            buses,
+            virtio,
+            devices,
+            transports,
+            subscribers,
+            ..
+        } = builder;
+        Ok(Self {
+            plan,
+            keyboard,
+            rtc,
+            console,
+            generation,
+            drives,
+            pmem,
+            entropy,
+            reporting: balloon.as_ref().is_some_and(|balloon| balloon.reports),
+            balloon: balloon.map(|balloon| balloon.device),
+            buses,
+            virtio,
+            devices,
+            transports,
+            subscribers,
+        })
+    }
+
+    /// Adds the devices to the event loop, has `start` start the vCPUs, and begins to share.
+    fn start(
+        self,
+        ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
+        start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
+        kernel: Option<MappedFrom>,
+        warm: Option<PathBuf>,
+    ) -> Result<Machine, StartError> {
+        let faults = self.plan.faults().clone();
+        let ids: Vec<_> = self
+            .subscribers
+            .into_iter()
+            .map(|subscriber| ops.add_subscriber(subscriber))
+            .collect();
+        let (plan, devices) = (self.plan, self.devices);
+        let started = start(self.buses, faults)
+            .map_err(StartError::from)
+            .and_then(|vcpus| {
+                let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
+                Ok((sharing, vcpus))
+            });
+        match started {
+            Ok((sharing, vcpus)) => Ok(Machine {
+                vcpus,
+                drives: self.drives,
+                jobs: BTreeMap::new(),
+                pmem: self.pmem.into_iter().collect(),
+                entropy: self.entropy,
+                balloon: self.balloon,
+                keyboard: self.keyboard,
+                rtc: self.rtc,
+                console: self.console,
+                generation: self.generation,
+                transports: self.transports,
+                sharing,
+                base: None,
+                is_new: false,
+            }),
+            Err(error) => {
+                for id in ids {
+                    // The subscriber was added a moment ago.
+                    let _ = ops.remove_subscriber(id);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Assembled {
+    fn as_devices(&mut self) -> Devices<'_> {
+        Devices {
+            serial: &self.console,
+            keyboard: &self.keyboard,
+            rtc: &self.rtc,
+            generation: &mut self.generation,
+            drives: &self.drives,
+            pmem: self.pmem.iter().map(|(id, pmem)| (&**id, pmem)).collect(),
+            entropy: self.entropy.as_deref(),
+            balloon: self.balloon.as_deref(),
+            transports: &self.transports,
+        }
+    }
+}
+
+fn new_vm(config: &VmConfig) -> Result<Vm, StartError> {
+    Ok(Vm::new(VmSettings {
+        memory_bytes: u64::from(config.machine_config.mem_size_mib) << 20,
+        vcpus: config.machine_config.vcpu_count,
+        huge_pages: config.machine_config.huge_pages.into(),
+    })?)
+}
+
 impl Machine {
     /// Builds the guest that `config` describes, adds its devices to the event loop, and lets it run.
     ///
@@ -49,48 +202,25 @@ impl Machine {
         surroundings: Surroundings,
     ) -> Result<Self, StartError> {
         let source = config.boot_source.as_ref().ok_or(StartError::NoKernel)?;
-        let settings = VmSettings {
-            memory_bytes: u64::from(config.machine_config.mem_size_mib) << 20,
-            vcpus: config.machine_config.vcpu_count,
-            huge_pages: config.machine_config.huge_pages.into(),
-        };
-        let mut vm = Vm::new(settings)?;
-        let pmem = attach_pmem(config, &mut vm)?;
+        let mut vm = new_vm(config)?;
         let Surroundings {
             serial_out,
             serial_drained,
             on_end,
             warm,
         } = surroundings;
-        let on_end = only_first(on_end);
-        let mut builder = Builder::new(&vm);
-        let keyboard = builder.add_legacy(&power_sink(on_end.clone()))?;
-        let plan = Plan::new(&vm, config, &pmem, on_end)?;
-        let console = builder.add_serial(serial_out, serial_drained)?;
-        let drives = builder.add_drives(&config.drives, &plan)?;
-        for (_, pmem) in &pmem {
-            builder.add_pmem(pmem)?;
-            builder.subscribers.push(pmem.device().clone());
-        }
-        let entropy = config.entropy.map(|_| builder.add_entropy()).transpose()?;
-        let balloon = builder.add_balloon(config.balloon, &plan)?;
-        let reporting = balloon.as_ref().is_some_and(|balloon| balloon.reports);
-        let Builder {
-            buses,
-            virtio,
-            devices,
-            subscribers,
-            ..
-        } = builder;
+        let serial = (serial_out, serial_drained);
+        let parts = Assembled::new(config, &mut vm, serial, only_first(on_end))?;
+        parts.generation.write(vm.memory())?;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
             cmdline: cmdline::complete(
                 source.boot_args.as_deref(),
                 cmdline::Root::of(config),
-                &virtio,
+                &parts.virtio,
                 Wanted {
-                    reporting,
+                    reporting: parts.reporting,
                     lean: source.lean,
                 },
             ),
@@ -99,55 +229,64 @@ impl Machine {
         };
         let Loaded { state, kernel } = boot::load(
             vm.memory(),
-            plan.at_boot(),
+            parts.plan.at_boot(),
             &boot_source,
             config.machine_config.vcpu_count,
-            &virtio,
+            &parts.virtio,
         )?;
-        let faults = plan.faults().clone();
-        let on_exit = move |exit| faults.vcpu_left(exit);
-        let ids: Vec<_> = subscribers
-            .into_iter()
-            .map(|subscriber| ops.add_subscriber(subscriber))
-            .collect();
-        let started = vm
-            .start(
+        let kernel = kernel.map(|mapped| MappedFrom {
+            mapped,
+            path: boot_source.kernel,
+            cmdline: boot_source.cmdline,
+            vcpus: config.machine_config.vcpu_count,
+            domain: boot_source.domain,
+        });
+        let start = |buses, faults: Arc<Faults>| {
+            vm.start(
                 buses,
                 &state.regs(),
                 |sregs| state.apply_sregs(sregs),
-                on_exit,
+                move |exit| faults.vcpu_left(exit),
             )
-            .map_err(StartError::from)
-            .and_then(|vcpus| {
-                let kernel = kernel.map(|mapped| MappedFrom {
-                    mapped,
-                    path: boot_source.kernel,
-                    cmdline: boot_source.cmdline,
-                    vcpus: config.machine_config.vcpu_count,
-                    domain: boot_source.domain,
-                });
-                let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
-                Ok((sharing, vcpus))
-            });
-        match started {
-            Ok((sharing, vcpus)) => Ok(Self {
-                vcpus,
-                drives,
-                jobs: BTreeMap::new(),
-                pmem: pmem.into_iter().collect(),
-                entropy,
-                balloon: balloon.map(|balloon| balloon.device),
-                keyboard,
-                console,
-                sharing,
-            }),
-            Err(error) => {
-                for id in ids {
-                    // The subscriber was added a moment ago.
-                    let _ = ops.remove_subscriber(id);
-                }
-                Err(error)
-            }
+        };
+        parts.start(ops, start, kernel, warm)
+    }
+
+    /// Builds a guest that goes on where that of a snapshot stood, and adds its devices to the event loop. It stands still until it is resumed.
+    ///
+    /// # Errors
+    /// [`StartError`]; then nothing runs and every disk is closed again.
+    pub fn load(
+        config: &VmConfig,
+        mut loading: Loading,
+        ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
+        surroundings: Surroundings,
+    ) -> Result<Self, StartError> {
+        let mut vm = new_vm(config)?;
+        let Surroundings {
+            serial_out,
+            serial_drained,
+            on_end,
+            ..
+        } = surroundings;
+        let serial = (serial_out, serial_drained);
+        let mut parts = Assembled::new(config, &mut vm, serial, only_first(on_end))?;
+        for (id, drive) in &parts.drives {
+            loading.check_drive(id, lock(drive).disk())?;
         }
+        loading.memory.map(parts.plan.memory())?;
+        loading.state.devices.restore(&mut parts.as_devices())?;
+        // Another guest may go on from the same state.
+        parts.generation.renew(vm.memory())?;
+        vm.restore(&loading.state.vm, &loading.state.vcpus)
+            .map_err(SnapshotError::from)?;
+        let start = |buses, faults: Arc<Faults>| {
+            vm.start_paused(buses, move |exit| faults.vcpu_left(exit))
+        };
+        let mut machine = parts.start(ops, start, None, None)?;
+        machine.base = Some(loading.memory.state().clone());
+        machine.is_new = true;
+        loading.keep_disks();
+        Ok(machine)
     }
 }

@@ -1,0 +1,106 @@
+//! What can go wrong with a snapshot.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::vm::StateError;
+
+/// Why a snapshot was not made, or not loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// A file of the snapshot cannot be used.
+    #[error("cannot {operation} {}: {source}", path.display())]
+    File {
+        /// What was to be done.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A file that is no snapshot's state.
+    #[error("{} is not the state of a snapshot", .0.display())]
+    NotAState(PathBuf),
+    /// Written by a Coppice that is newer, or that nobody has any more.
+    #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), super::VERSION)]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+    /// A file that is shorter than it says.
+    #[error("{} ends after {found} of {expected} bytes: it was cut", path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that it has.
+        found: u64,
+        /// Bytes that it should have.
+        expected: u64,
+    },
+    /// Bytes that are not those that were written.
+    #[error("{} is damaged: the checksum of its bytes from {offset:#x} on is another", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where, in bytes.
+        offset: u64,
+    },
+    /// A state that contradicts itself, or what it is loaded with.
+    #[error("the state says {0}")]
+    Contradiction(String),
+    /// Its values are none that this Coppice could have written.
+    #[error("{} cannot be understood: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: serde_json::Error,
+    },
+    /// A drive that is not as it was.
+    #[error("drive {drive}: its disk was {saved} when the snapshot was made, and is {found}; give the disk as it was then")]
+    Drive {
+        /// `drive_id`.
+        drive: String,
+        /// What it was.
+        saved: String,
+        /// What it is.
+        found: String,
+    },
+    /// A drive that the snapshot does not have.
+    #[error("the snapshot has no drive {0}")]
+    NoDrive(String),
+    /// The disk of a drive does not close.
+    #[error("drive {drive}: {source}")]
+    Disk {
+        /// `drive_id`.
+        drive: String,
+        /// Why.
+        source: storage::DiskError,
+    },
+    /// A device that cannot be saved.
+    #[error("{0}")]
+    Unsupported(String),
+    /// A difference to nothing.
+    #[error(
+        "a Diff needs a snapshot before it: set track_dirty_pages, and make a Full one first, or load one"
+    )]
+    NoBase,
+    /// What KVM holds.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Where the guest's memory is cannot be told, or not be changed.
+    #[error("guest memory: {0}")]
+    Memory(io::Error),
+}
+
+impl SnapshotError {
+    pub(super) fn file(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::File {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
+    }
+}

@@ -1,0 +1,484 @@
+//! The memory files of a snapshot: guest RAM as it is mapped into guests.
+//!
+//! A memory file has the regions of RAM one behind the other, and a hole wherever nothing was saved. That of a full snapshot stands for itself; that of
+//! a difference holds some runs of pages, and what it is laid upon has the others. So a guest's memory is a list of layers, the lowest first.
+//! Blocks of each run have checksums, in the state.
+
+use std::fs::File;
+use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use memshare::{Content, PAGE_SIZE, SharedMemory};
+use serde::{Deserialize, Serialize};
+
+use super::{SnapshotError, file};
+
+/// Bytes that a checksum is of.
+const BLOCK: u64 = 1 << 20;
+/// Most layers: each is a file that is held open, and mapped.
+const MAX_LAYERS: usize = 64;
+
+/// Guest RAM in files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryState {
+    /// Bytes of RAM.
+    pub bytes: u64,
+    /// The lowest first.
+    pub layers: Vec<Layer>,
+}
+
+/// One file of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// The file.
+    pub path: PathBuf,
+    /// What it holds, by offset.
+    pub runs: Vec<SavedRun>,
+}
+
+/// A run of pages in a memory file, where they are in RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedRun {
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// CRC-32C of each block of 1 MiB of it, the last of which may be shorter.
+    pub checksums: Vec<u32>,
+}
+
+impl SavedRun {
+    fn blocks(&self) -> impl Iterator<Item = (Range<u64>, u32)> + '_ {
+        let starts = (self.offset..self.offset + self.len).step_by(BLOCK as usize);
+        let end = self.offset + self.len;
+        let ranges = starts.map(move |start| start..(start + BLOCK).min(end));
+        ranges.zip(self.checksums.iter().copied())
+    }
+}
+
+/// Writes what `memory` holds to a file that takes the name `path`, and no more than what is not in the base where `diff` says so. The guest stands
+/// still.
+///
+/// # Errors
+/// `File` and `Memory`; then there is no new file, and an old one is as it was.
+pub(super) fn write(
+    memory: &SharedMemory,
+    path: &Path,
+    diff: bool,
+) -> Result<Layer, SnapshotError> {
+    let failed = |source| SnapshotError::file("write", path)(source);
+    let named = file::create(path)?;
+    let mut runs = Vec::new();
+    let mut start = 0;
+    for region in memory.regions() {
+        let contents = memory
+            .contents(region, diff)
+            .map_err(SnapshotError::Memory)?;
+        // A full snapshot is one run, whatever of it is zeros.
+        let parts: Vec<Range<u64>> = if diff {
+            let news = contents.iter().filter(|(_, c)| *c != Content::Base);
+            news.map(|(range, _)| range.clone()).collect()
+        } else {
+            vec![0..region.window.len()]
+        };
+        for part in parts {
+            let mut checksums = Vec::new();
+            for at in part.clone().step_by(BLOCK as usize) {
+                let mut block = vec![0; (part.end - at).min(BLOCK) as usize];
+                for (range, content) in &contents {
+                    let range = range.start.max(at)..range.end.min(at + block.len() as u64);
+                    if *content != Content::Bytes || range.is_empty() {
+                        continue;
+                    }
+                    let bytes = (range.start - at) as usize..(range.end - at) as usize;
+                    if let Some(bytes) = block.get_mut(bytes) {
+                        region.window.read(range.start, bytes);
+                    }
+                }
+                checksums.push(crc32c::crc32c(&block));
+                write_pages(named.as_file(), start + at, &block).map_err(failed)?;
+            }
+            runs.push(SavedRun {
+                offset: start + part.start,
+                len: part.end - part.start,
+                checksums,
+            });
+        }
+        start += region.window.len();
+    }
+    named.as_file().set_len(start).map_err(failed)?;
+    file::complete(named, path)?;
+    let path = path
+        .canonicalize()
+        .map_err(SnapshotError::file("find", path))?;
+    Ok(Layer { path, runs })
+}
+
+/// Writes a block, with holes where its pages are zeros.
+fn write_pages(file: &File, at: u64, block: &[u8]) -> std::io::Result<()> {
+    let pages = block.chunks(PAGE_SIZE as usize);
+    let is_zero = |page: &[u8]| page.iter().all(|byte| *byte == 0);
+    let mut run = 0..0;
+    for page in pages {
+        let end = run.end + page.len();
+        if is_zero(page) {
+            flush(file, at, block, run)?;
+            run = end..end;
+        } else {
+            run.end = end;
+        }
+    }
+    flush(file, at, block, run)
+}
+
+fn flush(file: &File, at: u64, block: &[u8], run: Range<usize>) -> std::io::Result<()> {
+    let start = at + run.start as u64;
+    block
+        .get(run)
+        .map_or(Ok(()), |bytes| file.write_all_at(bytes, start))
+}
+
+impl MemoryState {
+    /// Checks what the state says of itself: a hostile one has no say about what is mapped where.
+    fn validate(&self) -> Result<(), SnapshotError> {
+        let wrong = |what: String| Err(SnapshotError::Contradiction(what));
+        if self.layers.is_empty() || self.layers.len() > MAX_LAYERS {
+            return wrong(format!(
+                "memory has {} files: 1 to {MAX_LAYERS} are possible",
+                self.layers.len()
+            ));
+        }
+        for (number, layer) in self.layers.iter().enumerate() {
+            let mut end = 0;
+            for run in &layer.runs {
+                let run_end = run.offset.checked_add(run.len);
+                let is_in_order = run.offset >= end && run_end.is_some_and(|e| e <= self.bytes);
+                let is_whole = run.len > 0
+                    && run.offset.is_multiple_of(PAGE_SIZE)
+                    && run.len.is_multiple_of(PAGE_SIZE);
+                if !is_in_order || !is_whole {
+                    return wrong(format!(
+                        "{} holds {:#x}+{:#x} of {:#x} bytes of memory",
+                        layer.path.display(),
+                        run.offset,
+                        run.len,
+                        self.bytes
+                    ));
+                }
+                if run.checksums.len() as u64 != run.len.div_ceil(BLOCK) {
+                    return wrong(format!(
+                        "{} checksums of {:#x} bytes",
+                        run.checksums.len(),
+                        run.len
+                    ));
+                }
+                end = run.offset + run.len;
+            }
+            let held: u64 = layer.runs.iter().map(|run| run.len).sum();
+            if number == 0 && held != self.bytes {
+                return wrong(format!(
+                    "{} holds {held:#x} of {:#x} bytes of memory, and has nothing below it",
+                    layer.path.display(),
+                    self.bytes
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the files, the uppermost at `top` if that is given, each as long as it has to be; and compares all checksums if `verify` says so.
+    ///
+    /// # Errors
+    /// `Contradiction`, `File`, `Truncated`, `Damaged`.
+    pub(crate) fn open(
+        mut self,
+        top: Option<&Path>,
+        verify: bool,
+    ) -> Result<OpenMemory, SnapshotError> {
+        self.validate()?;
+        if let (Some(path), Some(layer)) = (top, self.layers.last_mut()) {
+            path.clone_into(&mut layer.path);
+        }
+        let mut files = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let path = &layer.path;
+            let file = File::open(path).map_err(SnapshotError::file("open", path))?;
+            storage::lock::lock(&file, storage::OpenMode::ReadOnly)
+                .map_err(|error| SnapshotError::file("lock", path)(std::io::Error::other(error)))?;
+            let found = file
+                .metadata()
+                .map_err(SnapshotError::file("examine", path))?
+                .len();
+            if found < self.bytes {
+                return Err(SnapshotError::Truncated {
+                    path: path.clone(),
+                    found,
+                    expected: self.bytes,
+                });
+            }
+            if verify {
+                layer.verify(&file)?;
+            }
+            files.push(Arc::new(file));
+        }
+        Ok(OpenMemory { state: self, files })
+    }
+}
+
+impl Layer {
+    fn verify(&self, file: &File) -> Result<(), SnapshotError> {
+        let mut block = vec![0; BLOCK as usize];
+        for (range, checksum) in self.runs.iter().flat_map(SavedRun::blocks) {
+            let bytes = &mut block[..(range.end - range.start) as usize];
+            file.read_exact_at(bytes, range.start)
+                .map_err(SnapshotError::file("read", &self.path))?;
+            if crc32c::crc32c(bytes) != checksum {
+                return Err(SnapshotError::Damaged {
+                    path: self.path.clone(),
+                    offset: range.start,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Memory files that are open, and locked against writers.
+pub struct OpenMemory {
+    state: MemoryState,
+    files: Vec<Arc<File>>,
+}
+
+impl OpenMemory {
+    /// What it is.
+    pub fn state(&self) -> &MemoryState {
+        &self.state
+    }
+
+    /// Puts the one file, which holds all of it, in place of RAM that is the same, and makes it the base. The guest stands still.
+    ///
+    /// # Errors
+    /// `Memory`.
+    pub(crate) fn rebase(&self, memory: &SharedMemory) -> Result<(), SnapshotError> {
+        for (layer, file) in self.state.layers.iter().zip(&self.files) {
+            let shared = memory
+                .files()
+                .share(file)
+                .map_err(|error| SnapshotError::file("share", &layer.path)(error.into()))?;
+            memory.rebase(&shared).map_err(SnapshotError::Memory)?;
+        }
+        Ok(())
+    }
+
+    /// Maps the files into RAM that nobody has touched, and makes them its base.
+    ///
+    /// # Errors
+    /// `Contradiction` where the RAM is of another size, `Memory`.
+    pub fn map(&self, memory: &SharedMemory) -> Result<(), SnapshotError> {
+        let present: u64 = memory.regions().iter().map(|region| region.window.len()).sum();
+        if present != self.state.bytes {
+            return Err(SnapshotError::Contradiction(format!(
+                "memory is {:#x} bytes, and the guest has {present:#x}",
+                self.state.bytes
+            )));
+        }
+        let mut left = memory.limits().runs;
+        for (layer, file) in self.state.layers.iter().zip(&self.files) {
+            let shared = memory
+                .files()
+                .share(file)
+                .map_err(|error| SnapshotError::file("share", &layer.path)(error.into()))?;
+            for run in &layer.runs {
+                let mut start = 0;
+                for region in memory.regions() {
+                    let len = region.window.len();
+                    let part = run.offset.max(start)..(run.offset + run.len).min(start + len);
+                    if !part.is_empty() {
+                        let (at, size) = (part.start - start, part.end - part.start);
+                        if left > 0 {
+                            left -= 1;
+                            memory
+                                .map_base(region.start + at, size, &shared, part.start)
+                                .map_err(SnapshotError::Memory)?;
+                        } else {
+                            // Enough mappings: what is left is the guest's own copy.
+                            copy(file, part.start, &region.window, at, size)
+                                .map_err(SnapshotError::file("read", &layer.path))?;
+                        }
+                    }
+                    start += len;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn copy(
+    file: &File,
+    mut offset: u64,
+    window: &memshare::Window,
+    mut at: u64,
+    mut len: u64,
+) -> std::io::Result<()> {
+    let mut page = vec![0; PAGE_SIZE as usize];
+    while len > 0 {
+        file.read_exact_at(&mut page, offset)?;
+        window.write(at, &page);
+        (offset, at, len) = (offset + PAGE_SIZE, at + PAGE_SIZE, len - PAGE_SIZE);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use memshare::{Limits, Region, Window};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const PAGES: u64 = 40;
+
+    /// Two regions, as with RAM on both sides of the hole.
+    fn memory(runs: usize) -> SharedMemory {
+        let region = |start: u64, pages: u64| Region {
+            start: start * PAGE_SIZE,
+            window: Window::reserve(pages * PAGE_SIZE).unwrap(),
+        };
+        let limits = Limits {
+            runs,
+            ..Limits::of_host(5, false)
+        };
+        SharedMemory::new(vec![region(0, 30), region(100, PAGES - 30)], limits)
+    }
+
+    fn put(memory: &SharedMemory, page: u64, byte: u8) {
+        let (region, at) = if page < 30 { (0, page) } else { (1, page - 30) };
+        memory.regions()[region]
+            .window
+            .write(at * PAGE_SIZE, &[byte; PAGE_SIZE as usize]);
+    }
+
+    fn bytes(memory: &SharedMemory) -> Vec<u8> {
+        let mut all = Vec::new();
+        for region in memory.regions() {
+            for at in (0..region.window.len()).step_by(PAGE_SIZE as usize) {
+                let mut page = [0; PAGE_SIZE as usize];
+                region.window.read(at, &mut page);
+                assert!(page.iter().all(|byte| *byte == page[0]));
+                all.push(page[0]);
+            }
+        }
+        all
+    }
+
+    fn state(layers: &[Layer]) -> MemoryState {
+        MemoryState {
+            bytes: PAGES * PAGE_SIZE,
+            layers: layers.to_vec(),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+        #[test]
+        fn each_of_a_chain_of_snapshots_comes_back_as_it_was(
+            rounds in prop::collection::vec(
+                prop::collection::vec((0..PAGES, any::<u8>(), any::<bool>()), 0..12), 1..5),
+            runs in prop_oneof![Just(3usize), Just(1000)],
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let mut guest = memory(1000);
+            let mut layers: Vec<Layer> = Vec::new();
+            for (number, round) in rounds.iter().enumerate() {
+                for (page, byte, give_back) in round {
+                    if *give_back {
+                        let gfn = if *page < 30 { *page } else { page + 70 };
+                        guest.give_back(gfn * PAGE_SIZE, PAGE_SIZE).unwrap();
+                    } else {
+                        put(&guest, *page, *byte);
+                    }
+                }
+                let expected = bytes(&guest);
+                let path = folder.path().join(number.to_string());
+                let layer = write(&guest, &path, number > 0).unwrap();
+                layers.push(layer);
+                let open = state(&layers).open(None, true).unwrap();
+                let copy = memory(runs);
+                open.map(&copy).unwrap();
+                prop_assert_eq!(&bytes(&copy), &expected);
+                // The next difference is to the copy, which goes on as the guest.
+                guest = memory(1000);
+                open.map(&guest).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_take_no_space_and_a_difference_only_what_has_changed() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::tempdir().unwrap();
+        let guest = memory(1000);
+        put(&guest, 3, 1);
+        put(&guest, 4, 0);
+        let layer = write(&guest, &folder.path().join("full"), false).unwrap();
+        let metadata = std::fs::metadata(&layer.path).unwrap();
+        assert_eq!(metadata.len(), PAGES * PAGE_SIZE);
+        assert_eq!(metadata.blocks() * 512, PAGE_SIZE);
+        let clone = memory(1000);
+        let open = state(&[layer]).open(None, true).unwrap();
+        open.map(&clone).unwrap();
+        put(&clone, 5, 9);
+        put(&clone, 39, 9);
+        let layer = write(&clone, &folder.path().join("diff"), true).unwrap();
+        let runs: Vec<_> = layer.runs.iter().map(|run| (run.offset, run.len)).collect();
+        let page = |number| (number * PAGE_SIZE, PAGE_SIZE);
+        assert_eq!(runs, [page(5), page(39)]);
+    }
+
+    #[test]
+    fn cut_flipped_missing_and_contradictory_memory_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("memory");
+        let guest = memory(1000);
+        (0..PAGES).for_each(|page| put(&guest, page, 7));
+        let layer = write(&guest, &path, false).unwrap();
+        let whole = state(&[layer.clone()]);
+        let open = |state: MemoryState| state.open(None, true).map(drop);
+        open(whole.clone()).unwrap();
+        let file = File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[6], 17 * PAGE_SIZE + 3).unwrap();
+        assert!(matches!(open(whole.clone()), Err(SnapshotError::Damaged { .. })));
+        whole.clone().open(None, false).map(drop).unwrap();
+        file.set_len(PAGES * PAGE_SIZE - 1).unwrap();
+        let cut = whole.clone().open(None, false).map(drop);
+        assert!(matches!(cut, Err(SnapshotError::Truncated { .. })));
+        std::fs::remove_file(&path).unwrap();
+        let gone = open(whole.clone()).unwrap_err().to_string();
+        assert!(gone.contains(path.to_str().unwrap()), "{gone}");
+
+        type Spoil = fn(&mut MemoryState);
+        let spoil: [Spoil; 8] = [
+            |state| state.layers.clear(),
+            |state| state.layers[0].runs.clear(),
+            |state| state.layers[0].runs[0].offset = 1,
+            |state| state.layers[0].runs[0].offset = u64::MAX - 4095,
+            |state| state.layers[0].runs[0].len += PAGE_SIZE,
+            |state| state.layers[0].runs[0].len = 0,
+            |state| state.layers[0].runs[0].checksums.clear(),
+            |state| state.layers = vec![state.layers[0].clone(); MAX_LAYERS + 1],
+        ];
+        for (number, spoil) in spoil.into_iter().enumerate() {
+            let mut state = whole.clone();
+            spoil(&mut state);
+            let refused = open(state);
+            assert!(matches!(refused, Err(SnapshotError::Contradiction(_))), "{number}");
+        }
+    }
+}
