@@ -9,6 +9,7 @@ pub mod bus;
 pub mod legacy;
 pub mod persist;
 pub mod virtio;
+pub mod vmgenid;
 
 /// Guest physical memory, as the devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
