@@ -10,6 +10,10 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{PowerEvent, PowerSink};
 use crate::bus::BusDevice;
 
+mod persist;
+
+pub use persist::I8042State;
+
 const DATA_PORT: u64 = 0;
 const COMMAND_PORT: u64 = 4;
 
@@ -199,7 +203,7 @@ mod tests {
     use super::*;
     use crate::legacy::recorder;
 
-    fn controller() -> (I8042, std::sync::Arc<std::sync::Mutex<Vec<PowerEvent>>>) {
+    pub(super) fn controller() -> (I8042, std::sync::Arc<std::sync::Mutex<Vec<PowerEvent>>>) {
         let (sink, events) = recorder();
         (
             I8042::new(sink, EventFd::new(EFD_NONBLOCK).unwrap()),

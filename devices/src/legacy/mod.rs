@@ -9,10 +9,10 @@ mod rtc;
 mod serial;
 
 pub use acpi_pm::{AcpiPm, RESET_VALUE, S5_SLEEP_TYPE};
-pub use i8042::I8042;
+pub use i8042::{I8042, I8042State};
 pub use pvpanic::Pvpanic;
-pub use rtc::CmosRtc;
-pub use serial::{SerialConsole, SerialInput, SerialPort};
+pub use rtc::{CmosRtc, RtcState};
+pub use serial::{SerialConsole, SerialInput, SerialPort, SerialState};
 
 /// What a guest asks for, or tells, through a legacy device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,10 @@ use time::OffsetDateTime;
 
 use crate::bus::BusDevice;
 
+mod persist;
+
+pub use persist::RtcState;
+
 const INDEX_PORT: u64 = 0;
 const DATA_PORT: u64 = 1;
 

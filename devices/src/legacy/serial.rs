@@ -16,6 +16,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
+mod persist;
+
+pub use persist::SerialState;
+
 /// Raises the GSI of the port.
 struct Irqfd(EventFd);
 

@@ -15,6 +15,10 @@ use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 
+mod persist;
+
+pub use self::persist::{QueueState, TransportState};
+
 /// `QueueNotify`: where to register the ioeventfds, with the queue's index as value.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
@@ -94,6 +98,11 @@ pub struct MmioTransport {
 
 fn lock(device: &Mutex<dyn VirtioDevice>) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a device can work with: features that it offers, and virtio 1 (4.2.3.1.1, 6.1).
+fn are_features_ok(accepted: u64, offered: u64) -> bool {
+    accepted & !offered == 0 && accepted & (1 << VIRTIO_F_VERSION_1) != 0
 }
 
 /// Replaces the lower or the upper half of a 64-bit register.
@@ -189,14 +198,14 @@ impl MmioTransport {
     }
 
     fn features_are_ok(&self) -> bool {
-        self.accepted & !self.offered == 0 && self.accepted & (1 << VIRTIO_F_VERSION_1) != 0
+        are_features_ok(self.accepted, self.offered)
     }
 
     fn activate(&mut self) {
         let rings: Result<Vec<_>, _> = self
             .queues
             .iter()
-            .map(|registers| self.ring(registers))
+            .map(|registers| self.ring(registers, self.accepted))
             .collect();
         let activated = match rings {
             Ok(queues) => {
@@ -218,7 +227,11 @@ impl MmioTransport {
     }
 
     /// The ring the driver described; `None` where it made none ready.
-    fn ring(&self, registers: &QueueRegisters) -> Result<Option<Queue>, virtio_queue::Error> {
+    fn ring(
+        &self,
+        registers: &QueueRegisters,
+        features: u64,
+    ) -> Result<Option<Queue>, virtio_queue::Error> {
         if !registers.ready {
             return Ok(None);
         }
@@ -226,7 +239,7 @@ impl MmioTransport {
         queue.try_set_desc_table_address(GuestAddress(registers.desc))?;
         queue.try_set_avail_ring_address(GuestAddress(registers.driver))?;
         queue.try_set_used_ring_address(GuestAddress(registers.device))?;
-        queue.set_event_idx(self.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         queue.set_ready(true);
         if queue.is_valid(&self.memory) {
             Ok(Some(queue))

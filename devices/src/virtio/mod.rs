@@ -5,11 +5,13 @@ pub mod block;
 pub mod chain;
 pub mod mmio;
 pub mod pmem;
+mod ring_position;
 pub mod rng;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+pub use ring_position::RingPosition;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::Queue;
@@ -35,6 +37,8 @@ pub struct Interrupt {
     /// `ConfigGeneration`.
     config_generation: AtomicU32,
     needs_reset: AtomicBool,
+    /// The causes are from a saved state: whether the VM knows of them is not certain.
+    restored: AtomicBool,
     /// An irqfd of the VM: a write raises the device's GSI.
     irqfd: EventFd,
 }
@@ -46,6 +50,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             config_generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
+            restored: AtomicBool::new(false),
             irqfd,
         }
     }
@@ -98,8 +103,30 @@ impl Interrupt {
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
+    /// Takes over what was saved. The line is raised when the device goes on, not before: the VM may not have its interrupt
+    /// controllers yet.
+    fn restore(&self, status: u32, config_generation: u32, needs_reset: bool) {
+        self.status.store(status, Ordering::SeqCst);
+        self.config_generation
+            .store(config_generation, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+        self.restored.store(true, Ordering::SeqCst);
+    }
+
+    /// Raises the line again for what was pending in a state that was restored. Once: a cause that the VM knew of as well is one
+    /// interrupt more, in which the driver finds what it is for, or nothing.
+    fn raise_restored(&self) {
+        if self.restored.swap(false, Ordering::SeqCst) && self.status() != 0 {
+            self.raise_line();
+        }
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
+        self.raise_line();
+    }
+
+    fn raise_line(&self) {
         if let Err(error) = self.irqfd.write(1) {
             // The counter of an irqfd is drained by the kernel; a failed write means the VM is gone.
             tracing::debug!(%error, "irqfd write");
@@ -130,6 +157,17 @@ pub struct Activation {
     pub features: u64,
 }
 
+/// Refuses rings of which buffers are under way: a device that keeps none has answered all of them before it was saved, and a driver that
+/// has just set them up has yet to offer any.
+fn check_nothing_is_held<'a>(
+    mut queues: impl Iterator<Item = &'a Queue>,
+) -> Result<(), ActivateError> {
+    if queues.any(|queue| RingPosition::of(queue).held() != 0) {
+        return Err(ActivateError("requests are under way already".into()));
+    }
+    Ok(())
+}
+
 /// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
 #[derive(Debug, thiserror::Error)]
 #[error("virtio device cannot start: {0}")]
@@ -140,6 +178,8 @@ pub struct ActivateError(pub String);
 /// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues on the device
 /// thread, when their kicks become readable; `reset` returns only when no request of the device touches guest
 /// memory any more. A kick of a device that is not active means nothing.
+///
+/// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where the saved device was.
 pub trait VirtioDevice: Send {
     /// The device ID (VIRTIO 1.2, chapter 5).
     fn device_id(&self) -> u32;
@@ -182,6 +222,10 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// Where the device cannot serve; the device is then as after `reset`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
+
+    /// How far each ring is, by index; `None` for one that the device does not serve. Only of a paused device does this say all there is to say: it
+    /// has no request in flight.
+    fn ring_positions(&self) -> Vec<Option<RingPosition>>;
 
     /// Whether a request under way will write to a range of guest memory: first address, length in bytes. Between calls of the device, nothing
     /// else of it writes there.

@@ -9,10 +9,16 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{self, Chain};
-use super::{ActivateError, Activation, Interrupt, RING_FEATURES, VirtioDevice};
+use super::{ActivateError, Activation, Interrupt, RING_FEATURES, RingPosition, VirtioDevice};
 use crate::GuestMemory;
 
+mod persist;
+
+pub use self::persist::RngState;
+
 const QUEUE_SIZE: u16 = 64;
+/// In errors.
+pub(super) const NAME: &str = "virtio-rng";
 /// Most bytes for one buffer: a driver asks again for more, and the device thread is free in between.
 const MAX_BYTES: usize = 4096;
 
@@ -68,6 +74,7 @@ impl VirtioRng {
     pub fn resume(&mut self) {
         self.paused = false;
         self.serve();
+        self.interrupt.raise_restored();
     }
 
     fn serve(&mut self) {
@@ -175,11 +182,17 @@ impl VirtioDevice for VirtioRng {
         let Some(queue) = activation.queues.into_iter().next().flatten() else {
             return Err(ActivateError("its queue is not ready".into()));
         };
+        super::check_nothing_is_held(std::iter::once(&queue))?;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
         });
         Ok(())
+    }
+
+    fn ring_positions(&self) -> Vec<Option<RingPosition>> {
+        let position = |active: &Active| RingPosition::of(&active.queue);
+        vec![self.active.as_ref().map(position)]
     }
 
     fn reset(&mut self) {

@@ -22,6 +22,7 @@ mod metrics;
 #[cfg(test)]
 mod mock;
 mod pages;
+mod persist;
 mod queues;
 mod serve;
 mod statistics;
@@ -40,14 +41,18 @@ use self::hinting::{Command, Hinting};
 use self::metrics::add;
 pub use self::metrics::{BalloonMetrics, Returned};
 pub use self::pages::GiveBack;
+pub use self::persist::{BalloonDeviceState, HintingState};
 use self::queues::{FIRST_OPTIONAL, QUEUES, Role};
 use self::statistics::Timer;
 pub use self::statistics::{STATISTICS, Values};
-use super::{ActivateError, Activation, Interrupt, VirtioDevice};
+use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
 
 /// Linux reports up to 32 pages in one chain, and needs a descriptor for each.
 const QUEUE_SIZE: u16 = 64;
+/// In errors.
+pub(super) const NAME: &str = "virtio-balloon";
+
 /// What a balloon device is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BalloonConfig {
@@ -120,6 +125,8 @@ pub struct VirtioBalloon {
     statistics_interval: u16,
     values: Values,
     hinting: Hinting,
+    /// The statistics buffer that a saved device kept, until this one has the ring that it is of.
+    restored_buffer: Option<u16>,
     active: Option<Active>,
     paused: bool,
     metrics: Arc<BalloonMetrics>,
@@ -151,6 +158,7 @@ impl VirtioBalloon {
             statistics_interval: config.statistics_interval,
             values: Values::default(),
             hinting: Hinting::default(),
+            restored_buffer: None,
             active: None,
             paused: false,
             metrics: Arc::default(),
@@ -171,6 +179,7 @@ impl VirtioBalloon {
     pub fn resume(&mut self) {
         self.paused = false;
         (0..QUEUES).for_each(|queue| self.kick(queue));
+        self.interrupt.raise_restored();
     }
 
     /// Asks the guest for a balloon of so many pages of 4 KiB. A driver that starts later finds it.
@@ -363,12 +372,15 @@ impl VirtioDevice for VirtioBalloon {
         let roles = queues::roles(features, |queue| {
             ready.get(queue).is_some_and(Option::is_some)
         });
-        let queues = std::array::from_fn(|queue| Some((roles[queue]?, ready[queue].take()?)));
+        let queues: [_; QUEUES] =
+            std::array::from_fn(|queue| Some((roles[queue]?, ready[queue].take()?)));
+        let restored = self.restored_buffer.take();
+        let statistics_buffer = persist::kept_buffer(restored, queues.iter().flatten())?;
         self.active = Some(Active {
             memory,
             queues,
             features,
-            statistics_buffer: None,
+            statistics_buffer,
         });
         self.set_timer();
         // Linux puts its first statistics into their queue, and notifies it, before it says that it is ready.
@@ -376,8 +388,16 @@ impl VirtioDevice for VirtioBalloon {
         Ok(())
     }
 
+    fn ring_positions(&self) -> Vec<Option<RingPosition>> {
+        let queues = self.active.iter().flat_map(|active| &active.queues);
+        queues
+            .map(|queue| queue.as_ref().map(|(_, queue)| RingPosition::of(queue)))
+            .collect()
+    }
+
     fn reset(&mut self) {
         self.active = None;
+        self.restored_buffer = None;
         self.set_timer();
         self.config.actual = 0.into();
         self.values = Values::default();

@@ -76,6 +76,11 @@ impl ConfigSpace {
         }
     }
 
+    /// Size of the disk in sectors of 512 bytes, as the driver sees it.
+    pub(super) fn capacity(&self) -> u64 {
+        self.capacity.get()
+    }
+
     /// Fills `data` with the bytes from `offset`; those past the end are zero.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         read_config_bytes(self.as_bytes(), offset, data);

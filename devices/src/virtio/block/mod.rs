@@ -14,6 +14,7 @@ mod event_handler;
 #[cfg(test)]
 mod hostile;
 mod metrics;
+mod persist;
 mod request;
 mod ring;
 mod sharing;
@@ -34,12 +35,16 @@ use self::buffer::{Operation, Ticket};
 use self::config_space::{ConfigSpace, bit};
 pub use self::metrics::BlockMetrics;
 use self::metrics::add;
+pub use self::persist::BlockState;
 use self::request::{Command, ID_LEN, Rules};
 use self::ring::{Next, Ring};
 pub use self::sharing::DriveSharing;
 use super::chain;
-use super::{ActivateError, Activation, Interrupt, VirtioDevice};
+use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
+
+/// In errors.
+pub(super) const NAME: &str = "virtio-blk";
 
 /// What a block device is made of.
 #[derive(Clone, Debug)]
@@ -181,6 +186,7 @@ impl VirtioBlock {
         self.paused = false;
         // Served by the device thread: the kernel ends the I/O of a thread that ends.
         (0..self.kicks.len()).for_each(|queue| self.kick(queue));
+        self.interrupt.raise_restored();
     }
 
     /// Goes on with another disk, for example a larger one, and tells the driver. Waits for requests in flight.
@@ -445,6 +451,7 @@ impl VirtioDevice for VirtioBlock {
         if queues.iter().all(Option::is_none) {
             return Err(ActivateError("no queue is ready".into()));
         }
+        super::check_nothing_is_held(queues.iter().flatten())?;
         self.active = Some(Active {
             memory: Arc::new(memory),
             rings: queues
@@ -454,6 +461,13 @@ impl VirtioDevice for VirtioBlock {
             write_through: features & bit(VIRTIO_BLK_F_FLUSH) == 0,
         });
         Ok(())
+    }
+
+    fn ring_positions(&self) -> Vec<Option<RingPosition>> {
+        let rings = self.active.iter().flat_map(|active| &active.rings);
+        rings
+            .map(|ring| ring.as_ref().map(Ring::position))
+            .collect()
     }
 
     fn is_writing(&self, address: GuestAddress, len: u64) -> bool {

@@ -3,6 +3,7 @@
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::RingPosition;
 use super::super::chain::{self, Chain, ChainError};
 use super::RingFault;
 use crate::GuestMemory;
@@ -43,6 +44,10 @@ impl Ring {
 
     pub(super) fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    pub(super) fn position(&self) -> RingPosition {
+        RingPosition::of(&self.queue)
     }
 
     /// Takes the next request; asks for a kick where there is none.

@@ -3,13 +3,17 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::virtio::RING_FEATURES;
+use crate::virtio::{RING_FEATURES, RingPosition};
+
+mod persist;
 
 /// Remembers what the transport did to it.
 struct Probe {
     interrupt: Arc<Interrupt>,
     kicks: [EventFd; 2],
     active: Option<(Vec<bool>, u64)>,
+    /// The rings it was activated with.
+    rings: Vec<Option<Queue>>,
     resets: usize,
 }
 
@@ -39,10 +43,18 @@ impl VirtioDevice for Probe {
             activation.queues.iter().map(Option::is_some).collect(),
             activation.features,
         ));
+        self.rings = activation.queues;
         Ok(())
+    }
+    fn ring_positions(&self) -> Vec<Option<RingPosition>> {
+        let rings = self.rings.iter();
+        rings
+            .map(|ring| ring.as_ref().map(RingPosition::of))
+            .collect()
     }
     fn reset(&mut self) {
         self.active = None;
+        self.rings.clear();
         self.resets += 1;
     }
 }
@@ -60,6 +72,7 @@ impl Driver {
             interrupt: Arc::new(Interrupt::new(event())),
             kicks: [event(), event()],
             active: None,
+            rings: Vec::new(),
             resets: 0,
         }));
         Self {

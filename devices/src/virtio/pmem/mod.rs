@@ -17,6 +17,7 @@ mod flusher;
 #[cfg(test)]
 mod hostile;
 mod metrics;
+mod persist;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -34,12 +35,18 @@ pub use self::flusher::{Backing, FlushError};
 use self::flusher::{Flusher, Outcome};
 pub use self::metrics::PmemMetrics;
 use self::metrics::add;
+pub use self::persist::PmemState;
 use self::request::{Answer, Command, Response};
 use super::chain::{self, Chain};
-use super::{ActivateError, Activation, Interrupt, RING_FEATURES, VirtioDevice, read_config_bytes};
+use super::{
+    ActivateError, Activation, Interrupt, RING_FEATURES, RingPosition, VirtioDevice,
+    read_config_bytes,
+};
 use crate::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
+/// In errors.
+pub(super) const NAME: &str = "virtio-pmem";
 
 /// What a pmem device is made of.
 #[derive(Clone)]
@@ -146,6 +153,7 @@ impl VirtioPmem {
     pub fn resume(&mut self) {
         self.paused = false;
         self.kick();
+        self.interrupt.raise_restored();
     }
 
     /// Makes the device thread look at the queue.
@@ -331,12 +339,18 @@ impl VirtioDevice for VirtioPmem {
         let Some(queue) = activation.queues.into_iter().next().flatten() else {
             return Err(ActivateError("its queue is not ready".into()));
         };
+        super::check_nothing_is_held(std::iter::once(&queue))?;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
             used: false,
         });
         Ok(())
+    }
+
+    fn ring_positions(&self) -> Vec<Option<RingPosition>> {
+        let position = |active: &Active| RingPosition::of(&active.queue);
+        vec![self.active.as_ref().map(position)]
     }
 
     fn reset(&mut self) {

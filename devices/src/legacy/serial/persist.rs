@@ -1,0 +1,147 @@
+//! A serial port, saved and restored.
+
+use serde::{Deserialize, Serialize};
+use vm_superio::Trigger;
+use vm_superio::serial::SerialState as UartState;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Drained, Irqfd, SerialConsole, Uart, lock};
+use crate::persist::{RestoreError, invalid};
+
+/// In errors.
+const NAME: &str = "serial port";
+
+/// Bytes of input that the UART's buffer has room for.
+const FIFO_SIZE: usize = 64;
+/// Interrupt enable register: received data, and transmitter empty.
+const ENABLE_RECEIVED: u8 = 1 << 0;
+const ENABLE_TRANSMITTER_EMPTY: u8 = 1 << 1;
+/// The bits of the interrupt enable register that there are.
+const ENABLE_BITS: u8 = 0x0f;
+/// Interrupt identification register.
+const NONE_PENDING: u8 = 1 << 0;
+const PENDING_TRANSMITTER_EMPTY: u8 = 1 << 1;
+const PENDING_RECEIVED: u8 = 1 << 2;
+
+/// The registers of the UART, and input that the guest has not read. What the guest has written is not here: it is with the host before the
+/// guest's vCPU goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialState {
+    /// Divisor latch, low byte.
+    pub baud_divisor_low: u8,
+    /// Divisor latch, high byte.
+    pub baud_divisor_high: u8,
+    /// Interrupt enable register.
+    pub interrupt_enable: u8,
+    /// Interrupt identification register: what is pending.
+    pub interrupt_identification: u8,
+    /// Line control register.
+    pub line_control: u8,
+    /// Line status register.
+    pub line_status: u8,
+    /// Modem control register.
+    pub modem_control: u8,
+    /// Modem status register.
+    pub modem_status: u8,
+    /// Scratch register.
+    pub scratch: u8,
+    /// Input that the guest has not read.
+    pub input: Vec<u8>,
+}
+
+/// Whether the UART holds its line up.
+fn is_pending(state: &UartState) -> bool {
+    [
+        (ENABLE_RECEIVED, PENDING_RECEIVED),
+        (ENABLE_TRANSMITTER_EMPTY, PENDING_TRANSMITTER_EMPTY),
+    ]
+    .into_iter()
+    .any(|(enabled, pending)| {
+        state.interrupt_enable & enabled != 0 && state.interrupt_identification & pending != 0
+    })
+}
+
+impl SerialConsole {
+    /// The port's state, while no vCPU runs; see [`crate::persist`]. Input that comes later is not part of it.
+    pub fn save(&self) -> SerialState {
+        let uart = lock(&self.uart).state();
+        SerialState {
+            baud_divisor_low: uart.baud_divisor_low,
+            baud_divisor_high: uart.baud_divisor_high,
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            input: uart.in_buffer,
+        }
+    }
+
+    /// Takes over the state, instead of what the port has been used for before. What is pending may be raised here already; whether the VM hears
+    /// of that is not certain.
+    ///
+    /// # Errors
+    /// [`RestoreError::Invalid`]; the port is then as it was.
+    pub fn restore(&self, state: &SerialState) -> Result<(), RestoreError> {
+        if state.input.len() > FIFO_SIZE {
+            let (len, reason) = (state.input.len() as u64, "it is more than the port holds");
+            return Err(invalid(NAME, "the length of the input", len, reason));
+        }
+        let enabled = state.interrupt_enable;
+        if enabled & !ENABLE_BITS != 0 {
+            let reason = "it has unknown bits";
+            return Err(invalid(NAME, "interrupt enable", enabled, reason));
+        }
+        let pending = state.interrupt_identification;
+        let known = PENDING_TRANSMITTER_EMPTY | PENDING_RECEIVED;
+        if pending != NONE_PENDING && (pending == 0 || pending & !known != 0) {
+            let reason = "it names no interrupt of a serial port";
+            return Err(invalid(NAME, "interrupt identification", pending, reason));
+        }
+        let registers = UartState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: enabled,
+            interrupt_identification: pending,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        };
+        let mut uart = lock(&self.uart);
+        let again = |event: &EventFd| {
+            let event = event.try_clone();
+            event.map_err(|source| RestoreError::Host {
+                device: NAME,
+                source,
+            })
+        };
+        let irqfd = again(&uart.interrupt_evt().0)?;
+        let drained = again(&uart.events().0)?;
+        // Input that is too long is refused above, and there is no other error.
+        *uart = Uart::from_state(&registers, Irqfd(irqfd), Drained(drained), Vec::new()).map_err(
+            |_| {
+                invalid(
+                    NAME,
+                    "the length of the input",
+                    registers.in_buffer.len() as u64,
+                    "the port refuses it",
+                )
+            },
+        )?;
+        Ok(())
+    }
+
+    /// Raises the interrupt again that was pending in the restored state.
+    pub fn raise_pending(&self) {
+        let uart = lock(&self.uart);
+        if is_pending(&uart.state()) {
+            let Ok(()) = uart.interrupt_evt().trigger();
+        }
+    }
+}

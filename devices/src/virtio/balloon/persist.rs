@@ -1,0 +1,133 @@
+//! A balloon, saved and restored.
+//!
+//! The pages in the balloon are the guest's affair: the device has only their number, as the driver says it.
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueT};
+
+use super::config_space::{F_FREE_PAGE_HINT, F_STATS_VQ, bit};
+use super::hinting::Hinting;
+use super::queues::Role;
+use super::statistics::{STATISTICS, Values};
+use super::{NAME, QUEUE_SIZE, RingPosition, VirtioBalloon};
+use crate::persist::{RestoreError, check_same, invalid};
+use crate::virtio::ActivateError;
+
+/// What a balloon has, and where it is in what it asks of the driver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonDeviceState {
+    /// `num_pages`: pages of 4 KiB that the balloon is to have.
+    pub target_pages: u32,
+    /// `actual`: pages that it has, as the driver says.
+    pub actual_pages: u32,
+    /// Seconds from one set of statistics to the next; 0 where there are none.
+    pub statistics_interval: u16,
+    /// What the driver has sent last, by tag.
+    pub statistics: [Option<u64>; STATISTICS.len()],
+    /// Head of the statistics buffer that the device keeps.
+    pub statistics_buffer: Option<u16>,
+    /// The run of hinting.
+    pub hinting: HintingState,
+}
+
+/// Where a run of hinting is, in the numbers of `free_page_hint_cmd_id`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HintingState {
+    /// The last run's number; 0 where there was none.
+    pub last: u32,
+    /// What the host wants.
+    pub host: u32,
+    /// What the driver sent last.
+    pub guest: Option<u32>,
+    /// Whether the driver may free its blocks as soon as it has sent all.
+    pub acknowledge: bool,
+}
+
+impl VirtioBalloon {
+    /// The device's state. For a device that is paused; see [`crate::persist`].
+    pub fn save(&self) -> BalloonDeviceState {
+        let active = self.active.as_ref();
+        BalloonDeviceState {
+            target_pages: self.config.num_pages.get(),
+            actual_pages: self.config.actual.get(),
+            statistics_interval: self.statistics_interval,
+            statistics: self.values.0,
+            statistics_buffer: active.and_then(|active| active.statistics_buffer),
+            hinting: self.hinting.save(),
+        }
+    }
+
+    /// Takes over the state; the target and the interval of the statistics are as they were, whatever this device was made with. It is paused
+    /// from then on, until [`VirtioBalloon::resume`].
+    ///
+    /// # Errors
+    /// [`RestoreError`]; the device is then as it was.
+    pub fn restore(&mut self, state: &BalloonDeviceState) -> Result<(), RestoreError> {
+        if self.active.is_some() {
+            return Err(RestoreError::InUse { device: NAME });
+        }
+        let on_or_off = |is_on| if is_on { "on" } else { "off" };
+        let has_statistics = self.features & bit(F_STATS_VQ) != 0;
+        let had_statistics = on_or_off(state.statistics_interval != 0);
+        check_same(
+            NAME,
+            "the balloon's statistics",
+            had_statistics,
+            on_or_off(has_statistics),
+        )?;
+        if let Some(head) = state.statistics_buffer
+            && (!has_statistics || head >= QUEUE_SIZE)
+        {
+            let reason = "no queue for statistics has such a buffer";
+            return Err(invalid(NAME, "the statistics buffer", head, reason));
+        }
+        let has_hinting = self.features & bit(F_FREE_PAGE_HINT) != 0;
+        if !has_hinting && state.hinting != HintingState::default() {
+            let (value, reason) = (state.hinting.host, "the balloon has no hinting");
+            return Err(invalid(NAME, "the run of hinting", value, reason));
+        }
+        self.hinting = Hinting::restore(&state.hinting)?;
+        self.config.num_pages = state.target_pages.into();
+        self.config.actual = state.actual_pages.into();
+        self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
+        self.statistics_interval = state.statistics_interval;
+        self.values = Values(state.statistics);
+        self.restored_buffer = state.statistics_buffer;
+        self.pause();
+        Ok(())
+    }
+}
+
+/// The statistics buffer that a device keeps as it starts: none, but of rings that were in use before the guest was saved.
+///
+/// # Errors
+/// Where the rings say that the device keeps other buffers than it does.
+pub(super) fn kept_buffer<'a>(
+    restored: Option<u16>,
+    queues: impl Iterator<Item = &'a (Role, Queue)>,
+) -> Result<Option<u16>, ActivateError> {
+    let mut kept = None;
+    for (role, queue) in queues {
+        match (role, RingPosition::of(queue).held()) {
+            (_, 0) => {}
+            (Role::Statistics, 1) => {
+                kept = restored.filter(|head| *head < queue.size());
+                if kept.is_none() {
+                    return Err(ActivateError("its statistics buffer is missing".into()));
+                }
+            }
+            (role, held) => {
+                return Err(ActivateError(format!(
+                    "it has {held} buffers of the {role:?} queue"
+                )));
+            }
+        }
+    }
+    if kept == restored {
+        Ok(kept)
+    } else {
+        Err(ActivateError("it has a buffer of no queue".into()))
+    }
+}

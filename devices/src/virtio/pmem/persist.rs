@@ -1,0 +1,45 @@
+//! A pmem device, saved and restored.
+//!
+//! The memory itself is guest memory, and not the device's to save.
+
+use serde::{Deserialize, Serialize};
+
+use super::{NAME, VirtioPmem};
+use crate::persist::{RestoreError, check_same};
+
+/// Where the guest knows the memory to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemState {
+    /// Its first address.
+    pub start: u64,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+impl VirtioPmem {
+    /// Where the guest knows the memory to be. For a device that is paused: every flush has been answered then; see [`crate::persist`].
+    pub fn save(&self) -> PmemState {
+        PmemState {
+            start: self.config.start.get(),
+            size: self.config.size.get(),
+        }
+    }
+
+    /// Makes sure that the guest finds the memory where it was. The device is paused from then on, until [`VirtioPmem::resume`].
+    ///
+    /// # Errors
+    /// [`RestoreError`]: `InUse`, `Mismatch`.
+    pub fn restore(&mut self, state: &PmemState) -> Result<(), RestoreError> {
+        if self.active.is_some() {
+            return Err(RestoreError::InUse { device: NAME });
+        }
+        let now = self.save();
+        let address = |at| format!("{at:#x}");
+        let (saved, start) = (address(state.start), address(now.start));
+        check_same(NAME, "the memory's address", saved, start)?;
+        check_same(NAME, "the memory's size", state.size, now.size)?;
+        self.pause();
+        Ok(())
+    }
+}
