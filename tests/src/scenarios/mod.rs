@@ -9,6 +9,7 @@ mod disk;
 mod end;
 mod pmem;
 mod share;
+mod snapshot;
 mod soak;
 
 use std::path::Path;
@@ -168,6 +169,11 @@ pub const ALL: &[Scenario] = &[
         "is_configured_and_started_over_rest",
         control::started_over_rest,
     ),
+    test(
+        "a_saved_guest_goes_on_and_no_other_files_are_taken_for_its_own",
+        snapshot::goes_on,
+    ),
+    test("clones_of_a_guest_go_on_each_by_itself", snapshot::clones),
     test(
         "ctrl_alt_del_over_rest_reaches_the_guest",
         control::ctrl_alt_del,

@@ -26,7 +26,7 @@ impl Bench {
         let socket = ApiSocket::bind(&folder.path().join("s")).unwrap();
         let calls = Calls::default();
         let launched = calls.clone();
-        let launch = Arc::new(move |config: &VmConfig| launch(&launched, config));
+        let launch = Arc::new(move |config: &VmConfig, _| launch(&launched, config));
         let control = Arc::new(Mutex::new(control()));
         let server = ApiServer::start(&socket, control, Arc::default(), launch).unwrap();
         Self {

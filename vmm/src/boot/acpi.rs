@@ -263,10 +263,7 @@ fn generation_id(sink: &mut Vec<u8>) {
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_UID".into(), &ZERO),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&interrupt(gsi)]),
-            ),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&interrupt(gsi)])),
             &Method::new(
                 "_EVT".into(),
                 1,

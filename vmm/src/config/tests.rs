@@ -82,10 +82,6 @@ fn what_is_not_known_or_not_supported_is_refused_by_name() {
             "machine-config.cpu_template",
         ),
         (
-            machine("track_dirty_pages", json!(true)),
-            "machine-config.track_dirty_pages",
-        ),
-        (
             machine("huge_pages", json!("2M")),
             "machine-config.huge_pages",
         ),

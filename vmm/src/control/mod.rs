@@ -91,7 +91,9 @@ pub enum ControlError {
     #[error("the guest runs: pause it before you save it")]
     NotPaused,
     /// A guest that something is configured for cannot be loaded.
-    #[error("a snapshot brings its own {0}: load it before anything but logger, metrics and serial is configured")]
+    #[error(
+        "a snapshot brings its own {0}: load it before anything but logger, metrics and serial is configured"
+    )]
     Configured(&'static str),
     /// A snapshot.
     #[error(transparent)]

@@ -104,6 +104,17 @@ impl Guest for Double {
         self.balloon.as_ref()
     }
 
+    fn snapshot(
+        &mut self,
+        request: &CreateSnapshot,
+        config: &VmConfig,
+    ) -> Result<(), SnapshotError> {
+        assert!(config.drives.iter().all(|d| d.path_on_host.is_absolute()));
+        let kind = request.snapshot_type;
+        self.call(format!("{kind:?} to {}", request.snapshot_path.display()));
+        Ok(())
+    }
+
     fn metrics(&self) -> DeviceMetrics {
         self.call("metrics");
         let balloon = self.balloon.as_ref();
@@ -165,7 +176,7 @@ fn running(folder: &Path, calls: &Calls) -> Control {
     control
         .set_drive(DriveConfig::new("broken", file(folder, "broken")))
         .unwrap();
-    control.start(|config| launch(calls, config)).unwrap();
+    control.start(|config, _| launch(calls, config)).unwrap();
     control
 }
 
@@ -235,7 +246,7 @@ fn refuses_to_be_configured(
         control.set_metrics(&MetricsConfig {
             metrics_path: folder.join("metrics"),
         }),
-        control.start(|_| panic!("never launched")),
+        control.start(|_, _| panic!("never launched")),
     ];
     for (number, result) in results.into_iter().enumerate() {
         assert!(because(&result.unwrap_err()), "request {number}");
@@ -331,7 +342,7 @@ fn a_guest_that_could_not_start_can_be_started_again() {
     let calls = Calls::default();
     let mut control = control();
     assert!(matches!(
-        control.start(|config| launch(&calls, config)),
+        control.start(|config, _| launch(&calls, config)),
         Err(ControlError::Launch(_))
     ));
     assert_eq!(control.instance_info().state, State::NotStarted);
@@ -342,7 +353,7 @@ fn a_guest_that_could_not_start_can_be_started_again() {
             ..BootSourceConfig::default()
         })
         .unwrap();
-    control.start(|config| launch(&calls, config)).unwrap();
+    control.start(|config, _| launch(&calls, config)).unwrap();
 }
 
 #[test]
@@ -442,7 +453,7 @@ fn a_balloon_is_set_up_before_the_start_and_changed_after_it() {
         })
         .unwrap();
     let calls = Calls::default();
-    control.start(|config| launch(&calls, config)).unwrap();
+    control.start(|config, _| launch(&calls, config)).unwrap();
 
     control.update_balloon(update(64)).unwrap();
     control.update_balloon(update(129)).unwrap_err();
@@ -489,7 +500,7 @@ fn metrics_are_written_when_asked_for_and_at_the_end() {
         })
         .unwrap();
     control
-        .start(|config| launch(&Calls::default(), config))
+        .start(|config, _| launch(&Calls::default(), config))
         .unwrap();
     control.flush_metrics().unwrap();
     assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 1);

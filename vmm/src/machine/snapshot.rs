@@ -18,9 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::{Machine, lock};
 use crate::config::{PmemMode, VmConfig};
 use crate::pmem::Pmem;
-use crate::snapshot::{
-    self, CreateSnapshot, DriveState, GuestState, MemoryState, SnapshotError,
-};
+use crate::snapshot::{self, CreateSnapshot, DriveState, GuestState, MemoryState, SnapshotError};
 
 /// What the devices of a guest remember, but for the disks of its drives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,7 +51,9 @@ pub(super) struct Devices<'a> {
 
 /// Why a saved set of devices is not the present one.
 fn differ(what: &str) -> SnapshotError {
-    SnapshotError::Contradiction(format!("the devices are others than those configured: {what}"))
+    SnapshotError::Contradiction(format!(
+        "the devices are others than those configured: {what}"
+    ))
 }
 
 /// Gives the members of one set the states of the members with the same names in another.
@@ -83,7 +83,9 @@ impl DevicesState {
             keyboard: lock(&machine.keyboard).save(),
             rtc: lock(&machine.rtc).save(),
             generation: machine.generation.save(),
-            drives: drives.map(|(id, drive)| (id.clone(), lock(drive).save())).collect(),
+            drives: drives
+                .map(|(id, drive)| (id.clone(), lock(drive).save()))
+                .collect(),
             pmem: pmem
                 .map(|(id, pmem)| (id.clone(), lock(pmem.device()).save()))
                 .collect(),
@@ -99,11 +101,17 @@ impl DevicesState {
         lock(devices.keyboard).restore(&self.keyboard)?;
         lock(devices.rtc).restore(&self.rtc)?;
         devices.generation.restore(&self.generation)?;
-        let drives = devices.drives.iter().map(|(id, drive)| (id.clone(), &**drive));
+        let drives = devices
+            .drives
+            .iter()
+            .map(|(id, drive)| (id.clone(), &**drive));
         restore_each("drives", &self.drives, drives, |drive, state| {
             lock(drive).restore(state)
         })?;
-        let pmem = devices.pmem.iter().map(|(id, pmem)| ((*id).to_owned(), *pmem));
+        let pmem = devices
+            .pmem
+            .iter()
+            .map(|(id, pmem)| ((*id).to_owned(), *pmem));
         restore_each("pmem", &self.pmem, pmem, |pmem, state| {
             lock(pmem.device()).restore(state)
         })?;
@@ -139,7 +147,7 @@ impl Machine {
     ) -> Result<(), SnapshotError> {
         let unsupported = |what: String| Err(SnapshotError::Unsupported(what));
         for pmem in &config.pmem {
-            if pmem.mode != PmemMode::ReadOnly {
+            if pmem.mode() != PmemMode::Ro {
                 return unsupported(format!(
                     "pmem {}: what a guest has written to memory that is a disk is not saved; only ro can be",
                     pmem.id
@@ -181,7 +189,10 @@ impl Machine {
 
     /// Puts the saved memory in place of the guest's, which is the same, so that what the guest writes from now on can be told from it.
     fn go_on_from(&mut self, saved: MemoryState) -> Result<(), SnapshotError> {
-        saved.clone().open(None, false)?.rebase(self.shared_memory())?;
+        saved
+            .clone()
+            .open(None, false)?
+            .rebase(self.shared_memory())?;
         self.base = Some(saved);
         Ok(())
     }

@@ -280,9 +280,8 @@ impl Machine {
         parts.generation.renew(vm.memory())?;
         vm.restore(&loading.state.vm, &loading.state.vcpus)
             .map_err(SnapshotError::from)?;
-        let start = |buses, faults: Arc<Faults>| {
-            vm.start_paused(buses, move |exit| faults.vcpu_left(exit))
-        };
+        let start =
+            |buses, faults: Arc<Faults>| vm.start_paused(buses, move |exit| faults.vcpu_left(exit));
         let mut machine = parts.start(ops, start, None, None)?;
         machine.base = Some(loading.memory.state().clone());
         machine.is_new = true;

@@ -33,10 +33,16 @@ impl fmt::Display for DiskIdentity {
             Self::Vhdx {
                 virtual_disk_id,
                 data_write_guid,
-            } => write!(f, "the VHDX {virtual_disk_id} of data write {data_write_guid}"),
+            } => write!(
+                f,
+                "the VHDX {virtual_disk_id} of data write {data_write_guid}"
+            ),
             Self::Raw { len, modified } => {
                 let (seconds, nanoseconds) = (modified / NANOSECONDS, modified % NANOSECONDS);
-                write!(f, "a raw disk of {len} bytes, written to at {seconds}.{nanoseconds:09}")
+                write!(
+                    f,
+                    "a raw disk of {len} bytes, written to at {seconds}.{nanoseconds:09}"
+                )
             }
         }
     }

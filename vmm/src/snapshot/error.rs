@@ -59,7 +59,9 @@ pub enum SnapshotError {
         source: serde_json::Error,
     },
     /// A drive that is not as it was.
-    #[error("drive {drive}: its disk was {saved} when the snapshot was made, and is {found}; give the disk as it was then")]
+    #[error(
+        "drive {drive}: its disk was {saved} when the snapshot was made, and is {found}; give the disk as it was then"
+    )]
     Drive {
         /// `drive_id`.
         drive: String,

@@ -35,7 +35,9 @@ struct Header {
 
 /// A new file that takes the name `path`, and the place of what has it, once it is complete, and goes otherwise.
 pub(super) fn create(path: &Path) -> Result<NamedTempFile, SnapshotError> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
     NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))
         .map_err(SnapshotError::file("create", path))
 }

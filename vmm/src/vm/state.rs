@@ -332,8 +332,11 @@ impl Vcpu {
         // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `Vcpu::save` refuses states of more than the 4096 of the structure, and
         // `Vm::new` asks for no feature that would make this VM's longer.
         unsafe { fd.set_xsave(&state.xsave) }.map_err(VmError::kvm("KVM_SET_XSAVE"))?;
-        fd.set_xcrs(&state.xcrs)
-            .map_err(VmError::kvm("KVM_SET_XCRS"))?;
+        // A processor without XSAVE has none, and lets none be set.
+        if state.xcrs.nr_xcrs > 0 {
+            fd.set_xcrs(&state.xcrs)
+                .map_err(VmError::kvm("KVM_SET_XCRS"))?;
+        }
         fd.set_debug_regs(&state.debug_regs)
             .map_err(VmError::kvm("KVM_SET_DEBUGREGS"))?;
         fd.set_lapic(&state.lapic)

@@ -1,0 +1,325 @@
+//! Guests that are saved, and go on elsewhere, once or many times.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::api::{expect_ok, request};
+use crate::guest::{Guest, Start};
+use crate::result::{Failure, Figures};
+
+/// Counts, keeps something in memory and on its disk, and does what it is told on the console.
+const SCRIPT: &str = "mount /dev/vda /mnt; dd if=/dev/urandom of=/tmp/memory bs=64k count=64 2>/dev/null; \
+    cp /tmp/memory /mnt/file; sync; echo SUM $(md5sum </tmp/memory) END; \
+    ( i=0; while true; do i=$((i+1)); echo TICK $i; sleep 0.2; done ) & \
+    while read line; do eval \"$line\"; done";
+
+struct Vm {
+    guest: Guest,
+    socket: PathBuf,
+}
+
+impl Vm {
+    fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        expect_ok(&self.socket, "PUT", path, body)
+    }
+
+    fn pause(&self) -> Result<(), Failure> {
+        expect_ok(&self.socket, "PATCH", "/vm", &json!({"state": "Paused"}))?;
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), Failure> {
+        expect_ok(&self.socket, "PATCH", "/vm", &json!({"state": "Resumed"}))?;
+        Ok(())
+    }
+
+    fn refused(&self, path: &str, body: &Value, why: &str) -> Result<(), Failure> {
+        let (status, answer) = request(&self.socket, "PUT", path, body)?;
+        let said = answer["fault_message"].as_str().unwrap_or_default();
+        println!("lab: {path}: {said}");
+        if status == 400 && said.contains(why) {
+            Ok(())
+        } else {
+            Failure::claim(format!("{path} answers {status} {answer}, not {why:?}"))
+        }
+    }
+
+    /// Runs a line in the guest, and waits for `text`.
+    fn tell(&mut self, line: &str, text: &str) -> Result<(), Failure> {
+        self.guest.type_in(&format!("{line}\n"))?;
+        self.guest.wait_from_now(text)?;
+        Ok(())
+    }
+
+    fn stop(mut self) -> Result<(), Failure> {
+        self.guest.signal(Signal::TERM)?;
+        self.guest.expect_exit(143)
+    }
+}
+
+/// KiB that the lab's host could give to new guests, its page cache dropped.
+fn available() -> Result<u64, Failure> {
+    fs::write("/proc/sys/vm/drop_caches", "3").map_err(Failure::io("drop caches"))?;
+    let text = fs::read_to_string("/proc/meminfo").map_err(Failure::io("read meminfo"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let number = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    number.ok_or_else(|| Failure::Claim("no MemAvailable".into()))
+}
+
+/// The number of the last tick that the console shows whole.
+fn last_tick(console: &str) -> u64 {
+    let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let ticks = whole.lines().filter_map(|line| line.strip_prefix("TICK "));
+    ticks
+        .filter_map(|n| n.trim().parse().ok())
+        .last()
+        .unwrap_or(0)
+}
+
+fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
+    let disk = out.join("disk.vhdx");
+    fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
+    let (disk, socket) = (disk.display().to_string(), out.join("source.sock"));
+    let guest = Start::new()
+        .args(&["--disk", &disk, "--api-sock", &socket.display().to_string()])
+        .args(args)
+        .script(SCRIPT)
+        .spawn()?;
+    guest.wait_for(" END")?;
+    guest.wait_for("TICK 3")?;
+    Ok(Vm { guest, socket })
+}
+
+/// A process that waits for a snapshot.
+fn empty(out: &Path, name: &str) -> Result<Vm, Failure> {
+    let socket = out.join(format!("{name}.sock"));
+    let text = socket.display().to_string();
+    let guest = Start::bare(&["--api-sock", &text, "--log", "info"]).spawn()?;
+    let started = Instant::now();
+    while request(&socket, "GET", "/", &Value::Null).is_err() {
+        if started.elapsed() > Duration::from_secs(20) {
+            return Failure::claim("the REST socket does not answer");
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(Vm { guest, socket })
+}
+
+fn files(out: &Path, name: &str) -> (PathBuf, PathBuf) {
+    (
+        out.join(format!("{name}.state")),
+        out.join(format!("{name}.memory")),
+    )
+}
+
+fn create(vm: &Vm, out: &Path, name: &str, kind: &str) -> Result<(), Failure> {
+    let (state, memory) = files(out, name);
+    vm.put(
+        "/snapshot/create",
+        &json!({"snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory}),
+    )?;
+    Ok(())
+}
+
+fn load_body(out: &Path, name: &str) -> Value {
+    let (state, memory) = files(out, name);
+    json!({
+        "snapshot_path": state,
+        "mem_backend": {"backend_path": memory, "backend_type": "File"},
+        "resume_vm": true,
+    })
+}
+
+/// The guest has what it had, in memory and on its disk.
+fn expect_sum(vm: &mut Vm, mark: &str, sum: &str) -> Result<(), Failure> {
+    // The console echoes what is typed: so that is not what is waited for.
+    let sums = "$(md5sum </tmp/memory) $(md5sum </mnt/file)";
+    vm.tell(
+        &format!("echo {mark} {sums} E''ND{mark}"),
+        &format!("END{mark}"),
+    )?;
+    let line = vm.guest.line(&format!("{mark} "))?;
+    let expected = format!("{sum} {sum} END{mark}");
+    if line == expected {
+        Ok(())
+    } else {
+        Failure::claim(format!("the guest has {line}, not {expected}"))
+    }
+}
+
+/// Saved, loaded, saved as a difference, and loaded again: memory, disk, clock and console go on each time, and nothing but the right files is taken.
+pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
+    let mut figures = Figures::new();
+    let source = booted(out, &["--cpus", "2", "--balloon"])?;
+    let sum = source.guest.line("SUM ")?;
+    let sum = sum.trim_end_matches(" END").to_owned();
+    let (state, memory) = files(out, "full");
+    let body = json!({"snapshot_path": state, "mem_file_path": memory});
+    source.refused("/snapshot/create", &body, "pause it")?;
+    source.pause()?;
+    let begun = Instant::now();
+    create(&source, out, "full", "Full")?;
+    figures.insert(
+        "create_seconds".into(),
+        json!(begun.elapsed().as_secs_f64()),
+    );
+    let diff = json!({"snapshot_type": "Diff", "snapshot_path": out.join("x"), "mem_file_path": out.join("y")});
+    source.refused("/snapshot/create", &diff, "track_dirty_pages")?;
+    let ticks = last_tick(&source.guest.console());
+
+    // The disk is in use, then free, then it has changed.
+    let waiting = empty(out, "waiting")?;
+    waiting.refused("/snapshot/load", &load_body(out, "full"), "in use")?;
+    source.stop()?;
+
+    let mut second = waiting;
+    let begun = Instant::now();
+    second.put("/snapshot/load", &load_body(out, "full"))?;
+    figures.insert("load_seconds".into(), json!(begun.elapsed().as_secs_f64()));
+    second.guest.wait_from_now(&format!("TICK {}", ticks + 3))?;
+    expect_sum(&mut second, "SECOND", &sum)?;
+    second.tell(
+        "dmesg | grep -c 'virtual machine fork' | sed s/^/FORKS/",
+        "FORKS1",
+    )?;
+    second.tell(
+        "date +%s >/mnt/new; cp /mnt/new /tmp/new; sync; echo WRIT''TEN",
+        "WRITTEN",
+    )?;
+    second.pause()?;
+    create(&second, out, "diff", "Diff")?;
+    let ticks = last_tick(&second.guest.console());
+    second.stop()?;
+
+    let changed = empty(out, "changed")?;
+    changed.refused("/snapshot/load", &load_body(out, "full"), "its disk was")?;
+    let mut third = changed;
+    third.put("/snapshot/load", &load_body(out, "diff"))?;
+    third.guest.wait_from_now(&format!("TICK {}", ticks + 3))?;
+    expect_sum(&mut third, "THIRD", &sum)?;
+    third.tell("cmp /tmp/new /mnt/new && echo SA''ME", "SAME")?;
+    third.stop()?;
+    for name in ["full", "diff"] {
+        let (state, memory) = files(out, name);
+        let blocks = fs::metadata(&memory).map_err(Failure::io("stat"))?;
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&blocks) * 512;
+        figures.insert(format!("{name}_memory_bytes"), json!(blocks));
+        let len = fs::metadata(&state).map_err(Failure::io("stat"))?.len();
+        figures.insert(format!("{name}_state_bytes"), json!(len));
+    }
+
+    // A bit of the memory.
+    let (_, memory) = files(out, "diff");
+    let file = fs::File::options().read(true).write(true).open(&memory);
+    let file = file.map_err(Failure::io("open the memory"))?;
+    let mut byte = [0];
+    let at = (0..128 << 8)
+        .map(|page| page << 12)
+        .find(|at| file.read_exact_at(&mut byte, *at).is_ok() && byte[0] != 0);
+    let at = at.unwrap_or(0);
+    file.write_all_at(&[byte[0] ^ 4], at)
+        .map_err(Failure::io("flip a bit"))?;
+    drop(file);
+    let flipped = empty(out, "flipped")?;
+    flipped.refused("/snapshot/load", &load_body(out, "diff"), "damaged")?;
+    flipped.stop()?;
+    for name in ["full", "diff"] {
+        fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
+    }
+    Ok(figures)
+}
+
+const CLONES: usize = 6;
+
+/// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
+pub fn clones(out: &Path) -> Result<Figures, Failure> {
+    let mut figures = Figures::new();
+    let mut source = booted(out, &["--disk", "guest/full.vhdx,ro"])?;
+    let sum = source.guest.line("SUM ")?;
+    let sum = sum.trim_end_matches(" END").to_owned();
+    source.pause()?;
+    create(&source, out, "template", "Full")?;
+    // The disk of the template stays as it is: the source goes on in a child.
+    source.put(
+        "/drives/disk0/snapshot",
+        &json!({"path_on_host": out.join("source.vhdx")}),
+    )?;
+    source.resume()?;
+    let ticks = last_tick(&source.guest.console());
+    let mut clones: Vec<Vm> = Vec::new();
+    let mut before = available()?;
+    for number in 0..CLONES {
+        let begun = Instant::now();
+        let clone = empty(out, &format!("clone{number}"))?;
+        let ready = begun.elapsed().as_secs_f64();
+        let mut body = load_body(out, "template");
+        body["verify_memory"] = json!(false);
+        body["drives"] = json!([{"drive_id": "disk0", "clone": true,
+                                 "path_on_host": out.join(format!("clone{number}.vhdx"))}]);
+        let asked = Instant::now();
+        clone.put("/snapshot/load", &body)?;
+        let loaded = asked.elapsed().as_secs_f64();
+        clone.guest.wait_for(&format!("TICK {}", ticks + 2))?;
+        println!("lab: clone {number}: process {ready:.3} s, load {loaded:.3} s");
+        figures.insert(format!("clone{number}_load_seconds"), json!(loaded));
+        figures.insert(format!("clone{number}_process_seconds"), json!(ready));
+        clones.push(clone);
+        if number == 0 {
+            std::thread::sleep(Duration::from_secs(5));
+            before = available()?;
+        }
+    }
+    std::thread::sleep(Duration::from_secs(5));
+    let each = before.saturating_sub(available()?) as f64 / 1024.0 / (CLONES - 1) as f64;
+    println!("lab: {each:.2} MiB a further idle clone");
+    figures.insert("idle_clone_mib".into(), json!(each));
+    for (number, clone) in clones.iter_mut().enumerate() {
+        expect_sum(clone, &format!("CLONE{number}"), &sum)?;
+        clone.tell(
+            &format!("echo {number} >/mnt/own; sync; echo OWN$(cat /mnt/own)"),
+            &format!("OWN{number}"),
+        )?;
+        clone.tell(
+            "dmesg | grep -c 'virtual machine fork' | sed s/^/FORKS/",
+            "FORKS1",
+        )?;
+    }
+    source.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    let smaps = fs::read_to_string(clones[0].guest.proc().join("smaps_rollup"));
+    println!("lab: clone 0: {}", smaps.unwrap_or_default());
+    // A clone of a clone.
+    let mut first = clones.remove(0);
+    first.pause()?;
+    create(&first, out, "fork", "Diff")?;
+    first.put(
+        "/drives/disk0/snapshot",
+        &json!({"path_on_host": out.join("first.vhdx")}),
+    )?;
+    first.resume()?;
+    let mut fork = empty(out, "fork")?;
+    let mut body = load_body(out, "fork");
+    body["drives"] =
+        json!([{"drive_id": "disk0", "clone": true, "path_on_host": out.join("fork-disk.vhdx")}]);
+    fork.put("/snapshot/load", &body)?;
+    expect_sum(&mut fork, "FORK", &sum)?;
+    fork.tell("echo FORKOWN$(cat /mnt/own)", "FORKOWN0")?;
+    first.tell(
+        "echo >/mnt/own 7; sync; echo FIRSTOWN$(cat /mnt/own)",
+        "FIRSTOWN7",
+    )?;
+    fork.tell("echo STILL$(cat /mnt/own)", "STILL0")?;
+    for vm in clones.into_iter().chain([first, fork, source]) {
+        vm.stop()?;
+    }
+    for name in ["template", "fork"] {
+        fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
+    }
+    Ok(figures)
+}
