@@ -106,11 +106,11 @@ pub(crate) fn invalid(
 }
 
 /// Refuses a device that is unlike the saved one.
-pub(crate) fn check_same<T: PartialEq + std::fmt::Display>(
+pub(crate) fn check_same<T: PartialEq + std::fmt::Display + ?Sized>(
     device: &'static str,
     field: &'static str,
-    saved: T,
-    now: T,
+    saved: &T,
+    now: &T,
 ) -> Result<(), RestoreError> {
     if saved == now {
         return Ok(());

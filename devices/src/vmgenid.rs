@@ -153,7 +153,7 @@ impl VmGenId {
     pub fn restore(&mut self, state: &VmGenIdState) -> Result<(), RestoreError> {
         let address = |at| format!("{at:#x}");
         let (saved, now) = (address(state.address), address(self.address.0));
-        check_same(NAME, "the address", saved, now)?;
+        check_same(NAME, "the address", &saved, &now)?;
         self.id = state.id;
         Ok(())
     }

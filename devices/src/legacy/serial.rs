@@ -182,7 +182,7 @@ mod tests {
     const DATA: u64 = 0;
     const INTERRUPT_ENABLE: u64 = 1;
 
-    fn port() -> (SerialPort, SerialConsole, UnixStream, EventFd, EventFd) {
+    pub(super) fn port() -> (SerialPort, SerialConsole, UnixStream, EventFd, EventFd) {
         let (out, reader) = UnixStream::pair().unwrap();
         let irqfd = EventFd::new(EFD_NONBLOCK).unwrap();
         let drained = EventFd::new(EFD_NONBLOCK).unwrap();

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
 mod malice;
+mod restored;
 mod stack;
 
 use devices::virtio::balloon::VirtioBalloon;

@@ -52,6 +52,8 @@ pub enum Action {
     },
     Notify(u32),
     Fire(Volley),
+    /// Nothing that the driver sees: its guest is saved and goes on elsewhere.
+    Move,
 }
 
 fn ring_address() -> impl Strategy<Value = u64> {
@@ -126,6 +128,7 @@ pub fn action() -> impl Strategy<Value = Action> {
             .prop_map(|(address, bytes)| Action::Scribble { address, bytes }),
         6 => (0u32..3).prop_map(Action::Notify),
         4 => volley().prop_map(Action::Fire),
+        1 => Just(Action::Move),
     ]
 }
 
@@ -157,6 +160,7 @@ pub fn perform<D: Device>(stack: &mut Stack<D>, action: Action) {
             volley.load(stack, Rings::APART, first);
             stack.notify(0);
         }
+        Action::Move => stack.go_on_elsewhere(),
     }
 }
 

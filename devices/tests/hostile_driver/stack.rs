@@ -1,17 +1,21 @@
 //! A device as a driver meets it: behind its registers, with an event loop in place of the device thread.
 
+use std::fmt::Debug;
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::GuestMemory;
 use devices::bus::BusDevice;
-use devices::virtio::balloon::{BalloonConfig, VirtioBalloon};
-use devices::virtio::block::{BlockConfig, VirtioBlock};
-use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use devices::virtio::pmem::{Backing, FlushError, PmemConfig, VirtioPmem};
-use devices::virtio::rng::VirtioRng;
+use devices::persist::RestoreError;
+use devices::virtio::balloon::{BalloonConfig, BalloonDeviceState, VirtioBalloon};
+use devices::virtio::block::{BlockConfig, BlockState, VirtioBlock};
+use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
+use devices::virtio::pmem::{Backing, FlushError, PmemConfig, PmemState, VirtioPmem};
+use devices::virtio::rng::{RngState, VirtioRng};
 use devices::virtio::{Interrupt, VirtioDevice};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use storage::io::EngineKind;
 use storage::{Format, OpenOptions};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -36,6 +40,7 @@ pub mod register {
     pub const QUEUE_NUM: u64 = 0x38;
     pub const QUEUE_READY: u64 = 0x44;
     pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const INTERRUPT_ACK: u64 = 0x64;
     pub const STATUS: u64 = 0x70;
     pub const QUEUE_DESC: u64 = 0x80;
     pub const QUEUE_DRIVER: u64 = 0x90;
@@ -105,15 +110,33 @@ impl Rings {
         driver: 0x2000,
         device: 0x3000,
     };
+    /// Where the honest driver has its own.
+    const HONEST: Self = Self {
+        desc: 0x3_1000,
+        driver: 0x3_2000,
+        device: 0x3_3000,
+    };
 }
 
 /// A device under test.
 pub trait Device: VirtioDevice + MutEventSubscriber + Send + 'static {
+    /// What is saved of it.
+    type State: Serialize + DeserializeOwned + PartialEq + Debug;
+
     /// Makes one, and whatever it rests upon.
     fn make(interrupt: Arc<Interrupt>) -> Self;
 
-    /// Pauses the device, which waits for what is under way, and resumes it.
-    fn settle(&mut self);
+    /// Pauses the device, which waits for what is under way.
+    fn stop(&mut self);
+
+    /// Resumes it.
+    fn go_on(&mut self);
+
+    /// The device's state.
+    fn state(&self) -> Self::State;
+
+    /// Takes a state over.
+    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError>;
 
     /// A request of an honest driver, as (is writable, length) of its buffers, and the bytes to put into the first.
     fn request() -> (&'static [(bool, u32)], Vec<u8>);
@@ -123,13 +146,26 @@ pub trait Device: VirtioDevice + MutEventSubscriber + Send + 'static {
 }
 
 impl Device for VirtioRng {
+    type State = RngState;
+
     fn make(interrupt: Arc<Interrupt>) -> Self {
         Self::new(interrupt).unwrap()
     }
 
-    fn settle(&mut self) {
+    fn stop(&mut self) {
         self.pause();
+    }
+
+    fn go_on(&mut self) {
         self.resume();
+    }
+
+    fn state(&self) -> Self::State {
+        self.save()
+    }
+
+    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
+        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -142,6 +178,8 @@ impl Device for VirtioRng {
 }
 
 impl Device for VirtioBlock {
+    type State = BlockState;
+
     fn make(interrupt: Arc<Interrupt>) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&vec![DISK_BYTE; 1 << 16]).unwrap();
@@ -160,9 +198,20 @@ impl Device for VirtioBlock {
         Self::new(config, interrupt).unwrap()
     }
 
-    fn settle(&mut self) {
+    fn stop(&mut self) {
         self.pause();
+    }
+
+    fn go_on(&mut self) {
         self.resume();
+    }
+
+    fn state(&self) -> Self::State {
+        self.save()
+    }
+
+    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
+        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -178,6 +227,8 @@ impl Device for VirtioBlock {
 }
 
 impl Device for VirtioBalloon {
+    type State = BalloonDeviceState;
+
     fn make(interrupt: Arc<Interrupt>) -> Self {
         let config = BalloonConfig {
             target_pages: 16,
@@ -190,9 +241,20 @@ impl Device for VirtioBalloon {
         Self::new(&config, Arc::new(|_, _| Ok(())), interrupt).unwrap()
     }
 
-    fn settle(&mut self) {
+    fn stop(&mut self) {
         self.pause();
+    }
+
+    fn go_on(&mut self) {
         self.resume();
+    }
+
+    fn state(&self) -> Self::State {
+        self.save()
+    }
+
+    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
+        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -216,6 +278,8 @@ impl Backing for Nothing {
 }
 
 impl Device for VirtioPmem {
+    type State = PmemState;
+
     fn make(interrupt: Arc<Interrupt>) -> Self {
         let config = PmemConfig {
             start: 4 << 30,
@@ -225,9 +289,20 @@ impl Device for VirtioPmem {
         Self::new(config, interrupt).unwrap()
     }
 
-    fn settle(&mut self) {
+    fn stop(&mut self) {
         self.pause();
+    }
+
+    fn go_on(&mut self) {
         self.resume();
+    }
+
+    fn state(&self) -> Self::State {
+        self.save()
+    }
+
+    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
+        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -236,6 +311,24 @@ impl Device for VirtioPmem {
 
     fn is_served(buffers: &[Vec<u8>]) -> bool {
         buffers[1] == [0; 4]
+    }
+}
+
+/// What is saved of a guest that has one device.
+#[derive(Debug, PartialEq)]
+pub struct Saved<S> {
+    pub device: S,
+    pub transport: TransportState,
+}
+
+impl<S: Serialize + DeserializeOwned> Saved<S> {
+    pub fn through_json(&self) -> Self {
+        let device = serde_json::to_string(&self.device).unwrap();
+        let transport = serde_json::to_string(&self.transport).unwrap();
+        Self {
+            device: serde_json::from_str(&device).unwrap(),
+            transport: serde_json::from_str(&transport).unwrap(),
+        }
     }
 }
 
@@ -249,7 +342,10 @@ pub struct Stack<D> {
 
 impl<D: Device> Stack<D> {
     pub fn new() -> Self {
-        let memory = memory();
+        Self::on(memory())
+    }
+
+    fn on(memory: GuestMemory) -> Self {
         let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let device = Arc::new(Mutex::new(D::make(Arc::new(Interrupt::new(irqfd)))));
         let mut events = EventManager::new().unwrap();
@@ -260,6 +356,45 @@ impl<D: Device> Stack<D> {
             device,
             events,
         }
+    }
+
+    /// What is saved of a guest that is paused.
+    pub fn saved(&self) -> Saved<D::State> {
+        let device = {
+            let mut device = self.device();
+            device.stop();
+            device.state()
+        };
+        Saved {
+            device,
+            transport: self.transport.save(),
+        }
+    }
+
+    /// A new device for the same guest, which goes on with it.
+    ///
+    /// # Errors
+    /// As the device and its transport.
+    pub fn restored(memory: &GuestMemory, saved: &Saved<D::State>) -> Result<Self, RestoreError> {
+        let mut stack = Self::on(memory.clone());
+        stack.device().take_over(&saved.device)?;
+        stack.transport.restore(&saved.transport)?;
+        Ok(stack)
+    }
+
+    /// Saves the guest and restores it, which changes nothing that it can see.
+    pub fn go_on_elsewhere(&mut self) {
+        let saved = self.saved();
+        let before = snapshot(&self.memory);
+        *self = Self::restored(&self.memory, &saved.through_json()).unwrap();
+        assert_eq!(self.saved(), saved);
+        assert!(changes(&before, &snapshot(&self.memory)).is_empty());
+        self.device().go_on();
+    }
+
+    /// Whether an interrupt was raised since the last call.
+    pub fn was_interrupted(&self) -> bool {
+        self.device().interrupt().irqfd().read().is_ok()
     }
 
     pub fn device(&self) -> MutexGuard<'_, D> {
@@ -361,36 +496,61 @@ impl<D: Device> Stack<D> {
     /// Notifies the queue, and gives the device thread turns until nothing is under way.
     pub fn kick(&mut self, queue: u32) {
         self.write(QUEUE_NOTIFY, queue);
+        self.turns();
+    }
+
+    /// Gives the device thread turns until nothing is under way.
+    pub fn turns(&mut self) {
         // All but the first turn are for what the one before found no time for, which a hostile driver can make without end.
         for _ in 0..TURNS {
             self.events.run_with_timeout(0).unwrap();
-            self.device().settle();
+            let mut device = self.device();
+            device.stop();
+            device.go_on();
         }
     }
 
     /// Resets the device, and uses it as a driver should.
     pub fn serves_an_honest_driver(&mut self) -> bool {
-        let rings = Rings {
-            desc: 0x3_1000,
-            driver: 0x3_2000,
-            device: 0x3_3000,
-        };
+        self.start_honestly();
+        self.offer_honestly(1);
+        self.kick(0);
+        self.read(register::INTERRUPT_STATUS) == 1 && self.has_served(1)
+    }
+
+    /// Resets the device and guest memory, and starts as a driver should.
+    pub fn start_honestly(&mut self) {
         for (base, bytes) in snapshot(&self.memory) {
             self.memory
                 .write_slice(&vec![0; bytes.len()], GuestAddress(base))
                 .unwrap();
         }
-        self.start(VERSION_1 | EVENT_IDX, 8, rings);
+        self.start(VERSION_1 | EVENT_IDX, 8, Rings::HONEST);
+    }
+
+    /// Makes the honest driver's request available, as the driver's `count`-th.
+    pub fn offer_honestly(&mut self, count: u16) {
         let (buffers, first) = D::request();
         for (index, (is_writable, len)) in (0..).zip(buffers) {
             let last = index + 1 == buffers.len() as u64;
             let flags = if *is_writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
             let address = HONEST_BUFFERS + 0x100 * index;
-            self.describe(rings.desc, index, (address, *len, flags, index as u16 + 1));
+            self.poke(address, 0, &vec![0; *len as usize]);
+            self.describe(
+                Rings::HONEST.desc,
+                index,
+                (address, *len, flags, index as u16 + 1),
+            );
         }
         self.poke(HONEST_BUFFERS, 0, &first);
-        self.make_available(rings.driver, 8, 0, &[0], 1);
-        self.kick(0);
+        self.make_available(Rings::HONEST.driver, 8, count - 1, &[0], count);
+        // `used_event`: it wants to hear of each.
+        self.poke(Rings::HONEST.driver, 4 + 2 * 8, &(count - 1).to_le_bytes());
+    }
+
+    /// Whether the honest driver has got all back that it has made available.
+    pub fn has_served(&mut self, count: u16) -> bool {
+        let (buffers, _) = D::request();
         let contents: Vec<Vec<u8>> = (0..)
             .zip(buffers)
             .map(|(index, (_, len))| {
@@ -401,8 +561,7 @@ impl<D: Device> Stack<D> {
             })
             .collect();
         self.read(register::STATUS) == DRIVER_OK
-            && self.read(register::INTERRUPT_STATUS) == 1
-            && self.used_index(rings) == 1
+            && self.used_index(Rings::HONEST) == count
             && D::is_served(&contents)
     }
 }

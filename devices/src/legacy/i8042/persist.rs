@@ -99,11 +99,13 @@ mod tests {
         }
     }
 
+    type Change = fn(&mut I8042State);
+
     #[test]
     fn a_state_that_no_controller_can_have_is_refused() {
         let (mut device, _) = controller();
         let good = device.save();
-        let changes: [(&str, fn(&mut I8042State)); 4] = [
+        let changes: [(&str, Change); 4] = [
             ("output", |state| {
                 state.output = vec![0; OUTPUT_CAPACITY + 1];
             }),

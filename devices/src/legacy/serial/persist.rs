@@ -145,3 +145,84 @@ impl SerialConsole {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::super::tests::port;
+    use super::*;
+    use crate::bus::BusDevice;
+    use crate::persist::through_json;
+
+    const DATA: u64 = 0;
+    const INTERRUPT_ENABLE: u64 = 1;
+    const INTERRUPT_IDENTIFICATION: u64 = 2;
+    const SCRATCH: u64 = 7;
+
+    #[test]
+    fn input_that_was_not_read_and_its_interrupt_go_on_in_the_restored_port() {
+        let (mut saved, console, ..) = port();
+        saved.write(INTERRUPT_ENABLE, &[ENABLE_RECEIVED]);
+        saved.write(SCRATCH, &[0x5a]);
+        assert_eq!(console.input(b"ls"), 2);
+        let state = through_json(&console.save());
+
+        let (mut restored, console, mut reader, irqfd, drained) = port();
+        console.restore(&state).unwrap();
+        assert_eq!(console.save(), state);
+        let _ = irqfd.read();
+        console.raise_pending();
+        assert_eq!(irqfd.read().unwrap(), 1);
+        let mut read = |register| {
+            let mut data = [0];
+            restored.read(register, &mut data);
+            data[0]
+        };
+        assert_eq!(read(INTERRUPT_IDENTIFICATION) & 0xf, PENDING_RECEIVED);
+        assert_eq!([read(DATA), read(DATA), read(SCRATCH)], *b"ls\x5a");
+        assert!(drained.read().is_ok(), "there is room for input");
+        console.raise_pending();
+        assert!(irqfd.read().is_err(), "nothing is pending");
+        restored.write(DATA, b"!");
+        let mut seen = [0];
+        reader.read_exact(&mut seen).unwrap();
+        assert_eq!(seen, *b"!");
+    }
+
+    type Change = fn(&mut SerialState);
+
+    #[test]
+    fn a_state_that_no_port_can_have_is_refused() {
+        let (_, console, ..) = port();
+        let good = console.save();
+        let changes: [(&str, Change); 5] = [
+            ("length of the input", |state| {
+                state.input = vec![0; FIFO_SIZE + 1];
+            }),
+            ("interrupt enable", |state| state.interrupt_enable = 0x10),
+            ("interrupt identification", |state| {
+                state.interrupt_identification = 0;
+            }),
+            ("interrupt identification", |state| {
+                state.interrupt_identification = 8;
+            }),
+            ("interrupt identification", |state| {
+                state.interrupt_identification = 3;
+            }),
+        ];
+        for (field, change) in changes {
+            let mut bad = good.clone();
+            change(&mut bad);
+            let error = console.restore(&bad).unwrap_err();
+            assert!(error.to_string().contains(field), "{error}");
+            assert_eq!(console.save(), good);
+        }
+        let full = SerialState {
+            input: vec![b'x'; FIFO_SIZE],
+            ..good
+        };
+        console.restore(&full).unwrap();
+        assert_eq!(console.input(b"y"), 0);
+    }
+}

@@ -10,6 +10,8 @@ use super::mock::{Given, RING_SIZE, RINGS, Ring, device, everything, memory};
 use super::serve::TURN;
 use super::*;
 
+mod persist;
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 /// Where the tests put page numbers, commands and statistics.

@@ -67,8 +67,8 @@ impl VirtioBlock {
         check_same(
             NAME,
             "the disk's capacity",
-            capacity(state.capacity),
-            capacity(now.capacity),
+            &capacity(state.capacity),
+            &capacity(now.capacity),
         )?;
         let saved = access(state.read_only);
         check_same(NAME, "the disk", saved, access(now.read_only))?;
@@ -94,13 +94,13 @@ impl VirtioBlock {
                 now.queue_size.into(),
             ),
         ] {
-            check_same(NAME, field, saved, now)?;
+            check_same(NAME, field, &saved, &now)?;
         }
         check_same(
             NAME,
             "the serial number",
-            printable(&state.serial),
-            printable(&now.serial),
+            &printable(&state.serial),
+            &printable(&now.serial),
         )?;
         self.pause();
         Ok(())

@@ -20,6 +20,8 @@ use super::super::RING_FEATURES;
 use super::request::{Header, RangeSegment};
 use super::*;
 
+mod persist;
+
 pub(super) const DISK_SIZE: u64 = 1 << 20;
 pub(super) const QUEUE_SIZE: u16 = 16;
 const NEXT: u16 = 1;

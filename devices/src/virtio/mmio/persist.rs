@@ -126,7 +126,7 @@ impl MmioTransport {
         if self.status != 0 {
             return Err(RestoreError::InUse { device });
         }
-        check_same(device, "the device ID", state.device_id, device_id)?;
+        check_same(device, "the device ID", &state.device_id, &device_id)?;
         self.check_registers(device, state)?;
         let registers: Vec<_> = state.queues.iter().map(QueueRegisters::from).collect();
         if state.is_active() {
@@ -191,10 +191,10 @@ impl MmioTransport {
             return Err(invalid(device, "the interrupt status", value, reason));
         }
         let counts = (state.queues.len(), self.max_sizes.len());
-        check_same(device, "the number of queues", counts.0, counts.1)?;
+        check_same(device, "the number of queues", &counts.0, &counts.1)?;
         let is_active = state.is_active();
         for (index, (queue, max_size)) in state.queues.iter().zip(&self.max_sizes).enumerate() {
-            check_same(device, "the largest queue size", queue.max_size, *max_size)?;
+            check_same(device, "the largest queue size", &queue.max_size, max_size)?;
             let fault = |field, value, reason| RestoreError::Queue {
                 device,
                 queue: index,

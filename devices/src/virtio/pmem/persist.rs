@@ -37,8 +37,8 @@ impl VirtioPmem {
         let now = self.save();
         let address = |at| format!("{at:#x}");
         let (saved, start) = (address(state.start), address(now.start));
-        check_same(NAME, "the memory's address", saved, start)?;
-        check_same(NAME, "the memory's size", state.size, now.size)?;
+        check_same(NAME, "the memory's address", &saved, &start)?;
+        check_same(NAME, "the memory's size", &state.size, &now.size)?;
         self.pause();
         Ok(())
     }

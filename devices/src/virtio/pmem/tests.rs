@@ -9,6 +9,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
+mod persist;
+
 pub(super) const RING_SIZE: u16 = 16;
 pub(super) const NEXT: u16 = 1;
 pub(super) const WRITE: u16 = 2;

@@ -139,7 +139,7 @@ fn a_state_that_no_transport_can_have_is_refused_by_the_name_of_its_field() {
     let changes: [(&str, Change); 24] = [
         ("device ID", |state| state.device_id = 2),
         ("offered features", |state| {
-            state.offered_features |= 1 << 63
+            state.offered_features |= 1 << 63;
         }),
         ("accepted features", |state| state.accepted_features |= 2),
         ("accepted features", |state| state.accepted_features = 0),
