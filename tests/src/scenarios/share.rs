@@ -18,7 +18,7 @@ const SIZE: u64 = 40 * MIB;
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A raw disk of random bytes, and its MD5.
-fn disk(out: &Path) -> Result<(PathBuf, String), Failure> {
+pub fn disk(out: &Path) -> Result<(PathBuf, String), Failure> {
     let path = out.join("random.raw");
     let mut bytes = vec![0; SIZE as usize];
     rustix::rand::getrandom(&mut bytes[..32], rustix::rand::GetRandomFlags::empty())

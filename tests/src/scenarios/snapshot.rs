@@ -1,5 +1,6 @@
 //! Guests that are saved, and go on elsewhere, once or many times.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -142,11 +143,11 @@ fn expect_sum(vm: &mut Vm, mark: &str, sum: &str) -> Result<(), Failure> {
     // The console echoes what is typed: so that is not what is waited for.
     let sums = "$(md5sum </tmp/memory) $(md5sum </mnt/file)";
     vm.tell(
-        &format!("echo {mark} {sums} E''ND{mark}"),
-        &format!("END{mark}"),
+        &format!("echo {mark} {sums}; echo O''VER{mark}"),
+        &format!("OVER{mark}"),
     )?;
     let line = vm.guest.line(&format!("{mark} "))?;
-    let expected = format!("{sum} {sum} END{mark}");
+    let expected = format!("{sum} {sum}");
     if line == expected {
         Ok(())
     } else {
@@ -154,12 +155,33 @@ fn expect_sum(vm: &mut Vm, mark: &str, sum: &str) -> Result<(), Failure> {
     }
 }
 
+/// Half of the generation ID as it is in the guest's memory, and how often its event device has been notified. The lab's kernel has no driver for the ID.
+fn generation(vm: &mut Vm, mark: &str) -> Result<(String, u64), Failure> {
+    let count = "$(awk '/Ged/{print $2+$3}' /proc/interrupts)";
+    vm.tell(
+        &format!("echo GENERATION{mark} $(devmem 0xff000 64) {count}; echo O''VERGENERATION{mark}"),
+        &format!("OVERGENERATION{mark}"),
+    )?;
+    let line = vm.guest.line(&format!("GENERATION{mark} "))?;
+    let parts = line
+        .split_once(' ')
+        .and_then(|(id, count)| Some((id, count.parse().ok()?)));
+    match parts {
+        Some((id, count)) if id.len() > 4 => Ok((id.to_owned(), count)),
+        Some(_) | None => Failure::claim(format!("generation {line:?}")),
+    }
+}
+
 /// Saved, loaded, saved as a difference, and loaded again: memory, disk, clock and console go on each time, and nothing but the right files is taken.
 pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
-    let source = booted(out, &["--cpus", "2", "--balloon"])?;
+    let mut source = booted(out, &["--cpus", "2", "--balloon"])?;
     let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
+    let (before, notified) = generation(&mut source, "SOURCE")?;
+    if notified != 0 {
+        return Failure::claim("a guest that has just booted is told of another generation");
+    }
     let (state, memory) = files(out, "full");
     let body = json!({"snapshot_path": state, "mem_file_path": memory});
     source.refused("/snapshot/create", &body, "pause it")?;
@@ -185,10 +207,12 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     figures.insert("load_seconds".into(), json!(begun.elapsed().as_secs_f64()));
     second.guest.wait_from_now(&format!("TICK {}", ticks + 3))?;
     expect_sum(&mut second, "SECOND", &sum)?;
-    second.tell(
-        "dmesg | grep -c 'virtual machine fork' | sed s/^/FORKS/",
-        "FORKS1",
-    )?;
+    let (now, notified) = generation(&mut second, "SECOND")?;
+    if now == before || notified != 1 {
+        return Failure::claim(format!(
+            "the generation was {before} and is {now}; notified {notified} times"
+        ));
+    }
     second.tell(
         "date +%s >/mnt/new; cp /mnt/new /tmp/new; sync; echo WRIT''TEN",
         "WRITTEN",
@@ -241,7 +265,9 @@ const CLONES: usize = 6;
 /// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
-    let mut source = booted(out, &["--disk", "guest/full.vhdx,ro"])?;
+    let (base, base_sum) = super::share::disk(out)?;
+    let base_disk = format!("{},ro,format=raw", base.display());
+    let mut source = booted(out, &["--disk", &base_disk])?;
     let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
     source.pause()?;
@@ -280,18 +306,30 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let each = before.saturating_sub(available()?) as f64 / 1024.0 / (CLONES - 1) as f64;
     println!("lab: {each:.2} MiB a further idle clone");
     figures.insert("idle_clone_mib".into(), json!(each));
+    let mut generations = BTreeSet::new();
     for (number, clone) in clones.iter_mut().enumerate() {
         expect_sum(clone, &format!("CLONE{number}"), &sum)?;
         clone.tell(
             &format!("echo {number} >/mnt/own; sync; echo OWN$(cat /mnt/own)"),
             &format!("OWN{number}"),
         )?;
-        clone.tell(
-            "dmesg | grep -c 'virtual machine fork' | sed s/^/FORKS/",
-            "FORKS1",
-        )?;
+        let (now, notified) = generation(clone, "CLONE")?;
+        if !generations.insert(now.clone()) || notified != 1 {
+            return Failure::claim(format!("generation {now}; notified {notified} times"));
+        }
     }
     source.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    let before = available()?;
+    for clone in &mut clones {
+        clone.tell("echo BASE $(md5sum </dev/vdb); echo O''VERBASE", "OVERBASE")?;
+        if clone.guest.line("BASE ")? != format!("{base_sum} -") {
+            return Failure::claim("a clone has read other bytes than the disk has");
+        }
+    }
+    std::thread::sleep(Duration::from_secs(10));
+    let read = before.saturating_sub(available()?) as f64 / 1024.0 / CLONES as f64;
+    println!("lab: {read:.2} MiB a clone more once each has read 40 MiB of a disk");
+    figures.insert("more_after_reading_mib".into(), json!(read));
     let smaps = fs::read_to_string(clones[0].guest.proc().join("smaps_rollup"));
     println!("lab: clone 0: {}", smaps.unwrap_or_default());
     // A clone of a clone.
@@ -318,8 +356,8 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
     for vm in clones.into_iter().chain([first, fork, source]) {
         vm.stop()?;
     }
-    for name in ["template", "fork"] {
-        fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
+    for file in [files(out, "template").1, files(out, "fork").1, base] {
+        fs::remove_file(file).map_err(Failure::io("remove"))?;
     }
     Ok(figures)
 }
