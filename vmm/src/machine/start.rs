@@ -11,9 +11,10 @@ use event_manager::SubscriberOps;
 use super::builder::{Builder, attach_pmem};
 use super::cmdline::{self, Wanted};
 use super::sharing::{MappedFrom, Plan};
-use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
+use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, host};
 use crate::boot::{self, BootSource, Loaded, Protocol};
 use crate::config::VmConfig;
+use crate::jail;
 use crate::vm::{Vm, VmSettings};
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
@@ -104,6 +105,19 @@ impl Machine {
             config.machine_config.vcpu_count,
             &virtio,
         )?;
+        let kernel = kernel.map(|mapped| MappedFrom {
+            mapped,
+            path: boot_source.kernel,
+            cmdline: boot_source.cmdline,
+            vcpus: config.machine_config.vcpu_count,
+            domain: boot_source.domain,
+        });
+        let kernel = plan.reference(kernel, warm.as_ref());
+        if let Some(warm) = warm {
+            warm.dismiss();
+        }
+        // From here on a guest may have taken over whoever serves it.
+        jail::seccomp::started().map_err(host("seccomp filter"))?;
         let faults = plan.faults().clone();
         let on_exit = move |exit| faults.vcpu_left(exit);
         let ids: Vec<_> = subscribers
@@ -119,14 +133,7 @@ impl Machine {
             )
             .map_err(StartError::from)
             .and_then(|vcpus| {
-                let kernel = kernel.map(|mapped| MappedFrom {
-                    mapped,
-                    path: boot_source.kernel,
-                    cmdline: boot_source.cmdline,
-                    vcpus: config.machine_config.vcpu_count,
-                    domain: boot_source.domain,
-                });
-                let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
+                let sharing = plan.start(vcpus.brake(), devices, kernel)?;
                 Ok((sharing, vcpus))
             });
         match started {

@@ -17,6 +17,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_
 
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
 use super::{Buses, VmError};
+use crate::jail;
 
 /// A vCPU thread runs device register accesses and little else.
 const STACK_SIZE: usize = 128 << 10;
@@ -297,6 +298,9 @@ fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu) {
     // The mask is inherited; a thread that waits for its signals by signalfd may have blocked this one too.
     if let Err(error) = unblock_signal(kick_signal()) {
         tracing::warn!(%error, index, "the kick signal stays as it was");
+    }
+    if let Err(error) = jail::seccomp::vcpu() {
+        tracing::error!(%error, index, "the vCPU's thread may do more than it needs");
     }
     let looped = catch_unwind(AssertUnwindSafe(|| run_loop(shared, buses, &mut vcpu)));
     let exit = looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })));
