@@ -34,13 +34,12 @@ pub(super) fn become_user(uid: Option<u32>, gid: Option<u32>) -> io::Result<bool
     Ok(true)
 }
 
-/// Gives all capabilities away, and that root has any.
-pub(super) fn drop_capabilities() -> io::Result<()> {
-    // Those that the process has no right to drop from the bounding set are of no use with no_new_privs.
+/// Closes the ways to capabilities, as long as it has the right to: that a program that is executed has any, and that root has all.
+pub(super) fn close_ways_to_capabilities() {
+    // Where there is no such right, no_new_privs does as much.
     for capability in CapabilitySet::all().iter() {
         let _ = remove_capability_from_bounding_set(capability);
     }
-    clear_ambient_capability_set()?;
     let locked = CapabilitiesSecureBits::NO_ROOT
         | CapabilitiesSecureBits::NO_ROOT_LOCKED
         | CapabilitiesSecureBits::NO_SETUID_FIXUP
@@ -48,8 +47,14 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
         | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
-    let kept = capabilities_secure_bits()? - CapabilitiesSecureBits::KEEP_CAPS;
-    let _ = set_capabilities_secure_bits(kept | locked);
+    if let Ok(bits) = capabilities_secure_bits() {
+        let _ = set_capabilities_secure_bits(bits - CapabilitiesSecureBits::KEEP_CAPS | locked);
+    }
+}
+
+/// Gives all capabilities away.
+pub(super) fn drop_capabilities() -> io::Result<()> {
+    clear_ambient_capability_set()?;
     let none = CapabilitySets {
         effective: CapabilitySet::empty(),
         permitted: CapabilitySet::empty(),

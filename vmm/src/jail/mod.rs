@@ -265,13 +265,15 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
         // Its device may be for root alone.
         crate::vm::keep_kvm_open();
     }
-    namespaces::enter(report);
+    namespaces::enter(report).map_err(required(Layer::UserNamespace))?;
     if report.contains(Layer::MountNamespace) {
         report.note(Layer::Tree, tree::enter(needs));
     } else {
         report.lacks(Layer::Tree, "it takes a mount namespace");
     }
     report.note(Layer::Limits, limits::enter());
+    // Who is no longer root may not.
+    credentials::close_ways_to_capabilities();
     match credentials::become_user(jail.uid, jail.gid) {
         Ok(true) => report.has(Layer::Credentials),
         Ok(false) => report.lacks(Layer::Credentials, "no uid= was given"),

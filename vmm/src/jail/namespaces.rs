@@ -21,11 +21,14 @@ fn unshare(flags: UnshareFlags) -> io::Result<()> {
 }
 
 /// Leaves the host's namespaces as far as it may.
-pub(super) fn enter(report: &mut JailReport) {
+///
+/// # Errors
+/// Where the process is in a namespace of users in which it is nobody.
+pub(super) fn enter(report: &mut JailReport) -> io::Result<()> {
     if geteuid().is_root() {
         report.lacks(Layer::UserNamespace, "root does without, see uid=");
     } else {
-        report.note(Layer::UserNamespace, own_users());
+        own_users(report)?;
     }
     for (layer, flag) in OWN {
         report.note(layer, unshare(flag));
@@ -36,12 +39,18 @@ pub(super) fn enter(report: &mut JailReport) {
         let why = "it is given by who starts the process";
         report.lacks(Layer::PidNamespace, why);
     }
+    Ok(())
 }
 
 /// A namespace in which the process is who it was, with all capabilities over what belongs to the namespace, and none over anything else.
-fn own_users() -> io::Result<()> {
+fn own_users(report: &mut JailReport) -> io::Result<()> {
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-    unshare(UnshareFlags::NEWUSER)?;
+    let made = unshare(UnshareFlags::NEWUSER);
+    let is_made = made.is_ok();
+    report.note(Layer::UserNamespace, made);
+    if !is_made {
+        return Ok(());
+    }
     // Without a privilege outside, groups can only be mapped once they cannot be changed any more (user_namespaces(7)).
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;

@@ -58,20 +58,30 @@ pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
     .map_err(doing("mount on", Path::new(PASSAGE)))?;
-    for mount in &mounts {
-        let target = mount.need.target.as_path();
-        place(tree.as_fd(), mount).map_err(doing("put in place", target))?;
+    if let Err(error) = fill_and_pivot(&tree, &mounts, &cwd) {
+        // The process goes on without, and finds /proc again.
+        let _ = unmount(PASSAGE, UnmountFlags::DETACH);
+        let _ = std::env::set_current_dir(cwd);
+        return Err(error);
     }
-    make_folders(tree.as_fd(), &cwd).map_err(doing("make", &cwd))?;
-    let process = std::process::id().to_string();
-    symlinkat(process, &tree, "proc/self").map_err(doing("make", Path::new("/proc/self")))?;
-    fchdir(&tree).map_err(doing("enter", root))?;
-    pivot_root(".", ".").map_err(doing("pivot_root to", root))?;
     // What was the root lies on the new one, and is below where this process stands.
     unmount(".", UnmountFlags::DETACH).map_err(doing("unmount", root))?;
     set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
     std::env::set_current_dir("/")?;
     std::env::set_current_dir(&cwd)
+}
+
+fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Result<()> {
+    for mount in mounts {
+        let target = mount.need.target.as_path();
+        place(tree.as_fd(), mount).map_err(doing("put in place", target))?;
+    }
+    make_folders(tree.as_fd(), cwd).map_err(doing("make", cwd))?;
+    let process = std::process::id().to_string();
+    symlinkat(process, tree, "proc/self").map_err(doing("make", Path::new("/proc/self")))?;
+    let root = Path::new("/");
+    fchdir(tree).map_err(doing("enter", root))?;
+    pivot_root(".", ".").map_err(doing("pivot_root to", root))
 }
 
 fn new_root() -> io::Result<OwnedFd> {

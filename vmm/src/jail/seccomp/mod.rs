@@ -29,6 +29,7 @@ use serde::Serialize;
 
 pub use handler::log_to;
 
+#[allow(clippy::unreadable_literal, reason = "nobody reads instructions")]
 mod tables {
     use seccompiler::sock_filter;
 
