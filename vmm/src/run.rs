@@ -171,25 +171,23 @@ impl Launcher {
 /// # Errors
 /// [`RunError`]: the guest could not start.
 pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
+    let RunOptions {
+        config,
+        api_socket,
+        confinement,
+    } = options;
     signals::share_one_heap();
     let signals = Signals::block().map_err(host("signals"))?;
     let ending = Ending::new().map_err(host("eventfd"))?;
     let api_metrics = Arc::new(ApiMetrics::default());
     let control = Arc::new(Mutex::new(Control::new(log, api_metrics.clone())));
-    let start = options.config.boot_source.is_some();
-    lock(&control).configure(options.config.clone())?;
-    let warm = warmer(&options);
+    let start = config.boot_source.is_some();
+    lock(&control).configure(config.clone())?;
+    let warm = warmer(&config);
     // Removes the socket when it goes, so also where the guest cannot start.
-    let socket = options
-        .api_socket
-        .as_deref()
-        .map(ApiSocket::bind)
-        .transpose()?;
-    let report = jail::enter(
-        &options.confinement,
-        &options.config,
-        options.api_socket.as_deref(),
-    )?;
+    let api_socket = api_socket.as_deref();
+    let socket = api_socket.map(ApiSocket::bind).transpose()?;
+    let report = jail::enter(&confinement, &config, api_socket)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
     lock(&control).confined(report);
 
@@ -266,8 +264,7 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
 }
 
 /// Who makes a reference image of the kernel, where one may be wanted that is not there: nobody can be started later.
-fn warmer(options: &RunOptions) -> Option<Warmer> {
-    let config = &options.config;
+fn warmer(config: &VmConfig) -> Option<Warmer> {
     let wanted = match &config.boot_source {
         Some(_) => config.sharing.mode == ShareMode::All && !reference::is_there(config),
         None => true,

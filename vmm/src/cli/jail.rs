@@ -116,21 +116,17 @@ impl FromStr for JailArgument {
             }
         }
         jail.require_all = require.is_some();
-        jail.cgroup = match name {
-            Some(name) => Some(CgroupConfig { name, ..limits }),
-            None => {
-                let given = [
-                    ("memory", limits.memory.is_some()),
-                    ("cpu", limits.cpu.is_some()),
-                    ("pids", limits.pids.is_some()),
-                    ("io", limits.io.is_some()),
-                ];
-                if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
-                    return Err(JailArgumentError::NoGroup(option));
-                }
-                None
-            }
-        };
+        let given = [
+            ("memory", limits.memory.is_some()),
+            ("cpu", limits.cpu.is_some()),
+            ("pids", limits.pids.is_some()),
+            ("io", limits.io.is_some()),
+        ];
+        if let Some(name) = name {
+            jail.cgroup = Some(CgroupConfig { name, ..limits });
+        } else if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
+            return Err(JailArgumentError::NoGroup(option));
+        }
         Ok(Self(jail))
     }
 }

@@ -304,11 +304,19 @@ pub enum UsageError {
 }
 
 impl RunArguments {
+    fn confinement(&self) -> Confinement {
+        Confinement {
+            jail: self.jail.clone().map(Into::into),
+            seccomp: self.seccomp,
+        }
+    }
+
     /// Joins the arguments with the configuration file, and checks the whole.
     ///
     /// # Errors
     /// [`UsageError`].
     pub fn into_options(self) -> Result<RunOptions, UsageError> {
+        let confinement = self.confinement();
         let mut config = match &self.config {
             Some(path) => VmConfig::from_file(path)?,
             None => VmConfig::default(),
@@ -406,10 +414,7 @@ impl RunArguments {
         Ok(RunOptions {
             config,
             api_socket: self.api_sock,
-            confinement: Confinement {
-                jail: self.jail.map(Into::into),
-                seccomp: self.seccomp,
-            },
+            confinement,
         })
     }
 }

@@ -48,7 +48,7 @@ pub(super) fn close_ways_to_capabilities() {
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
         | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED;
     if let Ok(bits) = capabilities_secure_bits() {
-        let _ = set_capabilities_secure_bits(bits - CapabilitiesSecureBits::KEEP_CAPS | locked);
+        let _ = set_capabilities_secure_bits((bits - CapabilitiesSecureBits::KEEP_CAPS) | locked);
     }
 }
 

@@ -18,6 +18,8 @@ pub struct Spawned {
 ///
 /// A namespace is for the children of the thread that asks for it, and a thread can ask once: so a thread is made for this, and gone afterwards.
 ///
+/// A command that asks for a signal at the death of its parent would get it at once: its parent is that thread.
+///
 /// # Errors
 /// Where the host starts no thread or no process.
 pub fn spawn(mut command: Command) -> io::Result<Spawned> {

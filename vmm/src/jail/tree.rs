@@ -10,12 +10,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, statat, symlinkat};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
     OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
     mount_change, move_mount, open_tree, unmount,
 };
-use rustix::process::{fchdir, pivot_root};
+use rustix::process::{chroot, fchdir, pivot_root};
 
 use super::needs::{Access, Need};
 
@@ -31,7 +32,7 @@ struct Mount<'a> {
     is_folder: bool,
 }
 
-fn doing(what: &str, path: &Path) -> impl FnOnce(rustix::io::Errno) -> io::Error {
+fn doing(what: &str, path: &Path) -> impl FnOnce(Errno) -> io::Error {
     let what = format!("{what} {}", path.display());
     move |error| {
         let error = io::Error::from(error);
@@ -64,8 +65,6 @@ pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
         let _ = std::env::set_current_dir(cwd);
         return Err(error);
     }
-    // What was the root lies on the new one, and is below where this process stands.
-    unmount(".", UnmountFlags::DETACH).map_err(doing("unmount", root))?;
     set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
     std::env::set_current_dir("/")?;
     std::env::set_current_dir(&cwd)
@@ -81,7 +80,17 @@ fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Resul
     symlinkat(process, tree, "proc/self").map_err(doing("make", Path::new("/proc/self")))?;
     let root = Path::new("/");
     fchdir(tree).map_err(doing("enter", root))?;
-    pivot_root(".", ".").map_err(doing("pivot_root to", root))
+    match pivot_root(".", ".") {
+        // What was the root lies on the new one, and is below where this process stands.
+        Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(doing("unmount", root)),
+        // The first root of the kernel (initramfs) cannot be exchanged, but covered: a process that may not chroot sees nothing below.
+        Err(Errno::INVAL) => {
+            move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+                .map_err(doing("cover", root))?;
+            chroot(".").map_err(doing("change to", root))
+        }
+        Err(error) => Err(doing("pivot_root to", root)(error)),
+    }
 }
 
 fn new_root() -> io::Result<OwnedFd> {
@@ -167,7 +176,7 @@ fn make_folders(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<()> {
     folders.pop();
     for folder in folders.into_iter().rev() {
         match mkdirat(root, folder, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Ok(()) | Err(Errno::EXIST) => {}
             // It lies in a folder that is only read.
             Err(_) if statat(root, folder, AtFlags::empty()).is_ok() => {}
             Err(error) => return Err(error),
@@ -188,8 +197,7 @@ fn place(root: BorrowedFd<'_>, mount: &Mount<'_>) -> rustix::io::Result<()> {
             openat(root, target, flags, Mode::from_raw_mode(0o444))?;
         }
     }
-    let target =
-        CString::new(target.as_os_str().as_bytes()).map_err(|_| rustix::io::Errno::INVAL)?;
+    let target = CString::new(target.as_os_str().as_bytes()).map_err(|_| Errno::INVAL)?;
     move_mount(
         &mount.tree,
         "",

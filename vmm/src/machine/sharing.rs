@@ -20,7 +20,7 @@ use super::domain::SharingDomain;
 use super::faults::Faults;
 use super::start::OnEnd;
 use super::{StartError, host};
-use crate::boot::MappedKernel;
+use crate::boot::{BootSource, MappedKernel};
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
@@ -141,23 +141,26 @@ impl Plan {
         })
     }
 
-    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there.
+    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there, and else that is dismissed.
     pub(super) fn reference(
         &self,
         kernel: Option<MappedFrom>,
-        warm: Option<&Warmer>,
+        warm: Option<Warmer>,
     ) -> Option<(Range<u64>, Option<Reference>)> {
-        let kernel = kernel?;
-        let addresses = kernel.mapped.addresses.clone();
-        let reference = self
-            .is_all()
-            .then(|| kernel.reference(warm))
-            .transpose()
-            .unwrap_or_else(|error| {
+        let of_kernel = |kernel: MappedFrom| {
+            let addresses = kernel.mapped.addresses.clone();
+            let reference = self.is_all().then(|| kernel.reference(warm.as_ref()));
+            let reference = reference.transpose().unwrap_or_else(|error| {
                 tracing::warn!(%error, "the kernel is not compared with a reference image");
                 None
             });
-        Some((addresses, reference))
+            (addresses, reference)
+        };
+        let found = kernel.map(of_kernel);
+        if let Some(warm) = warm {
+            warm.dismiss();
+        }
+        found
     }
 
     /// Begins to share, with the guest's vCPUs and devices.
@@ -191,14 +194,24 @@ impl Plan {
 
 /// A kernel that is mapped, and what it was booted from.
 pub(super) struct MappedFrom {
-    pub(super) mapped: MappedKernel,
-    pub(super) path: PathBuf,
-    pub(super) cmdline: String,
-    pub(super) vcpus: u8,
-    pub(super) domain: Option<String>,
+    mapped: MappedKernel,
+    path: PathBuf,
+    cmdline: String,
+    vcpus: u8,
+    domain: Option<String>,
 }
 
 impl MappedFrom {
+    pub(super) fn new(mapped: MappedKernel, source: BootSource, vcpus: u8) -> Self {
+        Self {
+            mapped,
+            path: source.kernel,
+            cmdline: source.cmdline,
+            vcpus,
+            domain: source.domain,
+        }
+    }
+
     /// The reference image of the kernel: the one there is, or one that is made meanwhile.
     fn reference(self, warm: Option<&Warmer>) -> std::io::Result<Reference> {
         let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))

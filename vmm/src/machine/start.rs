@@ -105,17 +105,9 @@ impl Machine {
             config.machine_config.vcpu_count,
             &virtio,
         )?;
-        let kernel = kernel.map(|mapped| MappedFrom {
-            mapped,
-            path: boot_source.kernel,
-            cmdline: boot_source.cmdline,
-            vcpus: config.machine_config.vcpu_count,
-            domain: boot_source.domain,
-        });
-        let kernel = plan.reference(kernel, warm.as_ref());
-        if let Some(warm) = warm {
-            warm.dismiss();
-        }
+        let vcpus = config.machine_config.vcpu_count;
+        let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, vcpus));
+        let kernel = plan.reference(kernel, warm);
         // From here on a guest may have taken over whoever serves it.
         jail::seccomp::started().map_err(host("seccomp filter"))?;
         let faults = plan.faults().clone();

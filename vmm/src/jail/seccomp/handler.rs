@@ -95,13 +95,14 @@ fn line(thread: &[u8], number: u32) -> Line {
 
 extern "C" fn on_stopped(signal: c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` of 128 bytes that is valid until the handler returns. Its bytes at `SI_SYSCALL`
-    // are initialised whatever raised the signal, and are aligned for a number; they count only where a filter raised it.
+    // are initialised whatever raised the signal; they count only where a filter raised it.
     let (code, number) = unsafe {
         (
             (*info).si_code,
-            info.cast::<u8>().add(SI_SYSCALL).cast::<u32>().read(),
+            info.cast::<u8>().add(SI_SYSCALL).cast::<[u8; 4]>().read(),
         )
     };
+    let number = u32::from_ne_bytes(number);
     if code == SYS_SECCOMP {
         let mut name = [0u8; NAME_LEN];
         // SAFETY: PR_GET_NAME writes `TASK_COMM_LEN` bytes, which `name` has.
@@ -150,7 +151,7 @@ mod tests {
             (libc::SYS_clone3, "clone3"),
             (libc::SYS_landlock_restrict_self, "landlock_restrict_self"),
         ] {
-            assert_eq!(NAMES[number as usize], name);
+            assert_eq!(NAMES[usize::try_from(number).unwrap()], name);
         }
     }
 }
