@@ -370,3 +370,85 @@ fn a_hostile_guest_process_that_no_filter_stops_gets_nothing_of_the_host_or_of_o
         gets_nothing(Kind::RootUnfiltered, kept);
     }
 }
+
+/// A kernel for the PVH entry that writes `J` to the serial port, and powers off.
+fn tiny_kernel() -> Vec<u8> {
+    const TEXT: u32 = 0x10_0000;
+    let header = |kind: u32, flags: u32, offset: u64, address: u64, len: u64| {
+        let mut bytes = [kind.to_le_bytes(), flags.to_le_bytes()].concat();
+        for word in [offset, address, address, len, len, 0x1000] {
+            bytes.extend(word.to_le_bytes());
+        }
+        bytes
+    };
+    let mut bytes = b"\x7fELF\x02\x01\x01".to_vec();
+    bytes.resize(16, 0);
+    bytes.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+    bytes.extend(u64::from(TEXT).to_le_bytes());
+    bytes.extend(64u64.to_le_bytes());
+    bytes.extend([0; 12]);
+    bytes.extend([64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+    // PT_LOAD, and PT_NOTE with XEN_ELFNOTE_PHYS32_ENTRY.
+    bytes.extend(header(1, 5, 0x1000, TEXT.into(), 32));
+    bytes.extend(header(4, 4, 0xc0, 0, 20));
+    bytes.resize(0xc0, 0);
+    bytes.extend([4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
+    bytes.extend(b"Xen\0");
+    bytes.extend(TEXT.to_le_bytes());
+    bytes.resize(0x1000, 0);
+    bytes.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'J', 0xee]);
+    // SLP_EN and S5 to the sleep control register.
+    bytes.extend([0x66, 0xba, 0x00, 0x06, 0xb0, 0x20 | 5 << 2, 0xee]);
+    bytes.extend([0xf4, 0xeb, 0xfd]);
+    bytes.resize(0x1000 + 32, 0);
+    bytes
+}
+
+#[test]
+fn a_guest_runs_in_every_jail_and_needs_no_more_than_the_policy_has() {
+    let cache = tempfile::tempdir().unwrap();
+    let user = format!("uid={USER},gid={USER}");
+    let ways: [&[&str]; 6] = [
+        &[],
+        &["--seccomp", "off"],
+        &["--seccomp", "log"],
+        &["--jail"],
+        &["--jail", &user],
+        &["--jail", "--share", "off"],
+    ];
+    for way in ways {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let (kernel, disk, socket) = (path("kernel"), path("disk"), path("sock"));
+        std::fs::write(&kernel, tiny_kernel()).unwrap();
+        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+        // Without a right of root's, everybody has to own what they use.
+        if way.contains(&&*user) {
+            for path in [folder.path(), &kernel, &disk] {
+                std::os::unix::fs::chown(path, Some(USER), Some(USER)).unwrap();
+            }
+        }
+        let disk = format!("{},format=raw", disk.display());
+        let output = Command::new(env!("CARGO_BIN_EXE_coppice"))
+            .args([
+                "run",
+                "--cpus",
+                "2",
+                "--balloon",
+                "--disk",
+                &disk,
+                "--kernel",
+            ])
+            .arg(&kernel)
+            .arg("--api-sock")
+            .arg(&socket)
+            .args(way)
+            .env("XDG_CACHE_HOME", cache.path())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{way:?}: {output:?}");
+        assert_eq!(output.stdout, b"J", "{way:?}: {output:?}");
+        assert!(!socket.exists(), "{way:?}: {output:?}");
+    }
+}
