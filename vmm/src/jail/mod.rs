@@ -216,6 +216,9 @@ pub fn enter(
     config: &VmConfig,
     socket: Option<&Path>,
 ) -> Result<JailReport, JailError> {
+    // What the kernel told the process at its start is looked up now; where the kernel is old, that takes a file that is to be out of reach.
+    rustix::param::page_size();
+    let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let mut report = JailReport {
         jailed: confinement.jail.is_some(),
         seccomp: confinement.seccomp,

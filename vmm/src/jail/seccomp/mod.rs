@@ -77,9 +77,6 @@ pub fn enter(wanted: SeccompMode) -> io::Result<()> {
     if wanted == SeccompMode::Kill {
         handler::install()?;
     }
-    // What the kernel told the process at its start is looked up once, in a file where the kernel is old; afterwards by no thread.
-    rustix::param::page_size();
-    let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let own = own_process(wanted)?;
     apply_filter(&tables::ABSENT).map_err(other)?;
     apply_filter(&own).map_err(other)?;
