@@ -25,6 +25,8 @@ pub const GUEST_RESET: u8 = 10;
 pub const GUEST_PANIC: u8 = 11;
 /// The guest crashed: a triple fault.
 pub const GUEST_CRASH: u8 = 12;
+/// A filter stopped a system call (`--seccomp`); Firecracker's number for it.
+pub const SECCOMP: u8 = 148;
 /// Added to the number of the signal that ended the process, as shells do.
 pub const SIGNAL_BASE: u8 = 128;
 
@@ -37,6 +39,7 @@ Exit codes:
   10     the guest reset itself (reboot)
   11     the guest's kernel panicked (told by pvpanic)
   12     the guest crashed (triple fault)
+  148    a system call was stopped by the seccomp filter, which the log names
   128+N  ended by signal N: 129 SIGHUP, 130 SIGINT or Ctrl-A x, 131 SIGQUIT, 143 SIGTERM";
 
 impl ExitReason {

@@ -11,6 +11,7 @@
 //! REST socket ([`api`]), and refuses what comes in the wrong state. [`machine`] builds the guest and its devices and
 //! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one. [`pmem`] maps disks into the
 //! guest's memory, and has a thread for each that the guest has flushed. [`fault`] ends a guest of which a mapped page is lost.
+//! [`jail`] takes from the process, before any of that, what it does not need.
 
 pub mod api;
 pub mod bench;
@@ -23,6 +24,7 @@ pub mod disk_tool;
 pub mod doctor;
 pub mod exit;
 pub mod fault;
+pub mod jail;
 pub mod layout;
 pub mod logging;
 pub mod machine;

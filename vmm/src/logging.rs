@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +19,7 @@ use tracing_subscriber::reload;
 
 use crate::config::{LogLevel, LoggerConfig};
 use crate::console;
+use crate::jail::seccomp;
 use crate::metrics::open_output;
 
 /// How lines look.
@@ -163,6 +165,7 @@ impl Log {
             })?;
         }
         if let Some(file) = file {
+            seccomp::log_to(file.as_raw_fd());
             *self
                 .settings
                 .file

@@ -152,21 +152,25 @@ fn make_image(command: ImageCommand) -> ExitCode {
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
         return fail(exit::FAILURE, error);
     }
-    let ImageCommand::Warm {
-        kernel,
-        cmdline,
-        cpus,
-        share_domain,
-    } = command;
-    let request = WarmRequest {
-        kernel,
-        cmdline,
-        vcpus: cpus,
-        domain: share_domain,
+    let warmed = match command {
+        ImageCommand::Warm {
+            kernel,
+            cmdline,
+            cpus,
+            share_domain,
+        } => reference::warm(&WarmRequest {
+            kernel,
+            cmdline,
+            vcpus: cpus,
+            domain: share_domain,
+        })
+        .map(Some),
+        ImageCommand::WarmWhenTold => reference::warm_when_told(),
     };
-    match reference::warm(&request) {
-        Ok(Warmed::Kept(path)) => println!("{} is there", path.display()),
-        Ok(Warmed::Made { path, pages }) => println!("{}: {pages} pages", path.display()),
+    match warmed {
+        Ok(Some(Warmed::Kept(path))) => println!("{} is there", path.display()),
+        Ok(Some(Warmed::Made { path, pages })) => println!("{}: {pages} pages", path.display()),
+        Ok(None) => {}
         Err(error) => return fail(exit::FAILURE, error),
     }
     ExitCode::SUCCESS

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use memshare::ShareMode;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::api::{ApiServer, ApiSocket, SocketError};
@@ -16,9 +17,11 @@ use crate::config::VmConfig;
 use crate::console::{self, Console, RawMode};
 use crate::control::{Control, ControlError, Guest, LaunchError, Origin};
 use crate::exit::ExitReason;
+use crate::jail::{self, Confinement, JailError};
 use crate::logging::Log;
 use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings};
 use crate::metrics::{ApiMetrics, open_output};
+use crate::reference::{self, Warmer};
 use crate::signals::{self, Signals};
 
 /// What `coppice run` was asked for.
@@ -28,6 +31,8 @@ pub struct RunOptions {
     pub config: VmConfig,
     /// Where to listen for REST requests.
     pub api_socket: Option<PathBuf>,
+    /// What the process gives away before.
+    pub confinement: Confinement,
 }
 
 /// Why a guest could not be run.
@@ -42,6 +47,9 @@ pub enum RunError {
     /// The event loop.
     #[error("event loop: {0}")]
     EventLoop(#[from] event_manager::Error),
+    /// The jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
     /// The host has no more of something.
     #[error("{what}: {source}")]
     Host {
@@ -118,6 +126,7 @@ impl MutEventSubscriber for Wakeups {
 struct Launcher {
     console: Arc<Mutex<Console>>,
     ending: Arc<Ending>,
+    warm: Option<Warmer>,
 }
 
 impl Launcher {
@@ -137,8 +146,7 @@ impl Launcher {
             serial_out,
             serial_drained,
             on_end,
-            // The program that runs this, whatever has become of its file.
-            warm: Some(PathBuf::from("/proc/self/exe")),
+            warm: self.warm.clone(),
         })
     }
 
@@ -168,19 +176,25 @@ impl Launcher {
 /// # Errors
 /// [`RunError`]: the guest could not start.
 pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
+    let RunOptions {
+        config,
+        api_socket,
+        confinement,
+    } = options;
     signals::share_one_heap();
     let signals = Signals::block().map_err(host("signals"))?;
     let ending = Ending::new().map_err(host("eventfd"))?;
     let api_metrics = Arc::new(ApiMetrics::default());
     let control = Arc::new(Mutex::new(Control::new(log, api_metrics.clone())));
-    let start = options.config.boot_source.is_some();
-    lock(&control).configure(options.config)?;
+    let start = config.boot_source.is_some();
+    lock(&control).configure(config.clone())?;
+    let warm = warmer(&config);
     // Removes the socket when it goes, so also where the guest cannot start.
-    let socket = options
-        .api_socket
-        .as_deref()
-        .map(ApiSocket::bind)
-        .transpose()?;
+    let api_socket = api_socket.as_deref();
+    let socket = api_socket.map(ApiSocket::bind).transpose()?;
+    let report = jail::enter(&confinement, &config, api_socket)?;
+    tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
+    lock(&control).confined(report);
 
     let mut manager = EventManager::<Subscriber>::new_with_capacity(32)?;
     let on_quit = {
@@ -200,6 +214,7 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     let launcher = Launcher {
         console,
         ending: ending.clone(),
+        warm,
     };
 
     if start {
@@ -251,6 +266,18 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         eprintln!("coppice: {error}");
     }
     Ok(reason)
+}
+
+/// Who makes a reference image of the kernel, where one may be wanted that is not there: nobody can be started later.
+fn warmer(config: &VmConfig) -> Option<Warmer> {
+    let wanted = match &config.boot_source {
+        Some(_) => config.sharing.mode == ShareMode::All && !reference::is_there(config),
+        None => true,
+    };
+    let started = wanted.then(Warmer::start)?;
+    started
+        .inspect_err(|error| tracing::warn!(%error, "no reference image is made"))
+        .ok()
 }
 
 fn lock(control: &Mutex<Control>) -> std::sync::MutexGuard<'_, Control> {

@@ -29,10 +29,16 @@ fn md5(guest: &Guest) -> Result<String, Failure> {
 
 /// Writes through ext4, syncs, and powers off.
 pub fn ext4_write(out: &Path) -> Result<Figures, Failure> {
+    ext4_write_as(out, &[])
+}
+
+/// As [`ext4_write`], with more arguments.
+pub fn ext4_write_as(out: &Path, more: &[&str]) -> Result<Figures, Failure> {
     let script = "mount /dev/vda /mnt && dd if=/dev/urandom of=/mnt/file bs=64k count=160 2>/dev/null && sync \
                   && echo MD5 $(md5sum /mnt/file) && umount /mnt";
     let mut guest = Start::new()
         .args(&["--disk", &own_disk(out)?])
+        .args(more)
         .script(script)
         .spawn()?;
     guest.expect_exit(0)?;

@@ -7,6 +7,7 @@ mod control;
 mod density;
 mod disk;
 mod end;
+mod jail;
 mod pmem;
 mod share;
 mod snapshot;
@@ -182,6 +183,16 @@ pub const ALL: &[Scenario] = &[
         "what_guests_read_is_shared_and_stays_what_it_was",
         share::reads,
     ),
+    checked(
+        "a_guest_in_the_jail_of_root_writes_its_disk",
+        jail::own_disk,
+        disk::check_ext4_write,
+    ),
+    test(
+        "a_guest_in_the_jail_of_a_user_boots_from_what_it_was_given",
+        jail::own_user,
+    ),
+    test("guests_in_jails_share_what_they_read", share::reads_jailed),
     test(
         "a_file_cut_under_its_guests_ends_those_with_a_report_and_no_other",
         share::cut_file,

@@ -64,25 +64,35 @@ fn settled(socket: &Path) -> Result<Value, Failure> {
     }
 }
 
-fn start(socket: &Path, disk: &Path, script: &str) -> Result<Guest, Failure> {
+fn start(socket: &Path, disk: &Path, script: &str, more: &[&str]) -> Result<Guest, Failure> {
     let disk = format!("{},ro,format=raw", disk.display());
     let socket = socket.display().to_string();
     Start::new()
         .args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk])
         .args(&["--api-sock", &socket])
+        .args(more)
         .script(script)
         .spawn()
 }
 
 /// Two guests read a disk; most of what they have of it is the file's own pages, and reads the same before and after.
 pub fn reads(out: &Path) -> Result<Figures, Failure> {
+    reads_with(out, &[])
+}
+
+/// As [`reads`], of guests whose processes are jailed.
+pub fn reads_jailed(out: &Path) -> Result<Figures, Failure> {
+    reads_with(out, &["--jail"])
+}
+
+fn reads_with(out: &Path, more: &[&str]) -> Result<Figures, Failure> {
     let (disk, sum) = disk(out)?;
     let script = "echo FIRST $(md5sum </dev/vdb) END; read x; echo SECOND $(md5sum </dev/vdb) END; echo OVER; sleep 100000";
     let sockets = [out.join("a.sock"), out.join("b.sock")];
     let mut figures = Figures::new();
     let mut guests = Vec::new();
     for socket in &sockets {
-        guests.push(start(socket, &disk, script)?);
+        guests.push(start(socket, &disk, script, more)?);
     }
     for (number_of, (guest, socket)) in guests.iter_mut().zip(&sockets).enumerate() {
         guest.wait_for(" END")?;
@@ -239,7 +249,7 @@ pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
     let sockets = names.map(|name| out.join(format!("{name}.sock")));
     let mut guests = Vec::new();
     for (socket, disk) in sockets.iter().zip([&cut, &cut, &other]) {
-        guests.push(start(socket, disk, script)?);
+        guests.push(start(socket, disk, script, &[])?);
     }
     for (guest, socket) in guests.iter().zip(&sockets) {
         guest.wait_for("READ END")?;

@@ -231,6 +231,7 @@ fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<
                 Ok(Answer::Metrics(scrape.encode()?))
             }
             ["vm", "sharing"] => tell(control(context).sharing()?),
+            ["vm", "jail"] => tell(control(context).jail()),
             ["vm", "config"] => tell(control(context).config()),
             ["drives", id, "job"] => tell(control(context).job(id)?),
             ["balloon", ref path @ ..] => balloon::get(context, path, unknown),

@@ -17,6 +17,7 @@ use devices::GuestMemory;
 use memshare::{FileRegistry, SharedFile, SharedMemory};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::config::BootSourceConfig;
 use crate::layout::HIGH_RAM_START;
 
 mod acpi;
@@ -182,6 +183,36 @@ pub(crate) fn runtime_kernel(
     let settled = find_kernel(&source, &cache)?.settled(&cache);
     let shared = settled.and_then(|file| FileRegistry::default().share(&Arc::new(file)).ok());
     Ok(shared.map(|file| file.path().to_owned()))
+}
+
+/// Makes what guests of `source` are to find in the cache of a sharing domain, as far as that can be; with the initrd if it is to be shared. The files
+/// that are there, of which [`load`] makes use.
+pub(crate) fn keep_ready(
+    source: &BootSourceConfig,
+    domain: Option<&str>,
+    share: bool,
+) -> Vec<PathBuf> {
+    let cache = unpack::cache_dir(domain);
+    let of_config = BootSource {
+        kernel: source.kernel_image_path.clone(),
+        initrd: None,
+        cmdline: String::new(),
+        protocol: Protocol::from(source.boot_protocol),
+        domain: domain.map(str::to_owned),
+    };
+    // What is wrong with them is told where they are loaded.
+    let kernel = find_kernel(&of_config, &cache).ok();
+    let kernel = kernel
+        .filter(|kernel| share || kernel.is_cached)
+        .and_then(|kernel| kernel.settled(&cache));
+    let initrd = source.initrd_path.as_ref().filter(|_| share);
+    let initrd = initrd.and_then(|path| {
+        let (file, len) = open_file(path, "initrd").ok()?;
+        unpack::keep(path, &file, len, &cache)
+    });
+    let files = kernel.into_iter().chain(initrd);
+    let shared = files.filter_map(|file| FileRegistry::default().share(&Arc::new(file)).ok());
+    shared.map(|file| file.path().to_owned()).collect()
 }
 
 /// A kernel as guests get it, and where its parts go: an ELF file, unpacked into the cache where it was packed.

@@ -226,7 +226,8 @@ fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
     ))
 }
 
-/// A cached kernel that this user, and nobody else, can have put there.
+/// A cached kernel that this user or root, and nobody else, can have put there: root gives a guest process that is another user's what it needs of
+/// root's cache.
 fn open_cached(path: &Path) -> Option<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -234,7 +235,8 @@ fn open_cached(path: &Path) -> Option<File> {
         .open(path)
         .ok()?;
     let metadata = file.metadata().ok()?;
-    let own = metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+    let own = [rustix::process::geteuid().as_raw(), 0].contains(&metadata.uid())
+        && metadata.mode() & 0o022 == 0;
     (metadata.is_file() && own).then_some(file)
 }
 

@@ -3,6 +3,7 @@
 mod balloon;
 mod bench;
 mod disk;
+mod jail;
 mod pmem;
 mod size;
 mod top;
@@ -17,6 +18,7 @@ use crate::config::{
     VmConfig,
 };
 use crate::disk_tool::{self, DiskCommand};
+use crate::jail::{Confinement, SeccompMode};
 use crate::logging::{LogFilter, LogFormat};
 use crate::run::RunOptions;
 use crate::{console, exit};
@@ -24,6 +26,7 @@ use crate::{console, exit};
 pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
+pub use jail::{JailArgument, JailArgumentError};
 pub use pmem::{PmemArgument, PmemError};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
@@ -96,6 +99,9 @@ pub enum ImageCommand {
         #[arg(long, value_name = "NAME", value_parser = domain)]
         share_domain: Option<String>,
     },
+    /// What `coppice run` starts before it gives away the right to: as `warm`, told of the kernel on standard input.
+    #[command(hide = true)]
+    WarmWhenTold,
 }
 
 fn examples() -> String {
@@ -230,6 +236,30 @@ pub struct RunArguments {
     /// Append the output of the guest's serial console to this file, instead of showing it.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub serial: Option<PathBuf>,
+    /// Run the guest in a jail, with options behind commas: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT, pids=N, io=WEIGHT, allow=PATH,
+    /// require=all.
+    ///
+    /// The process keeps what its guest needs and gives away the rest: it has namespaces and a root folder of its own, no capabilities, and
+    /// Landlock holds it to its files. Without privileges there are fewer layers; the log tells which (--log info), and GET /vm/jail. Options:
+    /// uid, gid: the user and group that the process becomes, by number; the guest's files have to be theirs;
+    /// cgroup: the control group (v2) that the process joins, below the root of the hierarchy; it is made if it is not there;
+    /// memory, cpu, pids, io: limits of that group: a size; percent of a core; processes and threads; weight of its I/O, 1 to 10000;
+    /// allow: a file or folder that the process may go on opening and writing to, for disks and snapshots that the REST API names later. Can
+    /// be repeated;
+    /// require=all: a layer that cannot be had is an error.
+    #[arg(
+        long,
+        value_name = "OPTION[,OPTION...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub jail: Option<JailArgument>,
+    /// What becomes of a system call that a guest process does not need.
+    ///
+    /// kill: it ends the process, and the log names it; log: the kernel's log names it, and it is done; off: it is done.
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = SeccompMode::Kill)]
+    pub seccomp: SeccompMode,
 }
 
 /// The REST socket tells paths in JSON, which is UTF-8.
@@ -274,11 +304,19 @@ pub enum UsageError {
 }
 
 impl RunArguments {
+    fn confinement(&self) -> Confinement {
+        Confinement {
+            jail: self.jail.clone().map(Into::into),
+            seccomp: self.seccomp,
+        }
+    }
+
     /// Joins the arguments with the configuration file, and checks the whole.
     ///
     /// # Errors
     /// [`UsageError`].
     pub fn into_options(self) -> Result<RunOptions, UsageError> {
+        let confinement = self.confinement();
         let mut config = match &self.config {
             Some(path) => VmConfig::from_file(path)?,
             None => VmConfig::default(),
@@ -376,6 +414,7 @@ impl RunArguments {
         Ok(RunOptions {
             config,
             api_socket: self.api_sock,
+            confinement,
         })
     }
 }

@@ -24,6 +24,7 @@ use crate::config::{
     BootSourceConfig, ConfigError, DriveConfig, DriveUpdate, EntropyConfig, LoggerConfig,
     MachineConfig, MetricsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig,
 };
+use crate::jail::JailReport;
 use crate::logging::{Log, LogError};
 use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
@@ -119,6 +120,8 @@ pub struct Control {
     log: Log,
     api: Arc<ApiMetrics>,
     metrics: Option<MetricsFile>,
+    /// What the process gave away.
+    jail: JailReport,
     /// Files that commits gave to drives, and that are in the configuration.
     noted: BTreeMap<String, PathBuf>,
 }
@@ -132,6 +135,7 @@ impl Control {
             log,
             api,
             metrics: None,
+            jail: JailReport::default(),
             noted: BTreeMap::new(),
         }
     }
@@ -151,6 +155,16 @@ impl Control {
         self.metrics = metrics;
         self.config = config;
         Ok(())
+    }
+
+    /// The process has been jailed.
+    pub fn confined(&mut self, report: JailReport) {
+        self.jail = report;
+    }
+
+    /// What `GET /vm/jail` answers.
+    pub fn jail(&self) -> &JailReport {
+        &self.jail
     }
 
     /// What `GET /` answers.

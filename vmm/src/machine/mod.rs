@@ -21,7 +21,7 @@ mod start;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::bus::BusRangeError;
@@ -41,6 +41,7 @@ use crate::boot::BootError;
 use crate::config::DriveConfig;
 use crate::layout;
 use crate::pmem::{Pmem, PmemCounters, PmemError};
+use crate::reference::Warmer;
 use crate::snapshot::{MemoryState, SnapshotError};
 pub(crate) use domain::SharingDomain;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
@@ -90,8 +91,8 @@ pub struct Surroundings {
     pub serial_drained: EventFd,
     /// Told once how the guest ended, on a thread that must not be held up.
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
-    /// The program that makes a reference image of the guest's kernel (`coppice image warm`), where there is none yet.
-    pub warm: Option<PathBuf>,
+    /// Who makes a reference image of the guest's kernel, where there is none yet.
+    pub warm: Option<Warmer>,
 }
 
 /// Why a guest cannot be started.

@@ -2,8 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
@@ -21,12 +20,12 @@ use super::domain::SharingDomain;
 use super::faults::Faults;
 use super::start::OnEnd;
 use super::{StartError, host};
-use crate::boot::MappedKernel;
+use crate::boot::{BootSource, MappedKernel};
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
 use crate::procfs;
-use crate::reference::{self, Key};
+use crate::reference::{self, Key, WarmRequest, Warmer, Warming};
 use crate::vm::{self, Brake, HugePages, Vm};
 
 /// How often the guest is tried to be held where it has to be, and the pause between.
@@ -142,25 +141,43 @@ impl Plan {
         })
     }
 
-    /// Begins to share, with the guest's vCPUs and devices; `warm` is the program that makes a reference image of the kernel.
+    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there, and else that is dismissed.
+    pub(super) fn reference(
+        &self,
+        kernel: Option<MappedFrom>,
+        warm: Option<Warmer>,
+    ) -> Option<(Range<u64>, Option<Reference>)> {
+        let of_kernel = |kernel: MappedFrom| {
+            let addresses = kernel.mapped.addresses.clone();
+            let reference = self.is_all().then(|| kernel.reference(warm.as_ref()));
+            let reference = reference.transpose().unwrap_or_else(|error| {
+                tracing::warn!(%error, "the kernel is not compared with a reference image");
+                None
+            });
+            (addresses, reference)
+        };
+        let found = kernel.map(of_kernel);
+        if let Some(warm) = warm {
+            warm.dismiss();
+        }
+        found
+    }
+
+    /// Begins to share, with the guest's vCPUs and devices.
     pub(super) fn start(
         self,
         brake: Brake,
         devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
-        kernel: Option<MappedFrom>,
-        warm: Option<PathBuf>,
+        kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Sharing, StartError> {
         let still: Arc<dyn StandStill> = Arc::new(Machinery { brake, devices });
         let merger = (self.mode >= ShareMode::Read)
             .then(|| Merger::start(self.memory.clone(), still.clone()))
             .transpose()
             .map_err(host("thread that shares memory"))?;
-        let addresses = kernel
-            .as_ref()
-            .map(|kernel| kernel.mapped.addresses.clone());
-        if self.mode >= ShareMode::All
-            && let Some(kernel) = kernel
-            && let Err(error) = kernel.refer(&self.memory, warm)
+        let (addresses, reference) = kernel.unzip();
+        if let Some(reference) = reference.flatten()
+            && let Err(error) = reference.add(&self.memory)
         {
             tracing::warn!(%error, "the kernel is not compared with a reference image");
         }
@@ -177,16 +194,26 @@ impl Plan {
 
 /// A kernel that is mapped, and what it was booted from.
 pub(super) struct MappedFrom {
-    pub(super) mapped: MappedKernel,
-    pub(super) path: PathBuf,
-    pub(super) cmdline: String,
-    pub(super) vcpus: u8,
-    pub(super) domain: Option<String>,
+    mapped: MappedKernel,
+    path: PathBuf,
+    cmdline: String,
+    vcpus: u8,
+    domain: Option<String>,
 }
 
 impl MappedFrom {
-    /// Has the guest's kernel compared with its reference image: with the one there is, or with one that is made meanwhile.
-    fn refer(self, memory: &Arc<SharedMemory>, warm: Option<PathBuf>) -> std::io::Result<()> {
+    pub(super) fn new(mapped: MappedKernel, source: BootSource, vcpus: u8) -> Self {
+        Self {
+            mapped,
+            path: source.kernel,
+            cmdline: source.cmdline,
+            vcpus,
+            domain: source.domain,
+        }
+    }
+
+    /// The reference image of the kernel: the one there is, or one that is made meanwhile.
+    fn reference(self, warm: Option<&Warmer>) -> std::io::Result<Reference> {
         let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))
             .map_err(std::io::Error::other)?;
         let image = Key {
@@ -196,53 +223,67 @@ impl MappedFrom {
             cmdline: &self.cmdline,
         }
         .path();
-        let addresses = self.mapped.addresses.clone();
+        let warming = match warm {
+            Some(warm) if !image.exists() => warm.tell(&WarmRequest {
+                kernel: std::path::absolute(self.path)?,
+                cmdline: self.cmdline,
+                vcpus: self.vcpus,
+                domain: self.domain,
+            })?,
+            Some(_) | None => None,
+        };
+        Ok(Reference {
+            image,
+            addresses: self.mapped.addresses,
+            warming,
+        })
+    }
+}
+
+/// What a guest's kernel is compared with.
+pub(super) struct Reference {
+    image: PathBuf,
+    addresses: Range<u64>,
+    /// Who makes the image.
+    warming: Option<Warming>,
+}
+
+impl Reference {
+    /// Has the guest's kernel compared with the image, once it is there.
+    fn add(self, memory: &Arc<SharedMemory>) -> std::io::Result<()> {
+        let Self {
+            image,
+            addresses,
+            warming,
+        } = self;
         let add = move |memory: &SharedMemory| {
             let file = Arc::new(File::open(&image)?);
             memory.add_reference(addresses.start, addresses.end - addresses.start, &file)
         };
-        match (add(memory), warm) {
-            (Err(error), Some(program)) if error.kind() == std::io::ErrorKind::NotFound => {
-                let memory = Arc::downgrade(memory);
-                std::thread::Builder::new()
-                    .name("warm".into())
-                    .stack_size(WARM_STACK_SIZE)
-                    .spawn(move || {
-                        let made = self.make(&program);
-                        let added = made
-                            .and_then(|()| memory.upgrade().map_or(Ok(()), |memory| add(&memory)));
-                        if let Err(error) = added {
-                            tracing::warn!(%error, "there is no reference image of the kernel");
-                        }
-                    })?;
-                Ok(())
-            }
-            (added, _) => added,
-        }
-    }
-
-    fn make(&self, program: &Path) -> std::io::Result<()> {
-        let status = Command::new(program)
-            .args(["image", "warm", "--kernel"])
-            .arg(&self.path)
-            .args([
-                "--cmdline",
-                &self.cmdline,
-                "--cpus",
-                &self.vcpus.to_string(),
-            ])
-            .args(self.domain.iter().flat_map(|name| ["--share-domain", name]))
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()?;
-        if status.success() {
-            Ok(())
-        } else {
-            Err(std::io::Error::other(format!(
-                "coppice image warm: {status}"
-            )))
-        }
+        let Some(warming) = warming else {
+            return add(memory);
+        };
+        let memory = Arc::downgrade(memory);
+        std::thread::Builder::new()
+            .name("warm".into())
+            .stack_size(WARM_STACK_SIZE)
+            .spawn(move || {
+                let made = warming.wait().and_then(|status| {
+                    if status.success() {
+                        Ok(())
+                    } else {
+                        Err(std::io::Error::other(format!(
+                            "coppice image warm: {status}"
+                        )))
+                    }
+                });
+                let added =
+                    made.and_then(|()| memory.upgrade().map_or(Ok(()), |memory| add(&memory)));
+                if let Err(error) = added {
+                    tracing::warn!(%error, "there is no reference image of the kernel");
+                }
+            })?;
+        Ok(())
     }
 }
 

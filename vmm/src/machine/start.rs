@@ -1,6 +1,7 @@
 //! From a configuration to a guest that runs.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,11 +20,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::builder::{Builder, attach_pmem};
 use super::cmdline::{self, Wanted};
 use super::faults::Faults;
-use super::sharing::{MappedFrom, Plan};
+use super::sharing::{MappedFrom, Plan, Reference};
 use super::snapshot::Devices;
-use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, lock};
+use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, host, lock};
 use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
+use crate::jail;
 use crate::pmem::Pmem;
 use crate::snapshot::{Loading, SnapshotError};
 use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
@@ -123,9 +125,10 @@ impl Assembled {
         self,
         ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
         start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
-        kernel: Option<MappedFrom>,
-        warm: Option<PathBuf>,
+        kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Machine, StartError> {
+        // From here on a guest may have taken over whoever serves it.
+        jail::seccomp::started().map_err(host("seccomp filter"))?;
         let faults = self.plan.faults().clone();
         let ids: Vec<_> = self
             .subscribers
@@ -136,7 +139,7 @@ impl Assembled {
         let started = start(self.buses, faults)
             .map_err(StartError::from)
             .and_then(|vcpus| {
-                let sharing = plan.start(vcpus.brake(), devices, kernel, warm)?;
+                let sharing = plan.start(vcpus.brake(), devices, kernel)?;
                 Ok((sharing, vcpus))
             });
         match started {
@@ -234,13 +237,9 @@ impl Machine {
             config.machine_config.vcpu_count,
             &parts.virtio,
         )?;
-        let kernel = kernel.map(|mapped| MappedFrom {
-            mapped,
-            path: boot_source.kernel,
-            cmdline: boot_source.cmdline,
-            vcpus: config.machine_config.vcpu_count,
-            domain: boot_source.domain,
-        });
+        let vcpus = config.machine_config.vcpu_count;
+        let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, vcpus));
+        let kernel = parts.plan.reference(kernel, warm);
         let start = |buses, faults: Arc<Faults>| {
             vm.start(
                 buses,
@@ -249,7 +248,7 @@ impl Machine {
                 move |exit| faults.vcpu_left(exit),
             )
         };
-        parts.start(ops, start, kernel, warm)
+        parts.start(ops, start, kernel)
     }
 
     /// Builds a guest that goes on where that of a snapshot stood, and adds its devices to the event loop. It stands still until it is resumed.
@@ -267,7 +266,7 @@ impl Machine {
             serial_out,
             serial_drained,
             on_end,
-            ..
+            warm,
         } = surroundings;
         let serial = (serial_out, serial_drained);
         let mut parts = Assembled::new(config, &mut vm, serial, only_first(on_end))?;
@@ -282,7 +281,9 @@ impl Machine {
             .map_err(SnapshotError::from)?;
         let start =
             |buses, faults: Arc<Faults>| vm.start_paused(buses, move |exit| faults.vcpu_left(exit));
-        let mut machine = parts.start(ops, start, None, None)?;
+        // Its kernel is as it was saved, and shared as that.
+        let kernel = parts.plan.reference(None, warm);
+        let mut machine = parts.start(ops, start, kernel)?;
         machine.base = Some(loading.memory.state().clone());
         machine.is_new = true;
         loading.keep_disks();

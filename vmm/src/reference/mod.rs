@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! coppice run ── image there? ── yes ──> SharedMemory::add_reference
-//!                    └── no ── coppice image warm (once, in the background) ── image ──> add_reference
+//!                    └── no ── Warmer: coppice image warm (once, in the background) ── image ──> add_reference
 //! ```
 //!
 //! An image is good for one kernel, one model of CPU, and the words of the command line that change a kernel's text. That it fits is never
@@ -15,12 +15,19 @@
 
 mod initrd;
 mod warm;
+mod warmer;
 
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
+use crate::boot::{self, DEFAULT_CMDLINE};
+use crate::config::VmConfig;
+use crate::vm;
+
 pub use warm::{WarmError, WarmRequest, Warmed, warm};
+pub(crate) use warmer::Warming;
+pub use warmer::{Warmer, warm_when_told};
 
 /// Words of a kernel command line that may change the kernel's text or read-only data, up to their `=`. Any other is of no account, however many
 /// command lines there are; one that is missing here costs a guest some shared pages, and nothing else.
@@ -118,6 +125,25 @@ impl Key<'_> {
         let name = u64::from_be_bytes(*digest.first_chunk().unwrap_or(&[0; 8]));
         self.kernel.with_extension(format!("{name:016x}.reference"))
     }
+}
+
+/// Whether there is an image for the guest of `config`, as far as can be told without building it.
+pub fn is_there(config: &VmConfig) -> bool {
+    let Some(source) = &config.boot_source else {
+        return false;
+    };
+    let vcpus = config.machine_config.vcpu_count;
+    let kernel = boot::runtime_kernel(&source.kernel_image_path, config.sharing.domain.as_deref());
+    let (Ok(Some(kernel)), Ok(cpu)) = (kernel, vm::cpu_model(representative_cpus(vcpus))) else {
+        return false;
+    };
+    let image = Key {
+        kernel: &kernel,
+        cpu: &cpu,
+        vcpus,
+        cmdline: source.boot_args.as_deref().unwrap_or(DEFAULT_CMDLINE),
+    };
+    image.path().exists()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use event_manager::EventManager;
 use memshare::ShareMode;
 use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Key, initrd, representative_cpus, text_words};
@@ -23,7 +24,7 @@ const MEMORY_MIB: u32 = 128;
 const PATIENCE: Duration = Duration::from_mins(2);
 
 /// What an image is to be made of.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct WarmRequest {
     /// The kernel, as a guest is given it.
     pub kernel: PathBuf,

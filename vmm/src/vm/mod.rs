@@ -4,7 +4,9 @@
 //! Vm::new ── register_irqfd, register_ioevent, memory ──> Vm::start ──> Vcpus: pause <─> resume ── stop
 //! ```
 
-use std::sync::Arc;
+use std::fs::File;
+use std::os::fd::{FromRawFd, IntoRawFd};
+use std::sync::{Arc, OnceLock};
 
 use devices::GuestMemory;
 use devices::bus::Bus;
@@ -153,12 +155,32 @@ pub(crate) const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
+/// KVM, opened before the process lost the right to.
+static KEPT: OnceLock<File> = OnceLock::new();
+
+/// Opens KVM for later, for a process that is about to become a user who may not. Where this user may not either, that is told later.
+pub(crate) fn keep_kvm_open() {
+    if let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") {
+        KEPT.get_or_init(|| kvm);
+    }
+}
+
+fn open_kvm() -> Result<Kvm, VmError> {
+    match KEPT.get().map(File::try_clone) {
+        Some(Ok(kvm)) => {
+            // SAFETY: the descriptor is of /dev/kvm, and nobody else knows this copy of it.
+            Ok(unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) })
+        }
+        Some(Err(_)) | None => Kvm::new().map_err(VmError::Open),
+    }
+}
+
 /// What tells the CPU of a guest with so many vCPUs from that of a guest elsewhere.
 ///
 /// # Errors
 /// `Open`, and `Kvm` and `CpuidTooLong` where KVM does not tell.
 pub fn cpu_model(vcpus: u8) -> Result<Vec<u8>, VmError> {
-    let kvm = Kvm::new().map_err(VmError::Open)?;
+    let kvm = open_kvm()?;
     cpuid::Template::of_host(&kvm, vcpus)?.digest()
 }
 
@@ -185,7 +207,7 @@ impl Vm {
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             return Err(VmError::Vcpus(vcpus));
         }
-        let kvm = Kvm::new().map_err(VmError::Open)?;
+        let kvm = open_kvm()?;
         if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
             return Err(VmError::ApiVersion(kvm.get_api_version()));
         }

@@ -109,6 +109,14 @@ fn irqchip(fd: &VmFd, chip_id: u32) -> Result<kvm_irqchip, VmError> {
     Ok(chip)
 }
 
+/// Refuses a VM whose vCPUs have more state than is saved.
+pub(super) fn check_size(vm: &VmFd) -> Result<(), StateError> {
+    match vm.check_extension_int(Cap::Xsave2) {
+        bytes if bytes > XSAVE_BYTES => Err(StateError::Xsave(bytes)),
+        _ => Ok(()),
+    }
+}
+
 impl VmState {
     /// Of a guest whose vCPUs stand still.
     pub(super) fn of(fd: &VmFd, has_pit: bool) -> Result<Self, VmError> {
@@ -236,12 +244,8 @@ impl Vm {
 
 impl Vcpu {
     /// The state of a vCPU that is out of the guest, with its last access complete.
-    pub(super) fn save(&self, vm: &VmFd) -> Result<VcpuState, StateError> {
+    pub(super) fn save(&self) -> Result<VcpuState, StateError> {
         let fd = &self.fd;
-        let xsave_bytes = vm.check_extension_int(Cap::Xsave2);
-        if xsave_bytes > XSAVE_BYTES {
-            return Err(StateError::Xsave(xsave_bytes));
-        }
         let sregs = fd.get_sregs().map_err(VmError::kvm("KVM_GET_SREGS"))?;
         if sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0 {
             return Err(StateError::Nested(self.index));
@@ -329,7 +333,7 @@ impl Vcpu {
             .map_err(VmError::kvm("KVM_SET_REGS"))?;
         fd.set_sregs(&state.sregs)
             .map_err(VmError::kvm("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `Vcpu::save` refuses states of more than the 4096 of the structure, and
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `check_size` refuses states of more than the 4096 of the structure, and
         // `Vm::new` asks for no feature that would make this VM's longer.
         unsafe { fd.set_xsave(&state.xsave) }.map_err(VmError::kvm("KVM_SET_XSAVE"))?;
         // A processor without XSAVE has none, and lets none be set.

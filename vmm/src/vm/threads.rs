@@ -15,9 +15,10 @@ use kvm_ioctls::VmFd;
 use memshare::Window;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
-use super::state::{StateError, VcpuState, VmState};
+use super::state::{self, StateError, VcpuState, VmState};
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
 use super::{Buses, VmError};
+use crate::jail;
 
 /// A vCPU thread runs device register accesses and little else.
 const STACK_SIZE: usize = 128 << 10;
@@ -109,7 +110,7 @@ impl Shared {
         while table.is_closed() {
             waited |= table.target == Target::Pause;
             if let Some(slot) = table.wanted_state(vcpu.index) {
-                *slot = Some(vcpu.save(&self.vm));
+                *slot = Some(vcpu.save());
             }
             table.parked += 1;
             self.changed.notify_all();
@@ -275,6 +276,7 @@ impl Vcpus {
     /// # Errors
     /// [`StateError`].
     pub fn save(&self) -> Result<(VmState, Vec<VcpuState>), StateError> {
+        state::check_size(&self.shared.vm)?;
         let mut table = self.shared.table();
         table.states = Some(table.exit_bytes.iter().map(|_| None).collect());
         self.shared.changed.notify_all();
@@ -353,6 +355,9 @@ fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu, restored: bool) {
     // The mask is inherited; a thread that waits for its signals by signalfd may have blocked this one too.
     if let Err(error) = unblock_signal(kick_signal()) {
         tracing::warn!(%error, index, "the kick signal stays as it was");
+    }
+    if let Err(error) = jail::seccomp::vcpu() {
+        tracing::error!(%error, index, "the vCPU's thread may do more than it needs");
     }
     let looped = catch_unwind(AssertUnwindSafe(|| {
         run_loop(shared, buses, &mut vcpu, restored)

@@ -1,0 +1,28 @@
+//! Resource limits.
+
+use std::io;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Descriptors of a guest with all its devices, connections and layers of disks, several times over.
+const DESCRIPTORS: u64 = 2048;
+
+/// No core dumps, which would hold the guest's memory; no message queues; descriptors for a guest.
+pub(super) fn enter() -> io::Result<()> {
+    for (resource, most) in [
+        (Resource::Core, 0),
+        (Resource::Msgqueue, 0),
+        (Resource::Nofile, DESCRIPTORS),
+    ] {
+        let old = getrlimit(resource);
+        let most = old.maximum.map_or(most, |maximum| maximum.min(most));
+        setrlimit(
+            resource,
+            Rlimit {
+                current: Some(most),
+                maximum: Some(most),
+            },
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,289 @@
+//! What of the host's files a guest needs.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Component, Path, PathBuf};
+
+use memshare::ShareMode;
+use storage::vhdx::Vhdx;
+
+use super::{JailConfig, JailError, landlock};
+use crate::boot;
+use crate::config::{DriveFormat, VmConfig};
+use crate::metrics::open_output;
+
+/// What is done with a file or folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It is read.
+    Read,
+    /// It is read and written; in a folder, files come and go.
+    Write,
+    /// It is a device.
+    Device,
+    /// A file in it is removed at the end.
+    Remove,
+}
+
+/// A file or folder that a guest needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Where it is on the host.
+    pub source: PathBuf,
+    /// Where the guest process looks for it.
+    pub target: PathBuf,
+    /// What is done with it.
+    pub access: Access,
+}
+
+/// Longest chain of disks that is looked along; a longer one is refused where it is opened.
+const LONGEST_CHAIN: usize = 256;
+
+/// Collects what is there, under the names that it has.
+#[derive(Default)]
+struct Needs(Vec<Need>);
+
+impl Needs {
+    /// Adds a path as it is written, and as it is with all links followed. What is not there is left to those who need it to tell.
+    fn add(&mut self, path: &Path, access: Access) {
+        let Ok(source) = path.canonicalize() else {
+            return;
+        };
+        let written = std::path::absolute(path).ok().filter(|written| {
+            *written != source
+                && !written
+                    .components()
+                    .any(|part| matches!(part, Component::ParentDir))
+        });
+        for target in written.into_iter().chain([source.clone()]) {
+            self.0.push(Need {
+                source: source.clone(),
+                target,
+                access,
+            });
+        }
+    }
+
+    /// Adds a disk, and all disks that it stands on.
+    fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
+        self.add(path, access);
+        if format == Some(DriveFormat::Raw) {
+            return;
+        }
+        let mut next = parent_of(path);
+        for _ in 0..LONGEST_CHAIN {
+            let Some(parent) = next else {
+                return;
+            };
+            self.add(&parent, Access::Read);
+            next = parent_of(&parent);
+        }
+    }
+}
+
+/// What is no VHDX, or cannot be opened, has no parent.
+fn parent_of(path: &Path) -> Option<PathBuf> {
+    let is_file = path.metadata().is_ok_and(|metadata| metadata.is_file());
+    is_file.then(|| Vhdx::info(path).ok()?.parent_path)?
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
+    let path = path.to_owned();
+    move |source| JailError::Path { path, source }
+}
+
+/// All that a guest of `config` needs, with a REST socket at `socket`. Makes what it is to find when it is jailed: the outputs, and the cache of kernels.
+pub(super) fn of(
+    config: &VmConfig,
+    socket: Option<&Path>,
+    jail: &JailConfig,
+) -> Result<Vec<Need>, JailError> {
+    let mut needs = Needs::default();
+    needs.add(Path::new("/dev/kvm"), Access::Device);
+    needs.add(Path::new("/dev/null"), Access::Device);
+    // It says how many mappings a process can have.
+    needs.add(Path::new("/proc/sys/vm/max_map_count"), Access::Read);
+    let process = Path::new("/proc/self");
+    needs.0.push(Need {
+        source: process.canonicalize().map_err(failed(process))?,
+        // Its number is another in a namespace of processes.
+        target: Path::new("/proc").join(std::process::id().to_string()),
+        access: Access::Read,
+    });
+    if let Some(source) = &config.boot_source {
+        needs.add(&source.kernel_image_path, Access::Read);
+        if let Some(initrd) = &source.initrd_path {
+            needs.add(initrd, Access::Read);
+        }
+    }
+    add_cache(&mut needs, config, jail);
+    for drive in &config.drives {
+        let access = if drive.is_read_only {
+            Access::Read
+        } else {
+            Access::Write
+        };
+        needs.add_disk(&drive.path_on_host, drive.format, access);
+    }
+    for pmem in &config.pmem {
+        let access = if pmem.mode().keeps() {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        needs.add_disk(&pmem.path_on_host, pmem.format, access);
+    }
+    if let Some(path) = config
+        .serial
+        .as_ref()
+        .and_then(|serial| serial.serial_out_path.as_ref())
+    {
+        let is_new = !path.exists();
+        open_output(path).map_err(failed(path))?;
+        if is_new {
+            give(path, jail)?;
+        }
+        needs.add(path, Access::Write);
+    }
+    if let Some(socket) = socket {
+        give(socket, jail)?;
+        add_folder_of_socket(&mut needs, socket);
+    }
+    for path in &jail.allow {
+        path.metadata().map_err(failed(path))?;
+        needs.add(path, Access::Write);
+    }
+    // What lies in a folder comes after the folder.
+    needs.0.sort_by(|a, b| a.target.cmp(&b.target));
+    needs.0.dedup_by(|later, first| {
+        let is_same = later.target == first.target;
+        if is_same && later.access == Access::Write {
+            first.access = Access::Write;
+        }
+        is_same
+    });
+    Ok(needs.0)
+}
+
+/// Makes a file the guest process's own.
+fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
+    if jail.uid.is_none() && jail.gid.is_none() {
+        return Ok(());
+    }
+    chown(path, jail.uid, jail.gid).map_err(failed(path))
+}
+
+/// Kernels, unpacked, and what is made of them: read alone, as other guests have them too. What the cache does not have is made now.
+fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
+    let domain = config.sharing.domain.as_deref();
+    let cache = boot::cache_dir(domain);
+    let share = config.sharing.mode >= ShareMode::Boot;
+    let kept = match &config.boot_source {
+        Some(source) => boot::keep_ready(source, domain, share),
+        None => Vec::new(),
+    };
+    if jail.uid.is_none() {
+        needs.add(&cache, Access::Read);
+        return;
+    }
+    // The folder is for its user alone, and what is in it for those who are given it.
+    for file in kept.iter().flat_map(|file| with_references(file, &cache)) {
+        if let Err(error) = readable(&file) {
+            tracing::warn!(%error, file = %file.display(), "the guest has a copy of its own of it");
+        }
+        needs.add(&file, Access::Read);
+    }
+}
+
+/// A file of the cache, and the reference images beside it, which have longer names.
+fn with_references(file: &Path, cache: &Path) -> Vec<PathBuf> {
+    let stem = file.file_stem().unwrap_or_default().as_encoded_bytes();
+    let beside = fs::read_dir(cache).into_iter().flatten().flatten();
+    let references = beside.map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        name.starts_with(stem) && path.extension().is_some_and(|end| end == "reference")
+    });
+    references.chain([file.to_owned()]).collect()
+}
+
+fn readable(file: &Path) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    if metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o044 != 0o044 {
+        fs::set_permissions(file, fs::Permissions::from_mode(metadata.mode() | 0o044))?;
+    }
+    Ok(())
+}
+
+/// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to the process only where
+/// Landlock keeps it from that.
+fn add_folder_of_socket(needs: &mut Needs, socket: &Path) {
+    let folder = match socket.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let is_alone = fs::read_dir(folder).is_ok_and(|entries| entries.count() <= 1);
+    if is_alone || landlock::is_available() {
+        needs.add(folder, Access::Remove);
+    } else {
+        tracing::warn!(
+            folder = %folder.display(),
+            "the REST socket stays behind at the end: there are other files in its folder, and the kernel has no Landlock"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{DriveConfig, SerialConfig};
+
+    fn find<'a>(needs: &'a [Need], path: &Path) -> &'a Need {
+        let found = needs.iter().find(|need| need.target == path);
+        found.unwrap_or_else(|| panic!("{} in {needs:?}", path.display()))
+    }
+
+    #[test]
+    fn a_disk_comes_with_all_that_it_stands_on_and_parents_are_not_written_to() {
+        use storage::vhdx::{ChildOptions, CreateOptions};
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
+        Vhdx::create_child(path("child"), path("base"), &ChildOptions::default()).unwrap();
+        Vhdx::create_child(path("top"), path("child"), &ChildOptions::default()).unwrap();
+        let config = VmConfig {
+            drives: vec![DriveConfig::new("a", path("top"))],
+            serial: Some(SerialConfig {
+                serial_out_path: Some(path("serial")),
+                rate_limiter: None,
+            }),
+            ..VmConfig::default()
+        };
+        let needs = of(&config, None, &JailConfig::default()).unwrap();
+        assert_eq!(find(&needs, &path("top")).access, Access::Write);
+        assert_eq!(find(&needs, &path("child")).access, Access::Read);
+        assert_eq!(find(&needs, &path("base")).access, Access::Read);
+        assert_eq!(find(&needs, &path("serial")).access, Access::Write);
+        assert!(path("serial").exists());
+        assert!(needs.iter().all(|need| need.target != folder.path()));
+    }
+
+    #[test]
+    fn a_link_is_there_by_both_names_and_what_is_missing_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().canonicalize().unwrap();
+        fs::write(folder.join("disk"), "").unwrap();
+        std::os::unix::fs::symlink("disk", folder.join("link")).unwrap();
+        let mut needs = Needs::default();
+        needs.add(&folder.join("link"), Access::Read);
+        needs.add(&folder.join("nothing"), Access::Read);
+        let targets: Vec<_> = needs.0.iter().map(|need| need.target.clone()).collect();
+        assert_eq!(targets, [folder.join("link"), folder.join("disk")]);
+        assert!(
+            needs
+                .0
+                .iter()
+                .all(|need| need.source == folder.join("disk"))
+        );
+    }
+}

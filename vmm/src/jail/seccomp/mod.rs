@@ -1,0 +1,134 @@
+//! Which system calls the process can make.
+//!
+//! The policies are `resources/seccomp/*.json`, compiled when this is built. A filter is inherited by every thread that is started later, and no
+//! thread can get rid of one:
+//!
+//! ```text
+//! main thread, before any other ── main ── absent ── a rule about this process ──> every thread
+//!                                     before the vCPUs start: started ──> every thread there is, and the vCPUs
+//!                                                               each vCPU: vcpu
+//! ```
+//!
+//! `main` lists what a guest process needs in its life. `started` takes away what only building a guest needs: making rings of `io_uring`, whose
+//! operations no filter sees. `vcpu` lists what a thread needs that runs the guest's accesses, so no file can be opened there.
+//! `absent` says of a system call that the kernel does not have it, for the C library to do without.
+//!
+//! What is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the process.
+
+mod handler;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use seccompiler::{
+    BpfProgram, BpfProgramRef, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
+};
+use serde::Serialize;
+
+pub use handler::log_to;
+
+#[allow(clippy::unreadable_literal, reason = "nobody reads instructions")]
+mod tables {
+    use seccompiler::sock_filter;
+
+    include!(concat!(env!("OUT_DIR"), "/seccomp.rs"));
+}
+
+/// What becomes of a system call that is not in the policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum SeccompMode {
+    /// There is no filter.
+    #[default]
+    Off,
+    /// The kernel logs it (audit, dmesg), and it is done.
+    Log,
+    /// It ends the process, which names it.
+    Kill,
+}
+
+/// The mode of this process, for the filters that come later.
+static MODE: AtomicU8 = AtomicU8::new(0);
+
+fn mode() -> SeccompMode {
+    match MODE.load(Ordering::SeqCst) {
+        1 => SeccompMode::Log,
+        2 => SeccompMode::Kill,
+        _ => SeccompMode::Off,
+    }
+}
+
+fn other(error: impl std::fmt::Display) -> io::Error {
+    io::Error::other(error.to_string())
+}
+
+/// Filters this thread, and all that it starts from now on. Called once, by the only thread of the process.
+///
+/// # Errors
+/// Where the kernel has no filters, or no signal handler can be set.
+pub fn enter(wanted: SeccompMode) -> io::Result<()> {
+    let (program, number): (BpfProgramRef<'_>, _) = match wanted {
+        SeccompMode::Off => return Ok(()),
+        SeccompMode::Log => (&tables::MAIN_LOG, 1),
+        SeccompMode::Kill => (&tables::MAIN, 2),
+    };
+    if wanted == SeccompMode::Kill {
+        handler::install()?;
+    }
+    let own = own_process(wanted)?;
+    apply_filter(&tables::ABSENT).map_err(other)?;
+    apply_filter(&own).map_err(other)?;
+    apply_filter(program).map_err(other)?;
+    MODE.store(number, Ordering::SeqCst);
+    Ok(())
+}
+
+/// Signals go to threads of this process alone, which has its number only now.
+fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
+    let elsewhere = SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Ne,
+        std::process::id().into(),
+    );
+    let rule = SeccompRule::new(vec![elsewhere.map_err(other)?]).map_err(other)?;
+    let refuse = match mode {
+        SeccompMode::Kill => SeccompAction::Trap,
+        SeccompMode::Log | SeccompMode::Off => SeccompAction::Log,
+    };
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_tgkill, vec![rule])]),
+        SeccompAction::Allow,
+        refuse,
+        TargetArch::x86_64,
+    );
+    filter.map_err(other)?.try_into().map_err(other)
+}
+
+/// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is not filtered.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub fn started() -> io::Result<()> {
+    let program: BpfProgramRef<'_> = match mode() {
+        SeccompMode::Off => return Ok(()),
+        SeccompMode::Log => &tables::STARTED_LOG,
+        SeccompMode::Kill => &tables::STARTED,
+    };
+    apply_filter_all_threads(program).map_err(other)
+}
+
+/// Leaves this thread what a vCPU needs. Nothing where the process is not filtered.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub fn vcpu() -> io::Result<()> {
+    let program: BpfProgramRef<'_> = match mode() {
+        SeccompMode::Off => return Ok(()),
+        SeccompMode::Log => &tables::VCPU_LOG,
+        SeccompMode::Kill => &tables::VCPU,
+    };
+    apply_filter(program).map_err(other)
+}

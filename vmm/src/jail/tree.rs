@@ -1,0 +1,208 @@
+//! The tree: a root folder with what the guest needs, under the names it has on the host, and nothing else.
+//!
+//! Each file or folder is a mount of its own, taken before the host's tree is out of sight. The new root is a file system in memory that nobody can
+//! write to any more when all is in place.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat, statat, symlinkat};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    mount_change, move_mount, open_tree, unmount,
+};
+use rustix::process::{chroot, fchdir, pivot_root};
+
+use super::needs::{Access, Need};
+
+/// Folders, links and empty files: all that is in the file system itself.
+const SIZE: &str = "1m";
+/// Where the new root is mounted on its way; its content is out of sight from then on.
+const PASSAGE: &str = "/proc";
+
+/// A mount that is nowhere yet.
+struct Mount<'a> {
+    need: &'a Need,
+    tree: OwnedFd,
+    is_folder: bool,
+}
+
+fn doing(what: &str, path: &Path) -> impl FnOnce(Errno) -> io::Error {
+    let what = format!("{what} {}", path.display());
+    move |error| {
+        let error = io::Error::from(error);
+        io::Error::new(error.kind(), format!("{what}: {error}"))
+    }
+}
+
+/// Moves the process into a tree of what it needs; in a namespace of mounts of its own.
+pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
+    let cwd = std::env::current_dir()?;
+    let root = Path::new("/");
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .map_err(doing("keep to itself the mounts of", root))?;
+    let mounts: Vec<_> = needs.iter().map(take).collect::<Result<_, _>>()?;
+    let tree = new_root()?;
+    move_mount(
+        &tree,
+        "",
+        CWD,
+        PASSAGE,
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+    .map_err(doing("mount on", Path::new(PASSAGE)))?;
+    if let Err(error) = fill_and_pivot(&tree, &mounts, &cwd) {
+        // The process goes on without, and finds /proc again.
+        let _ = unmount(PASSAGE, UnmountFlags::DETACH);
+        let _ = std::env::set_current_dir(cwd);
+        return Err(error);
+    }
+    set_attributes(tree.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
+    std::env::set_current_dir("/")?;
+    std::env::set_current_dir(&cwd)
+}
+
+fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Result<()> {
+    for mount in mounts {
+        let target = mount.need.target.as_path();
+        place(tree.as_fd(), mount).map_err(doing("put in place", target))?;
+    }
+    make_folders(tree.as_fd(), cwd).map_err(doing("make", cwd))?;
+    let process = std::process::id().to_string();
+    symlinkat(process, tree, "proc/self").map_err(doing("make", Path::new("/proc/self")))?;
+    let root = Path::new("/");
+    fchdir(tree).map_err(doing("enter", root))?;
+    match pivot_root(".", ".") {
+        // What was the root lies on the new one, and is below where this process stands.
+        Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(doing("unmount", root)),
+        // The first root of the kernel (initramfs) cannot be exchanged, but covered: a process that may not chroot sees nothing below.
+        Err(Errno::INVAL) => {
+            move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+                .map_err(doing("cover", root))?;
+            chroot(".").map_err(doing("change to", root))
+        }
+        Err(error) => Err(doing("pivot_root to", root)(error)),
+    }
+}
+
+fn new_root() -> io::Result<OwnedFd> {
+    let failed = || doing("make", Path::new("tmpfs"));
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed())?;
+    fsconfig_set_string(&context, "size", SIZE).map_err(failed())?;
+    fsconfig_set_string(&context, "mode", "0755").map_err(failed())?;
+    fsconfig_create(&context).map_err(failed())?;
+    fsmount(
+        &context,
+        FsMountFlags::FSMOUNT_CLOEXEC,
+        MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
+    )
+    .map_err(failed())
+}
+
+/// Takes a copy of the mount of a file or folder, with no more rights than it takes.
+fn take(need: &Need) -> io::Result<Mount<'_>> {
+    let is_folder = need.source.is_dir();
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if is_folder {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = open_tree(CWD, &need.source, flags).map_err(doing("take", &need.source))?;
+    let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    let attributes = attributes
+        | match need.access {
+            Access::Read => libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV,
+            Access::Write | Access::Remove => libc::MOUNT_ATTR_NODEV,
+            Access::Device => 0,
+        };
+    // A device that was given in `allow=` stays one.
+    let attributes = if is_folder || need.source.is_file() {
+        attributes
+    } else {
+        attributes & !libc::MOUNT_ATTR_NODEV
+    };
+    set_attributes(tree.as_fd(), attributes, is_folder)?;
+    Ok(Mount {
+        need,
+        tree,
+        is_folder,
+    })
+}
+
+/// Adds attributes (`MOUNT_ATTR_*`) to a mount, and to those below it if asked for.
+fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: mount_setattr(2) reads an empty path and a `mount_attr` of the length that is given, both of which live through the call.
+    let set = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | recursive,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if set == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// A path below the root as one from there.
+fn relative(path: &Path) -> &Path {
+    path.strip_prefix("/").unwrap_or(path)
+}
+
+fn make_folders(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<()> {
+    let mut folders: Vec<_> = relative(path).ancestors().collect();
+    // The last one is no folder but the root.
+    folders.pop();
+    for folder in folders.into_iter().rev() {
+        match mkdirat(root, folder, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            // It lies in a folder that is only read.
+            Err(_) if statat(root, folder, AtFlags::empty()).is_ok() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Makes what a mount goes on, where it is not there, and puts it on that.
+fn place(root: BorrowedFd<'_>, mount: &Mount<'_>) -> rustix::io::Result<()> {
+    let target = relative(&mount.need.target);
+    if mount.is_folder {
+        make_folders(root, target)?;
+    } else {
+        make_folders(root, target.parent().unwrap_or(Path::new("")))?;
+        if statat(root, target, AtFlags::empty()).is_err() {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::RDONLY;
+            openat(root, target, flags, Mode::from_raw_mode(0o444))?;
+        }
+    }
+    let target = CString::new(target.as_os_str().as_bytes()).map_err(|_| Errno::INVAL)?;
+    move_mount(
+        &mount.tree,
+        "",
+        root,
+        target.as_c_str(),
+        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+    )
+}
