@@ -65,9 +65,19 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
         return fail(exit::FAILURE, error);
     }
+    let end_file = arguments.end_file.clone();
     let options = match arguments.into_options() {
         Ok(options) => options,
-        Err(error) => return fail(exit::USAGE, error),
+        Err(error) => {
+            let end = exit::EndReport {
+                code: Some(exit::USAGE),
+                ..exit::EndReport::failed(&error)
+            };
+            if let Some(Err(error)) = end_file.map(|path| end.write(&path)) {
+                tracing::error!(%error, "why the guest ended cannot be written");
+            }
+            return fail(exit::USAGE, error);
+        }
     };
     match run::run(options, log) {
         Ok(reason) => ExitCode::from(&reason),

@@ -210,6 +210,26 @@ pub struct RunArguments {
     /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub api_sock: Option<PathBuf>,
+    /// The name of the guest, as GET / tells it: 1 to 63 lower case letters, digits and dashes [default: anonymous-instance].
+    #[arg(long, value_name = "ID", value_parser = guest_id)]
+    pub id: Option<String>,
+    /// Serve the guest's serial console on this Unix socket, to any number of clients.
+    ///
+    /// A client is shown the last 32 KiB, and then what comes; what it writes goes to the guest. One that reads too slowly loses output. The
+    /// socket is for this user alone (mode 0600). Nothing is shown on standard output then; a file (--serial) gets its copy.
+    #[arg(long, value_name = "PATH", value_parser = utf8_path)]
+    pub console_sock: Option<PathBuf>,
+    /// At the end, write why the guest ended to this file, as JSON: kind, text, code.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub end_file: Option<PathBuf>,
+    /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
+    #[arg(long, requires = "api_sock")]
+    pub no_start: bool,
+    /// Begin a session, and wait for a byte on standard input before anything else: end where there is none.
+    ///
+    /// Whoever starts the process notes its number first. A process that is in no notes has ended.
+    #[arg(long, hide = true)]
+    pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
     /// --mem, --cpus, --balloon, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel, --initrd or --cmdline
@@ -236,6 +256,21 @@ pub struct RunArguments {
 #[allow(clippy::unnecessary_wraps, reason = "the shape of a value parser")]
 fn utf8_path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
     Ok(PathBuf::from(text))
+}
+
+/// A name becomes a folder, and a part of URLs.
+fn guest_id(text: &str) -> Result<String, String> {
+    if is_guest_id(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("not 1 to 63 lower case letters, digits and dashes".to_owned())
+    }
+}
+
+/// Whether `text` can be the name of a guest.
+pub fn is_guest_id(text: &str) -> bool {
+    let word = |c: u8| c == b'-' || c.is_ascii_digit() || c.is_ascii_lowercase();
+    (1..=63).contains(&text.len()) && text.bytes().all(word)
 }
 
 /// A name becomes a folder.
@@ -278,7 +313,28 @@ impl RunArguments {
     ///
     /// # Errors
     /// [`UsageError`].
-    pub fn into_options(self) -> Result<RunOptions, UsageError> {
+    pub fn into_options(mut self) -> Result<RunOptions, UsageError> {
+        let options = RunOptions {
+            config: VmConfig::default(),
+            id: self.id.take(),
+            api_socket: self.api_sock.take(),
+            console_socket: self.console_sock.take(),
+            end_file: self.end_file.take(),
+            no_start: self.no_start,
+            held: self.held,
+        };
+        let config = self.into_config()?;
+        if config.boot_source.is_none() && options.api_socket.is_none() {
+            return Err(UsageError::NothingToRun);
+        }
+        Ok(RunOptions { config, ..options })
+    }
+
+    /// The guest alone, of the arguments and the configuration file.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_config(self) -> Result<VmConfig, UsageError> {
         let mut config = match &self.config {
             Some(path) => VmConfig::from_file(path)?,
             None => VmConfig::default(),
@@ -370,13 +426,7 @@ impl RunArguments {
             });
         }
         config.validate()?;
-        if config.boot_source.is_none() && self.api_sock.is_none() {
-            return Err(UsageError::NothingToRun);
-        }
-        Ok(RunOptions {
-            config,
-            api_socket: self.api_sock,
-        })
+        Ok(config)
     }
 }
 
