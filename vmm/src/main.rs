@@ -6,10 +6,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use coppice::cli::{
     BenchCommand, Cli, Command, DensityArguments, DensityTask, ImageCommand, RunArguments,
+    ServeArguments, VmArguments,
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{bench, disk_tool, doctor, exit, run, top};
+use coppice::{bench, disk_tool, doctor, exit, remote, run, serve, top};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -18,6 +19,9 @@ fn main() -> ExitCode {
     };
     match cli.command {
         Command::Run(arguments) => run_guest(*arguments),
+        Command::Serve(arguments) => serve_guests(*arguments),
+        Command::Vm(arguments) => use_guests(*arguments),
+        Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
         Command::Disk(command) => use_disk(&command),
         Command::Image(command) => make_image(command),
         Command::Bench(BenchCommand::Density(arguments)) => measure_density(*arguments),
@@ -83,6 +87,32 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
         Ok(reason) => ExitCode::from(&reason),
         Err(error) => fail(exit::FAILURE, error),
     }
+}
+
+fn serve_guests(arguments: ServeArguments) -> ExitCode {
+    let (_, subscriber) = Log::new(arguments.log.clone(), arguments.log_format);
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    let options = match arguments.into_options() {
+        Ok(options) => options,
+        Err(error) => return fail(exit::FAILURE, error),
+    };
+    match serve::run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn outcome(done: Result<(), remote::RemoteError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.code(), error),
+    }
+}
+
+fn use_guests(arguments: VmArguments) -> ExitCode {
+    outcome(remote::run(arguments))
 }
 
 fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {

@@ -4,8 +4,10 @@ mod balloon;
 mod bench;
 mod disk;
 mod pmem;
+mod serve;
 mod size;
 mod top;
+mod vm;
 
 use std::path::PathBuf;
 
@@ -25,8 +27,10 @@ pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
 pub use pmem::{PmemArgument, PmemError};
+pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
+pub use vm::{Connection, CreateArguments, VmArguments, VmCommand};
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
@@ -48,6 +52,19 @@ pub enum Command {
     /// Run one guest, with its serial console on this terminal.
     #[command(after_help = examples(), after_long_help = long_help())]
     Run(Box<RunArguments>),
+    /// Serve many guests by one socket: the host daemon.
+    #[command(after_help = crate::serve::ADMISSION)]
+    Serve(Box<ServeArguments>),
+    /// Make and use guests of the host daemon (coppice serve).
+    Vm(Box<VmArguments>),
+    /// Attach this terminal to the serial console of a guest of the host daemon.
+    Console {
+        /// The guest.
+        id: String,
+        /// The daemon.
+        #[command(flatten)]
+        connection: Connection,
+    },
     /// Make, examine and change virtual disks.
     #[command(subcommand, after_help = disk_tool::EXAMPLES)]
     Disk(DiskCommand),
@@ -211,7 +228,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub api_sock: Option<PathBuf>,
     /// The name of the guest, as GET / tells it: 1 to 63 lower case letters, digits and dashes [default: anonymous-instance].
-    #[arg(long, value_name = "ID", value_parser = guest_id)]
+    #[arg(long, visible_alias = "name", value_name = "ID", value_parser = guest_id)]
     pub id: Option<String>,
     /// Serve the guest's serial console on this Unix socket, to any number of clients.
     ///
@@ -223,7 +240,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub end_file: Option<PathBuf>,
     /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
-    #[arg(long, requires = "api_sock")]
+    #[arg(long)]
     pub no_start: bool,
     /// Begin a session, and wait for a byte on standard input before anything else: end where there is none.
     ///
@@ -293,6 +310,9 @@ pub enum UsageError {
         "nothing to run: give --kernel, or a --config with a boot-source, or --api-sock to be told later"
     )]
     NothingToRun,
+    /// An argument of `coppice run` that `coppice vm create` does not take.
+    #[error("{0} is the daemon's to decide")]
+    DaemonsOwn(&'static str),
     /// A part of a boot source without a kernel.
     #[error("{0} needs --kernel, or a --config with a boot-source")]
     NeedsKernel(&'static str),

@@ -25,6 +25,9 @@ fn run_arguments(cmdline: &str) -> Option<RunArguments> {
         Command::Run(arguments) => Some(*arguments),
         Command::Disk(_)
         | Command::Image(_)
+        | Command::Serve(_)
+        | Command::Vm(_)
+        | Command::Console { .. }
         | Command::Bench(_)
         | Command::Top(_)
         | Command::Doctor { .. } => None,
