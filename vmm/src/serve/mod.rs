@@ -16,6 +16,7 @@ mod admission;
 mod console;
 mod events;
 mod fault;
+mod guest_api;
 mod images;
 mod lifecycle;
 mod listen;

@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri};
 use axum::middleware::{self, Next};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use futures_util::stream;
 use hyper::upgrade::OnUpgrade;
@@ -37,7 +37,7 @@ use super::spec::VmSpec;
 use super::status::{State, VmStatus};
 use super::vm::Vm;
 use super::{Daemon, console, metrics, openapi, proxy};
-use crate::config::MAX_FILE_SIZE;
+use crate::config::{MAX_FILE_SIZE, MachineConfig};
 use crate::metrics::CONTENT_TYPE as OPENMETRICS;
 use crate::{api, procfs};
 
@@ -60,7 +60,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Asked<T> {
 
     async fn from_request(request: Request, state: &S) -> Answer<Self> {
         let body = raw(Bytes::from_request(request, state).await)?;
-        Ok(Self(serde_json::from_slice(&body)?))
+        Ok(Self(api::parse_object(&body)?))
     }
 }
 
@@ -97,7 +97,8 @@ fn flag<'de, D: serde::Deserializer<'de>>(from: D) -> Result<bool, D::Error> {
 pub(super) struct Look {
     /// With the memory and the CPU time of each.
     #[serde(deserialize_with = "flag")]
-    #[param(required = false)]
+    // Nothing, true or false.
+    #[param(required = false, value_type = String, example = "true")]
     stats: bool,
 }
 
@@ -121,7 +122,8 @@ pub(super) struct Which {
     vm: Option<String>,
     /// With the counters of all guests' processes, of 256 at most.
     #[serde(deserialize_with = "flag")]
-    #[param(required = false)]
+    // Nothing, true or false.
+    #[param(required = false, value_type = String, example = "true")]
     guests: bool,
 }
 
@@ -279,7 +281,7 @@ pub(super) async fn stop(
     let stop = if body.is_empty() {
         Stop::default()
     } else {
-        serde_json::from_slice::<Option<Stop>>(&body)?.unwrap_or_default()
+        api::parse_object::<Option<Stop>>(&body)?.unwrap_or_default()
     };
     let (vm, manner) = (daemon.vm(&id)?, manner(stop.timeout_s)?);
     Ok(told(&*Daemon::detached(daemon.stop(vm, manner)).await?))
@@ -325,14 +327,19 @@ pub(super) async fn console_output(
 /// Gives the guest something to read on its serial console.
 #[utoipa::path(put, path = "/vms/{id}/console", tag = "guests", params(("id" = String, Path)),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"), responses(
-    (status = 204), (status = 404, body = FaultBody), (status = 409, body = FaultBody), (status = 413, body = FaultBody)))]
+    (status = 204), (status = 400, body = FaultBody), (status = 404, body = FaultBody), (status = 409, body = FaultBody),
+    (status = 413, body = FaultBody)))]
 pub(super) async fn console_input(
     Of(daemon): Context,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
 ) -> Answer<StatusCode> {
-    let vm = daemon.vm(&id)?;
-    console::input(vm, raw(body)?).await?;
+    let (vm, body) = (daemon.vm(&id)?, raw(body)?);
+    if body.is_empty() {
+        let text = "there is nothing to give the guest".to_owned();
+        return Err(Fault::Body(StatusCode::BAD_REQUEST, text));
+    }
+    console::input(vm, body).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -388,8 +395,14 @@ async fn pass_on(
             let now = vm.now();
             (now.ram_mib, now.vcpus)
         });
-    if before.is_some() {
-        let (ram_mib, vcpus) = sizes(&vm, &body);
+    let (ram_mib, vcpus) = sizes(&vm, &body);
+    let can_be = MachineConfig {
+        mem_size_mib: ram_mib,
+        vcpu_count: vcpus,
+        ..MachineConfig::default()
+    };
+    // What cannot be is the guest's to refuse.
+    if before.is_some() && can_be.validate().is_ok() {
         daemon.admit_change(&vm, ram_mib, vcpus, |_| ())?;
     }
     let patience = if changes { proxy::ACTION } else { proxy::LOOK };
@@ -670,8 +683,8 @@ pub fn all(daemon: Arc<Daemon>) -> Router {
         .route("/vms/{id}/pause", post(pause))
         .route("/vms/{id}/resume", post(resume))
         .route("/vms/{id}/console", get(console_output).put(console_input))
-        .route("/vms/{id}/", any(guest))
-        .route("/vms/{id}/{*path}", any(guest))
+        .route("/vms/{id}/", get(guest))
+        .route("/vms/{id}/{*path}", get(guest).put(guest).patch(guest))
         .route("/images", get(images))
         .route(
             "/images/{name}",

@@ -26,10 +26,12 @@ pub struct VmSpec {
     pub id: Option<String>,
     /// The guest, as `coppice run --config` takes it (Firecracker's configuration file). Paths are absolute, or `image:NAME`.
     #[serde(default)]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<VmConfig>)]
     pub config: Option<Value>,
     /// The template that it is a clone of, instead of `config`.
+    // Not in the document before there are templates.
     #[serde(default)]
+    #[schema(ignore)]
     pub template: Option<String>,
     /// Whether it starts at once.
     #[serde(default = "yes")]

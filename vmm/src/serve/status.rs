@@ -131,7 +131,7 @@ pub struct VmStatus {
     pub cpu_s: Option<f64>,
     /// Its configuration, as it was made: of one guest alone.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<crate::config::VmConfig>)]
     pub config: Option<Value>,
 }
 
