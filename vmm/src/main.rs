@@ -10,18 +10,20 @@ use coppice::cli::{
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{bench, disk_tool, doctor, exit, remote, run, serve, top};
+use coppice::{bench, cli, disk_tool, doctor, exit, remote, run, serve, top};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
         Err(error) => return told_by_parser(&error),
     };
-    match cli.command {
+    match command {
         Command::Run(arguments) => run_guest(*arguments),
         Command::Serve(arguments) => serve_guests(*arguments),
         Command::Vm(arguments) => use_guests(*arguments),
         Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
+        Command::Completions { shell } => pages(cli::completions(shell)),
+        Command::Man { folder } => pages(cli::man_pages(&folder)),
         Command::Disk(command) => use_disk(&command),
         Command::Image(command) => make_image(command),
         Command::Bench(BenchCommand::Density(arguments)) => measure_density(*arguments),
@@ -113,6 +115,13 @@ fn outcome(done: Result<(), remote::RemoteError>) -> ExitCode {
 
 fn use_guests(arguments: VmArguments) -> ExitCode {
     outcome(remote::run(arguments))
+}
+
+fn pages(done: Result<(), cli::PagesError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(exit::FAILURE, error),
+    }
 }
 
 fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {

@@ -3,6 +3,7 @@
 mod balloon;
 mod bench;
 mod disk;
+mod pages;
 mod pmem;
 mod serve;
 mod size;
@@ -26,6 +27,7 @@ use crate::{console, exit};
 pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
+pub use pages::{PagesError, completions, man_pages};
 pub use pmem::{PmemArgument, PmemError};
 pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use size::{Bytes, Mebibytes, SizeError};
@@ -77,6 +79,18 @@ pub enum Command {
     /// Show all of this user's guests, with what each of them takes of the host.
     #[command(after_help = top::HELP)]
     Top(TopArguments),
+    /// Print the completions of a shell.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a folder.
+    #[command(hide = true)]
+    Man {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.

@@ -28,6 +28,8 @@ fn run_arguments(cmdline: &str) -> Option<RunArguments> {
         | Command::Serve(_)
         | Command::Vm(_)
         | Command::Console { .. }
+        | Command::Completions { .. }
+        | Command::Man { .. }
         | Command::Bench(_)
         | Command::Top(_)
         | Command::Doctor { .. } => None,
