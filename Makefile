@@ -12,9 +12,10 @@ export LAB := target/$(TARGET)/release/lab
 
 help:
 	@echo "make demo          boot four guests from one disk: natively where KVM can, else in the lab"
-	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, api, fuzz, lab"
+	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, api, web, fuzz, lab"
 	@echo "make build         the release binary, $(COPPICE)"
-	@echo "make lint unit api fuzz lab   the parts of make test"
+	@echo "make lint unit api web fuzz lab   the parts of make test"
+	@echo "make web           the daemon's page in headless Chromium; a picture in target/web.png"
 	@echo "make install       into PREFIX (/usr/local), below DESTDIR: program, man pages, completions, systemd unit"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
 	@echo "make bench-density memory of many guests in the lab, beside QEMU's; results in target/lab/out/density"
@@ -59,7 +60,7 @@ demo: build guest emulator
 	resources/demo.sh
 
 test: setup
-	resources/phases.sh lint unit api fuzz lab
+	resources/phases.sh lint unit api web fuzz lab
 
 lint: setup
 	cargo fmt --all --check
@@ -75,6 +76,12 @@ unit: setup
 api: setup
 	cargo build -p coppice
 	resources/schemathesis/run.sh
+
+# The daemon's page in headless Chromium, which is large: so it is installed here and not by setup.
+web: setup
+	command -v chromium >/dev/null || sudo apt-get install -q -y --no-install-recommends chromium || apt-get install -q -y --no-install-recommends chromium
+	cargo build -p coppice
+	resources/web/check.sh target/web.png
 
 # FUZZ_SECONDS for each target, 60 if not said.
 fuzz: setup

@@ -32,7 +32,7 @@ fn a_guest_lives_its_life_by_the_command_line() {
     assert_eq!(done(&daemon, &create), "g\n");
     let list = done(&daemon, &["vm", "list"]);
     assert!(
-        list.lines().nth(1).unwrap().starts_with("g") && list.contains("running"),
+        list.lines().nth(1).unwrap().starts_with('g') && list.contains("running"),
         "{list}"
     );
     let json =

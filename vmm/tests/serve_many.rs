@@ -393,3 +393,112 @@ fn a_guest_that_gets_no_memory_is_refused_and_the_daemon_goes_on() {
     assert_eq!(daemon.call("DELETE", "/vms/before", None).0, 204);
     nothing_is_left(&daemon);
 }
+
+#[test]
+fn the_dashboard_shows_metrics_that_there_are() {
+    let daemon = Daemon::start(&[]);
+    daemon.create_running("g");
+    let metrics = daemon.get("/metrics?guests");
+    let metrics = metrics.as_str().unwrap();
+    let dashboard = include_str!("../../resources/grafana/coppice.json");
+    let dashboard: Value = serde_json::from_str(dashboard).unwrap();
+    let mut names = std::collections::BTreeSet::new();
+    for panel in dashboard["panels"].as_array().unwrap() {
+        for target in panel["targets"].as_array().unwrap() {
+            let words = target["expr"]
+                .as_str()
+                .unwrap()
+                .split(|c: char| c != '_' && !c.is_ascii_alphanumeric());
+            names.extend(
+                words
+                    .filter(|word| word.starts_with("coppice_"))
+                    .map(ToOwned::to_owned),
+            );
+        }
+    }
+    assert!(names.len() > 10);
+    for name in names {
+        let told = metrics.lines().any(|line| {
+            line.strip_prefix(&name)
+                .is_some_and(|rest| rest.starts_with([' ', '{']))
+        });
+        assert!(told, "{name} is not in {metrics}");
+    }
+}
+
+#[test]
+fn the_address_for_reading_is_for_nothing_else() {
+    let daemon = Daemon::start(&["--web", "127.0.0.1:0"]);
+    daemon.create_waiting("g");
+    let log = daemon.log();
+    let (_, rest) = log.split_once("address=").unwrap();
+    let address = rest.split_whitespace().next().unwrap();
+    let status = |method: &str, path: &str| {
+        let url = format!("http://{address}{path}");
+        let curl = Command::new("curl")
+            .args([
+                "-sS",
+                "-o",
+                "/dev/null",
+                "-w",
+                "%{http_code}",
+                "-X",
+                method,
+                &url,
+            ])
+            .output();
+        String::from_utf8(curl.unwrap().stdout).unwrap()
+    };
+    for path in ["/", "/vms?stats", "/vms/g", "/metrics", "/healthz"] {
+        assert_eq!(status("GET", path), "200", "{path}");
+    }
+    for (method, path, code) in [
+        ("DELETE", "/vms/g", "405"),
+        ("POST", "/vms", "405"),
+        ("GET", "/vms/g/vm/config", "404"),
+        ("GET", "/vms/g/console", "404"),
+        ("PUT", "/images/x", "404"),
+    ] {
+        assert_eq!(status(method, path), code, "{method} {path}");
+    }
+}
+
+#[test]
+fn a_hundred_guests_cost_the_daemon_little_and_a_status_costs_them_nothing() {
+    let daemon = Daemon::start(&["--memory-ratio", "100"]);
+    daemon.create_waiting("first");
+    let number = |pid: u64, name: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(name))
+            .unwrap();
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let anonymous = || number(daemon.pid().into(), "RssAnon");
+    let before = anonymous();
+    thread::scope(|scope| {
+        for client in 0..4 {
+            let daemon = &daemon;
+            scope.spawn(move || {
+                for n in 0..25 {
+                    daemon.create_waiting(&format!("g{client}-{n}"));
+                }
+            });
+        }
+    });
+    let grown = anonymous().saturating_sub(before);
+    assert!(grown < 4096, "100 guests take {grown} KiB");
+    let guest = daemon.get("/vms/first")["pid"].as_u64().unwrap();
+    let switches = || number(guest, "voluntary_ctxt_switches");
+    let before = switches();
+    for _ in 0..200 {
+        daemon.get("/vms/first");
+    }
+    daemon.get("/vms");
+    assert_eq!(switches(), before);
+}

@@ -145,6 +145,10 @@ fn long_help() -> String {
 /// The arguments of `coppice run`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "flags of a command line are independent"
+)]
 pub struct RunArguments {
     /// The kernel: an ELF vmlinux, or a bzImage.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]

@@ -18,7 +18,7 @@ pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub struct ServeArguments {
-    /// Listen on this Unix socket [default: $COPPICE_SOCKET, or /run/coppice.sock for root, or $XDG_RUNTIME_DIR/coppice.sock].
+    /// Listen on this Unix socket [default: `$COPPICE_SOCKET`, or /run/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Mode of the socket, in octal [default: 600; 660 with --socket-group, 666 with --allow-uid].
@@ -34,7 +34,7 @@ pub struct ServeArguments {
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
     /// Where the state is: guests outlive the daemon, and the next one finds them there [default: /var/lib/coppice for root, else
-    /// $XDG_STATE_HOME/coppice or ~/.local/state/coppice].
+    /// `$XDG_STATE_HOME/coppice` or ~/.local/state/coppice].
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
     /// Show the guests on this TCP address as well, to anybody, for reading alone: 127.0.0.1:8080.

@@ -3,6 +3,7 @@
 mod attach;
 mod client;
 
+use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
 
@@ -221,7 +222,8 @@ fn details(vm: &Value) -> String {
             ("end", Value::Object(end)) => word(&end["text"]),
             _ => word(value),
         };
-        text.push_str(&format!("{name:<14} {value}\n"));
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{name:<14} {value}");
     }
     text
 }

@@ -1,4 +1,4 @@
-//! The guest's own API below `/vms/{id}/`, as the OpenAPI document shows it. These requests are passed on (`routes`), and done by the
+//! The guest's own API below `/vms/{id}/`, as the `OpenAPI` document shows it. These requests are passed on (`routes`), and done by the
 //! guest's process ([`crate::api`]): here is only what they look like, with the types that the process reads.
 
 #![allow(

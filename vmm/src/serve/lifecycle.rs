@@ -1,4 +1,5 @@
-//! The life of a guest: made, started, stopped, ended, started again, deleted, and found again.
+//! The life of a guest: made, started, paused, stopped, started again, and deleted. Its end is told in `ending`, and how the next daemon
+//! finds it in `recovery`.
 //!
 //! ```text
 //! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused
@@ -22,9 +23,9 @@ use tokio::time::{sleep, timeout};
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
-use super::process::{self, Exit, Launch, Process};
+use super::process::{self, Launch, Process};
 use super::proxy;
-use super::spec::{Resolved, RestartPolicy, VmSpec};
+use super::spec::{Resolved, VmSpec};
 use super::status::{Ended, State, now_ms};
 use super::store::{self, Phase, Record};
 use super::vm::Vm;
@@ -32,14 +33,11 @@ use crate::config::VmConfig;
 use crate::exit::{EndKind, EndReport};
 
 /// How long a guest may take to its first instruction.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 /// How long a process may take to end after `SIGTERM`, with its disks closed.
 const TERM: Duration = Duration::from_secs(5);
 /// How long a process may take to end after `SIGKILL`.
-const KILL: Duration = Duration::from_secs(10);
-/// Restarts in a row, none of which ran for [`LONG`].
-const RESTARTS: u32 = 5;
-const LONG: Duration = Duration::from_secs(60);
+pub(super) const KILL: Duration = Duration::from_secs(10);
 /// How old a measure may be for admission.
 const FRESH: Duration = Duration::from_secs(10);
 
@@ -268,113 +266,8 @@ impl Daemon {
         }
     }
 
-    /// Waits for the end of a process, and says so.
-    fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>) {
-        let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
-        tokio::spawn(async move {
-            let exit = process.ended().await;
-            daemon.ended(&vm, exit).await;
-        });
-    }
-
-    async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit) {
-        let folder = vm.folder.clone();
-        let report = blocking(move || reason(&folder, exit)).await;
-        let report = report.unwrap_or_else(|fault| EndReport::failed(&fault));
-        tracing::info!(vm = %vm.id, ?report, "a process has ended");
-        let settled = vm.change(|now| {
-            let ran = now.since.take().map(|since| since.elapsed());
-            now.process = None;
-            now.measured = None;
-            now.end = Some(Ended {
-                report,
-                time_ms: now_ms(),
-            });
-            if ran.is_some_and(|ran| ran >= LONG) {
-                now.failures = 0;
-            }
-            match now.state {
-                // Whoever makes, starts or deletes it goes on from here.
-                State::Creating | State::Starting | State::Deleting => false,
-                State::NotStarted
-                | State::Running
-                | State::Paused
-                | State::Stopped
-                | State::Failed
-                | State::Restarting => true,
-            }
-        });
-        if settled {
-            self.settle(vm);
-            self.save(vm).await;
-        }
-    }
-
-    /// Decides what becomes of a guest that has no process; leaves alone one that has.
-    fn settle(self: &Arc<Self>, vm: &Arc<Vm>) {
-        let (kind, text, delay) = {
-            let mut now = vm.now();
-            let (None, Some(end)) = (&now.process, now.end.clone()) else {
-                return;
-            };
-            let in_order = match end.report.kind {
-                EndKind::PowerOff | EndKind::Quit | EndKind::Signal => true,
-                EndKind::Reset
-                | EndKind::Panic
-                | EndKind::Crash
-                | EndKind::Failed
-                | EndKind::Killed
-                | EndKind::Unknown => false,
-            };
-            let text = end.report.text;
-            if now.stopping || in_order || vm.spec.restart == RestartPolicy::Never {
-                let stopped = now.stopping || in_order || end.report.kind == EndKind::Reset;
-                let (state, kind) = if stopped {
-                    (State::Stopped, EventKind::Stopped)
-                } else {
-                    (State::Failed, EventKind::Failed)
-                };
-                now.state = state;
-                (kind, text, None)
-            } else if now.failures >= RESTARTS {
-                now.state = State::Failed;
-                let text = format!(
-                    "{text}; it has failed {RESTARTS} times in a row, and is not started again: find out why, and start it"
-                );
-                (EventKind::RestartsExhausted, text, None)
-            } else {
-                let delay = Duration::from_secs(1 << now.failures);
-                now.state = State::Restarting;
-                now.failures += 1;
-                let text = format!("{text}; it is started again in {} s", delay.as_secs());
-                (EventKind::Restarting, text, Some(delay))
-            }
-        };
-        vm.change(|_| ());
-        self.events.tell(kind, Some(&vm.id), Some(text));
-        if let Some(delay) = delay {
-            self.restart_later(vm, delay);
-        }
-    }
-
-    fn restart_later(self: &Arc<Self>, vm: &Arc<Vm>, delay: Duration) {
-        let (daemon, vm) = (self.clone(), vm.clone());
-        tokio::spawn(async move {
-            sleep(delay).await;
-            let _operation = vm.operation.lock().await;
-            if vm.state() != State::Restarting {
-                return;
-            }
-            vm.change(|now| now.restarts += 1);
-            daemon.metrics.restarted();
-            if let Err(fault) = daemon.start_again(&vm).await {
-                tracing::warn!(vm = %vm.id, %fault, "a guest could not be started again");
-            }
-        });
-    }
-
     /// Gives a guest without a process one that starts it. Its operation is held.
-    async fn start_again(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+    pub(super) async fn start_again(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let started = async {
             let config = self.readmit(vm)?;
             let path = vm.folder.join("config.json");
@@ -632,118 +525,4 @@ impl Daemon {
             tracing::error!(vm = %vm.id, %error, "the state of a guest is not on the disk");
         }
     }
-
-    /// Finds the guests of the daemon before.
-    ///
-    /// # Errors
-    /// Where the state folder cannot be read. A guest whose folder is damaged is left alone.
-    pub async fn recover(self: &Arc<Self>) -> io::Result<()> {
-        for id in self.store.ids()? {
-            if let Err(error) = self.recover_vm(&id).await {
-                tracing::error!(vm = %id, %error, "what is left of a guest cannot be understood, and stays as it is");
-            }
-        }
-        Ok(())
-    }
-
-    async fn recover_vm(self: &Arc<Self>, id: &str) -> io::Result<()> {
-        let folder = self.store.vm(id);
-        let record = store::read::<Record>(&folder.join("vm.json"))?;
-        let found = process::find(&folder)?.map(Process::new).transpose()?;
-        let record = match record {
-            Some(record) if record.phase == Phase::Present => record,
-            Some(_) | None => {
-                // Half made or half deleted. Whoever asked for it has been told nothing.
-                if let Some(process) = found {
-                    process.signal(Signal::KILL);
-                    let _ = timeout(KILL, process.ended()).await;
-                }
-                tracing::info!(vm = %id, "what was left of a guest is removed");
-                return self.store.remove(id);
-            }
-        };
-        let config = store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default();
-        let machine = &config.machine_config;
-        let state = record.state;
-        let vm = Vm::new(
-            id.to_owned(),
-            folder,
-            record,
-            machine.mem_size_mib,
-            machine.vcpu_count,
-        );
-        let vm = Arc::new(vm);
-        self.vms().insert(id.to_owned(), vm.clone());
-        match (found, state) {
-            (Some(process), _) => self.attach(&vm, process),
-            (None, State::Stopped | State::Failed) => {}
-            (None, State::Restarting) => self.restart_later(&vm, Duration::from_secs(1)),
-            (None, _) => {
-                vm.change(|now| now.state = State::Running);
-                self.ended(&vm, Exit::Unseen).await;
-            }
-        }
-        Ok(())
-    }
-
-    fn attach(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
-        let process = Arc::new(process);
-        vm.change(|now| {
-            now.since = Instant::now().checked_sub(process::age(process.pid));
-            now.process = Some(process.clone());
-            now.end = None;
-            if !matches!(now.state, State::NotStarted | State::Paused) {
-                now.state = State::Running;
-            }
-        });
-        self.watch(vm, &process);
-        self.events.tell(EventKind::Attached, Some(&vm.id), None);
-        let (daemon, vm) = (self.clone(), vm.clone());
-        tokio::spawn(async move {
-            match proxy::state(&vm.api_socket(), proxy::LOOK).await {
-                Some(state) => {
-                    vm.change(|now| {
-                        if now.process.is_some() && now.state != State::Deleting {
-                            now.state = state;
-                        }
-                    });
-                    daemon.save(&vm).await;
-                }
-                None => tracing::warn!(vm = %vm.id, "the process of a guest does not answer"),
-            }
-        });
-    }
-}
-
-/// Why a process ended: as it says itself, or else as far as it can be told.
-fn reason(folder: &std::path::Path, exit: Exit) -> EndReport {
-    match store::read(&folder.join("end.json")) {
-        Ok(Some(report)) => return report,
-        Ok(None) => {}
-        Err(error) => tracing::warn!(%error, "the reason of an end cannot be read"),
-    }
-    let (kind, text, code) = match exit {
-        Exit::Code(code) => {
-            let text = format!("the process ended with code {code}");
-            (EndKind::Failed, text, Some(code))
-        }
-        Exit::Signal(9) => {
-            let text = "the process was killed (SIGKILL): by a user, or by the kernel for want of memory, which dmesg would tell";
-            (EndKind::Killed, text.to_owned(), None)
-        }
-        Exit::Signal(number) => {
-            let text = format!("the process crashed, or was killed, by signal {number}");
-            (EndKind::Killed, text, None)
-        }
-        Exit::Unseen => {
-            let text = "the process is gone, and has left no reason: it was killed, or the host was restarted";
-            (EndKind::Unknown, text.to_owned(), None)
-        }
-    };
-    let log = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
-    let text = match log.lines().next_back() {
-        Some(line) => format!("{text}; its log ends with: {line:.300}"),
-        None => text,
-    };
-    EndReport { kind, text, code }
 }

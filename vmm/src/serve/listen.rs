@@ -25,7 +25,7 @@ use super::peer::Caller;
 /// Connections at the same time. Further ones wait.
 const MAX_CONNECTIONS: u32 = 512;
 /// How long the head of a request may take, and a connection say nothing.
-const HEAD: Duration = Duration::from_secs(60);
+const HEAD: Duration = Duration::from_mins(1);
 /// Most bytes of a head, and of what waits to be written.
 const BUFFER: usize = 16 << 10;
 /// How long the end waits for answers.
@@ -111,7 +111,6 @@ impl Connections {
 
     /// Answers the first request of a caller who may not.
     fn turn_away(
-        &self,
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         uid: u32,
         place: OwnedSemaphorePermit,
@@ -162,7 +161,7 @@ impl Connections {
                     daemon
                         .events
                         .tell(EventKind::CallerRefused, None, Some(text));
-                    self.turn_away(stream, peer.uid(), place);
+                    Self::turn_away(stream, peer.uid(), place);
                 }
                 Err(error) => tracing::warn!(%error, "a caller cannot be told"),
             }

@@ -14,6 +14,7 @@
 
 mod admission;
 mod console;
+mod ending;
 mod events;
 mod fault;
 mod guest_api;
@@ -22,9 +23,11 @@ mod lifecycle;
 mod listen;
 mod metrics;
 mod openapi;
+mod page;
 mod peer;
 mod process;
 mod proxy;
+mod recovery;
 mod routes;
 mod spec;
 mod status;
@@ -279,6 +282,9 @@ async fn serve(options: Options) -> Result<(), ServeError> {
     if let Some(address) = options.web {
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(host(format!("--web {address}")))?;
+        if let Ok(address) = listener.local_addr() {
+            tracing::info!(%address, "for reading");
+        }
         tokio::spawn(
             connections
                 .clone()

@@ -25,7 +25,7 @@ const MAX_ANSWER: usize = 4 << 20;
 /// How long an answer may take that needs no more than a look.
 pub const LOOK: Duration = Duration::from_secs(5);
 /// How long an answer may take that has the guest do something, such as start.
-pub const ACTION: Duration = Duration::from_secs(120);
+pub const ACTION: Duration = Duration::from_mins(2);
 
 /// What came back.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use axum::extract::{
     DefaultBodyLimit, Extension, FromRequest, FromRequestParts, OriginalUri, Path, Request,
     State as Of,
 };
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue, LOCATION};
+use axum::http::header::{CONTENT_TYPE, HeaderValue, LOCATION};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, Method, StatusCode, Uri};
 use axum::middleware::{self, Next};
@@ -36,7 +36,7 @@ use super::peer::Caller;
 use super::spec::VmSpec;
 use super::status::{State, VmStatus};
 use super::vm::Vm;
-use super::{Daemon, console, metrics, openapi, proxy};
+use super::{Daemon, console, metrics, openapi, page, proxy};
 use crate::config::{MAX_FILE_SIZE, MachineConfig};
 use crate::metrics::CONTENT_TYPE as OPENMETRICS;
 use crate::{api, procfs};
@@ -528,25 +528,28 @@ pub(super) async fn events(Of(daemon): Context, headers: HeaderMap) -> impl Into
         .get("last-event-id")
         .and_then(|last| last.to_str().ok()?.parse().ok());
     let (kept, receiver) = daemon.events.listen(last);
-    let stream = stream::unfold(
-        (kept.into_iter(), receiver),
-        |(mut kept, mut receiver)| async {
-            let event = match kept.next() {
-                Some(event) => event,
-                None => match receiver.recv().await {
-                    Ok(event) => event,
-                    // Too slow: it comes back, and says what it has seen.
-                    Err(RecvError::Lagged(_) | RecvError::Closed) => return None,
-                },
-            };
-            let told = sse::Event::default()
-                .id(event.id.to_string())
-                .event(event.kind.name())
-                .json_data(&event)
-                .unwrap_or_default();
-            Some((Ok::<_, Infallible>(told), (kept, receiver)))
-        },
-    );
+    let stream = stream::unfold(Some((kept.into_iter(), receiver)), |listening| async {
+        let (mut kept, mut receiver) = listening?;
+        let event = match kept.next() {
+            Some(event) => event,
+            None => match receiver.recv().await {
+                Ok(event) => event,
+                // Too slow: it comes back, and says what it has seen.
+                Err(RecvError::Lagged(_) | RecvError::Closed) => return None,
+            },
+        };
+        let told = sse::Event::default()
+            .id(event.id.to_string())
+            .event(event.kind.name())
+            .json_data(&event)
+            .unwrap_or_default();
+        // Nothing comes after the end, which is not to be held up.
+        let goes_on = event.kind != EventKind::DaemonStopping;
+        Some((
+            Ok::<_, Infallible>(told),
+            goes_on.then_some((kept, receiver)),
+        ))
+    });
     Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(15)))
 }
 
@@ -612,23 +615,6 @@ pub(super) async fn openapi_json() -> Answer<Response> {
     Ok((content, text).into_response())
 }
 
-/// The page with the guests, for people.
-async fn page() -> impl IntoResponse {
-    let headers = [
-        (
-            CONTENT_TYPE,
-            HeaderValue::from_static("text/html; charset=utf-8"),
-        ),
-        (
-            CONTENT_SECURITY_POLICY,
-            HeaderValue::from_static(
-                "default-src 'none'; script-src 'sha256-PAGE'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-            ),
-        ),
-    ];
-    (headers, "")
-}
-
 async fn nothing(method: Method, uri: Uri) -> Fault {
     Fault::NoPath(method, uri.path().to_owned())
 }
@@ -659,7 +645,7 @@ fn finished(router: Router<Arc<Daemon>>, daemon: Arc<Daemon>) -> Router {
 /// What only looks.
 fn looks() -> Router<Arc<Daemon>> {
     Router::new()
-        .route("/", get(page))
+        .route("/", get(page::page))
         .route("/healthz", get(health))
         .route("/openapi.json", get(openapi_json))
         .route("/metrics", get(metrics))

@@ -85,6 +85,10 @@ pub struct Ended {
 
 /// Memory of a guest's process (`smaps_rollup`), in KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[allow(
+    clippy::struct_field_names,
+    reason = "the unit is a part of the name in JSON"
+)]
 pub struct MemorySplit {
     /// Nobody else's.
     pub private_kib: u64,
