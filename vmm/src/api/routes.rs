@@ -209,10 +209,11 @@ pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
 /// # Errors
 /// Where it is not of the expected shape.
 pub fn parse_object<T: DeserializeOwned>(body: &[u8]) -> serde_json::Result<T> {
+    let parsed = serde_json::from_slice(body)?;
     if body.trim_ascii_start().starts_with(b"[") {
         return Err(serde::de::Error::custom("expected an object, not an array"));
     }
-    serde_json::from_slice(body)
+    Ok(parsed)
 }
 
 pub(super) fn tell(value: impl Serialize) -> Result<Answer, Fault> {

@@ -83,7 +83,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         man_pages(folder.path()).unwrap();
         for (name, word) in [
-            ("coppice", "density"),
+            ("coppice", "bench"),
             ("coppice-run", "kernel"),
             ("coppice-serve", "memory\\-ratio"),
             ("coppice-vm-create", "on\\-failure"),

@@ -116,7 +116,7 @@ impl Limits {
     /// Says whether `new` has room beside `others`.
     ///
     /// # Errors
-    /// [`Refusal`].
+    /// `Memory`, `Quota`.
     pub fn admit(&self, others: &[Load], new: &Load) -> Result<(), Refusal> {
         let quota = |flag, limit: Option<u64>, wanted: u64| match limit {
             Some(limit) if wanted > limit => Err(Refusal::Quota {
@@ -204,7 +204,7 @@ mod tests {
         // 64 MiB of the RAM, and 1 MiB of the process.
         assert_eq!(most(guest(None)), 15);
         // All of it touched, nothing shared.
-        assert_eq!(most(guest(Some((129, 0, 129)))), 7);
+        assert_eq!(most(guest(Some((129, 0, 129)))), 8);
         // All of it touched, nearly all shared by many.
         assert_eq!(most(guest(Some((20, 109, 25)))), 39);
     }

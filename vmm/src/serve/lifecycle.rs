@@ -85,7 +85,7 @@ impl Daemon {
     /// Makes a guest, or finds the one that was made in the same way; says whether it is new.
     ///
     /// # Errors
-    /// [`Fault`]; nothing of the guest is left then.
+    /// Whatever is in the way; nothing of the guest is left then.
     pub async fn create(
         self: Arc<Self>,
         mut spec: VmSpec,
@@ -353,7 +353,7 @@ impl Daemon {
     /// Starts a guest: one that waits, or one that has ended. One that runs goes on running.
     ///
     /// # Errors
-    /// [`Fault`].
+    /// Whatever is in the way.
     pub async fn start(self: Arc<Self>, vm: Arc<Vm>) -> Result<Arc<Vm>, Fault> {
         self.measure(FRESH).await;
         let _operation = vm.operation.clone().lock_owned().await;
@@ -399,7 +399,7 @@ impl Daemon {
     /// Stops the vCPUs of a guest, or lets them go on.
     ///
     /// # Errors
-    /// [`Fault`].
+    /// Whatever is in the way.
     pub async fn pause(self: Arc<Self>, vm: Arc<Vm>, state: State) -> Result<Arc<Vm>, Fault> {
         let _operation = vm.operation.clone().lock_owned().await;
         let word = if state == State::Paused {
@@ -416,7 +416,7 @@ impl Daemon {
     /// Ends a guest: it is asked to, then its process is, then that is killed. One that has ended stays as it is.
     ///
     /// # Errors
-    /// [`Fault`].
+    /// Whatever is in the way.
     pub async fn stop(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<Arc<Vm>, Fault> {
         let _operation = vm.operation.clone().lock_owned().await;
         if vm.state() == State::Restarting {
@@ -464,7 +464,7 @@ impl Daemon {
     /// Ends a guest, and removes all of it.
     ///
     /// # Errors
-    /// [`Fault`]; it can be deleted again then.
+    /// Whatever is in the way; it can be deleted again then.
     pub async fn delete(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<(), Fault> {
         if manner.patience.is_zero() {
             // Whoever waits for its end does not any more.
