@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update emulator build demo test lint unit fuzz power-cuts lab bench bench-density clean
+.PHONY: help setup guest guest-update emulator build install demo test lint unit api web fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -12,9 +12,11 @@ export LAB := target/$(TARGET)/release/lab
 
 help:
 	@echo "make demo          boot four guests from one disk: natively where KVM can, else in the lab"
-	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, fuzz, lab"
+	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, api, web, fuzz, lab"
 	@echo "make build         the release binary, $(COPPICE)"
-	@echo "make lint unit fuzz lab   the parts of make test"
+	@echo "make lint unit api web fuzz lab   the parts of make test"
+	@echo "make web           the daemon's page in headless Chromium; a picture in target/web.png"
+	@echo "make install       into PREFIX (/usr/local), below DESTDIR: program, man pages, completions, systemd unit"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
 	@echo "make bench-density memory of many guests in the lab, beside QEMU's; results in target/lab/out/density"
 	@echo "make fuzz          fuzz the disk engine, each target for FUZZ_SECONDS (60)"
@@ -39,11 +41,26 @@ guest-update:
 build: setup
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target $(TARGET) -p coppice -p lab
 
+# What is installed is the static binary of make build, which has to be there.
+PREFIX ?= /usr/local
+install:
+	install -D -m 755 $(COPPICE) $(DESTDIR)$(PREFIX)/bin/coppice
+	mkdir -p $(DESTDIR)$(PREFIX)/share/man/man1
+	$(COPPICE) man $(DESTDIR)$(PREFIX)/share/man/man1
+	mkdir -p $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	$(COPPICE) completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/coppice
+	$(COPPICE) completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_coppice
+	$(COPPICE) completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/coppice.fish
+	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
+	sed 's|/usr/bin/coppice|$(PREFIX)/bin/coppice|' resources/systemd/coppice.service \
+		> $(DESTDIR)$(PREFIX)/lib/systemd/system/coppice.service
+
 demo: build guest emulator
 	resources/demo.sh
 
 test: setup
-	resources/phases.sh lint unit fuzz lab
+	resources/phases.sh lint unit api web fuzz lab
 
 lint: setup
 	cargo fmt --all --check
@@ -54,6 +71,17 @@ lint: setup
 unit: setup
 	cargo nextest run --workspace
 	cargo test --workspace --doc --quiet
+
+# Property tests of the daemon's API from its own OpenAPI document. EXAMPLES and SEED say how many and which.
+api: setup
+	cargo build -p coppice
+	resources/schemathesis/run.sh
+
+# The daemon's page in headless Chromium, which is large: so it is installed here and not by setup.
+web: setup
+	command -v chromium >/dev/null || sudo apt-get install -q -y --no-install-recommends chromium || apt-get install -q -y --no-install-recommends chromium
+	cargo build -p coppice
+	resources/web/check.sh target/web.png
 
 # FUZZ_SECONDS for each target, 60 if not said.
 fuzz: setup

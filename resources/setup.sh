@@ -14,6 +14,8 @@ for package in "${!program[@]}"; do
     command -v "${program[$package]}" >/dev/null || missing+=("$package")
 done
 
+# A virtual environment needs the part of Python that makes one.
+/usr/bin/python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 # A library of Python has no program.
 /usr/bin/python3 -c 'import pyvhdi' 2>/dev/null || missing+=(python3-libvhdi)
 
@@ -68,4 +70,12 @@ fi
 if ! cargo nextest --version >/dev/null 2>&1; then
     echo "setup: installing cargo-nextest"
     cargo install --locked cargo-nextest
+fi
+
+# Property tests of the daemon's API. A version of its own, whatever else of Python is here.
+schemathesis=4.32.5
+if [ "$(target/python/bin/schemathesis --version 2>/dev/null | grep -o '[0-9.]*$')" != $schemathesis ]; then
+    echo "setup: installing schemathesis $schemathesis in target/python"
+    /usr/bin/python3 -m venv --clear target/python
+    target/python/bin/pip install -q --disable-pip-version-check "schemathesis==$schemathesis"
 fi

@@ -1,6 +1,12 @@
-//! How `coppice` ends, and what its exit code says about that.
+//! How `coppice` ends, and what its exit code, and the file of `--end-file`, say about that.
 
+use std::fmt::Display;
+use std::fs;
+use std::io;
+use std::path::Path;
 use std::process::ExitCode;
+
+use serde::{Deserialize, Serialize};
 
 use crate::machine::GuestEnd;
 
@@ -63,6 +69,90 @@ impl ExitReason {
 impl From<&ExitReason> for ExitCode {
     fn from(reason: &ExitReason) -> Self {
         Self::from(reason.code())
+    }
+}
+
+/// Why a guest ended, in words for programs and for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EndKind {
+    /// The guest powered off.
+    PowerOff,
+    /// The guest asked for a reset.
+    Reset,
+    /// The guest's kernel panicked.
+    Panic,
+    /// The guest crashed: a triple fault.
+    Crash,
+    /// The guest could not start or go on.
+    Failed,
+    /// A signal asked the process to end.
+    Signal,
+    /// A user at the terminal did.
+    Quit,
+    /// The process was killed, or crashed itself: told by others, as it could not.
+    Killed,
+    /// Nobody saw it.
+    Unknown,
+}
+
+/// What `--end-file` is given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct EndReport {
+    /// Why.
+    pub kind: EndKind,
+    /// The same for people.
+    pub text: String,
+    /// The exit code of the process; none where it was killed, or nobody saw it.
+    pub code: Option<u8>,
+}
+
+impl EndReport {
+    /// A guest that could not be run.
+    pub fn failed(error: &impl Display) -> Self {
+        Self {
+            kind: EndKind::Failed,
+            text: error.to_string(),
+            code: Some(FAILURE),
+        }
+    }
+
+    /// Writes it as JSON, whole or not at all.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
+        fs::write(&new, serde_json::to_vec(self)?)?;
+        fs::rename(&new, path)
+    }
+}
+
+impl From<&ExitReason> for EndReport {
+    fn from(reason: &ExitReason) -> Self {
+        let (kind, text) = match reason {
+            ExitReason::Guest(end) => match end {
+                GuestEnd::PowerOff => (EndKind::PowerOff, "the guest powered off".to_owned()),
+                GuestEnd::Reset => (EndKind::Reset, "the guest reset itself".to_owned()),
+                GuestEnd::Panic => (EndKind::Panic, "the guest's kernel panicked".to_owned()),
+                GuestEnd::TripleFault => (
+                    EndKind::Crash,
+                    "the guest crashed (triple fault)".to_owned(),
+                ),
+                GuestEnd::Failed(error) => (EndKind::Failed, error.clone()),
+            },
+            ExitReason::Signal(number) => (
+                EndKind::Signal,
+                format!("signal {number} asked the process to end"),
+            ),
+            ExitReason::Quit => (EndKind::Quit, "ended by Ctrl-A x".to_owned()),
+        };
+        Self {
+            kind,
+            text,
+            code: Some(reason.code()),
+        }
     }
 }
 

@@ -7,6 +7,8 @@
 //!                                memshare (crate): which pages of guest memory are files'
 //! ```
 //!
+//! [`serve`] is the host daemon: it starts a `coppice run` for each guest, and [`remote`] is its client.
+//!
 //! [`config`] is what a user asks for, checked field by field. [`control`] takes it, from the command line or the
 //! REST socket ([`api`]), and refuses what comes in the wrong state. [`machine`] builds the guest and its devices and
 //! owns their threads: one for each vCPU, one for all devices, one for the REST socket where there is one. [`pmem`] maps disks into the
@@ -32,7 +34,9 @@ pub mod metrics;
 pub mod pmem;
 pub mod procfs;
 pub mod reference;
+pub mod remote;
 pub mod run;
+pub mod serve;
 pub mod signals;
 pub mod snapshot;
 pub mod text_table;

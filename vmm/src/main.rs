@@ -6,18 +6,24 @@ use std::process::ExitCode;
 use clap::Parser;
 use coppice::cli::{
     BenchCommand, Cli, Command, DensityArguments, DensityTask, ImageCommand, RunArguments,
+    ServeArguments, VmArguments,
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{bench, disk_tool, doctor, exit, run, top};
+use coppice::{bench, cli, disk_tool, doctor, exit, remote, run, serve, top};
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
-        Ok(cli) => cli,
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
         Err(error) => return told_by_parser(&error),
     };
-    match cli.command {
+    match command {
         Command::Run(arguments) => run_guest(*arguments),
+        Command::Serve(arguments) => serve_guests(*arguments),
+        Command::Vm(arguments) => use_guests(*arguments),
+        Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
+        Command::Completions { shell } => pages(cli::completions(shell)),
+        Command::Man { folder } => pages(cli::man_pages(&folder)),
         Command::Disk(command) => use_disk(&command),
         Command::Image(command) => make_image(command),
         Command::Bench(BenchCommand::Density(arguments)) => measure_density(*arguments),
@@ -65,12 +71,55 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
         return fail(exit::FAILURE, error);
     }
+    let end_file = arguments.end_file.clone();
     let options = match arguments.into_options() {
         Ok(options) => options,
-        Err(error) => return fail(exit::USAGE, error),
+        Err(error) => {
+            let end = exit::EndReport {
+                code: Some(exit::USAGE),
+                ..exit::EndReport::failed(&error)
+            };
+            if let Some(Err(error)) = end_file.map(|path| end.write(&path)) {
+                tracing::error!(%error, "why the guest ended cannot be written");
+            }
+            return fail(exit::USAGE, error);
+        }
     };
     match run::run(options, log) {
         Ok(reason) => ExitCode::from(&reason),
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn serve_guests(arguments: ServeArguments) -> ExitCode {
+    let (_, subscriber) = Log::new(arguments.log.clone(), arguments.log_format);
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    let options = match arguments.into_options() {
+        Ok(options) => options,
+        Err(error) => return fail(exit::FAILURE, error),
+    };
+    match serve::run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn outcome(done: Result<(), remote::RemoteError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.code(), error),
+    }
+}
+
+fn use_guests(arguments: VmArguments) -> ExitCode {
+    outcome(remote::run(arguments))
+}
+
+fn pages(done: Result<(), cli::PagesError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(exit::FAILURE, error),
     }
 }

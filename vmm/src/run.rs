@@ -14,9 +14,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::api::{ApiServer, ApiSocket, SocketError};
 use crate::config::VmConfig;
-use crate::console::{self, Console, RawMode};
+use crate::console::{self, Console, ConsoleSocket, RawMode};
 use crate::control::{Control, ControlError, Guest, LaunchError, Origin};
-use crate::exit::ExitReason;
+use crate::exit::{EndReport, ExitReason};
 use crate::jail::{self, Confinement, JailError};
 use crate::logging::Log;
 use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings};
@@ -29,10 +29,20 @@ use crate::signals::{self, Signals};
 pub struct RunOptions {
     /// The guest. It starts at once if it has a boot source, and else waits for `InstanceStart`.
     pub config: VmConfig,
+    /// The name of the guest.
+    pub id: Option<String>,
     /// Where to listen for REST requests.
     pub api_socket: Option<PathBuf>,
     /// What the process gives away before.
     pub confinement: Confinement,
+    /// Where to serve the serial console.
+    pub console_socket: Option<PathBuf>,
+    /// Where to write why it ended.
+    pub end_file: Option<PathBuf>,
+    /// The guest waits for `InstanceStart` even with a boot source.
+    pub no_start: bool,
+    /// The process waits for a byte on standard input.
+    pub held: bool,
 }
 
 /// Why a guest could not be run.
@@ -44,6 +54,9 @@ pub enum RunError {
     /// The REST socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// Whoever started the process is gone.
+    #[error("standard input was closed before the guest was to begin")]
+    Abandoned,
     /// The event loop.
     #[error("event loop: {0}")]
     EventLoop(#[from] event_manager::Error),
@@ -125,20 +138,25 @@ impl MutEventSubscriber for Wakeups {
 #[derive(Clone)]
 struct Launcher {
     console: Arc<Mutex<Console>>,
+    console_socket: Option<Arc<Mutex<ConsoleSocket>>>,
     ending: Arc<Ending>,
     warm: Option<Warmer>,
 }
 
 impl Launcher {
     fn surroundings(&self, config: &VmConfig) -> Result<Surroundings, LaunchError> {
-        let serial_out: OwnedFd = match config
+        let path = config
             .serial
             .as_ref()
-            .and_then(|serial| serial.serial_out_path.as_ref())
-        {
-            Some(path) => open_output(path).map_err(LaunchError::Serial)?.into(),
-            None => console::stdout().map_err(LaunchError::Serial)?,
+            .and_then(|serial| serial.serial_out_path.as_ref());
+        let file = path.map(|path| open_output(path)).transpose();
+        let file = file.map_err(LaunchError::Serial)?;
+        let serial_out = match (&self.console_socket, file) {
+            (Some(socket), file) => lock(socket).serial_out(file),
+            (None, Some(file)) => Ok(file.into()),
+            (None, None) => console::stdout(),
         };
+        let serial_out: OwnedFd = serial_out.map_err(LaunchError::Serial)?;
         let serial_drained = self.console().drained().map_err(LaunchError::Serial)?;
         let ending = self.ending.clone();
         let on_end = Arc::new(move |end: GuestEnd| ending.tell(ExitReason::Guest(end)));
@@ -176,22 +194,64 @@ impl Launcher {
 /// # Errors
 /// [`RunError`]: the guest could not start.
 pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
-    let RunOptions {
-        config,
-        api_socket,
-        confinement,
-    } = options;
+    if options.held {
+        be_held()?;
+    }
+    let end_file = options.end_file.clone();
+    let ended = run_to_end(options, log);
+    if let Some(path) = end_file {
+        let end = match &ended {
+            Ok(reason) => EndReport::from(reason),
+            Err(error) => EndReport::failed(error),
+        };
+        if let Err(error) = end.write(&path) {
+            tracing::error!(%error, path = %path.display(), "why the guest ended cannot be written");
+        }
+    }
+    ended
+}
+
+/// Leaves the session of whoever started the process, and waits for their word.
+fn be_held() -> Result<(), RunError> {
+    // A process that leads its group already is in a session of its own making.
+    let _ = rustix::process::setsid();
+    loop {
+        match rustix::io::read(io::stdin(), &mut [0; 1]) {
+            Ok(1) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(_) => return Err(RunError::Abandoned),
+        }
+    }
+}
+
+fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     signals::share_one_heap();
     let signals = Signals::block().map_err(host("signals"))?;
     let ending = Ending::new().map_err(host("eventfd"))?;
     let api_metrics = Arc::new(ApiMetrics::default());
     let control = Arc::new(Mutex::new(Control::new(log, api_metrics.clone())));
-    let start = config.boot_source.is_some();
+    let RunOptions {
+        config,
+        id,
+        api_socket,
+        console_socket,
+        no_start,
+        confinement,
+        ..
+    } = options;
+    if let Some(id) = id {
+        lock(&control).set_id(id);
+    }
+    let start = config.boot_source.is_some() && !no_start;
     lock(&control).configure(config.clone())?;
     let warm = warmer(&config);
     // Removes the socket when it goes, so also where the guest cannot start.
     let api_socket = api_socket.as_deref();
     let socket = api_socket.map(ApiSocket::bind).transpose()?;
+    let console_socket = console_socket
+        .as_deref()
+        .map(ApiSocket::bind)
+        .transpose()?;
     let report = jail::enter(&confinement, &config, api_socket)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
     lock(&control).confined(report);
@@ -211,8 +271,18 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         ending: ending.clone(),
     })));
     manager.add_subscriber(console.clone());
+    let console_server = console_socket
+        .as_ref()
+        .map(|socket| ConsoleSocket::new(socket.listener()?, console.clone()))
+        .transpose()
+        .map_err(host("console socket"))?
+        .map(|server| Arc::new(Mutex::new(server)));
+    if let Some(server) = &console_server {
+        manager.add_subscriber(server.clone());
+    }
     let launcher = Launcher {
         console,
+        console_socket: console_server.clone(),
         ending: ending.clone(),
         warm,
     };
@@ -258,6 +328,9 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
             }
         }
     }
+    if let Some(console) = console_server {
+        lock(&console).finish();
+    }
     if let Some(server) = server {
         server.finish();
     }
@@ -280,6 +353,6 @@ fn warmer(config: &VmConfig) -> Option<Warmer> {
         .ok()
 }
 
-fn lock(control: &Mutex<Control>) -> std::sync::MutexGuard<'_, Control> {
-    control.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

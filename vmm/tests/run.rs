@@ -241,3 +241,36 @@ fn the_help_of_the_keys_is_shown_on_the_terminal() {
     terminal.type_keys(b"\x01x");
     assert_eq!(coppice.wait(), 130);
 }
+
+#[test]
+fn the_end_is_written_to_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (end, missing) = (path("end"), path("missing"));
+    let report = || -> Value { serde_json::from_slice(&fs::read(&end).unwrap()).unwrap() };
+    let run = |arguments: &[&str]| output(&[&["run", "--end-file", &end], arguments].concat());
+    assert_eq!(run(&["--kernel", &missing]).0, 1);
+    assert_eq!(
+        (&report()["kind"], &report()["code"]),
+        (&json!("failed"), &json!(1))
+    );
+    assert!(report()["text"].as_str().unwrap().contains("missing"));
+    assert_eq!(run(&["--config", &missing]).0, 2);
+    assert_eq!(report()["code"], 2);
+}
+
+#[test]
+fn a_held_process_ends_where_nobody_lets_it_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s");
+    let mut child = process::command()
+        .args(["run", "--held", "--id", "web-1", "--api-sock"])
+        .arg(&socket)
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    drop(child.stdin.take());
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert!(!socket.exists());
+}

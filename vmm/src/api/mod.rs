@@ -25,7 +25,7 @@ use crate::control::{Control, Guest, LaunchError, Origin};
 use crate::metrics::ApiMetrics;
 
 pub use client::{ClientError, get};
-pub use routes::MAX_BODY;
+pub use routes::{MAX_BODY, parse_object};
 pub use socket::{ApiSocket, SocketError};
 
 /// Connections that are served at the same time.

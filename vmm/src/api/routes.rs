@@ -202,7 +202,19 @@ async fn read(body: Incoming) -> Result<Bytes, Fault> {
 }
 
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
-    Ok(serde_json::from_slice(body)?)
+    Ok(parse_object(body)?)
+}
+
+/// Parses an object of JSON. An array of its fields, which serde would take for one, is none.
+///
+/// # Errors
+/// Where it is not of the expected shape.
+pub fn parse_object<T: DeserializeOwned>(body: &[u8]) -> serde_json::Result<T> {
+    let parsed = serde_json::from_slice(body)?;
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(serde::de::Error::custom("expected an object, not an array"));
+    }
+    Ok(parsed)
 }
 
 pub(super) fn tell(value: impl Serialize) -> Result<Answer, Fault> {

@@ -12,19 +12,19 @@ use rustix::process::umask;
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Something else has the name.
-    #[error("--api-sock {}: exists and is not a socket", path.display())]
+    #[error("socket {}: exists and is not a socket", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
     /// Another process listens.
-    #[error("--api-sock {}: another process listens there", path.display())]
+    #[error("socket {}: another process listens there", path.display())]
     InUse {
         /// The path.
         path: PathBuf,
     },
     /// The host refuses.
-    #[error("--api-sock {}: {source}", path.display())]
+    #[error("socket {}: {source}", path.display())]
     Io {
         /// The path.
         path: PathBuf,

@@ -4,9 +4,12 @@ mod balloon;
 mod bench;
 mod disk;
 mod jail;
+mod pages;
 mod pmem;
+mod serve;
 mod size;
 mod top;
+mod vm;
 
 use std::path::PathBuf;
 
@@ -27,9 +30,12 @@ pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use bench::{BenchCommand, DensityArguments, DensityTask};
 pub use disk::{DiskArgument, DiskError};
 pub use jail::{JailArgument, JailArgumentError};
+pub use pages::{PagesError, completions, man_pages};
 pub use pmem::{PmemArgument, PmemError};
+pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
+pub use vm::{Connection, CreateArguments, VmArguments, VmCommand};
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
@@ -51,6 +57,19 @@ pub enum Command {
     /// Run one guest, with its serial console on this terminal.
     #[command(after_help = examples(), after_long_help = long_help())]
     Run(Box<RunArguments>),
+    /// Serve many guests by one socket: the host daemon.
+    #[command(after_help = crate::serve::ADMISSION)]
+    Serve(Box<ServeArguments>),
+    /// Make and use guests of the host daemon (coppice serve).
+    Vm(Box<VmArguments>),
+    /// Attach this terminal to the serial console of a guest of the host daemon.
+    Console {
+        /// The guest.
+        id: String,
+        /// The daemon.
+        #[command(flatten)]
+        connection: Connection,
+    },
     /// Make, examine and change virtual disks.
     #[command(subcommand, after_help = disk_tool::EXAMPLES)]
     Disk(DiskCommand),
@@ -63,6 +82,18 @@ pub enum Command {
     /// Show all of this user's guests, with what each of them takes of the host.
     #[command(after_help = top::HELP)]
     Top(TopArguments),
+    /// Print the completions of a shell.
+    Completions {
+        /// The shell.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write the man pages into a folder.
+    #[command(hide = true)]
+    Man {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// Say whether this host can run guests, and what to do where it cannot.
     ///
     /// Exits 0 if guests can run here, and else 1.
@@ -120,6 +151,10 @@ fn long_help() -> String {
 /// The arguments of `coppice run`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "flags of a command line are independent"
+)]
 pub struct RunArguments {
     /// The kernel: an ELF vmlinux, or a bzImage.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
@@ -216,6 +251,26 @@ pub struct RunArguments {
     /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub api_sock: Option<PathBuf>,
+    /// The name of the guest, as GET / tells it: 1 to 63 lower case letters, digits and dashes [default: anonymous-instance].
+    #[arg(long, visible_alias = "name", value_name = "ID", value_parser = guest_id)]
+    pub id: Option<String>,
+    /// Serve the guest's serial console on this Unix socket, to any number of clients.
+    ///
+    /// A client is shown the last 32 KiB, and then what comes; what it writes goes to the guest. One that reads too slowly loses output. The
+    /// socket is for this user alone (mode 0600). Nothing is shown on standard output then; a file (--serial) gets its copy.
+    #[arg(long, value_name = "PATH", value_parser = utf8_path)]
+    pub console_sock: Option<PathBuf>,
+    /// At the end, write why the guest ended to this file, as JSON: kind, text, code.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub end_file: Option<PathBuf>,
+    /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
+    #[arg(long)]
+    pub no_start: bool,
+    /// Begin a session, and wait for a byte on standard input before anything else: end where there is none.
+    ///
+    /// Whoever starts the process notes its number first. A process that is in no notes has ended.
+    #[arg(long, hide = true)]
+    pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
     /// --mem, --cpus, --balloon, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel, --initrd or --cmdline
@@ -268,6 +323,21 @@ fn utf8_path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
     Ok(PathBuf::from(text))
 }
 
+/// A name becomes a folder, and a part of URLs.
+fn guest_id(text: &str) -> Result<String, String> {
+    if is_guest_id(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("not 1 to 63 lower case letters, digits and dashes".to_owned())
+    }
+}
+
+/// Whether `text` can be the name of a guest.
+pub fn is_guest_id(text: &str) -> bool {
+    let word = |c: u8| c == b'-' || c.is_ascii_digit() || c.is_ascii_lowercase();
+    (1..=63).contains(&text.len()) && text.bytes().all(word)
+}
+
 /// A name becomes a folder.
 fn domain(text: &str) -> Result<String, ConfigError> {
     let config = SharingConfig {
@@ -288,6 +358,9 @@ pub enum UsageError {
         "nothing to run: give --kernel, or a --config with a boot-source, or --api-sock to be told later"
     )]
     NothingToRun,
+    /// An argument of `coppice run` that `coppice vm create` does not take.
+    #[error("{0} is the daemon's to decide")]
+    DaemonsOwn(&'static str),
     /// A part of a boot source without a kernel.
     #[error("{0} needs --kernel, or a --config with a boot-source")]
     NeedsKernel(&'static str),
@@ -315,8 +388,29 @@ impl RunArguments {
     ///
     /// # Errors
     /// [`UsageError`].
-    pub fn into_options(self) -> Result<RunOptions, UsageError> {
-        let confinement = self.confinement();
+    pub fn into_options(mut self) -> Result<RunOptions, UsageError> {
+        let options = RunOptions {
+            config: VmConfig::default(),
+            id: self.id.take(),
+            api_socket: self.api_sock.take(),
+            console_socket: self.console_sock.take(),
+            end_file: self.end_file.take(),
+            no_start: self.no_start,
+            held: self.held,
+            confinement: self.confinement(),
+        };
+        let config = self.into_config()?;
+        if config.boot_source.is_none() && options.api_socket.is_none() {
+            return Err(UsageError::NothingToRun);
+        }
+        Ok(RunOptions { config, ..options })
+    }
+
+    /// The guest alone, of the arguments and the configuration file.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_config(self) -> Result<VmConfig, UsageError> {
         let mut config = match &self.config {
             Some(path) => VmConfig::from_file(path)?,
             None => VmConfig::default(),
@@ -408,14 +502,7 @@ impl RunArguments {
             });
         }
         config.validate()?;
-        if config.boot_source.is_none() && self.api_sock.is_none() {
-            return Err(UsageError::NothingToRun);
-        }
-        Ok(RunOptions {
-            config,
-            api_socket: self.api_sock,
-            confinement,
-        })
+        Ok(config)
     }
 }
 

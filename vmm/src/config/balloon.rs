@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) const PAGES_PER_MIB: u32 = 256;
 
 /// Firecracker's `balloon`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonConfig {
     /// Memory that the guest is to do without, in MiB; no more than it has.
@@ -54,7 +54,7 @@ impl From<BalloonConfig> for Device {
 }
 
 /// What of a balloon can change while its guest runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonUpdate {
     /// Its new size in MiB.
@@ -62,7 +62,7 @@ pub struct BalloonUpdate {
 }
 
 /// Another interval for the statistics of a balloon that has them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonStatisticsUpdate {
     /// In seconds.
@@ -70,7 +70,7 @@ pub struct BalloonStatisticsUpdate {
 }
 
 /// How a run of free page hinting is started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HintingStart {
     /// The guest may use again what it has told of as soon as it has told all.

@@ -9,13 +9,15 @@ use super::error::{check_file, check_path};
 use crate::{boot, layout};
 
 /// Firecracker's `boot-source`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BootSourceConfig {
     /// The kernel: an ELF `vmlinux` or a `bzImage`.
+    #[schema(value_type = String)]
     pub kernel_image_path: PathBuf,
     /// The initial RAM disk.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub initrd_path: Option<PathBuf>,
     /// The kernel command line; [`boot::DEFAULT_CMDLINE`] where absent.
     #[serde(default)]
@@ -29,7 +31,7 @@ pub struct BootSourceConfig {
 }
 
 /// How a kernel is entered: see [`boot::Protocol`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum BootProtocol {
     /// What suits the file.
     #[default]

@@ -17,12 +17,13 @@ const SERIAL_MAX: usize = 20;
 const QUEUES_MAX: u16 = crate::layout::MAX_VCPUS as u16;
 
 /// Firecracker's drive, and what Coppice knows beyond it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveConfig {
     /// Name of the drive: 1 to 64 letters, digits and underscores.
     pub drive_id: String,
     /// The file.
+    #[schema(value_type = String)]
     pub path_on_host: PathBuf,
     /// The guest's kernel is told to mount this drive as its root: it becomes the first disk, and `root=` is added to the command line.
     pub is_root_device: bool,
@@ -40,9 +41,11 @@ pub struct DriveConfig {
     pub io_engine: IoEngine,
     /// Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
+    #[schema(ignore)]
     pub rate_limiter: Option<IgnoredAny>,
     /// A vhost-user socket. Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
+    #[schema(ignore)]
     pub socket: Option<IgnoredAny>,
     /// The format of the file; found by its signature where absent. Name it for a raw disk that a guest may write: a guest
     /// decides what such a disk begins with. Not in Firecracker.
@@ -59,9 +62,11 @@ pub struct DriveConfig {
     pub keep_space: bool,
     /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub parents: Option<PathBuf>,
     /// What of it is shared at most, `off` or `read`; as the guest's memory where absent. Not in Firecracker.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub share: Option<ShareMode>,
 }
 
@@ -70,7 +75,7 @@ const fn one() -> u16 {
 }
 
 /// Firecracker's `cache_type`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum CacheType {
     /// Flushes need not reach the medium; here they do all the same.
     Unsafe,
@@ -80,7 +85,7 @@ pub enum CacheType {
 }
 
 /// Firecracker's `io_engine`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum IoEngine {
     /// A worker thread.
     Sync,
@@ -99,7 +104,7 @@ impl From<IoEngine> for EngineKind {
 }
 
 /// The format of a drive's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DriveFormat {
     /// The file is the disk.
@@ -118,16 +123,18 @@ impl From<DriveFormat> for Format {
 }
 
 /// What of a drive can change while its guest runs.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveUpdate {
     /// The drive.
     pub drive_id: String,
     /// Its new file.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
     /// Not supported: refused unless `null`.
     #[serde(default)]
+    #[schema(ignore)]
     pub rate_limiter: Option<IgnoredAny>,
 }
 

@@ -11,7 +11,7 @@ use crate::layout::MAX_VCPUS;
 const MEM_MIB: std::ops::RangeInclusive<u32> = 2..=(1 << 24);
 
 /// Firecracker's `machine-config`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// vCPUs, 1 to 32.
@@ -33,7 +33,7 @@ pub struct MachineConfig {
 }
 
 /// Firecracker's static CPU templates.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum CpuTemplate {
     /// The host's CPU.
     #[default]
@@ -51,7 +51,7 @@ pub enum CpuTemplate {
 }
 
 /// Firecracker's `huge_pages`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum HugePageConfig {
     /// Pages of 4 KiB: a guest is charged for what it touches.
     #[default]

@@ -46,7 +46,7 @@ use crate::layout;
 pub const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// Everything about one guest.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
     /// The kernel, and what it is given. A guest cannot start without.
@@ -82,11 +82,12 @@ pub struct VmConfig {
 }
 
 /// The entropy device. It has nothing to set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EntropyConfig {
     /// Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
+    #[schema(ignore)]
     pub rate_limiter: Option<IgnoredAny>,
 }
 

@@ -9,14 +9,16 @@ use super::ConfigError;
 use super::error::check_path;
 
 /// Firecracker's `serial`.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SerialConfig {
     /// A file or named pipe that gets the output of the guest's serial console, instead of standard output.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub serial_out_path: Option<PathBuf>,
     /// Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
+    #[schema(ignore)]
     pub rate_limiter: Option<IgnoredAny>,
 }
 
@@ -35,11 +37,12 @@ impl SerialConfig {
 }
 
 /// Firecracker's `logger`. What is absent stays as it was.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoggerConfig {
     /// A file or named pipe that gets the log, instead of standard error.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub log_path: Option<PathBuf>,
     /// The least severe level that is logged.
     #[serde(default)]
@@ -56,7 +59,7 @@ pub struct LoggerConfig {
 }
 
 /// A level of the log. As with Firecracker, any case is accepted, and `Warning` for `Warn`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub enum LogLevel {
     /// Nothing.
     Off,
@@ -110,10 +113,11 @@ impl LoggerConfig {
 }
 
 /// Firecracker's `metrics`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MetricsConfig {
     /// A file or named pipe that gets a line of JSON at `FlushMetrics` and at the end.
+    #[schema(value_type = String)]
     pub metrics_path: PathBuf,
 }
 

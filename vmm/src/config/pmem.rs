@@ -9,12 +9,13 @@ use super::error::{check_file, check_id, check_path};
 use super::{ConfigError, DriveFormat};
 
 /// Firecracker's pmem device, and what Coppice knows beyond it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PmemConfig {
     /// Name of the device: 1 to 64 letters, digits and underscores.
     pub id: String,
     /// The file.
+    #[schema(value_type = String)]
     pub path_on_host: PathBuf,
     /// The guest's kernel is told to mount this device as its root: it becomes the first pmem device, and `root=` is added to the command line.
     #[serde(default)]
@@ -24,6 +25,7 @@ pub struct PmemConfig {
     pub read_only: bool,
     /// Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
+    #[schema(ignore)]
     pub rate_limiter: Option<IgnoredAny>,
     /// What comes of what the guest writes; by `read_only`, `ro` or `rw`, where absent. Not in Firecracker.
     #[serde(default)]
@@ -33,11 +35,12 @@ pub struct PmemConfig {
     pub format: Option<DriveFormat>,
     /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub parents: Option<PathBuf>,
 }
 
 /// What comes of what a guest writes to a pmem device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PmemMode {
     /// It is dropped. The file is shared with other guests.

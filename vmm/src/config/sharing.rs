@@ -7,11 +7,12 @@ use super::ConfigError;
 use super::error::check_id;
 
 /// How a guest shares memory. Not in Firecracker.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SharingConfig {
     /// What is shared.
     #[serde(default)]
+    #[schema(value_type = String)]
     pub mode: ShareMode,
     /// Share of a core that the merger may use in the long run, in percent, 1 to 100.
     #[serde(default = "cpu_percent")]

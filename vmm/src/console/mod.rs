@@ -10,6 +10,7 @@
 //! pipe or a file, is read only as fast as the guest takes it, from the guest's start on, and nothing of it is lost.
 
 mod escape;
+mod socket;
 mod terminal;
 
 use std::fs::File;
@@ -26,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 use devices::legacy::SerialConsole;
 
 pub use escape::{Command, Escape, HELP};
+pub use socket::ConsoleSocket;
 pub use terminal::{RawMode, is_raw, restore_terminal};
 
 /// How many bytes may be typed before the guest reads them.
@@ -103,6 +105,15 @@ impl Console {
         self.serial = Some(serial);
         if let Err(error) = self.drained.write(1) {
             tracing::warn!(%error, "console input waits");
+        }
+    }
+
+    /// Takes input from elsewhere, such as a socket. What is beyond [`TYPED_AHEAD`] bytes, or comes before the guest is there, is lost.
+    pub fn feed(&mut self, typed: &[u8]) {
+        if self.serial.is_some() {
+            self.pending.extend(typed);
+            self.pending.truncate(TYPED_AHEAD);
+            self.give();
         }
     }
 

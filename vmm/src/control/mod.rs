@@ -38,8 +38,8 @@ pub use guest::{Guest, LaunchError, Origin};
 pub struct InstanceInfo {
     /// Always `Coppice`.
     pub app_name: &'static str,
-    /// Name of the guest.
-    pub id: &'static str,
+    /// Name of the guest, as `--id` gave it.
+    pub id: String,
     /// `Not started`, `Running` or `Paused`.
     pub state: State,
     /// Version of Coppice.
@@ -115,6 +115,7 @@ enum Life {
 
 /// A guest and what was asked for it.
 pub struct Control {
+    id: String,
     config: VmConfig,
     life: Life,
     log: Log,
@@ -130,6 +131,7 @@ impl Control {
     /// A guest that is not configured.
     pub fn new(log: Log, api: Arc<ApiMetrics>) -> Self {
         Self {
+            id: "anonymous-instance".to_owned(),
             config: VmConfig::default(),
             life: Life::NotStarted,
             log,
@@ -138,6 +140,11 @@ impl Control {
             jail: JailReport::default(),
             noted: BTreeMap::new(),
         }
+    }
+
+    /// Gives the guest a name.
+    pub fn set_id(&mut self, id: String) {
+        self.id = id;
     }
 
     /// Takes a whole configuration in place of the one there is.
@@ -176,7 +183,7 @@ impl Control {
         };
         InstanceInfo {
             app_name: "Coppice",
-            id: "anonymous-instance",
+            id: self.id.clone(),
             state,
             vmm_version: env!("CARGO_PKG_VERSION"),
         }

@@ -25,6 +25,11 @@ fn run_arguments(cmdline: &str) -> Option<RunArguments> {
         Command::Run(arguments) => Some(*arguments),
         Command::Disk(_)
         | Command::Image(_)
+        | Command::Serve(_)
+        | Command::Vm(_)
+        | Command::Console { .. }
+        | Command::Completions { .. }
+        | Command::Man { .. }
         | Command::Bench(_)
         | Command::Top(_)
         | Command::Doctor { .. } => None,
@@ -38,10 +43,13 @@ pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
         path.file_stem()
             .map(|stem| stem.to_string_lossy().into_owned())
     };
-    let name = [&arguments.api_sock, &arguments.kernel, &arguments.config]
-        .into_iter()
-        .flatten()
-        .find_map(stem);
+    let by_file = || {
+        [&arguments.api_sock, &arguments.kernel, &arguments.config]
+            .into_iter()
+            .flatten()
+            .find_map(stem)
+    };
+    let name = arguments.id.clone().or_else(by_file);
     let configured = || {
         let config = VmConfig::from_file(&cwd.join(arguments.config.as_ref()?)).ok()?;
         Some(config.machine_config.mem_size_mib)

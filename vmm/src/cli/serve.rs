@@ -1,0 +1,165 @@
+//! The arguments of `coppice serve`.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use rustix::process::geteuid;
+
+use super::size::Mebibytes;
+use crate::logging::{LogFilter, LogFormat};
+use crate::serve::{Allowed, Limits, Options, host_memory_kib};
+
+/// The variable that names the socket.
+pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
+
+/// The arguments of `coppice serve`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub struct ServeArguments {
+    /// Listen on this Unix socket [default: `$COPPICE_SOCKET`, or /run/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Mode of the socket, in octal [default: 600; 660 with --socket-group, 666 with --allow-uid].
+    ///
+    /// Whoever can open the socket is looked at all the same: root, the user of the daemon, and who is named here may call. Who may call can
+    /// have guests read and write every file that the daemon can.
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    pub socket_mode: Option<u32>,
+    /// Group of the socket, by name or number: its members may call.
+    #[arg(long, value_name = "GROUP", value_parser = group)]
+    pub socket_group: Option<u32>,
+    /// A user, by number, who may call. Can be repeated.
+    #[arg(long, value_name = "UID")]
+    pub allow_uid: Vec<u32>,
+    /// Where the state is: guests outlive the daemon, and the next one finds them there [default: /var/lib/coppice for root, else
+    /// `$XDG_STATE_HOME/coppice` or ~/.local/state/coppice].
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Show the guests on this TCP address as well, to anybody, for reading alone: 127.0.0.1:8080.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub web: Option<SocketAddr>,
+    /// How far the host's memory may be promised beyond what guests hold: see below.
+    #[arg(long, value_name = "R", default_value = "1.5", value_parser = ratio)]
+    pub memory_ratio: f64,
+    /// Most guests.
+    #[arg(long, value_name = "NUMBER")]
+    pub max_vms: Option<usize>,
+    /// Most guests that one user has made.
+    #[arg(long, value_name = "NUMBER")]
+    pub max_vms_per_user: Option<usize>,
+    /// Most vCPUs of all guests that have a process.
+    #[arg(long, value_name = "NUMBER")]
+    pub max_vcpus: Option<u64>,
+    /// Most RAM of all guests that have a process: 64G.
+    #[arg(long, value_name = "SIZE")]
+    pub max_memory: Option<Mebibytes>,
+    /// Stop all guests when the daemon ends, and give them so many seconds to shut down [default: they go on].
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "10")]
+    pub stop_guests: Option<u64>,
+    /// What to log: off, error, warn, info, debug or trace, also by module [default: info].
+    #[arg(
+        long,
+        value_name = "LEVEL|FILTER",
+        default_value = "info",
+        hide_default_value = true
+    )]
+    pub log: LogFilter,
+    /// How log lines look.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
+}
+
+fn mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        Ok(_) | Err(_) => Err("not an octal mode, such as 660".to_owned()),
+    }
+}
+
+fn ratio(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(ratio) if (1.0..=1000.0).contains(&ratio) => Ok(ratio),
+        Ok(_) | Err(_) => Err("not a number from 1 to 1000".to_owned()),
+    }
+}
+
+/// A group of /etc/group.
+fn group(text: &str) -> Result<u32, String> {
+    if let Ok(gid) = text.parse() {
+        return Ok(gid);
+    }
+    let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    let mut lines = groups.lines().map(|line| line.split(':'));
+    lines
+        .find_map(|mut words| {
+            let name = words.next()?;
+            let gid = words.nth(1)?.parse().ok()?;
+            (name == text).then_some(gid)
+        })
+        .ok_or_else(|| "no group of that name in /etc/group".to_owned())
+}
+
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name)
+        .filter(|value| !value.is_empty())
+        .map(PathBuf::from)
+}
+
+fn default_state() -> PathBuf {
+    if geteuid().is_root() {
+        return "/var/lib/coppice".into();
+    }
+    let home = || variable("HOME").unwrap_or_default().join(".local/state");
+    variable("XDG_STATE_HOME")
+        .unwrap_or_else(home)
+        .join("coppice")
+}
+
+/// The socket where none is given.
+pub fn default_socket() -> PathBuf {
+    if let Some(path) = variable(SOCKET_VARIABLE) {
+        return path;
+    }
+    if geteuid().is_root() {
+        return "/run/coppice.sock".into();
+    }
+    match variable("XDG_RUNTIME_DIR") {
+        Some(folder) => folder.join("coppice.sock"),
+        None => default_state().join("coppice.sock"),
+    }
+}
+
+impl ServeArguments {
+    /// What is asked for.
+    ///
+    /// # Errors
+    /// Where the host does not tell how much memory it has.
+    pub fn into_options(self) -> std::io::Result<Options> {
+        let default_mode = match (self.allow_uid.as_slice(), self.socket_group) {
+            ([_, ..], _) => 0o666,
+            ([], Some(_)) => 0o660,
+            ([], None) => 0o600,
+        };
+        Ok(Options {
+            socket: self.socket.unwrap_or_else(default_socket),
+            socket_mode: self.socket_mode.unwrap_or(default_mode),
+            allowed: Allowed {
+                uids: self.allow_uid,
+                gid: self.socket_group,
+            },
+            state: self.state.unwrap_or_else(default_state),
+            web: self.web,
+            limits: Limits {
+                ratio: self.memory_ratio,
+                vms: self.max_vms,
+                vms_per_user: self.max_vms_per_user,
+                vcpus: self.max_vcpus,
+                memory_mib: self.max_memory.map(|size| u64::from(size.0)),
+                host_kib: host_memory_kib()?,
+            },
+            stop_guests: self.stop_guests.map(Duration::from_secs),
+        })
+    }
+}

@@ -1,0 +1,126 @@
+//! The serial console of a guest over HTTP.
+//!
+//! `GET` streams the output: the last of it, and then what comes. `PUT` gives the guest its body to read. `GET` with `Upgrade: coppice-console`
+//! makes the connection the line itself, both ways. The bytes are the guest's: they are passed on, and never looked at.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::header::{CONNECTION, CONTENT_TYPE, HeaderValue, UPGRADE};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, sink, split};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::fault::Fault;
+use super::proxy;
+use super::vm::Vm;
+
+/// What a client asks to upgrade to.
+pub const PROTOCOL: &str = "coppice-console";
+const CHUNK: usize = 4096;
+/// How long the guest's process may take to read its input.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+async fn connect(vm: &Vm) -> Result<UnixStream, Fault> {
+    let state = {
+        let now = vm.now();
+        now.process.is_none().then_some(now.state)
+    };
+    if let Some(state) = state {
+        return Err(Fault::WrongState {
+            id: vm.id.clone(),
+            state,
+            advice: "it has a console while it has a process",
+        });
+    }
+    match timeout(proxy::LOOK, UnixStream::connect(vm.console_socket())).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(Fault::Unreachable(vm.id.clone(), error.to_string())),
+        Err(_) => Err(Fault::Silent(vm.id.clone())),
+    }
+}
+
+/// The line itself, on a connection that is no HTTP any more.
+async fn attach(upgrade: OnUpgrade, guest: UnixStream) {
+    let client = match upgrade.await {
+        Ok(upgraded) => TokioIo::new(upgraded),
+        Err(error) => {
+            tracing::debug!(%error, "a console client left");
+            return;
+        }
+    };
+    let (mut from_client, mut to_client) = split(client);
+    let (mut from_guest, mut to_guest) = guest.into_split();
+    tokio::select! {
+        // It ends when the guest does, or the client has gone.
+        _ = copy(&mut from_guest, &mut to_client) => {}
+        _ = copy(&mut from_client, &mut to_guest) => {}
+    }
+    // Whoever reads it is told that it is over.
+    let _ = to_client.shutdown().await;
+}
+
+/// `GET`.
+pub async fn output(
+    vm: Arc<Vm>,
+    headers: &HeaderMap,
+    upgrade: Option<OnUpgrade>,
+) -> Result<Response, Fault> {
+    let guest = connect(&vm).await?;
+    let wanted = headers.get(UPGRADE);
+    if wanted.is_some_and(|wanted| wanted.as_bytes().eq_ignore_ascii_case(PROTOCOL.as_bytes()))
+        && let Some(upgrade) = upgrade
+    {
+        tokio::spawn(attach(upgrade, guest));
+        let headers = [
+            (CONNECTION, HeaderValue::from_static("upgrade")),
+            (UPGRADE, HeaderValue::from_static(PROTOCOL)),
+        ];
+        return Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response());
+    }
+    let chunks = stream::unfold(guest, |mut guest| async move {
+        let mut chunk = vec![0; CHUNK];
+        match guest.read(&mut chunk).await {
+            Ok(0) => None,
+            Ok(len) => {
+                chunk.truncate(len);
+                Some((Ok(Bytes::from(chunk)), guest))
+            }
+            Err(error) => Some((Err(error), guest)),
+        }
+    });
+    let content = (
+        CONTENT_TYPE,
+        HeaderValue::from_static("application/octet-stream"),
+    );
+    Ok(([content], Body::from_stream(chunks)).into_response())
+}
+
+/// `PUT`.
+pub async fn input(vm: Arc<Vm>, bytes: Bytes) -> Result<(), Fault> {
+    let mut guest = connect(&vm).await?;
+    let given = async {
+        let (mut from_guest, mut to_guest) = guest.split();
+        let reading = async {
+            // It closes the line when it has read all.
+            copy(&mut from_guest, &mut sink()).await
+        };
+        let writing = async {
+            to_guest.write_all(&bytes).await?;
+            to_guest.shutdown().await
+        };
+        let (read, written) = tokio::join!(reading, writing);
+        read.and(written)
+    };
+    match timeout(PATIENCE, given).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(Fault::Unreachable(vm.id.clone(), error.to_string())),
+        Err(_) => Err(Fault::Silent(vm.id.clone())),
+    }
+}

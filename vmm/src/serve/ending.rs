@@ -1,0 +1,161 @@
+//! The end of a guest's process: why it came, and what becomes of the guest.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::Daemon;
+use super::events::EventKind;
+use super::lifecycle::blocking;
+use super::process::{Exit, Process};
+use super::spec::RestartPolicy;
+use super::status::{Ended, State, now_ms};
+use super::store;
+use super::vm::Vm;
+use crate::exit::{EndKind, EndReport};
+
+/// Restarts in a row, none of which ran for [`LONG`].
+const RESTARTS: u32 = 5;
+const LONG: Duration = Duration::from_mins(1);
+
+impl Daemon {
+    /// Waits for the end of a process, and says so.
+    pub(super) fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>) {
+        let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
+        tokio::spawn(async move {
+            let exit = process.ended().await;
+            daemon.ended(&vm, exit).await;
+        });
+    }
+
+    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit) {
+        let folder = vm.folder.clone();
+        let report = blocking(move || reason(&folder, exit)).await;
+        let report = report.unwrap_or_else(|fault| EndReport::failed(&fault));
+        tracing::info!(vm = %vm.id, ?report, "a process has ended");
+        let settled = vm.change(|now| {
+            let ran = now.since.take().map(|since| since.elapsed());
+            now.process = None;
+            now.measured = None;
+            now.end = Some(Ended {
+                report,
+                time_ms: now_ms(),
+            });
+            if ran.is_some_and(|ran| ran >= LONG) {
+                now.failures = 0;
+            }
+            match now.state {
+                // Whoever makes, starts or deletes it goes on from here.
+                State::Creating | State::Starting | State::Deleting => false,
+                State::NotStarted
+                | State::Running
+                | State::Paused
+                | State::Stopped
+                | State::Failed
+                | State::Restarting => true,
+            }
+        });
+        if settled {
+            self.settle(vm);
+            self.save(vm).await;
+        }
+    }
+
+    /// Decides what becomes of a guest that has no process; leaves alone one that has.
+    pub(super) fn settle(self: &Arc<Self>, vm: &Arc<Vm>) {
+        let (kind, text, delay) = {
+            let mut now = vm.now();
+            let (None, Some(end)) = (&now.process, now.end.clone()) else {
+                return;
+            };
+            let in_order = match end.report.kind {
+                EndKind::PowerOff | EndKind::Quit | EndKind::Signal => true,
+                EndKind::Reset
+                | EndKind::Panic
+                | EndKind::Crash
+                | EndKind::Failed
+                | EndKind::Killed
+                | EndKind::Unknown => false,
+            };
+            let text = end.report.text;
+            if now.stopping || in_order || vm.spec.restart == RestartPolicy::Never {
+                let stopped = now.stopping || in_order || end.report.kind == EndKind::Reset;
+                let (state, kind) = if stopped {
+                    (State::Stopped, EventKind::Stopped)
+                } else {
+                    (State::Failed, EventKind::Failed)
+                };
+                now.state = state;
+                (kind, text, None)
+            } else if now.failures >= RESTARTS {
+                now.state = State::Failed;
+                let text = format!(
+                    "{text}; it has failed {RESTARTS} times in a row, and is not started again: find out why, and start it"
+                );
+                (EventKind::RestartsExhausted, text, None)
+            } else {
+                let delay = Duration::from_secs(1 << now.failures);
+                now.state = State::Restarting;
+                now.failures += 1;
+                let text = format!("{text}; it is started again in {} s", delay.as_secs());
+                (EventKind::Restarting, text, Some(delay))
+            }
+        };
+        vm.change(|_| ());
+        self.events.tell(kind, Some(&vm.id), Some(text));
+        if let Some(delay) = delay {
+            self.restart_later(vm, delay);
+        }
+    }
+
+    pub(super) fn restart_later(self: &Arc<Self>, vm: &Arc<Vm>, delay: Duration) {
+        let (daemon, vm) = (self.clone(), vm.clone());
+        tokio::spawn(async move {
+            sleep(delay).await;
+            let _operation = vm.operation.lock().await;
+            if vm.state() != State::Restarting {
+                return;
+            }
+            vm.change(|now| now.restarts += 1);
+            daemon.metrics.restarted();
+            if let Err(fault) = daemon.start_again(&vm).await {
+                tracing::warn!(vm = %vm.id, %fault, "a guest could not be started again");
+            }
+        });
+    }
+}
+
+/// Why a process ended: as it says itself, or else as far as it can be told.
+fn reason(folder: &Path, exit: Exit) -> EndReport {
+    match store::read(&folder.join("end.json")) {
+        Ok(Some(report)) => return report,
+        Ok(None) => {}
+        Err(error) => tracing::warn!(%error, "the reason of an end cannot be read"),
+    }
+    let (kind, text, code) = match exit {
+        Exit::Code(code) => {
+            let text = format!("the process ended with code {code}");
+            (EndKind::Failed, text, Some(code))
+        }
+        Exit::Signal(9) => {
+            let text = "the process was killed (SIGKILL): by a user, or by the kernel for want of memory, which dmesg would tell";
+            (EndKind::Killed, text.to_owned(), None)
+        }
+        Exit::Signal(number) => {
+            let text = format!("the process crashed, or was killed, by signal {number}");
+            (EndKind::Killed, text, None)
+        }
+        Exit::Unseen => {
+            let text = "the process is gone, and has left no reason: it was killed, or the host was restarted";
+            (EndKind::Unknown, text.to_owned(), None)
+        }
+    };
+    let log = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
+    let text = match log.lines().next_back() {
+        Some(line) => format!("{text}; its log ends with: {line:.300}"),
+        None => text,
+    };
+    EndReport { kind, text, code }
+}

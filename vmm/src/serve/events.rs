@@ -1,0 +1,193 @@
+//! What has happened: kept for a while, and told to whoever listens.
+//!
+//! The numbers of events grow from one daemon to the next, so that a listener can say what it has seen last (`Last-Event-ID`).
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+use tokio::sync::broadcast;
+use utoipa::ToSchema;
+
+use super::status::now_ms;
+
+/// Events that are kept for those who come later, and that a listener may be behind.
+const KEPT: usize = 256;
+
+/// What has happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EventKind {
+    /// The daemon is there.
+    DaemonStarted,
+    /// The daemon goes; guests stay.
+    DaemonStopping,
+    /// A guest was made.
+    Created,
+    /// A guest was found as an earlier daemon had left it.
+    Attached,
+    /// A guest runs.
+    Started,
+    /// A guest stands still.
+    Paused,
+    /// A guest goes on.
+    Resumed,
+    /// A guest was asked to end.
+    Stopping,
+    /// A guest has ended in good order.
+    Stopped,
+    /// A guest has failed.
+    Failed,
+    /// A guest has failed, and is going to be started again.
+    Restarting,
+    /// A guest has failed too often to be started again.
+    RestartsExhausted,
+    /// A guest is gone.
+    Deleted,
+    /// A guest was not admitted.
+    Refused,
+    /// A caller was turned away.
+    CallerRefused,
+    /// An image was registered.
+    ImageAdded,
+    /// An image is registered no more.
+    ImageRemoved,
+}
+
+impl EventKind {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DaemonStarted => "daemon_started",
+            Self::DaemonStopping => "daemon_stopping",
+            Self::Created => "created",
+            Self::Attached => "attached",
+            Self::Started => "started",
+            Self::Paused => "paused",
+            Self::Resumed => "resumed",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Failed => "failed",
+            Self::Restarting => "restarting",
+            Self::RestartsExhausted => "restarts_exhausted",
+            Self::Deleted => "deleted",
+            Self::Refused => "refused",
+            Self::CallerRefused => "caller_refused",
+            Self::ImageAdded => "image_added",
+            Self::ImageRemoved => "image_removed",
+        }
+    }
+}
+
+/// One event.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub struct Event {
+    /// Its number.
+    pub id: u64,
+    /// When, in ms since 1970.
+    pub time_ms: u64,
+    /// What.
+    pub kind: EventKind,
+    /// The guest, where it is about one.
+    pub vm: Option<String>,
+    /// Why, and what to do about it, for people.
+    pub reason: Option<String>,
+}
+
+struct History {
+    events: VecDeque<Event>,
+    next: u64,
+}
+
+/// All events.
+pub struct Events {
+    history: Mutex<History>,
+    listeners: broadcast::Sender<Event>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        let history = History {
+            events: VecDeque::new(),
+            // Higher than any number of the daemon before, unless that told a thousand a millisecond.
+            next: now_ms().saturating_mul(1000),
+        };
+        Self {
+            history: Mutex::new(history),
+            listeners: broadcast::Sender::new(KEPT),
+        }
+    }
+}
+
+impl Events {
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what has happened.
+    pub fn tell(&self, kind: EventKind, vm: Option<&str>, reason: Option<String>) {
+        tracing::info!(vm, event = kind.name(), reason, "event");
+        let mut history = self.history();
+        let event = Event {
+            id: history.next,
+            time_ms: now_ms(),
+            kind,
+            vm: vm.map(ToOwned::to_owned),
+            reason,
+        };
+        history.next += 1;
+        if history.events.len() == KEPT {
+            history.events.pop_front();
+        }
+        history.events.push_back(event.clone());
+        // Under the lock, so that events are told in their order. Nobody need listen.
+        let _ = self.listeners.send(event);
+    }
+
+    /// Those that are kept after number `last`, and all that come. A listener that is too far behind is told `Lagged`.
+    pub fn listen(&self, last: Option<u64>) -> (Vec<Event>, broadcast::Receiver<Event>) {
+        let history = self.history();
+        let kept = match last {
+            Some(last) => history
+                .events
+                .iter()
+                .filter(|event| event.id > last)
+                .cloned()
+                .collect(),
+            None => Vec::new(),
+        };
+        (kept, self.listeners.subscribe())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_listener_that_comes_back_misses_nothing() {
+        let events = Events::default();
+        for id in ["a", "b", "c"] {
+            events.tell(EventKind::Created, Some(id), None);
+        }
+        let (all, _) = events.listen(Some(0));
+        let (rest, mut receiver) = events.listen(Some(all[0].id));
+        assert_eq!(
+            rest.iter()
+                .map(|e| e.vm.clone().unwrap())
+                .collect::<Vec<_>>(),
+            ["b", "c"]
+        );
+        events.tell(EventKind::Deleted, Some("a"), None);
+        assert_eq!(receiver.try_recv().unwrap().kind, EventKind::Deleted);
+        assert!(events.listen(None).0.is_empty());
+        for _ in 0..2 * KEPT {
+            events.tell(EventKind::Created, None, None);
+        }
+        assert_eq!(events.listen(Some(0)).0.len(), KEPT);
+        assert!(matches!(
+            receiver.try_recv(),
+            Err(broadcast::error::TryRecvError::Lagged(_))
+        ));
+    }
+}

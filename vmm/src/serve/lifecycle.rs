@@ -1,0 +1,528 @@
+//! The life of a guest: made, started, paused, stopped, started again, and deleted. Its end is told in `ending`, and how the next daemon
+//! finds it in `recovery`.
+//!
+//! ```text
+//! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused
+//!                          stop, power off ┘        │ failure
+//! delete <── any        Stopped <───────────────────┴──────> Failed, or Restarting ─> Starting ─> Running
+//! ```
+//!
+//! Each operation runs to its end, whatever becomes of the caller's connection: see [`Daemon::detached`].
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::http::Method;
+use rustix::process::Signal;
+use serde_json::json;
+use tokio::sync::OwnedMutexGuard;
+use tokio::time::{sleep, timeout};
+
+use super::Daemon;
+use super::events::EventKind;
+use super::fault::Fault;
+use super::process::{self, Launch, Process};
+use super::proxy;
+use super::spec::{Resolved, VmSpec};
+use super::status::{Ended, State, now_ms};
+use super::store::{self, Phase, Record};
+use super::vm::Vm;
+use crate::config::VmConfig;
+use crate::exit::{EndKind, EndReport};
+
+/// How long a guest may take to its first instruction.
+const START: Duration = Duration::from_mins(1);
+/// How long a process may take to end after `SIGTERM`, with its disks closed.
+const TERM: Duration = Duration::from_secs(5);
+/// How long a process may take to end after `SIGKILL`.
+pub(super) const KILL: Duration = Duration::from_secs(10);
+/// How old a measure may be for admission.
+const FRESH: Duration = Duration::from_secs(10);
+
+/// Runs what waits for the host on a thread for that.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Fault> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Fault::Internal(error.to_string()))
+}
+
+/// A name that nobody has thought of.
+fn made_up() -> String {
+    let mut bytes = [0u8; 8];
+    // The kernel's generator does not fail where it is asked for a few bytes.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    format!("vm-{:016x}", u64::from_ne_bytes(bytes))
+}
+
+/// A name in the registry.
+enum Claim {
+    New(Arc<Vm>, OwnedMutexGuard<()>, Box<VmConfig>),
+    Taken(Arc<Vm>),
+}
+
+/// How a stop is to go.
+#[derive(Clone, Copy, Debug)]
+pub struct Manner {
+    /// For how long the guest may take to shut down by itself.
+    pub patience: Duration,
+}
+
+impl Daemon {
+    /// Runs an operation to its end, even where nobody waits for it any more.
+    ///
+    /// # Errors
+    /// Those of the operation; `Internal` where it panicked.
+    pub async fn detached<T: Send + 'static>(
+        operation: impl Future<Output = Result<T, Fault>> + Send + 'static,
+    ) -> Result<T, Fault> {
+        let done = tokio::spawn(operation).await;
+        done.map_err(|error| Fault::Internal(error.to_string()))?
+    }
+
+    /// Makes a guest, or finds the one that was made in the same way; says whether it is new.
+    ///
+    /// # Errors
+    /// Whatever is in the way; nothing of the guest is left then.
+    pub async fn create(
+        self: Arc<Self>,
+        mut spec: VmSpec,
+        uid: u32,
+    ) -> Result<(Arc<Vm>, bool), Fault> {
+        spec.check()?;
+        let id = spec.id.get_or_insert_with(made_up).clone();
+        if !self.store.has_room_for(&id) {
+            return Err(Fault::LongPath(id));
+        }
+        self.measure(FRESH).await;
+        loop {
+            match self.claim(&id, &spec, uid)? {
+                Claim::New(vm, _operation, config) => {
+                    self.build(&vm, *config).await?;
+                    return Ok((vm, true));
+                }
+                Claim::Taken(vm) => {
+                    let settled = |state| !matches!(state, State::Creating | State::Deleting);
+                    if !settled(vm.state()) {
+                        drop(vm.operation.lock().await);
+                        continue;
+                    }
+                    return if vm.spec == spec {
+                        Ok((vm, false))
+                    } else {
+                        Err(Fault::Exists(id))
+                    };
+                }
+            }
+        }
+    }
+
+    /// Takes the name, if the guest can be and has room. No other guest can take that room meanwhile.
+    fn claim(&self, id: &str, spec: &VmSpec, uid: u32) -> Result<Claim, Fault> {
+        let images = self.images();
+        let mut vms = self.vms();
+        if let Some(vm) = vms.get(id) {
+            return Ok(Claim::Taken(vm.clone()));
+        }
+        let Resolved { config, images } = spec.resolved(&images)?;
+        let record = Record {
+            spec: spec.clone(),
+            uid,
+            created_ms: now_ms(),
+            phase: Phase::Creating,
+            state: State::Creating,
+            images,
+            restarts: 0,
+            failures: 0,
+            end: None,
+        };
+        let machine = &config.machine_config;
+        let folder = self.store.vm(id);
+        let vm = Vm::new(
+            id.to_owned(),
+            folder,
+            record,
+            machine.mem_size_mib,
+            machine.vcpu_count,
+        );
+        let others: Vec<_> = vms.values().map(|vm| vm.load()).collect();
+        if let Err(refusal) = self.limits.admit(&others, &vm.load()) {
+            self.events
+                .tell(EventKind::Refused, Some(id), Some(refusal.to_string()));
+            return Err(refusal.into());
+        }
+        let vm = Arc::new(vm);
+        let operation = vm.operation.clone().try_lock_owned();
+        let operation = operation.map_err(|error| Fault::Internal(error.to_string()))?;
+        vms.insert(id.to_owned(), vm.clone());
+        Ok(Claim::New(vm, operation, Box::new(config)))
+    }
+
+    async fn build(self: &Arc<Self>, vm: &Arc<Vm>, config: VmConfig) -> Result<(), Fault> {
+        let (daemon, record, id) = (self.clone(), vm.record(), vm.id.clone());
+        let made = blocking(move || daemon.store.create(&id, &record, &config));
+        let built = async {
+            made.await?.map_err(Fault::Store)?;
+            let state = self.bring_up(vm, vm.spec.start).await?;
+            let record = Record {
+                phase: Phase::Present,
+                state,
+                ..vm.record()
+            };
+            let (daemon, id) = (self.clone(), vm.id.clone());
+            blocking(move || daemon.store.save(&id, &record))
+                .await?
+                .map_err(Fault::Store)?;
+            Ok::<_, Fault>(state)
+        };
+        match built.await {
+            Ok(state) => {
+                vm.change(|now| {
+                    now.phase = Phase::Present;
+                    now.state = state;
+                });
+                self.events.tell(EventKind::Created, Some(&vm.id), None);
+                self.tell_started(vm, state);
+                self.settle(vm);
+                Ok(())
+            }
+            Err(fault) => {
+                self.events
+                    .tell(EventKind::Failed, Some(&vm.id), Some(fault.to_string()));
+                if let Err(error) = self.tear_down(vm).await {
+                    tracing::error!(vm = %vm.id, %error, "a guest that could not be made is not gone");
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    fn tell_started(&self, vm: &Vm, state: State) {
+        if state == State::Running {
+            self.events.tell(EventKind::Started, Some(&vm.id), None);
+        }
+    }
+
+    /// Starts the process, and waits until it answers. The state that the guest is in then: one that has ended already, in good order, is
+    /// `Stopped`.
+    async fn bring_up(self: &Arc<Self>, vm: &Arc<Vm>, start: bool) -> Result<State, Fault> {
+        let begun = Instant::now();
+        let (id, folder) = (vm.id.clone(), vm.folder.clone());
+        let spawned = blocking(move || {
+            let launch = Launch {
+                id: &id,
+                folder: &folder,
+                start,
+            };
+            process::spawn(&launch)?.release(&folder)
+        });
+        let spawned = spawned.await?.map_err(Fault::Spawn)?;
+        let process = Arc::new(Process::new(spawned).map_err(Fault::Spawn)?);
+        vm.change(|now| {
+            now.process = Some(process.clone());
+            now.since = Some(begun);
+            now.stopping = false;
+            now.end = None;
+        });
+        self.watch(vm, &process);
+        let answers = async {
+            let socket = vm.api_socket();
+            let mut pause = Duration::from_millis(1);
+            loop {
+                if let Some(state) = proxy::state(&socket, START).await {
+                    return state;
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_millis(50));
+            }
+        };
+        tokio::select! {
+            biased;
+            () = vm.until(|now| now.process.is_none()) => {
+                let end = vm.now().end.clone();
+                let report = end.map_or_else(|| EndReport::failed(&"it ended"), |end| end.report);
+                match report.kind {
+                    EndKind::PowerOff | EndKind::Reset | EndKind::Panic | EndKind::Crash => Ok(State::Stopped),
+                    EndKind::Failed | EndKind::Signal | EndKind::Quit | EndKind::Killed | EndKind::Unknown => {
+                        Err(Fault::DidNotStart(report.text))
+                    }
+                }
+            }
+            state = answers => {
+                let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let runs = start && state == State::Running;
+                vm.change(|now| now.start_ms = runs.then_some(took));
+                if runs {
+                    self.metrics.started(begun.elapsed());
+                }
+                Ok(state)
+            }
+            () = sleep(START) => {
+                process.signal(Signal::KILL);
+                Err(Fault::DidNotStart("it did not answer within a minute".to_owned()))
+            }
+        }
+    }
+
+    /// Gives a guest without a process one that starts it. Its operation is held.
+    pub(super) async fn start_again(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+        let started = async {
+            let config = self.readmit(vm)?;
+            let path = vm.folder.join("config.json");
+            blocking(move || store::write(&path, &config, false))
+                .await?
+                .map_err(Fault::Store)?;
+            self.bring_up(vm, true).await
+        };
+        match started.await {
+            Ok(state) => {
+                vm.change(|now| now.state = state);
+                self.tell_started(vm, state);
+                self.settle(vm);
+                self.save(vm).await;
+                Ok(())
+            }
+            Err(fault) => {
+                let report = EndReport::failed(&fault);
+                vm.change(|now| {
+                    now.end.get_or_insert(Ended {
+                        report,
+                        time_ms: now_ms(),
+                    });
+                    now.state = State::Failed;
+                });
+                self.settle(vm);
+                self.save(vm).await;
+                Err(fault)
+            }
+        }
+    }
+
+    /// Makes room for a guest that has no process.
+    fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let Resolved { config, .. } = vm.spec.resolved(&self.images())?;
+        let machine = &config.machine_config;
+        self.admit_change(vm, machine.mem_size_mib, machine.vcpu_count, |now| {
+            now.state = State::Starting;
+        })?;
+        Ok(config)
+    }
+
+    /// Admits a guest that is there with other RAM or vCPUs, and changes it then.
+    ///
+    /// # Errors
+    /// `Refused`.
+    pub fn admit_change(
+        &self,
+        vm: &Vm,
+        ram_mib: u32,
+        vcpus: u8,
+        change: impl FnOnce(&mut super::vm::Now),
+    ) -> Result<(), Fault> {
+        let vms = self.vms();
+        let others = vms.values().filter(|other| other.id != vm.id);
+        let others: Vec<_> = others.map(|vm| vm.load()).collect();
+        let load = super::admission::Load {
+            ram_mib,
+            vcpus,
+            live: true,
+            ..vm.load()
+        };
+        if let Err(refusal) = self.limits.admit(&others, &load) {
+            self.events
+                .tell(EventKind::Refused, Some(&vm.id), Some(refusal.to_string()));
+            return Err(refusal.into());
+        }
+        vm.change(|now| {
+            (now.ram_mib, now.vcpus) = (ram_mib, vcpus);
+            change(now);
+        });
+        Ok(())
+    }
+
+    fn wrong(vm: &Vm, advice: &'static str) -> Fault {
+        Fault::WrongState {
+            id: vm.id.clone(),
+            state: vm.state(),
+            advice,
+        }
+    }
+
+    /// Starts a guest: one that waits, or one that has ended. One that runs goes on running.
+    ///
+    /// # Errors
+    /// Whatever is in the way.
+    pub async fn start(self: Arc<Self>, vm: Arc<Vm>) -> Result<Arc<Vm>, Fault> {
+        self.measure(FRESH).await;
+        let _operation = vm.operation.clone().lock_owned().await;
+        match vm.state() {
+            State::Running => {}
+            State::NotStarted => {
+                let begun = Instant::now();
+                let body = json!({"action_type": "InstanceStart"});
+                proxy::act(&vm, Method::PUT, "/actions", &body).await?;
+                self.metrics.started(begun.elapsed());
+                self.observe(&vm, State::Running);
+                self.save(&vm).await;
+            }
+            State::Stopped | State::Failed | State::Restarting => {
+                vm.change(|now| now.failures = 0);
+                self.start_again(&vm).await?;
+            }
+            State::Paused => return Err(Self::wrong(&vm, "resume it")),
+            State::Creating | State::Starting | State::Deleting => {
+                return Err(Self::wrong(&vm, "it cannot be started now"));
+            }
+        }
+        Ok(vm)
+    }
+
+    /// Notes what a guest has been seen to do.
+    pub fn observe(&self, vm: &Vm, state: State) {
+        let before = vm.change(|now| match now.state {
+            State::NotStarted | State::Running | State::Paused if now.process.is_some() => {
+                std::mem::replace(&mut now.state, state)
+            }
+            _ => state,
+        });
+        let kind = match (before, state) {
+            (State::NotStarted, State::Running) => EventKind::Started,
+            (State::Paused, State::Running) => EventKind::Resumed,
+            (State::Running, State::Paused) => EventKind::Paused,
+            _ => return,
+        };
+        self.events.tell(kind, Some(&vm.id), None);
+    }
+
+    /// Stops the vCPUs of a guest, or lets them go on.
+    ///
+    /// # Errors
+    /// Whatever is in the way.
+    pub async fn pause(self: Arc<Self>, vm: Arc<Vm>, state: State) -> Result<Arc<Vm>, Fault> {
+        let _operation = vm.operation.clone().lock_owned().await;
+        let word = if state == State::Paused {
+            "Paused"
+        } else {
+            "Resumed"
+        };
+        proxy::act(&vm, Method::PATCH, "/vm", &json!({"state": word})).await?;
+        self.observe(&vm, state);
+        self.save(&vm).await;
+        Ok(vm)
+    }
+
+    /// Ends a guest: it is asked to, then its process is, then that is killed. One that has ended stays as it is.
+    ///
+    /// # Errors
+    /// Whatever is in the way.
+    pub async fn stop(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<Arc<Vm>, Fault> {
+        let _operation = vm.operation.clone().lock_owned().await;
+        if vm.state() == State::Restarting {
+            vm.change(|now| now.state = State::Stopped);
+            self.events.tell(EventKind::Stopped, Some(&vm.id), None);
+        } else {
+            self.end_process(&vm, manner).await?;
+        }
+        self.save(&vm).await;
+        Ok(vm)
+    }
+
+    async fn end_process(&self, vm: &Vm, manner: Manner) -> Result<(), Fault> {
+        let Some((process, state)) = vm.change(|now| {
+            now.stopping = true;
+            Some((now.process.clone()?, now.state))
+        }) else {
+            return Ok(());
+        };
+        self.events.tell(EventKind::Stopping, Some(&vm.id), None);
+        let gone = |patience| timeout(patience, vm.until(|now| now.process.is_none()));
+        if state == State::Running && !manner.patience.is_zero() {
+            let body = json!({"action_type": "SendCtrlAltDel"}).to_string();
+            let asked = proxy::ask(vm, Method::PUT, "/actions", body.into(), manner.patience).await;
+            let heard = asked.is_ok_and(|answer| answer.status.is_success());
+            let shut_down = vm.until(|now| now.process.is_none() || now.state == State::Deleting);
+            if heard
+                && timeout(manner.patience, shut_down).await.is_ok()
+                && vm.now().process.is_none()
+            {
+                return Ok(());
+            }
+        }
+        process.signal(Signal::TERM);
+        if gone(TERM).await.is_ok() {
+            return Ok(());
+        }
+        tracing::warn!(vm = %vm.id, "the process does not end by SIGTERM, and is killed");
+        process.signal(Signal::KILL);
+        gone(KILL)
+            .await
+            .map_err(|_| Fault::Unkillable(vm.id.clone()))
+    }
+
+    /// Ends a guest, and removes all of it.
+    ///
+    /// # Errors
+    /// Whatever is in the way; it can be deleted again then.
+    pub async fn delete(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<(), Fault> {
+        if manner.patience.is_zero() {
+            // Whoever waits for its end does not any more.
+            vm.change(|now| {
+                if now.state != State::Creating {
+                    now.state = State::Deleting;
+                }
+            });
+        }
+        let _operation = vm.operation.lock().await;
+        if !self
+            .vms()
+            .get(&vm.id)
+            .is_some_and(|known| Arc::ptr_eq(known, &vm))
+        {
+            return Ok(());
+        }
+        if !manner.patience.is_zero() {
+            self.end_process(&vm, manner).await?;
+        }
+        vm.change(|now| (now.state, now.phase) = (State::Deleting, Phase::Deleting));
+        self.save(&vm).await;
+        self.tear_down(&vm).await?;
+        self.events.tell(EventKind::Deleted, Some(&vm.id), None);
+        Ok(())
+    }
+
+    async fn tear_down(&self, vm: &Vm) -> Result<(), Fault> {
+        vm.change(|now| (now.state, now.phase) = (State::Deleting, Phase::Deleting));
+        let manner = Manner {
+            patience: Duration::ZERO,
+        };
+        if vm.now().process.is_some() {
+            self.end_process(vm, manner).await?;
+        }
+        let _saving = vm.saving.lock().await;
+        let folder = vm.folder.clone();
+        let removed = blocking(move || match std::fs::remove_dir_all(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(()) | Err(_) => Ok(()),
+        });
+        removed.await?.map_err(Fault::Store)?;
+        self.vms().remove(&vm.id);
+        vm.change(|_| ());
+        Ok(())
+    }
+
+    /// Writes what is known of a guest. Where that fails, the guest goes on, and the next daemon knows less of it.
+    pub async fn save(self: &Arc<Self>, vm: &Arc<Vm>) {
+        let _saving = vm.saving.lock().await;
+        if !self.vms().contains_key(&vm.id) {
+            return;
+        }
+        let (daemon, id, record) = (self.clone(), vm.id.clone(), vm.record());
+        let saved = blocking(move || daemon.store.save(&id, &record)).await;
+        let saved = saved.and_then(|saved| saved.map_err(Fault::Store));
+        if let Err(error) = saved {
+            tracing::error!(vm = %vm.id, %error, "the state of a guest is not on the disk");
+        }
+    }
+}

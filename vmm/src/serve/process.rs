@@ -1,0 +1,212 @@
+//! The process of a guest: started held, known for certain, and watched.
+//!
+//! ```text
+//! spawn ──> held: waits on its standard input ── pid.json is written ── release ──> runs
+//!              └── the daemon dies: standard input ends, and so does the process
+//! ```
+//!
+//! So there is no process that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next one
+//! finds it by its number, its start and the host's boot, and holds it by a pidfd, which never means another process.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
+use rustix::time::{ClockId, clock_gettime};
+use tokio::io::unix::AsyncFd;
+
+use super::store::{self, PidFile};
+use crate::procfs;
+
+/// What `Launch` is started with.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// The guest.
+    pub id: &'a str,
+    /// Its folder, which the process works in.
+    pub folder: &'a Path,
+    /// Whether the guest starts at once.
+    pub start: bool,
+}
+
+/// How a process ended, as far as its parent is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// By itself.
+    Code(u8),
+    /// Killed.
+    Signal(i32),
+    /// It was another's child.
+    Unseen,
+}
+
+/// A process of a guest.
+#[derive(Debug)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    fd: AsyncFd<OwnedFd>,
+}
+
+/// A process that has not begun.
+pub struct Held {
+    pid: u32,
+    fd: OwnedFd,
+    gate: ChildStdin,
+    start_us: u64,
+}
+
+fn opened(pid: u32) -> io::Result<OwnedFd> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let number = number.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(number, PidfdFlags::empty())?)
+}
+
+fn start_us(pid: u32) -> io::Result<u64> {
+    let start = procfs::start_of(pid).map_err(io::Error::other)?;
+    u64::try_from(start.as_micros()).map_err(io::Error::other)
+}
+
+/// For how long a process has been there.
+pub fn age(pid: u32) -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+    procfs::start_of(pid).map_or(Duration::ZERO, |start| now.saturating_sub(start))
+}
+
+/// Starts the process of a guest. The one place where its command line is made.
+///
+/// # Errors
+/// What the host says; there is no process then.
+pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
+    for left in ["end.json", "pid.json"] {
+        match std::fs::remove_file(launch.folder.join(left)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    let mut log = OpenOptions::new();
+    log.write(true).create(true).truncate(true).mode(0o600);
+    let log = log.open(launch.folder.join("log"))?;
+    // The program that runs this, whatever has become of its file.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("coppice")
+        .args(["run", "--held", "--id", launch.id])
+        .args(["--api-sock", "api.sock", "--console-sock", "console.sock"])
+        .args(["--end-file", "end.json", "--config", "config.json"]);
+    if !launch.start {
+        command.arg("--no-start");
+    }
+    command
+        .current_dir(launch.folder)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(log);
+    let mut child = command.spawn()?;
+    let pid = child.id();
+    // A child's number is its own until it has been waited for.
+    let known = || Ok::<_, io::Error>((opened(pid)?, start_us(pid)?));
+    let (known, gate) = (known(), child.stdin.take());
+    match (known, gate) {
+        (Ok((fd, start_us)), Some(gate)) => Ok(Held {
+            pid,
+            fd,
+            gate,
+            start_us,
+        }),
+        (known, _) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(known.err().unwrap_or(io::ErrorKind::BrokenPipe.into()))
+        }
+    }
+}
+
+impl Held {
+    /// Notes the process, and lets it begin. It ends where it cannot be noted.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn release(mut self, folder: &Path) -> io::Result<(u32, OwnedFd)> {
+        let file = PidFile {
+            pid: self.pid,
+            start_us: self.start_us,
+            boot_id: store::boot_id()?,
+        };
+        let noted = store::write(&folder.join("pid.json"), &file, false);
+        if let Err(error) = noted.and_then(|()| self.gate.write_all(b"\n")) {
+            drop(self.gate);
+            let _ = pidfd_send_signal(&self.fd, Signal::KILL);
+            let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED);
+            return Err(error);
+        }
+        Ok((self.pid, self.fd))
+    }
+}
+
+/// The process that a guest's folder names, if it is still there.
+///
+/// # Errors
+/// What the host says.
+pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
+    let Some(file) = store::read::<PidFile>(&folder.join("pid.json"))? else {
+        return Ok(None);
+    };
+    if file.boot_id != store::boot_id()? {
+        return Ok(None);
+    }
+    // Opened before it is looked at: what is looked at then is what was opened, or is gone.
+    let Ok(fd) = opened(file.pid) else {
+        return Ok(None);
+    };
+    match start_us(file.pid) {
+        Ok(start) if start == file.start_us => Ok(Some((file.pid, fd))),
+        Ok(_) | Err(_) => Ok(None),
+    }
+}
+
+impl Process {
+    /// Watches a process; in the runtime.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn new((pid, fd): (u32, OwnedFd)) -> io::Result<Self> {
+        // SAFETY: an `OwnedFd` is open, and the same, as long as it lives; it is never taken out again.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)? };
+        Ok(Self { pid, fd })
+    }
+
+    /// Waits for its end, and for its remains where it is a child.
+    pub async fn ended(&self) -> Exit {
+        if let Err(error) = self.fd.readable().await {
+            tracing::error!(pid = self.pid, %error, "a process cannot be watched");
+        }
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        match waitid(WaitId::PidFd(self.fd.get_ref().as_fd()), options) {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => Exit::Code(u8::try_from(code).unwrap_or(u8::MAX)),
+                (None, Some(signal)) => Exit::Signal(signal),
+                (None, None) => Exit::Unseen,
+            },
+            Ok(None) | Err(_) => Exit::Unseen,
+        }
+    }
+
+    /// Sends a signal. One that has ended takes none.
+    pub fn signal(&self, signal: Signal) {
+        if let Err(error) = pidfd_send_signal(self.fd.get_ref(), signal)
+            && error != rustix::io::Errno::SRCH
+        {
+            tracing::error!(pid = self.pid, %error, "a process cannot be signalled");
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! What a daemon finds that comes after another: guests that go on, guests that have ended meanwhile, and what was half done.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use tokio::time::timeout;
+
+use super::Daemon;
+use super::events::EventKind;
+use super::lifecycle::KILL;
+use super::process::{self, Exit, Process};
+use super::proxy;
+use super::status::State;
+use super::store::{self, Phase, Record};
+use super::vm::Vm;
+use crate::config::VmConfig;
+
+impl Daemon {
+    /// Finds the guests of the daemon before.
+    ///
+    /// # Errors
+    /// Where the state folder cannot be read. A guest whose folder is damaged is left alone.
+    pub async fn recover(self: &Arc<Self>) -> io::Result<()> {
+        for id in self.store.ids()? {
+            if let Err(error) = self.recover_vm(&id).await {
+                tracing::error!(vm = %id, %error, "what is left of a guest cannot be understood, and stays as it is");
+            }
+        }
+        Ok(())
+    }
+
+    async fn recover_vm(self: &Arc<Self>, id: &str) -> io::Result<()> {
+        let folder = self.store.vm(id);
+        let record = store::read::<Record>(&folder.join("vm.json"))?;
+        let found = process::find(&folder)?.map(Process::new).transpose()?;
+        let record = match record {
+            Some(record) if record.phase == Phase::Present => record,
+            Some(_) | None => {
+                // Half made or half deleted. Whoever asked for it has been told nothing.
+                if let Some(process) = found {
+                    process.signal(Signal::KILL);
+                    let _ = timeout(KILL, process.ended()).await;
+                }
+                tracing::info!(vm = %id, "what was left of a guest is removed");
+                return self.store.remove(id);
+            }
+        };
+        let config = store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default();
+        let machine = &config.machine_config;
+        let state = record.state;
+        let vm = Vm::new(
+            id.to_owned(),
+            folder,
+            record,
+            machine.mem_size_mib,
+            machine.vcpu_count,
+        );
+        let vm = Arc::new(vm);
+        self.vms().insert(id.to_owned(), vm.clone());
+        match (found, state) {
+            (Some(process), _) => self.attach(&vm, process),
+            (None, State::Stopped | State::Failed) => {}
+            (None, State::Restarting) => self.restart_later(&vm, Duration::from_secs(1)),
+            (None, _) => {
+                vm.change(|now| now.state = State::Running);
+                self.ended(&vm, Exit::Unseen).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
+        let process = Arc::new(process);
+        vm.change(|now| {
+            now.since = Instant::now().checked_sub(process::age(process.pid));
+            now.process = Some(process.clone());
+            now.end = None;
+            if !matches!(now.state, State::NotStarted | State::Paused) {
+                now.state = State::Running;
+            }
+        });
+        self.watch(vm, &process);
+        self.events.tell(EventKind::Attached, Some(&vm.id), None);
+        let (daemon, vm) = (self.clone(), vm.clone());
+        tokio::spawn(async move {
+            if let Some(state) = proxy::state(&vm.api_socket(), proxy::LOOK).await {
+                vm.change(|now| {
+                    if now.process.is_some() && now.state != State::Deleting {
+                        now.state = state;
+                    }
+                });
+                daemon.save(&vm).await;
+            } else {
+                tracing::warn!(vm = %vm.id, "the process of a guest does not answer");
+            }
+        });
+    }
+}

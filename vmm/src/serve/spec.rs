@@ -1,0 +1,201 @@
+//! What a guest is to be, as `POST /vms` is told.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+
+use super::fault::Fault;
+use super::images::Images;
+use crate::cli::is_guest_id;
+use crate::config::VmConfig;
+
+/// Most labels, and most bytes of a label's name and value.
+const LABELS: usize = 32;
+const LABEL: usize = 256;
+
+/// A guest that is to be made.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Its name: 1 to 63 lower case letters, digits and dashes. One is made up where absent.
+    #[serde(default)]
+    #[schema(pattern = "^[a-z0-9-]{1,63}$")]
+    pub id: Option<String>,
+    /// The guest, as `coppice run --config` takes it (Firecracker's configuration file). Paths are absolute, or `image:NAME`.
+    #[serde(default)]
+    #[schema(value_type = Option<VmConfig>)]
+    pub config: Option<Value>,
+    /// The template that it is a clone of, instead of `config`.
+    // Not in the document before there are templates.
+    #[serde(default)]
+    #[schema(ignore)]
+    pub template: Option<String>,
+    /// Whether it starts at once.
+    #[serde(default = "yes")]
+    pub start: bool,
+    /// Whether it is started again when it has failed.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+    /// Words to find it by.
+    #[serde(default)]
+    pub labels: BTreeMap<String, String>,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+/// Whether a guest is started again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// It stays as it ended.
+    #[default]
+    Never,
+    /// When it has reset itself, panicked, crashed, or was killed: after 1 s, then 2 s, and so on; not again after five failures that
+    /// came within a minute of the start each.
+    OnFailure,
+}
+
+/// A configuration that can be run, and the images in it.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// With real paths.
+    pub config: VmConfig,
+    /// Names of images.
+    pub images: Vec<String>,
+}
+
+fn resolve(
+    field: &'static str,
+    path: &mut PathBuf,
+    images: &Images,
+    used: &mut Vec<String>,
+) -> Result<(), Fault> {
+    if let Some(name) = path.to_str().and_then(|path| path.strip_prefix("image:")) {
+        let found = images.path(name);
+        let found = found.ok_or_else(|| Fault::NoImage(name.to_owned()))?;
+        used.push(name.to_owned());
+        *path = found;
+    }
+    absolute(field, path)
+}
+
+fn absolute(field: &'static str, path: &Path) -> Result<(), Fault> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(Fault::Invalid {
+        field,
+        value: path.display().to_string(),
+        expected: "an absolute path or image:NAME",
+    })
+}
+
+impl VmSpec {
+    /// Checks all but the configuration.
+    ///
+    /// # Errors
+    /// `Invalid`, `NotYet`.
+    pub fn check(&self) -> Result<(), Fault> {
+        let invalid = |field, value: &str, expected| {
+            Err(Fault::Invalid {
+                field,
+                value: value.to_owned(),
+                expected,
+            })
+        };
+        match &self.id {
+            Some(id) if !is_guest_id(id) => {
+                return invalid("id", id, "1 to 63 lower case letters, digits and dashes");
+            }
+            Some(_) | None => {}
+        }
+        if self.template.is_some() {
+            return Err(Fault::NotYet("a clone of a template"));
+        }
+        if self.labels.len() > LABELS {
+            return invalid("labels", "their number", "32 or less");
+        }
+        for (name, value) in &self.labels {
+            if name.len() > LABEL || value.len() > LABEL {
+                return invalid("labels", name, "a name and a value of 256 bytes at most");
+            }
+        }
+        Ok(())
+    }
+
+    /// The configuration, with the paths of images.
+    ///
+    /// # Errors
+    /// `Json`, `Config`, `Invalid`, `NoImage`.
+    pub fn resolved(&self, images: &Images) -> Result<Resolved, Fault> {
+        let mut config: VmConfig = match &self.config {
+            Some(config) => serde_json::from_value(config.clone())?,
+            None => VmConfig::default(),
+        };
+        config.validate()?;
+        let mut used = Vec::new();
+        if let Some(source) = &mut config.boot_source {
+            let kernel = &mut source.kernel_image_path;
+            resolve("boot-source.kernel_image_path", kernel, images, &mut used)?;
+            if let Some(initrd) = &mut source.initrd_path {
+                resolve("boot-source.initrd_path", initrd, images, &mut used)?;
+            }
+        } else if self.start {
+            return Err(Fault::Invalid {
+                field: "config.boot-source",
+                value: "null".to_owned(),
+                expected: "there, as a guest that starts at once needs it (or \"start\": false)",
+            });
+        }
+        for drive in &mut config.drives {
+            resolve(
+                "drives.path_on_host",
+                &mut drive.path_on_host,
+                images,
+                &mut used,
+            )?;
+            if let Some(parents) = &drive.parents {
+                absolute("drives.parents", parents)?;
+            }
+        }
+        for pmem in &mut config.pmem {
+            resolve(
+                "pmem.path_on_host",
+                &mut pmem.path_on_host,
+                images,
+                &mut used,
+            )?;
+            if let Some(parents) = &pmem.parents {
+                absolute("pmem.parents", parents)?;
+            }
+        }
+        if let Some(path) = config
+            .serial
+            .as_ref()
+            .and_then(|serial| serial.serial_out_path.as_ref())
+        {
+            absolute("serial.serial_out_path", path)?;
+        }
+        if let Some(metrics) = &config.metrics {
+            absolute("metrics.metrics_path", &metrics.metrics_path)?;
+        }
+        if let Some(path) = config
+            .logger
+            .as_ref()
+            .and_then(|logger| logger.log_path.as_ref())
+        {
+            absolute("logger.log_path", path)?;
+        }
+        used.sort();
+        used.dedup();
+        Ok(Resolved {
+            config,
+            images: used,
+        })
+    }
+}

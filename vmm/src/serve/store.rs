@@ -1,0 +1,258 @@
+//! What outlives the daemon: a folder for each guest.
+//!
+//! ```text
+//! DIR/lock               held by the one daemon of this folder
+//! DIR/images.json        images by name
+//! DIR/vms/ID/vm.json     what was asked for, and how far it has come
+//!           /config.json what the process is given
+//!           /pid.json    the process: number, start, boot
+//!           /end.json    why the process ended, written by itself
+//!           /log         what the process logs
+//!           /api.sock, /console.sock
+//! ```
+//!
+//! A file is written under another name, and renamed when it is complete. The order makes a crash at any step harmless: the folder is
+//! there before the process, with `vm.json` saying `creating`; the process does nothing before its number is in `pid.json` (see
+//! `process`); `vm.json` says `present` when the guest is as it was asked for, and `deleting` before anything of it goes. What the next
+//! daemon finds as `creating` or `deleting` it removes.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::spec::VmSpec;
+use super::status::{Ended, State};
+
+/// Longest path of a socket (unix(7)), without its zero byte.
+const SOCKET_PATH: usize = 107;
+
+/// How far a guest has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Its creation has begun.
+    Creating,
+    /// It is there.
+    Present,
+    /// Its deletion has begun.
+    Deleting,
+}
+
+/// `vm.json`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// What was asked for; with its id.
+    pub spec: VmSpec,
+    /// Who asked.
+    pub uid: u32,
+    /// When, in ms since 1970.
+    pub created_ms: u64,
+    /// How far it has come.
+    pub phase: Phase,
+    /// Its state when this was written.
+    pub state: State,
+    /// Images that it uses.
+    #[serde(default)]
+    pub images: Vec<String>,
+    /// How often it was started again.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Of those, how often without having run for long.
+    #[serde(default)]
+    pub failures: u32,
+    /// How it ended the last time.
+    #[serde(default)]
+    pub end: Option<Ended>,
+}
+
+/// `pid.json`. A number is used again; with the start and the boot, it is one process for good.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PidFile {
+    /// Its number.
+    pub pid: u32,
+    /// When it started, in µs since boot.
+    pub start_us: u64,
+    /// The boot of the host.
+    pub boot_id: String,
+}
+
+/// The state folder. There is one daemon for it as long as this lives.
+#[derive(Debug)]
+pub struct Store {
+    folder: PathBuf,
+    _lock: File,
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    match DirBuilder::new().mode(0o700).recursive(true).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
+    }
+}
+
+/// The host's boot.
+///
+/// # Errors
+/// What the host says.
+pub fn boot_id() -> io::Result<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Ok(id.trim_end().to_owned())
+}
+
+/// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
+///
+/// # Errors
+/// What the host says.
+pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    let written = || {
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(&new)?;
+        file.write_all(&serde_json::to_vec(value)?)?;
+        if durable {
+            file.sync_all()?;
+        }
+        fs::rename(&new, path)
+    };
+    let done = written();
+    if done.is_err() {
+        // The disk is full, most likely. What is not there yet does no harm.
+        let _ = fs::remove_file(&new);
+    } else if durable && let Some(folder) = path.parent() {
+        File::open(folder)?.sync_all()?;
+    }
+    done
+}
+
+/// Reads JSON; `None` where there is no such file.
+///
+/// # Errors
+/// What the host says, or what is wrong with the JSON.
+pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
+    match fs::read(path) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+impl Store {
+    /// Opens, or makes, the folder; `None` where another daemon has it.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn open(folder: &Path) -> io::Result<Option<Self>> {
+        make_folder(&folder.join("vms"))?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        let lock = options.mode(0o600).open(folder.join("lock"))?;
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self {
+                // Guests are given paths, and run in another folder.
+                folder: fs::canonicalize(folder)?,
+                _lock: lock,
+            })),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// The file of the images.
+    pub fn images(&self) -> PathBuf {
+        self.folder.join("images.json")
+    }
+
+    /// The folder of a guest.
+    pub fn vm(&self, id: &str) -> PathBuf {
+        self.folder.join("vms").join(id)
+    }
+
+    /// Whether the paths of a guest's sockets are short enough.
+    pub fn has_room_for(&self, id: &str) -> bool {
+        self.vm(id).join("console.sock").as_os_str().len() <= SOCKET_PATH
+    }
+
+    /// The guests that have a folder.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn ids(&self) -> io::Result<Vec<String>> {
+        let entries = fs::read_dir(self.folder.join("vms"))?;
+        let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        names.filter_map(Result::transpose).collect()
+    }
+
+    /// Makes the folder of a new guest. What is left of another of that name goes.
+    ///
+    /// # Errors
+    /// What the host says. Nothing of the folder stays then.
+    pub fn create(&self, id: &str, record: &Record, config: &impl Serialize) -> io::Result<()> {
+        let folder = self.vm(id);
+        self.remove(id)?;
+        let made = || {
+            DirBuilder::new().mode(0o700).create(&folder)?;
+            write(&folder.join("vm.json"), record, true)?;
+            write(&folder.join("config.json"), config, false)
+        };
+        let done = made();
+        if done.is_err()
+            && let Err(error) = self.remove(id)
+        {
+            tracing::warn!(vm = id, %error, "a half-made folder stays");
+        }
+        done
+    }
+
+    /// Writes `vm.json`.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn save(&self, id: &str, record: &Record) -> io::Result<()> {
+        write(&self.vm(id).join("vm.json"), record, true)
+    }
+
+    /// Removes the folder of a guest, if there is one.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn remove(&self, id: &str) -> io::Result<()> {
+        match fs::remove_dir_all(self.vm(id)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_has_one_daemon() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = Store::open(folder.path()).unwrap();
+        assert!(first.is_some());
+        assert!(Store::open(folder.path()).unwrap().is_none());
+        drop(first);
+        assert!(Store::open(folder.path()).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_leaves_the_old_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        write(&path, &1, true).unwrap();
+        fs::create_dir(folder.path().join("f.new")).unwrap();
+        assert!(write(&path, &2, true).is_err());
+        assert_eq!(read::<u8>(&path).unwrap(), Some(1));
+        assert_eq!(read::<u8>(&folder.path().join("g")).unwrap(), None);
+    }
+}

@@ -1,0 +1,317 @@
+//! `coppice serve`: guests from their making to their end, and what a daemon finds that comes after another.
+
+#![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
+
+#[path = "serve/mod.rs"]
+mod serve;
+
+use std::fs;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use serve::daemon::{Daemon, coppice, until};
+
+fn kill(vm: &Value) {
+    let pid = i32::try_from(vm["pid"].as_i64().unwrap()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+}
+
+#[test]
+fn a_guest_is_made_once_shown_and_deleted_without_a_trace() {
+    let daemon = Daemon::start(&[]);
+    let vm = daemon.create_waiting("web-1");
+    assert_eq!(vm["state"], "not_started");
+    let again = daemon.post("/vms", &json!({"id": "web-1", "start": false}));
+    assert_eq!((again.0, &again.1["pid"]), (200, &vm["pid"]));
+    let other = json!({"id": "web-1", "start": false, "labels": {"a": "b"}});
+    assert_eq!(daemon.post("/vms", &other).0, 409);
+    assert_eq!(daemon.get("/vms")["vms"].as_array().unwrap().len(), 1);
+    assert!(
+        daemon.get("/vms/web-1?stats")["memory"]["private_kib"]
+            .as_u64()
+            .unwrap()
+            > 0
+    );
+    assert_eq!(daemon.get("/vms/web-1/")["id"], "web-1");
+    let nameless = daemon.post("/vms", &json!({"start": false})).1;
+    let nameless = format!("/vms/{}", nameless["id"].as_str().unwrap());
+    for path in ["/vms/web-1", &nameless] {
+        assert_eq!(daemon.call("DELETE", path, None), (204, Value::Null));
+        assert_eq!(daemon.call("GET", path, None).0, 404);
+    }
+    assert_eq!(daemon.processes(), [0u32; 0]);
+    assert_eq!(fs::read_dir(daemon.vm_folder("")).unwrap().count(), 0);
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_a_reason_and_leaves_nothing() {
+    let daemon = Daemon::start(&[]);
+    let path = daemon.folder().join("no kernel");
+    fs::write(&path, "#".repeat(8192)).unwrap();
+    let kernel =
+        |path: &str| json!({"id": "x", "config": {"boot-source": {"kernel_image_path": path}}});
+    for (spec, status, named) in [
+        (json!({"id": "X"}), 400, "lower case"),
+        (json!({"id": "x"}), 400, "boot-source"),
+        (json!({"id": "x", "colour": 1}), 400, "colour"),
+        (
+            json!({"id": "x", "start": false, "config": {"machine-config": {"vcpu_count": 99, "mem_size_mib": 1}}}),
+            400,
+            "vcpu_count",
+        ),
+        (kernel("vmlinux"), 400, "absolute"),
+        (kernel("image:none"), 404, "image"),
+        (kernel("/nowhere"), 422, "/nowhere"),
+        (kernel(path.to_str().unwrap()), 422, "kernel"),
+        (json!({"id": "x", "template": "t"}), 501, "template"),
+    ] {
+        let (code, answer) = daemon.post("/vms", &spec);
+        let text = answer["fault_message"].as_str().unwrap();
+        assert!(
+            code == status && text.contains(named),
+            "{spec}: {code} {text}"
+        );
+    }
+    assert_eq!(daemon.get("/vms")["vms"], json!([]));
+    assert_eq!(daemon.processes(), [0u32; 0]);
+    assert_eq!(fs::read_dir(daemon.vm_folder("")).unwrap().count(), 0);
+    assert_eq!(daemon.call("GET", "/nothing", None).0, 404);
+    assert_eq!(daemon.call("PATCH", "/vms", None).0, 405);
+    assert_eq!(daemon.call("POST", "/templates", None).0, 501);
+}
+
+#[test]
+fn a_guest_is_configured_started_paused_and_stopped() {
+    let daemon = Daemon::start(&[]);
+    let mut events = daemon.events(0);
+    daemon.create_waiting("g");
+    let put = |path: &str, body: Value| {
+        let (status, answer) = daemon.call("PUT", &format!("/vms/g{path}"), Some(&body));
+        assert_eq!(status, 204, "{answer}");
+    };
+    put(
+        "/boot-source",
+        json!({"kernel_image_path": daemon.kernel()}),
+    );
+    put(
+        "/machine-config",
+        json!({"vcpu_count": 1, "mem_size_mib": 20}),
+    );
+    put("/sharing", json!({"mode": "off"}));
+    assert_eq!(daemon.get("/vms/g")["mem_size_mib"], 20);
+    put("/actions", json!({"action_type": "InstanceStart"}));
+    assert_eq!(daemon.get("/vms/g")["state"], "running");
+    events.next("g", "started");
+    assert_eq!(
+        daemon.post("/vms/g/pause", &json!(null)).1["state"],
+        "paused"
+    );
+    events.next("g", "paused");
+    assert_eq!(daemon.post("/vms/g/start", &json!(null)).0, 409);
+    assert_eq!(
+        daemon
+            .call("PATCH", "/vms/g/vm", Some(&json!({"state": "Resumed"})))
+            .0,
+        204
+    );
+    events.next("g", "resumed");
+    assert_eq!(daemon.get("/vms/g")["state"], "running");
+    // It powers off by Ctrl-Alt-Del.
+    let (status, vm) = daemon.post("/vms/g/stop", &json!({"timeout_s": 30}));
+    assert_eq!(
+        (status, &vm["state"], &vm["end"]["kind"]),
+        (200, &json!("stopped"), &json!("power_off")),
+        "{vm}"
+    );
+    events.next("g", "stopped");
+    assert_eq!(daemon.post("/vms/g/stop", &json!(null)).0, 200);
+    assert_eq!(daemon.call("GET", "/vms/g/vm/config", None).0, 409);
+}
+
+#[test]
+fn a_stopped_guest_starts_again_as_it_was_made() {
+    let daemon = Daemon::start(&[]);
+    let first = daemon.create_running("g");
+    assert_eq!(
+        daemon.post("/vms/g/start", &json!(null)).1["pid"],
+        first["pid"]
+    );
+    let (_, stopped) = daemon.post("/vms/g/stop", &json!({"timeout_s": 0}));
+    assert_eq!(
+        (&stopped["state"], &stopped["end"]["kind"]),
+        (&json!("stopped"), &json!("signal"))
+    );
+    let (status, second) = daemon.post("/vms/g/start", &json!(null));
+    assert_eq!(
+        (status, &second["state"]),
+        (200, &json!("running")),
+        "{second}"
+    );
+    assert_ne!(second["pid"], first["pid"]);
+    assert_eq!(daemon.call("DELETE", "/vms/g?timeout_s=20", None).0, 204);
+}
+
+#[test]
+fn guests_outlive_their_daemon_and_the_next_one_finds_them() {
+    let mut daemon = Daemon::start(&[]);
+    let ids = ["running", "paused", "waiting", "stopped"];
+    let made = [
+        daemon.create_running("running"),
+        daemon.create_running("paused"),
+        daemon.create_waiting("waiting"),
+        daemon.create_running("stopped"),
+    ];
+    daemon.post("/vms/paused/pause", &json!(null));
+    daemon.post("/vms/stopped/stop", &json!({"timeout_s": 0}));
+    for round in 0..2 {
+        if round == 0 {
+            daemon.kill_and_restart();
+        } else {
+            daemon.terminate();
+            daemon.restart();
+        }
+        for (id, made) in ids.iter().zip(&made) {
+            let state = if *id == "waiting" { "not_started" } else { id };
+            let vm = daemon.until_state(id, state);
+            if *id != "stopped" {
+                assert_eq!(vm["pid"], made["pid"]);
+            }
+        }
+    }
+    assert_eq!(
+        daemon.post("/vms/paused/resume", &json!(null)).1["state"],
+        "running"
+    );
+    assert_eq!(daemon.processes().len(), 3);
+    // It ends while nobody sees it, and says why.
+    daemon.terminate();
+    let pid = i32::try_from(made[0]["pid"].as_i64().unwrap()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+    until("it wrote why", || {
+        daemon.vm_folder("running").join("end.json").exists()
+    });
+    kill(&made[1]);
+    daemon.restart();
+    let ended = daemon.until_state("running", "stopped");
+    assert_eq!(ended["end"]["code"], 143);
+    assert_eq!(
+        daemon.until_state("paused", "failed")["end"]["kind"],
+        "unknown"
+    );
+    for id in ids {
+        assert_eq!(daemon.call("DELETE", &format!("/vms/{id}"), None).0, 204);
+    }
+    assert_eq!(daemon.processes(), [0u32; 0]);
+}
+
+#[test]
+fn the_end_of_one_guest_is_told_with_its_reason_and_no_other_ends() {
+    let daemon = Daemon::start(&[]);
+    let mut events = daemon.events(0);
+    let other = daemon.create_running("other");
+    for (id, keys, kind, state) in [
+        ("quits", Some("q"), "power_off", "stopped"),
+        ("resets", Some("r"), "reset", "stopped"),
+        ("crashes", Some("t"), "crash", "failed"),
+        ("panics", Some("p"), "panic", "failed"),
+        ("killed", None, "killed", "failed"),
+    ] {
+        let vm = daemon.create_running(id);
+        match keys {
+            Some(keys) => {
+                let input = daemon.folder().join("keys");
+                fs::write(&input, keys).unwrap();
+                let line = format!(
+                    "--data-binary @{} --unix-socket {} -X PUT -sS http://l/vms/{id}/console",
+                    input.display(),
+                    daemon.socket().display()
+                );
+                assert!(
+                    std::process::Command::new("curl")
+                        .args(line.split(' '))
+                        .status()
+                        .unwrap()
+                        .success()
+                );
+            }
+            None => kill(&vm),
+        }
+        let vm = daemon.until_state(id, state);
+        assert_eq!(vm["end"]["kind"], kind, "{vm}");
+        let event = events.next(id, state);
+        assert_eq!(event["reason"], vm["end"]["text"]);
+    }
+    assert_eq!(daemon.get("/vms/other")["pid"], other["pid"]);
+    assert!(daemon.log().contains("SIGKILL"));
+}
+
+#[test]
+fn a_guest_that_fails_again_and_again_is_not_started_for_ever() {
+    let daemon = Daemon::start(&[]);
+    let mut events = daemon.events(0);
+    let mut spec = daemon.spec("g");
+    spec["restart"] = json!("on-failure");
+    let (_, vm) = daemon.post("/vms", &spec);
+    kill(&vm);
+    events.next("g", "restarting");
+    events.next("g", "started");
+    let vm = daemon.until_state("g", "running");
+    assert_eq!(vm["restarts"], 1);
+    // What it needs to start is gone.
+    fs::remove_file(daemon.kernel()).unwrap();
+    kill(&vm);
+    let waits: Vec<_> = (0..4)
+        .map(|_| events.next("g", "restarting")["reason"].clone())
+        .collect();
+    assert!(waits[1].as_str().unwrap().contains("in 4 s"), "{waits:?}");
+    let last = events.next("g", "restarts_exhausted");
+    assert!(
+        last["reason"].as_str().unwrap().contains("kernel"),
+        "{last}"
+    );
+    assert_eq!(daemon.until_state("g", "failed")["restarts"], 5);
+    // A restart that waits is no guest that cannot be stopped or deleted.
+    assert_eq!(daemon.call("DELETE", "/vms/g", None).0, 204);
+}
+
+#[test]
+fn one_state_folder_has_one_daemon() {
+    let daemon = Daemon::start(&[]);
+    let output = coppice()
+        .args(["serve", "--socket"])
+        .arg(daemon.folder().join("other"))
+        .arg("--state")
+        .arg(daemon.folder().join("state"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("another daemon"));
+    assert!(!daemon.folder().join("other").exists());
+}
+
+#[test]
+fn guests_end_with_a_daemon_that_is_told_so() {
+    let mut daemon = Daemon::start(&["--stop-guests", "0"]);
+    daemon.create_running("a");
+    daemon.create_waiting("b");
+    daemon.terminate();
+    assert_eq!(daemon.processes(), [0u32; 0]);
+    daemon.restart();
+    assert_eq!(daemon.until_state("a", "stopped")["end"]["kind"], "signal");
+}
+
+#[test]
+fn what_stands_in_the_way_of_a_start_is_told() {
+    let daemon = Daemon::start(&[]);
+    // What another daemon has left of a guest of that name goes.
+    fs::create_dir_all(daemon.vm_folder("g").join("vm.json.new")).unwrap();
+    daemon.create_waiting("g");
+    daemon.post("/vms/g/stop", &json!({"timeout_s": 0}));
+    fs::write(daemon.vm_folder("g").join("api.sock"), "no socket").unwrap();
+    let (status, answer) = daemon.post("/vms/g/start", &json!(null));
+    assert_eq!(status, 422, "{answer}");
+    let text = answer["fault_message"].as_str().unwrap();
+    assert!(text.contains("not a socket"), "{text}");
+    assert_eq!(daemon.get("/vms/g")["state"], "failed");
+    assert_eq!(daemon.processes(), [0u32; 0]);
+}
