@@ -23,6 +23,7 @@ use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings};
 use crate::metrics::{ApiMetrics, open_output};
 use crate::reference::{self, Warmer};
 use crate::signals::{self, Signals};
+use crate::snapshot::{LoadSnapshot, Loading};
 
 /// What `coppice run` was asked for.
 #[derive(Debug)]
@@ -43,6 +44,8 @@ pub struct RunOptions {
     pub no_start: bool,
     /// The process waits for a byte on standard input.
     pub held: bool,
+    /// The snapshot that the guest goes on from.
+    pub restore: Option<LoadSnapshot>,
 }
 
 /// Why a guest could not be run.
@@ -237,6 +240,7 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         console_socket,
         no_start,
         confinement,
+        restore,
         ..
     } = options;
     if let Some(id) = id {
@@ -244,15 +248,19 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     }
     let start = config.boot_source.is_some() && !no_start;
     lock(&control).configure(config.clone())?;
-    let warm = warmer(&config);
+    let loading = restore.as_ref().map(Loading::read).transpose();
+    let loading = loading.map_err(ControlError::from)?;
+    let warm = if loading.is_some() {
+        None
+    } else {
+        warmer(&config)
+    };
+    let wanted = loading.as_ref().map_or(&config, Loading::config);
     // Removes the socket when it goes, so also where the guest cannot start.
     let api_socket = api_socket.as_deref();
     let socket = api_socket.map(ApiSocket::bind).transpose()?;
-    let console_socket = console_socket
-        .as_deref()
-        .map(ApiSocket::bind)
-        .transpose()?;
-    let report = jail::enter(&confinement, &config, api_socket)?;
+    let console_socket = console_socket.as_deref().map(ApiSocket::bind).transpose()?;
+    let report = jail::enter(&confinement, wanted, api_socket)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
     lock(&control).confined(report);
 
@@ -287,7 +295,11 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         warm,
     };
 
-    if start {
+    if let Some(loading) = loading {
+        let resume = restore.is_some_and(|restore| restore.resume_vm);
+        let launch = |config: &VmConfig, origin| launcher.launch(config, origin, &mut manager);
+        lock(&control).load(loading, resume, launch)?;
+    } else if start {
         lock(&control).start(|config, origin| launcher.launch(config, origin, &mut manager))?;
     }
     let server = match &socket {

@@ -6,6 +6,7 @@ mod disk;
 mod jail;
 mod pages;
 mod pmem;
+mod restore;
 mod serve;
 mod size;
 mod top;
@@ -32,6 +33,7 @@ pub use disk::{DiskArgument, DiskError};
 pub use jail::{JailArgument, JailArgumentError};
 pub use pages::{PagesError, completions, man_pages};
 pub use pmem::{PmemArgument, PmemError};
+pub use restore::{RestoreArgument, RestoreError};
 pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
@@ -246,6 +248,16 @@ pub struct RunArguments {
     /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
     #[arg(long)]
     pub huge_pages: bool,
+    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, disk.ID=FILE, clone.ID=FILE, trust, paused.
+    ///
+    /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are given beside it. Options:
+    /// memory: the memory file, where it is not where it was written;
+    /// disk.ID: the disk of that drive, where it is not where it was;
+    /// clone.ID: make this file, a child of that drive's disk, which nobody may write to any more: so one snapshot becomes many guests;
+    /// trust: do not compare the checksums of all memory before the guest runs;
+    /// paused: the guest waits for `PATCH /vm`.
+    #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "config"])]
+    pub restore: Option<RestoreArgument>,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
     ///
     /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
@@ -355,7 +367,7 @@ pub enum UsageError {
     Config(#[from] ConfigError),
     /// Nothing to start, and nobody to say what.
     #[error(
-        "nothing to run: give --kernel, or a --config with a boot-source, or --api-sock to be told later"
+        "nothing to run: give --kernel, or a --config with a boot-source, or --restore, or --api-sock to be told later"
     )]
     NothingToRun,
     /// An argument of `coppice run` that `coppice vm create` does not take.
@@ -397,10 +409,12 @@ impl RunArguments {
             end_file: self.end_file.take(),
             no_start: self.no_start,
             held: self.held,
+            restore: self.restore.take().map(|RestoreArgument(load)| load),
             confinement: self.confinement(),
         };
         let config = self.into_config()?;
-        if config.boot_source.is_none() && options.api_socket.is_none() {
+        let has_origin = config.boot_source.is_some() || options.restore.is_some();
+        if !has_origin && options.api_socket.is_none() {
             return Err(UsageError::NothingToRun);
         }
         Ok(RunOptions { config, ..options })

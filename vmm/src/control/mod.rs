@@ -517,10 +517,23 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.not_started()?;
+        self.load(Loading::read(request)?, request.resume_vm, launch)
+    }
+
+    /// As [`Control::load_snapshot`], of a snapshot that has been read.
+    ///
+    /// # Errors
+    /// As [`Control::load_snapshot`].
+    pub fn load(
+        &mut self,
+        loading: Loading,
+        resume: bool,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        self.not_started()?;
         if let Some(field) = self.config.of_a_guest() {
             return Err(ControlError::Configured(field));
         }
-        let loading = Loading::read(request)?;
         let own = &self.config;
         let config = VmConfig {
             serial: own.serial.clone(),
@@ -531,12 +544,12 @@ impl Control {
         config.validate()?;
         config.check_disks()?;
         let mut guest = launch(&config, Origin::Snapshot(Box::new(loading)))?;
-        if request.resume_vm {
+        if resume {
             guest.resume();
         }
         self.life = Life::Started {
             guest,
-            paused: !request.resume_vm,
+            paused: !resume,
         };
         self.config = config;
         Ok(())

@@ -79,6 +79,21 @@ pub struct LoadSnapshot {
     pub drives: Vec<DriveOverride>,
 }
 
+impl LoadSnapshot {
+    /// Of a state file, with the memory and the disks where they were.
+    pub fn new(snapshot_path: PathBuf) -> Self {
+        Self {
+            snapshot_path,
+            mem_backend: None,
+            mem_file_path: None,
+            resume_vm: false,
+            track_dirty_pages: false,
+            verify_memory: true,
+            drives: Vec::new(),
+        }
+    }
+}
+
 const fn yes() -> bool {
     true
 }
