@@ -32,6 +32,7 @@ mod routes;
 mod spec;
 mod status;
 mod store;
+mod templates;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -61,6 +62,7 @@ use listen::Connections;
 use metrics::DaemonMetrics;
 use status::MemorySplit;
 use store::Store;
+use templates::Templates;
 use vm::{Measured, Vm};
 
 /// Threads for what waits for the disk, their stacks, and for how long they wait for more of it.
@@ -121,6 +123,10 @@ pub struct Daemon {
     events: Events,
     metrics: DaemonMetrics,
     images: Mutex<Images>,
+    /// Taken last of these locks.
+    templates: Mutex<Templates>,
+    /// One is made, or deleted, at a time.
+    templating: tokio::sync::Mutex<()>,
     /// Taken after `images`, and before what changes of a guest.
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// One measures at a time.
@@ -130,6 +136,12 @@ pub struct Daemon {
 impl Daemon {
     fn images(&self) -> MutexGuard<'_, Images> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn templates(&self) -> MutexGuard<'_, Templates> {
+        self.templates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Vm>>> {
@@ -262,6 +274,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         .map_err(failed())?
         .ok_or_else(|| ServeError::InUse(state.clone()))?;
     let images = Images::load(&store.images()).map_err(failed())?;
+    let templates = Templates::load(&store.templates()).map_err(failed())?;
     let daemon = Arc::new(Daemon {
         store,
         limits: options.limits,
@@ -269,6 +282,8 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         events: Events::default(),
         metrics: DaemonMetrics::default(),
         images: Mutex::new(images),
+        templates: Mutex::new(templates),
+        templating: tokio::sync::Mutex::default(),
         vms: Mutex::default(),
         measuring: tokio::sync::Mutex::default(),
     });
