@@ -9,6 +9,7 @@ mod disk;
 mod end;
 mod jail;
 mod pmem;
+mod serve;
 mod share;
 mod snapshot;
 mod soak;
@@ -176,6 +177,10 @@ pub const ALL: &[Scenario] = &[
     ),
     test("clones_of_a_guest_go_on_each_by_itself", snapshot::clones),
     test(
+        "guests_of_the_daemon_are_cloned_outlive_it_and_leave_nothing",
+        serve::life,
+    ),
+    test(
         "ctrl_alt_del_over_rest_reaches_the_guest",
         control::ctrl_alt_del,
     ),
@@ -224,6 +229,17 @@ pub const ALL: &[Scenario] = &[
         memory: density::MEMORY,
         limit: density::LIMIT,
         ..on_demand("sixty_four_guests_of_128_mib_live_in_8_gib", share::many)
+    },
+    Scenario {
+        limit: density::LIMIT,
+        ..on_demand("two_hundred_idle_clones_live_in_4_gib", serve::many)
+    },
+    Scenario {
+        limit: density::LIMIT,
+        ..on_demand(
+            "a_thousand_clones_made_and_deleted_leave_the_host_as_it_was",
+            serve::cycles,
+        )
     },
     on_demand("share_read_bench", share::read_bench),
     soak("soak_off"),

@@ -65,7 +65,7 @@ impl Vm {
 }
 
 /// KiB that the lab's host could give to new guests, its page cache dropped.
-fn available() -> Result<u64, Failure> {
+pub fn available() -> Result<u64, Failure> {
     fs::write("/proc/sys/vm/drop_caches", "3").map_err(Failure::io("drop caches"))?;
     let text = fs::read_to_string("/proc/meminfo").map_err(Failure::io("read meminfo"))?;
     let line = text

@@ -1,0 +1,312 @@
+//! Guests of the daemon.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::snapshot::available;
+use crate::api::request;
+use crate::guest::{KERNEL_CACHE, script_word};
+use crate::result::{Failure, Figures};
+
+const PATIENCE: Duration = Duration::from_mins(3);
+/// What the guests do: as they are told.
+const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
+
+struct Daemon {
+    child: Child,
+    state: PathBuf,
+}
+
+impl Daemon {
+    fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
+        // Paths of sockets are short.
+        let state = PathBuf::from("/tmp/serve");
+        let log = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(out.join("daemon.log"));
+        let child = Command::new("./coppice")
+            .args(["serve", "--socket", "/tmp/serve.sock", "--state"])
+            .arg(&state)
+            .args(args)
+            .env("XDG_CACHE_HOME", KERNEL_CACHE)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log.map_err(Failure::io("make a log"))?)
+            .spawn()
+            .map_err(Failure::io("start the daemon"))?;
+        let daemon = Self { child, state };
+        let begun = Instant::now();
+        while daemon.call("GET", "/healthz", &Value::Null).is_err() {
+            if begun.elapsed() > PATIENCE {
+                return Failure::claim("the daemon does not answer");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(daemon)
+    }
+
+    fn call(&self, method: &str, path: &str, body: &Value) -> Result<(u16, Value), Failure> {
+        request(Path::new("/tmp/serve.sock"), method, path, body)
+    }
+
+    fn expect(
+        &self,
+        status: u16,
+        method: &str,
+        path: &str,
+        body: &Value,
+    ) -> Result<Value, Failure> {
+        match self.call(method, path, body)? {
+            (found, answer) if found == status => Ok(answer),
+            (found, answer) => Failure::claim(format!("{method} {path}: {found}: {answer}")),
+        }
+    }
+
+    /// A guest that has booted, with a disk of its own.
+    fn boot(&self, out: &Path, id: &str) -> Result<(), Failure> {
+        let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
+        let disk = here.join(out).join(format!("{id}.vhdx"));
+        fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
+        let args = format!(
+            "console=ttyS0 reboot=k panic=-1 quiet {}",
+            script_word(SCRIPT)
+        );
+        let config = json!({
+            "boot-source": {"kernel_image_path": here.join("guest/vmlinuz"),
+                            "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args},
+            "drives": [{"drive_id": "disk", "path_on_host": disk, "is_root_device": false}],
+        });
+        self.expect(201, "POST", "/vms", &json!({"id": id, "config": config}))?;
+        self.console(id, "", "READY")
+    }
+
+    fn clone_of(&self, template: &str, id: &str) -> Result<f64, Failure> {
+        let begun = Instant::now();
+        let vm = self.expect(
+            201,
+            "POST",
+            "/vms",
+            &json!({"id": id, "template": template}),
+        )?;
+        if vm["state"] != "running" {
+            return Failure::claim(format!("a clone is {}", vm["state"]));
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    }
+
+    /// Types a line, and waits for what comes of it.
+    fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
+        let failed = Failure::io("talk to a console");
+        let socket = self.state.join("vms").join(id).join("console.sock");
+        let talk = || {
+            let mut console = UnixStream::connect(&socket)?;
+            console.set_read_timeout(Some(PATIENCE))?;
+            if !line.is_empty() {
+                console.write_all(format!("{line}\n").as_bytes())?;
+            }
+            let (mut seen, mut bytes) = (String::new(), [0; 4096]);
+            while !seen.contains(text) {
+                let len = console.read(&mut bytes)?;
+                if len == 0 {
+                    return Ok(Some(seen));
+                }
+                seen.push_str(&String::from_utf8_lossy(&bytes[..len]));
+            }
+            Ok::<_, std::io::Error>(None)
+        };
+        match talk().map_err(failed)? {
+            None => Ok(()),
+            Some(seen) => Failure::claim(format!("{id} never showed {text:?}: {seen}")),
+        }
+    }
+
+    /// KiB that are the daemon's alone, and all that it has resident.
+    fn memory(&self) -> Result<(u64, u64), Failure> {
+        let path = format!("/proc/{}/smaps_rollup", self.child.id());
+        let text = fs::read_to_string(path).map_err(Failure::io("read smaps_rollup"))?;
+        let sum = |names: &[&str]| -> u64 {
+            let lines = text.lines().filter_map(|line| line.split_once(':'));
+            let lines = lines.filter(|(name, _)| names.contains(name));
+            lines
+                .filter_map(|(_, rest)| rest.split_whitespace().next()?.parse::<u64>().ok())
+                .sum()
+        };
+        Ok((sum(&["Private_Clean", "Private_Dirty"]), sum(&["Rss"])))
+    }
+
+    fn kill(&mut self) -> Result<(), Failure> {
+        self.child.kill().map_err(Failure::io("kill the daemon"))?;
+        self.child.wait().map_err(Failure::io("wait"))?;
+        Ok(())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.kill();
+    }
+}
+
+/// Processes of the lab's host that are guests.
+fn guests() -> usize {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let is_guest = |entry: &fs::DirEntry| {
+        fs::read(entry.path().join("cmdline"))
+            .is_ok_and(|line| line.windows(6).any(|word| word == b"--held"))
+    };
+    entries.filter(is_guest).count()
+}
+
+/// Booted, saved as a template, cloned; each guest is by itself, outlives the daemon, and is gone when it is deleted.
+pub fn life(out: &Path) -> Result<Figures, Failure> {
+    let mut daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
+    daemon.boot(out, "source")?;
+    daemon.console("source", "echo base >/mnt/f; sync; echo DO''NE", "DONE")?;
+    daemon.expect(
+        201,
+        "POST",
+        "/templates",
+        &json!({"id": "t", "vm": "source"}),
+    )?;
+    let mut figures = Figures::new();
+    for number in 0..3 {
+        let id = format!("clone{number}");
+        let took = daemon.clone_of("t", &id)?;
+        figures.insert(format!("{id}_seconds"), json!(took));
+        daemon.console(
+            &id,
+            &format!("echo $(cat /mnt/f) {number} >/mnt/f; sync; cat /mnt/f"),
+            &format!("base {number}"),
+        )?;
+    }
+    daemon.kill()?;
+    let daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
+    for number in 0..3 {
+        let text = format!("base {number}");
+        daemon.console(&format!("clone{number}"), "cat /mnt/f", &text)?;
+    }
+    daemon.console("source", "echo I''S $(cat /mnt/f).", "IS base.")?;
+    let show = daemon.expect(200, "GET", "/vms/clone0/vm/jail", &Value::Null)?;
+    println!("lab: {show}");
+    daemon.expect(
+        201,
+        "POST",
+        "/templates",
+        &json!({"id": "u", "vm": "clone1"}),
+    )?;
+    daemon.clone_of("u", "fork")?;
+    daemon.console("fork", "cat /mnt/f", "base 1")?;
+    for id in ["source", "clone0", "clone1", "clone2", "fork"] {
+        daemon.expect(204, "DELETE", &format!("/vms/{id}"), &Value::Null)?;
+    }
+    for id in ["u", "t"] {
+        daemon.expect(204, "DELETE", &format!("/templates/{id}"), &Value::Null)?;
+    }
+    match guests() {
+        0 => Ok(figures),
+        left => Failure::claim(format!("{left} processes of guests are left")),
+    }
+}
+
+const MANY: usize = 200;
+
+/// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot in full.
+pub fn many(out: &Path) -> Result<Figures, Failure> {
+    let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
+    daemon.boot(out, "source")?;
+    daemon.expect(
+        201,
+        "POST",
+        "/templates",
+        &json!({"id": "t", "vm": "source"}),
+    )?;
+    let mut times = Vec::new();
+    let mut before = 0;
+    for number in 0..MANY {
+        if number == 1 {
+            std::thread::sleep(Duration::from_secs(10));
+            before = available()?;
+        }
+        times.push(daemon.clone_of("t", &format!("c{number}"))?);
+        if number % 20 == 19 {
+            println!(
+                "lab: {} clones, the last in {:.3} s",
+                number + 1,
+                times[number]
+            );
+        }
+    }
+    std::thread::sleep(Duration::from_secs(20));
+    let each = (before as f64 - available()? as f64) / 1024.0 / (MANY - 1) as f64;
+    let (private, resident) = daemon.memory()?;
+    times.sort_by(f64::total_cmp);
+    let median = times.get(MANY / 2).copied().unwrap_or(f64::NAN);
+    println!(
+        "lab: {each:.3} MiB a clone; daemon {private} KiB private, {resident} KiB resident; a clone takes {median:.3} s"
+    );
+    // All of them are there.
+    for number in 0..MANY {
+        daemon.console(&format!("c{number}"), "echo ALI''VE", "ALIVE")?;
+    }
+    Ok(Figures::from([
+        ("mib_a_clone".into(), json!(each)),
+        ("daemon_private_kib".into(), json!(private)),
+        ("daemon_resident_kib".into(), json!(resident)),
+        ("clone_median_seconds".into(), json!(median)),
+    ]))
+}
+
+const CYCLES: usize = 1000;
+
+/// Guests made, cloned and deleted over and over leave the host as it was.
+pub fn cycles(out: &Path) -> Result<Figures, Failure> {
+    let daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
+    daemon.boot(out, "source")?;
+    daemon.expect(
+        201,
+        "POST",
+        "/templates",
+        &json!({"id": "t", "vm": "source"}),
+    )?;
+    let fds = || {
+        let entries = fs::read_dir(format!("/proc/{}/fd", daemon.child.id()));
+        entries.map_or(0, Iterator::count)
+    };
+    let mut first = None;
+    let mut last = (0, 0, 0);
+    for number in 0..CYCLES {
+        daemon.clone_of("t", "c")?;
+        daemon.expect(204, "DELETE", "/vms/c", &Value::Null)?;
+        if number % 100 == 99 {
+            last = (available()?, fds(), daemon.memory()?.0);
+            println!(
+                "lab: after {}: {last:?} KiB available, descriptors, KiB of the daemon",
+                number + 1
+            );
+            first.get_or_insert(last);
+        }
+    }
+    let first = first.unwrap_or(last);
+    let left = fs::read_dir(daemon.state.join("vms")).map_or(0, Iterator::count);
+    if guests() != 1 || left != 1 || last.1 > first.1 + 2 || last.0 + (16 << 10) < first.0 {
+        return Failure::claim(format!(
+            "{} processes, {left} folders; {first:?} became {last:?}",
+            guests()
+        ));
+    }
+    Ok(Figures::from([
+        ("kib_lost".into(), json!(first.0 as i64 - last.0 as i64)),
+        (
+            "daemon_kib_more".into(),
+            json!(last.2 as i64 - first.2 as i64),
+        ),
+    ]))
+}
