@@ -516,8 +516,16 @@ impl Control {
         request: &LoadSnapshot,
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
-        self.not_started()?;
+        self.unconfigured()?;
         self.load(Loading::read(request)?, request.resume_vm, launch)
+    }
+
+    fn unconfigured(&self) -> Result<(), ControlError> {
+        self.not_started()?;
+        match self.config.of_a_guest() {
+            Some(field) => Err(ControlError::Configured(field)),
+            None => Ok(()),
+        }
     }
 
     /// As [`Control::load_snapshot`], of a snapshot that has been read.
@@ -530,10 +538,7 @@ impl Control {
         resume: bool,
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
-        self.not_started()?;
-        if let Some(field) = self.config.of_a_guest() {
-            return Err(ControlError::Configured(field));
-        }
+        self.unconfigured()?;
         let own = &self.config;
         let config = VmConfig {
             serial: own.serial.clone(),

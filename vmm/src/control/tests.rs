@@ -507,3 +507,71 @@ fn metrics_are_written_when_asked_for_and_at_the_end() {
     control.end();
     assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 2);
 }
+
+#[test]
+fn a_guest_is_saved_while_it_is_paused_with_paths_that_mean_the_same_anywhere() {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = Calls::default();
+    let request: CreateSnapshot = serde_json::from_value(
+        json!({"snapshot_type": "Diff", "snapshot_path": "s", "mem_file_path": "m"}),
+    )
+    .unwrap();
+    let mut unborn = control();
+    assert!(matches!(
+        unborn.create_snapshot(&request),
+        Err(ControlError::BeforeStart)
+    ));
+    let mut control = running(folder.path(), &calls);
+    assert!(matches!(
+        control.create_snapshot(&request),
+        Err(ControlError::NotPaused)
+    ));
+    control.pause().unwrap();
+    control.create_snapshot(&request).unwrap();
+    assert_eq!(calls.lock().unwrap().last().unwrap(), "Diff to s");
+    assert!(matches!(
+        control.load_snapshot(&LoadSnapshot::new("s".into()), |_, _| panic!()),
+        Err(ControlError::AfterStart)
+    ));
+}
+
+#[test]
+fn a_snapshot_is_loaded_before_a_guest_is_configured_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = LoadSnapshot::new(folder.path().join("none"));
+    let mut control = control();
+    let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
+    assert!(matches!(error, Err(ControlError::Snapshot(_))));
+    // What is no guest's own may be there.
+    control
+        .set_serial(SerialConfig {
+            serial_out_path: Some(folder.path().join("out")),
+            rate_limiter: None,
+        })
+        .unwrap();
+    let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
+    assert!(matches!(error, Err(ControlError::Snapshot(_))));
+    control
+        .set_drive(DriveConfig::new("a", file(folder.path(), "a")))
+        .unwrap();
+    let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
+    assert!(matches!(error, Err(ControlError::Configured("drives"))));
+}
+
+#[test]
+fn a_load_is_told_as_firecracker_has_it_and_unknown_fields_are_refused() {
+    let parse = |body: Value| serde_json::from_value::<LoadSnapshot>(body);
+    let load = parse(json!({
+        "snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "File"},
+        "enable_diff_snapshots": true, "resume_vm": true,
+    }))
+    .unwrap();
+    assert!(load.track_dirty_pages && load.resume_vm && load.verify_memory);
+    for body in [
+        json!({}),
+        json!({"snapshot_path": "s", "colour": 1}),
+        json!({"snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "Tape"}}),
+    ] {
+        parse(body).unwrap_err();
+    }
+}
