@@ -87,6 +87,14 @@ pub enum Fault {
     /// The host has no room for the guest.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// All users of the range have a guest.
+    #[error("every user from {first} to {last} has a guest already: see --jail uids=")]
+    NoUser {
+        /// The first.
+        first: u32,
+        /// The last.
+        last: u32,
+    },
     /// Not made yet.
     #[error("{0} cannot be done yet")]
     NotYet(&'static str),
@@ -140,7 +148,7 @@ impl Fault {
             Self::Exists(_) | Self::WrongState { .. } | Self::ImageUsed { .. } => {
                 StatusCode::CONFLICT
             }
-            Self::Refused(_) => StatusCode::INSUFFICIENT_STORAGE,
+            Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
             Self::NotYet(_) => StatusCode::NOT_IMPLEMENTED,
             Self::Store(error) if error.kind() == io::ErrorKind::StorageFull => {
                 StatusCode::INSUFFICIENT_STORAGE
@@ -156,7 +164,12 @@ impl Fault {
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         let status = self.status();
-        if status.is_server_error() && !matches!(self, Self::Refused(_) | Self::NotYet(_)) {
+        if status.is_server_error()
+            && !matches!(
+                self,
+                Self::Refused(_) | Self::NoUser { .. } | Self::NotYet(_)
+            )
+        {
             tracing::warn!(fault = %self, "a request failed");
         } else {
             tracing::debug!(fault = %self, "a request is refused");

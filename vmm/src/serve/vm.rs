@@ -10,6 +10,7 @@ use std::time::Instant;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
+use super::jail::Jailed;
 use super::process::Process;
 use super::spec::VmSpec;
 use super::status::{Ended, MemorySplit, State, VmStatus};
@@ -56,6 +57,8 @@ pub struct Now {
     pub start_ms: Option<u64>,
     /// The last look at the process.
     pub measured: Option<Measured>,
+    /// What its jail takes of the host.
+    pub jail: Option<Jailed>,
     /// Images that it uses.
     pub images: Vec<String>,
 }
@@ -108,6 +111,7 @@ impl Vm {
                 vcpus,
                 start_ms: None,
                 measured: None,
+                jail: record.jail,
                 images: record.images,
             }),
             changed: Notify::new(),
@@ -163,6 +167,7 @@ impl Vm {
             created_ms: self.created_ms,
             phase: now.phase,
             state: now.state,
+            jail: now.jail.clone(),
             images: now.images.clone(),
             restarts: now.restarts,
             failures: now.failures,
