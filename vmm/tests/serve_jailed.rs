@@ -206,7 +206,7 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
     if !is_root() {
         return;
     }
-    let mut daemon = Daemon::start(&["--jail", "uids=70001-70001"]);
+    let daemon = Daemon::start(&[]);
     let disk = daemon.folder().join("disk");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
     let mut spec = daemon.spec("g");
@@ -215,25 +215,43 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
     }]);
     let (status, answer) = daemon.post("/vms", &spec);
     let text = answer["fault_message"].as_str().unwrap();
-    assert!(
-        status == 422
-            && text.contains("user 70001 may not read and write")
-            && text.contains("disk"),
-        "{status} {text}"
-    );
-    chown(&disk, Some(70001), None).unwrap();
-    assert_eq!(daemon.post("/vms", &spec).1["state"], "running");
-    // There is one user, and it has a guest: also for the next daemon.
+    assert_eq!(status, 422, "{text}");
+    let (_, named) = text.split_once("user ").unwrap();
+    let (named, rest) = named.split_once(' ').unwrap();
+    let expected = format!("may not read and write {}", disk.display());
+    assert!(rest.starts_with(&expected), "{text}");
+    // As that user's, it is the disk of the guest of that name, however often that is made.
+    let named = named.parse().unwrap();
+    chown(&disk, Some(named), None).unwrap();
+    for _ in 0..2 {
+        assert_eq!(daemon.post("/vms", &spec).1["state"], "running");
+        assert_eq!(uid(&daemon, "g"), named);
+        assert_eq!(daemon.call("DELETE", "/vms/g", None).0, 204);
+    }
+    assert_eq!(fs::metadata(&disk).unwrap().uid(), named);
+}
+
+#[test]
+fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
+    if !is_root() {
+        return;
+    }
+    let mut daemon = Daemon::start(&["--jail", "uids=70001-70002"]);
+    let waiting = |id: &str| json!({"id": id, "start": false});
+    for id in ["a", "b"] {
+        assert_eq!(daemon.post("/vms", &waiting(id)).0, 201);
+    }
     daemon.kill_and_restart();
-    let (status, answer) = daemon.post("/vms", &json!({"id": "h", "start": false}));
-    assert_eq!(status, 507, "{answer}");
-    assert_eq!(uid(&daemon, "g"), 70001);
-    assert_eq!(daemon.call("DELETE", "/vms/g", None).0, 204);
-    assert_eq!(
-        daemon.post("/vms", &json!({"id": "h", "start": false})).0,
-        201
-    );
-    assert_eq!(fs::metadata(&disk).unwrap().uid(), 70001);
+    let mut uids = ["a", "b"].map(|id| uid(&daemon, id));
+    uids.sort_unstable();
+    assert_eq!(uids, [70001, 70002]);
+    let (status, answer) = daemon.post("/vms", &waiting("c"));
+    let text = answer["fault_message"].as_str().unwrap();
+    assert!(status == 507 && text.contains("70001 to 70002"), "{answer}");
+    let free = uid(&daemon, "a");
+    assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
+    assert_eq!(daemon.post("/vms", &waiting("c")).0, 201);
+    assert_eq!(uid(&daemon, "c"), free);
 }
 
 #[test]
@@ -250,7 +268,7 @@ fn a_guest_of_a_daemon_without_jails_is_jailed_when_it_starts_again() {
     daemon.post("/vms/g/stop", &json!({"timeout_s": 0}));
     assert_eq!(daemon.post("/vms/g/start", &json!(null)).0, 200);
     let first = uid(&daemon, "g");
-    assert_eq!(first, 1_900_000_000);
+    assert!((1_900_000_000..=1_900_065_535).contains(&first));
     daemon.kill_and_restart();
     daemon.create_waiting("h");
     assert_ne!(uid(&daemon, "h"), first);

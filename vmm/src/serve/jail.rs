@@ -18,7 +18,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, open, openat,
@@ -71,26 +71,28 @@ pub struct Jailed {
     pub cgroup: Option<PathBuf>,
 }
 
-/// Users that are handed out in turn: one that was just given back comes last, as files of it may be left elsewhere.
-#[derive(Debug)]
-struct Users {
-    next: u32,
-    /// Those of guests that are there, but cannot be understood.
-    reserved: BTreeSet<u32>,
-}
-
 /// The jails of all guests.
 #[derive(Debug)]
 pub struct Jails {
     policy: Option<JailPolicy>,
     /// Whether groups can limit memory here.
     limits_memory: bool,
-    users: Mutex<Users>,
+    /// Users of guests that are there, but cannot be understood.
+    reserved: Mutex<BTreeSet<u32>>,
 }
 
 fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
     let path = path.display().to_string();
     move |error| io::Error::new(error.kind(), format!("{path}: {error}"))
+}
+
+/// Where a guest of this name begins to look for a user, 0 to `last`: at the same one each time, so that its disks can be made that user's before it is
+/// made, or made again. (FNV-1a, which stays the same.)
+fn place(id: &str, last: u32) -> u32 {
+    let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    (hash % (u64::from(last) + 1)) as u32
 }
 
 fn invalid(why: &str) -> io::Error {
@@ -131,10 +133,7 @@ impl Jails {
         let mut jails = Self {
             policy,
             limits_memory: false,
-            users: Mutex::new(Users {
-                next: 0,
-                reserved: BTreeSet::new(),
-            }),
+            reserved: Mutex::default(),
         };
         let Some(policy) = &mut jails.policy else {
             return Ok(jails);
@@ -172,8 +171,8 @@ impl Jails {
         Ok(jails)
     }
 
-    fn users(&self) -> std::sync::MutexGuard<'_, Users> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    fn reserved(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands out what the jail of a new guest takes, if it is to be in one, beside what others have.
@@ -185,14 +184,12 @@ impl Jails {
             return Ok(None);
         };
         let uid = policy.uids.as_ref().map(|uids| {
-            let mut users = self.users();
+            let reserved = self.reserved();
             let (first, last) = (*uids.start(), *uids.end());
-            let begin = users.next.clamp(first, last);
+            let begin = first + place(id, last - first);
             let mut turn = (begin..=last).chain(first..begin);
-            let free = turn.find(|uid| !taken.contains(uid) && !users.reserved.contains(uid));
-            let free = free.ok_or(Fault::NoUser { first, last })?;
-            users.next = if free == last { first } else { free + 1 };
-            Ok::<_, Fault>(free)
+            let free = turn.find(|uid| !taken.contains(uid) && !reserved.contains(uid));
+            free.ok_or(Fault::NoUser { first, last })
         });
         Ok(Some(Jailed {
             uid: uid.transpose()?,
@@ -204,7 +201,7 @@ impl Jails {
     pub fn reserve(&self, folder: &Path) {
         use std::os::unix::fs::MetadataExt;
         if let Ok(metadata) = fs::symlink_metadata(folder) {
-            self.users().reserved.insert(metadata.gid());
+            self.reserved().insert(metadata.gid());
         }
     }
 
@@ -334,7 +331,7 @@ impl Daemon {
     pub(super) fn jail_for<'a>(
         &self,
         id: &str,
-        others: impl Iterator<Item = &'a std::sync::Arc<Vm>>,
+        others: impl Iterator<Item = &'a Arc<Vm>>,
     ) -> Result<Option<Jailed>, Fault> {
         let taken = others.filter_map(|vm| vm.now().jail.as_ref()?.uid);
         self.jails.assign(id, &taken.collect())
@@ -353,7 +350,7 @@ impl Daemon {
     }
 
     /// Gives the group of a guest the limits of its RAM, which was changed.
-    pub(super) async fn limit_again(self: &std::sync::Arc<Self>, vm: &Vm) {
+    pub(super) async fn limit_again(self: &Arc<Self>, vm: &Vm) {
         let (daemon, jail, ram_mib) = {
             let now = vm.now();
             (self.clone(), now.jail.clone(), now.ram_mib)
@@ -376,10 +373,7 @@ mod tests {
         Jails {
             policy: Some(policy),
             limits_memory: true,
-            users: Mutex::new(Users {
-                next: 0,
-                reserved: BTreeSet::new(),
-            }),
+            reserved: Mutex::default(),
         }
     }
 
@@ -390,20 +384,19 @@ mod tests {
             cgroup: Some("guests".into()),
             ..JailPolicy::default()
         });
-        jails.users().reserved.insert(11);
+        jails.reserved().insert(11);
         let mut taken = BTreeSet::new();
         let next = |taken: &BTreeSet<u32>| Some(jails.assign("g", taken).ok()??.uid.unwrap());
-        for expected in [10, 12, 13] {
+        let first = next(&taken);
+        for _ in 0..3 {
             let uid = next(&taken).unwrap();
-            assert_eq!(uid, expected);
-            taken.insert(uid);
+            assert!((10..=13).contains(&uid) && uid != 11);
+            assert!(taken.insert(uid));
         }
         assert!(next(&taken).is_none());
-        taken.remove(&12);
-        assert_eq!(next(&taken), Some(12));
-        // One that has just been given back is not the first to be handed out.
+        // A guest of the same name is the same user again, where nobody else is.
         taken.clear();
-        assert_eq!(next(&taken), Some(13));
+        assert_eq!(next(&taken), first);
         let jailed = jails.assign("g", &taken).unwrap().unwrap();
         assert_eq!(jailed.cgroup, Some("guests/g".into()));
     }
