@@ -184,22 +184,12 @@ impl SharedMemory {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for somebody to [`SharedMemory::stir`] the merger, at most so long.
-    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: Option<std::time::Duration>) {
+    /// Waits for somebody to [`SharedMemory::stir`] the merger, at most so long; whether somebody has.
+    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: std::time::Duration) -> bool {
         let idle = |state: &mut State| !state.stirred && !state.ending;
-        let mut state = match at_most {
-            Some(time) => {
-                self.stir
-                    .wait_timeout_while(state, time, idle)
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .0
-            }
-            None => self
-                .stir
-                .wait_while(state, idle)
-                .unwrap_or_else(PoisonError::into_inner),
-        };
-        state.stirred = false;
+        let waited = self.stir.wait_timeout_while(state, at_most, idle);
+        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        std::mem::take(&mut state.stirred)
     }
 
     /// Waits for so long, or until the merger is to end.

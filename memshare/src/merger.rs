@@ -1,6 +1,6 @@
 //! The thread that merges, and how much of the CPU it takes.
 //!
-//! It sleeps without a timer where there is nothing to do. CPU time is a bucket: full at the start, so that what a guest has read while it booted is
+//! Where there is nothing to do it sleeps, and looks at the files every few seconds. CPU time is a bucket: full at the start, so that what a guest has read while it booted is
 //! shared soon, and then filled with a share of the time that goes by.
 
 use std::io;
@@ -23,6 +23,11 @@ const PACE: Duration = Duration::from_millis(200);
 const LOOKS: [u64; 20] = [
     1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
 ];
+
+/// How often the files are looked at, a `stat` of each, when there is nothing else to do. A vCPU that touches a page that its file has lost may never
+/// tell: KVM takes it for one that is still to come from the disk, and has the vCPU wait and try again without end (`kvm_setup_async_pf` of Linux
+/// 6.1, where the guest has interrupts enabled).
+const FILES: Duration = Duration::from_secs(5);
 
 /// CPU time that may be used.
 #[derive(Debug)]
@@ -147,21 +152,20 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         if state.ending {
             return;
         }
-        match progress {
-            Progress::Done => memory.wait(state, next_look),
+        let next = next_look.unwrap_or(FILES).min(FILES);
+        let stirred = match progress {
+            Progress::Done => memory.wait(state, next),
             Progress::More => {
                 drop(state);
                 memory.rest(owed);
+                false
             }
-            Progress::Later(time) => {
-                let time = next_look.unwrap_or(time).min(time);
-                memory.wait(state, Some(time.max(PACE)));
-            }
-        }
+            Progress::Later(time) => memory.wait(state, next.min(time).max(PACE)),
+        };
         if memory.state().ending {
             return;
         }
-        if progress != Progress::More {
+        if stirred {
             // What was just read has to settle; and what comes in meanwhile is seen without another wake-up.
             memory.rest(PACE);
         }

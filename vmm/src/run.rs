@@ -241,6 +241,7 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         no_start,
         confinement,
         restore,
+        held,
         ..
     } = options;
     if let Some(id) = id {
@@ -250,10 +251,9 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     lock(&control).configure(config.clone())?;
     let loading = restore.as_ref().map(Loading::read).transpose();
     let loading = loading.map_err(ControlError::from)?;
-    let warm = if loading.is_some() {
-        None
-    } else {
-        warmer(&config)
+    let warm = match &loading {
+        Some(_) => None,
+        None => warmer(&config, held),
     };
     let wanted = loading.as_ref().map_or(&config, Loading::config);
     // Removes the socket when it goes, so also where the guest cannot start.
@@ -355,10 +355,11 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
 }
 
 /// Who makes a reference image of the kernel, where one may be wanted that is not there: nobody can be started later.
-fn warmer(config: &VmConfig) -> Option<Warmer> {
+fn warmer(config: &VmConfig, held: bool) -> Option<Warmer> {
     let wanted = match &config.boot_source {
         Some(_) => config.sharing.mode == ShareMode::All && !reference::is_there(config),
-        None => true,
+        // It is another process for as long as the guest waits: not where there may be thousands that do.
+        None => !held,
     };
     let started = wanted.then(Warmer::start)?;
     started

@@ -63,7 +63,12 @@ fn what_cannot_be_is_refused_with_a_reason_and_leaves_nothing() {
         (kernel("image:none"), 404, "image"),
         (kernel("/nowhere"), 422, "/nowhere"),
         (kernel(path.to_str().unwrap()), 422, "kernel"),
-        (json!({"id": "x", "template": "t"}), 501, "template"),
+        (json!({"id": "x", "template": "t"}), 404, "template"),
+        (
+            json!({"id": "x", "template": "t", "config": {}}),
+            400,
+            "template",
+        ),
     ] {
         let (code, answer) = daemon.post("/vms", &spec);
         let text = answer["fault_message"].as_str().unwrap();
@@ -77,7 +82,13 @@ fn what_cannot_be_is_refused_with_a_reason_and_leaves_nothing() {
     assert_eq!(fs::read_dir(daemon.vm_folder("")).unwrap().count(), 0);
     assert_eq!(daemon.call("GET", "/nothing", None).0, 404);
     assert_eq!(daemon.call("PATCH", "/vms", None).0, 405);
-    assert_eq!(daemon.call("POST", "/templates", None).0, 501);
+    for (body, status) in [
+        (json!({"id": "t", "vm": "none"}), 404),
+        (json!({"id": "T", "vm": "none"}), 400),
+        (json!({"id": "t"}), 400),
+    ] {
+        assert_eq!(daemon.post("/templates", &body).0, status, "{body}");
+    }
 }
 
 #[test]

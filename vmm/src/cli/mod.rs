@@ -39,7 +39,7 @@ pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use serve_jail::{ServeJailArgument, ServeJailError};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
-pub use vm::{Connection, CreateArguments, VmArguments, VmCommand};
+pub use vm::{Connection, CreateArguments, TemplateCommand, VmArguments, VmCommand};
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
@@ -372,6 +372,9 @@ pub enum UsageError {
         "nothing to run: give --kernel, or a --config with a boot-source, or --restore, or --api-sock to be told later"
     )]
     NothingToRun,
+    /// A clone is as its template.
+    #[error("{0} is the template's: leave it out beside --template")]
+    TemplatesOwn(&'static str),
     /// An argument of `coppice run` that `coppice vm create` does not take.
     #[error("{0} is the daemon's to decide")]
     DaemonsOwn(&'static str),

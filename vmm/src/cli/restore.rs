@@ -59,11 +59,22 @@ impl FromStr for RestoreArgument {
                 (_, None) => return Err(RestoreError::UnknownOption(part)),
             }
         }
-        let mut ids: Vec<_> = load.drives.iter().map(|drive| &drive.drive_id).collect();
-        ids.sort();
-        if let Some(twice) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
-            return Err(RestoreError::Twice(format!("the disk of {}", twice[0])));
+        // A disk may have been moved, and is to be cloned from there.
+        let of = |drive: &DriveOverride| (drive.drive_id.clone(), drive.clone);
+        for (number, drive) in load.drives.iter().enumerate() {
+            if load
+                .drives
+                .iter()
+                .skip(number + 1)
+                .any(|d| of(d) == of(drive))
+            {
+                return Err(RestoreError::Twice(format!(
+                    "the disk of {}",
+                    drive.drive_id
+                )));
+            }
         }
+        load.drives.sort_by_key(|drive| drive.clone);
         Ok(Self(load))
     }
 }
@@ -82,7 +93,7 @@ mod tests {
         assert_eq!(all.mem_file_path, Some(PathBuf::from("m")));
         assert!(!all.verify_memory && !all.resume_vm);
         let drives: Vec<_> = all.drives.iter().map(|d| (&*d.drive_id, d.clone)).collect();
-        assert_eq!(drives, [("root", true), ("data", false)]);
+        assert_eq!(drives, [("data", false), ("root", true)]);
         for wrong in [
             "",
             ",trust",
@@ -96,7 +107,7 @@ mod tests {
         for twice in [
             "s,trust,trust",
             "s,memory=a,memory=b",
-            "s,disk.a=x,clone.a=y",
+            "s,clone.a=x,clone.a=y",
         ] {
             assert!(
                 matches!(parse(twice), Err(RestoreError::Twice(_))),

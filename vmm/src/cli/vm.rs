@@ -104,6 +104,33 @@ pub enum VmCommand {
         /// The guests; all if none is named.
         id: Vec<String>,
     },
+    /// Guests that others begin as: see `create --template`.
+    #[command(subcommand)]
+    Template(TemplateCommand),
+}
+
+/// What `coppice vm template` can do.
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// Save a guest, which stands still meanwhile and goes on.
+    ///
+    /// Its disks stay as they are for the clones, and it goes on with a child of each that it may write to.
+    Create {
+        /// The name of the template.
+        id: String,
+        /// The guest.
+        vm: String,
+    },
+    /// Show all templates.
+    #[command(visible_alias = "ls")]
+    List,
+    /// Delete templates that no guest was made of.
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The templates.
+        #[arg(required = true)]
+        id: Vec<String>,
+    },
 }
 
 /// The arguments of `coppice vm create`.
@@ -112,6 +139,9 @@ pub struct CreateArguments {
     /// Start the guest again when it has failed: never, or on-failure.
     #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure"])]
     pub restart: String,
+    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --restart and --no-start alone.
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "config"])]
+    pub template: Option<String>,
     /// A word to find it by: NAME=VALUE. Can be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,
@@ -169,6 +199,7 @@ impl CreateArguments {
             (run.console_sock.is_some(), "--console-sock"),
             (run.end_file.is_some(), "--end-file"),
             (run.held, "--held"),
+            (run.restore.is_some(), "--restore"),
             (run.log.is_some(), "--log"),
         ];
         if let Some((_, flag)) = daemons.into_iter().find(|(given, _)| *given) {
@@ -187,8 +218,16 @@ impl CreateArguments {
             .collect();
         body.insert("labels".to_owned(), labels.into());
         let mut config = self.run.into_config()?;
-        all_from_here(&mut config);
-        body.insert("config".to_owned(), json!(config));
+        match (self.template, config.of_a_guest()) {
+            (Some(_), Some(field)) => return Err(UsageError::TemplatesOwn(field)),
+            (Some(template), None) => {
+                body.insert("template".to_owned(), json!(template));
+            }
+            (None, _) => {
+                all_from_here(&mut config);
+                body.insert("config".to_owned(), json!(config));
+            }
+        }
         Ok(body.into())
     }
 }

@@ -114,6 +114,9 @@ pub(super) fn of(
 ) -> Result<Vec<Need>, JailError> {
     let mut needs = Needs::default();
     needs.add(Path::new("/dev/kvm"), Access::Device);
+    // Identifiers of disks are random; a static program may ask here rather than by getrandom(2).
+    needs.add(Path::new("/dev/random"), Access::Device);
+    needs.add(Path::new("/dev/urandom"), Access::Device);
     needs.add(Path::new("/dev/null"), Access::Device);
     // It says how many mappings a process can have.
     needs.add(Path::new("/proc/sys/vm/max_map_count"), Access::Read);

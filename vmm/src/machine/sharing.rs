@@ -79,6 +79,7 @@ impl Plan {
         config: &VmConfig,
         pmem: &[(String, Pmem)],
         on_end: OnEnd,
+        boots: bool,
     ) -> Result<Self, StartError> {
         let huge_pages = match config.machine_config.huge_pages.into() {
             HugePages::Never => false,
@@ -87,7 +88,8 @@ impl Plan {
         let config = &config.sharing;
         let mode = config.mode;
         let limits = Limits {
-            zeros: mode == ShareMode::All,
+            // A guest that has booted elsewhere has given back what it had of them.
+            zeros: mode == ShareMode::All && boots,
             ..Limits::of_host(config.cpu_percent, huge_pages)
         };
         let memory = Arc::new(vm.share(limits));
@@ -171,7 +173,10 @@ impl Plan {
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Sharing, StartError> {
         let still: Arc<dyn StandStill> = Arc::new(Machinery { brake, devices });
-        let merger = (self.mode >= ShareMode::Read)
+        // Where nothing is merged, it is for the files that it looks at.
+        let merger = self
+            .watch
+            .is_some()
             .then(|| Merger::start(self.memory.clone(), still.clone()))
             .transpose()
             .map_err(host("thread that shares memory"))?;

@@ -78,11 +78,12 @@ impl Assembled {
         vm: &mut Vm,
         serial: (OwnedFd, EventFd),
         on_end: OnEnd,
+        boots: bool,
     ) -> Result<Self, StartError> {
         let pmem = attach_pmem(config, vm)?;
         let mut builder = Builder::new(vm);
         let (keyboard, rtc) = builder.add_legacy(&power_sink(on_end.clone()))?;
-        let plan = Plan::new(vm, config, &pmem, on_end)?;
+        let plan = Plan::new(vm, config, &pmem, on_end, boots)?;
         let (out, drained) = serial;
         let console = builder.add_serial(out, drained)?;
         let drives = builder.add_drives(&config.drives, &plan)?;
@@ -217,7 +218,7 @@ impl Machine {
             warm,
         } = surroundings;
         let serial = (serial_out, serial_drained);
-        let parts = Assembled::new(config, &mut vm, serial, only_first(on_end))?;
+        let parts = Assembled::new(config, &mut vm, serial, only_first(on_end), true)?;
         parts.generation.write(vm.memory())?;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
@@ -273,7 +274,7 @@ impl Machine {
             warm,
         } = surroundings;
         let serial = (serial_out, serial_drained);
-        let mut parts = Assembled::new(config, &mut vm, serial, only_first(on_end))?;
+        let mut parts = Assembled::new(config, &mut vm, serial, only_first(on_end), false)?;
         for (id, drive) in &parts.drives {
             loading.check_drive(id, lock(drive).disk())?;
         }

@@ -10,7 +10,7 @@ use std::path::Path;
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::cli::{UsageError, VmArguments, VmCommand};
+use crate::cli::{TemplateCommand, UsageError, VmArguments, VmCommand};
 use crate::exit;
 use crate::text_table::columns;
 
@@ -135,6 +135,31 @@ pub fn run(arguments: VmArguments) -> Result<(), RemoteError> {
             }
             show(&vms["vms"], json, stats_table);
         }
+        VmCommand::Template(command) => templates(&client, command, json)?,
+    }
+    Ok(())
+}
+
+fn templates(client: &Client, command: TemplateCommand, json: bool) -> Result<(), RemoteError> {
+    match command {
+        TemplateCommand::Create { id, vm } => {
+            let body = json!({"id": id, "vm": vm});
+            let made = client.call(Method::POST, "/templates", Some(&body))?;
+            show(&Value::Array(vec![made]), json, template_table);
+        }
+        TemplateCommand::List => {
+            let all = client.call(Method::GET, "/templates", None)?;
+            show(&all, json, template_table);
+        }
+        TemplateCommand::Delete { id } => {
+            for id in &id {
+                let path = format!("/templates/{}", escaped(id));
+                client.call(Method::DELETE, &path, None)?;
+            }
+            if json {
+                println!("{}", json!({"deleted": id}));
+            }
+        }
     }
     Ok(())
 }
@@ -190,6 +215,16 @@ fn list_table(vms: &Value) -> String {
             "restarts",
         ];
         fields.map(|field| word(&vm[field])).to_vec()
+    })
+}
+
+fn template_table(templates: &Value) -> String {
+    let header = ["template", "of", "parent", "vcpus", "RAM MiB", "file KiB"];
+    table(templates, &header, |template| {
+        let kib = template["memory_bytes"].as_u64().unwrap_or(0) / 1024;
+        let fields = ["id", "vm", "parent", "vcpus", "mem_size_mib"];
+        let words = fields.map(|field| word(&template[field])).into_iter();
+        words.chain([kib.to_string()]).collect()
     })
 }
 

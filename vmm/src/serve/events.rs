@@ -52,6 +52,10 @@ pub enum EventKind {
     ImageAdded,
     /// An image is registered no more.
     ImageRemoved,
+    /// A guest became a template.
+    TemplateCreated,
+    /// A template is gone.
+    TemplateDeleted,
 }
 
 impl EventKind {
@@ -75,6 +79,8 @@ impl EventKind {
             Self::CallerRefused => "caller_refused",
             Self::ImageAdded => "image_added",
             Self::ImageRemoved => "image_removed",
+            Self::TemplateCreated => "template_created",
+            Self::TemplateDeleted => "template_deleted",
         }
     }
 }

@@ -57,6 +57,20 @@ pub enum Fault {
     /// No such image.
     #[error("there is no image {0:.80}")]
     NoImage(String),
+    /// No such template.
+    #[error("there is no template {0:.80}")]
+    NoTemplate(String),
+    /// The name of a template is taken.
+    #[error("there is a template {0} already")]
+    TemplateExists(String),
+    /// Something needs the template.
+    #[error("template {template} is used by {by}: delete that first")]
+    TemplateUsed {
+        /// The template.
+        template: String,
+        /// What uses it.
+        by: String,
+    },
     /// No such thing.
     #[error("there is nothing at {1:.200} for {0}")]
     NoPath(Method, String),
@@ -95,9 +109,6 @@ pub enum Fault {
         /// The last.
         last: u32,
     },
-    /// Not made yet.
-    #[error("{0} cannot be done yet")]
-    NotYet(&'static str),
     /// The state folder.
     #[error("the state folder: {0}")]
     Store(io::Error),
@@ -143,13 +154,16 @@ impl Fault {
             | Self::LongPath(_) => StatusCode::BAD_REQUEST,
             Self::DidNotStart(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Forbidden(_) | Self::ReadOnly => StatusCode::FORBIDDEN,
-            Self::NoVm(_) | Self::NoImage(_) | Self::NoPath(..) => StatusCode::NOT_FOUND,
-            Self::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Exists(_) | Self::WrongState { .. } | Self::ImageUsed { .. } => {
-                StatusCode::CONFLICT
+            Self::NoVm(_) | Self::NoImage(_) | Self::NoTemplate(_) | Self::NoPath(..) => {
+                StatusCode::NOT_FOUND
             }
+            Self::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Exists(_)
+            | Self::TemplateExists(_)
+            | Self::WrongState { .. }
+            | Self::ImageUsed { .. }
+            | Self::TemplateUsed { .. } => StatusCode::CONFLICT,
             Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
-            Self::NotYet(_) => StatusCode::NOT_IMPLEMENTED,
             Self::Store(error) if error.kind() == io::ErrorKind::StorageFull => {
                 StatusCode::INSUFFICIENT_STORAGE
             }
@@ -164,12 +178,7 @@ impl Fault {
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         let status = self.status();
-        if status.is_server_error()
-            && !matches!(
-                self,
-                Self::Refused(_) | Self::NoUser { .. } | Self::NotYet(_)
-            )
-        {
+        if status.is_server_error() && !matches!(self, Self::Refused(_) | Self::NoUser { .. }) {
             tracing::warn!(fault = %self, "a request failed");
         } else {
             tracing::debug!(fault = %self, "a request is refused");

@@ -9,6 +9,7 @@
 //!
 //! Each operation runs to its end, whatever becomes of the caller's connection: see [`Daemon::detached`].
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::sync::Arc;
@@ -127,7 +128,9 @@ impl Daemon {
         if let Some(vm) = vms.get(id) {
             return Ok(Claim::Taken(vm.clone()));
         }
-        let Resolved { config, images } = spec.resolved(&images)?;
+        let folder = self.store.vm(id);
+        let resolved = spec.resolved(&images, &self.templates(), &folder)?;
+        let Resolved { config, images } = resolved;
         let record = Record {
             spec: spec.clone(),
             uid,
@@ -136,12 +139,13 @@ impl Daemon {
             state: State::Creating,
             jail: self.jail_for(id, vms.values())?,
             images,
+            loaded: spec.template.is_some(),
+            disks: BTreeMap::new(),
             restarts: 0,
             failures: 0,
             end: None,
         };
         let machine = &config.machine_config;
-        let folder = self.store.vm(id);
         let vm = Vm::new(
             id.to_owned(),
             folder,
@@ -167,7 +171,15 @@ impl Daemon {
         let made = blocking(move || daemon.store.create(&id, &record, &config));
         let built = async {
             made.await?.map_err(Fault::Store)?;
-            let state = self.bring_up(vm, vm.spec.start).await?;
+            let restore = match &vm.spec.template {
+                Some(id) => {
+                    let template = self.templates().get(id)?;
+                    let own = self.store.template(id);
+                    Some(template.restore(&own, &vm.folder, vm.spec.start))
+                }
+                None => None,
+            };
+            let state = self.bring_up(vm, vm.spec.start, restore).await?;
             let record = Record {
                 phase: Phase::Present,
                 state,
@@ -209,7 +221,12 @@ impl Daemon {
 
     /// Starts the process, and waits until it answers. The state that the guest is in then: one that has ended already, in good order, is
     /// `Stopped`.
-    async fn bring_up(self: &Arc<Self>, vm: &Arc<Vm>, start: bool) -> Result<State, Fault> {
+    async fn bring_up(
+        self: &Arc<Self>,
+        vm: &Arc<Vm>,
+        start: bool,
+        restore: Option<String>,
+    ) -> Result<State, Fault> {
         let begun = Instant::now();
         let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
         let (jail, ram_mib) = {
@@ -223,6 +240,7 @@ impl Daemon {
                 folder: &folder,
                 start,
                 jail: jail.as_deref(),
+                restore: restore.as_deref(),
             };
             process::spawn(&launch)?.release(&folder)
         });
@@ -282,10 +300,11 @@ impl Daemon {
             blocking(move || store::write(&path, &config, false))
                 .await?
                 .map_err(Fault::Store)?;
+            vm.change(|now| now.loaded = false);
             if self.rejail(vm)? {
                 self.save(vm).await;
             }
-            self.bring_up(vm, true).await
+            self.bring_up(vm, true, None).await
         };
         match started.await {
             Ok(state) => {
@@ -313,7 +332,15 @@ impl Daemon {
 
     /// Makes room for a guest that has no process.
     fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
-        let Resolved { config, .. } = vm.spec.resolved(&self.images())?;
+        let resolved = vm
+            .spec
+            .resolved(&self.images(), &self.templates(), &vm.folder)?;
+        let Resolved { mut config, .. } = resolved;
+        for drive in &mut config.drives {
+            if let Some(disk) = vm.now().disks.get(&drive.drive_id) {
+                drive.path_on_host.clone_from(disk);
+            }
+        }
         let machine = &config.machine_config;
         self.admit_change(vm, machine.mem_size_mib, machine.vcpu_count, |now| {
             now.state = State::Starting;

@@ -33,6 +33,7 @@ mod routes;
 mod spec;
 mod status;
 mod store;
+mod templates;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -64,6 +65,7 @@ use listen::Connections;
 use metrics::DaemonMetrics;
 use status::MemorySplit;
 use store::Store;
+use templates::Templates;
 use vm::{Measured, Vm};
 
 /// Threads for what waits for the disk, their stacks, and for how long they wait for more of it.
@@ -127,6 +129,10 @@ pub struct Daemon {
     events: Events,
     metrics: DaemonMetrics,
     images: Mutex<Images>,
+    /// Taken last of these locks.
+    templates: Mutex<Templates>,
+    /// One is made, or deleted, at a time.
+    templating: tokio::sync::Mutex<()>,
     /// Taken after `images`, and before what changes of a guest.
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// One measures at a time.
@@ -136,6 +142,12 @@ pub struct Daemon {
 impl Daemon {
     fn images(&self) -> MutexGuard<'_, Images> {
         self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn templates(&self) -> MutexGuard<'_, Templates> {
+        self.templates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Vm>>> {
@@ -285,6 +297,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         .ok_or_else(|| ServeError::InUse(state.clone()))?;
     let images = Images::load(&store.images()).map_err(failed())?;
     let jails = Jails::open(options.jail.clone(), store.folder()).map_err(host("--jail"))?;
+    let templates = Templates::load(&store.templates()).map_err(failed())?;
     let daemon = Arc::new(Daemon {
         store,
         jails,
@@ -293,6 +306,8 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         events: Events::default(),
         metrics: DaemonMetrics::default(),
         images: Mutex::new(images),
+        templates: Mutex::new(templates),
+        templating: tokio::sync::Mutex::default(),
         vms: Mutex::default(),
         measuring: tokio::sync::Mutex::default(),
     });

@@ -41,6 +41,8 @@ pub struct Launch<'a> {
     pub start: bool,
     /// Its jail, if it is to be in one.
     pub jail: Option<&'a str>,
+    /// The value of `--restore`, where it goes on from a snapshot.
+    pub restore: Option<&'a str>,
 }
 
 /// How a process ended, as far as its parent is told.
@@ -110,8 +112,12 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
         .arg0("coppice")
         .args(["run", "--held", "--id", launch.id])
         .args(["--api-sock", "api.sock", "--console-sock", "console.sock"])
-        .args(["--end-file", "end.json", "--config", "config.json"]);
-    if !launch.start {
+        .args(["--end-file", "end.json"]);
+    match launch.restore {
+        Some(restore) => command.args(["--restore", restore]),
+        None => command.args(["--config", "config.json"]),
+    };
+    if !launch.start && launch.restore.is_none() {
         command.arg("--no-start");
     }
     command

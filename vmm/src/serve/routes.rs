@@ -35,6 +35,7 @@ use super::lifecycle::{Manner, blocking};
 use super::peer::Caller;
 use super::spec::VmSpec;
 use super::status::{State, VmStatus};
+use super::templates::{Template, TemplateSpec};
 use super::vm::Vm;
 use super::{Daemon, console, metrics, openapi, page, proxy};
 use crate::config::{MAX_FILE_SIZE, MachineConfig};
@@ -203,11 +204,10 @@ pub(super) async fn list(Of(daemon): Context, Query(look): Query<Look>) -> Json<
 #[utoipa::path(post, path = "/vms", tag = "guests", request_body = VmSpec, responses(
     (status = 201, body = VmStatus, description = "It is made."),
     (status = 200, body = VmStatus, description = "It was there, made in the same way."),
-    (status = 400, body = FaultBody), (status = 404, body = FaultBody, description = "There is no such image."),
+    (status = 400, body = FaultBody), (status = 404, body = FaultBody, description = "There is no such image or template."),
     (status = 409, body = FaultBody, description = "It is there, made in another way."),
     (status = 413, body = FaultBody),
     (status = 422, body = FaultBody, description = "It could not start."),
-    (status = 501, body = FaultBody),
     (status = 507, body = FaultBody, description = "There is no room for it.")))]
 pub(super) async fn create(
     Of(daemon): Context,
@@ -510,16 +510,45 @@ pub(super) async fn delete_image(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Templates that guests are cloned from. Not there yet.
-#[utoipa::path(get, path = "/templates", tag = "templates", responses((status = 501, body = FaultBody)))]
-pub(super) async fn templates() -> Fault {
-    Fault::NotYet("a template")
+/// Templates, which guests are cloned from.
+#[utoipa::path(get, path = "/templates", tag = "templates", responses((status = 200, body = Vec<Template>)))]
+pub(super) async fn templates(Of(daemon): Context) -> Json<Vec<Template>> {
+    Json(daemon.templates().list())
 }
 
-/// Makes a template. Not there yet.
-#[utoipa::path(post, path = "/templates", tag = "templates", responses((status = 501, body = FaultBody)))]
-pub(super) async fn create_template() -> Fault {
-    Fault::NotYet("a template")
+/// A template.
+#[utoipa::path(get, path = "/templates/{id}", tag = "templates", params(("id" = String, Path)), responses(
+    (status = 200, body = Template), (status = 404, body = FaultBody)))]
+pub(super) async fn template(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+) -> Answer<Json<Template>> {
+    Ok(Json(daemon.templates().get(&id)?))
+}
+
+/// Makes a template of a guest, which stands still meanwhile and goes on.
+#[utoipa::path(post, path = "/templates", tag = "templates", request_body = TemplateSpec, responses(
+    (status = 201, body = Template), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
+    (status = 409, body = FaultBody), (status = 507, body = FaultBody)))]
+pub(super) async fn create_template(
+    Of(daemon): Context,
+    Extension(caller): Extension<Caller>,
+    Asked(spec): Asked<TemplateSpec>,
+) -> Answer<Response> {
+    let uid = uid(caller)?;
+    let template = Daemon::detached(daemon.create_template(spec, uid)).await?;
+    Ok((StatusCode::CREATED, Json(template)).into_response())
+}
+
+/// Deletes a template that nothing was made of, or nothing that is left.
+#[utoipa::path(delete, path = "/templates/{id}", tag = "templates", params(("id" = String, Path)), responses(
+    (status = 204), (status = 404, body = FaultBody), (status = 409, body = FaultBody)))]
+pub(super) async fn delete_template(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+) -> Answer<StatusCode> {
+    Daemon::detached(daemon.delete_template(id)).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// What happens, as server-sent events. `Last-Event-ID` asks for what has happened since; 0 for all that is kept.
@@ -680,6 +709,7 @@ pub fn all(daemon: Arc<Daemon>) -> Router {
             get(image).put(put_image).delete(delete_image),
         )
         .route("/templates", get(templates).post(create_template))
+        .route("/templates/{id}", get(template).delete(delete_template))
         .route("/events", get(events));
     finished(router, daemon)
 }

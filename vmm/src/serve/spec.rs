@@ -9,6 +9,7 @@ use utoipa::ToSchema;
 
 use super::fault::Fault;
 use super::images::Images;
+use super::templates::Templates;
 use crate::cli::is_guest_id;
 use crate::config::VmConfig;
 
@@ -29,9 +30,7 @@ pub struct VmSpec {
     #[schema(value_type = Option<VmConfig>)]
     pub config: Option<Value>,
     /// The template that it is a clone of, instead of `config`.
-    // Not in the document before there are templates.
     #[serde(default)]
-    #[schema(ignore)]
     pub template: Option<String>,
     /// Whether it starts at once.
     #[serde(default = "yes")]
@@ -99,7 +98,7 @@ impl VmSpec {
     /// Checks all but the configuration.
     ///
     /// # Errors
-    /// `Invalid`, `NotYet`.
+    /// `Invalid`.
     pub fn check(&self) -> Result<(), Fault> {
         let invalid = |field, value: &str, expected| {
             Err(Fault::Invalid {
@@ -114,8 +113,8 @@ impl VmSpec {
             }
             Some(_) | None => {}
         }
-        if self.template.is_some() {
-            return Err(Fault::NotYet("a clone of a template"));
+        if self.template.is_some() && self.config.is_some() {
+            return invalid("config", "an object", "left out, as the template has one");
         }
         if self.labels.len() > LABELS {
             return invalid("labels", "their number", "32 or less");
@@ -128,11 +127,22 @@ impl VmSpec {
         Ok(())
     }
 
-    /// The configuration, with the paths of images.
+    /// The configuration, with the paths of images; that of a clone in `folder` is its template's.
     ///
     /// # Errors
-    /// `Json`, `Config`, `Invalid`, `NoImage`.
-    pub fn resolved(&self, images: &Images) -> Result<Resolved, Fault> {
+    /// `Json`, `Config`, `Invalid`, `NoImage`, `NoTemplate`.
+    pub fn resolved(
+        &self,
+        images: &Images,
+        templates: &Templates,
+        folder: &Path,
+    ) -> Result<Resolved, Fault> {
+        if let Some(template) = &self.template {
+            return Ok(Resolved {
+                config: templates.get(template)?.config_of(folder),
+                images: Vec::new(),
+            });
+        }
         let mut config: VmConfig = match &self.config {
             Some(config) => serde_json::from_value(config.clone())?,
             None => VmConfig::default(),

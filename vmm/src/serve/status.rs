@@ -133,6 +133,9 @@ pub struct VmStatus {
     /// CPU time so far: with `?stats`, where it has a process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_s: Option<f64>,
+    /// The template that it is a clone of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
     /// Its configuration, as it was made: of one guest alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<crate::config::VmConfig>)]

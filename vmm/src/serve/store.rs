@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/lock               held by the one daemon of this folder
 //! DIR/images.json        images by name
+//! DIR/templates/NAME   see `templates`
 //! DIR/vms/ID/vm.json     what was asked for, and how far it has come
 //!           /config.json what the process is given
 //!           /pid.json    the process: number, start, boot
@@ -16,6 +17,7 @@
 //! `process`); `vm.json` says `present` when the guest is as it was asked for, and `deleting` before anything of it goes. What the next
 //! daemon finds as `creating` or `deleting` it removes.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -65,6 +67,12 @@ pub struct Record {
     /// Images that it uses.
     #[serde(default)]
     pub images: Vec<String>,
+    /// Whether it goes on from its template, and has not started anew since.
+    #[serde(default)]
+    pub loaded: bool,
+    /// Disks that have taken the place of those that it was made with, by drive.
+    #[serde(default)]
+    pub disks: BTreeMap<String, PathBuf>,
     /// How often it was started again.
     #[serde(default)]
     pub restarts: u32,
@@ -168,6 +176,7 @@ impl Store {
     /// What the host says.
     pub fn open(folder: &Path) -> io::Result<Option<Self>> {
         make_folder(&folder.join("vms"))?;
+        make_folder(&folder.join("templates"))?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         let lock = options.mode(0o600).open(folder.join("lock"))?;
@@ -190,6 +199,16 @@ impl Store {
     /// The file of the images.
     pub fn images(&self) -> PathBuf {
         self.folder.join("images.json")
+    }
+
+    /// The folder of the templates.
+    pub fn templates(&self) -> PathBuf {
+        self.folder.join("templates")
+    }
+
+    /// The folder of a template.
+    pub fn template(&self, id: &str) -> PathBuf {
+        self.templates().join(id)
     }
 
     /// The folder of a guest.

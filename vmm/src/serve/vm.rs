@@ -3,6 +3,7 @@
 //! What changes is behind one lock that is held for lines alone. Whatever takes longer, such as to start it or to delete it, is one
 //! operation at a time (`operation`); who waits for a state waits for `changed`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -61,6 +62,10 @@ pub struct Now {
     pub jail: Option<Jailed>,
     /// Images that it uses.
     pub images: Vec<String>,
+    /// Whether it goes on from its template, and has not started anew since.
+    pub loaded: bool,
+    /// Disks that have taken the place of those that it was made with, by drive.
+    pub disks: BTreeMap<String, PathBuf>,
 }
 
 /// A guest.
@@ -113,6 +118,8 @@ impl Vm {
                 measured: None,
                 jail: record.jail,
                 images: record.images,
+                loaded: record.loaded,
+                disks: record.disks,
             }),
             changed: Notify::new(),
         }
@@ -169,6 +176,8 @@ impl Vm {
             state: now.state,
             jail: now.jail.clone(),
             images: now.images.clone(),
+            loaded: now.loaded,
+            disks: now.disks.clone(),
             restarts: now.restarts,
             failures: now.failures,
             end: now.end.clone(),
@@ -216,6 +225,7 @@ impl Vm {
             end: now.end.clone(),
             memory: measured.map(|measured| measured.memory),
             cpu_s: measured.map(|measured| measured.cpu_s),
+            template: self.spec.template.clone(),
             config: self.spec.config.clone().filter(|_| config),
         }
     }

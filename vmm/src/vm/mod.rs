@@ -237,12 +237,14 @@ impl Vm {
             let vcpu_fd = fd
                 .create_vcpu(index.into())
                 .map_err(VmError::kvm("KVM_CREATE_VCPU"))?;
+            let of_vcpu = cpuid.for_vcpu(index)?;
             vcpu_fd
-                .set_cpuid2(&cpuid.for_vcpu(index)?)
+                .set_cpuid2(&of_vcpu)
                 .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
             let vcpu = vcpu::Vcpu {
                 fd: vcpu_fd,
                 index,
+                cpuid: of_vcpu,
                 msrs: msrs.clone(),
             };
             vcpu.reset()?;

@@ -215,9 +215,8 @@ impl Vm {
         if state.pit.is_some() != self.has_pit {
             return Err(StateError::Pit(state.pit.is_some()));
         }
-        for (vcpu, state) in self.vcpus.iter().zip(vcpus) {
-            let host = self.cpuid.for_vcpu(vcpu.index)?;
-            if let Some(lack) = lacks(&state.cpuid, host.as_slice()) {
+        for (vcpu, state) in self.vcpus.iter_mut().zip(vcpus) {
+            if let Some(lack) = lacks(&state.cpuid, vcpu.cpuid.as_slice()) {
                 return Err(StateError::Processor(lack));
             }
             vcpu.restore(state)?;
@@ -250,15 +249,12 @@ impl Vcpu {
         if sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0 {
             return Err(StateError::Nested(self.index));
         }
-        let cpuid = fd
-            .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-            .map_err(VmError::kvm("KVM_GET_CPUID2"))?;
         // KVM_GET_MP_STATE also takes in what is about to change the state (an INIT or a start-up IPI): first of all.
         let mp_state = fd
             .get_mp_state()
             .map_err(VmError::kvm("KVM_GET_MP_STATE"))?;
         Ok(VcpuState {
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: self.cpuid.as_slice().to_vec(),
             tsc_khz: fd.get_tsc_khz().ok(),
             mp_state,
             regs: fd.get_regs().map_err(VmError::kvm("KVM_GET_REGS"))?,
@@ -315,11 +311,11 @@ impl Vcpu {
     }
 
     /// Gives a vCPU that has not run the state of another.
-    pub(super) fn restore(&self, state: &VcpuState) -> Result<(), VmError> {
-        let fd = &self.fd;
-        let cpuid = CpuId::from_entries(&state.cpuid)
+    pub(super) fn restore(&mut self, state: &VcpuState) -> Result<(), VmError> {
+        self.cpuid = CpuId::from_entries(&state.cpuid)
             .map_err(|_| VmError::CpuidTooLong(state.cpuid.len()))?;
-        fd.set_cpuid2(&cpuid)
+        let fd = &self.fd;
+        fd.set_cpuid2(&self.cpuid)
             .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
         if let Some(khz) = state.tsc_khz
             && fd.get_tsc_khz().ok() != Some(khz)

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::{CpuId, Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
-use kvm_bindings::{Msrs, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit as KvmExit, VcpuFd};
 use vmm_sys_util::errno;
 
@@ -95,6 +95,8 @@ pub(super) enum Step {
 pub(super) struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) index: u8,
+    /// What the guest sees of its CPU.
+    pub(super) cpuid: CpuId,
     /// Those that KVM saves.
     pub(super) msrs: Arc<[u32]>,
 }

@@ -229,7 +229,7 @@ fn shows_only_what_was_given(kind: Kind, layers: &[&str], missing: &[&str]) {
 
     let seen = &said["seen"];
     let process = Path::new("/proc").join(pid.to_string());
-    let devices = ["/dev/kvm", "/dev/null"].map(PathBuf::from);
+    let devices = ["/dev/kvm", "/dev/null", "/dev/random", "/dev/urandom"].map(PathBuf::from);
     let mut given: Vec<_> = devices.into_iter().filter(|path| path.exists()).collect();
     given.extend([
         host.own_disk(),

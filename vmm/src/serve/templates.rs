@@ -1,0 +1,423 @@
+//! Templates: guests that were saved once, and that any number of guests begin as.
+//!
+//! ```text
+//! DIR/templates/NAME/state          what the guest was, but for its memory
+//!                   /memory         its memory, which every clone maps
+//!                   /disk-DRIVE     a disk that was the guest's own, under a second name
+//!                   /template.json  written last: without it, the next daemon removes the folder
+//! ```
+//!
+//! A guest that becomes a template is paused, saved, and goes on: each disk that it writes to stays as it is for the clones, and the guest has a child
+//! of it from then on, as every clone has. So does a clone that becomes a template in its turn, of whose memory only the news are saved.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use axum::http::Method;
+use hyper::body::Bytes;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::Daemon;
+use super::events::EventKind;
+use super::fault::Fault;
+use super::lifecycle::blocking;
+use super::proxy;
+use super::status::{State, now_ms};
+use super::store;
+use super::vm::Vm;
+use crate::cli::is_guest_id;
+use crate::config::VmConfig;
+
+/// The body of `POST /templates`.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TemplateSpec {
+    /// Its name: 1 to 63 lower case letters, digits and dashes.
+    #[schema(pattern = "^[a-z0-9-]{1,63}$")]
+    pub id: String,
+    /// The guest, which runs or is paused, and goes on afterwards.
+    pub vm: String,
+}
+
+/// A template.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+pub struct Template {
+    /// Its name.
+    pub id: String,
+    /// The guest that it was made of.
+    pub vm: String,
+    /// Who made it.
+    pub uid: u32,
+    /// When, in ms since 1970.
+    pub created_ms: u64,
+    /// The template whose memory this one's is the news of.
+    #[serde(default)]
+    pub parent: Option<String>,
+    /// RAM of its guests.
+    pub mem_size_mib: u32,
+    /// vCPUs of its guests.
+    pub vcpus: u8,
+    /// What its memory file takes of the host's disk.
+    pub memory_bytes: u64,
+    /// What its guests are started with once they have ended.
+    #[schema(value_type = VmConfig)]
+    pub config: VmConfig,
+    /// Disks that guests write to, by drive: each clone has a child of it.
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub disks: BTreeMap<String, PathBuf>,
+}
+
+/// All templates.
+#[derive(Debug, Default)]
+pub struct Templates(BTreeMap<String, Template>);
+
+impl Templates {
+    /// Those of a state folder. What is left of one that was half made or half deleted goes.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn load(folder: &Path) -> io::Result<Self> {
+        let mut templates = BTreeMap::new();
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            match store::read::<Template>(&path.join("template.json")) {
+                Ok(Some(template)) => {
+                    templates.insert(template.id.clone(), template);
+                }
+                Ok(None) => {
+                    tracing::info!(path = %path.display(), "what was left of a template is removed");
+                    fs::remove_dir_all(&path)?;
+                }
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "a template cannot be understood, and stays as it is");
+                }
+            }
+        }
+        Ok(Self(templates))
+    }
+
+    /// A template.
+    ///
+    /// # Errors
+    /// `NoTemplate`.
+    pub fn get(&self, id: &str) -> Result<Template, Fault> {
+        let found = self.0.get(id).cloned();
+        found.ok_or_else(|| Fault::NoTemplate(id.to_owned()))
+    }
+
+    /// All of them.
+    pub fn list(&self) -> Vec<Template> {
+        self.0.values().cloned().collect()
+    }
+
+    /// One that was made of another.
+    fn child_of(&self, id: &str) -> Option<&str> {
+        let child = self.0.values().find(|t| t.parent.as_deref() == Some(id));
+        child.map(|template| &*template.id)
+    }
+}
+
+/// The name of a guest's own disk for a drive, in the guest's folder: `of` tells what it is a child of.
+fn own_disk(vm: &Vm, drive: &str, of: &str) -> PathBuf {
+    vm.folder.join(format!("disk-{drive}-{of}.vhdx"))
+}
+
+/// A comma in a path is written twice.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+impl Template {
+    /// What its clone `vm` is started with when it starts anew: with the disks that it has then.
+    pub fn config_of(&self, folder: &Path) -> VmConfig {
+        let mut config = self.config.clone();
+        for drive in &mut config.drives {
+            if self.disks.contains_key(&drive.drive_id) {
+                drive.path_on_host = self.clone_disk(folder, &drive.drive_id);
+            }
+        }
+        config
+    }
+
+    fn clone_disk(&self, folder: &Path, drive: &str) -> PathBuf {
+        folder.join(format!("disk-{drive}-{}.vhdx", self.id))
+    }
+
+    /// The value of `--restore` for a clone in `folder`.
+    pub fn restore(&self, own: &Path, folder: &Path, resume: bool) -> String {
+        let mut value = format!(
+            "{},memory={},trust",
+            escaped(&own.join("state")),
+            escaped(&own.join("memory"))
+        );
+        if !resume {
+            value.push_str(",paused");
+        }
+        for (drive, disk) in &self.disks {
+            let clone = self.clone_disk(folder, drive);
+            value.push_str(&format!(
+                ",disk.{drive}={},clone.{drive}={}",
+                escaped(disk),
+                escaped(&clone)
+            ));
+        }
+        value
+    }
+}
+
+impl Daemon {
+    /// Makes a template of a guest.
+    ///
+    /// # Errors
+    /// Whatever is in the way; then there is no template, and the guest goes on.
+    pub async fn create_template(
+        self: Arc<Self>,
+        spec: TemplateSpec,
+        uid: u32,
+    ) -> Result<Template, Fault> {
+        if !is_guest_id(&spec.id) {
+            return Err(Fault::Invalid {
+                field: "id",
+                value: spec.id,
+                expected: "1 to 63 lower case letters, digits and dashes",
+            });
+        }
+        let vm = self.vm(&spec.vm)?;
+        let _making = self.templating.lock().await;
+        if self.templates().0.contains_key(&spec.id) {
+            return Err(Fault::TemplateExists(spec.id));
+        }
+        let _operation = vm.operation.clone().lock_owned().await;
+        let was_running = match vm.state() {
+            State::Running => true,
+            State::Paused => false,
+            state => {
+                return Err(Fault::WrongState {
+                    id: vm.id.clone(),
+                    state,
+                    advice: "only one that runs or is paused can become a template",
+                });
+            }
+        };
+        let folder = self.store.template(&spec.id);
+        let made = folder.clone();
+        blocking(move || {
+            match fs::remove_dir_all(&made) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+            DirBuilder::new().mode(0o700).create(&made)
+        })
+        .await?
+        .map_err(Fault::Store)?;
+        let saved = async {
+            if was_running {
+                proxy::act(&vm, Method::PATCH, "/vm", &json!({"state": "Paused"})).await?;
+            }
+            self.save_template(&vm, &spec, uid, &folder).await
+        };
+        let saved = saved.await;
+        if was_running {
+            // One that cannot go on has ended, and whoever watches it tells why.
+            let body = json!({"state": "Resumed"});
+            if let Err(fault) = proxy::act(&vm, Method::PATCH, "/vm", &body).await {
+                tracing::warn!(vm = %vm.id, %fault, "a guest that became a template does not go on");
+            }
+        }
+        self.save(&vm).await;
+        match saved {
+            Ok(template) => {
+                self.templates()
+                    .0
+                    .insert(template.id.clone(), template.clone());
+                let text = Some(format!("template {}", template.id));
+                self.events
+                    .tell(EventKind::TemplateCreated, Some(&vm.id), text);
+                Ok(template)
+            }
+            Err(fault) => {
+                let removed = blocking(move || fs::remove_dir_all(folder)).await;
+                if let Ok(Err(error)) = removed {
+                    tracing::error!(template = %spec.id, %error, "a template that could not be made is not gone");
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    async fn save_template(
+        &self,
+        vm: &Arc<Vm>,
+        spec: &TemplateSpec,
+        uid: u32,
+        folder: &Path,
+    ) -> Result<Template, Fault> {
+        let told = proxy::ask(vm, Method::GET, "/vm/config", Bytes::new(), proxy::LOOK).await?;
+        if !told.status.is_success() {
+            return Err(proxy::refusal(&told));
+        }
+        let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+        // Relative to the folder that the process works in.
+        for drive in &mut config.drives {
+            drive.path_on_host = vm.folder.join(&drive.path_on_host);
+        }
+        let loaded = vm.now().loaded;
+        let parent = vm.spec.template.clone().filter(|_| loaded);
+        proxy::act(
+            vm,
+            Method::PUT,
+            "/snapshot/create",
+            &json!({
+                "snapshot_type": if parent.is_some() { "Diff" } else { "Full" },
+                "snapshot_path": folder.join("state"),
+                "mem_file_path": folder.join("memory"),
+            }),
+        )
+        .await?;
+        let mut disks = BTreeMap::new();
+        for drive in &config.drives {
+            if drive.is_read_only {
+                continue;
+            }
+            let id = &drive.drive_id;
+            let own = own_disk(vm, id, &format!("after-{}", spec.id));
+            let body = json!({"path_on_host": own});
+            let path = format!("/drives/{id}/snapshot");
+            proxy::act(vm, Method::PUT, &path, &body).await?;
+            let sealed = drive.path_on_host.clone();
+            vm.change(|now| now.disks.insert(id.clone(), own));
+            disks.insert(id.clone(), sealed);
+        }
+        let (owned, kept) = (vm.folder.clone(), folder.to_owned());
+        let machine = &config.machine_config;
+        let mut template = Template {
+            id: spec.id.clone(),
+            vm: vm.id.clone(),
+            uid,
+            created_ms: now_ms(),
+            parent,
+            mem_size_mib: machine.mem_size_mib,
+            vcpus: machine.vcpu_count,
+            memory_bytes: 0,
+            config,
+            disks,
+        };
+        let finish = move || {
+            for (drive, disk) in &mut template.disks {
+                if disk.starts_with(&owned) {
+                    // It goes with the guest's folder; under this name it stays.
+                    let name = kept.join(format!("disk-{drive}"));
+                    fs::hard_link(&disk, &name)?;
+                    *disk = name;
+                }
+            }
+            template.memory_bytes = fs::metadata(kept.join("memory"))?.blocks() * 512;
+            store::write(&kept.join("template.json"), &template, true)?;
+            Ok(template)
+        };
+        blocking(finish).await?.map_err(Fault::Store)
+    }
+
+    /// Deletes a template that no guest, and no other template, needs.
+    ///
+    /// # Errors
+    /// `NoTemplate`, `TemplateUsed`, `Store`.
+    pub async fn delete_template(self: Arc<Self>, id: String) -> Result<(), Fault> {
+        let _making = self.templating.lock().await;
+        self.templates().get(&id)?;
+        let used = |by: String| Fault::TemplateUsed {
+            template: id.clone(),
+            by,
+        };
+        if let Some(child) = self.templates().child_of(&id) {
+            return Err(used(format!("template {child}")));
+        }
+        let clone = self
+            .all()
+            .into_iter()
+            .find(|vm| vm.spec.template.as_deref() == Some(&id));
+        if let Some(vm) = clone {
+            return Err(used(format!("guest {}", vm.id)));
+        }
+        let folder = self.store.template(&id);
+        let removed = blocking(move || {
+            // First what makes it one.
+            fs::remove_file(folder.join("template.json"))?;
+            fs::remove_dir_all(folder)
+        });
+        self.templates().0.remove(&id);
+        removed.await?.map_err(Fault::Store)?;
+        let text = Some(format!("template {id}"));
+        self.events.tell(EventKind::TemplateDeleted, None, text);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DriveConfig;
+
+    fn template() -> Template {
+        let mut config = VmConfig::default();
+        config.set_drive(DriveConfig::new("root", "/d/root.vhdx"));
+        config.set_drive(DriveConfig::new("base", "/d/base.vhdx"));
+        Template {
+            id: "t".into(),
+            vm: "a".into(),
+            uid: 0,
+            created_ms: 0,
+            parent: None,
+            mem_size_mib: 128,
+            vcpus: 1,
+            memory_bytes: 0,
+            config,
+            disks: BTreeMap::from([("root".into(), "/d/root.vhdx".into())]),
+        }
+    }
+
+    #[test]
+    fn a_clone_has_a_child_of_each_disk_that_is_written_to_and_the_others_as_they_are() {
+        let config = template().config_of(Path::new("/vms/b"));
+        let paths: Vec<_> = config.drives.iter().map(|d| &*d.path_on_host).collect();
+        assert_eq!(
+            paths,
+            [
+                Path::new("/vms/b/disk-root-t.vhdx"),
+                Path::new("/d/base.vhdx")
+            ]
+        );
+        let restore = template().restore(Path::new("/t,s"), Path::new("/vms/b"), false);
+        assert_eq!(
+            restore,
+            "/t,,s/state,memory=/t,,s/memory,trust,paused,disk.root=/d/root.vhdx,clone.root=/vms/b/disk-root-t.vhdx"
+        );
+        let parsed: crate::cli::RestoreArgument = restore.parse().unwrap();
+        assert_eq!(parsed.0.drives.len(), 2);
+    }
+
+    #[test]
+    fn what_is_left_of_a_template_goes_and_a_whole_one_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["half", "whole"] {
+            fs::create_dir(folder.path().join(name)).unwrap();
+            fs::write(folder.path().join(name).join("memory"), [1]).unwrap();
+        }
+        let whole = Template {
+            id: "whole".into(),
+            ..template()
+        };
+        store::write(&folder.path().join("whole/template.json"), &whole, true).unwrap();
+        let templates = Templates::load(folder.path()).unwrap();
+        assert_eq!(templates.list().len(), 1);
+        assert_eq!(templates.get("whole").unwrap().disks, whole.disks);
+        assert!(matches!(templates.get("half"), Err(Fault::NoTemplate(_))));
+        assert!(!folder.path().join("half").exists());
+    }
+}

@@ -1,0 +1,241 @@
+//! `coppice serve`: templates and clones.
+
+#![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
+
+#[path = "serve/mod.rs"]
+mod serve;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use serve::daemon::{Daemon, PATIENCE, coppice};
+
+/// A guest with a disk that it may write to.
+fn source(daemon: &Daemon, id: &str) -> PathBuf {
+    let disk = daemon.folder().join(format!("{id}.vhdx"));
+    let made = coppice()
+        .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
+        .status();
+    assert!(made.unwrap().success());
+    let mut spec = daemon.spec(id);
+    spec["config"]["drives"] =
+        json!([{"drive_id": "root", "path_on_host": disk, "is_root_device": false}]);
+    let (status, vm) = daemon.post("/vms", &spec);
+    assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
+    disk
+}
+
+fn template(daemon: &Daemon, id: &str, vm: &str) -> Value {
+    let (status, template) = daemon.post("/templates", &json!({"id": id, "vm": vm}));
+    assert_eq!(status, 201, "{template}");
+    template
+}
+
+fn clone(daemon: &Daemon, id: &str, template: &str) -> Value {
+    let (status, vm) = daemon.post("/vms", &json!({"id": id, "template": template}));
+    assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
+    vm
+}
+
+/// What the guest sends back for a letter: it runs, and its serial port is as it was.
+fn echoes(daemon: &Daemon, id: &str) -> bool {
+    let mut console = UnixStream::connect(daemon.vm_folder(id).join("console.sock")).unwrap();
+    console.set_read_timeout(Some(PATIENCE)).unwrap();
+    console.write_all(b"z").unwrap();
+    let mut byte = [0];
+    while console.read(&mut byte).unwrap() > 0 {
+        if byte == *b"z" {
+            return true;
+        }
+    }
+    false
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
+    let mut daemon = Daemon::start(&[]);
+    let disk = source(&daemon, "a");
+    let made = template(&daemon, "t", "a");
+    assert_eq!(made["mem_size_mib"], 16);
+    assert_eq!(made["disks"]["root"], json!(disk));
+    assert_eq!(
+        daemon.post("/templates", &json!({"id": "t", "vm": "a"})).0,
+        409
+    );
+    for id in ["b", "c"] {
+        let vm = clone(&daemon, id, "t");
+        assert_eq!(vm["template"], "t");
+        assert!(daemon.vm_folder(id).join("disk-root-t.vhdx").exists());
+    }
+    for id in ["a", "b", "c"] {
+        assert!(echoes(&daemon, id), "{id}");
+    }
+    // Made again in the same way, it is the same; and one can wait.
+    let again = daemon.post("/vms", &json!({"id": "b", "template": "t"}));
+    assert_eq!(again.0, 200);
+    let (_, paused) = daemon.post("/vms", &json!({"id": "d", "template": "t", "start": false}));
+    assert_eq!(paused["state"], "paused");
+    assert_eq!(
+        daemon.post("/vms/d/resume", &json!(null)).1["state"],
+        "running"
+    );
+    assert!(echoes(&daemon, "d"));
+
+    daemon.kill_and_restart();
+    assert_eq!(daemon.get("/templates/t")["vm"], "a");
+    assert!(echoes(&daemon, "b"));
+    // A clone that has ended starts anew, with the disk that it has.
+    let (_, stopped) = daemon.post("/vms/b/stop", &json!({"timeout_s": 0}));
+    assert_eq!(stopped["state"], "stopped");
+    assert_eq!(
+        daemon.post("/vms/b/start", &json!(null)).1["state"],
+        "running"
+    );
+    let config = daemon.get("/vms/b/vm/config");
+    assert_eq!(
+        config["drives"][0]["path_on_host"],
+        json!(
+            daemon
+                .vm_folder("b")
+                .canonicalize()
+                .unwrap()
+                .join("disk-root-t.vhdx")
+        )
+    );
+    // And so does the source, which has a child since.
+    daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
+    assert_eq!(
+        daemon.post("/vms/a/start", &json!(null)).1["state"],
+        "running"
+    );
+    let config = daemon.get("/vms/a/vm/config");
+    let path = config["drives"][0]["path_on_host"].as_str().unwrap();
+    assert!(path.ends_with("disk-root-after-t.vhdx"), "{path}");
+
+    assert_eq!(daemon.call("DELETE", "/templates/t", None).0, 409);
+    for id in ["a", "b", "c", "d"] {
+        assert_eq!(daemon.call("DELETE", &format!("/vms/{id}"), None).0, 204);
+    }
+    assert_eq!(daemon.call("DELETE", "/templates/t", None).0, 204);
+    assert_eq!(daemon.call("GET", "/templates/t", None).0, 404);
+    assert_eq!(daemon.processes(), [0u32; 0]);
+    for folder in ["state/vms", "state/templates"] {
+        assert_eq!(files(&daemon.folder().join(folder)), [""; 0]);
+    }
+}
+
+#[test]
+fn a_clone_becomes_a_template_that_outlives_it() {
+    let daemon = Daemon::start(&[]);
+    source(&daemon, "a");
+    template(&daemon, "t", "a");
+    clone(&daemon, "b", "t");
+    let forked = template(&daemon, "u", "b");
+    assert_eq!(forked["parent"], "t");
+    assert!(forked["memory_bytes"].as_u64() <= daemon.get("/templates/t")["memory_bytes"].as_u64());
+    clone(&daemon, "c", "u");
+    for id in ["a", "b"] {
+        assert_eq!(daemon.call("DELETE", &format!("/vms/{id}"), None).0, 204);
+    }
+    clone(&daemon, "d", "u");
+    for id in ["c", "d"] {
+        assert!(echoes(&daemon, id), "{id}");
+    }
+    let (status, refused) = daemon.call("DELETE", "/templates/t", None);
+    assert_eq!(status, 409, "{refused}");
+    assert!(
+        refused["fault_message"]
+            .as_str()
+            .unwrap()
+            .contains("template u")
+    );
+    for path in ["/vms/c", "/vms/d", "/templates/u", "/templates/t"] {
+        assert_eq!(daemon.call("DELETE", path, None).0, 204, "{path}");
+    }
+    assert_eq!(daemon.processes(), [0u32; 0]);
+}
+
+#[test]
+fn a_template_that_cannot_be_leaves_its_guest_as_it_was() {
+    let daemon = Daemon::start(&[]);
+    daemon.create_waiting("w");
+    let (status, refused) = daemon.post("/templates", &json!({"id": "t", "vm": "w"}));
+    assert_eq!(status, 409, "{refused}");
+    // A raw disk can have no child.
+    let disk = daemon.folder().join("disk.raw");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut spec = daemon.spec("r");
+    spec["config"]["drives"] = json!([{"drive_id": "root", "path_on_host": disk,
+        "is_root_device": false, "format": "raw"}]);
+    assert_eq!(daemon.post("/vms", &spec).0, 201);
+    let (status, refused) = daemon.post("/templates", &json!({"id": "t", "vm": "r"}));
+    assert_eq!(status, 400, "{refused}");
+    assert!(
+        refused["fault_message"].as_str().unwrap().contains("VHDX"),
+        "{refused}"
+    );
+    assert_eq!(daemon.get("/vms/r")["state"], "running");
+    assert!(echoes(&daemon, "r"));
+    assert_eq!(daemon.get("/templates"), json!([]));
+    assert_eq!(files(&daemon.folder().join("state/templates")), [""; 0]);
+    // What is damaged is not cloned, and nothing of the clone stays.
+    source(&daemon, "a");
+    template(&daemon, "u", "a");
+    let state = daemon.folder().join("state/templates/u/state");
+    let mut bytes = fs::read(&state).unwrap();
+    let last = bytes.len() - 9;
+    bytes[last] ^= 1;
+    fs::write(&state, bytes).unwrap();
+    let (status, refused) = daemon.post("/vms", &json!({"id": "b", "template": "u"}));
+    assert_eq!(status, 422, "{refused}");
+    assert!(
+        refused["fault_message"]
+            .as_str()
+            .unwrap()
+            .contains("damaged"),
+        "{refused}"
+    );
+    assert!(!daemon.vm_folder("b").exists());
+}
+
+#[test]
+fn the_command_line_makes_templates_and_clones() {
+    let daemon = Daemon::start(&[]);
+    source(&daemon, "a");
+    let (code, text, error) = daemon.cli(&["vm", "template", "create", "t", "a"]);
+    assert_eq!(code, 0, "{error}");
+    assert!(text.contains("t "), "{text}");
+    let (code, text, error) = daemon.cli(&["vm", "create", "--name", "b", "--template", "t"]);
+    assert_eq!((code, text.trim()), (0, "b"), "{error}");
+    let wrong = daemon.cli(&[
+        "vm",
+        "create",
+        "--name",
+        "c",
+        "--template",
+        "t",
+        "--mem",
+        "64M",
+    ]);
+    assert!(
+        wrong.0 != 0 && wrong.2.contains("--template"),
+        "{}",
+        wrong.2
+    );
+    let (_, text, _) = daemon.cli(&["vm", "template", "list", "--json"]);
+    assert_eq!(serde_json::from_str::<Value>(&text).unwrap()[0]["id"], "t");
+    assert_eq!(daemon.cli(&["vm", "delete", "b"]).0, 0);
+    assert_eq!(daemon.cli(&["vm", "template", "delete", "t"]).0, 0);
+}
