@@ -261,6 +261,9 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     let socket = api_path.map(ApiSocket::bind).transpose()?;
     let console_socket = console_path.map(ApiSocket::bind).transpose()?;
     let sockets: Vec<_> = api_path.into_iter().chain(console_path).collect();
+    for disk in loading.iter().flat_map(Loading::made) {
+        jail::give(&confinement, disk)?;
+    }
     let report = jail::enter(&confinement, wanted, &sockets)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
     lock(&control).confined(report);

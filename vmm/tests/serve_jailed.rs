@@ -10,6 +10,8 @@ mod lifecycle;
 mod many;
 #[path = "serve/mod.rs"]
 mod serve;
+#[path = "serve_templates.rs"]
+mod templates;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -166,7 +168,7 @@ fn a_socket_that_a_guest_replaces_leads_to_nobody_else() {
 }
 
 #[test]
-fn a_guest_makes_files_in_its_folder_and_in_a_template_of_its_own_alone() {
+fn a_guest_makes_files_in_its_folder_and_nowhere_else() {
     if !is_root() {
         return;
     }
@@ -175,20 +177,17 @@ fn a_guest_makes_files_in_its_folder_and_in_a_template_of_its_own_alone() {
         daemon.create_running(id);
         daemon.post(&format!("/vms/{id}/pause"), &json!(null));
     }
-    let template = daemon.folder().join("state/templates/t");
-    fs::create_dir(&template).unwrap();
-    chown(&template, Some(uid(&daemon, "a")), Some(uid(&daemon, "a"))).unwrap();
     let snapshot = |id: &str, folder: &Path| {
         let folder = fs::canonicalize(folder).unwrap();
         let body =
             json!({"snapshot_path": folder.join("state"), "mem_file_path": folder.join("memory")});
         daemon.call("PUT", &format!("/vms/{id}/snapshot/create"), Some(&body))
     };
-    for folder in [daemon.vm_folder("a"), template.clone()] {
-        assert_eq!(snapshot("a", &folder), (204, Value::Null));
-        assert!(folder.join("memory").metadata().unwrap().len() > 0);
-    }
-    for folder in [template, daemon.vm_folder("a"), daemon.folder().to_owned()] {
+    let own = daemon.vm_folder("a");
+    assert_eq!(snapshot("a", &own), (204, Value::Null));
+    assert!(own.join("memory").metadata().unwrap().len() > 0);
+    let templates = daemon.folder().join("state/templates");
+    for folder in [templates, own, daemon.folder().to_owned()] {
         let (status, answer) = snapshot("b", &folder);
         assert_eq!(status, 400, "{}: {answer}", folder.display());
     }
@@ -199,6 +198,35 @@ fn a_guest_makes_files_in_its_folder_and_in_a_template_of_its_own_alone() {
         );
         assert_eq!(daemon.call("DELETE", &format!("/vms/{id}"), None).0, 204);
     }
+}
+
+#[test]
+fn a_template_is_the_daemons_and_its_clones_are_users_of_their_own() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(&[]);
+    daemon.create_running("a");
+    let (status, made) = daemon.post("/templates", &json!({"id": "t", "vm": "a"}));
+    assert_eq!(status, 201, "{made}");
+    let folder = daemon.folder().join("state/templates/t");
+    for name in ["", "state", "memory", "template.json"] {
+        let metadata = fs::metadata(folder.join(name)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (0, 0), "{name}");
+        assert!(name.is_empty() || metadata.mode() & 0o077 == 0, "{name}");
+    }
+    let (status, clone) = daemon.post("/vms", &json!({"id": "b", "template": "t"}));
+    assert_eq!(
+        (status, &clone["state"]),
+        (201, &json!("running")),
+        "{clone}"
+    );
+    assert_ne!(uid(&daemon, "a"), uid(&daemon, "b"));
+    let seen = reachable(pid(&clone));
+    assert!(
+        !seen.iter().any(|path| path.ends_with("memory")),
+        "{seen:?}"
+    );
 }
 
 #[test]

@@ -272,6 +272,17 @@ pub fn enter(
     Ok(report)
 }
 
+/// Gives a file that this process has made, before it is jailed, to the user that it is about to become.
+///
+/// # Errors
+/// `Path`.
+pub fn give(confinement: &Confinement, path: &Path) -> Result<(), JailError> {
+    match &confinement.jail {
+        Some(jail) => needs::give(path, jail),
+        None => Ok(()),
+    }
+}
+
 /// All layers but the filters of system calls.
 fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Result<(), JailError> {
     match &jail.cgroup {

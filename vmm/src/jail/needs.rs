@@ -187,7 +187,7 @@ pub(super) fn of(
 }
 
 /// Makes a file the guest process's own.
-fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
+pub(super) fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
     if jail.uid.is_none() && jail.gid.is_none() {
         return Ok(());
     }

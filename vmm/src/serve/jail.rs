@@ -17,6 +17,7 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -37,9 +38,6 @@ pub const UIDS: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
 /// Memory of a guest's group beyond its RAM: a part of that for page tables, and this for the process and the disks' pages in the cache.
 const MARGIN: u64 = 64 << 20;
 const MARGIN_PART: u64 = 16;
-/// Where templates are, in the state folder; seen from a guest's folder.
-const TEMPLATES: &str = "templates";
-const TEMPLATES_FROM_GUEST: &str = "../../templates";
 /// Files of a guest's folder that are the daemon's own, also under the names that they are written by.
 const RECORDS: [&str; 4] = ["vm.json", "config.json", "pid.json", "log"];
 
@@ -125,11 +123,11 @@ fn make_way(root: &Path, parent: &Path) -> io::Result<()> {
 }
 
 impl Jails {
-    /// Makes what the jails of guests have in common, in the state folder and in the hierarchy of control groups.
+    /// Makes what the jails of guests have in common.
     ///
     /// # Errors
     /// What the host says; where `uids=` is asked for by a user who cannot become others.
-    pub fn open(policy: Option<JailPolicy>, state: &Path) -> io::Result<Self> {
+    pub fn open(policy: Option<JailPolicy>) -> io::Result<Self> {
         let mut jails = Self {
             policy,
             limits_memory: false,
@@ -145,13 +143,6 @@ impl Jails {
         }
         for path in &mut policy.allow {
             *path = path.canonicalize().map_err(named(path))?;
-        }
-        let templates = state.join(TEMPLATES);
-        match fs::create_dir(&templates) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(named(&templates)(error));
-            }
-            Ok(()) | Err(_) => {}
         }
         if let Some(parent) = &policy.cgroup {
             let root = cgroup_root()?;
@@ -265,8 +256,8 @@ fn argument(policy: &JailPolicy, jailed: &Jailed) -> io::Result<String> {
     if let Some(group) = &jailed.cgroup {
         path("cgroup", group)?;
     }
-    let shared = [Path::new("."), Path::new(TEMPLATES_FROM_GUEST)];
-    for allowed in shared
+    let own = [Path::new(".")];
+    for allowed in own
         .into_iter()
         .chain(policy.allow.iter().map(PathBuf::as_path))
     {
@@ -322,6 +313,53 @@ fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
             let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
             chownat(file.as_fd(), "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
         }
+    }
+    Ok(())
+}
+
+/// Makes a new folder in a guest's, for the guest to write to.
+///
+/// # Errors
+/// What the host says.
+pub fn make_folder(path: &Path, jailed: Option<&Jailed>) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o700).create(path)?;
+    match jailed.and_then(|jailed| jailed.uid) {
+        Some(uid) => give_folder(path, uid).map_err(named(path)),
+        None => Ok(()),
+    }
+}
+
+/// Takes back a folder that a guest has written to: what is in it is the daemon's from now on. The files that others are to have under
+/// their own users, `shared` by the beginnings of their names, can be read by them, and the rest by the daemon alone.
+///
+/// # Errors
+/// What the host says; where there is anything but files.
+pub fn take_back(path: &Path, jailed: Option<&Jailed>, shared: &str) -> io::Result<()> {
+    if jailed.is_none_or(|jailed| jailed.uid.is_none()) {
+        return Ok(());
+    }
+    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let folder = open(path, flags | OFlags::DIRECTORY, Mode::empty())?;
+    let owner = Some((geteuid(), rustix::process::getegid()));
+    let (uid, gid) = owner.unzip();
+    // First the folder: the guest gets nothing more into it.
+    fchown(&folder, uid, gid)?;
+    fchmod(&folder, Mode::from_raw_mode(0o755))?;
+    for entry in fs::read_dir(path)? {
+        let name = entry?.file_name();
+        let file = openat(&folder, &*name, flags | OFlags::RDONLY, Mode::empty())?;
+        if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
+            return Err(io::Error::other(format!(
+                "{} is no file",
+                path.join(&name).display()
+            )));
+        }
+        let is_shared = name.as_bytes().starts_with(shared.as_bytes());
+        fchown(&file, uid, gid)?;
+        fchmod(
+            &file,
+            Mode::from_raw_mode(if is_shared { 0o444 } else { 0o600 }),
+        )?;
     }
     Ok(())
 }
@@ -414,7 +452,7 @@ mod tests {
         };
         assert_eq!(
             argument(&policy, &jailed).unwrap(),
-            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=../../templates,allow=/disks/a,,b,require=all"
+            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=/disks/a,,b,require=all"
         );
     }
 

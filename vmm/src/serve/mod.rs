@@ -296,7 +296,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         .map_err(failed())?
         .ok_or_else(|| ServeError::InUse(state.clone()))?;
     let images = Images::load(&store.images()).map_err(failed())?;
-    let jails = Jails::open(options.jail.clone(), store.folder()).map_err(host("--jail"))?;
+    let jails = Jails::open(options.jail.clone()).map_err(host("--jail"))?;
     let templates = Templates::load(&store.templates()).map_err(failed())?;
     let daemon = Arc::new(Daemon {
         store,

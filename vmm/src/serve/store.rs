@@ -191,11 +191,6 @@ impl Store {
         }
     }
 
-    /// Where it is.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// The file of the images.
     pub fn images(&self) -> PathBuf {
         self.folder.join("images.json")
