@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -124,7 +124,13 @@ impl EndReport {
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
-        fs::write(&new, serde_json::to_vec(self)?)?;
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+        // Not through a link that a process in a jail has left there, when this one is not in it yet.
+        let mut file = fs::File::create_new(&new)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
         fs::rename(&new, path)
     }
 }

@@ -257,10 +257,14 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     };
     let wanted = loading.as_ref().map_or(&config, Loading::config);
     // Removes the socket when it goes, so also where the guest cannot start.
-    let api_socket = api_socket.as_deref();
-    let socket = api_socket.map(ApiSocket::bind).transpose()?;
-    let console_socket = console_socket.as_deref().map(ApiSocket::bind).transpose()?;
-    let report = jail::enter(&confinement, wanted, api_socket)?;
+    let (api_path, console_path) = (api_socket.as_deref(), console_socket.as_deref());
+    let socket = api_path.map(ApiSocket::bind).transpose()?;
+    let console_socket = console_path.map(ApiSocket::bind).transpose()?;
+    let sockets: Vec<_> = api_path.into_iter().chain(console_path).collect();
+    for disk in loading.iter().flat_map(Loading::made) {
+        jail::give(&confinement, disk)?;
+    }
+    let report = jail::enter(&confinement, wanted, &sockets)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
     lock(&control).confined(report);
 

@@ -7,6 +7,7 @@ mod serve;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,8 @@ fn source(daemon: &Daemon, id: &str) -> PathBuf {
         .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
         .status();
     assert!(made.unwrap().success());
+    // Also a guest in a jail may use it.
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666)).unwrap();
     let mut spec = daemon.spec(id);
     spec["config"]["drives"] =
         json!([{"drive_id": "root", "path_on_host": disk, "is_root_device": false}]);
@@ -176,6 +179,7 @@ fn a_template_that_cannot_be_leaves_its_guest_as_it_was() {
     // A raw disk can have no child.
     let disk = daemon.folder().join("disk.raw");
     fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666)).unwrap();
     let mut spec = daemon.spec("r");
     spec["config"]["drives"] = json!([{"drive_id": "root", "path_on_host": disk,
         "is_root_device": false, "format": "raw"}]);

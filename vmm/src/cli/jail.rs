@@ -45,7 +45,11 @@ pub enum JailArgumentError {
     NoGroup(&'static str),
 }
 
-fn set<T>(option: &'static str, slot: &mut Option<T>, value: T) -> Result<(), JailArgumentError> {
+pub(super) fn set<T>(
+    option: &'static str,
+    slot: &mut Option<T>,
+    value: T,
+) -> Result<(), JailArgumentError> {
     match slot.replace(value) {
         None => Ok(()),
         Some(_) => Err(JailArgumentError::Twice(option)),
@@ -53,7 +57,7 @@ fn set<T>(option: &'static str, slot: &mut Option<T>, value: T) -> Result<(), Ja
 }
 
 /// A number of at least `least` and at most `most`.
-fn number<T>(
+pub(super) fn number<T>(
     option: &'static str,
     value: &str,
     (least, most): (T, T),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Args;
 use rustix::process::geteuid;
 
+use super::serve_jail::ServeJailArgument;
 use super::size::Mebibytes;
 use crate::logging::{LogFilter, LogFormat};
 use crate::serve::{Allowed, Limits, Options, host_memory_kib};
@@ -55,6 +56,25 @@ pub struct ServeArguments {
     /// Most RAM of all guests that have a process: 64G.
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<Mebibytes>,
+    /// Run each guest in a jail, with options behind commas: uids=FIRST-LAST, cgroup=NAME, cpu=PERCENT, pids=N, allow=PATH, require=all; or off
+    /// [default: off].
+    ///
+    /// As `coppice run --jail`, and each guest also is the first process of a namespace of processes, and, where the daemon is root's, a user
+    /// of its own. Its disks, kernel and initrd have to be open to that user, as they are not made so: GET /vms/ID/vm/jail tells which it is. Options:
+    /// uids: the users, by number, of which each guest gets one, and the group of that number [default: 1900000000-1900065535 for root];
+    /// cgroup: the control group (v2), below the root of the hierarchy, in which each guest has one of its own that is made, limited
+    /// to the guest's RAM and a margin, and removed by the daemon;
+    /// cpu, pids: further limits of each: percent of a core; processes and threads;
+    /// allow: a file or folder that all guests may open, and write to as far as their users may, for what the REST API names later. Can be repeated;
+    /// require=all: a guest that lacks a layer does not start.
+    #[arg(
+        long,
+        value_name = "off|OPTION[,OPTION...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub jail: Option<ServeJailArgument>,
     /// Stop all guests when the daemon ends, and give them so many seconds to shut down [default: they go on].
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "10")]
     pub stop_guests: Option<u64>,
@@ -159,6 +179,7 @@ impl ServeArguments {
                 memory_mib: self.max_memory.map(|size| u64::from(size.0)),
                 host_kib: host_memory_kib()?,
             },
+            jail: self.jail.and_then(Into::into),
             stop_guests: self.stop_guests.map(Duration::from_secs),
         })
     }

@@ -1,6 +1,10 @@
 //! Control groups (v2): limits of what the process takes of the host.
+//!
+//! A process that is jailed by itself makes its group and joins it. Where a daemon starts it, the daemon makes the group before and removes it
+//! afterwards, and the process joins.
 
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 use std::{fs, io};
 
 /// A group and its limits; what is absent is not limited.
@@ -21,8 +25,15 @@ pub struct CgroupConfig {
 /// The period of `cpu.max`, in microseconds.
 const PERIOD: u64 = 100_000;
 
+/// How often, and how much later each time, a group is removed again whose last process is just going.
+const TRIES: u32 = 50;
+const AGAIN: Duration = Duration::from_millis(20);
+
 /// Where the v2 hierarchy is mounted: alone, or beside those of v1.
-fn root() -> io::Result<PathBuf> {
+///
+/// # Errors
+/// Where it is not mounted.
+pub fn root() -> io::Result<PathBuf> {
     ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
         .map(PathBuf::from)
         .into_iter()
@@ -55,8 +66,8 @@ impl CgroupConfig {
         limits
     }
 
-    /// Makes the group where it is not there, sets its limits, and joins it.
-    pub(super) fn join(&self) -> io::Result<()> {
+    /// The group below `root`, by the parts of its name alone.
+    fn relative(&self) -> io::Result<&Path> {
         let relative = self.name.strip_prefix("/").unwrap_or(&self.name);
         let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
         if relative.as_os_str().is_empty() || !relative.components().all(plain) {
@@ -65,8 +76,17 @@ impl CgroupConfig {
                 "{name} is not the name of a group"
             )));
         }
+        Ok(relative)
+    }
+
+    /// Makes the group where it is not there, and sets its limits, in the hierarchy of `root`.
+    ///
+    /// # Errors
+    /// What the host says, with the file at fault.
+    pub fn make(&self, root: &Path) -> io::Result<PathBuf> {
+        let relative = self.relative()?;
         let limits = self.limits();
-        let mut group = root()?;
+        let mut group = root.to_owned();
         for part in relative.components() {
             for (controller, ..) in &limits {
                 // It may be given on already, and the limit tells if it is not.
@@ -87,8 +107,36 @@ impl CgroupConfig {
         for (_, file, value) in limits {
             write(&group.join(file), &value)?;
         }
+        Ok(group)
+    }
+
+    /// Makes the group, and joins it.
+    pub(super) fn join(&self) -> io::Result<()> {
+        let group = self.make(&root()?)?;
         // 0 is who writes.
         write(&group.join("cgroup.procs"), "0")
+    }
+
+    /// Removes the group, which no process is in any more; those above it stay. One that is not there is no error.
+    ///
+    /// # Errors
+    /// What the host says; also where the last process takes longer than a second to go.
+    pub fn remove(&self, root: &Path) -> io::Result<()> {
+        let group = root.join(self.relative()?);
+        for again in 0.. {
+            match fs::remove_dir(&group) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && again < TRIES => {
+                    std::thread::sleep(AGAIN);
+                }
+                Err(error) => {
+                    let group = group.display();
+                    return Err(io::Error::new(error.kind(), format!("{group}: {error}")));
+                }
+                Ok(()) => return Ok(()),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -127,6 +175,34 @@ mod tests {
                 ..CgroupConfig::default()
             };
             group.join().unwrap_err();
+            group.remove(Path::new("/nowhere")).unwrap_err();
         }
+    }
+
+    #[test]
+    fn a_group_is_made_with_its_limits_and_removed_without_its_parents() {
+        let root = tempfile::tempdir().unwrap();
+        let group = CgroupConfig {
+            name: "/guests/a".into(),
+            memory: Some(1 << 20),
+            pids: Some(8),
+            ..CgroupConfig::default()
+        };
+        let made = group.make(root.path()).unwrap();
+        assert_eq!(made, root.path().join("guests/a"));
+        let read = |path: &Path| fs::read_to_string(path).unwrap();
+        assert_eq!(read(&made.join("memory.max")), "1048576");
+        assert_eq!(read(&made.join("pids.max")), "8");
+        // In a true hierarchy, the files go with the folder.
+        for file in ["memory.max", "pids.max"] {
+            fs::remove_file(made.join(file)).unwrap();
+        }
+        group.make(root.path()).unwrap();
+        for file in ["memory.max", "pids.max"] {
+            fs::remove_file(made.join(file)).unwrap();
+        }
+        group.remove(root.path()).unwrap();
+        assert!(!made.exists() && root.path().join("guests").exists());
+        group.remove(root.path()).unwrap();
     }
 }

@@ -4,7 +4,7 @@
 
 use std::io;
 
-use rustix::process::{Gid, Uid, getegid, geteuid};
+use rustix::process::{DumpableBehavior, Gid, Uid, getegid, geteuid, set_dumpable_behavior};
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities_secure_bits,
     clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
@@ -62,6 +62,12 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
     };
     set_capabilities(None, none)?;
     Ok(())
+}
+
+/// Has the process's own folder of `/proc` belong to the user that it has become, as after a program of that user's was executed: what its memory
+/// maps is told there, and sharing and snapshots look at it. There are no core dumps all the same (`limits`).
+pub(super) fn own_proc() -> io::Result<()> {
+    Ok(set_dumpable_behavior(DumpableBehavior::Dumpable)?)
 }
 
 /// Nothing that is executed gains privileges.

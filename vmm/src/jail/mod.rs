@@ -29,7 +29,7 @@ use serde::Serialize;
 
 use crate::config::VmConfig;
 
-pub use cgroup::CgroupConfig;
+pub use cgroup::{CgroupConfig, root as cgroup_root};
 pub use needs::{Access, Need};
 pub use process::{Spawned, spawn};
 pub use seccomp::SeccompMode;
@@ -190,6 +190,23 @@ pub enum JailError {
     /// The filters of system calls.
     #[error("--seccomp: {0}")]
     Seccomp(io::Error),
+    /// A file of the guest is closed to the user that the process has become.
+    #[error(
+        "--jail: user {uid} may not {access} {}, which is user {owner}'s, with mode {mode:o}: the guest's files have to be open to the user of its jail",
+        path.display()
+    )]
+    Closed {
+        /// The file.
+        path: PathBuf,
+        /// The user of the process.
+        uid: u32,
+        /// What it was to do with it.
+        access: &'static str,
+        /// The user that the file belongs to.
+        owner: u32,
+        /// The mode of the file.
+        mode: u32,
+    },
     /// What the guest needs cannot be found or made.
     #[error("--jail: {}: {source}", path.display())]
     Path {
@@ -207,14 +224,14 @@ fn required(layer: Layer) -> impl FnOnce(io::Error) -> JailError {
     }
 }
 
-/// Confines this process to what a guest of `config` needs, with a REST socket at `socket`. Called by the only thread of the process.
+/// Confines this process to what a guest of `config` needs, with its sockets at `sockets`. Called by the only thread of the process.
 ///
 /// # Errors
 /// [`JailError`].
 pub fn enter(
     confinement: &Confinement,
     config: &VmConfig,
-    socket: Option<&Path>,
+    sockets: &[&Path],
 ) -> Result<JailReport, JailError> {
     // What the kernel told the process at its start is looked up now; where the kernel is old, that takes a file that is to be out of reach.
     rustix::param::page_size();
@@ -225,7 +242,7 @@ pub fn enter(
         ..JailReport::default()
     };
     if let Some(jail) = &confinement.jail {
-        let needs = needs::of(config, socket, jail)?;
+        let needs = needs::of(config, sockets, jail)?;
         enter_with(jail, &needs, &mut report)?;
     }
     if confinement.seccomp == SeccompMode::Off {
@@ -253,6 +270,17 @@ pub fn enter(
         });
     }
     Ok(report)
+}
+
+/// Gives a file that this process has made, before it is jailed, to the user that it is about to become.
+///
+/// # Errors
+/// `Path`.
+pub fn give(confinement: &Confinement, path: &Path) -> Result<(), JailError> {
+    match &confinement.jail {
+        Some(jail) => needs::give(path, jail),
+        None => Ok(()),
+    }
 }
 
 /// All layers but the filters of system calls.
@@ -285,6 +313,10 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
     report.note(Layer::Capabilities, credentials::drop_capabilities());
     report.note(Layer::NoNewPrivs, credentials::no_new_privs());
     let in_tree = report.contains(Layer::Tree);
+    if jail.uid.is_some() {
+        credentials::own_proc().map_err(required(Layer::Credentials))?;
+        needs::are_open(needs, in_tree)?;
+    }
     report.note(Layer::Landlock, landlock::enter(needs, in_tree));
     Ok(())
 }

@@ -2,10 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
 use std::path::{Component, Path, PathBuf};
 
 use memshare::ShareMode;
+use rustix::fs::{Access as Mode, access};
 use storage::vhdx::Vhdx;
 
 use super::{JailConfig, JailError, landlock};
@@ -35,6 +36,8 @@ pub struct Need {
     pub target: PathBuf,
     /// What is done with it.
     pub access: Access,
+    /// What the guest has to be able to do with it, to start.
+    pub vital: Option<Access>,
 }
 
 /// Longest chain of disks that is looked along; a longer one is refused where it is opened.
@@ -47,6 +50,15 @@ struct Needs(Vec<Need>);
 impl Needs {
     /// Adds a path as it is written, and as it is with all links followed. What is not there is left to those who need it to tell.
     fn add(&mut self, path: &Path, access: Access) {
+        self.add_as(path, access, None);
+    }
+
+    /// Adds a path without which the guest cannot start.
+    fn add_vital(&mut self, path: &Path, access: Access) {
+        self.add_as(path, access, Some(access));
+    }
+
+    fn add_as(&mut self, path: &Path, access: Access, vital: Option<Access>) {
         let Ok(source) = path.canonicalize() else {
             return;
         };
@@ -61,13 +73,14 @@ impl Needs {
                 source: source.clone(),
                 target,
                 access,
+                vital,
             });
         }
     }
 
     /// Adds a disk, and all disks that it stands on.
     fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
-        self.add(path, access);
+        self.add_vital(path, access);
         if format == Some(DriveFormat::Raw) {
             return;
         }
@@ -76,7 +89,7 @@ impl Needs {
             let Some(parent) = next else {
                 return;
             };
-            self.add(&parent, Access::Read);
+            self.add_vital(&parent, Access::Read);
             next = parent_of(&parent);
         }
     }
@@ -93,10 +106,10 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
     move |source| JailError::Path { path, source }
 }
 
-/// All that a guest of `config` needs, with a REST socket at `socket`. Makes what it is to find when it is jailed: the outputs, and the cache of kernels.
+/// All that a guest of `config` needs, with its sockets at `sockets`. Makes what it is to find when it is jailed: the outputs, and the cache of kernels.
 pub(super) fn of(
     config: &VmConfig,
-    socket: Option<&Path>,
+    sockets: &[&Path],
     jail: &JailConfig,
 ) -> Result<Vec<Need>, JailError> {
     let mut needs = Needs::default();
@@ -113,11 +126,12 @@ pub(super) fn of(
         // Its number is another in a namespace of processes.
         target: Path::new("/proc").join(std::process::id().to_string()),
         access: Access::Read,
+        vital: None,
     });
     if let Some(source) = &config.boot_source {
-        needs.add(&source.kernel_image_path, Access::Read);
+        needs.add_vital(&source.kernel_image_path, Access::Read);
         if let Some(initrd) = &source.initrd_path {
-            needs.add(initrd, Access::Read);
+            needs.add_vital(initrd, Access::Read);
         }
     }
     add_cache(&mut needs, config, jail);
@@ -147,11 +161,11 @@ pub(super) fn of(
         if is_new {
             give(path, jail)?;
         }
-        needs.add(path, Access::Write);
+        needs.add_vital(path, Access::Write);
     }
-    if let Some(socket) = socket {
+    for socket in sockets {
         give(socket, jail)?;
-        add_folder_of_socket(&mut needs, socket);
+        add_folder_of_socket(&mut needs, socket, jail);
     }
     for path in &jail.allow {
         path.metadata().map_err(failed(path))?;
@@ -164,17 +178,43 @@ pub(super) fn of(
         if is_same && later.access == Access::Write {
             first.access = Access::Write;
         }
+        if is_same && first.vital != Some(Access::Write) {
+            first.vital = later.vital.or(first.vital);
+        }
         is_same
     });
     Ok(needs.0)
 }
 
 /// Makes a file the guest process's own.
-fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
+pub(super) fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
     if jail.uid.is_none() && jail.gid.is_none() {
         return Ok(());
     }
-    chown(path, jail.uid, jail.gid).map_err(failed(path))
+    lchown(path, jail.uid, jail.gid).map_err(failed(path))
+}
+
+/// Whether the user that this process has become may do with the guest's files what it needs to; told before any of them is opened.
+pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
+    for need in needs {
+        let (mode, wanted) = match need.vital {
+            Some(Access::Read) => (Mode::READ_OK, "read"),
+            Some(Access::Write) => (Mode::READ_OK | Mode::WRITE_OK, "read and write"),
+            Some(Access::Device | Access::Remove) | None => continue,
+        };
+        let path = if in_tree { &need.target } else { &need.source };
+        if access(path, mode) == Err(rustix::io::Errno::ACCESS) {
+            let metadata = path.metadata().ok();
+            return Err(JailError::Closed {
+                path: need.source.clone(),
+                uid: rustix::process::geteuid().as_raw(),
+                access: wanted,
+                owner: metadata.as_ref().map_or(0, MetadataExt::uid),
+                mode: metadata.map_or(0, |metadata| metadata.mode() & 0o7777),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Kernels, unpacked, and what is made of them: read alone, as other guests have them too. What the cache does not have is made now.
@@ -220,11 +260,15 @@ fn readable(file: &Path) -> io::Result<()> {
 
 /// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to the process only where
 /// Landlock keeps it from that.
-fn add_folder_of_socket(needs: &mut Needs, socket: &Path) {
+fn add_folder_of_socket(needs: &mut Needs, socket: &Path, jail: &JailConfig) {
     let folder = match socket.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
+    let same = |path: &PathBuf| path.canonicalize().ok() == folder.canonicalize().ok();
+    if jail.allow.iter().any(same) {
+        return;
+    }
     let is_alone = fs::read_dir(folder).is_ok_and(|entries| entries.count() <= 1);
     if is_alone || landlock::is_available() {
         needs.add(folder, Access::Remove);
@@ -262,7 +306,7 @@ mod tests {
             }),
             ..VmConfig::default()
         };
-        let needs = of(&config, None, &JailConfig::default()).unwrap();
+        let needs = of(&config, &[], &JailConfig::default()).unwrap();
         assert_eq!(find(&needs, &path("top")).access, Access::Write);
         assert_eq!(find(&needs, &path("child")).access, Access::Read);
         assert_eq!(find(&needs, &path("base")).access, Access::Read);

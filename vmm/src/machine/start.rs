@@ -188,6 +188,10 @@ impl Assembled {
 }
 
 fn new_vm(config: &VmConfig) -> Result<Vm, StartError> {
+    if !jail::seccomp::can_build() {
+        let error = "a guest failed to start at its last step, and the process has given away what building one takes: start another process";
+        return Err(host("seccomp filter")(std::io::Error::other(error)));
+    }
     Ok(Vm::new(VmSettings {
         memory_bytes: u64::from(config.machine_config.mem_size_mib) << 20,
         vcpus: config.machine_config.vcpu_count,

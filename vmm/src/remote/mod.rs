@@ -103,7 +103,12 @@ pub fn run(arguments: VmArguments) -> Result<(), RemoteError> {
             show(&vms["vms"], json, list_table);
         }
         VmCommand::Show { id } => {
-            let vm = client.call(Method::GET, &format!("/vms/{}?stats", escaped(&id)), None)?;
+            let mut vm = client.call(Method::GET, &format!("/vms/{}?stats", escaped(&id)), None)?;
+            if !vm["pid"].is_null() {
+                // Only its process knows; one that hangs or has just ended is shown without.
+                let path = format!("/vms/{}/vm/jail", escaped(&id));
+                vm["jail"] = client.call(Method::GET, &path, None).unwrap_or_default();
+            }
             show(&vm, json, details);
         }
         VmCommand::Start { id } => each(id, &|id| act(id, "start", None))?,
@@ -247,6 +252,24 @@ fn stats_table(vms: &Value) -> String {
     })
 }
 
+/// The layers of a jail in a line, its user, and what is missing.
+fn jail(report: &Value) -> String {
+    let list = |field: &str| report[field].as_array().cloned().unwrap_or_default();
+    let layers: Vec<_> = list("layers").iter().map(word).collect();
+    let mut text = layers.join(" ");
+    if report["jailed"] == true {
+        let _ = write!(text, "; uid {}", word(&report["uid"]));
+        let missing = list("missing");
+        let missing: Vec<_> = missing.iter().map(|one| word(&one["layer"])).collect();
+        if !missing.is_empty() {
+            let _ = write!(text, "; without {}", missing.join(" "));
+        }
+    } else {
+        text.push_str("; no jail");
+    }
+    text
+}
+
 /// One fact a line.
 fn details(vm: &Value) -> String {
     let facts = vm.as_object().into_iter().flatten();
@@ -255,6 +278,7 @@ fn details(vm: &Value) -> String {
     for (name, value) in rows {
         let value = match (name.as_str(), value) {
             ("end", Value::Object(end)) => word(&end["text"]),
+            ("jail", Value::Object(_)) => jail(value),
             _ => word(value),
         };
         // Writing to a string does not fail.
@@ -281,6 +305,18 @@ mod tests {
         );
         assert!(lines[2].contains('-'));
         assert!(stats_table(&vms).contains("web"));
+    }
+
+    #[test]
+    fn a_jail_is_its_layers_and_what_it_lacks() {
+        let mut report = json!({
+            "jailed": true, "layers": ["tree", "seccomp"], "uid": 7,
+            "missing": [{"layer": "cgroup", "why": "no cgroup= was given"}],
+        });
+        assert_eq!(jail(&report), "tree seccomp; uid 7; without cgroup");
+        report["jailed"] = json!(false);
+        assert_eq!(jail(&report), "tree seccomp; no jail");
+        assert!(details(&json!({"jail": report})).contains("no jail"));
     }
 
     #[test]

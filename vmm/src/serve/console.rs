@@ -39,7 +39,7 @@ async fn connect(vm: &Vm) -> Result<UnixStream, Fault> {
             advice: "it has a console while it has a process",
         });
     }
-    match timeout(proxy::LOOK, UnixStream::connect(vm.console_socket())).await {
+    match timeout(proxy::LOOK, proxy::connect(&vm.console_socket())).await {
         Ok(Ok(stream)) => Ok(stream),
         Ok(Err(error)) => Err(Fault::Unreachable(vm.id.clone(), error.to_string())),
         Err(_) => Err(Fault::Silent(vm.id.clone())),

@@ -19,6 +19,8 @@ use crate::exit::{EndKind, EndReport};
 /// Restarts in a row, none of which ran for [`LONG`].
 const RESTARTS: u32 = 5;
 const LONG: Duration = Duration::from_mins(1);
+/// Longest reason, in characters.
+const LONGEST_TEXT: usize = 4096;
 
 impl Daemon {
     /// Waits for the end of a process, and says so.
@@ -130,7 +132,11 @@ impl Daemon {
 /// Why a process ended: as it says itself, or else as far as it can be told.
 fn reason(folder: &Path, exit: Exit) -> EndReport {
     match store::read(&folder.join("end.json")) {
-        Ok(Some(report)) => return report,
+        Ok(Some(EndReport { kind, text, code })) => {
+            // It is the process's own word, and told to many.
+            let text = text.chars().take(LONGEST_TEXT).collect();
+            return EndReport { kind, text, code };
+        }
         Ok(None) => {}
         Err(error) => tracing::warn!(%error, "the reason of an end cannot be read"),
     }

@@ -101,6 +101,14 @@ pub enum Fault {
     /// The host has no room for the guest.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// All users of the range have a guest.
+    #[error("every user from {first} to {last} has a guest already: see --jail uids=")]
+    NoUser {
+        /// The first.
+        first: u32,
+        /// The last.
+        last: u32,
+    },
     /// The state folder.
     #[error("the state folder: {0}")]
     Store(io::Error),
@@ -155,7 +163,7 @@ impl Fault {
             | Self::WrongState { .. }
             | Self::ImageUsed { .. }
             | Self::TemplateUsed { .. } => StatusCode::CONFLICT,
-            Self::Refused(_) => StatusCode::INSUFFICIENT_STORAGE,
+            Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
             Self::Store(error) if error.kind() == io::ErrorKind::StorageFull => {
                 StatusCode::INSUFFICIENT_STORAGE
             }
@@ -170,7 +178,7 @@ impl Fault {
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         let status = self.status();
-        if status.is_server_error() && !matches!(self, Self::Refused(_)) {
+        if status.is_server_error() && !matches!(self, Self::Refused(_) | Self::NoUser { .. }) {
             tracing::warn!(fault = %self, "a request failed");
         } else {
             tracing::debug!(fault = %self, "a request is refused");

@@ -24,6 +24,7 @@ use tokio::time::{sleep, timeout};
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
+use super::jail;
 use super::process::{self, Launch, Process};
 use super::proxy;
 use super::spec::{Resolved, VmSpec};
@@ -136,6 +137,7 @@ impl Daemon {
             created_ms: now_ms(),
             phase: Phase::Creating,
             state: State::Creating,
+            jail: self.jail_for(id, vms.values())?,
             images,
             loaded: spec.template.is_some(),
             disks: BTreeMap::new(),
@@ -226,12 +228,18 @@ impl Daemon {
         restore: Option<String>,
     ) -> Result<State, Fault> {
         let begun = Instant::now();
-        let (id, folder) = (vm.id.clone(), vm.folder.clone());
+        let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
+        let (jail, ram_mib) = {
+            let now = vm.now();
+            (now.jail.clone(), now.ram_mib)
+        };
         let spawned = blocking(move || {
+            let jail = daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?;
             let launch = Launch {
                 id: &id,
                 folder: &folder,
                 start,
+                jail: jail.as_deref(),
                 restore: restore.as_deref(),
             };
             process::spawn(&launch)?.release(&folder)
@@ -293,6 +301,9 @@ impl Daemon {
                 .await?
                 .map_err(Fault::Store)?;
             vm.change(|now| now.loaded = false);
+            if self.rejail(vm)? {
+                self.save(vm).await;
+            }
             self.bring_up(vm, true, None).await
         };
         match started.await {
@@ -528,10 +539,13 @@ impl Daemon {
             self.end_process(vm, manner).await?;
         }
         let _saving = vm.saving.lock().await;
-        let folder = vm.folder.clone();
-        let removed = blocking(move || match std::fs::remove_dir_all(folder) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            Ok(()) | Err(_) => Ok(()),
+        let (folder, jail) = (vm.folder.clone(), vm.now().jail.clone());
+        let removed = blocking(move || {
+            jail::release(jail.as_ref())?;
+            match std::fs::remove_dir_all(folder) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                Ok(()) | Err(_) => Ok(()),
+            }
         });
         removed.await?.map_err(Fault::Store)?;
         self.vms().remove(&vm.id);

@@ -19,6 +19,7 @@ mod events;
 mod fault;
 mod guest_api;
 mod images;
+mod jail;
 mod lifecycle;
 mod listen;
 mod metrics;
@@ -52,11 +53,13 @@ use crate::{procfs, signals};
 
 pub use admission::{HELP as ADMISSION, Limits};
 pub use console::PROTOCOL as CONSOLE_PROTOCOL;
+pub use jail::{JailPolicy, UIDS as JAIL_UIDS};
 pub use peer::Allowed;
 
 use events::{EventKind, Events};
 use fault::Fault;
 use images::Images;
+use jail::Jails;
 use lifecycle::{Manner, blocking};
 use listen::Connections;
 use metrics::DaemonMetrics;
@@ -85,6 +88,8 @@ pub struct Options {
     pub web: Option<SocketAddr>,
     /// How much it takes on.
     pub limits: Limits,
+    /// How its guests are jailed, if they are.
+    pub jail: Option<JailPolicy>,
     /// Whether guests end with it.
     pub stop_guests: Option<Duration>,
 }
@@ -119,6 +124,7 @@ fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
 pub struct Daemon {
     store: Store,
     limits: Limits,
+    jails: Jails,
     allowed: Allowed,
     events: Events,
     metrics: DaemonMetrics,
@@ -205,6 +211,22 @@ impl Daemon {
         }
     }
 
+    /// Cuts the logs of guests that have become too long, again and again.
+    async fn trim_logs(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(process::TRIM).await;
+            let folders: Vec<_> = self.all().iter().map(|vm| vm.folder.clone()).collect();
+            let trimmed = blocking(move || {
+                folders
+                    .iter()
+                    .try_for_each(|folder| process::trim_log(folder))
+            });
+            if let Ok(Err(error)) = trimmed.await {
+                tracing::warn!(%error, "the log of a guest cannot be cut");
+            }
+        }
+    }
+
     async fn stop_all(self: &Arc<Self>, patience: Duration) {
         let mut stops = tokio::task::JoinSet::new();
         for vm in self.all() {
@@ -274,9 +296,11 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         .map_err(failed())?
         .ok_or_else(|| ServeError::InUse(state.clone()))?;
     let images = Images::load(&store.images()).map_err(failed())?;
+    let jails = Jails::open(options.jail.clone()).map_err(host("--jail"))?;
     let templates = Templates::load(&store.templates()).map_err(failed())?;
     let daemon = Arc::new(Daemon {
         store,
+        jails,
         limits: options.limits,
         allowed: options.allowed.clone(),
         events: Events::default(),
@@ -306,6 +330,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
                 .web(listener, routes::read_only(daemon.clone())),
         );
     }
+    tokio::spawn(daemon.clone().trim_logs());
     daemon.events.tell(EventKind::DaemonStarted, None, None);
     tokio::select! {
         _ = terminate.recv() => {}

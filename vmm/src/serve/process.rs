@@ -6,7 +6,7 @@
 //! ```
 //!
 //! So there is no process that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next one
-//! finds it by its number, its start and the host's boot, and holds it by a pidfd, which never means another process.
+//! finds it by its number, from the host's side of its namespaces, its start and the host's boot, and holds it by a pidfd, which never means another process.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -24,7 +24,11 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
 
 use super::store::{self, PidFile};
-use crate::procfs;
+use crate::{jail, procfs};
+
+/// Longest log of a guest, and how often it is looked at.
+const LONGEST_LOG: u64 = 4 << 20;
+pub const TRIM: Duration = Duration::from_mins(1);
 
 /// What `Launch` is started with.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +39,8 @@ pub struct Launch<'a> {
     pub folder: &'a Path,
     /// Whether the guest starts at once.
     pub start: bool,
+    /// Its jail, if it is to be in one.
+    pub jail: Option<&'a str>,
     /// The value of `--restore`, where it goes on from a snapshot.
     pub restore: Option<&'a str>,
 }
@@ -97,6 +103,8 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
     }
     let mut log = OpenOptions::new();
     log.write(true).create(true).truncate(true).mode(0o600);
+    // Each line goes to where the end is then: see `trim_log`.
+    log.custom_flags(libc::O_APPEND | libc::O_NOFOLLOW);
     let log = log.open(launch.folder.join("log"))?;
     // The program that runs this, whatever has become of its file.
     let mut command = Command::new("/proc/self/exe");
@@ -117,7 +125,13 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(log);
-    let mut child = command.spawn()?;
+    let mut child = match launch.jail {
+        Some(value) => {
+            command.args(["--jail", value]);
+            jail::spawn(command)?.child
+        }
+        None => command.spawn()?,
+    };
     let pid = child.id();
     // A child's number is its own until it has been waited for.
     let known = || Ok::<_, io::Error>((opened(pid)?, start_us(pid)?));
@@ -135,6 +149,22 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
             Err(known.err().unwrap_or(io::ErrorKind::BrokenPipe.into()))
         }
     }
+}
+
+/// Cuts the log of a guest where it has become too long: the process goes on at its beginning.
+///
+/// # Errors
+/// What the host says.
+pub fn trim_log(folder: &Path) -> io::Result<()> {
+    let path = folder.join("log");
+    match std::fs::symlink_metadata(&path) {
+        Ok(metadata) if metadata.is_file() && metadata.len() > LONGEST_LOG => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(_) | Err(_) => return Ok(()),
+    }
+    let mut log = OpenOptions::new();
+    log.write(true).custom_flags(libc::O_NOFOLLOW);
+    log.open(path)?.set_len(0)
 }
 
 impl Held {
@@ -214,5 +244,30 @@ impl Process {
         {
             tracing::error!(pid = self.pid, %error, "a process cannot be signalled");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_is_too_long_begins_anew_and_a_link_in_its_place_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut options = OpenOptions::new();
+        let mut log = options.append(true).create(true).open(&path).unwrap();
+        log.write_all(b"line\n").unwrap();
+        trim_log(folder.path()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"line\n");
+        log.set_len(LONGEST_LOG + 1).unwrap();
+        trim_log(folder.path()).unwrap();
+        log.write_all(b"next\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"next\n");
+        std::fs::rename(&path, folder.path().join("other")).unwrap();
+        log.set_len(LONGEST_LOG + 1).unwrap();
+        std::os::unix::fs::symlink("other", &path).unwrap();
+        trim_log(folder.path()).unwrap();
+        assert_eq!(log.metadata().unwrap().len(), LONGEST_LOG + 1);
     }
 }

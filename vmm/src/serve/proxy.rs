@@ -3,6 +3,8 @@
 //! Each exchange has a connection of its own, a limit on what comes back, and an end: a process that hangs costs its callers their
 //! patience, and nobody else anything.
 
+use std::io;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -40,13 +43,27 @@ pub struct Answer {
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
+/// Connects to a socket of a guest, and to no other: the folder is the guest's to write to, and what it has put in the place of the socket is
+/// not followed.
+///
+/// # Errors
+/// What the host says.
+pub async fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = open(socket, flags, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
+        return Err(io::Error::other("it is no socket"));
+    }
+    UnixStream::connect(format!("/proc/self/fd/{}", file.as_raw_fd())).await
+}
+
 async fn exchange(
     socket: &Path,
     method: Method,
     path: &str,
     body: Bytes,
 ) -> Result<Answer, Failure> {
-    let stream = UnixStream::connect(socket).await?;
+    let stream = connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let request = Request::builder()
         .method(method)

@@ -9,6 +9,7 @@ use tokio::time::timeout;
 
 use super::Daemon;
 use super::events::EventKind;
+use super::jail;
 use super::lifecycle::KILL;
 use super::process::{self, Exit, Process};
 use super::proxy;
@@ -25,6 +26,7 @@ impl Daemon {
     pub async fn recover(self: &Arc<Self>) -> io::Result<()> {
         for id in self.store.ids()? {
             if let Err(error) = self.recover_vm(&id).await {
+                self.jails.reserve(&self.store.vm(&id));
                 tracing::error!(vm = %id, %error, "what is left of a guest cannot be understood, and stays as it is");
             }
         }
@@ -37,12 +39,13 @@ impl Daemon {
         let found = process::find(&folder)?.map(Process::new).transpose()?;
         let record = match record {
             Some(record) if record.phase == Phase::Present => record,
-            Some(_) | None => {
+            half => {
                 // Half made or half deleted. Whoever asked for it has been told nothing.
                 if let Some(process) = found {
                     process.signal(Signal::KILL);
                     let _ = timeout(KILL, process.ended()).await;
                 }
+                jail::release(half.and_then(|record| record.jail).as_ref())?;
                 tracing::info!(vm = %id, "what was left of a guest is removed");
                 return self.store.remove(id);
             }

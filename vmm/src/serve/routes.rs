@@ -414,6 +414,9 @@ async fn pass_on(
         vm.change(|now| (now.ram_mib, now.vcpus) = (ram_mib, vcpus));
     }
     let answer = asked?;
+    if done && before.is_some() {
+        daemon.limit_again(&vm).await;
+    }
     if done && changes {
         let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
         let word = |field| asked.get(field).and_then(Value::as_str);

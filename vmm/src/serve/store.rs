@@ -19,7 +19,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -27,9 +27,12 @@ use rustix::fs::{FlockOperation, flock};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use super::jail::Jailed;
 use super::spec::VmSpec;
 use super::status::{Ended, State};
 
+/// Longest file that is read, in bytes: a process of a guest may have written it.
+const LONGEST: u64 = 4 << 20;
 /// Longest path of a socket (unix(7)), without its zero byte.
 const SOCKET_PATH: usize = 107;
 
@@ -58,6 +61,9 @@ pub struct Record {
     pub phase: Phase,
     /// Its state when this was written.
     pub state: State,
+    /// What its jail takes of the host.
+    #[serde(default)]
+    pub jail: Option<Jailed>,
     /// Images that it uses.
     #[serde(default)]
     pub images: Vec<String>,
@@ -120,9 +126,11 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
     let mut new = path.as_os_str().to_owned();
     new.push(".new");
     let new = PathBuf::from(new);
+    // A process in a jail may have left something of that name: it is no way to elsewhere, and where it is a folder the file is not written.
+    let _ = fs::remove_file(&new);
     let written = || {
         let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options.write(true).create_new(true).mode(0o600);
         let mut file = options.open(&new)?;
         file.write_all(&serde_json::to_vec(value)?)?;
         if durable {
@@ -145,11 +153,20 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
 /// # Errors
 /// What the host says, or what is wrong with the JSON.
 pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    match fs::read(path) {
-        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+    // No link is followed, and nothing waited for.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
+    let file = match opened {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other(format!("{} is no file", path.display())));
     }
+    let mut text = Vec::new();
+    file.take(LONGEST).read_to_end(&mut text)?;
+    Ok(Some(serde_json::from_slice(&text)?))
 }
 
 impl Store {
@@ -273,5 +290,19 @@ mod tests {
         assert!(write(&path, &2, true).is_err());
         assert_eq!(read::<u8>(&path).unwrap(), Some(1));
         assert_eq!(read::<u8>(&folder.path().join("g")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_link_that_a_guest_has_left_leads_nowhere() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("precious"), "1").unwrap();
+        for name in ["f", "f.new"] {
+            std::os::unix::fs::symlink(path("precious"), path(name)).unwrap();
+        }
+        read::<u8>(&path("f")).unwrap_err();
+        write(&path("f"), &2, false).unwrap();
+        assert_eq!(read::<u8>(&path("f")).unwrap(), Some(2));
+        assert_eq!(fs::read_to_string(path("precious")).unwrap(), "1");
     }
 }

@@ -4,16 +4,18 @@
 //! DIR/templates/NAME/state          what the guest was, but for its memory
 //!                   /memory         its memory, which every clone maps
 //!                   /disk-DRIVE     a disk that was the guest's own, under a second name
-//!                   /template.json  written last: without it, the next daemon removes the folder
+//!                   /template.json  without it, the next daemon removes the folder
 //! ```
+//!
+//! It is made in the folder of its guest, which may write nowhere else, and moved when it is whole.
 //!
 //! A guest that becomes a template is paused, saved, and goes on: each disk that it writes to stays as it is for the clones, and the guest has a child
 //! of it from then on, as every clone has. So does a clone that becomes a template in its turn, of whose memory only the news are saved.
 
 use std::collections::BTreeMap;
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -26,6 +28,7 @@ use utoipa::ToSchema;
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
+use super::jail;
 use super::lifecycle::blocking;
 use super::proxy;
 use super::status::{State, now_ms};
@@ -205,14 +208,21 @@ impl Daemon {
                 });
             }
         };
-        let folder = self.store.template(&spec.id);
-        let made = folder.clone();
+        // In the guest's own folder, as its process may not see another.
+        let folder = vm.folder.join(format!("template-{}", spec.id));
+        let (made, left, jail) = (
+            folder.clone(),
+            self.store.template(&spec.id),
+            vm.now().jail.clone(),
+        );
         blocking(move || {
-            match fs::remove_dir_all(&made) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                Ok(()) | Err(_) => {}
+            for left in [&made, &left] {
+                match fs::remove_dir_all(left) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    Ok(()) | Err(_) => {}
+                }
             }
-            DirBuilder::new().mode(0o700).create(&made)
+            jail::make_folder(&made, jail.as_ref())
         })
         .await?
         .map_err(Fault::Store)?;
@@ -294,7 +304,8 @@ impl Daemon {
             vm.change(|now| now.disks.insert(id.clone(), own));
             disks.insert(id.clone(), sealed);
         }
-        let (owned, kept) = (vm.folder.clone(), folder.to_owned());
+        let (owned, made, jail) = (vm.folder.clone(), folder.to_owned(), vm.now().jail.clone());
+        let kept = self.store.template(&spec.id);
         let machine = &config.machine_config;
         let mut template = Template {
             id: spec.id.clone(),
@@ -312,13 +323,15 @@ impl Daemon {
             for (drive, disk) in &mut template.disks {
                 if disk.starts_with(&owned) {
                     // It goes with the guest's folder; under this name it stays.
-                    let name = kept.join(format!("disk-{drive}"));
-                    fs::hard_link(&disk, &name)?;
-                    *disk = name;
+                    let name = format!("disk-{drive}");
+                    fs::hard_link(&disk, made.join(&name))?;
+                    *disk = kept.join(name);
                 }
             }
-            template.memory_bytes = fs::metadata(kept.join("memory"))?.blocks() * 512;
-            store::write(&kept.join("template.json"), &template, true)?;
+            jail::take_back(&made, jail.as_ref(), "disk-")?;
+            template.memory_bytes = fs::symlink_metadata(made.join("memory"))?.blocks() * 512;
+            store::write(&made.join("template.json"), &template, true)?;
+            fs::rename(&made, &kept)?;
             Ok(template)
         };
         blocking(finish).await?.map_err(Fault::Store)

@@ -11,6 +11,7 @@ use std::time::Instant;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
+use super::jail::Jailed;
 use super::process::Process;
 use super::spec::VmSpec;
 use super::status::{Ended, MemorySplit, State, VmStatus};
@@ -57,6 +58,8 @@ pub struct Now {
     pub start_ms: Option<u64>,
     /// The last look at the process.
     pub measured: Option<Measured>,
+    /// What its jail takes of the host.
+    pub jail: Option<Jailed>,
     /// Images that it uses.
     pub images: Vec<String>,
     /// Whether it goes on from its template, and has not started anew since.
@@ -113,6 +116,7 @@ impl Vm {
                 vcpus,
                 start_ms: None,
                 measured: None,
+                jail: record.jail,
                 images: record.images,
                 loaded: record.loaded,
                 disks: record.disks,
@@ -170,6 +174,7 @@ impl Vm {
             created_ms: self.created_ms,
             phase: now.phase,
             state: now.state,
+            jail: now.jail.clone(),
             images: now.images.clone(),
             loaded: now.loaded,
             disks: now.disks.clone(),

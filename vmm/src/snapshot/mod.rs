@@ -221,6 +221,11 @@ impl Loading {
         Ok(loading)
     }
 
+    /// Disks that were made for it.
+    pub fn made(&self) -> &[PathBuf] {
+        &self.made
+    }
+
     /// What the guest was started with.
     pub fn config(&self) -> &VmConfig {
         &self.state.config

@@ -356,13 +356,18 @@ fn thread_main(shared: &Shared, buses: &Buses, mut vcpu: Vcpu, restored: bool) {
     if let Err(error) = unblock_signal(kick_signal()) {
         tracing::warn!(%error, index, "the kick signal stays as it was");
     }
-    if let Err(error) = jail::seccomp::vcpu() {
-        tracing::error!(%error, index, "the vCPU's thread may do more than it needs");
-    }
-    let looped = catch_unwind(AssertUnwindSafe(|| {
-        run_loop(shared, buses, &mut vcpu, restored)
-    }));
-    let exit = looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })));
+    let exit = match jail::seccomp::vcpu() {
+        Ok(()) => {
+            let looped = catch_unwind(AssertUnwindSafe(|| {
+                run_loop(shared, buses, &mut vcpu, restored)
+            }));
+            looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })))
+        }
+        Err(error) => {
+            let reason = error.to_string();
+            Some(VcpuExit::Failed(VcpuError::Filter { index, reason }))
+        }
+    };
     shared.leave(index);
     drop(vcpu);
     if let Some(exit) = exit {

@@ -65,6 +65,14 @@ pub enum VcpuError {
         /// KVM's name of the exit.
         exit: String,
     },
+    /// The thread of the vCPU could not give away what it does not need.
+    #[error("vCPU {index}: no filter of system calls: {reason}")]
+    Filter {
+        /// Number of the vCPU.
+        index: u8,
+        /// What the host said.
+        reason: String,
+    },
     /// The thread of the vCPU panicked: a defect of this program.
     #[error("vCPU {index}: its thread panicked")]
     Panicked {

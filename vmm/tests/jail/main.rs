@@ -83,7 +83,7 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
             Kind::RootUnfiltered => SeccompMode::Off,
         },
     };
-    let report = jail::enter(&confinement, &config, None).unwrap();
+    let report = jail::enter(&confinement, &config, &[]).unwrap();
     jail::seccomp::started().unwrap();
     report
 }

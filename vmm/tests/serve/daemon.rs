@@ -84,6 +84,11 @@ impl Daemon {
         self.answers();
     }
 
+    /// The next daemon is started with others.
+    pub fn change_arguments(&mut self, arguments: &[&str]) {
+        self.arguments = arguments.iter().map(ToString::to_string).collect();
+    }
+
     /// Ends it in good order.
     pub fn terminate(&mut self) {
         kill_process(Pid::from_child(&self.child), Signal::TERM).unwrap();
@@ -169,8 +174,19 @@ impl Daemon {
         )
     }
 
-    /// Processes of guests of this daemon, whoever their parent is.
+    /// Processes of guests of this daemon, whoever their parent is; without those that wait to make an image for a guest.
     pub fn processes(&self) -> Vec<u32> {
+        let mut processes = self.all_processes();
+        processes.retain(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let mut words = line.split(|byte| *byte == 0);
+            !words.any(|word| word == b"warm-when-told")
+        });
+        processes
+    }
+
+    /// Those, too.
+    pub fn all_processes(&self) -> Vec<u32> {
         let vms = fs::canonicalize(self.folder()).unwrap().join("state/vms");
         let entries = fs::read_dir("/proc").unwrap().flatten();
         entries
@@ -180,6 +196,20 @@ impl Daemon {
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .collect()
     }
+}
+
+/// The tests are those of jailed guests, too: as `serve_jailed`.
+fn jail_argument(folder: &Path, arguments: &[String]) -> Vec<String> {
+    let is_jailed = env!("CARGO_CRATE_NAME") == "serve_jailed";
+    let kernel = folder.join("kernel");
+    // Some are told of their kernel by the REST API.
+    let value = || ["--jail".to_owned(), format!("allow={}", kernel.display())];
+    let is_said = arguments.iter().any(|argument| argument == "--jail");
+    (is_jailed && !is_said)
+        .then(value)
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn spawn(folder: &Path, arguments: &[String]) -> Child {
@@ -194,6 +224,7 @@ fn spawn(folder: &Path, arguments: &[String]) -> Child {
         .arg(folder.join("s"))
         .arg("--state")
         .arg(folder.join("state"))
+        .args(jail_argument(folder, arguments))
         .args(arguments)
         .env("XDG_CACHE_HOME", folder.join("cache"))
         .stdin(Stdio::null())
@@ -207,7 +238,7 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        for pid in self.processes() {
+        for pid in self.all_processes() {
             let _ = kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL);
         }
     }

@@ -19,7 +19,7 @@ mod handler;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use seccompiler::{
     BpfProgram, BpfProgramRef, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
@@ -51,6 +51,14 @@ pub enum SeccompMode {
 
 /// The mode of this process, for the filters that come later.
 static MODE: AtomicU8 = AtomicU8::new(0);
+
+/// Whether what building a guest needs has been taken away.
+static STARTED: AtomicBool = AtomicBool::new(false);
+
+/// Whether this process can still build a guest: not where one failed to start after [`started`].
+pub fn can_build() -> bool {
+    !STARTED.load(Ordering::SeqCst)
+}
 
 fn mode() -> SeccompMode {
     match MODE.load(Ordering::SeqCst) {
@@ -117,6 +125,7 @@ pub fn started() -> io::Result<()> {
         SeccompMode::Log => &tables::STARTED_LOG,
         SeccompMode::Kill => &tables::STARTED,
     };
+    STARTED.store(true, Ordering::SeqCst);
     apply_filter_all_threads(program).map_err(other)
 }
 
