@@ -227,28 +227,31 @@ fn be_held() -> Result<(), RunError> {
     }
 }
 
-fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
-    signals::share_one_heap();
-    let signals = Signals::block().map_err(host("signals"))?;
-    let ending = Ending::new().map_err(host("eventfd"))?;
-    let api_metrics = Arc::new(ApiMetrics::default());
-    let control = Arc::new(Mutex::new(Control::new(log, api_metrics.clone())));
+/// What is there before the guest is.
+struct Prepared {
+    /// Removed when it goes, so also where the guest cannot start.
+    socket: Option<ApiSocket>,
+    console_socket: Option<ApiSocket>,
+    loading: Option<Loading>,
+    warm: Option<Warmer>,
+}
+
+/// Configures the guest, opens what is to be opened outside, and enters the jail.
+fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunError> {
     let RunOptions {
         config,
         id,
         api_socket,
         console_socket,
-        no_start,
         confinement,
         restore,
         held,
         ..
     } = options;
     if let Some(id) = id {
-        lock(&control).set_id(id);
+        control.set_id(id);
     }
-    let start = config.boot_source.is_some() && !no_start;
-    lock(&control).configure(config.clone())?;
+    control.configure(config.clone())?;
     let loading = restore.as_ref().map(Loading::read).transpose();
     let loading = loading.map_err(ControlError::from)?;
     let warm = match &loading {
@@ -256,7 +259,6 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         None => warmer(&config, held),
     };
     let wanted = loading.as_ref().map_or(&config, Loading::config);
-    // Removes the socket when it goes, so also where the guest cannot start.
     let (api_path, console_path) = (api_socket.as_deref(), console_socket.as_deref());
     let socket = api_path.map(ApiSocket::bind).transpose()?;
     let console_socket = console_path.map(ApiSocket::bind).transpose()?;
@@ -266,7 +268,58 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     }
     let report = jail::enter(&confinement, wanted, &sockets)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
-    lock(&control).confined(report);
+    control.confined(report);
+    Ok(Prepared {
+        socket,
+        console_socket,
+        loading,
+        warm,
+    })
+}
+
+/// Serves the guest until it has come to its end, and closes its disks.
+fn serve_to_end(
+    manager: &mut EventManager<Subscriber>,
+    ending: &Ending,
+    control: &Mutex<Control>,
+) -> Result<ExitReason, RunError> {
+    let reason = loop {
+        if let Some(reason) = ending.told() {
+            break reason;
+        }
+        if let Err(error) = manager.run() {
+            // Nothing serves the guest any more, but its disks can be closed.
+            break ExitReason::Guest(GuestEnd::Failed(format!("event loop: {error}")));
+        }
+    };
+    tracing::info!(?reason, "ending");
+    // A request that starts the guest may hold the lock and wait for the event loop: serve that until it is done.
+    loop {
+        match control.try_lock() {
+            Ok(mut control) => break control.end(),
+            Err(TryLockError::Poisoned(control)) => break control.into_inner().end(),
+            Err(TryLockError::WouldBlock) => {
+                manager.run_with_timeout(10)?;
+            }
+        }
+    }
+    Ok(reason)
+}
+
+fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
+    signals::share_one_heap();
+    let signals = Signals::block().map_err(host("signals"))?;
+    let ending = Ending::new().map_err(host("eventfd"))?;
+    let api_metrics = Arc::new(ApiMetrics::default());
+    let control = Arc::new(Mutex::new(Control::new(log, api_metrics.clone())));
+    let start = options.config.boot_source.is_some() && !options.no_start;
+    let resume = options.restore.as_ref().is_some_and(|load| load.resume_vm);
+    let Prepared {
+        socket,
+        console_socket,
+        loading,
+        warm,
+    } = prepare(options, &mut lock(&control))?;
 
     let mut manager = EventManager::<Subscriber>::new_with_capacity(32)?;
     let on_quit = {
@@ -300,7 +353,6 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     };
 
     if let Some(loading) = loading {
-        let resume = restore.is_some_and(|restore| restore.resume_vm);
         let launch = |config: &VmConfig, origin| launcher.launch(config, origin, &mut manager);
         lock(&control).load(loading, resume, launch)?;
     } else if start {
@@ -324,26 +376,7 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         None => None,
     };
 
-    let reason = loop {
-        if let Some(reason) = ending.told() {
-            break reason;
-        }
-        if let Err(error) = manager.run() {
-            // Nothing serves the guest any more, but its disks can be closed.
-            break ExitReason::Guest(GuestEnd::Failed(format!("event loop: {error}")));
-        }
-    };
-    tracing::info!(?reason, "ending");
-    // A request that starts the guest may hold the lock and wait for the event loop: serve that until it is done.
-    loop {
-        match control.try_lock() {
-            Ok(mut control) => break control.end(),
-            Err(TryLockError::Poisoned(control)) => break control.into_inner().end(),
-            Err(TryLockError::WouldBlock) => {
-                manager.run_with_timeout(10)?;
-            }
-        }
-    }
+    let reason = serve_to_end(&mut manager, &ending, &control)?;
     if let Some(console) = console_server {
         lock(&console).finish();
     }

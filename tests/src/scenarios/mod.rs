@@ -232,7 +232,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         limit: density::LIMIT,
-        ..on_demand("two_hundred_idle_clones_live_in_4_gib", serve::many)
+        ..on_demand("eighty_idle_clones_live_at_once", serve::many)
     },
     Scenario {
         limit: density::LIMIT,

@@ -75,14 +75,18 @@ pub fn available() -> Result<u64, Failure> {
     number.ok_or_else(|| Failure::Claim("no MemAvailable".into()))
 }
 
+/// MiB that each of `count` guests takes, where so many KiB were available before and after.
+pub fn mib_each(before: u64, after: u64, count: u32) -> f64 {
+    let kib = before.cast_signed() - after.cast_signed();
+    // The lab's hosts have less than 2 TiB.
+    f64::from(i32::try_from(kib).unwrap_or(i32::MAX)) / 1024.0 / f64::from(count)
+}
+
 /// The number of the last tick that the console shows whole.
 fn last_tick(console: &str) -> u64 {
     let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let ticks = whole.lines().filter_map(|line| line.strip_prefix("TICK "));
-    ticks
-        .filter_map(|n| n.trim().parse().ok())
-        .last()
-        .unwrap_or(0)
+    ticks.rev().find_map(|n| n.trim().parse().ok()).unwrap_or(0)
 }
 
 fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
@@ -261,7 +265,7 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-const CLONES: usize = 6;
+const CLONES: u32 = 6;
 
 /// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
@@ -302,7 +306,7 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
         }
     }
     std::thread::sleep(Duration::from_secs(5));
-    let each = (before as f64 - available()? as f64) / 1024.0 / (CLONES - 1) as f64;
+    let each = mib_each(before, available()?, CLONES - 1);
     println!("lab: {each:.2} MiB a further idle clone");
     figures.insert("idle_clone_mib".into(), json!(each));
     let mut generations = BTreeSet::new();
@@ -326,7 +330,7 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
         }
     }
     std::thread::sleep(Duration::from_secs(10));
-    let read = (before as f64 - available()? as f64) / 1024.0 / CLONES as f64;
+    let read = mib_each(before, available()?, CLONES);
     println!("lab: {read:.2} MiB a clone more once each has read 40 MiB of a disk");
     figures.insert("more_after_reading_mib".into(), json!(read));
     let smaps = fs::read_to_string(clones[0].guest.proc().join("smaps_rollup"));

@@ -34,6 +34,12 @@ pub(super) struct Balloon {
     pub(super) reports: bool,
 }
 
+/// Devices of a PC that remember something.
+pub(super) struct Legacy {
+    pub(super) keyboard: Arc<Mutex<I8042>>,
+    pub(super) rtc: Arc<Mutex<CmosRtc>>,
+}
+
 /// The devices of a machine while it is put together.
 pub(super) struct Builder<'a> {
     pub(super) vm: &'a Vm,
@@ -189,10 +195,7 @@ impl<'a> Builder<'a> {
         Ok(console)
     }
 
-    pub(super) fn add_legacy(
-        &mut self,
-        power: &PowerSink,
-    ) -> Result<(Arc<Mutex<I8042>>, Arc<Mutex<CmosRtc>>), StartError> {
+    pub(super) fn add_legacy(&mut self, power: &PowerSink) -> Result<Legacy, StartError> {
         let irqfd = event("keyboard controller")?;
         self.vm.register_irqfd(&irqfd, layout::I8042_GSI)?;
         let keyboard = Arc::new(Mutex::new(I8042::new(power.clone(), irqfd)));
@@ -210,7 +213,7 @@ impl<'a> Builder<'a> {
             AcpiPm::PORTS,
             Arc::new(Mutex::new(AcpiPm::new(power.clone()))),
         )?;
-        Ok((keyboard, rtc))
+        Ok(Legacy { keyboard, rtc })
     }
 }
 

@@ -17,7 +17,7 @@ use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::builder::{Builder, attach_pmem};
+use super::builder::{Builder, Legacy, attach_pmem};
 use super::cmdline::{self, Wanted};
 use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan, Reference};
@@ -82,7 +82,7 @@ impl Assembled {
     ) -> Result<Self, StartError> {
         let pmem = attach_pmem(config, vm)?;
         let mut builder = Builder::new(vm);
-        let (keyboard, rtc) = builder.add_legacy(&power_sink(on_end.clone()))?;
+        let Legacy { keyboard, rtc } = builder.add_legacy(&power_sink(on_end.clone()))?;
         let plan = Plan::new(vm, config, &pmem, on_end, boots)?;
         let (out, drained) = serial;
         let console = builder.add_serial(out, drained)?;

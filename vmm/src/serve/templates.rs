@@ -13,6 +13,7 @@
 //! of it from then on, as every clone has. So does a clone that becomes a template in its turn, of whose memory only the news are saved.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -164,11 +165,13 @@ impl Template {
         }
         for (drive, disk) in &self.disks {
             let clone = self.clone_disk(folder, drive);
-            value.push_str(&format!(
+            // Writing to a string does not fail.
+            let _ = write!(
+                value,
                 ",disk.{drive}={},clone.{drive}={}",
                 escaped(disk),
                 escaped(&clone)
-            ));
+            );
         }
         value
     }

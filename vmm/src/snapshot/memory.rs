@@ -80,11 +80,11 @@ pub(super) fn write(
             .contents(region, diff)
             .map_err(SnapshotError::Memory)?;
         // A full snapshot is one run, whatever of it is zeros.
+        let news = contents.iter().filter(|(_, c)| *c != Content::Base);
         let parts: Vec<Range<u64>> = if diff {
-            let news = contents.iter().filter(|(_, c)| *c != Content::Base);
             news.map(|(range, _)| range.clone()).collect()
         } else {
-            vec![0..region.window.len()]
+            std::iter::once(0..region.window.len()).collect()
         };
         for part in parts {
             let mut checksums = Vec::new();
@@ -470,7 +470,7 @@ mod tests {
         let guest = memory(1000);
         (0..PAGES).for_each(|page| put(&guest, page, 7));
         let layer = write(&guest, &path, false).unwrap();
-        let whole = state(&[layer.clone()]);
+        let whole = state(std::slice::from_ref(&layer));
         let open = |state: MemoryState| state.open(None, true).map(drop);
         open(whole.clone()).unwrap();
         let file = File::options().write(true).open(&path).unwrap();
@@ -487,8 +487,7 @@ mod tests {
         let gone = open(whole.clone()).unwrap_err().to_string();
         assert!(gone.contains(path.to_str().unwrap()), "{gone}");
 
-        type Spoil = fn(&mut MemoryState);
-        let spoil: [Spoil; 8] = [
+        let spoil: [fn(&mut MemoryState); 8] = [
             |state| state.layers.clear(),
             |state| state.layers[0].runs.clear(),
             |state| state.layers[0].runs[0].offset = 1,
