@@ -243,3 +243,24 @@ fn the_command_line_makes_templates_and_clones() {
     assert_eq!(daemon.cli(&["vm", "delete", "b"]).0, 0);
     assert_eq!(daemon.cli(&["vm", "template", "delete", "t"]).0, 0);
 }
+
+#[test]
+fn a_disk_that_was_given_a_child_is_not_written_to_when_its_guest_starts_anew() {
+    let daemon = Daemon::start(&[]);
+    source(&daemon, "a");
+    let child = daemon.vm_folder("a").join("child.vhdx");
+    let body = json!({"path_on_host": child});
+    let (status, answer) = daemon.call("PUT", "/vms/a/drives/root/snapshot", Some(&body));
+    assert_eq!(status, 204, "{answer}");
+    daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
+    let (_, vm) = daemon.post("/vms/a/start", &json!(null));
+    assert_eq!(vm["state"], "running");
+    let config = daemon.get("/vms/a/vm/config");
+    let path = config["drives"][0]["path_on_host"].as_str().unwrap();
+    assert!(path.ends_with("a/child.vhdx"), "{path}");
+    // Nor is one loaded that no room was made for.
+    daemon.create_waiting("w");
+    let body = json!({"snapshot_path": "s"});
+    let (status, answer) = daemon.call("PUT", "/vms/w/snapshot/load", Some(&body));
+    assert_eq!(status, 409, "{answer}");
+}

@@ -57,6 +57,11 @@ pub enum Fault {
     /// No such image.
     #[error("there is no image {0:.80}")]
     NoImage(String),
+    /// A snapshot that nobody has made room for.
+    #[error(
+        "a guest of the daemon goes on from a template: POST /vms with \"template\" makes it, or use coppice run --restore"
+    )]
+    LoadsTemplates,
     /// No such template.
     #[error("there is no template {0:.80}")]
     NoTemplate(String),
@@ -160,6 +165,7 @@ impl Fault {
             Self::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Exists(_)
             | Self::TemplateExists(_)
+            | Self::LoadsTemplates
             | Self::WrongState { .. }
             | Self::ImageUsed { .. }
             | Self::TemplateUsed { .. } => StatusCode::CONFLICT,

@@ -389,6 +389,9 @@ async fn pass_on(
 ) -> Answer<Response> {
     let changes = method != Method::GET;
     let place = path.split('?').next().unwrap_or_default().trim_matches('/');
+    if changes && place == "snapshot/load" {
+        return Err(Fault::LoadsTemplates);
+    }
     // Room for more RAM has to be there before the guest may have it.
     let before =
         (changes && place == "machine-config" && vm.state() == State::NotStarted).then(|| {
@@ -427,8 +430,19 @@ async fn pass_on(
             }
             _ => None,
         };
+        // What was its disk is the parent of another now, and must not be written to when the guest starts anew.
+        let drive = place
+            .strip_prefix("drives/")
+            .and_then(|rest| rest.strip_suffix("/snapshot"));
+        let disk = drive.zip(word("path_on_host"));
+        if let Some((drive, path)) = disk {
+            let path = vm.folder.join(path);
+            vm.change(|now| now.disks.insert(drive.to_owned(), path));
+        }
         if let Some(state) = state {
             daemon.observe(&vm, state);
+        }
+        if state.is_some() || disk.is_some() {
             daemon.save(&vm).await;
         }
     }
