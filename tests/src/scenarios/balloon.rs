@@ -149,6 +149,9 @@ pub fn reporting(_: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
+/// Runs of hinting while the guest uses its memory.
+const RUNS: u32 = 100;
+
 /// The host asks for free memory, and goes on asking while the guest uses what it has just given: nothing of that is lost.
 pub fn hinting(_: &Path) -> Result<Figures, Failure> {
     let script = format!("{FILL_AND_FREE}{FILL_AGAIN}");
@@ -171,8 +174,11 @@ pub fn hinting(_: &Path) -> Result<Figures, Failure> {
     vm.go_on()?;
     let mut runs = 0;
     until("the guest finds what it has written", || {
-        vm.patch("/balloon/hinting/start", &Value::Null)?;
-        runs += 1;
+        // Not for ever: where there is one processor, each run takes it from the guest.
+        if runs < RUNS {
+            vm.patch("/balloon/hinting/start", &Value::Null)?;
+            runs += 1;
+        }
         Ok(vm.guest.console().contains("SAME").then_some(()))
     })?;
     vm.guest.expect_exit(0)?;
