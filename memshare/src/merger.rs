@@ -165,7 +165,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         if memory.state().ending {
             return;
         }
-        if stirred {
+        if stirred || due {
             // What was just read has to settle; and what comes in meanwhile is seen without another wake-up.
             memory.rest(PACE);
         }

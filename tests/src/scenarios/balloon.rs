@@ -11,7 +11,7 @@ use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
 /// For what a guest does in its own time, such as telling of free pages.
-const PATIENCE: Duration = Duration::from_mins(1);
+const PATIENCE: Duration = Duration::from_mins(2);
 /// For a guest to tell of what else is free.
 const SETTLE: Duration = Duration::from_secs(10);
 const MIB: u64 = 1024;
