@@ -41,6 +41,7 @@ mod tests;
 pub use file::{Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile};
 pub use lost::{LostPage, OnChange};
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
+pub use merge::is_zero;
 pub use merger::Merger;
 pub use policy::{Limits, ShareMode, ShareModeError, max_map_count};
 pub use snapshot::Content;

@@ -170,6 +170,11 @@ impl SharedMemory {
         &self.regions
     }
 
+    /// Bytes of all regions.
+    pub fn bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.window.len()).sum()
+    }
+
     /// The bounds of the work.
     pub fn limits(&self) -> &Limits {
         &self.limits
@@ -241,6 +246,20 @@ impl SharedMemory {
         file: &Arc<SharedFile>,
         offset: u64,
     ) -> io::Result<()> {
+        self.map_locked(&mut self.state(), address, len, file, offset)?;
+        add(&self.stats.booted, len / PAGE_SIZE);
+        Ok(())
+    }
+
+    /// As [`SharedMemory::map`], also of a guest that stands still: whatever was known of the pages is forgotten. Returns the run of them.
+    pub(crate) fn map_locked(
+        &self,
+        state: &mut State,
+        address: u64,
+        len: u64,
+        file: &Arc<SharedFile>,
+        offset: u64,
+    ) -> io::Result<Run> {
         let pages = whole_pages(address, len);
         let inside = offset.checked_add(len).is_some_and(|end| end <= file.len());
         let at = self.locate(&pages).filter(|_| inside);
@@ -258,9 +277,9 @@ impl SharedMemory {
             },
         };
         window.map_file(at, len, file.file(), offset)?;
-        add(&self.stats.booted, run.pages);
-        self.state().mapped.insert(run);
-        Ok(())
+        drop(state.candidates.remove(pages));
+        state.mapped.insert(run.clone());
+        Ok(run)
     }
 
     /// Notes that a read has filled guest memory with bytes of a file that does not change. Only whole pages, at the same place within their

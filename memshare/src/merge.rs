@@ -281,8 +281,12 @@ impl SharedMemory {
     }
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == 0)
+/// Whether all bytes are zeros; a page is compared at once.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+    bytes
+        .chunks(ZEROS.len())
+        .all(|page| Some(page) == ZEROS.get(..page.len()))
 }
 
 /// Whether `part` is backed as `run` is.

@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use crate::file::SharedFile;
 use crate::memory::{Region, SharedMemory, State};
-use crate::table::{Backing, PageState, Run, Table, alike};
+use crate::stats::add;
+use crate::table::{Table, alike};
 use crate::window::{PAGE_SIZE, PageKind};
 
 /// What a page is to a snapshot.
@@ -74,14 +75,10 @@ impl SharedMemory {
         file: &Arc<SharedFile>,
         offset: u64,
     ) -> io::Result<()> {
-        self.map(address, len, file, offset)?;
         let mut state = self.state();
-        let gfns = address / PAGE_SIZE..(address + len) / PAGE_SIZE;
-        let runs: Vec<Run> = state.mapped.within(gfns).collect();
-        let base = state.base.get_or_insert_default();
-        for run in runs {
-            base.insert(run);
-        }
+        let run = self.map_locked(&mut state, address, len, file, offset)?;
+        add(&self.stats().booted, run.pages);
+        state.base.get_or_insert_default().insert(run);
         Ok(())
     }
 
@@ -91,40 +88,20 @@ impl SharedMemory {
     /// # Errors
     /// As [`SharedMemory::map`]; then some regions may be mapped, with the same bytes as before.
     pub fn rebase(&self, file: &Arc<SharedFile>) -> io::Result<()> {
-        let total: u64 = self.regions.iter().map(|region| region.window.len()).sum();
-        if file.len() < total {
+        if file.len() < self.bytes() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let mut offset = 0;
         // All of it under the lock: nobody exchanges a page meanwhile.
         let mut state = self.state();
         for region in &self.regions {
-            let (gfns, len) = (region.gfns(), region.window.len());
-            region.window.map_file(0, len, file.file(), offset)?;
-            drop(state.candidates.remove(gfns.clone()));
-            let run = Run {
-                gfn: gfns.start,
-                pages: gfns.end - gfns.start,
-                backing: Backing {
-                    file: file.clone(),
-                    offset,
-                    state: PageState::Mapped {
-                        since: 0,
-                        strikes: 0,
-                    },
-                },
-            };
-            state.mapped.insert(run.clone());
+            let len = region.window.len();
+            let run = self.map_locked(&mut state, region.start, len, file, offset)?;
             state.base.get_or_insert_default().insert(run);
             offset += len;
         }
         state.exhausted = false;
         Ok(())
-    }
-
-    /// Whether the memory has a base.
-    pub fn has_base(&self) -> bool {
-        self.state().base.is_some()
     }
 
     /// What the pages of a region are: offsets in bytes from its start, in order, without gaps. Beside `against_base`, no page is [`Content::Base`]. The
@@ -196,7 +173,7 @@ mod tests {
             (5..6, Content::Zeros),
         ];
         assert_eq!(contents(&memory, false), expected);
-        assert!(!memory.has_base());
+        assert!(memory.state().base.is_none());
         assert_eq!(contents(&memory, true), expected);
     }
 

@@ -91,6 +91,11 @@ impl Daemon {
         self.console(id, "", "READY")
     }
 
+    fn template(&self, id: &str, vm: &str) -> Result<(), Failure> {
+        let body = json!({"id": id, "vm": vm});
+        self.expect(201, "POST", "/templates", &body).map(drop)
+    }
+
     fn clone_of(&self, template: &str, id: &str) -> Result<f64, Failure> {
         let begun = Instant::now();
         let vm = self.expect(
@@ -174,12 +179,7 @@ pub fn life(out: &Path) -> Result<Figures, Failure> {
     let mut daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
     daemon.boot(out, "source")?;
     daemon.console("source", "echo base >/mnt/f; sync; echo DO''NE", "DONE")?;
-    daemon.expect(
-        201,
-        "POST",
-        "/templates",
-        &json!({"id": "t", "vm": "source"}),
-    )?;
+    daemon.template("t", "source")?;
     let mut figures = Figures::new();
     for number in 0..3 {
         let id = format!("clone{number}");
@@ -200,12 +200,7 @@ pub fn life(out: &Path) -> Result<Figures, Failure> {
     daemon.console("source", "echo I''S $(cat /mnt/f).", "IS base.")?;
     let show = daemon.expect(200, "GET", "/vms/clone0/vm/jail", &Value::Null)?;
     println!("lab: {show}");
-    daemon.expect(
-        201,
-        "POST",
-        "/templates",
-        &json!({"id": "u", "vm": "clone1"}),
-    )?;
+    daemon.template("u", "clone1")?;
     daemon.clone_of("u", "fork")?;
     daemon.console("fork", "cat /mnt/f", "base 1")?;
     for id in ["source", "clone0", "clone1", "clone2", "fork"] {
@@ -227,12 +222,7 @@ const MANY: u32 = 80;
 pub fn many(out: &Path) -> Result<Figures, Failure> {
     let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
     daemon.boot(out, "source")?;
-    daemon.expect(
-        201,
-        "POST",
-        "/templates",
-        &json!({"id": "t", "vm": "source"}),
-    )?;
+    daemon.template("t", "source")?;
     let mut times = Vec::new();
     let mut before = 0;
     for number in 0..MANY {
@@ -275,12 +265,7 @@ const CYCLES: usize = 1000;
 pub fn cycles(out: &Path) -> Result<Figures, Failure> {
     let daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
     daemon.boot(out, "source")?;
-    daemon.expect(
-        201,
-        "POST",
-        "/templates",
-        &json!({"id": "t", "vm": "source"}),
-    )?;
+    daemon.template("t", "source")?;
     let fds = || {
         let entries = fs::read_dir(format!("/proc/{}/fd", daemon.child.id()));
         entries.map_or(0, Iterator::count)

@@ -128,8 +128,8 @@ impl Templates {
 }
 
 /// The name of a guest's own disk for a drive, in the guest's folder: `of` tells what it is a child of.
-fn own_disk(vm: &Vm, drive: &str, of: &str) -> PathBuf {
-    vm.folder.join(format!("disk-{drive}-{of}.vhdx"))
+fn own_disk(folder: &Path, drive: &str, of: &str) -> PathBuf {
+    folder.join(format!("disk-{drive}-{of}.vhdx"))
 }
 
 /// A comma in a path is written twice.
@@ -143,14 +143,10 @@ impl Template {
         let mut config = self.config.clone();
         for drive in &mut config.drives {
             if self.disks.contains_key(&drive.drive_id) {
-                drive.path_on_host = self.clone_disk(folder, &drive.drive_id);
+                drive.path_on_host = own_disk(folder, &drive.drive_id, &self.id);
             }
         }
         config
-    }
-
-    fn clone_disk(&self, folder: &Path, drive: &str) -> PathBuf {
-        folder.join(format!("disk-{drive}-{}.vhdx", self.id))
     }
 
     /// The value of `--restore` for a clone in `folder`.
@@ -164,7 +160,7 @@ impl Template {
             value.push_str(",paused");
         }
         for (drive, disk) in &self.disks {
-            let clone = self.clone_disk(folder, drive);
+            let clone = own_disk(folder, drive, &self.id);
             // Writing to a string does not fail.
             let _ = write!(
                 value,
@@ -299,7 +295,7 @@ impl Daemon {
                 continue;
             }
             let id = &drive.drive_id;
-            let own = own_disk(vm, id, &format!("after-{}", spec.id));
+            let own = own_disk(&vm.folder, id, &format!("after-{}", spec.id));
             let body = json!({"path_on_host": own});
             let path = format!("/drives/{id}/snapshot");
             proxy::act(vm, Method::PUT, &path, &body).await?;

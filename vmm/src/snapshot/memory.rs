@@ -10,7 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
-use memshare::{Content, PAGE_SIZE, SharedMemory};
+use memshare::{Content, PAGE_SIZE, SharedMemory, is_zero};
 use serde::{Deserialize, Serialize};
 
 use super::{SnapshotError, file};
@@ -90,11 +90,14 @@ pub(super) fn write(
             let mut checksums = Vec::new();
             for at in part.clone().step_by(BLOCK as usize) {
                 let mut block = vec![0; (part.end - at).min(BLOCK) as usize];
-                for (range, content) in &contents {
-                    let range = range.start.max(at)..range.end.min(at + block.len() as u64);
-                    if *content != Content::Bytes || range.is_empty() {
+                let end = at + block.len() as u64;
+                let first = contents.partition_point(|(range, _)| range.end <= at);
+                let in_block = contents.iter().skip(first);
+                for (range, content) in in_block.take_while(|(range, _)| range.start < end) {
+                    if *content != Content::Bytes {
                         continue;
                     }
+                    let range = range.start.max(at)..range.end.min(end);
                     let bytes = (range.start - at) as usize..(range.end - at) as usize;
                     if let Some(bytes) = block.get_mut(bytes) {
                         region.window.read(range.start, bytes);
@@ -117,14 +120,6 @@ pub(super) fn write(
         .canonicalize()
         .map_err(SnapshotError::file("find", path))?;
     Ok(Layer { path, runs })
-}
-
-const ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
-
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes
-        .chunks(ZEROS.len())
-        .all(|page| Some(page) == ZEROS.get(..page.len()))
 }
 
 /// CRC-32C. Most of a small guest's memory is zeros, and looking is faster than adding up.
@@ -298,11 +293,7 @@ impl OpenMemory {
     /// # Errors
     /// `Contradiction` where the RAM is of another size, `Memory`.
     pub fn map(&self, memory: &SharedMemory) -> Result<(), SnapshotError> {
-        let present: u64 = memory
-            .regions()
-            .iter()
-            .map(|region| region.window.len())
-            .sum();
+        let present = memory.bytes();
         if present != self.state.bytes {
             return Err(SnapshotError::Contradiction(format!(
                 "memory is {:#x} bytes, and the guest has {present:#x}",

@@ -170,9 +170,8 @@ pub(crate) fn write_memory(
         (false, _) => Vec::new(),
     };
     let layer = memory::write(memory, &request.mem_file_path, diff)?;
-    let regions = memory.regions().iter();
     Ok(MemoryState {
-        bytes: regions.map(|region| region.window.len()).sum(),
+        bytes: memory.bytes(),
         layers: below.into_iter().chain([layer]).collect(),
     })
 }
@@ -199,7 +198,7 @@ impl Loading {
     /// # Errors
     /// [`SnapshotError`]; then no disk was made.
     pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
-        let mut state: GuestState = file::read(&request.snapshot_path)?;
+        let state: GuestState = file::read(&request.snapshot_path)?;
         let top = match (&request.mem_backend, &request.mem_file_path) {
             (Some(backend), None) => Some(&*backend.backend_path),
             (None, path) => path.as_deref(),
@@ -209,7 +208,6 @@ impl Loading {
             }
         };
         let memory = state.memory.clone().open(top, request.verify_memory)?;
-        state.memory = memory.state().clone();
         let mut loading = Self {
             state,
             memory,

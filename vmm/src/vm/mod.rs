@@ -304,7 +304,7 @@ impl Vm {
         if let Some(first) = self.vcpus.first() {
             first.enter_at(regs, set_sregs)?;
         }
-        let vcpus = self.start_threads(buses, on_exit)?;
+        let vcpus = self.start_paused(buses, on_exit)?;
         vcpus.resume();
         Ok(vcpus)
     }
@@ -313,14 +313,6 @@ impl Vm {
     ///
     /// `on_exit` is as for [`Vm::start`].
     pub fn start_paused(
-        self,
-        buses: Buses,
-        on_exit: impl Fn(VcpuExit) + Send + Sync + 'static,
-    ) -> Result<Vcpus, VmError> {
-        self.start_threads(buses, on_exit)
-    }
-
-    fn start_threads(
         self,
         buses: Buses,
         on_exit: impl Fn(VcpuExit) + Send + Sync + 'static,
