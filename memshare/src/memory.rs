@@ -16,7 +16,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
 use crate::lost::OnChange;
@@ -54,6 +54,9 @@ pub trait StandStill: Send + Sync {
     /// Calls `work` meanwhile. False, without a call, where that cannot be had at this moment. `work` takes the time that the guest
     /// loses.
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool;
+
+    /// CPU time that the guest's vCPUs have used so far: by that the merger knows when the guest rests.
+    fn cpu_time(&self) -> Duration;
 }
 
 /// A kernel as it stands after boot: pages of the guest are compared with it.
@@ -190,7 +193,7 @@ impl SharedMemory {
     }
 
     /// Waits for somebody to [`SharedMemory::stir`] the merger, at most so long; whether somebody has.
-    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: std::time::Duration) -> bool {
+    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: Duration) -> bool {
         let idle = |state: &mut State| !state.stirred && !state.ending;
         let waited = self.stir.wait_timeout_while(state, at_most, idle);
         let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -198,7 +201,7 @@ impl SharedMemory {
     }
 
     /// Waits for so long, or until the merger is to end.
-    pub(crate) fn rest(&self, time: std::time::Duration) {
+    pub(crate) fn rest(&self, time: Duration) {
         let resting = |state: &mut State| !state.ending;
         let waited = self.stir.wait_timeout_while(self.state(), time, resting);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
@@ -575,6 +578,20 @@ impl SharedMemory {
             if kind == PageKind::Private {
                 window.read(at + index * PAGE_SIZE, &mut page);
                 tell((gfns.start + index) * PAGE_SIZE, &page);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the pages of a range the guest's own now, as it is known that it will write to them: each that is a file's is copied, for less than the fault
+    /// costs that would do it later. What of the range is no guest memory is left out.
+    ///
+    /// # Errors
+    /// What the host says; pages that were not copied are copied when they are written to.
+    pub fn copy_ahead(&self, address: u64, len: u64) -> io::Result<()> {
+        for pages in self.in_memory(whole_pages(address, len)) {
+            if let Some((window, at)) = self.locate(&pages) {
+                window.copy_ahead(at, (pages.end - pages.start) * PAGE_SIZE)?;
             }
         }
         Ok(())

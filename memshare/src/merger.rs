@@ -1,6 +1,7 @@
 //! The thread that merges, and how much of the CPU it takes.
 //!
-//! Where there is nothing to do it sleeps, and looks at the files every few seconds. CPU time is a bucket: full at the start, so that what a guest has read while it booted is
+//! Where there is nothing to do it sleeps, and looks at the files every few seconds. While the guest is at work, what there is to do waits for some time, as each exchange costs
+//! the guest a moment at a standstill and a fault when it comes back to the page. CPU time is a bucket: full at the start, so that what a guest has read while it booted is
 //! shared soon, and then filled with a share of the time that goes by.
 
 use std::io;
@@ -23,6 +24,11 @@ const PACE: Duration = Duration::from_millis(200);
 const LOOKS: [u64; 20] = [
     1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
 ];
+
+/// How long work waits at most for a guest that does not rest.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// A guest rests while its vCPUs use less than this share of a core, in percent.
+const RESTING: u32 = 25;
 
 /// How often the files are looked at, a `stat` of each, when there is nothing else to do. A vCPU that touches a page that its file has lost may never
 /// tell: KVM takes it for one that is still to come from the disk, and has the vCPU wait and try again without end (`kvm_setup_async_pf` of Linux
@@ -60,6 +66,36 @@ impl Bucket {
         let wait = missing.div_f64(share.max(0.001));
         self.filled = now + wait;
         wait
+    }
+}
+
+/// When the merger may work: once the guest rests, or what there is to do has waited for long.
+#[derive(Debug, Default)]
+struct Pulse {
+    /// Since when there is something to do.
+    since: Option<Instant>,
+    /// The guest's CPU time when it was last looked at, and when that was.
+    last: Option<(Instant, Duration)>,
+}
+
+impl Pulse {
+    /// Whether what there is to do may be done. `cpu_time` is the guest's until now.
+    fn is_time(&mut self, now: Instant, cpu_time: Duration) -> bool {
+        let since = *self.since.get_or_insert(now);
+        let rests = self.last.is_some_and(|(at, before)| {
+            cpu_time.saturating_sub(before) * 100 < now.saturating_duration_since(at) * RESTING
+        });
+        self.last = Some((now, cpu_time));
+        let is_time = rests || now.saturating_duration_since(since) >= PATIENCE;
+        if is_time {
+            self.forget();
+        }
+        is_time
+    }
+
+    /// Nothing is to be done now: the next time has to be found anew.
+    fn forget(&mut self) {
+        *self = Self::default();
     }
 }
 
@@ -117,8 +153,25 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         .map(|at| started + Duration::from_secs(*at))
         .peekable();
     let (mut before, mut known) = (cpu_time(), 0);
+    let mut pulse = Pulse::default();
     loop {
         memory.look_at_files();
+        let is_wanted = {
+            let state = memory.state();
+            let is_look = looks.peek().is_some_and(|at| *at <= Instant::now());
+            let is_late = state.references.len() > known;
+            let looks_for = !state.references.is_empty() || limits.zeros;
+            is_look && looks_for || is_late || !state.candidates.is_empty()
+        };
+        if !is_wanted {
+            pulse.forget();
+        } else if !pulse.is_time(Instant::now(), still.cpu_time()) {
+            memory.rest(PACE);
+            if memory.state().ending {
+                return;
+            }
+            continue;
+        }
         // A reference may come late: it is looked at then.
         let references = memory.state().references.len();
         let due = looks.next_if(|at| *at <= Instant::now()).is_some() || references > known;
@@ -194,6 +247,26 @@ mod tests {
             "{used:?} of {allowed:?}"
         );
         assert!(used >= allowed.mul_f64(0.9), "{used:?} of {allowed:?}");
+    }
+
+    #[test]
+    fn work_waits_for_the_guest_to_rest_but_not_for_ever() {
+        let start = Instant::now();
+        let mut pulse = Pulse::default();
+        let (mut now, mut used) = (start, Duration::ZERO);
+        let mut waited = |pulse: &mut Pulse, share: f64| {
+            let from = now;
+            loop {
+                now += PACE;
+                used += PACE.mul_f64(share);
+                if pulse.is_time(now, used) {
+                    return now - from;
+                }
+            }
+        };
+        assert_eq!(waited(&mut pulse, 0.1), 2 * PACE);
+        assert_eq!(waited(&mut pulse, 0.9), PACE + PATIENCE);
+        assert_eq!(waited(&mut pulse, 0.1), 2 * PACE);
     }
 
     #[test]

@@ -25,6 +25,10 @@ struct Gate {
 }
 
 impl StandStill for Gate {
+    fn cpu_time(&self) -> Duration {
+        Duration::ZERO
+    }
+
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool {
         if self.refuses {
             return false;

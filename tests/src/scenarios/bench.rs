@@ -131,6 +131,15 @@ struct Candidate {
 }
 
 impl Candidate {
+    const fn new(name: &'static str, start: fn() -> Result<Guest, Failure>) -> Self {
+        Self {
+            name,
+            start,
+            uptimes: Vec::new(),
+            starts: Vec::new(),
+        }
+    }
+
     fn boot(&mut self) -> Result<(), Failure> {
         let guest = (self.start)()?;
         let to_init = guest.wait_for("COPPICE-INIT uptime=")?;
@@ -177,8 +186,8 @@ fn coppice() -> Result<Guest, Failure> {
     start.script(IDLE).spawn()
 }
 
-fn coppice_unshared() -> Result<Guest, Failure> {
-    let start = Start::new().args(&["--share", "off", "--disk", "guest/root.vhdx,ro"]);
+fn shared(mode: &str) -> Result<Guest, Failure> {
+    let start = Start::new().args(&["--share", mode, "--disk", "guest/root.vhdx,ro"]);
     start.script(IDLE).spawn()
 }
 
@@ -188,24 +197,12 @@ fn peer() -> Result<Guest, Failure> {
 
 /// Boot times, each VMM alone and in turns; then memory and wake-ups of idle guests.
 pub fn bench(out: &Path) -> Result<Figures, Failure> {
-    let candidate = |name, start| Candidate {
-        name,
-        start,
-        uptimes: Vec::new(),
-        starts: Vec::new(),
-    };
     let mut candidates = [
-        candidate("coppice", coppice),
-        candidate("coppice_share_off", coppice_unshared),
-        candidate("qemu_microvm", peer),
+        Candidate::new("coppice", coppice),
+        Candidate::new("coppice_share_off", || shared("off")),
+        Candidate::new("qemu_microvm", peer),
     ];
-    // The first boot unpacks the kernel into the cache, for both.
-    coppice()?.wait_for("IDLE")?;
-    for _ in 0..BOOTS {
-        for candidate in &mut candidates {
-            candidate.boot()?;
-        }
-    }
+    in_turns(&mut candidates)?;
     let mut figures = Figures::new();
     for candidate in candidates {
         let (name, measured) = (candidate.name, candidate.rest(out)?);
@@ -215,6 +212,53 @@ pub fn bench(out: &Path) -> Result<Figures, Failure> {
         figures.insert(name.into(), json!(measured));
     }
     Ok(figures)
+}
+
+/// What sharing costs a boot: each way alone and in turns, as ratios to a guest that shares nothing.
+pub fn boots(_: &Path) -> Result<Figures, Failure> {
+    let mut candidates = [
+        Candidate::new("off", || shared("off")),
+        Candidate::new("boot", || shared("boot")),
+        Candidate::new("read", || shared("read")),
+        Candidate::new("all", || shared("all")),
+    ];
+    in_turns(&mut candidates)?;
+    let [off, others @ ..] = candidates;
+    let mut figures = Figures::new();
+    for other in others {
+        // Of pairs, as the machine's speed drifts.
+        let ratios = off
+            .starts
+            .iter()
+            .zip(&other.starts)
+            .map(|(off, other)| other / off);
+        let ratio = median(ratios.collect());
+        let name = other.name;
+        println!(
+            "lab: share {name}: {:.2?} s to /init, off {:.2?}; ratio {ratio:.3}",
+            other.starts, off.starts
+        );
+        figures.insert(format!("share_{name}_to_off"), json!(ratio));
+    }
+    Ok(figures)
+}
+
+fn in_turns(candidates: &mut [Candidate]) -> Result<(), Failure> {
+    // The first boot unpacks the kernel into the cache, and has its reference image made.
+    coppice()?.wait_for("IDLE")?;
+    let warmed = Command::new("./coppice")
+        .args(["image", "warm", "--kernel", "guest/vmlinuz"])
+        .status()
+        .map_err(Failure::io("run coppice image warm"))?;
+    if !warmed.success() {
+        return Failure::claim("coppice image warm fails");
+    }
+    for _ in 0..BOOTS {
+        for candidate in &mut *candidates {
+            candidate.boot()?;
+        }
+    }
+    Ok(())
 }
 
 /// fio in a guest, on a VHDX and on a raw disk that hold the same, through the same virtio-blk; in turns.

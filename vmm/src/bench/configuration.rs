@@ -29,8 +29,8 @@ pub enum Configuration {
     ShareRead,
     /// `coppice run --share all`: both.
     ShareAll,
-    /// The same with `--lean`: the guest has no trace file system.
-    ShareAllLean,
+    /// The same with `--lean=false`: the guest has its trace file system.
+    ShareAllTracefs,
     /// `coppice run --pmem`: the guest reads its disk in place, and shares as with `all`.
     Pmem,
     /// QEMU's microvm machine.
@@ -46,7 +46,7 @@ impl fmt::Display for Configuration {
             Self::ShareBoot => "share-boot",
             Self::ShareRead => "share-read",
             Self::ShareAll => "share-all",
-            Self::ShareAllLean => "share-all-lean",
+            Self::ShareAllTracefs => "share-all-tracefs",
             Self::Pmem => "pmem",
             Self::QemuMicrovm => "qemu-microvm",
             Self::QemuMicrovmKsm => "qemu-microvm-ksm",
@@ -63,7 +63,7 @@ impl Configuration {
             | Self::ShareBoot
             | Self::ShareRead
             | Self::ShareAll
-            | Self::ShareAllLean
+            | Self::ShareAllTracefs
             | Self::Pmem => true,
         }
     }
@@ -75,7 +75,7 @@ impl Configuration {
             | Self::ShareBoot
             | Self::ShareRead
             | Self::ShareAll
-            | Self::ShareAllLean
+            | Self::ShareAllTracefs
             | Self::Pmem => true,
             Self::QemuMicrovm => options.peer.is_there(),
             Self::QemuMicrovmKsm => options.peer.is_there() && super::ksm::can_be_set(),
@@ -84,7 +84,7 @@ impl Configuration {
 
     /// Whether guests have their kernel compared with its reference image.
     pub(super) fn needs_reference(self) -> bool {
-        matches!(self, Self::ShareAll | Self::ShareAllLean | Self::Pmem)
+        matches!(self, Self::ShareAll | Self::ShareAllTracefs | Self::Pmem)
     }
 
     /// How its guests see their disk.
@@ -95,7 +95,7 @@ impl Configuration {
             | Self::ShareBoot
             | Self::ShareRead
             | Self::ShareAll
-            | Self::ShareAllLean
+            | Self::ShareAllTracefs
             | Self::QemuMicrovm
             | Self::QemuMicrovmKsm => Device::Block,
         }
@@ -119,7 +119,7 @@ impl Configuration {
             Self::ShareOff => Some("off"),
             Self::ShareBoot => Some("boot"),
             Self::ShareRead => Some("read"),
-            Self::ShareAll | Self::ShareAllLean | Self::Pmem => Some("all"),
+            Self::ShareAll | Self::ShareAllTracefs | Self::Pmem => Some("all"),
             Self::QemuMicrovm | Self::QemuMicrovmKsm => {
                 let merge = self == Self::QemuMicrovmKsm;
                 let format = format_of(disk)?;
@@ -154,8 +154,8 @@ impl Configuration {
         if let Some(share) = share {
             command.args(["--share", share]);
         }
-        if self == Self::ShareAllLean {
-            command.arg("--lean");
+        if self == Self::ShareAllTracefs {
+            command.arg("--lean=false");
         }
         command.args(&options.run_arguments);
         command.arg("--cmdline").arg(cmdline);

@@ -174,7 +174,7 @@ impl<'a> Bench<'a> {
             | Configuration::ShareBoot
             | Configuration::ShareRead
             | Configuration::ShareAll
-            | Configuration::ShareAllLean
+            | Configuration::ShareAllTracefs
             | Configuration::Pmem
             | Configuration::QemuMicrovm => None,
         };

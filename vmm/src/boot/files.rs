@@ -110,7 +110,7 @@ pub(super) fn share(
 }
 
 /// The first bytes of `file` in `at..end` that are no hole.
-fn data_range(file: &File, at: u64, end: u64) -> std::io::Result<Option<Range<u64>>> {
+pub(crate) fn data_range(file: &File, at: u64, end: u64) -> std::io::Result<Option<Range<u64>>> {
     use rustix::fs::{SeekFrom, seek};
     if at >= end {
         return Ok(None);

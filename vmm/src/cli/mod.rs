@@ -242,11 +242,12 @@ pub struct RunArguments {
     /// Put reads of at least so many KiB in one piece in place without a copy, instead of merging them later.
     #[arg(long, value_name = "KIB")]
     pub share_place: Option<u32>,
-    /// Have Linux do without its trace file system: 8 MiB less for each guest, with kernels before 6.6.
+    /// Have Linux do without its trace file system: 8 MiB less for each guest, with kernels before 6.6
+    /// [default: with `--share all`, unless the command line sets up tracing].
     ///
     /// `initcall_blacklist=event_trace_init,tracer_init_tracefs` is added to the kernel command line, unless that has an `initcall_blacklist`.
-    #[arg(long)]
-    pub lean: bool,
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub lean: Option<bool>,
     /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
     #[arg(long)]
     pub huge_pages: bool,
@@ -468,12 +469,12 @@ impl RunArguments {
                 return Err(conflict("--cmdline", "boot-source.boot_args"));
             }
         }
-        if self.lean {
+        if let Some(lean) = self.lean {
             let source = config
                 .boot_source
                 .as_mut()
                 .ok_or(UsageError::NeedsKernel("--lean"))?;
-            source.lean = true;
+            source.lean = Some(lean);
         }
         for disk in self.disk {
             let drive =

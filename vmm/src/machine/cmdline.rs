@@ -1,5 +1,7 @@
 //! The kernel command line of a guest: what the user gave, and what follows from its devices.
 
+use memshare::ShareMode;
+
 use crate::boot::{self, MmioDevice};
 use crate::config::{DriveConfig, PmemConfig, PmemMode, VmConfig};
 
@@ -48,7 +50,47 @@ pub(super) struct Wanted {
     /// Tell of free pages one by one, see [`report_every_page`].
     pub(super) reporting: bool,
     /// Make no file of each of its trace events: before Linux 6.6, some ten thousand inodes in every guest.
-    pub(super) lean: bool,
+    pub(super) lean: Lean,
+}
+
+/// Whether Linux does without its trace file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Lean {
+    /// It has it.
+    #[default]
+    No,
+    /// It does without, unless the command line has it trace something.
+    IfUnused,
+    /// It does without.
+    Yes,
+}
+
+impl Lean {
+    /// What a user has said, or what goes with how the guest shares.
+    pub(super) fn new(said: Option<bool>, mode: ShareMode) -> Self {
+        match said {
+            Some(true) => Self::Yes,
+            None if mode == ShareMode::All => Self::IfUnused,
+            Some(false) | None => Self::No,
+        }
+    }
+
+    fn applies(self, cmdline: &str) -> bool {
+        /// How the words begin that set up tracing at boot (kernel-parameters.txt).
+        const TRACING: [&str; 5] = [
+            "ftrace",
+            "trace_",
+            "tp_printk",
+            "kprobe_event",
+            "stacktrace",
+        ];
+        let traces = |word: &str| TRACING.iter().any(|name| word.starts_with(name));
+        match self {
+            Self::No => false,
+            Self::IfUnused => !cmdline.split_ascii_whitespace().any(traces),
+            Self::Yes => true,
+        }
+    }
 }
 
 const LEAN: &str = "initcall_blacklist=event_trace_init,tracer_init_tracefs";
@@ -79,7 +121,7 @@ pub(super) fn complete(
     if wanted.reporting {
         cmdline = report_every_page(cmdline);
     }
-    if wanted.lean && !cmdline.contains("initcall_blacklist=") {
+    if wanted.lean.applies(&cmdline) && !cmdline.contains("initcall_blacklist=") {
         cmdline = format!("{cmdline} {LEAN}");
     }
     cmdline
@@ -182,13 +224,24 @@ mod tests {
 
     #[test]
     fn a_lean_guest_has_no_trace_events_unless_the_user_says_otherwise() {
-        let wanted = Wanted {
-            lean: true,
-            ..Wanted::default()
+        let with = |said, mode, given| {
+            let lean = Lean::new(said, mode);
+            let reporting = false;
+            complete(Some(given), None, &[], Wanted { reporting, lean })
         };
-        let with = |given| complete(Some(given), None, &[], wanted);
-        assert_eq!(with("quiet"), format!("quiet {LEAN}"));
-        assert_eq!(with("initcall_blacklist=x"), "initcall_blacklist=x");
+        let (all, read) = (ShareMode::All, ShareMode::Read);
+        let (lean, full) = (format!("quiet {LEAN}"), "quiet");
+        assert_eq!(with(None, all, "quiet"), lean);
+        assert_eq!(with(None, read, "quiet"), full);
+        assert_eq!(with(Some(true), read, "quiet"), lean);
+        assert_eq!(with(Some(false), all, "quiet"), full);
+        assert_eq!(
+            with(Some(true), all, "initcall_blacklist=x"),
+            "initcall_blacklist=x"
+        );
+        let traced = "trace_event=sched:*";
+        assert_eq!(with(None, all, traced), traced);
+        assert_eq!(with(Some(true), all, traced), format!("{traced} {LEAN}"));
     }
 
     #[test]

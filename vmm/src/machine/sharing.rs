@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
@@ -20,7 +20,7 @@ use super::domain::SharingDomain;
 use super::faults::Faults;
 use super::start::OnEnd;
 use super::{StartError, host};
-use crate::boot::{BootSource, MappedKernel};
+use crate::boot::{BootSource, MappedKernel, data_range};
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
@@ -41,6 +41,10 @@ struct Machinery {
 }
 
 impl StandStill for Machinery {
+    fn cpu_time(&self) -> Duration {
+        self.brake.cpu_time()
+    }
+
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool {
         let Some(_held) = self.brake.hold() else {
             return false;
@@ -151,7 +155,9 @@ impl Plan {
     ) -> Option<(Range<u64>, Option<Reference>)> {
         let of_kernel = |kernel: MappedFrom| {
             let addresses = kernel.mapped.addresses.clone();
-            let reference = self.is_all().then(|| kernel.reference(warm.as_ref()));
+            let reference = self
+                .is_all()
+                .then(|| kernel.reference(warm.as_ref(), &self.memory));
             let reference = reference.transpose().unwrap_or_else(|error| {
                 tracing::warn!(%error, "the kernel is not compared with a reference image");
                 None
@@ -217,8 +223,25 @@ impl MappedFrom {
         }
     }
 
+    /// Copies the pages that the kernel will write to while it boots, by its reference image, where there is one.
+    fn copy_ahead(&self, image: &Path, memory: &SharedMemory) {
+        let copy = || {
+            let image = File::open(image)?;
+            let Range { start, end } = self.mapped.addresses;
+            let mut at = 0;
+            while let Some(data) = data_range(&image, at, end - start)? {
+                memory.copy_ahead(start + data.start, data.end - data.start)?;
+                at = data.end;
+            }
+            std::io::Result::Ok(())
+        };
+        if let Err(error) = copy() {
+            tracing::debug!(%error, image = %image.display(), "pages of the kernel are copied one by one when it writes to them");
+        }
+    }
+
     /// The reference image of the kernel: the one there is, or one that is made meanwhile.
-    fn reference(self, warm: Option<&Warmer>) -> std::io::Result<Reference> {
+    fn reference(self, warm: Option<&Warmer>, memory: &SharedMemory) -> std::io::Result<Reference> {
         let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))
             .map_err(std::io::Error::other)?;
         let image = Key {
@@ -228,6 +251,7 @@ impl MappedFrom {
             cmdline: &self.cmdline,
         }
         .path();
+        self.copy_ahead(&image, memory);
         let warming = match warm {
             Some(warm) if !image.exists() => warm.tell(&WarmRequest {
                 kernel: std::path::absolute(self.path)?,

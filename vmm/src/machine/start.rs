@@ -18,7 +18,7 @@ use event_manager::SubscriberOps;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::builder::{Builder, Legacy, attach_pmem};
-use super::cmdline::{self, Wanted};
+use super::cmdline::{self, Lean, Wanted};
 use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan, Reference};
 use super::snapshot::Devices;
@@ -229,7 +229,7 @@ impl Machine {
                 &parts.virtio,
                 Wanted {
                     reporting: parts.reporting,
-                    lean: source.lean,
+                    lean: Lean::new(source.lean, config.sharing.mode),
                 },
             ),
             protocol: Protocol::from(source.boot_protocol),

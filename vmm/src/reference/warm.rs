@@ -189,7 +189,7 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     kept
 }
 
-/// Writes the kernel's pages that are no longer those of its file.
+/// Writes the kernel's pages that are no longer those of its file, zeros too: that a guest writes to a page is worth knowing before it does.
 fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
     let io = |source| failed(path.display().to_string())(source);
     let kernel = machine
@@ -204,7 +204,7 @@ fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
     let memory = machine.shared_memory();
     memory
         .own_pages(kernel.start, kernel.end - kernel.start, |address, bytes| {
-            if written.is_ok() && bytes.iter().any(|byte| *byte != 0) {
+            if written.is_ok() {
                 pages += 1;
                 written = file.as_file().write_all_at(bytes, address - kernel.start);
             }

@@ -5,10 +5,12 @@
 //! set, and the thread signalled. The signal ends a `KVM_RUN` that is under way; one that has not begun yet returns at once
 //! because of `immediate_exit`. So no order of events loses a kick.
 
+use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use devices::GuestMemory;
 use kvm_ioctls::VmFd;
@@ -314,6 +316,23 @@ impl Vcpus {
     }
 }
 
+/// CPU time of a thread; `None` where it has ended.
+fn thread_time(thread: &JoinHandle<()>) -> Option<Duration> {
+    let mut clock = 0;
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the thread is not joined as long as its handle exists, so that the name is valid, and the clock's number is written to a place of its own.
+    let found = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };
+    // SAFETY: any number may be asked for, and the time is written to a place of its own.
+    if found != 0 || unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return None;
+    }
+    let seconds = u64::try_from(time.tv_sec).ok()?;
+    Some(Duration::new(seconds, u32::try_from(time.tv_nsec).ok()?))
+}
+
 /// Holds the vCPUs of a VM for moments, paused or not.
 #[derive(Clone)]
 pub struct Brake(Arc<Shared>);
@@ -323,6 +342,13 @@ pub struct Brake(Arc<Shared>);
 pub struct Held<'a>(&'a Shared);
 
 impl Brake {
+    /// CPU time that the threads of the vCPUs have used so far, those not counted that have ended.
+    pub fn cpu_time(&self) -> Duration {
+        let threads = self.0.threads.lock();
+        let threads = threads.unwrap_or_else(PoisonError::into_inner);
+        threads.iter().filter_map(thread_time).sum()
+    }
+
     /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until the answer is dropped. `None` once they are stopped for good.
     pub fn hold(&self) -> Option<Held<'_>> {
         let mut table = self.0.table();
