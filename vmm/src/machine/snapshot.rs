@@ -18,7 +18,9 @@ use serde::{Deserialize, Serialize};
 use super::{Machine, lock};
 use crate::config::{PmemMode, VmConfig};
 use crate::pmem::Pmem;
-use crate::snapshot::{self, CreateSnapshot, DriveState, GuestState, MemoryState, SnapshotError};
+use crate::snapshot::{
+    self, CreateSnapshot, DriveState, GuestState, MemoryState, SnapshotError, SnapshotType,
+};
 
 /// What the devices of a guest remember, but for the disks of its drives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,6 +156,9 @@ impl Machine {
                 ));
             }
         }
+        if self.served.is_some() && request.snapshot_type == SnapshotType::Diff {
+            return Err(SnapshotError::NoFileBelow);
+        }
         for (id, job) in &self.jobs {
             if !job.is_over() {
                 return unsupported(format!(
@@ -194,6 +199,8 @@ impl Machine {
             .open(None, false)?
             .rebase(self.shared_memory())?;
         self.base = Some(saved);
+        // No page is left that another process gives.
+        self.served = None;
         Ok(())
     }
 

@@ -157,6 +157,7 @@ impl Assembled {
                 generation: self.generation,
                 transports: self.transports,
                 sharing,
+                served: None,
                 base: None,
                 is_new: false,
             }),
@@ -274,11 +275,14 @@ impl Machine {
             warm,
         } = surroundings;
         let serial = (serial_out, serial_drained);
-        let mut parts = Assembled::new(config, &mut vm, serial, only_first(on_end), false)?;
+        let on_end = only_first(on_end);
+        let mut parts = Assembled::new(config, &mut vm, serial, on_end.clone(), false)?;
         for (id, drive) in &parts.drives {
             loading.check_drive(id, lock(drive).disk())?;
         }
-        loading.memory.map(parts.plan.memory())?;
+        // Before anything looks at the memory: who does may wait, and sees nobody go.
+        let on_lost = move |why| on_end(GuestEnd::Failed(why));
+        let served = loading.give_memory(parts.plan.memory(), on_lost)?;
         loading.state.devices.restore(&mut parts.as_devices())?;
         // Another guest may go on from the same state.
         parts.generation.renew(vm.memory())?;
@@ -289,7 +293,8 @@ impl Machine {
         // Its kernel is as it was saved, and shared as that.
         let kernel = parts.plan.reference(None, warm);
         let mut machine = parts.start(ops, start, kernel)?;
-        machine.base = Some(loading.memory.state().clone());
+        machine.base = loading.base().cloned();
+        machine.served = served;
         machine.is_new = true;
         loading.keep_disks();
         Ok(machine)

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::UffdError;
 use crate::vm::StateError;
 
 /// Why a snapshot was not made, or not loaded.
@@ -89,6 +90,14 @@ pub enum SnapshotError {
         "a Diff needs a snapshot before it: set track_dirty_pages, and make a Full one first, or load one"
     )]
     NoBase,
+    /// A difference to what a page-fault handler gives, of which nobody knows where it is from.
+    #[error(
+        "a Diff needs a snapshot that is a file, and a page-fault handler gives this guest its memory: load with track_dirty_pages, and make a Full one first"
+    )]
+    NoFileBelow,
+    /// Memory that a page-fault handler gives.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
     /// What KVM holds.
     #[error(transparent)]
     State(#[from] StateError),

@@ -8,12 +8,13 @@
 //!
 //! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums are to be compared. All
 //! guests that are loaded from a memory file share its pages, through the host's page cache, until they write to them; that is what a clone is.
-//! The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
+//! A page-fault handler can give the memory instead, see [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
 
 mod disks;
 mod error;
 mod file;
 mod memory;
+mod uffd;
 
 use std::path::{Path, PathBuf};
 
@@ -29,6 +30,7 @@ pub use disks::DiskIdentity;
 pub use error::SnapshotError;
 pub use file::VERSION;
 pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
+pub use uffd::{PageServer, Served, UffdError};
 
 /// The body of `PUT /snapshot/create`, as Firecracker has it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -68,10 +70,11 @@ pub struct LoadSnapshot {
     /// Lets the guest run at once.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Whether the guest can be saved as a difference. It always can.
+    /// Whether the guest can be saved as a difference. It always can, but for one whose memory a page-fault handler gives: that goes on from the
+    /// memory file of its first Full snapshot then.
     #[serde(default, alias = "enable_diff_snapshots")]
     pub track_dirty_pages: bool,
-    /// Compares the checksums of all memory before the guest runs. Not in Firecracker.
+    /// Compares the checksums of all memory before the guest runs, if it is in files. Not in Firecracker.
     #[serde(default = "yes")]
     pub verify_memory: bool,
     /// Disks that are elsewhere now. Not in Firecracker.
@@ -102,7 +105,7 @@ const fn yes() -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
-    /// The file.
+    /// The file, or the socket.
     pub backend_path: PathBuf,
     /// What it is.
     pub backend_type: MemoryBackendType,
@@ -113,6 +116,8 @@ pub struct MemoryBackend {
 pub enum MemoryBackendType {
     /// A memory file, which is mapped.
     File,
+    /// The socket of a process that gives the pages when they are touched.
+    Uffd,
 }
 
 /// Another disk for a drive of a snapshot.
@@ -184,10 +189,16 @@ pub(crate) fn write_state(path: &Path, state: &GuestState) -> Result<(), Snapsho
     file::write(path, state)
 }
 
+/// Where the memory of a snapshot that is being loaded comes from.
+pub(crate) enum MemorySource {
+    Files(OpenMemory),
+    Handler(PageServer),
+}
+
 /// A snapshot that is being loaded.
 pub struct Loading {
     pub(crate) state: GuestState,
-    pub(crate) memory: OpenMemory,
+    memory: MemorySource,
     /// Disks that were made for it, until it is certain that the guest has them.
     made: Vec<PathBuf>,
 }
@@ -198,16 +209,26 @@ impl Loading {
     /// # Errors
     /// [`SnapshotError`]; then no disk was made.
     pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
-        let state: GuestState = file::read(&request.snapshot_path)?;
-        let top = match (&request.mem_backend, &request.mem_file_path) {
-            (Some(backend), None) => Some(&*backend.backend_path),
-            (None, path) => path.as_deref(),
+        let mut state: GuestState = file::read(&request.snapshot_path)?;
+        state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
+        let open = |top: Option<&Path>| {
+            let files = state.memory.clone().open(top, request.verify_memory);
+            files.map(MemorySource::Files)
+        };
+        let memory = match (&request.mem_backend, &request.mem_file_path) {
+            (Some(backend), None) => match backend.backend_type {
+                MemoryBackendType::File => open(Some(&backend.backend_path)),
+                MemoryBackendType::Uffd => {
+                    let handler = PageServer::connect(&backend.backend_path);
+                    handler.map(MemorySource::Handler).map_err(Into::into)
+                }
+            },
+            (None, path) => open(path.as_deref()),
             (Some(_), Some(_)) => {
                 let what = "mem_backend and mem_file_path are both given: leave out one";
-                return Err(SnapshotError::Unsupported(what.into()));
+                Err(SnapshotError::Unsupported(what.into()))
             }
-        };
-        let memory = state.memory.clone().open(top, request.verify_memory)?;
+        }?;
         let mut loading = Self {
             state,
             memory,
@@ -227,6 +248,32 @@ impl Loading {
     /// What the guest was started with.
     pub fn config(&self) -> &VmConfig {
         &self.state.config
+    }
+
+    /// Gives RAM that nobody has touched its bytes. `on_lost` is told if who gives them goes before it has given all.
+    ///
+    /// # Errors
+    /// As [`OpenMemory::map`], `Uffd`.
+    pub(crate) fn give_memory(
+        &self,
+        memory: &SharedMemory,
+        on_lost: impl Fn(String) + Send + 'static,
+    ) -> Result<Option<Served>, SnapshotError> {
+        match &self.memory {
+            MemorySource::Files(files) => files.map(memory).map(|()| None),
+            MemorySource::Handler(handler) => {
+                let bytes = self.state.memory.bytes;
+                Ok(Some(handler.serve(memory, bytes, Box::new(on_lost))?))
+            }
+        }
+    }
+
+    /// The files that the memory is the news of, where it is from files.
+    pub(crate) fn base(&self) -> Option<&MemoryState> {
+        match &self.memory {
+            MemorySource::Files(files) => Some(files.state()),
+            MemorySource::Handler(_) => None,
+        }
     }
 
     fn move_drive(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
