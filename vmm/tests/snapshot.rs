@@ -76,12 +76,18 @@ impl Guest {
 
     /// It runs, and answers on its console.
     fn echoes(&self) {
+        self.answers(b'z', b'z');
+    }
+
+    /// It prints the one when the other is typed.
+    fn answers(&self, key: u8, expected: u8) {
         let mut console = UnixStream::connect(self.folder.join("console.sock")).unwrap();
         console.set_read_timeout(Some(PATIENCE)).unwrap();
-        console.write_all(b"z").unwrap();
+        console.write_all(&[key]).unwrap();
         let mut byte = [0];
-        while byte != *b"z" {
-            assert_ne!(console.read(&mut byte).unwrap(), 0, "{}", self.log());
+        while byte != [expected] {
+            let len = console.read(&mut byte);
+            assert_eq!(len.ok(), Some(1), "{}", self.log());
         }
     }
 
@@ -113,8 +119,13 @@ struct Saved(tempfile::TempDir);
 impl Saved {
     fn new(arguments: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        kernel::write(&folder.path().join("kernel"));
+        Self::of(folder, arguments, Guest::echoes)
+    }
+
+    /// Of a guest that has done something.
+    fn of(folder: tempfile::TempDir, arguments: &[&str], done: impl FnOnce(&Guest)) -> Self {
         let path = |name: &str| folder.path().join(name);
-        kernel::write(&path("kernel"));
         let mut initrd = vec![0; 64 * PAGE];
         fs::File::open("/dev/urandom")
             .unwrap()
@@ -133,7 +144,7 @@ impl Saved {
         ]);
         all.extend(arguments);
         let guest = Guest::start(&path("saved"), &all);
-        guest.echoes();
+        done(&guest);
         guest.set_state("Paused");
         let (status, answer) = guest.save("full", "Full");
         assert_eq!(status, 204, "{answer}");
@@ -348,4 +359,109 @@ fn a_jailed_guest_that_is_told_later_needs_the_device_and_the_socket_in_its_jail
     let (guest, status, why) = load_in("d", ",allow=/dev/userfaultfd");
     assert_eq!((status, &*why), (204, "null"), "{}", guest.log());
     guest.echoes();
+}
+
+/// A folder with the kernel that has memory that is a disk, and a disk.
+fn with_disk(name: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    kernel::write_of_pmem(&folder.path().join("kernel"));
+    let disk = folder.path().join(name);
+    if name == "d.raw" {
+        fs::write(&disk, vec![0; 8 << 20]).unwrap();
+        return folder;
+    }
+    let made = coppice()
+        .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
+        .status();
+    assert!(made.unwrap().success());
+    folder
+}
+
+/// Saves a guest that has written `a` to memory that is a disk, and has flushed nothing.
+fn with_pmem(name: &str) -> Saved {
+    let folder = with_disk(name);
+    let disk = folder.path().join(name).display().to_string();
+    Saved::of(
+        folder,
+        &["--pmem", &format!("{disk},rw,id=data")],
+        |guest| {
+            guest.answers(b'a', b'a');
+            guest.answers(b'g', b'a');
+        },
+    )
+}
+
+#[test]
+fn what_a_guest_wrote_to_memory_that_is_a_disk_is_there_when_it_goes_on_as_its_ram_has_it() {
+    for name in ["d.vhdx", "d.raw"] {
+        let saved = with_pmem(name);
+        let guest = Guest::start(&saved.path("b"), &["--restore", &saved.state()]);
+        guest.answers(b'g', b'a');
+        guest.answers(b'm', b'a');
+        // Saved again, with more, and loaded from another place.
+        guest.answers(b'b', b'b');
+        guest.set_state("Paused");
+        let (status, why) = guest.save("full", "Diff");
+        assert_eq!(status, 204, "{why}");
+        drop(guest);
+        let moved = saved.path(&format!("moved-{name}"));
+        fs::rename(saved.path(name), &moved).unwrap();
+        let state = saved.path("b/full.state").display().to_string();
+        let restore = format!("{state},disk.data={}", moved.display());
+        let guest = Guest::start(&saved.path("c"), &["--restore", &restore]);
+        guest.answers(b'g', b'b');
+        guest.answers(b'm', b'b');
+        drop(guest);
+        // What is older goes with the disk as it was then.
+        let old = saved.refused(&format!(",disk.data={}", moved.display()));
+        assert!(old.contains("pmem data: its disk was"), "{old}");
+        let missing = saved.refused("");
+        assert!(missing.contains(name), "{missing}");
+    }
+}
+
+#[test]
+fn a_clone_writes_to_a_child_of_the_disk_and_others_can_be_made() {
+    let saved = with_pmem("d.vhdx");
+    for name in ["b", "c"] {
+        let child = saved.path(&format!("{name}.vhdx"));
+        let restore = format!("{},clone.data={}", saved.state(), child.display());
+        let guest = Guest::start(&saved.path(name), &["--restore", &restore]);
+        guest.answers(b'g', b'a');
+        guest.answers(b'b', b'b');
+        guest.answers(b'g', b'b');
+    }
+}
+
+#[test]
+fn memory_that_is_a_disk_and_has_changed_is_refused_and_cow_is_not_saved() {
+    let folder = with_disk("d.raw");
+    let disk = folder.path().join("d.raw");
+    let argument = format!("{},ro,id=data", disk.display());
+    let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
+        // Its writes are dropped.
+        guest.answers(b'a', b'a');
+        guest.answers(b'g', 0);
+    });
+    let guest = Guest::start(&saved.path("b"), &["--restore", &saved.state()]);
+    guest.answers(b'm', b'a');
+    drop(guest);
+    fs::write(&disk, vec![1; 8 << 20]).unwrap();
+    let changed = saved.refused("");
+    assert!(
+        changed.contains("pmem data: its disk was a raw disk"),
+        "{changed}"
+    );
+
+    let kernel = saved.path("kernel").display().to_string();
+    let argument = format!("{},cow,id=data", disk.display());
+    let arguments = ["--kernel", &kernel, "--mem", "16M", "--pmem", &argument];
+    let guest = Guest::start(&saved.path("c"), &arguments);
+    guest.answers(b'a', b'a');
+    guest.set_state("Paused");
+    let (status, why) = guest.save("full", "Full");
+    assert!(
+        status == 400 && why.to_string().contains("pmem data"),
+        "{why}"
+    );
 }

@@ -27,7 +27,7 @@ use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
 use crate::jail;
 use crate::pmem::Pmem;
-use crate::snapshot::{Loading, SnapshotError};
+use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
@@ -278,7 +278,10 @@ impl Machine {
         let on_end = only_first(on_end);
         let mut parts = Assembled::new(config, &mut vm, serial, on_end.clone(), false)?;
         for (id, drive) in &parts.drives {
-            loading.check_drive(id, lock(drive).disk())?;
+            loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
+        }
+        for (id, pmem) in &parts.pmem {
+            loading.check_disk(DiskOf::Pmem(id), pmem.disk())?;
         }
         // Before anything looks at the memory: who does may wait, and sees nobody go.
         let on_lost = move |why| on_end(GuestEnd::Failed(why));

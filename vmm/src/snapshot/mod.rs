@@ -16,6 +16,7 @@ mod file;
 mod memory;
 mod uffd;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use memshare::SharedMemory;
@@ -27,6 +28,7 @@ use crate::machine::{DevicesState, open_disk};
 use crate::vm::{VcpuState, VmState};
 
 pub use disks::DiskIdentity;
+pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
 pub use file::VERSION;
 pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
@@ -120,11 +122,11 @@ pub enum MemoryBackendType {
     Uffd,
 }
 
-/// Another disk for a drive of a snapshot.
+/// Another disk for a drive of a snapshot, or for a pmem device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
-    /// Of the drive.
+    /// Of the drive; of the pmem device, where no drive has it.
     pub drive_id: String,
     /// The disk.
     pub path_on_host: PathBuf,
@@ -144,15 +146,10 @@ pub(crate) struct GuestState {
     pub vcpus: Vec<VcpuState>,
     pub devices: DevicesState,
     pub drives: Vec<DriveState>,
+    /// By id; of none that was saved before these were noted.
+    #[serde(default)]
+    pub pmem: BTreeMap<String, DiskIdentity>,
     pub memory: MemoryState,
-}
-
-/// The disk of a drive.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct DriveState {
-    pub drive_id: String,
-    pub disk: DiskIdentity,
 }
 
 /// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to. Returns the layers
@@ -235,7 +232,7 @@ impl Loading {
             made: Vec::new(),
         };
         for drive in &request.drives {
-            loading.move_drive(drive)?;
+            loading.move_disk(drive)?;
         }
         Ok(loading)
     }
@@ -276,46 +273,54 @@ impl Loading {
         }
     }
 
-    fn move_drive(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
+    fn move_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
         let id = &request.drive_id;
-        let GuestState { config, drives, .. } = &mut self.state;
+        let GuestState { config, .. } = &mut self.state;
         let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
-        let saved = drives.iter().position(|d| d.drive_id == *id);
-        let (Some(drive), Some(saved)) = (drive, saved) else {
-            return Err(SnapshotError::NoDrive(id.clone()));
-        };
-        let new = request.path_on_host.clone();
-        if request.clone {
-            let parent = std::mem::replace(&mut drive.path_on_host, new.clone());
-            let below = DriveConfig {
-                path_on_host: parent.clone(),
-                is_read_only: true,
-                ..drive.clone()
-            };
-            let opened = open_disk(&below)
-                .map_err(|error| SnapshotError::Unsupported(format!("drive {id}: {error}")))?;
-            if let Some(drive) = drives.get(saved) {
-                drive.check(&opened)?;
+        let pmem = config.pmem.iter_mut().find(|pmem| pmem.id == *id);
+        let (device, path, below) = match (drive, pmem) {
+            (Some(drive), _) => {
+                let below = DriveConfig {
+                    is_read_only: true,
+                    ..drive.clone()
+                };
+                (DiskOf::Drive(id), &mut drive.path_on_host, below)
             }
-            Vhdx::create_child(&new, &parent, &ChildOptions::default())
-                .map_err(|error| SnapshotError::Unsupported(format!("drive {id}: {error}")))?;
-            self.made.push(new);
+            (None, Some(pmem)) => {
+                let below = DriveConfig {
+                    is_read_only: true,
+                    format: pmem.format,
+                    parents: pmem.parents.clone(),
+                    ..DriveConfig::new(id.clone(), pmem.path_on_host.clone())
+                };
+                (DiskOf::Pmem(id), &mut pmem.path_on_host, below)
+            }
+            (None, None) => return Err(SnapshotError::NoDrive(id.clone())),
+        };
+        path.clone_from(&request.path_on_host);
+        if request.clone {
+            let failed = |error: &dyn std::fmt::Display| {
+                SnapshotError::Unsupported(format!("{device}: {error}"))
+            };
+            let opened = open_disk(&below).map_err(|error| failed(&error))?;
+            self.state.check_disk(device, &opened)?;
+            let new = &request.path_on_host;
+            Vhdx::create_child(new, &below.path_on_host, &ChildOptions::default())
+                .map_err(|error| failed(&error))?;
+            self.made.push(new.clone());
             // It is the guest's own, and has just been made.
-            drives.remove(saved);
-        } else {
-            drive.path_on_host = new;
+            self.state.forget_disk(device);
         }
         Ok(())
     }
 
-    /// Checks that a drive's disk is the one that the guest had.
-    pub(crate) fn check_drive(
+    /// Checks that the disk of a device is the one that the guest had.
+    pub(crate) fn check_disk(
         &self,
-        id: &str,
+        device: DiskOf<'_>,
         disk: &std::sync::Arc<dyn storage::Disk>,
     ) -> Result<(), SnapshotError> {
-        let saved = self.state.drives.iter().find(|drive| drive.drive_id == id);
-        saved.map_or(Ok(()), |saved| saved.check(disk))
+        self.state.check_disk(device, disk)
     }
 
     /// The guest has its disks: they stay.
@@ -331,40 +336,5 @@ impl Drop for Loading {
                 tracing::warn!(%error, path = %path.display(), "a disk is left over");
             }
         }
-    }
-}
-
-impl DriveState {
-    /// Notes the disk of a drive on which nothing is under way; what is written to it from now on makes it another.
-    pub(crate) fn of(
-        id: &str,
-        disk: &std::sync::Arc<dyn storage::Disk>,
-    ) -> Result<Self, SnapshotError> {
-        let failed = |source| SnapshotError::Disk {
-            drive: id.to_owned(),
-            source,
-        };
-        // The next write announces itself, by a new DataWriteGuid.
-        disk.close().map_err(failed)?;
-        let identity = DiskIdentity::of(disk);
-        let disk = identity.ok_or_else(|| {
-            SnapshotError::Unsupported(format!("drive {id}: its disk cannot be told from others"))
-        })?;
-        Ok(Self {
-            drive_id: id.to_owned(),
-            disk,
-        })
-    }
-
-    fn check(&self, disk: &std::sync::Arc<dyn storage::Disk>) -> Result<(), SnapshotError> {
-        let found = DiskIdentity::of(disk);
-        if found.as_ref() == Some(&self.disk) {
-            return Ok(());
-        }
-        Err(SnapshotError::Drive {
-            drive: self.drive_id.clone(),
-            saved: self.disk.to_string(),
-            found: found.map_or_else(|| "unknown".to_owned(), |found| found.to_string()),
-        })
     }
 }
