@@ -66,6 +66,38 @@ pub(crate) struct Reference {
     pub file: Arc<SharedFile>,
 }
 
+/// What pages are that nobody has touched.
+#[derive(Debug, Default)]
+pub(crate) enum Base {
+    /// Zeros.
+    #[default]
+    Zeros,
+    /// What another process gives when they are.
+    Unknown,
+    /// What the memory was when it was last that of a snapshot: a file's pages, and zeros else.
+    Files(Table),
+}
+
+impl Base {
+    pub(crate) fn files(&self) -> Option<&Table> {
+        match self {
+            Self::Files(table) => Some(table),
+            Self::Zeros | Self::Unknown => None,
+        }
+    }
+
+    /// Adds a run of a file's pages; what is of no file is zeros then.
+    pub(crate) fn insert(&mut self, run: Run) {
+        if let Self::Files(table) = self {
+            table.insert(run);
+        } else {
+            let mut table = Table::default();
+            table.insert(run);
+            *self = Self::Files(table);
+        }
+    }
+}
+
 /// What changes under the lock.
 #[derive(Debug, Default)]
 pub(crate) struct State {
@@ -74,8 +106,7 @@ pub(crate) struct State {
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
     pub references: Vec<Reference>,
-    /// What the memory was when it was last that of a snapshot, as far as it was files'.
-    pub base: Option<Table>,
+    pub base: Base,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
     /// Somebody wants the merger to look, or to end.

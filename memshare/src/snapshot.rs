@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::file::SharedFile;
-use crate::memory::{Region, SharedMemory, State};
+use crate::memory::{Base, Region, SharedMemory, State};
 use crate::stats::add;
 use crate::table::{Table, alike};
 use crate::window::{PAGE_SIZE, PageKind};
@@ -28,10 +28,10 @@ pub enum Content {
 fn contents(state: &State, base: Option<&Table>, region: &Region) -> io::Result<Vec<Content>> {
     let kinds = region.window.page_kinds(0, region.window.len())?;
     let gfns = region.gfns();
-    let untouched = if base.is_some() {
-        Content::Base
-    } else {
-        Content::Zeros
+    let untouched = match base {
+        Some(_) => Content::Base,
+        None if matches!(state.base, Base::Unknown) => Content::Bytes,
+        None => Content::Zeros,
     };
     let mut contents = vec![untouched; kinds.len()];
     let mut fill = |part: Range<u64>, content| {
@@ -78,8 +78,14 @@ impl SharedMemory {
         let mut state = self.state();
         let run = self.map_locked(&mut state, address, len, file, offset)?;
         add(&self.stats().booted, run.pages);
-        state.base.get_or_insert_default().insert(run);
+        state.base.insert(run);
         Ok(())
+    }
+
+    /// Says that pages which nobody has touched are not zeros: another process gives them when they are (`userfaultfd`). So they are read for a
+    /// snapshot.
+    pub fn untouched_is_unknown(&self) {
+        self.state().base = Base::Unknown;
     }
 
     /// Puts the pages of `file`, which holds the regions of the memory one behind the other just as they are, in place of all pages, and makes them the
@@ -97,7 +103,7 @@ impl SharedMemory {
         for region in &self.regions {
             let len = region.window.len();
             let run = self.map_locked(&mut state, region.start, len, file, offset)?;
-            state.base.get_or_insert_default().insert(run);
+            state.base.insert(run);
             offset += len;
         }
         state.exhausted = false;
@@ -115,7 +121,7 @@ impl SharedMemory {
         against_base: bool,
     ) -> io::Result<Vec<(Range<u64>, Content)>> {
         let state = self.state();
-        let base = state.base.as_ref().filter(|_| against_base);
+        let base = state.base.files().filter(|_| against_base);
         let contents = contents(&state, base, region)?;
         let pages = 0..contents.len() as u64;
         let runs = alike(pages, |page| contents.get(page as usize).copied());
@@ -173,8 +179,19 @@ mod tests {
             (5..6, Content::Zeros),
         ];
         assert_eq!(contents(&memory, false), expected);
-        assert!(memory.state().base.is_none());
+        assert!(memory.state().base.files().is_none());
         assert_eq!(contents(&memory, true), expected);
+    }
+
+    #[test]
+    fn what_another_process_gives_is_bytes_until_a_file_has_taken_its_place() {
+        let memory = memory(2);
+        memory.untouched_is_unknown();
+        assert_eq!(contents(&memory, false), [(0..2, Content::Bytes)]);
+        memory.rebase(&file(&memory, &[1, 2])).unwrap();
+        memory.give_back(PAGE_SIZE, PAGE_SIZE).unwrap();
+        let expected = [(0..1, Content::Bytes), (1..2, Content::Zeros)];
+        assert_eq!(contents(&memory, false), expected);
     }
 
     #[test]

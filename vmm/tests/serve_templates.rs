@@ -264,3 +264,19 @@ fn a_disk_that_was_given_a_child_is_not_written_to_when_its_guest_starts_anew() 
     let (status, answer) = daemon.call("PUT", "/vms/w/snapshot/load", Some(&body));
     assert_eq!(status, 409, "{answer}");
 }
+
+#[test]
+fn a_guest_that_writes_to_memory_that_is_a_disk_becomes_no_template_and_goes_on() {
+    let daemon = Daemon::start(&[]);
+    let disk = daemon.folder().join("disk.raw");
+    fs::write(&disk, vec![0; 8 << 20]).unwrap();
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666)).unwrap();
+    let mut spec = daemon.spec("a");
+    spec["config"]["pmem"] = json!([{"id": "data", "path_on_host": disk, "mode": "rw"}]);
+    let (status, vm) = daemon.post("/vms", &spec);
+    assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
+    let (status, why) = daemon.post("/templates", &json!({"id": "t", "vm": "a"}));
+    assert_eq!(status, 400, "{why}");
+    assert!(why.to_string().contains("pmem: \\\"data\\\""), "{why}");
+    assert!(echoes(&daemon, "a"));
+}

@@ -30,8 +30,9 @@ pub use socket::{ApiSocket, SocketError};
 
 /// Connections that are served at the same time.
 const MAX_CONNECTIONS: usize = 8;
-/// Stack of a thread here in bytes. Only what is touched of it takes memory.
-const STACK: usize = 256 << 10;
+/// Stack of a thread here in bytes: the state of a snapshot is read there, which takes more than 256 KiB where nothing is optimized. Only what is
+/// touched of it takes memory.
+const STACK: usize = 1 << 20;
 /// How long the end of the process waits for answers to be written.
 const FINISH: Duration = Duration::from_secs(1);
 

@@ -251,12 +251,13 @@ pub struct RunArguments {
     /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
     #[arg(long)]
     pub huge_pages: bool,
-    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, disk.ID=FILE, clone.ID=FILE, trust, paused.
+    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, trust, paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are given beside it. Options:
     /// memory: the memory file, where it is not where it was written;
-    /// disk.ID: the disk of that drive, where it is not where it was;
-    /// clone.ID: make this file, a child of that drive's disk, which nobody may write to any more: so one snapshot becomes many guests;
+    /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of mapping the file;
+    /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
+    /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many guests;
     /// trust: do not compare the checksums of all memory before the guest runs;
     /// paused: the guest waits for `PATCH /vm`.
     #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "config"])]

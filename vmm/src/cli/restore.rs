@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::disk::split;
-use crate::snapshot::{DriveOverride, LoadSnapshot};
+use crate::snapshot::{DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType};
 
 /// The value of `--restore`. A comma in a path is written twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,17 +15,20 @@ pub struct RestoreArgument(pub LoadSnapshot);
 pub enum RestoreError {
     /// No file.
     #[error(
-        "names no file: write STATE[,memory=FILE][,disk.ID=FILE][,clone.ID=FILE][,trust][,paused]"
+        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,disk.ID=FILE][,clone.ID=FILE][,trust][,paused]"
     )]
     NoFile,
     /// An unknown option.
     #[error(
-        "{0:?} is not an option of a snapshot: memory=FILE, disk.ID=FILE, clone.ID=FILE, trust, paused (a comma in a path is written twice)"
+        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, trust, paused (a comma in a path is written twice)"
     )]
     UnknownOption(String),
     /// An option that is there twice.
     #[error("{0} is given twice")]
     Twice(String),
+    /// Memory from two places.
+    #[error("memory=FILE and uffd=SOCKET are both given: leave out one")]
+    TwoMemories,
 }
 
 impl FromStr for RestoreArgument {
@@ -51,6 +54,13 @@ impl FromStr for RestoreArgument {
                     load.mem_file_path = Some(path.into());
                 }
                 (_, Some(("memory", _))) => return Err(RestoreError::Twice("memory".into())),
+                (_, Some(("uffd", path))) if load.mem_backend.is_none() => {
+                    load.mem_backend = Some(MemoryBackend {
+                        backend_path: path.into(),
+                        backend_type: MemoryBackendType::Uffd,
+                    });
+                }
+                (_, Some(("uffd", _))) => return Err(RestoreError::Twice("uffd".into())),
                 (_, Some((option, path))) => match option.split_once('.') {
                     Some(("disk", id)) => load.drives.push(drive(id, path, false)),
                     Some(("clone", id)) => load.drives.push(drive(id, path, true)),
@@ -58,6 +68,9 @@ impl FromStr for RestoreArgument {
                 },
                 (_, None) => return Err(RestoreError::UnknownOption(part)),
             }
+        }
+        if load.mem_backend.is_some() && load.mem_file_path.is_some() {
+            return Err(RestoreError::TwoMemories);
         }
         // A disk may have been moved, and is to be cloned from there.
         let of = |drive: &DriveOverride| (drive.drive_id.clone(), drive.clone);
@@ -94,8 +107,13 @@ mod tests {
         assert!(!all.verify_memory && !all.resume_vm);
         let drives: Vec<_> = all.drives.iter().map(|d| (&*d.drive_id, d.clone)).collect();
         assert_eq!(drives, [("data", false), ("root", true)]);
+        let uffd = parse("s,uffd=h.sock").unwrap().mem_backend.unwrap();
+        assert_eq!(uffd.backend_path, PathBuf::from("h.sock"));
+        assert_eq!(uffd.backend_type, MemoryBackendType::Uffd);
+        assert_eq!(parse("s,uffd=h,memory=m"), Err(RestoreError::TwoMemories));
         for wrong in [
             "",
+            "s,uffd=",
             ",trust",
             "s,memory=",
             "s,nothing",
@@ -107,6 +125,7 @@ mod tests {
         for twice in [
             "s,trust,trust",
             "s,memory=a,memory=b",
+            "s,uffd=a,uffd=b",
             "s,clone.a=x,clone.a=y",
         ] {
             assert!(

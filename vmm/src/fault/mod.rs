@@ -148,7 +148,7 @@ fn report(host: usize, guest: &[GuestRange]) -> String {
 }
 
 /// Ends the process without a lock: not even that of standard error, which a thread that writes to the log holds.
-fn end(report: &str) -> ! {
+pub(crate) fn end(report: &str) -> ! {
     restore_terminal();
     let line = format!("coppice: {report}\n");
     let mut left = line.as_bytes();

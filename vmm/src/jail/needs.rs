@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, lchown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Component, Path, PathBuf};
 
 use memshare::ShareMode;
@@ -168,8 +168,14 @@ pub(super) fn of(
         add_folder_of_socket(&mut needs, socket, jail);
     }
     for path in &jail.allow {
-        path.metadata().map_err(failed(path))?;
-        needs.add(path, Access::Write);
+        let kind = path.metadata().map_err(failed(path))?.file_type();
+        // Landlock has a right of its own for what a device alone can do.
+        let access = if kind.is_char_device() {
+            Access::Device
+        } else {
+            Access::Write
+        };
+        needs.add(path, access);
     }
     // What lies in a folder comes after the folder.
     needs.0.sort_by(|a, b| a.target.cmp(&b.target));

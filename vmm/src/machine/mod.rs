@@ -42,7 +42,7 @@ use crate::config::DriveConfig;
 use crate::layout;
 use crate::pmem::{Pmem, PmemCounters, PmemError};
 use crate::reference::Warmer;
-use crate::snapshot::{MemoryState, SnapshotError};
+use crate::snapshot::{MemoryState, Served, SnapshotError};
 pub(crate) use domain::SharingDomain;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
 pub use sharing::SharingReport;
@@ -222,6 +222,8 @@ pub struct Machine {
     generation: VmGenId,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
     sharing: Sharing,
+    /// Who gives the memory, where that is another process; until vCPUs and devices have stopped.
+    served: Option<Served>,
     /// The files that the memory is the news of, where there are any.
     base: Option<MemoryState>,
     /// It has its state from a snapshot, and has not run yet.

@@ -18,7 +18,10 @@ use serde::{Deserialize, Serialize};
 use super::{Machine, lock};
 use crate::config::{PmemMode, VmConfig};
 use crate::pmem::Pmem;
-use crate::snapshot::{self, CreateSnapshot, DriveState, GuestState, MemoryState, SnapshotError};
+use crate::snapshot::{
+    self, CreateSnapshot, DiskIdentity, DiskOf, DriveState, GuestState, MemoryState, SnapshotError,
+    SnapshotType,
+};
 
 /// What the devices of a guest remember, but for the disks of its drives.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,12 +150,15 @@ impl Machine {
     ) -> Result<(), SnapshotError> {
         let unsupported = |what: String| Err(SnapshotError::Unsupported(what));
         for pmem in &config.pmem {
-            if pmem.mode() != PmemMode::Ro {
+            if pmem.mode() == PmemMode::Cow {
                 return unsupported(format!(
-                    "pmem {}: what a guest has written to memory that is a disk is not saved; only ro can be",
+                    "pmem {}: what a guest has written to it in mode cow is on no disk, and not saved; use rw with a child of the disk",
                     pmem.id
                 ));
             }
+        }
+        if self.served.is_some() && request.snapshot_type == SnapshotType::Diff {
+            return Err(SnapshotError::NoFileBelow);
         }
         for (id, job) in &self.jobs {
             if !job.is_over() {
@@ -162,10 +168,7 @@ impl Machine {
                 ));
             }
         }
-        let drives = self.drives.iter();
-        let drives = drives
-            .map(|(id, drive)| DriveState::of(id, lock(drive).disk()))
-            .collect::<Result<_, _>>()?;
+        let (drives, pmem) = self.identify_disks()?;
         let (vm, vcpus) = self.vcpus.save()?;
         let devices = DevicesState::of(self);
         let memory = snapshot::write_memory(self.shared_memory(), request, self.base.as_ref())?;
@@ -175,6 +178,7 @@ impl Machine {
             vcpus,
             devices,
             drives,
+            pmem,
             memory,
         };
         if let Err(error) = snapshot::write_state(&request.snapshot_path, &state) {
@@ -187,6 +191,31 @@ impl Machine {
         Ok(())
     }
 
+    /// Brings to the disks all that the guest has written, and notes which they are.
+    fn identify_disks(
+        &self,
+    ) -> Result<(Vec<DriveState>, BTreeMap<String, DiskIdentity>), SnapshotError> {
+        let drives = self.drives.iter().map(|(id, drive)| {
+            Ok(DriveState {
+                drive_id: id.clone(),
+                disk: DiskOf::Drive(id).identify(lock(drive).disk())?,
+            })
+        });
+        let pmem = self.pmem.iter().map(|(id, pmem)| {
+            // The pages that the guest wrote are its own, and no part of RAM: the disk has to have them before it is noted.
+            pmem.write_back()
+                .map_err(|source| SnapshotError::Writeback {
+                    pmem: id.clone(),
+                    source,
+                })?;
+            Ok((id.clone(), DiskOf::Pmem(id).identify(pmem.disk())?))
+        });
+        Ok((
+            drives.collect::<Result<_, SnapshotError>>()?,
+            pmem.collect::<Result<_, SnapshotError>>()?,
+        ))
+    }
+
     /// Puts the saved memory in place of the guest's, which is the same, so that what the guest writes from now on can be told from it.
     fn go_on_from(&mut self, saved: MemoryState) -> Result<(), SnapshotError> {
         saved
@@ -194,6 +223,8 @@ impl Machine {
             .open(None, false)?
             .rebase(self.shared_memory())?;
         self.base = Some(saved);
+        // No page is left that another process gives.
+        self.served = None;
         Ok(())
     }
 

@@ -27,7 +27,7 @@ use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
 use crate::jail;
 use crate::pmem::Pmem;
-use crate::snapshot::{Loading, SnapshotError};
+use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
@@ -157,6 +157,7 @@ impl Assembled {
                 generation: self.generation,
                 transports: self.transports,
                 sharing,
+                served: None,
                 base: None,
                 is_new: false,
             }),
@@ -274,11 +275,17 @@ impl Machine {
             warm,
         } = surroundings;
         let serial = (serial_out, serial_drained);
-        let mut parts = Assembled::new(config, &mut vm, serial, only_first(on_end), false)?;
+        let on_end = only_first(on_end);
+        let mut parts = Assembled::new(config, &mut vm, serial, on_end.clone(), false)?;
         for (id, drive) in &parts.drives {
-            loading.check_drive(id, lock(drive).disk())?;
+            loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
         }
-        loading.memory.map(parts.plan.memory())?;
+        for (id, pmem) in &parts.pmem {
+            loading.check_disk(DiskOf::Pmem(id), pmem.disk())?;
+        }
+        // Before anything looks at the memory: who does may wait, and sees nobody go.
+        let on_lost = move |why| on_end(GuestEnd::Failed(why));
+        let served = loading.give_memory(parts.plan.memory(), on_lost)?;
         loading.state.devices.restore(&mut parts.as_devices())?;
         // Another guest may go on from the same state.
         parts.generation.renew(vm.memory())?;
@@ -289,7 +296,8 @@ impl Machine {
         // Its kernel is as it was saved, and shared as that.
         let kernel = parts.plan.reference(None, warm);
         let mut machine = parts.start(ops, start, kernel)?;
-        machine.base = Some(loading.memory.state().clone());
+        machine.base = loading.base().cloned();
+        machine.served = served;
         machine.is_new = true;
         loading.keep_disks();
         Ok(machine)

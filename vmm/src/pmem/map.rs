@@ -164,8 +164,8 @@ impl MappedDisk {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn disk(&self) -> &dyn Disk {
-        &*self.disk
+    pub(super) fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
     }
 
     pub(super) fn window(&self) -> &Arc<Window> {

@@ -22,7 +22,7 @@ use devices::bus::BusDevice;
 use devices::virtio::Interrupt;
 use devices::virtio::pmem::{Backing, PmemConfig as DeviceConfig, PmemMetrics, VirtioPmem};
 use memshare::{LostPage, PAGE_SIZE, SharedFile};
-use storage::{OpenError, OpenOptions, Parents};
+use storage::{Disk, OpenError, OpenOptions, Parents};
 
 use self::map::MappedDisk;
 pub use self::map::{Figures, MapBudget, MapError};
@@ -223,15 +223,28 @@ impl Pmem {
         }
     }
 
+    /// The disk.
+    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+        self.memory.disk.disk()
+    }
+
+    /// Makes durable what the guest has written: all of it, while no vCPU runs.
+    ///
+    /// # Errors
+    /// Where something that the guest has written is not on the disk.
+    pub(crate) fn write_back(&self) -> Result<(), WritebackError> {
+        match &self.writeback {
+            Some(writeback) => writeback.write_back().map(drop),
+            None => Ok(()),
+        }
+    }
+
     /// Makes durable what the guest has written, and closes the disk. No vCPU runs any more, and the device is reset.
     ///
     /// # Errors
     /// Where something that the guest has written is not on the disk.
     pub fn close(&self) -> Result<(), WritebackError> {
-        let written = match &self.writeback {
-            Some(writeback) => writeback.write_back().map(drop),
-            None => Ok(()),
-        };
+        let written = self.write_back();
         let closed = self.memory.disk.close();
         written?;
         Ok(closed?)

@@ -90,7 +90,7 @@ impl<L: DirtyPages> Writeback<L> {
         len: u64,
         past_end: &mut Option<u64>,
     ) -> Result<u64, WritebackError> {
-        let (disk, window) = (self.disk.disk(), self.disk.window());
+        let (disk, window) = (&**self.disk.disk(), self.disk.window());
         let size = disk.geometry().size;
         let mut buffer = vec![0; STEP.min(len) as usize];
         let mut written = 0;

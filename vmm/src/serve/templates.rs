@@ -272,6 +272,13 @@ impl Daemon {
             return Err(proxy::refusal(&told));
         }
         let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+        if let Some(pmem) = config.pmem.iter().find(|pmem| pmem.mode().keeps()) {
+            return Err(Fault::Invalid {
+                field: "pmem",
+                value: pmem.id.clone(),
+                expected: "one that the guest only reads: all clones would write to its disk",
+            });
+        }
         // Relative to the folder that the process works in.
         for drive in &mut config.drives {
             drive.path_on_host = vm.folder.join(&drive.path_on_host);

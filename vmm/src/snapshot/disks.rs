@@ -7,6 +7,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use storage::Disk;
 
+use super::{GuestState, SnapshotError};
+
 /// A disk at one moment, as far as it can be told from others and from itself at another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
@@ -68,6 +70,88 @@ impl DiskIdentity {
                 .saturating_mul(NANOSECONDS)
                 .saturating_add(metadata.mtime_nsec()),
         })
+    }
+}
+
+/// The disk of a drive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DriveState {
+    pub drive_id: String,
+    pub disk: DiskIdentity,
+}
+
+/// A device with a disk, by its id.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum DiskOf<'a> {
+    Drive(&'a str),
+    Pmem(&'a str),
+}
+
+impl fmt::Display for DiskOf<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Drive(id) => write!(f, "drive {id}"),
+            Self::Pmem(id) => write!(f, "pmem {id}"),
+        }
+    }
+}
+
+impl DiskOf<'_> {
+    /// Notes the disk, on which nothing is under way; what is written to it from now on makes it another.
+    ///
+    /// # Errors
+    /// `Disk`, and `Unsupported` where the host does not tell it from others.
+    pub(crate) fn identify(self, disk: &Arc<dyn Disk>) -> Result<DiskIdentity, SnapshotError> {
+        // The next write announces itself, by a new DataWriteGuid.
+        disk.close().map_err(|source| SnapshotError::Disk {
+            device: self.to_string(),
+            source,
+        })?;
+        let identity = DiskIdentity::of(disk);
+        identity.ok_or_else(|| {
+            SnapshotError::Unsupported(format!("{self}: its disk cannot be told from others"))
+        })
+    }
+}
+
+impl GuestState {
+    /// Checks that a disk is the one that the device had; one of which nothing was noted can be any.
+    ///
+    /// # Errors
+    /// `OtherDisk`.
+    pub(crate) fn check_disk(
+        &self,
+        device: DiskOf<'_>,
+        disk: &Arc<dyn Disk>,
+    ) -> Result<(), SnapshotError> {
+        let saved = match device {
+            DiskOf::Drive(id) => {
+                let drive = self.drives.iter().find(|drive| drive.drive_id == id);
+                drive.map(|drive| &drive.disk)
+            }
+            DiskOf::Pmem(id) => self.pmem.get(id),
+        };
+        let Some(saved) = saved else {
+            return Ok(());
+        };
+        let found = DiskIdentity::of(disk);
+        if found.as_ref() == Some(saved) {
+            return Ok(());
+        }
+        Err(SnapshotError::OtherDisk {
+            device: device.to_string(),
+            saved: saved.to_string(),
+            found: found.map_or_else(|| "unknown".to_owned(), |found| found.to_string()),
+        })
+    }
+
+    /// The device has another disk, which is new.
+    pub(super) fn forget_disk(&mut self, device: DiskOf<'_>) {
+        match device {
+            DiskOf::Drive(id) => self.drives.retain(|drive| drive.drive_id != id),
+            DiskOf::Pmem(id) => drop(self.pmem.remove(id)),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::UffdError;
+use crate::pmem::WritebackError;
 use crate::vm::StateError;
 
 /// Why a snapshot was not made, or not loaded.
@@ -58,28 +60,36 @@ pub enum SnapshotError {
         /// What is wrong.
         source: serde_json::Error,
     },
-    /// A drive that is not as it was.
+    /// A disk that is not as it was.
     #[error(
-        "drive {drive}: its disk was {saved} when the snapshot was made, and is {found}; give the disk as it was then"
+        "{device}: its disk was {saved} when the snapshot was made, and is {found}; give the disk as it was then"
     )]
-    Drive {
-        /// `drive_id`.
-        drive: String,
+    OtherDisk {
+        /// `drive ID` or `pmem ID`.
+        device: String,
         /// What it was.
         saved: String,
         /// What it is.
         found: String,
     },
-    /// A drive that the snapshot does not have.
-    #[error("the snapshot has no drive {0}")]
+    /// A device that the snapshot does not have.
+    #[error("the snapshot has no drive and no pmem device {0}")]
     NoDrive(String),
-    /// The disk of a drive does not close.
-    #[error("drive {drive}: {source}")]
+    /// The disk of a device does not close.
+    #[error("{device}: {source}")]
     Disk {
-        /// `drive_id`.
-        drive: String,
+        /// `drive ID` or `pmem ID`.
+        device: String,
         /// Why.
         source: storage::DiskError,
+    },
+    /// Not all that the guest has written to memory that is a disk gets there.
+    #[error("pmem {pmem}: what the guest wrote cannot be brought to its disk: {source}")]
+    Writeback {
+        /// `id`.
+        pmem: String,
+        /// Why not.
+        source: WritebackError,
     },
     /// A device that cannot be saved.
     #[error("{0}")]
@@ -89,6 +99,14 @@ pub enum SnapshotError {
         "a Diff needs a snapshot before it: set track_dirty_pages, and make a Full one first, or load one"
     )]
     NoBase,
+    /// A difference to what a page-fault handler gives, of which nobody knows where it is from.
+    #[error(
+        "a Diff needs a snapshot that is a file, and a page-fault handler gives this guest its memory: load with track_dirty_pages, and make a Full one first"
+    )]
+    NoFileBelow,
+    /// Memory that a page-fault handler gives.
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
     /// What KVM holds.
     #[error(transparent)]
     State(#[from] StateError),

@@ -8,13 +8,15 @@
 //!
 //! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums are to be compared. All
 //! guests that are loaded from a memory file share its pages, through the host's page cache, until they write to them; that is what a clone is.
-//! The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
+//! A page-fault handler can give the memory instead, see [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
 
 mod disks;
 mod error;
 mod file;
 mod memory;
+mod uffd;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use memshare::SharedMemory;
@@ -26,9 +28,11 @@ use crate::machine::{DevicesState, open_disk};
 use crate::vm::{VcpuState, VmState};
 
 pub use disks::DiskIdentity;
+pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
 pub use file::VERSION;
 pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
+pub use uffd::{PageServer, Served, UffdError};
 
 /// The body of `PUT /snapshot/create`, as Firecracker has it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -68,10 +72,11 @@ pub struct LoadSnapshot {
     /// Lets the guest run at once.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Whether the guest can be saved as a difference. It always can.
+    /// Whether the guest can be saved as a difference. It always can, but for one whose memory a page-fault handler gives: that goes on from the
+    /// memory file of its first Full snapshot then.
     #[serde(default, alias = "enable_diff_snapshots")]
     pub track_dirty_pages: bool,
-    /// Compares the checksums of all memory before the guest runs. Not in Firecracker.
+    /// Compares the checksums of all memory before the guest runs, if it is in files. Not in Firecracker.
     #[serde(default = "yes")]
     pub verify_memory: bool,
     /// Disks that are elsewhere now. Not in Firecracker.
@@ -102,7 +107,7 @@ const fn yes() -> bool {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
-    /// The file.
+    /// The file, or the socket.
     pub backend_path: PathBuf,
     /// What it is.
     pub backend_type: MemoryBackendType,
@@ -113,13 +118,15 @@ pub struct MemoryBackend {
 pub enum MemoryBackendType {
     /// A memory file, which is mapped.
     File,
+    /// The socket of a process that gives the pages when they are touched.
+    Uffd,
 }
 
-/// Another disk for a drive of a snapshot.
+/// Another disk for a drive of a snapshot, or for a pmem device.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
-    /// Of the drive.
+    /// Of the drive; of the pmem device, where no drive has it.
     pub drive_id: String,
     /// The disk.
     pub path_on_host: PathBuf,
@@ -139,15 +146,10 @@ pub(crate) struct GuestState {
     pub vcpus: Vec<VcpuState>,
     pub devices: DevicesState,
     pub drives: Vec<DriveState>,
+    /// By id; of none that was saved before these were noted.
+    #[serde(default)]
+    pub pmem: BTreeMap<String, DiskIdentity>,
     pub memory: MemoryState,
-}
-
-/// The disk of a drive.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct DriveState {
-    pub drive_id: String,
-    pub disk: DiskIdentity,
 }
 
 /// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to. Returns the layers
@@ -184,10 +186,16 @@ pub(crate) fn write_state(path: &Path, state: &GuestState) -> Result<(), Snapsho
     file::write(path, state)
 }
 
+/// Where the memory of a snapshot that is being loaded comes from.
+pub(crate) enum MemorySource {
+    Files(OpenMemory),
+    Handler(PageServer),
+}
+
 /// A snapshot that is being loaded.
 pub struct Loading {
     pub(crate) state: GuestState,
-    pub(crate) memory: OpenMemory,
+    memory: MemorySource,
     /// Disks that were made for it, until it is certain that the guest has them.
     made: Vec<PathBuf>,
 }
@@ -198,23 +206,33 @@ impl Loading {
     /// # Errors
     /// [`SnapshotError`]; then no disk was made.
     pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
-        let state: GuestState = file::read(&request.snapshot_path)?;
-        let top = match (&request.mem_backend, &request.mem_file_path) {
-            (Some(backend), None) => Some(&*backend.backend_path),
-            (None, path) => path.as_deref(),
+        let mut state: GuestState = file::read(&request.snapshot_path)?;
+        state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
+        let open = |top: Option<&Path>| {
+            let files = state.memory.clone().open(top, request.verify_memory);
+            files.map(MemorySource::Files)
+        };
+        let memory = match (&request.mem_backend, &request.mem_file_path) {
+            (Some(backend), None) => match backend.backend_type {
+                MemoryBackendType::File => open(Some(&backend.backend_path)),
+                MemoryBackendType::Uffd => {
+                    let handler = PageServer::connect(&backend.backend_path);
+                    handler.map(MemorySource::Handler).map_err(Into::into)
+                }
+            },
+            (None, path) => open(path.as_deref()),
             (Some(_), Some(_)) => {
                 let what = "mem_backend and mem_file_path are both given: leave out one";
-                return Err(SnapshotError::Unsupported(what.into()));
+                Err(SnapshotError::Unsupported(what.into()))
             }
-        };
-        let memory = state.memory.clone().open(top, request.verify_memory)?;
+        }?;
         let mut loading = Self {
             state,
             memory,
             made: Vec::new(),
         };
         for drive in &request.drives {
-            loading.move_drive(drive)?;
+            loading.move_disk(drive)?;
         }
         Ok(loading)
     }
@@ -229,46 +247,80 @@ impl Loading {
         &self.state.config
     }
 
-    fn move_drive(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
-        let id = &request.drive_id;
-        let GuestState { config, drives, .. } = &mut self.state;
-        let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
-        let saved = drives.iter().position(|d| d.drive_id == *id);
-        let (Some(drive), Some(saved)) = (drive, saved) else {
-            return Err(SnapshotError::NoDrive(id.clone()));
-        };
-        let new = request.path_on_host.clone();
-        if request.clone {
-            let parent = std::mem::replace(&mut drive.path_on_host, new.clone());
-            let below = DriveConfig {
-                path_on_host: parent.clone(),
-                is_read_only: true,
-                ..drive.clone()
-            };
-            let opened = open_disk(&below)
-                .map_err(|error| SnapshotError::Unsupported(format!("drive {id}: {error}")))?;
-            if let Some(drive) = drives.get(saved) {
-                drive.check(&opened)?;
+    /// Gives RAM that nobody has touched its bytes. `on_lost` is told if who gives them goes before it has given all.
+    ///
+    /// # Errors
+    /// As [`OpenMemory::map`], `Uffd`.
+    pub(crate) fn give_memory(
+        &self,
+        memory: &SharedMemory,
+        on_lost: impl Fn(String) + Send + 'static,
+    ) -> Result<Option<Served>, SnapshotError> {
+        match &self.memory {
+            MemorySource::Files(files) => files.map(memory).map(|()| None),
+            MemorySource::Handler(handler) => {
+                let bytes = self.state.memory.bytes;
+                Ok(Some(handler.serve(memory, bytes, Box::new(on_lost))?))
             }
-            Vhdx::create_child(&new, &parent, &ChildOptions::default())
-                .map_err(|error| SnapshotError::Unsupported(format!("drive {id}: {error}")))?;
-            self.made.push(new);
+        }
+    }
+
+    /// The files that the memory is the news of, where it is from files.
+    pub(crate) fn base(&self) -> Option<&MemoryState> {
+        match &self.memory {
+            MemorySource::Files(files) => Some(files.state()),
+            MemorySource::Handler(_) => None,
+        }
+    }
+
+    fn move_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
+        let id = &request.drive_id;
+        let GuestState { config, .. } = &mut self.state;
+        let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
+        let pmem = config.pmem.iter_mut().find(|pmem| pmem.id == *id);
+        let (device, path, below) = match (drive, pmem) {
+            (Some(drive), _) => {
+                let below = DriveConfig {
+                    is_read_only: true,
+                    ..drive.clone()
+                };
+                (DiskOf::Drive(id), &mut drive.path_on_host, below)
+            }
+            (None, Some(pmem)) => {
+                let below = DriveConfig {
+                    is_read_only: true,
+                    format: pmem.format,
+                    parents: pmem.parents.clone(),
+                    ..DriveConfig::new(id.clone(), pmem.path_on_host.clone())
+                };
+                (DiskOf::Pmem(id), &mut pmem.path_on_host, below)
+            }
+            (None, None) => return Err(SnapshotError::NoDrive(id.clone())),
+        };
+        path.clone_from(&request.path_on_host);
+        if request.clone {
+            let failed = |error: &dyn std::fmt::Display| {
+                SnapshotError::Unsupported(format!("{device}: {error}"))
+            };
+            let opened = open_disk(&below).map_err(|error| failed(&error))?;
+            self.state.check_disk(device, &opened)?;
+            let new = &request.path_on_host;
+            Vhdx::create_child(new, &below.path_on_host, &ChildOptions::default())
+                .map_err(|error| failed(&error))?;
+            self.made.push(new.clone());
             // It is the guest's own, and has just been made.
-            drives.remove(saved);
-        } else {
-            drive.path_on_host = new;
+            self.state.forget_disk(device);
         }
         Ok(())
     }
 
-    /// Checks that a drive's disk is the one that the guest had.
-    pub(crate) fn check_drive(
+    /// Checks that the disk of a device is the one that the guest had.
+    pub(crate) fn check_disk(
         &self,
-        id: &str,
+        device: DiskOf<'_>,
         disk: &std::sync::Arc<dyn storage::Disk>,
     ) -> Result<(), SnapshotError> {
-        let saved = self.state.drives.iter().find(|drive| drive.drive_id == id);
-        saved.map_or(Ok(()), |saved| saved.check(disk))
+        self.state.check_disk(device, disk)
     }
 
     /// The guest has its disks: they stay.
@@ -284,40 +336,5 @@ impl Drop for Loading {
                 tracing::warn!(%error, path = %path.display(), "a disk is left over");
             }
         }
-    }
-}
-
-impl DriveState {
-    /// Notes the disk of a drive on which nothing is under way; what is written to it from now on makes it another.
-    pub(crate) fn of(
-        id: &str,
-        disk: &std::sync::Arc<dyn storage::Disk>,
-    ) -> Result<Self, SnapshotError> {
-        let failed = |source| SnapshotError::Disk {
-            drive: id.to_owned(),
-            source,
-        };
-        // The next write announces itself, by a new DataWriteGuid.
-        disk.close().map_err(failed)?;
-        let identity = DiskIdentity::of(disk);
-        let disk = identity.ok_or_else(|| {
-            SnapshotError::Unsupported(format!("drive {id}: its disk cannot be told from others"))
-        })?;
-        Ok(Self {
-            drive_id: id.to_owned(),
-            disk,
-        })
-    }
-
-    fn check(&self, disk: &std::sync::Arc<dyn storage::Disk>) -> Result<(), SnapshotError> {
-        let found = DiskIdentity::of(disk);
-        if found.as_ref() == Some(&self.disk) {
-            return Ok(());
-        }
-        Err(SnapshotError::Drive {
-            drive: self.drive_id.clone(),
-            saved: self.disk.to_string(),
-            found: found.map_or_else(|| "unknown".to_owned(), |found| found.to_string()),
-        })
     }
 }
