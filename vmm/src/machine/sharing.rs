@@ -26,7 +26,7 @@ use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
 use crate::procfs;
 use crate::reference::{self, Key, WarmRequest, Warmer, Warming};
-use crate::vm::{self, Brake, HugePages, Vm};
+use crate::vm::{self, Brake, HugePages, Vm, VmError};
 
 /// How often the guest is tried to be held where it has to be, and the pause between.
 const HOLD_ATTEMPTS: u32 = 1000;
@@ -155,10 +155,14 @@ impl Plan {
     ) -> Option<(Range<u64>, Option<Reference>)> {
         let of_kernel = |kernel: MappedFrom| {
             let addresses = kernel.mapped.addresses.clone();
-            let reference = self
-                .is_all()
-                .then(|| kernel.reference(warm.as_ref(), &self.memory));
-            let reference = reference.transpose().unwrap_or_else(|error| {
+            let image = kernel.image().map_err(std::io::Error::other);
+            let reference = image.and_then(|image| {
+                kernel.copy_ahead(&image, &self.memory);
+                self.is_all()
+                    .then(|| kernel.reference(image, warm.as_ref()))
+                    .transpose()
+            });
+            let reference = reference.unwrap_or_else(|error| {
                 tracing::warn!(%error, "the kernel is not compared with a reference image");
                 None
             });
@@ -240,18 +244,20 @@ impl MappedFrom {
         }
     }
 
-    /// The reference image of the kernel: the one there is, or one that is made meanwhile.
-    fn reference(self, warm: Option<&Warmer>, memory: &SharedMemory) -> std::io::Result<Reference> {
-        let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))
-            .map_err(std::io::Error::other)?;
-        let image = Key {
+    /// Where the reference image of the kernel is, or would be.
+    fn image(&self) -> Result<PathBuf, VmError> {
+        let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))?;
+        let key = Key {
             kernel: self.mapped.file.path(),
             cpu: &cpu,
             vcpus: self.vcpus,
             cmdline: &self.cmdline,
-        }
-        .path();
-        self.copy_ahead(&image, memory);
+        };
+        Ok(key.path())
+    }
+
+    /// The reference image of the kernel: the one there is, or one that is made meanwhile.
+    fn reference(self, image: PathBuf, warm: Option<&Warmer>) -> std::io::Result<Reference> {
         let warming = match warm {
             Some(warm) if !image.exists() => warm.tell(&WarmRequest {
                 kernel: std::path::absolute(self.path)?,
