@@ -34,7 +34,7 @@ pub use balloon::HintingState;
 pub use guest::{Guest, LaunchError, Origin};
 
 /// What is known about the guest, as `GET /` tells it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct InstanceInfo {
     /// Always `Coppice`.
     pub app_name: &'static str,
@@ -47,7 +47,8 @@ pub struct InstanceInfo {
 }
 
 /// Where a guest is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[schema(as = InstanceState)]
 pub enum State {
     /// It can be configured.
     #[serde(rename = "Not started")]
