@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use serve::daemon::{Daemon, call, until};
+use serve::daemon::{Daemon, call, coppice, until};
 
 /// Descriptors that the daemon has open.
 fn descriptors(daemon: &Daemon) -> usize {
@@ -397,8 +397,28 @@ fn a_guest_that_gets_no_memory_is_refused_and_the_daemon_goes_on() {
 #[test]
 fn the_dashboard_shows_metrics_that_there_are() {
     let daemon = Daemon::start(&[]);
-    daemon.create_running("g");
-    let metrics = daemon.get("/metrics?guests");
+    let disk = daemon.folder().join("disk.vhdx");
+    let made = coppice()
+        .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
+        .status();
+    assert!(made.unwrap().success());
+    let mut spec = daemon.spec("g");
+    spec["config"]["drives"] =
+        json!([{"drive_id": "root", "path_on_host": disk, "is_root_device": false}]);
+    assert_eq!(daemon.post("/vms", &spec).0, 201);
+    let metrics = || daemon.get("/metrics?guests");
+    let booted = "coppice_boot_time_seconds{vm=\"g\"} ";
+    until("the guest has booted", || {
+        metrics().as_str().unwrap().contains(booted)
+    });
+    for (path, body) in [
+        ("/templates", json!({"id": "t", "vm": "g"})),
+        ("/vms", json!({"id": "clone", "template": "t"})),
+    ] {
+        let (status, answer) = daemon.post(path, &body);
+        assert_eq!(status, 201, "{answer}");
+    }
+    let metrics = metrics();
     let metrics = metrics.as_str().unwrap();
     let dashboard = include_str!("../../resources/grafana/coppice.json");
     let dashboard: Value = serde_json::from_str(dashboard).unwrap();

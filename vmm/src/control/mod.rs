@@ -9,29 +9,34 @@
 //! the main thread when it starts and ends the guest.
 
 mod balloon;
+mod drive;
 mod guest;
 mod scrape;
+mod times;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::virtio::balloon::BalloonError;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{
-    BootSourceConfig, ConfigError, DriveConfig, DriveUpdate, EntropyConfig, LoggerConfig,
-    MachineConfig, MetricsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig,
+    BootSourceConfig, ConfigError, EntropyConfig, LoggerConfig, MachineConfig, MetricsConfig,
+    PmemConfig, SerialConfig, SharingConfig, VmConfig,
 };
 use crate::jail::JailReport;
 use crate::logging::{Log, LogError};
-use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
+use crate::machine::{MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 use crate::snapshot::{CreateSnapshot, LoadSnapshot, Loading, SnapshotError};
 
 pub use balloon::HintingState;
 pub use guest::{Guest, LaunchError, Origin};
+
+use times::Times;
 
 /// What is known about the guest, as `GET /` tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
@@ -126,6 +131,7 @@ pub struct Control {
     jail: JailReport,
     /// Files that commits gave to drives, and that are in the configuration.
     noted: BTreeMap<String, PathBuf>,
+    times: Times,
 }
 
 impl Control {
@@ -140,12 +146,18 @@ impl Control {
             metrics: None,
             jail: JailReport::default(),
             noted: BTreeMap::new(),
+            times: Times::default(),
         }
     }
 
     /// Gives the guest a name.
     pub fn set_id(&mut self, id: String) {
         self.id = id;
+    }
+
+    /// The guest is started without a request of its own: its time counts from the start of the process.
+    pub fn count_from(&mut self, process: Instant) {
+        self.times.count_from(process);
     }
 
     /// Takes a whole configuration in place of the one there is.
@@ -196,24 +208,6 @@ impl Control {
         &self.config
     }
 
-    /// A commit gives a drive another file when it gets that far.
-    fn note_commits(&mut self) {
-        let Life::Started { guest, .. } = &self.life else {
-            return;
-        };
-        for drive in &mut self.config.drives {
-            if let Ok(JobStatus {
-                path_on_host: Some(path),
-                ..
-            }) = guest.job(&drive.drive_id)
-                && self.noted.get(&drive.drive_id) != Some(&path)
-            {
-                drive.path_on_host.clone_from(&path);
-                self.noted.insert(drive.drive_id.clone(), path);
-            }
-        }
-    }
-
     fn not_started(&self) -> Result<(), ControlError> {
         match &self.life {
             Life::NotStarted => Ok(()),
@@ -251,17 +245,6 @@ impl Control {
         self.change(|config| config.boot_source = Some(boot_source))
     }
 
-    /// `PUT /drives/{id}`: adds a drive, or replaces the one of that name.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        drive.validate()?;
-        drive.check_file()?;
-        self.change(|config| config.set_drive(drive))
-    }
-
     /// `PUT /pmem/{id}`: adds a pmem device, or replaces the one of that name.
     ///
     /// # Errors
@@ -271,100 +254,6 @@ impl Control {
         pmem.validate()?;
         pmem.check_file()?;
         self.change(|config| config.set_pmem(pmem))
-    }
-
-    /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Machine`.
-    pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
-        self.guest()?;
-        self.note_commits();
-        let id = &update.drive_id;
-        let present = self
-            .config
-            .drives
-            .iter()
-            .find(|drive| drive.drive_id == *id);
-        let drive = update
-            .clone()
-            .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
-        drive.check_file()?;
-        self.guest()?.0.replace_drive(&drive)?;
-        self.config.set_drive(drive);
-        Ok(())
-    }
-
-    /// The file of a drive of a started guest.
-    fn drive_path(&mut self, id: &str) -> Result<PathBuf, ControlError> {
-        self.guest()?;
-        self.note_commits();
-        let drive = self.config.drives.iter().find(|drive| drive.drive_id == id);
-        drive
-            .map(|drive| drive.path_on_host.clone())
-            .ok_or_else(|| ControlError::NoDrive(id.to_owned()))
-    }
-
-    /// `PUT /drives/{id}/snapshot`: the disk goes on in a new file, and the old one stays as it is.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn snapshot_drive(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
-        let path = self.drive_path(id)?;
-        self.guest()?.0.snapshot_drive(id, &path, new)?;
-        for drive in &mut self.config.drives {
-            if drive.drive_id == id {
-                new.clone_into(&mut drive.path_on_host);
-            }
-        }
-        Ok(())
-    }
-
-    /// `PUT /drives/{id}/resize`: makes the disk larger.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), ControlError> {
-        self.drive_path(id)?;
-        Ok(self.guest()?.0.resize_drive(id, size)?)
-    }
-
-    /// `PUT /drives/{id}/compact`: starts the job.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn compact_drive(&mut self, id: &str, find_zeros: bool) -> Result<(), ControlError> {
-        self.drive_path(id)?;
-        let task = DriveTask::Compact { find_zeros };
-        Ok(self.guest()?.0.start_job(id, task)?)
-    }
-
-    /// `PUT /drives/{id}/commit`: starts the job.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn commit_drive(&mut self, id: &str) -> Result<(), ControlError> {
-        let top = self.drive_path(id)?;
-        self.noted.remove(id);
-        Ok(self.guest()?.0.start_job(id, DriveTask::Commit { top })?)
-    }
-
-    /// `GET /drives/{id}/job`: the last job of the drive.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn job(&mut self, id: &str) -> Result<JobStatus, ControlError> {
-        self.drive_path(id)?;
-        Ok(self.guest()?.0.job(id)?)
-    }
-
-    /// `PUT /drives/{id}/job`: asks the job to stop.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn cancel_job(&mut self, id: &str) -> Result<(), ControlError> {
-        self.drive_path(id)?;
-        Ok(self.guest()?.0.cancel_job(id)?)
     }
 
     /// `PUT /machine-config`.
@@ -458,7 +347,9 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.not_started()?;
+        let asked = self.times.asked();
         let guest = launch(&self.config, Origin::Kernel)?;
+        self.times.boots(asked);
         self.life = Life::Started {
             guest,
             paused: false,
@@ -518,7 +409,10 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.unconfigured()?;
-        self.load(Loading::read(request)?, request.resume_vm, launch)
+        // To read it is part of it.
+        let asked = Instant::now();
+        let loading = Loading::read(request)?;
+        self.load_since(asked, loading, request.resume_vm, launch)
     }
 
     fn unconfigured(&self) -> Result<(), ControlError> {
@@ -540,6 +434,17 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.unconfigured()?;
+        let asked = self.times.asked();
+        self.load_since(asked, loading, resume, launch)
+    }
+
+    fn load_since(
+        &mut self,
+        asked: Instant,
+        loading: Loading,
+        resume: bool,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
         let own = &self.config;
         let config = VmConfig {
             serial: own.serial.clone(),
@@ -553,6 +458,7 @@ impl Control {
         if resume {
             guest.resume();
         }
+        self.times.restored(asked);
         self.life = Life::Started {
             guest,
             paused: !resume,

@@ -1,6 +1,6 @@
 //! Guests: made, looked at, started, stopped, deleted.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::body::Bytes;
@@ -110,7 +110,16 @@ pub(in crate::serve) async fn create(
     Asked(spec): Asked<VmSpec>,
 ) -> Answer<Response> {
     let uid = uid(caller)?;
-    let (vm, new) = Daemon::detached(daemon.create(spec, uid)).await?;
+    let (begun, is_clone) = (Instant::now(), spec.template.is_some());
+    // The caller may be gone before the guest is there, which counts all the same.
+    let made = async move {
+        let (vm, new) = daemon.clone().create(spec, uid).await?;
+        if new && vm.state() == State::Running {
+            daemon.metrics.made(is_clone, begun.elapsed());
+        }
+        Ok((vm, new))
+    };
+    let (vm, new) = Daemon::detached(made).await?;
     let status = if new {
         StatusCode::CREATED
     } else {
