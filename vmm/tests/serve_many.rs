@@ -6,6 +6,7 @@
 mod serve;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -198,11 +199,7 @@ fn only_those_may_call_who_are_named() {
         return;
     }
     let daemon = Daemon::start(&["--allow-uid", "12345", "--socket-mode", "666"]);
-    fs::set_permissions(
-        daemon.folder(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )
-    .unwrap();
+    fs::set_permissions(daemon.folder(), PermissionsExt::from_mode(0o755)).unwrap();
     let curl = |uid: u32| {
         let mut curl = Command::new("curl");
         curl.args(["-sS", "--unix-socket"]).arg(daemon.socket());
@@ -402,6 +399,8 @@ fn the_dashboard_shows_metrics_that_there_are() {
         .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
         .status();
     assert!(made.unwrap().success());
+    // Also a guest in a jail may use it.
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666)).unwrap();
     let mut spec = daemon.spec("g");
     spec["config"]["drives"] =
         json!([{"drive_id": "root", "path_on_host": disk, "is_root_device": false}]);

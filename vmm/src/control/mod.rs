@@ -11,6 +11,7 @@
 mod balloon;
 mod drive;
 mod guest;
+mod output;
 mod scrape;
 mod times;
 
@@ -24,8 +25,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{
-    BootSourceConfig, ConfigError, EntropyConfig, LoggerConfig, MachineConfig, MetricsConfig,
-    PmemConfig, SerialConfig, SharingConfig, VmConfig,
+    BootSourceConfig, ConfigError, EntropyConfig, MachineConfig, PmemConfig, SharingConfig,
+    VmConfig,
 };
 use crate::jail::JailReport;
 use crate::logging::{Log, LogError};
@@ -36,6 +37,7 @@ use crate::snapshot::{CreateSnapshot, LoadSnapshot, Loading, SnapshotError};
 pub use balloon::HintingState;
 pub use guest::{Guest, LaunchError, Origin};
 
+use output::open_metrics;
 use times::Times;
 
 /// What is known about the guest, as `GET /` tells it.
@@ -298,46 +300,6 @@ impl Control {
         Ok(self.guest()?.0.sharing()?)
     }
 
-    /// `PUT /serial`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ControlError> {
-        self.change(|config| config.serial = Some(serial))
-    }
-
-    /// `PUT /logger`: takes effect at once.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`, `Log`.
-    pub fn set_logger(&mut self, logger: &LoggerConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        let config = VmConfig {
-            logger: Some(logger.clone()),
-            ..self.config.clone()
-        };
-        config.validate()?;
-        self.log.configure(logger)?;
-        self.config = config;
-        Ok(())
-    }
-
-    /// `PUT /metrics`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`, `Metrics`.
-    pub fn set_metrics(&mut self, metrics: &MetricsConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        let config = VmConfig {
-            metrics: Some(metrics.clone()),
-            ..self.config.clone()
-        };
-        config.validate()?;
-        self.metrics = Some(open_metrics(metrics)?);
-        self.config = config;
-        Ok(())
-    }
-
     /// `InstanceStart`: `launch` builds the guest and lets it run.
     ///
     /// # Errors
@@ -475,20 +437,6 @@ impl Control {
         Ok(self.guest()?.0.send_ctrl_alt_del()?)
     }
 
-    /// `FlushMetrics`: writes a line where `PUT /metrics` has said. Without, there is nothing to do, as with Firecracker.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `Metrics`.
-    pub fn flush_metrics(&mut self) -> Result<(), ControlError> {
-        let devices = self.guest()?.0.metrics();
-        match &mut self.metrics {
-            Some(file) => file
-                .write(&metrics::snapshot(&self.api, Some(&devices)))
-                .map_err(ControlError::Metrics),
-            None => Ok(()),
-        }
-    }
-
     /// Ends the guest: stops it, closes its disks and writes the last metrics. Every later request is refused.
     pub fn end(&mut self) {
         let guest = match std::mem::replace(&mut self.life, Life::Ended) {
@@ -503,10 +451,6 @@ impl Control {
             tracing::warn!(%error, "the last metrics cannot be written");
         }
     }
-}
-
-fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
-    MetricsFile::open(&config.metrics_path).map_err(ControlError::Metrics)
 }
 
 #[cfg(test)]

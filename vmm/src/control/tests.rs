@@ -9,7 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::config::{
-    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, HintingStart, PmemMode,
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, HintingStart, LoggerConfig,
+    MetricsConfig, PmemMode, SerialConfig,
 };
 use crate::logging::{LogFilter, LogFormat};
 use crate::machine::{DeviceMetrics, DriveError, DriveTask, JobState, JobStatus, StartError};
