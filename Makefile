@@ -99,7 +99,7 @@ bench: build guest emulator
 	command -v fio >/dev/null || sudo apt-get install -q -y --no-install-recommends fio || apt-get install -q -y --no-install-recommends fio
 	$(LAB) run bench disk_bench --json target/lab/bench.json
 	$(COPPICE) disk bench target --peer
-	cargo bench -p storage
+	cargo bench -p storage -p devices
 
 # Long: two workloads and six guests of each configuration, one after the other, under emulation.
 bench-density: build guest emulator

@@ -73,6 +73,8 @@ pub const PVPANIC_PORT: u16 = 0x505;
 /// Sleep control, sleep status and reset registers of hardware-reduced ACPI: three one-byte ports
 /// (the FADT of `boot::acpi` names them).
 pub const ACPI_PM_PORT: u16 = 0x600;
+/// The boot timer: the guest tells that it has booted. A PC has its floppy disks there.
+pub const BOOT_TIMER_PORT: u16 = 0x3f0;
 /// GSIs for virtio-mmio devices, in order of use.
 pub const VIRTIO_GSIS: [u32; 18] = [
     5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23,

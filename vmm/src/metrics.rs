@@ -64,6 +64,11 @@ pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
     let Some(devices) = devices else {
         return Value::Object(line);
     };
+    let exits = devices.exits.iter();
+    let exits: Map<_, _> = exits
+        .map(|(kind, count)| (format!("exit_{}", kind.name()), json!(count)))
+        .collect();
+    line.insert("vcpu".to_owned(), Value::Object(exits));
     for (id, drive) in &devices.drives {
         line.insert(
             format!("block_{id}"),

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use memshare::ShareMode;
@@ -197,11 +198,12 @@ impl Launcher {
 /// # Errors
 /// [`RunError`]: the guest could not start.
 pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
+    let begun = Instant::now();
     if options.held {
         be_held()?;
     }
     let end_file = options.end_file.clone();
-    let ended = run_to_end(options, log);
+    let ended = run_to_end(options, log, begun);
     if let Some(path) = end_file {
         let end = match &ended {
             Ok(reason) => EndReport::from(reason),
@@ -306,7 +308,7 @@ fn serve_to_end(
     Ok(reason)
 }
 
-fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
+fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReason, RunError> {
     signals::share_one_heap();
     let signals = Signals::block().map_err(host("signals"))?;
     let ending = Ending::new().map_err(host("eventfd"))?;
@@ -352,6 +354,9 @@ fn run_to_end(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         warm,
     };
 
+    if loading.is_some() || start {
+        lock(&control).count_from(begun);
+    }
     if let Some(loading) = loading {
         let launch = |config: &VmConfig, origin| launcher.launch(config, origin, &mut manager);
         lock(&control).load(loading, resume, launch)?;

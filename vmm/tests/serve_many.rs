@@ -6,6 +6,7 @@
 mod serve;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use serve::daemon::{Daemon, call, until};
+use serve::daemon::{Daemon, call, coppice, until};
 
 /// Descriptors that the daemon has open.
 fn descriptors(daemon: &Daemon) -> usize {
@@ -198,11 +199,7 @@ fn only_those_may_call_who_are_named() {
         return;
     }
     let daemon = Daemon::start(&["--allow-uid", "12345", "--socket-mode", "666"]);
-    fs::set_permissions(
-        daemon.folder(),
-        std::os::unix::fs::PermissionsExt::from_mode(0o755),
-    )
-    .unwrap();
+    fs::set_permissions(daemon.folder(), PermissionsExt::from_mode(0o755)).unwrap();
     let curl = |uid: u32| {
         let mut curl = Command::new("curl");
         curl.args(["-sS", "--unix-socket"]).arg(daemon.socket());
@@ -397,8 +394,30 @@ fn a_guest_that_gets_no_memory_is_refused_and_the_daemon_goes_on() {
 #[test]
 fn the_dashboard_shows_metrics_that_there_are() {
     let daemon = Daemon::start(&[]);
-    daemon.create_running("g");
-    let metrics = daemon.get("/metrics?guests");
+    let disk = daemon.folder().join("disk.vhdx");
+    let made = coppice()
+        .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
+        .status();
+    assert!(made.unwrap().success());
+    // Also a guest in a jail may use it.
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666)).unwrap();
+    let mut spec = daemon.spec("g");
+    spec["config"]["drives"] =
+        json!([{"drive_id": "root", "path_on_host": disk, "is_root_device": false}]);
+    assert_eq!(daemon.post("/vms", &spec).0, 201);
+    let metrics = || daemon.get("/metrics?guests");
+    let booted = "coppice_boot_time_seconds{vm=\"g\"} ";
+    until("the guest has booted", || {
+        metrics().as_str().unwrap().contains(booted)
+    });
+    for (path, body) in [
+        ("/templates", json!({"id": "t", "vm": "g"})),
+        ("/vms", json!({"id": "clone", "template": "t"})),
+    ] {
+        let (status, answer) = daemon.post(path, &body);
+        assert_eq!(status, 201, "{answer}");
+    }
+    let metrics = metrics();
     let metrics = metrics.as_str().unwrap();
     let dashboard = include_str!("../../resources/grafana/coppice.json");
     let dashboard: Value = serde_json::from_str(dashboard).unwrap();

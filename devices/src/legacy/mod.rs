@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 mod acpi_pm;
+mod boot_timer;
 mod i8042;
 mod pvpanic;
 mod rtc;
 mod serial;
 
 pub use acpi_pm::{AcpiPm, RESET_VALUE, S5_SLEEP_TYPE};
+pub use boot_timer::{BootMark, BootTimer};
 pub use i8042::{I8042, I8042State};
 pub use pvpanic::Pvpanic;
 pub use rtc::{CmosRtc, RtcState};

@@ -1,16 +1,17 @@
 //! Firecracker's REST API on a Unix socket.
 //!
 //! ```text
-//! socket ── accept (a thread) ──> connection (a thread each, 8 at most) ── hyper ──> routes ──> Control
+//! socket ── accept (a thread) ──> connection (a thread each, 8 at most) ── hyper ──> routes ──> operations ──> Control
 //! ```
 //!
 //! The socket is seldom used and its requests wait for each other anyway, so a thread for each connection does, and there is no async
 //! runtime: a connection polls its own descriptor (`polled`). Connections beyond the limit wait in the socket's backlog; one that
 //! is idle for a minute is closed. Where no socket was asked for, none of this exists.
 
-mod balloon;
+pub mod bodies;
 mod client;
 mod connection;
+mod operations;
 mod polled;
 mod routes;
 mod socket;
@@ -25,6 +26,8 @@ use crate::control::{Control, Guest, LaunchError, Origin};
 use crate::metrics::ApiMetrics;
 
 pub use client::{ClientError, get};
+#[cfg(test)]
+pub(crate) use operations::all as operations;
 pub use routes::{MAX_BODY, parse_object};
 pub use socket::{ApiSocket, SocketError};
 

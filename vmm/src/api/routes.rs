@@ -3,22 +3,19 @@
 //! As with Firecracker: 200 with JSON, or 204, for what was done; 400 with a `fault_message` for what was not, also for unknown paths and
 //! methods; 413 for a body that is too long.
 
-use std::path::PathBuf;
 use std::sync::{MutexGuard, PoisonError};
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Context, balloon};
-use crate::config::{DriveConfig, DriveUpdate, PmemConfig, VmConfig};
+use super::{Context, operations};
 use crate::control::{Control, ControlError};
 use crate::metrics::{self, count};
-use crate::snapshot::{CreateSnapshot, LoadSnapshot};
 
 /// Longest body of a request in bytes; Firecracker's default.
 pub const MAX_BODY: usize = 51200;
@@ -63,72 +60,6 @@ impl Fault {
             | Self::Control(_) => StatusCode::BAD_REQUEST,
         }
     }
-}
-
-/// The body of `PUT /actions`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Action {
-    action_type: ActionType,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-enum ActionType {
-    FlushMetrics,
-    InstanceStart,
-    SendCtrlAltDel,
-}
-
-/// The body of `PUT /drives/{id}/snapshot`: the new file.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Snapshot {
-    path_on_host: PathBuf,
-}
-
-/// The body of `PUT /drives/{id}/resize`: the size in bytes.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Resize {
-    size: u64,
-}
-
-/// The body of `PUT /drives/{id}/compact`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Compact {
-    #[serde(default)]
-    find_zeros: bool,
-}
-
-/// The body of `PUT /drives/{id}/commit`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Commit {}
-
-/// The body of `PUT /drives/{id}/job`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct JobUpdate {
-    state: JobState,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-enum JobState {
-    Cancelled,
-}
-
-/// The body of `PATCH /vm`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct VmUpdate {
-    state: VmState,
-}
-
-#[derive(Clone, Copy, Deserialize)]
-enum VmState {
-    Paused,
-    Resumed,
 }
 
 /// What is answered to a request that is done.
@@ -230,163 +161,21 @@ pub(super) fn control(context: &Context) -> MutexGuard<'_, Control> {
 }
 
 fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<Answer, Fault> {
-    let segments: Vec<&str> = path.trim_start_matches('/').split_terminator('/').collect();
-    let unknown = || Fault::Unknown(method.clone(), path.to_owned());
+    let segments: Vec<&str> = operations::segments_of(path).collect();
+    let found = operations::find(method, &segments);
+    let needs_body = found.is_none_or(|(operation, _)| operation.needs_body);
     match *method {
-        Method::GET if !body.is_empty() => Err(Fault::NeedlessBody(method.clone())),
-        Method::GET => match segments[..] {
-            [] => tell(control(context).instance_info()),
-            ["version"] => tell(json!({"firecracker_version": env!("CARGO_PKG_VERSION")})),
-            ["machine-config"] => tell(&control(context).config().machine_config),
-            ["metrics"] => {
-                let scrape = control(context).scrape();
-                Ok(Answer::Metrics(scrape.encode()?))
-            }
-            ["vm", "sharing"] => tell(control(context).sharing()?),
-            ["vm", "jail"] => tell(control(context).jail()),
-            ["vm", "config"] => tell(control(context).config()),
-            ["drives", id, "job"] => tell(control(context).job(id)?),
-            ["balloon", ref path @ ..] => balloon::get(context, path, unknown),
-            _ => Err(unknown()),
-        },
-        Method::PATCH if body.is_empty() && balloon::needs_no_body(&segments) => {
-            patch(context, &segments, body, unknown).map(|()| Answer::Done)
+        Method::GET if !body.is_empty() => return Err(Fault::NeedlessBody(method.clone())),
+        Method::PUT | Method::PATCH if body.is_empty() && needs_body => {
+            return Err(Fault::NoBody(method.clone()));
         }
-        Method::PUT | Method::PATCH if body.is_empty() => Err(Fault::NoBody(method.clone())),
-        Method::PUT => put(context, &segments, body, unknown).map(|()| Answer::Done),
-        Method::PATCH => patch(context, &segments, body, unknown).map(|()| Answer::Done),
-        _ => Err(unknown()),
+        _ => {}
     }
-}
-
-fn put(
-    context: &Context,
-    segments: &[&str],
-    body: &[u8],
-    unknown: impl Fn() -> Fault,
-) -> Result<(), Fault> {
-    match *segments {
-        ["boot-source"] => {
-            let boot_source = parse(body)?;
-            control(context).set_boot_source(boot_source)?;
+    match (found, &segments[..]) {
+        (Some((operation, id)), _) => (operation.run)(context, id, body),
+        (None, ["drives" | "pmem"]) if matches!(*method, Method::PUT | Method::PATCH) => {
+            Err(Fault::NoId)
         }
-        ["drives" | "pmem"] => return Err(Fault::NoId),
-        ["drives", id] => {
-            let drive: DriveConfig = parse(body)?;
-            if drive.drive_id != id {
-                return Err(Fault::OtherId);
-            }
-            control(context).set_drive(drive)?;
-        }
-        ["drives", id, "snapshot"] => {
-            let Snapshot { path_on_host } = parse(body)?;
-            control(context).snapshot_drive(id, &path_on_host)?;
-        }
-        ["drives", id, "resize"] => {
-            let Resize { size } = parse(body)?;
-            control(context).resize_drive(id, size)?;
-        }
-        ["drives", id, "compact"] => {
-            let Compact { find_zeros } = parse(body)?;
-            control(context).compact_drive(id, find_zeros)?;
-        }
-        ["drives", id, "commit"] => {
-            let Commit {} = parse(body)?;
-            control(context).commit_drive(id)?;
-        }
-        ["drives", id, "job"] => {
-            let JobUpdate {
-                state: JobState::Cancelled,
-            } = parse(body)?;
-            control(context).cancel_job(id)?;
-        }
-        ["pmem", id] => {
-            let pmem: PmemConfig = parse(body)?;
-            if pmem.id != id {
-                return Err(Fault::OtherId);
-            }
-            control(context).set_pmem(pmem)?;
-        }
-        ["machine-config"] => {
-            let machine = parse(body)?;
-            control(context).set_machine_config(machine)?;
-        }
-        ["entropy"] => {
-            let entropy = parse(body)?;
-            control(context).set_entropy(entropy)?;
-        }
-        ["sharing"] => {
-            let sharing = parse(body)?;
-            control(context).set_sharing(sharing)?;
-        }
-        ["balloon"] => {
-            let balloon = parse(body)?;
-            control(context).set_balloon(balloon)?;
-        }
-        ["serial"] => {
-            let serial = parse(body)?;
-            control(context).set_serial(serial)?;
-        }
-        ["logger"] => {
-            let logger = parse(body)?;
-            control(context).set_logger(&logger)?;
-        }
-        ["metrics"] => {
-            let metrics = parse(body)?;
-            control(context).set_metrics(&metrics)?;
-        }
-        ["snapshot", "create"] => {
-            let request: CreateSnapshot = parse(body)?;
-            control(context).create_snapshot(&request)?;
-        }
-        ["snapshot", "load"] => {
-            let request: LoadSnapshot = parse(body)?;
-            let launch = |config: &VmConfig, origin| (context.launch)(config, origin);
-            control(context).load_snapshot(&request, launch)?;
-        }
-        ["actions"] => {
-            let Action { action_type } = parse(body)?;
-            match action_type {
-                ActionType::InstanceStart => {
-                    control(context).start(|config, origin| (context.launch)(config, origin))?;
-                }
-                ActionType::SendCtrlAltDel => control(context).send_ctrl_alt_del()?,
-                ActionType::FlushMetrics => control(context).flush_metrics()?,
-            }
-        }
-        _ => return Err(unknown()),
+        (None, _) => Err(Fault::Unknown(method.clone(), path.to_owned())),
     }
-    Ok(())
-}
-
-fn patch(
-    context: &Context,
-    segments: &[&str],
-    body: &[u8],
-    unknown: impl Fn() -> Fault,
-) -> Result<(), Fault> {
-    match *segments {
-        ["drives"] => return Err(Fault::NoId),
-        ["drives", id] => {
-            let update: DriveUpdate = parse(body)?;
-            if update.drive_id != id {
-                return Err(Fault::OtherId);
-            }
-            control(context).update_drive(&update)?;
-        }
-        ["machine-config"] => {
-            let update: Value = parse(body)?;
-            control(context).update_machine_config(&update)?;
-        }
-        ["balloon", ref path @ ..] => return balloon::patch(context, path, body, unknown),
-        ["vm"] => {
-            let VmUpdate { state } = parse(body)?;
-            match state {
-                VmState::Paused => control(context).pause()?,
-                VmState::Resumed => control(context).resume()?,
-            }
-        }
-        _ => return Err(unknown()),
-    }
-    Ok(())
 }

@@ -12,7 +12,7 @@ use crate::config::{
 };
 
 /// What `GET /balloon/hinting/status` answers: the numbers of `free_page_hint_cmd_id`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct HintingState {
     /// What the host wants: 0 nothing, 1 that the guest uses again what it has told of, else a run's number.
     pub host_cmd: u32,

@@ -9,32 +9,39 @@
 //! the main thread when it starts and ends the guest.
 
 mod balloon;
+mod drive;
 mod guest;
+mod output;
 mod scrape;
+mod times;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::virtio::balloon::BalloonError;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{
-    BootSourceConfig, ConfigError, DriveConfig, DriveUpdate, EntropyConfig, LoggerConfig,
-    MachineConfig, MetricsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig,
+    BootSourceConfig, ConfigError, EntropyConfig, MachineConfig, PmemConfig, SharingConfig,
+    VmConfig,
 };
 use crate::jail::JailReport;
 use crate::logging::{Log, LogError};
-use crate::machine::{DriveTask, JobStatus, MachineError, SharingReport};
+use crate::machine::{MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 use crate::snapshot::{CreateSnapshot, LoadSnapshot, Loading, SnapshotError};
 
 pub use balloon::HintingState;
 pub use guest::{Guest, LaunchError, Origin};
 
+use output::open_metrics;
+use times::Times;
+
 /// What is known about the guest, as `GET /` tells it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct InstanceInfo {
     /// Always `Coppice`.
     pub app_name: &'static str,
@@ -47,7 +54,8 @@ pub struct InstanceInfo {
 }
 
 /// Where a guest is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[schema(as = InstanceState)]
 pub enum State {
     /// It can be configured.
     #[serde(rename = "Not started")]
@@ -125,6 +133,7 @@ pub struct Control {
     jail: JailReport,
     /// Files that commits gave to drives, and that are in the configuration.
     noted: BTreeMap<String, PathBuf>,
+    times: Times,
 }
 
 impl Control {
@@ -139,12 +148,18 @@ impl Control {
             metrics: None,
             jail: JailReport::default(),
             noted: BTreeMap::new(),
+            times: Times::default(),
         }
     }
 
     /// Gives the guest a name.
     pub fn set_id(&mut self, id: String) {
         self.id = id;
+    }
+
+    /// The guest is started without a request of its own: its time counts from the start of the process.
+    pub fn count_from(&mut self, process: Instant) {
+        self.times.count_from(process);
     }
 
     /// Takes a whole configuration in place of the one there is.
@@ -195,24 +210,6 @@ impl Control {
         &self.config
     }
 
-    /// A commit gives a drive another file when it gets that far.
-    fn note_commits(&mut self) {
-        let Life::Started { guest, .. } = &self.life else {
-            return;
-        };
-        for drive in &mut self.config.drives {
-            if let Ok(JobStatus {
-                path_on_host: Some(path),
-                ..
-            }) = guest.job(&drive.drive_id)
-                && self.noted.get(&drive.drive_id) != Some(&path)
-            {
-                drive.path_on_host.clone_from(&path);
-                self.noted.insert(drive.drive_id.clone(), path);
-            }
-        }
-    }
-
     fn not_started(&self) -> Result<(), ControlError> {
         match &self.life {
             Life::NotStarted => Ok(()),
@@ -250,17 +247,6 @@ impl Control {
         self.change(|config| config.boot_source = Some(boot_source))
     }
 
-    /// `PUT /drives/{id}`: adds a drive, or replaces the one of that name.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        drive.validate()?;
-        drive.check_file()?;
-        self.change(|config| config.set_drive(drive))
-    }
-
     /// `PUT /pmem/{id}`: adds a pmem device, or replaces the one of that name.
     ///
     /// # Errors
@@ -270,100 +256,6 @@ impl Control {
         pmem.validate()?;
         pmem.check_file()?;
         self.change(|config| config.set_pmem(pmem))
-    }
-
-    /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Machine`.
-    pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
-        self.guest()?;
-        self.note_commits();
-        let id = &update.drive_id;
-        let present = self
-            .config
-            .drives
-            .iter()
-            .find(|drive| drive.drive_id == *id);
-        let drive = update
-            .clone()
-            .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
-        drive.check_file()?;
-        self.guest()?.0.replace_drive(&drive)?;
-        self.config.set_drive(drive);
-        Ok(())
-    }
-
-    /// The file of a drive of a started guest.
-    fn drive_path(&mut self, id: &str) -> Result<PathBuf, ControlError> {
-        self.guest()?;
-        self.note_commits();
-        let drive = self.config.drives.iter().find(|drive| drive.drive_id == id);
-        drive
-            .map(|drive| drive.path_on_host.clone())
-            .ok_or_else(|| ControlError::NoDrive(id.to_owned()))
-    }
-
-    /// `PUT /drives/{id}/snapshot`: the disk goes on in a new file, and the old one stays as it is.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn snapshot_drive(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
-        let path = self.drive_path(id)?;
-        self.guest()?.0.snapshot_drive(id, &path, new)?;
-        for drive in &mut self.config.drives {
-            if drive.drive_id == id {
-                new.clone_into(&mut drive.path_on_host);
-            }
-        }
-        Ok(())
-    }
-
-    /// `PUT /drives/{id}/resize`: makes the disk larger.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), ControlError> {
-        self.drive_path(id)?;
-        Ok(self.guest()?.0.resize_drive(id, size)?)
-    }
-
-    /// `PUT /drives/{id}/compact`: starts the job.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn compact_drive(&mut self, id: &str, find_zeros: bool) -> Result<(), ControlError> {
-        self.drive_path(id)?;
-        let task = DriveTask::Compact { find_zeros };
-        Ok(self.guest()?.0.start_job(id, task)?)
-    }
-
-    /// `PUT /drives/{id}/commit`: starts the job.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn commit_drive(&mut self, id: &str) -> Result<(), ControlError> {
-        let top = self.drive_path(id)?;
-        self.noted.remove(id);
-        Ok(self.guest()?.0.start_job(id, DriveTask::Commit { top })?)
-    }
-
-    /// `GET /drives/{id}/job`: the last job of the drive.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn job(&mut self, id: &str) -> Result<JobStatus, ControlError> {
-        self.drive_path(id)?;
-        Ok(self.guest()?.0.job(id)?)
-    }
-
-    /// `PUT /drives/{id}/job`: asks the job to stop.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
-    pub fn cancel_job(&mut self, id: &str) -> Result<(), ControlError> {
-        self.drive_path(id)?;
-        Ok(self.guest()?.0.cancel_job(id)?)
     }
 
     /// `PUT /machine-config`.
@@ -408,46 +300,6 @@ impl Control {
         Ok(self.guest()?.0.sharing()?)
     }
 
-    /// `PUT /serial`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ControlError> {
-        self.change(|config| config.serial = Some(serial))
-    }
-
-    /// `PUT /logger`: takes effect at once.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`, `Log`.
-    pub fn set_logger(&mut self, logger: &LoggerConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        let config = VmConfig {
-            logger: Some(logger.clone()),
-            ..self.config.clone()
-        };
-        config.validate()?;
-        self.log.configure(logger)?;
-        self.config = config;
-        Ok(())
-    }
-
-    /// `PUT /metrics`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`, `Metrics`.
-    pub fn set_metrics(&mut self, metrics: &MetricsConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        let config = VmConfig {
-            metrics: Some(metrics.clone()),
-            ..self.config.clone()
-        };
-        config.validate()?;
-        self.metrics = Some(open_metrics(metrics)?);
-        self.config = config;
-        Ok(())
-    }
-
     /// `InstanceStart`: `launch` builds the guest and lets it run.
     ///
     /// # Errors
@@ -457,7 +309,9 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.not_started()?;
+        let asked = self.times.asked();
         let guest = launch(&self.config, Origin::Kernel)?;
+        self.times.boots(asked);
         self.life = Life::Started {
             guest,
             paused: false,
@@ -517,7 +371,10 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.unconfigured()?;
-        self.load(Loading::read(request)?, request.resume_vm, launch)
+        // To read it is part of it.
+        let asked = Instant::now();
+        let loading = Loading::read(request)?;
+        self.load_since(asked, loading, request.resume_vm, launch)
     }
 
     fn unconfigured(&self) -> Result<(), ControlError> {
@@ -539,6 +396,17 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.unconfigured()?;
+        let asked = self.times.asked();
+        self.load_since(asked, loading, resume, launch)
+    }
+
+    fn load_since(
+        &mut self,
+        asked: Instant,
+        loading: Loading,
+        resume: bool,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
         let own = &self.config;
         let config = VmConfig {
             serial: own.serial.clone(),
@@ -552,6 +420,7 @@ impl Control {
         if resume {
             guest.resume();
         }
+        self.times.restored(asked);
         self.life = Life::Started {
             guest,
             paused: !resume,
@@ -568,20 +437,6 @@ impl Control {
         Ok(self.guest()?.0.send_ctrl_alt_del()?)
     }
 
-    /// `FlushMetrics`: writes a line where `PUT /metrics` has said. Without, there is nothing to do, as with Firecracker.
-    ///
-    /// # Errors
-    /// `BeforeStart`, `Ended`, `Metrics`.
-    pub fn flush_metrics(&mut self) -> Result<(), ControlError> {
-        let devices = self.guest()?.0.metrics();
-        match &mut self.metrics {
-            Some(file) => file
-                .write(&metrics::snapshot(&self.api, Some(&devices)))
-                .map_err(ControlError::Metrics),
-            None => Ok(()),
-        }
-    }
-
     /// Ends the guest: stops it, closes its disks and writes the last metrics. Every later request is refused.
     pub fn end(&mut self) {
         let guest = match std::mem::replace(&mut self.life, Life::Ended) {
@@ -596,10 +451,6 @@ impl Control {
             tracing::warn!(%error, "the last metrics cannot be written");
         }
     }
-}
-
-fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
-    MetricsFile::open(&config.metrics_path).map_err(ControlError::Metrics)
 }
 
 #[cfg(test)]

@@ -15,7 +15,10 @@ impl Control {
             Ok((guest, _)) => (Some(guest.sharing()), Some(guest.metrics())),
             Err(_) => (None, None),
         };
+        let booted = devices.as_ref().and_then(|devices| devices.booted);
         Scrape {
+            boot: self.times.boot(booted),
+            restore: self.times.restore,
             api: self.api.clone(),
             process: process
                 .inspect_err(|error| told("the process's memory", error))

@@ -9,10 +9,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::config::{
-    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart, PmemMode,
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, HintingStart, LoggerConfig,
+    MetricsConfig, PmemMode, SerialConfig,
 };
 use crate::logging::{LogFilter, LogFormat};
-use crate::machine::{DeviceMetrics, DriveError, JobState, StartError};
+use crate::machine::{DeviceMetrics, DriveError, DriveTask, JobState, JobStatus, StartError};
 
 /// What was asked of a [`Double`], in order.
 pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
@@ -123,6 +124,8 @@ impl Guest for Double {
             pmem: BTreeMap::new(),
             entropy: None,
             balloon: balloon.map(|balloon| balloon.lock().unwrap().metrics()),
+            exits: Vec::new(),
+            booted: None,
         }
     }
 

@@ -59,8 +59,9 @@ pub struct Confinement {
 }
 
 /// A layer of the jail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = JailLayer)]
 pub enum Layer {
     /// Limits of memory, CPU, processes and I/O, by a control group.
     Cgroup,
@@ -114,7 +115,8 @@ impl Display for Layer {
 }
 
 /// A layer that is not there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[schema(as = MissingLayer)]
 pub struct Missing {
     /// The layer.
     pub layer: Layer,
@@ -123,7 +125,7 @@ pub struct Missing {
 }
 
 /// What `GET /vm/jail` answers: the layers in force.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct JailReport {
     /// Whether a jail was asked for.
     pub jailed: bool,

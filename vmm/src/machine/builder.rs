@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 
 use devices::bus::Bus;
 use devices::legacy::{
-    AcpiPm, CmosRtc, I8042, PowerSink, Pvpanic, SerialConsole, SerialInput, SerialPort,
+    AcpiPm, BootMark, BootTimer, CmosRtc, I8042, PowerSink, Pvpanic, SerialConsole, SerialInput,
+    SerialPort,
 };
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::VirtioBalloon;
@@ -34,10 +35,11 @@ pub(super) struct Balloon {
     pub(super) reports: bool,
 }
 
-/// Devices of a PC that remember something.
+/// Devices of a PC that remember something, and what the guest has told one.
 pub(super) struct Legacy {
     pub(super) keyboard: Arc<Mutex<I8042>>,
     pub(super) rtc: Arc<Mutex<CmosRtc>>,
+    pub(super) boot_mark: BootMark,
 }
 
 /// The devices of a machine while it is put together.
@@ -213,7 +215,14 @@ impl<'a> Builder<'a> {
             AcpiPm::PORTS,
             Arc::new(Mutex::new(AcpiPm::new(power.clone()))),
         )?;
-        Ok(Legacy { keyboard, rtc })
+        let timer = BootTimer::default();
+        let boot_mark = timer.mark();
+        self.add_port(layout::BOOT_TIMER_PORT, 1, Arc::new(Mutex::new(timer)))?;
+        Ok(Legacy {
+            keyboard,
+            rtc,
+            boot_mark,
+        })
     }
 }
 

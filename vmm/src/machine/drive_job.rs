@@ -85,7 +85,7 @@ impl DriveTask {
 }
 
 /// Where a job is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub enum JobState {
     /// At work.
     Running,
@@ -98,7 +98,7 @@ pub enum JobState {
 }
 
 /// What is known of a job.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct JobStatus {
     /// `compaction` or `commit`.
     pub operation: &'static str,
@@ -111,6 +111,7 @@ pub struct JobStatus {
     /// Why it failed.
     pub error: Option<String>,
     /// The file that the drive has now.
+    #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
 }
 

@@ -23,9 +23,10 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use devices::bus::BusRangeError;
-use devices::legacy::{CmosRtc, I8042, SerialConsole};
+use devices::legacy::{BootMark, CmosRtc, I8042, SerialConsole};
 use devices::persist::RestoreError;
 use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
 use devices::virtio::block::{BlockError, BlockMetrics, VirtioBlock};
@@ -51,7 +52,7 @@ pub use snapshot::DevicesState;
 pub(crate) use builder::open_disk;
 use sharing::Sharing;
 
-use crate::vm::{VcpuExit, Vcpus, VmError};
+use crate::vm::{ExitKind, VcpuExit, Vcpus, VmError};
 
 /// What the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
@@ -194,7 +195,7 @@ pub enum MachineError {
     KeyboardBusy,
 }
 
-/// The counters of a machine's devices.
+/// The counters of a machine's devices and vCPUs.
 #[derive(Debug)]
 pub struct DeviceMetrics {
     /// By `drive_id`.
@@ -205,6 +206,10 @@ pub struct DeviceMetrics {
     pub entropy: Option<Arc<RngMetrics>>,
     /// Of the balloon, where there is one.
     pub balloon: Option<Arc<BalloonMetrics>>,
+    /// How often the vCPUs have left the guest, by what for.
+    pub exits: Vec<(ExitKind, u64)>,
+    /// When the guest told that it has booted, where it did.
+    pub booted: Option<Instant>,
 }
 
 /// A started guest.
@@ -219,6 +224,7 @@ pub struct Machine {
     keyboard: Arc<Mutex<I8042>>,
     rtc: Arc<Mutex<CmosRtc>>,
     console: SerialConsole,
+    boot_mark: BootMark,
     generation: VmGenId,
     transports: Vec<Arc<Mutex<MmioTransport>>>,
     sharing: Sharing,
@@ -423,7 +429,7 @@ impl Machine {
         self.balloon.as_deref()
     }
 
-    /// The counters of the devices.
+    /// The counters of the devices and of the vCPUs.
     pub fn metrics(&self) -> DeviceMetrics {
         DeviceMetrics {
             drives: self
@@ -438,6 +444,8 @@ impl Machine {
                 .collect(),
             entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
             balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
+            exits: self.vcpus.exits(),
+            booted: self.boot_mark.get().copied(),
         }
     }
 

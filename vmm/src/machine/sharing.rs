@@ -431,7 +431,7 @@ impl Unsharing {
 }
 
 /// What `GET /vm/sharing` answers. Pages are of 4 KiB.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct SharingReport {
     /// What is shared: `off`, `boot`, `read` or `all`.
     pub mode: &'static str,

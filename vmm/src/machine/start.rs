@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use devices::legacy::{CmosRtc, I8042, PowerEvent, PowerSink, SerialConsole};
+use devices::legacy::{BootMark, CmosRtc, I8042, PowerEvent, PowerSink, SerialConsole};
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
@@ -57,6 +57,7 @@ struct Assembled {
     plan: Plan,
     keyboard: Arc<Mutex<I8042>>,
     rtc: Arc<Mutex<CmosRtc>>,
+    boot_mark: BootMark,
     console: SerialConsole,
     generation: VmGenId,
     drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
@@ -82,7 +83,11 @@ impl Assembled {
     ) -> Result<Self, StartError> {
         let pmem = attach_pmem(config, vm)?;
         let mut builder = Builder::new(vm);
-        let Legacy { keyboard, rtc } = builder.add_legacy(&power_sink(on_end.clone()))?;
+        let Legacy {
+            keyboard,
+            rtc,
+            boot_mark,
+        } = builder.add_legacy(&power_sink(on_end.clone()))?;
         let plan = Plan::new(vm, config, &pmem, on_end, boots)?;
         let (out, drained) = serial;
         let console = builder.add_serial(out, drained)?;
@@ -106,6 +111,7 @@ impl Assembled {
             plan,
             keyboard,
             rtc,
+            boot_mark,
             console,
             generation,
             drives,
@@ -153,6 +159,7 @@ impl Assembled {
                 balloon: self.balloon,
                 keyboard: self.keyboard,
                 rtc: self.rtc,
+                boot_mark: self.boot_mark,
                 console: self.console,
                 generation: self.generation,
                 transports: self.transports,

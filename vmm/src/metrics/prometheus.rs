@@ -2,12 +2,14 @@
 //!
 //! Names follow Prometheus: base units, the unit behind the name, `_total` behind what only grows. A label is what can be summed over.
 
+mod drives;
+
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
 use devices::virtio::balloon::{BalloonMetrics, Returned};
-use devices::virtio::block::BlockMetrics;
 use memshare::PAGE_SIZE;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -36,6 +38,10 @@ pub struct Scrape {
     pub sharing: Option<SharingReport>,
     /// Counters of devices; only of a started guest.
     pub devices: Option<DeviceMetrics>,
+    /// How long it took to boot, where the guest has told that it has.
+    pub boot: Option<Duration>,
+    /// How long it took to go on from a snapshot, where it did.
+    pub restore: Option<Duration>,
 }
 
 impl Scrape {
@@ -278,52 +284,6 @@ impl Writer<'_> {
         )
     }
 
-    fn drives(&mut self, devices: &DeviceMetrics) -> fmt::Result {
-        type Counter = fn(&BlockMetrics) -> &AtomicU64;
-        let bytes = Some(&Unit::Bytes);
-        let counters: [(&str, _, &str, Counter); 8] = [
-            ("block_reads", None, "Reads that succeeded", |drive| {
-                &drive.reads
-            }),
-            ("block_read", bytes, "What they read", |drive| {
-                &drive.read_bytes
-            }),
-            ("block_writes", None, "Writes that succeeded", |drive| {
-                &drive.writes
-            }),
-            ("block_written", bytes, "What they wrote", |drive| {
-                &drive.written_bytes
-            }),
-            ("block_flushes", None, "Flushes that succeeded", |drive| {
-                &drive.flushes
-            }),
-            (
-                "block_discards",
-                None,
-                "Discard and write-zeroes requests that succeeded",
-                |drive| &drive.discards,
-            ),
-            (
-                "block_errors",
-                None,
-                "Requests that ended in an error status",
-                |drive| &drive.errors,
-            ),
-            (
-                "block_failures",
-                None,
-                "Times that the driver broke a ring",
-                |drive| &drive.failures,
-            ),
-        ];
-        for (name, unit, help, counter) in counters {
-            let drives = devices.drives.iter();
-            let samples = drives.map(|(id, drive)| (("drive", id.as_str()), get(counter(drive))));
-            self.counters(name, unit, help, samples)?;
-        }
-        Ok(())
-    }
-
     fn pmem(&mut self, devices: &DeviceMetrics) -> fmt::Result {
         type Value = fn(&PmemCounters) -> u64;
         let counters: [(&str, _, &str, Value); 4] = [
@@ -443,8 +403,42 @@ impl Writer<'_> {
         Ok(())
     }
 
+    fn times(&mut self, boot: Option<Duration>, restore: Option<Duration>) -> fmt::Result {
+        let times = [
+            (
+                "boot_time",
+                "From the start of the process, or from InstanceStart where the guest waited for that, to the guest's word that it has booted",
+                boot,
+            ),
+            (
+                "restore_time",
+                "From the start of the process, or from the request, to a guest that can go on from its snapshot",
+                restore,
+            ),
+        ];
+        for (name, help, took) in times {
+            if let Some(took) = took {
+                let value = ConstGauge::new(took.as_secs_f64());
+                self.one((name, Some(&Unit::Seconds), help), &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn exits(&mut self, devices: &DeviceMetrics) -> fmt::Result {
+        let exits = devices.exits.iter();
+        self.counters(
+            "vcpu_exits",
+            None,
+            "Times that a vCPU left the guest for this program; what the kernel serves by itself is not among it",
+            exits.map(|(kind, count)| (("kind", kind.name()), *count)),
+        )
+    }
+
     fn devices(&mut self, devices: &DeviceMetrics) -> fmt::Result {
+        self.exits(devices)?;
         self.drives(devices)?;
+        self.latencies(devices)?;
         self.pmem(devices)?;
         if let Some(balloon) = &devices.balloon {
             self.balloon(balloon)?;
@@ -477,6 +471,7 @@ impl Collector for Scrape {
         if let Some(sharing) = &self.sharing {
             writer.sharing(sharing)?;
         }
+        writer.times(self.boot, self.restore)?;
         match &self.devices {
             Some(devices) => writer.devices(devices),
             None => Ok(()),

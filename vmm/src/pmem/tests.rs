@@ -447,6 +447,8 @@ fn the_counters_of_a_device_are_told_by_its_name() {
         pmem: [("root".to_owned(), PmemCounters { device, mapping })].into(),
         entropy: None,
         balloon: None,
+        exits: Vec::new(),
+        booted: None,
     };
     let line = crate::metrics::snapshot(&crate::metrics::ApiMetrics::default(), Some(&devices));
     let pmem = &line["pmem_root"];

@@ -1,5 +1,6 @@
 //! The guest's own API below `/vms/{id}/`, as the `OpenAPI` document shows it. These requests are passed on (`routes`), and done by the
-//! guest's process ([`crate::api`]): here is only what they look like, with the types that the process reads.
+//! guest's process ([`crate::api`]): here is only what they look like, with the types that the process reads. That none is left out, a test of
+//! `openapi` sees to.
 
 #![allow(
     dead_code,
@@ -10,50 +11,39 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::fault::FaultBody;
-use crate::config::{
-    BalloonConfig, BalloonUpdate, BootSourceConfig, DriveConfig, DriveUpdate, EntropyConfig,
-    MachineConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig,
+use crate::api::bodies::{
+    Action, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobUpdate,
+    MachineUpdate, Version, VmUpdate,
 };
+use crate::config::{
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, BootSourceConfig, DriveConfig,
+    DriveUpdate, EntropyConfig, HintingStart, LoggerConfig, MachineConfig, MetricsConfig,
+    PmemConfig, SerialConfig, SharingConfig, VmConfig,
+};
+use crate::control::{HintingState, InstanceInfo};
+use crate::jail::JailReport;
+use crate::machine::{JobStatus, SharingReport};
 
-/// The body of `PUT /actions`.
+/// The body of `PUT /snapshot/create`: [`crate::snapshot::CreateSnapshot`], to which a test holds it.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Action {
-    action_type: ActionType,
+pub(super) struct CreateSnapshot {
+    /// What of the memory is saved.
+    #[schema(required = false)]
+    snapshot_type: SnapshotType,
+    /// The state file, which is written, or replaced as a whole.
+    snapshot_path: String,
+    /// The memory file, which is written, or replaced as a whole.
+    mem_file_path: String,
 }
 
-/// What a guest can be told to do.
+/// What of the memory a snapshot holds.
 #[derive(Deserialize, ToSchema)]
-pub(super) enum ActionType {
-    /// Write the counters.
-    FlushMetrics,
-    /// Start.
-    InstanceStart,
-    /// Press Ctrl-Alt-Del.
-    SendCtrlAltDel,
-}
-
-/// The body of `PATCH /vm`.
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct VmUpdate {
-    state: VmState,
-}
-
-/// Whether the vCPUs run.
-#[derive(Deserialize, ToSchema)]
-pub(super) enum VmState {
-    /// They stand still.
-    Paused,
-    /// They run.
-    Resumed,
-}
-
-/// The fields of `machine-config` that are to change.
-#[derive(Deserialize, ToSchema)]
-pub(super) struct MachineUpdate {
-    vcpu_count: Option<u8>,
-    mem_size_mib: Option<u32>,
+pub(super) enum SnapshotType {
+    /// All of it.
+    Full,
+    /// What is not as it was in the snapshot before.
+    Diff,
 }
 
 /// A request of the guest's API: it is done with 204, or answered with 200.
@@ -77,9 +67,9 @@ macro_rules! guest {
 }
 
 guest!(/// The guest's state.
-    info, get, "/vms/{id}/" => 200, Object);
+    info, get, "/vms/{id}/" => 200, InstanceInfo);
 guest!(/// The version of its VMM.
-    version, get, "/vms/{id}/version" => 200, Object);
+    version, get, "/vms/{id}/version" => 200, Version);
 guest!(/// All that is configured.
     config, get, "/vms/{id}/vm/config" => 200, VmConfig);
 guest!(/// Memory and vCPUs.
@@ -94,22 +84,52 @@ guest!(/// Adds or replaces a drive, before the start.
     set_drive, put, "/vms/{id}/drives/{drive}", part = "drive", body = DriveConfig => 204);
 guest!(/// Gives a drive another file, after the start.
     update_drive, patch, "/vms/{id}/drives/{drive}", part = "drive", body = DriveUpdate => 204);
+guest!(/// Has the disk of a drive go on in a new file. The old one stays as it is.
+    snapshot_drive, put, "/vms/{id}/drives/{drive}/snapshot", part = "drive", body = DriveSnapshot => 204);
+guest!(/// Makes the disk of a drive larger, and tells the guest.
+    resize_drive, put, "/vms/{id}/drives/{drive}/resize", part = "drive", body = DriveResize => 204);
+guest!(/// Starts a job that moves the blocks of a disk down and cuts its file.
+    compact_drive, put, "/vms/{id}/drives/{drive}/compact", part = "drive", body = DriveCompact => 204);
+guest!(/// Starts a job that merges a disk into its parent while the guest goes on.
+    commit_drive, put, "/vms/{id}/drives/{drive}/commit", part = "drive", body = DriveCommit => 204);
+guest!(/// The last job of a drive.
+    drive_job, get, "/vms/{id}/drives/{drive}/job", part = "drive" => 200, JobStatus);
+guest!(/// Stops the job of a drive.
+    cancel_drive_job, put, "/vms/{id}/drives/{drive}/job", part = "drive", body = JobUpdate => 204);
 guest!(/// Adds or replaces a disk as memory, before the start.
     set_pmem, put, "/vms/{id}/pmem/{pmem}", part = "pmem", body = PmemConfig => 204);
 guest!(/// Adds the entropy device, before the start.
     entropy, put, "/vms/{id}/entropy", body = EntropyConfig => 204);
 guest!(/// Sets where the serial console writes, before the start.
     serial, put, "/vms/{id}/serial", body = SerialConfig => 204);
+guest!(/// Sets where the log goes and what is in it, before the start.
+    logger, put, "/vms/{id}/logger", body = LoggerConfig => 204);
+guest!(/// Sets where lines of counters go, before the start.
+    set_metrics, put, "/vms/{id}/metrics", body = MetricsConfig => 204);
 guest!(/// Sets what is shared, before the start.
     sharing, put, "/vms/{id}/sharing", body = SharingConfig => 204);
 guest!(/// What of its memory is shared.
-    shared, get, "/vms/{id}/vm/sharing" => 200, Object);
+    shared, get, "/vms/{id}/vm/sharing" => 200, SharingReport);
+guest!(/// The layers of its jail, and those that are missing.
+    jail, get, "/vms/{id}/vm/jail" => 200, JailReport);
 guest!(/// The balloon.
     balloon, get, "/vms/{id}/balloon" => 200, BalloonConfig);
 guest!(/// Adds the balloon, before the start.
     set_balloon, put, "/vms/{id}/balloon", body = BalloonConfig => 204);
 guest!(/// Changes the amount of the balloon.
     update_balloon, patch, "/vms/{id}/balloon", body = BalloonUpdate => 204);
+guest!(/// What the guest says of its memory, by name.
+    balloon_statistics, get, "/vms/{id}/balloon/statistics" => 200, BTreeMap<String, u64>);
+guest!(/// Asks for the guest's statistics more or less often.
+    update_balloon_statistics, patch, "/vms/{id}/balloon/statistics", body = BalloonStatisticsUpdate => 204);
+guest!(/// Has the guest tell of its free memory.
+    start_hinting, patch, "/vms/{id}/balloon/hinting/start", body = Option<HintingStart> => 204);
+guest!(/// Ends the guest's telling of its free memory.
+    stop_hinting, patch, "/vms/{id}/balloon/hinting/stop", body = Option<HintingStop> => 204);
+guest!(/// How far the guest is with telling of its free memory.
+    hinting, get, "/vms/{id}/balloon/hinting/status" => 200, HintingState);
+guest!(/// Saves the guest, which has to be paused, to files.
+    create_snapshot, put, "/vms/{id}/snapshot/create", body = CreateSnapshot => 204);
 guest!(/// Has it start, or write its counters, or presses Ctrl-Alt-Del.
     actions, put, "/vms/{id}/actions", body = Action => 204);
 guest!(/// Has its vCPUs stand still, or go on.
@@ -120,3 +140,42 @@ guest!(/// Has its vCPUs stand still, or go on.
     (status = 200, content_type = "application/openmetrics-text", body = String),
     (status = 404, body = FaultBody), (status = 409, body = FaultBody)))]
 pub(super) fn counters() {}
+
+/// Is refused: a guest of the daemon goes on from a template, which `POST /vms` names.
+#[utoipa::path(put, path = "/vms/{id}/snapshot/load", tag = "the guest's own API", params(("id" = String, Path)),
+    request_body = Object, responses(
+    (status = 404, body = FaultBody), (status = 409, body = FaultBody, description = "Use a template."),
+    (status = 413, body = FaultBody)))]
+pub(super) fn load_snapshot() {}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+
+    #[test]
+    fn the_document_shows_the_fields_of_a_snapshot_as_they_are_read() {
+        let schema = serde_json::to_value(<CreateSnapshot as utoipa::PartialSchema>::schema());
+        let schema = schema.unwrap();
+        let fields = schema["properties"].as_object().unwrap().keys();
+        let whole: Map<String, Value> =
+            fields.map(|field| (field.clone(), json!("Full"))).collect();
+        let read = |body: &Map<String, Value>| {
+            serde_json::from_value::<crate::snapshot::CreateSnapshot>(body.clone().into())
+        };
+        read(&whole).unwrap();
+        for field in whole.keys() {
+            let mut body = whole.clone();
+            body.remove(field);
+            let is_required = schema["required"]
+                .as_array()
+                .unwrap()
+                .contains(&json!(field));
+            assert_eq!(read(&body).is_err(), is_required, "{field}");
+            body.insert(format!("{field}_"), json!("Full"));
+            read(&body).unwrap_err();
+        }
+        assert_eq!(schema["additionalProperties"], false);
+    }
+}

@@ -27,6 +27,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Most lines that are taken of one guest.
 const LINES: usize = 4096;
 
+type Origin = [(&'static str, &'static str); 1];
 type Labels = [(&'static str, String); 2];
 
 /// What the daemon counts.
@@ -34,8 +35,18 @@ pub struct DaemonMetrics {
     requests: Family<Labels, Counter>,
     latency: Histogram,
     starts: Histogram,
+    made: Family<Origin, Histogram, fn() -> Histogram>,
     restarts: Counter,
     refused: Counter,
+}
+
+/// What a guest was made of.
+const ORIGINS: [Origin; 2] = [[("origin", "kernel")], [("origin", "template")]];
+
+fn starts() -> Histogram {
+    Histogram::new([
+        0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0,
+    ])
 }
 
 impl Default for DaemonMetrics {
@@ -43,11 +54,16 @@ impl Default for DaemonMetrics {
         let latency = [
             0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
         ];
-        let starts = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+        let made = Family::new_with_constructor(starts as fn() -> Histogram);
+        // Both are there from the beginning: what shows up at 1 has no rate.
+        for origin in ORIGINS {
+            drop(made.get_or_create(&origin));
+        }
         Self {
             requests: Family::default(),
             latency: Histogram::new(latency),
-            starts: Histogram::new(starts),
+            starts: starts(),
+            made,
             restarts: Counter::default(),
             refused: Counter::default(),
         }
@@ -78,6 +94,13 @@ impl DaemonMetrics {
     /// A guest was started.
     pub fn started(&self, took: Duration) {
         self.starts.observe(took.as_secs_f64());
+    }
+
+    /// A guest was made, and runs.
+    pub fn made(&self, is_clone: bool, took: Duration) {
+        let [kernel, template] = &ORIGINS;
+        let origin = if is_clone { template } else { kernel };
+        self.made.get_or_create(origin).observe(took.as_secs_f64());
     }
 
     /// A guest was started again.
@@ -116,6 +139,12 @@ impl DaemonMetrics {
             "Time from the start of a guest's process to the guest's first instruction",
             Unit::Seconds,
             self.starts.clone(),
+        );
+        registry.register_with_unit(
+            "vm_create_duration",
+            "Time from the request for a guest to one that runs, made of a kernel or of a template",
+            Unit::Seconds,
+            self.made.clone(),
         );
         registry.register(
             "vm_failure_restarts",
@@ -320,6 +349,7 @@ mod tests {
         joined.add("two", &guest(2));
         let own = DaemonMetrics::default();
         own.answered(&Method::GET, 200, Duration::from_millis(2));
+        own.made(true, Duration::from_millis(20));
         let text = joined.after(&own.encode(Vec::new(), None).unwrap());
         let expected = "# HELP coppice_a Help\n# TYPE coppice_a counter\n\
             coppice_a_total{vm=\"one\",drive=\"x\"} 1\ncoppice_a_total{vm=\"two\",drive=\"x\"} 2\n\
@@ -329,6 +359,12 @@ mod tests {
             text.contains("coppice_daemon_requests_total{method=\"GET\",code=\"200\"} 1"),
             "{text}"
         );
+        for (origin, count) in [("kernel", 0), ("template", 1)] {
+            let made = format!(
+                "coppice_vm_create_duration_seconds_count{{origin=\"{origin}\"}} {count}\n"
+            );
+            assert!(text.contains(&made), "{text}");
+        }
         assert!(text.contains("coppice_vms{state=\"running\"} 0"), "{text}");
         assert_eq!(text.matches("# EOF").count(), 1);
     }

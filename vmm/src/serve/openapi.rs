@@ -2,7 +2,8 @@
 
 use utoipa::OpenApi;
 
-use super::{guest_api as guest, routes};
+use super::guest_api as guest;
+use super::routes::{console, daemon, images, templates, vms};
 
 /// The document of all that the socket serves.
 #[derive(OpenApi)]
@@ -13,16 +14,16 @@ use super::{guest_api as guest, routes};
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
     paths(
-        routes::list,
-        routes::create,
-        routes::show,
-        routes::delete,
-        routes::start,
-        routes::stop,
-        routes::pause,
-        routes::resume,
-        routes::console_output,
-        routes::console_input,
+        vms::list,
+        vms::create,
+        vms::show,
+        vms::delete,
+        vms::start,
+        vms::stop,
+        vms::pause,
+        vms::resume,
+        console::console_output,
+        console::console_input,
         guest::info,
         guest::version,
         guest::config,
@@ -32,29 +33,45 @@ use super::{guest_api as guest, routes};
         guest::boot_source,
         guest::set_drive,
         guest::update_drive,
+        guest::snapshot_drive,
+        guest::resize_drive,
+        guest::compact_drive,
+        guest::commit_drive,
+        guest::drive_job,
+        guest::cancel_drive_job,
         guest::set_pmem,
         guest::entropy,
         guest::serial,
+        guest::logger,
+        guest::set_metrics,
         guest::sharing,
         guest::shared,
+        guest::jail,
         guest::balloon,
         guest::set_balloon,
         guest::update_balloon,
+        guest::balloon_statistics,
+        guest::update_balloon_statistics,
+        guest::start_hinting,
+        guest::stop_hinting,
+        guest::hinting,
+        guest::create_snapshot,
         guest::actions,
         guest::state,
         guest::counters,
-        routes::images,
-        routes::image,
-        routes::put_image,
-        routes::delete_image,
-        routes::templates,
-        routes::template,
-        routes::create_template,
-        routes::delete_template,
-        routes::events,
-        routes::metrics,
-        routes::health,
-        routes::openapi_json,
+        guest::load_snapshot,
+        images::images,
+        images::image,
+        images::put_image,
+        images::delete_image,
+        templates::templates,
+        templates::template,
+        templates::create_template,
+        templates::delete_template,
+        daemon::events,
+        daemon::metrics,
+        daemon::health,
+        daemon::openapi_json,
     )
 )]
 struct Document;
@@ -69,9 +86,12 @@ pub fn document() -> serde_json::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use serde_json::Value;
 
     use super::*;
+    use crate::api;
 
     #[test]
     fn the_document_has_the_bodies_of_requests_and_of_refusals() {
@@ -93,5 +113,31 @@ mod tests {
         assert!(config["boot-source"].is_object(), "{config}");
         let refused = &document["paths"]["/vms"]["post"]["responses"]["507"];
         assert!(refused["content"]["application/json"]["schema"].is_object());
+    }
+    /// Paths without the names of what is in braces, which do not matter.
+    fn without_names(path: &str) -> String {
+        let parts = path.split('/').map(|part| match part.as_bytes() {
+            [b'{', .., b'}'] => "{}",
+            _ => part,
+        });
+        parts.collect::<Vec<_>>().join("/")
+    }
+
+    #[test]
+    fn the_document_has_what_a_guest_serves_and_nothing_else() {
+        let document: Value = serde_json::from_str(&document().unwrap()).unwrap();
+        let mut documented = BTreeSet::new();
+        for (path, methods) in document["paths"].as_object().unwrap() {
+            for (method, operation) in methods.as_object().unwrap() {
+                if operation["tags"][0] == "the guest's own API" {
+                    let below = path.strip_prefix("/vms/{id}").unwrap();
+                    documented.insert((method.to_uppercase(), without_names(below)));
+                }
+            }
+        }
+        let served = api::operations()
+            .map(|(method, path)| (method.to_string(), without_names(path)))
+            .collect();
+        assert_eq!(documented, served);
     }
 }

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS, MAX_VCPUS};
 
 mod cpuid;
+mod exits;
 mod memory;
 mod pmu;
 mod slots;
@@ -31,6 +32,7 @@ mod vcpu;
 #[cfg(test)]
 mod native_kvm;
 
+pub use exits::{ExitCounters, ExitKind};
 pub use memory::HugePages;
 #[cfg(test)]
 pub(crate) use memory::shared as shared_memory;
@@ -246,6 +248,7 @@ impl Vm {
                 index,
                 cpuid: of_vcpu,
                 msrs: msrs.clone(),
+                exits: Arc::default(),
             };
             vcpu.reset()?;
             made.push(vcpu);

@@ -17,6 +17,7 @@ use kvm_ioctls::VmFd;
 use memshare::Window;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+use super::exits::{ExitCounters, ExitKind};
 use super::state::{self, StateError, VcpuState, VmState};
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
 use super::{Buses, VmError};
@@ -166,6 +167,8 @@ impl Shared {
 pub struct Vcpus {
     shared: Arc<Shared>,
     has_pit: bool,
+    /// By vCPU.
+    exits: Vec<Arc<ExitCounters>>,
     /// What the memory slots of the VM map: not unmapped while a vCPU can run.
     _memory: (GuestMemory, Vec<Arc<Window>>),
 }
@@ -219,10 +222,12 @@ impl Vcpus {
             on_exit,
             vm,
         });
+        let exits = vcpus.iter().map(|vcpu| vcpu.exits.clone()).collect();
         let buses = Arc::new(buses);
         let this = Self {
             shared,
             has_pit,
+            exits,
             _memory: memory,
         };
         for vcpu in vcpus {
@@ -298,6 +303,12 @@ impl Vcpus {
             .map(|(index, state)| state.unwrap_or(Err(StateError::Ended(index))));
         let vcpus = vcpus.collect::<Result<_, _>>()?;
         Ok((VmState::of(&self.shared.vm, self.has_pit)?, vcpus))
+    }
+
+    /// How often the vCPUs have left the guest, by what for.
+    pub fn exits(&self) -> Vec<(ExitKind, u64)> {
+        let all = |kind| self.exits.iter().map(|vcpu| vcpu.get(kind)).sum();
+        ExitKind::ALL.map(|kind| (kind, all(kind))).to_vec()
     }
 
     /// A way to hold the vCPUs that outlives this value.
@@ -417,8 +428,14 @@ fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu, restored: bool) -> 
         loop {
             match vcpu.run(buses) {
                 Step::Handled => {}
-                Step::Interrupted => break,
-                Step::Ended(exit) => return Some(exit),
+                Step::Interrupted => {
+                    vcpu.exits.count(ExitKind::Interrupted);
+                    break;
+                }
+                Step::Ended(exit) => {
+                    vcpu.exits.count(ExitKind::Ended);
+                    return Some(exit);
+                }
             }
         }
     }

@@ -7,6 +7,7 @@ use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EV
 use kvm_ioctls::{VcpuExit as KvmExit, VcpuFd};
 use vmm_sys_util::errno;
 
+use super::exits::{ExitCounters, ExitKind};
 use super::{Buses, VmError};
 
 /// Why a vCPU ends the guest.
@@ -99,6 +100,8 @@ pub(super) struct Vcpu {
     pub(super) cpuid: CpuId,
     /// Those that KVM saves.
     pub(super) msrs: Arc<[u32]>,
+    /// What it left the guest for.
+    pub(super) exits: Arc<ExitCounters>,
 }
 
 /// MSRs at boot: fast string operations, and write-back as the default memory type, as firmware leaves them.
@@ -173,6 +176,7 @@ impl Vcpu {
         let failed = |error| Step::Ended(VcpuExit::Failed(error));
         match self.fd.run() {
             Ok(KvmExit::IoIn(port, data)) => {
+                self.exits.count(ExitKind::IoIn);
                 let data = &raw mut *data;
                 let size = element_size(&mut self.fd);
                 // SAFETY: the bytes lie in the mapping of `fd`'s `kvm_run`, behind the structure itself. Nobody else refers to them,
@@ -186,6 +190,7 @@ impl Vcpu {
                 Step::Handled
             }
             Ok(KvmExit::IoOut(port, data)) => {
+                self.exits.count(ExitKind::IoOut);
                 let data = &raw const *data;
                 let size = element_size(&mut self.fd);
                 // SAFETY: as for `IoIn`.
@@ -197,6 +202,7 @@ impl Vcpu {
                 Step::Handled
             }
             Ok(KvmExit::MmioRead(address, data)) => {
+                self.exits.count(ExitKind::MmioRead);
                 if !buses.mmio.read(address, data) {
                     data.fill(0xff);
                     tracing::trace!(address, "read of an unclaimed address");
@@ -204,6 +210,7 @@ impl Vcpu {
                 Step::Handled
             }
             Ok(KvmExit::MmioWrite(address, data)) => {
+                self.exits.count(ExitKind::MmioWrite);
                 if !buses.mmio.write(address, data) {
                     tracing::trace!(address, "write to an unclaimed address");
                 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use libc::iovec;
 use storage::io::{IoBuffer, Source};
@@ -39,6 +40,8 @@ pub(super) struct Ticket {
     /// Where the status byte goes.
     pub(super) status: GuestAddress,
     pub(super) operation: Operation,
+    /// When it was taken from the ring.
+    pub(super) begun: Instant,
     /// Bytes of data.
     pub(super) len: u32,
 }
@@ -114,6 +117,7 @@ impl Ticket {
             head,
             status,
             operation,
+            begun: Instant::now(),
             len,
         })
     }

@@ -13,6 +13,7 @@ mod config_space;
 mod event_handler;
 #[cfg(test)]
 mod hostile;
+mod latency;
 mod metrics;
 mod persist;
 mod request;
@@ -33,6 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::buffer::{Operation, Ticket};
 use self::config_space::{ConfigSpace, bit};
+pub use self::latency::{Latencies, LatencyReading};
 pub use self::metrics::BlockMetrics;
 use self::metrics::add;
 pub use self::persist::BlockState;
@@ -369,15 +371,18 @@ impl VirtioBlock {
                 ticket.note_copies();
                 add(&metrics.reads, 1);
                 add(&metrics.read_bytes, len);
+                metrics.read_latency.record(ticket.begun.elapsed());
                 ticket.len.saturating_add(1)
             }
             Operation::Write => {
                 add(&metrics.writes, 1);
                 add(&metrics.written_bytes, len);
+                metrics.write_latency.record(ticket.begun.elapsed());
                 1
             }
             Operation::Flush => {
                 add(&metrics.flushes, 1);
+                metrics.flush_latency.record(ticket.begun.elapsed());
                 1
             }
             Operation::Discard => {

@@ -37,7 +37,9 @@ mod tables {
 }
 
 /// What becomes of a system call that is not in the policy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum, utoipa::ToSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum SeccompMode {
     /// There is no filter.

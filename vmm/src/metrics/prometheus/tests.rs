@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering;
 use devices::virtio::rng::RngMetrics;
 
 use super::*;
+use crate::vm::ExitKind;
+use devices::virtio::block::BlockMetrics;
 
 /// A metric family, as a reader of the text finds it.
 #[derive(Debug, Default)]
@@ -62,21 +64,27 @@ fn parse(text: &str) -> BTreeMap<String, Family> {
         let at = series.find('{').unwrap_or(series.len());
         let (name, labels) = series.split_at(at);
         let family = families.get_mut(&current).unwrap();
-        let expected = match family.kind.as_str() {
-            "counter" => format!("{current}_total"),
-            "gauge" => current.clone(),
+        let suffixes: &[&str] = match family.kind.as_str() {
+            "counter" => &["_total"],
+            "gauge" => &[""],
+            "histogram" => &["_bucket", "_count", "_sum"],
             kind => panic!("{current} is a {kind}"),
         };
-        assert_eq!(name, expected);
+        let suffix = name
+            .strip_prefix(current.as_str())
+            .unwrap_or_else(|| panic!("{name}"));
+        assert!(suffixes.contains(&suffix), "{name}");
         if !labels.is_empty() {
             check_labels(labels);
         }
-        let before = family
-            .samples
-            .insert(labels.to_owned(), value.parse().unwrap());
+        let key = key(&family.kind, suffix, labels);
+        let before = family.samples.insert(key, value.parse().unwrap());
         assert!(before.is_none(), "{series} is there twice");
     }
     for (name, family) in &families {
+        if family.kind == "histogram" {
+            check_histogram(name, family);
+        }
         assert!(is_name(name) && name.starts_with("coppice_"), "{name}");
         assert!(
             !family.help.is_empty() && !family.samples.is_empty(),
@@ -96,18 +104,65 @@ fn parse(text: &str) -> BTreeMap<String, Family> {
     families
 }
 
+/// The other labels of a bucket, and its bound, which stands first.
+fn bound(labels: &str) -> (String, f64) {
+    let (bound, rest) = labels
+        .strip_prefix("{le=\"")
+        .and_then(|labels| labels.split_once("\","))
+        .unwrap_or_else(|| panic!("{labels}"));
+    let bound = bound.replace("+Inf", "inf").parse().unwrap();
+    (format!("{{{rest}"), bound)
+}
+
+/// Buckets grow with their bounds, the last has none, and counts what `_count` does; there is a `_sum` for each.
+fn check_histogram(name: &str, family: &Family) {
+    let mut series: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
+    for (labels, count) in &family.samples {
+        if let Some(labels) = labels.strip_prefix("_bucket") {
+            let (rest, bound) = bound(labels);
+            series.entry(rest).or_default().push((bound, *count));
+        }
+    }
+    assert!(!series.is_empty(), "{name}");
+    for (labels, mut buckets) in series {
+        buckets.sort_by(|a, b| a.0.total_cmp(&b.0));
+        assert!(
+            buckets.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1),
+            "{name}{labels}"
+        );
+        let (last, count) = buckets.pop().unwrap();
+        assert!(last.is_infinite(), "{name}{labels}");
+        let told = family.samples[&format!("_count{labels}")];
+        assert!((told - count).abs() < 0.5, "{name}{labels}");
+        assert!(family.samples[&format!("_sum{labels}")] >= 0.0);
+    }
+}
+
+/// How a sample is found: by its labels, and that of a histogram by what it is of it as well.
+fn key(kind: &str, suffix: &str, labels: &str) -> String {
+    match kind {
+        "histogram" => format!("{suffix}{labels}"),
+        _ => labels.to_owned(),
+    }
+}
+
 fn scrape() -> Scrape {
     Scrape {
         api: Arc::default(),
         process: None,
         sharing: None,
         devices: None,
+        boot: None,
+        restore: None,
     }
 }
 
 fn full() -> Scrape {
     let block = Arc::new(BlockMetrics::default());
     block.read_bytes.store(u64::MAX, Ordering::Relaxed);
+    for micros in [7, 25, 30, 20_000_000] {
+        block.read_latency.record(Duration::from_micros(micros));
+    }
     let pmem = PmemCounters {
         device: Arc::default(),
         mapping: crate::pmem::Figures {
@@ -138,7 +193,11 @@ fn full() -> Scrape {
             pmem: [("base".to_owned(), pmem)].into(),
             entropy: Some(Arc::new(RngMetrics::default())),
             balloon: Some(Arc::default()),
+            exits: vec![(ExitKind::IoOut, 12), (ExitKind::MmioRead, 0)],
+            booted: None,
         }),
+        boot: Some(Duration::from_millis(125)),
+        restore: Some(Duration::from_micros(1500)),
         ..scrape()
     }
 }
@@ -176,12 +235,41 @@ fn names_units_and_values_are_as_prometheus_wants_them() {
         ("coppice_balloon_returned_bytes", r#"{way="hinted"}"#, 0.0),
         ("coppice_entropy_bytes", "", 0.0),
         ("coppice_api_requests", r#"{method="GET"}"#, 0.0),
+        ("coppice_vcpu_exits", r#"{kind="io_out"}"#, 12.0),
+        ("coppice_boot_time_seconds", "", 0.125),
+        ("coppice_restore_time_seconds", "", 0.0015),
     ];
     for (name, labels, expected) in cases {
         let found = value(name, labels);
         assert!((found - expected).abs() < 1e-9, "{name}{labels}: {found}");
     }
     assert!(value("coppice_block_read_bytes", r#"{drive="root"}"#) > 1.8e19);
+}
+
+#[test]
+fn latencies_are_a_histogram_by_drive_and_operation() {
+    let families = parse(&full().encode().unwrap());
+    let samples = &families["coppice_block_request_duration_seconds"].samples;
+    let read = r#"drive="root",operation="read""#;
+    let cases = [
+        (format!("_bucket{{le=\"0.00001\",{read}}}"), 1.0),
+        (format!("_bucket{{le=\"0.00002\",{read}}}"), 1.0),
+        (format!("_bucket{{le=\"0.00004\",{read}}}"), 3.0),
+        (format!("_bucket{{le=\"10.48576\",{read}}}"), 3.0),
+        (format!("_bucket{{le=\"+Inf\",{read}}}"), 4.0),
+        (format!("_count{{{read}}}"), 4.0),
+        (format!("_sum{{{read}}}"), 20.000_062),
+        (
+            r#"_count{drive="data_1",operation="flush"}"#.to_owned(),
+            0.0,
+        ),
+    ];
+    for (key, expected) in cases {
+        let found = samples
+            .get(&key)
+            .unwrap_or_else(|| panic!("{key} in {samples:?}"));
+        assert!((found - expected).abs() < 1e-9, "{key}: {found}");
+    }
 }
 
 #[test]
@@ -193,6 +281,7 @@ fn what_only_grows_is_a_counter() {
         .map(|(name, _)| name.trim_start_matches("coppice_"))
         .collect();
     let expected = [
+        "boot_time_seconds",
         "guest_memory_bytes",
         "pmem_copied_pages",
         "pmem_mapped_pages",
@@ -200,6 +289,7 @@ fn what_only_grows_is_a_counter() {
         "process_private_bytes",
         "process_proportional_bytes",
         "process_shared_bytes",
+        "restore_time_seconds",
         "sharing_candidate_pages",
         "sharing_longest_hold_seconds",
         "sharing_runs",
