@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::jail::Jailed;
+use super::pending::Pending;
 use super::spec::VmSpec;
 use super::status::{Ended, State};
 
@@ -73,6 +74,9 @@ pub struct Record {
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
     pub disks: BTreeMap<String, PathBuf>,
+    /// What is under way with it.
+    #[serde(default)]
+    pub pending: Pending,
     /// How often it was started again.
     #[serde(default)]
     pub restarts: u32,
@@ -118,6 +122,11 @@ pub fn boot_id() -> io::Result<String> {
     Ok(id.trim_end().to_owned())
 }
 
+/// Has an error name the file that it is about.
+pub fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
 /// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
 ///
 /// # Errors
@@ -143,9 +152,9 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
         // The disk is full, most likely. What is not there yet does no harm.
         let _ = fs::remove_file(&new);
     } else if durable && let Some(folder) = path.parent() {
-        File::open(folder)?.sync_all()?;
+        File::open(folder)?.sync_all().map_err(named(folder))?;
     }
-    done
+    done.map_err(named(path))
 }
 
 /// Reads JSON; `None` where there is no such file.
@@ -234,7 +243,11 @@ impl Store {
         let folder = self.vm(id);
         self.remove(id)?;
         let made = || {
-            DirBuilder::new().mode(0o700).create(&folder)?;
+            let mut builder = DirBuilder::new();
+            builder
+                .mode(0o700)
+                .create(&folder)
+                .map_err(named(&folder))?;
             write(&folder.join("vm.json"), record, true)?;
             write(&folder.join("config.json"), config, false)
         };
