@@ -8,6 +8,8 @@
 
 #[path = "serve_client.rs"]
 mod client;
+#[path = "serve_faults.rs"]
+mod faults;
 #[path = "serve_lifecycle.rs"]
 mod lifecycle;
 #[path = "serve_many.rs"]

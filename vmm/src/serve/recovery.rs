@@ -50,6 +50,7 @@ impl Daemon {
                 return self.store.remove(id);
             }
         };
+        self.store.tidy(id);
         let config = store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default();
         let state = record.state;
         let vm = Arc::new(Vm::new(id.to_owned(), folder, record, &config));

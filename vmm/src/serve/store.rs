@@ -127,14 +127,25 @@ pub fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
+/// The name of a file until it is complete.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    new.into()
+}
+
+/// Removes what a process has left that was killed while it wrote `path`. A folder of that name is no such thing.
+pub fn remove_unfinished(path: &Path) {
+    // Most often there is nothing; and what stays does no harm.
+    let _ = fs::remove_file(unfinished(path));
+}
+
 /// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
 ///
 /// # Errors
 /// What the host says.
 pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
+    let new = unfinished(path);
     // A process in a jail may have left something of that name: it is no way to elsewhere, and where it is a folder the file is not written.
     let _ = fs::remove_file(&new);
     let written = || {
@@ -175,7 +186,8 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     }
     let mut text = Vec::new();
     file.take(LONGEST).read_to_end(&mut text)?;
-    Ok(Some(serde_json::from_slice(&text)?))
+    let value = serde_json::from_slice(&text).map_err(|error| named(path)(error.into()))?;
+    Ok(Some(value))
 }
 
 impl Store {
@@ -266,6 +278,13 @@ impl Store {
     /// What the host says.
     pub fn save(&self, id: &str, record: &Record) -> io::Result<()> {
         write(&self.vm(id).join("vm.json"), record, true)
+    }
+
+    /// Removes what was half written in the folder of a guest that has no writer.
+    pub fn tidy(&self, id: &str) {
+        for name in ["vm.json", "config.json", "pid.json"] {
+            remove_unfinished(&self.vm(id).join(name));
+        }
     }
 
     /// Removes the folder of a guest, if there is one.

@@ -5,6 +5,7 @@
 //! Blocks of each run have checksums, in the state.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -73,8 +74,12 @@ pub(super) fn write(
     diff: bool,
 ) -> Result<(Layer, NewFile), SnapshotError> {
     let failed = |source| SnapshotError::file("write", new.path())(source);
-    let mut runs = Vec::new();
-    let mut start = 0;
+    // The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest goes on.
+    let mut buffer = Vec::new();
+    buffer
+        .try_reserve_exact(BLOCK as usize)
+        .map_err(|_| SnapshotError::Memory(ErrorKind::OutOfMemory.into()))?;
+    let (mut runs, mut start) = (Vec::new(), 0);
     for region in memory.regions() {
         let contents = memory
             .contents(region, diff)
@@ -89,7 +94,9 @@ pub(super) fn write(
         for part in parts {
             let mut checksums = Vec::new();
             for at in part.clone().step_by(BLOCK as usize) {
-                let mut block = vec![0; (part.end - at).min(BLOCK) as usize];
+                buffer.clear();
+                buffer.resize((part.end - at).min(BLOCK) as usize, 0);
+                let block = &mut buffer;
                 let end = at + block.len() as u64;
                 let first = contents.partition_point(|(range, _)| range.end <= at);
                 let in_block = contents.iter().skip(first);
@@ -103,8 +110,8 @@ pub(super) fn write(
                         region.window.read(range.start, bytes);
                     }
                 }
-                checksums.push(checksum(&block));
-                write_pages(new.file(), start + at, &block).map_err(failed)?;
+                checksums.push(checksum(block));
+                write_pages(new.file(), start + at, block).map_err(failed)?;
             }
             runs.push(SavedRun {
                 offset: start + part.start,
