@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_line_that_cannot_be_written_costs_the_line_alone() {
-        let full = std::fs::File::options().write(true).open("/dev/full");
+        let full = File::options().write(true).open("/dev/full");
         let mut line = Line(Some(Arc::new(full.unwrap())));
         assert_eq!(line.write(b"lost\n").unwrap(), 5);
     }

@@ -16,6 +16,8 @@ mod lifecycle;
 mod many;
 #[path = "serve/mod.rs"]
 mod serve;
+#[path = "serve_shortage.rs"]
+mod shortage;
 #[path = "serve_templates.rs"]
 mod templates;
 

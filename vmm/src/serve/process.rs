@@ -251,7 +251,7 @@ impl Process {
     /// Sends a signal. One that has ended takes none.
     pub fn signal(&self, signal: Signal) {
         if let Err(error) = pidfd_send_signal(self.fd.get_ref(), signal)
-            && error != rustix::io::Errno::SRCH
+            && error != Errno::SRCH
         {
             tracing::error!(pid = self.pid, %error, "a process cannot be signalled");
         }

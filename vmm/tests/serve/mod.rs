@@ -5,3 +5,4 @@
 pub mod daemon;
 pub mod kernel;
 pub mod steps;
+pub mod traces;

@@ -150,7 +150,12 @@ impl Tracer {
                 (signal, 0) => signal,
                 (_, _) => 0,
             };
-            let _ = ptrace(libc::PTRACE_SYSCALL, thread, 0, passed_on as usize);
+            let _ = ptrace(
+                libc::PTRACE_SYSCALL,
+                thread,
+                0,
+                passed_on.unsigned_abs() as usize,
+            );
         }
     }
 
@@ -181,7 +186,7 @@ impl Tracer {
 /// What a system call does that others can see.
 fn name(call: &Call) -> Option<&'static str> {
     let makes = libc::O_CREAT | libc::O_TMPFILE & !libc::O_DIRECTORY;
-    Some(match call.number as libc::c_long {
+    Some(match call.number.cast_signed() {
         libc::SYS_openat if call.args[2] as i32 & makes != 0 => "create a file",
         libc::SYS_open if call.args[1] as i32 & makes != 0 => "create a file",
         libc::SYS_mkdir | libc::SYS_mkdirat => "mkdir",
