@@ -244,14 +244,16 @@ struct Line(Option<Arc<File>>);
 
 impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        match &self.0 {
-            Some(file) => file.as_ref().write_all(line)?,
+        let written = match &self.0 {
+            Some(file) => file.as_ref().write_all(line),
             None if console::is_raw() => {
                 let text = line.strip_suffix(b"\n").unwrap_or(line);
-                io::stderr().write_all(&[text, b"\r\n"].concat())?;
+                io::stderr().write_all(&[text, b"\r\n"].concat())
             }
-            None => io::stderr().write_all(line)?,
-        }
+            None => io::stderr().write_all(line),
+        };
+        // A full disk costs the line, and not the guest: who is told of it says so on standard error, and panics where that is full, too.
+        let _ = written;
         Ok(line.len())
     }
 
@@ -277,6 +279,13 @@ mod tests {
             log_some();
         });
         std::fs::read_to_string(&path).unwrap()
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_written_costs_the_line_alone() {
+        let full = File::options().write(true).open("/dev/full");
+        let mut line = Line(Some(Arc::new(full.unwrap())));
+        assert_eq!(line.write(b"lost\n").unwrap(), 5);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The `coppice` command.
 
 use std::fmt::Display;
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -33,7 +34,8 @@ fn main() -> ExitCode {
 }
 
 fn fail(code: u8, error: impl Display) -> ExitCode {
-    eprintln!("coppice: {error}");
+    // Standard error may be a file on a full disk. The code is told all the same.
+    let _ = writeln!(io::stderr(), "coppice: {error}");
     ExitCode::from(code)
 }
 

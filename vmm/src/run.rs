@@ -3,7 +3,7 @@
 //! The main thread serves the event loop: the devices, the console, signals and the end of the guest. The vCPUs have a thread each,
 //! and the REST socket has one for itself and one for each connection, where there is one.
 
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
@@ -390,7 +390,8 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     }
     drop(raw_mode);
     if let ExitReason::Guest(GuestEnd::Failed(error)) = &reason {
-        eprintln!("coppice: {error}");
+        // Which may be a file on a full disk.
+        let _ = writeln!(io::stderr(), "coppice: {error}");
     }
     Ok(reason)
 }

@@ -8,12 +8,16 @@
 
 #[path = "serve_client.rs"]
 mod client;
+#[path = "serve_faults.rs"]
+mod faults;
 #[path = "serve_lifecycle.rs"]
 mod lifecycle;
 #[path = "serve_many.rs"]
 mod many;
 #[path = "serve/mod.rs"]
 mod serve;
+#[path = "serve_shortage.rs"]
+mod shortage;
 #[path = "serve_templates.rs"]
 mod templates;
 

@@ -6,13 +6,11 @@
 mod serve;
 
 use std::fs;
-use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use serve::daemon::{Daemon, PATIENCE, coppice};
+use serve::daemon::{Daemon, coppice};
 
 /// A guest with a disk that it may write to.
 fn source(daemon: &Daemon, id: &str) -> PathBuf {
@@ -43,20 +41,6 @@ fn clone(daemon: &Daemon, id: &str, template: &str) -> Value {
     vm
 }
 
-/// What the guest sends back for a letter: it runs, and its serial port is as it was.
-fn echoes(daemon: &Daemon, id: &str) -> bool {
-    let mut console = UnixStream::connect(daemon.vm_folder(id).join("console.sock")).unwrap();
-    console.set_read_timeout(Some(PATIENCE)).unwrap();
-    console.write_all(b"z").unwrap();
-    let mut byte = [0];
-    while console.read(&mut byte).unwrap() > 0 {
-        if byte == *b"z" {
-            return true;
-        }
-    }
-    false
-}
-
 fn files(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap();
     let mut names: Vec<_> = entries
@@ -83,7 +67,7 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
         assert!(daemon.vm_folder(id).join("disk-root-t.vhdx").exists());
     }
     for id in ["a", "b", "c"] {
-        assert!(echoes(&daemon, id), "{id}");
+        assert!(daemon.echoes(id), "{id}");
     }
     // Made again in the same way, it is the same; and one can wait.
     let again = daemon.post("/vms", &json!({"id": "b", "template": "t"}));
@@ -94,11 +78,11 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
         daemon.post("/vms/d/resume", &json!(null)).1["state"],
         "running"
     );
-    assert!(echoes(&daemon, "d"));
+    assert!(daemon.echoes("d"));
 
     daemon.kill_and_restart();
     assert_eq!(daemon.get("/templates/t")["vm"], "a");
-    assert!(echoes(&daemon, "b"));
+    assert!(daemon.echoes("b"));
     // A clone that has ended starts anew, with the disk that it has.
     let (_, stopped) = daemon.post("/vms/b/stop", &json!({"timeout_s": 0}));
     assert_eq!(stopped["state"], "stopped");
@@ -154,7 +138,7 @@ fn a_clone_becomes_a_template_that_outlives_it() {
     }
     clone(&daemon, "d", "u");
     for id in ["c", "d"] {
-        assert!(echoes(&daemon, id), "{id}");
+        assert!(daemon.echoes(id), "{id}");
     }
     let (status, refused) = daemon.call("DELETE", "/templates/t", None);
     assert_eq!(status, 409, "{refused}");
@@ -191,7 +175,7 @@ fn a_template_that_cannot_be_leaves_its_guest_as_it_was() {
         "{refused}"
     );
     assert_eq!(daemon.get("/vms/r")["state"], "running");
-    assert!(echoes(&daemon, "r"));
+    assert!(daemon.echoes("r"));
     assert_eq!(daemon.get("/templates"), json!([]));
     assert_eq!(files(&daemon.folder().join("state/templates")), [""; 0]);
     // What is damaged is not cloned, and nothing of the clone stays.
@@ -278,5 +262,95 @@ fn a_guest_that_writes_to_memory_that_is_a_disk_becomes_no_template_and_goes_on(
     let (status, why) = daemon.post("/templates", &json!({"id": "t", "vm": "a"}));
     assert_eq!(status, 400, "{why}");
     assert!(why.to_string().contains("pmem: \\\"data\\\""), "{why}");
-    assert!(echoes(&daemon, "a"));
+    assert!(daemon.echoes("a"));
+}
+
+#[test]
+fn a_template_can_be_made_again_of_the_same_guest_when_it_was_deleted() {
+    let daemon = Daemon::start(&[]);
+    source(&daemon, "a");
+    for number in ["", "-2"] {
+        template(&daemon, "t", "a");
+        let config = daemon.get("/vms/a/vm/config");
+        let path = config["drives"][0]["path_on_host"].as_str().unwrap();
+        let expected = format!("disk-root-after-t{number}.vhdx");
+        assert!(path.ends_with(&expected), "{path}");
+        clone(&daemon, "b", "t");
+        assert!(daemon.echoes("b") && daemon.echoes("a"));
+        for path in ["/vms/b", "/templates/t"] {
+            assert_eq!(daemon.call("DELETE", path, None).0, 204);
+        }
+    }
+    // One that this daemon cannot understand may have clones, and stays.
+    let folder = daemon.folder().join("state/templates/u");
+    fs::create_dir(&folder).unwrap();
+    fs::write(
+        folder.join("template.json"),
+        "{\"of\": \"a later version\"}",
+    )
+    .unwrap();
+    let (status, refused) = daemon.post("/templates", &json!({"id": "u", "vm": "a"}));
+    assert_eq!(status, 409, "{refused}");
+    assert!(folder.join("template.json").exists());
+    assert!(daemon.echoes("a"));
+}
+
+#[test]
+fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_alone() {
+    let daemon = Daemon::start(&[]);
+    let mut spec = daemon.spec("a");
+    spec["config"]["machine-config"]["track_dirty_pages"] = json!(true);
+    assert_eq!(daemon.post("/vms", &spec).0, 201);
+    template(&daemon, "t", "a");
+    let own = fs::canonicalize(daemon.vm_folder("a")).unwrap();
+    let save = |kind: &str, name: &str| {
+        let body = json!({"snapshot_type": kind, "snapshot_path": own.join(format!("{name}-state")),
+            "mem_file_path": own.join(name)});
+        daemon.call("PUT", "/vms/a/snapshot/create", Some(&body))
+    };
+    daemon.post("/vms/a/pause", &json!(null));
+    // The template is the daemon's, moved away, and may be deleted: it is nothing that a difference could be to.
+    let (status, refused) = save("Diff", "news");
+    let text = refused["fault_message"].as_str().unwrap();
+    assert!(
+        status == 400 && text.contains("make a Full one first"),
+        "{text}"
+    );
+    assert_eq!(save("Full", "full"), (204, Value::Null));
+    daemon.post("/vms/a/resume", &json!(null));
+    template(&daemon, "u", "a");
+    daemon.post("/vms/a/pause", &json!(null));
+    // Nor can a difference take the place of what it is to, or one file be both.
+    for (name, state) in [("full", "other"), ("both", "both")] {
+        let body = json!({"snapshot_type": "Diff", "snapshot_path": own.join(state),
+            "mem_file_path": own.join(name)});
+        let (status, refused) = daemon.call("PUT", "/vms/a/snapshot/create", Some(&body));
+        let text = refused["fault_message"].as_str().unwrap();
+        assert!(
+            status == 400 && text.contains("name another file"),
+            "{text}"
+        );
+    }
+    assert_eq!(save("Diff", "news"), (204, Value::Null));
+    // A Full one in the place of the first is what later differences are to.
+    assert_eq!(save("Full", "full"), (204, Value::Null));
+    assert_eq!(save("Diff", "later"), (204, Value::Null));
+    let mut restored = coppice();
+    restored
+        .args(["run", "--restore"])
+        .arg(own.join("later-state"));
+    restored.arg("--api-sock").arg(daemon.folder().join("r"));
+    let mut child = restored
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    serve::daemon::until("it is loaded", || {
+        assert_eq!(child.try_wait().unwrap(), None);
+        let asked = serve::daemon::call(&daemon.folder().join("r"), "GET", "/", None);
+        asked.is_some_and(|(_, info)| info["state"] == "Running")
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
 }

@@ -1,8 +1,6 @@
 //! Saves a machine that stands still, and gives the devices of another their state.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use devices::legacy::{CmosRtc, I8042, I8042State, RtcState, SerialConsole, SerialState};
@@ -171,7 +169,9 @@ impl Machine {
         let (drives, pmem) = self.identify_disks()?;
         let (vm, vcpus) = self.vcpus.save()?;
         let devices = DevicesState::of(self);
-        let memory = snapshot::write_memory(self.shared_memory(), request, self.base.as_ref())?;
+        let (memory, file) =
+            snapshot::write_memory(self.shared_memory(), request, self.base.as_ref())?;
+        let own = file.path().to_owned();
         let state = GuestState {
             config: config.clone(),
             vm,
@@ -181,14 +181,16 @@ impl Machine {
             pmem,
             memory,
         };
-        if let Err(error) = snapshot::write_state(&request.snapshot_path, &state) {
-            remove(&request.mem_file_path);
-            return Err(error);
+        snapshot::write_state(&request.snapshot_path, &state, file)?;
+        let is_replaced = |base: &MemoryState| base.layers.iter().any(|layer| layer.path == own);
+        match &self.base {
+            // A difference to what had that name would be laid upon what has it now.
+            Some(base) if is_replaced(base) => self.go_on_from(state.memory),
+            None if config.machine_config.track_dirty_pages && request.is_base => {
+                self.go_on_from(state.memory)
+            }
+            Some(_) | None => Ok(()),
         }
-        if config.machine_config.track_dirty_pages && self.base.is_none() {
-            self.go_on_from(state.memory)?;
-        }
-        Ok(())
     }
 
     /// Brings to the disks all that the guest has written, and notes which they are.
@@ -233,11 +235,5 @@ impl Machine {
         self.console.raise_pending();
         lock(&self.keyboard).raise_pending();
         self.generation.notify();
-    }
-}
-
-fn remove(path: &Path) {
-    if let Err(error) = fs::remove_file(path) {
-        tracing::warn!(%error, path = %path.display(), "a memory file without a state is left over");
     }
 }

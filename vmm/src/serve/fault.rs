@@ -170,7 +170,9 @@ impl Fault {
             | Self::ImageUsed { .. }
             | Self::TemplateUsed { .. } => StatusCode::CONFLICT,
             Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
-            Self::Store(error) if error.kind() == io::ErrorKind::StorageFull => {
+            Self::Store(error) | Self::Spawn(error)
+                if error.kind() == io::ErrorKind::StorageFull =>
+            {
                 StatusCode::INSUFFICIENT_STORAGE
             }
             Self::Store(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,

@@ -7,8 +7,6 @@
     reason = "the document is made from these; nothing calls them"
 )]
 
-use serde::Deserialize;
-use utoipa::ToSchema;
 
 use super::fault::FaultBody;
 use crate::api::bodies::{
@@ -23,28 +21,7 @@ use crate::config::{
 use crate::control::{HintingState, InstanceInfo};
 use crate::jail::JailReport;
 use crate::machine::{JobStatus, SharingReport};
-
-/// The body of `PUT /snapshot/create`: [`crate::snapshot::CreateSnapshot`], to which a test holds it.
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub(super) struct CreateSnapshot {
-    /// What of the memory is saved.
-    #[schema(required = false)]
-    snapshot_type: SnapshotType,
-    /// The state file, which is written, or replaced as a whole.
-    snapshot_path: String,
-    /// The memory file, which is written, or replaced as a whole.
-    mem_file_path: String,
-}
-
-/// What of the memory a snapshot holds.
-#[derive(Deserialize, ToSchema)]
-pub(super) enum SnapshotType {
-    /// All of it.
-    Full,
-    /// What is not as it was in the snapshot before.
-    Diff,
-}
+use crate::snapshot::CreateSnapshot;
 
 /// A request of the guest's API: it is done with 204, or answered with 200.
 macro_rules! guest {
@@ -147,35 +124,3 @@ pub(super) fn counters() {}
     (status = 404, body = FaultBody), (status = 409, body = FaultBody, description = "Use a template."),
     (status = 413, body = FaultBody)))]
 pub(super) fn load_snapshot() {}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::{Map, Value, json};
-
-    use super::*;
-
-    #[test]
-    fn the_document_shows_the_fields_of_a_snapshot_as_they_are_read() {
-        let schema = serde_json::to_value(<CreateSnapshot as utoipa::PartialSchema>::schema());
-        let schema = schema.unwrap();
-        let fields = schema["properties"].as_object().unwrap().keys();
-        let whole: Map<String, Value> =
-            fields.map(|field| (field.clone(), json!("Full"))).collect();
-        let read = |body: &Map<String, Value>| {
-            serde_json::from_value::<crate::snapshot::CreateSnapshot>(body.clone().into())
-        };
-        read(&whole).unwrap();
-        for field in whole.keys() {
-            let mut body = whole.clone();
-            body.remove(field);
-            let is_required = schema["required"]
-                .as_array()
-                .unwrap()
-                .contains(&json!(field));
-            assert_eq!(read(&body).is_err(), is_required, "{field}");
-            body.insert(format!("{field}_"), json!("Full"));
-            read(&body).unwrap_err();
-        }
-        assert_eq!(schema["additionalProperties"], false);
-    }
-}

@@ -89,6 +89,7 @@ impl Images {
     /// # Errors
     /// What the host says.
     pub fn load(path: &Path) -> io::Result<Self> {
+        store::remove_unfinished(path);
         Ok(store::read(path)?.unwrap_or_default())
     }
 

@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Daemon;
 use super::fault::Fault;
+use super::store::named;
 use super::vm::Vm;
 use crate::jail::{CgroupConfig, cgroup_root};
 
@@ -77,11 +78,6 @@ pub struct Jails {
     limits_memory: bool,
     /// Users of guests that are there, but cannot be understood.
     reserved: Mutex<BTreeSet<u32>>,
-}
-
-fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
-    let path = path.display().to_string();
-    move |error| io::Error::new(error.kind(), format!("{path}: {error}"))
 }
 
 /// Where a guest of this name begins to look for a user, 0 to `last`: at the same one each time, so that its disks can be made that user's before it is
@@ -322,7 +318,8 @@ fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
 /// # Errors
 /// What the host says.
 pub fn make_folder(path: &Path, jailed: Option<&Jailed>) -> io::Result<()> {
-    fs::DirBuilder::new().mode(0o700).create(path)?;
+    let mut builder = fs::DirBuilder::new();
+    builder.mode(0o700).create(path).map_err(named(path))?;
     match jailed.and_then(|jailed| jailed.uid) {
         Some(uid) => give_folder(path, uid).map_err(named(path)),
         None => Ok(()),

@@ -25,6 +25,7 @@ use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::jail;
+use super::pending::Pending;
 use super::process::{self, Launch, Process};
 use super::proxy;
 use super::spec::{Resolved, VmSpec};
@@ -141,18 +142,12 @@ impl Daemon {
             images,
             loaded: spec.template.is_some(),
             disks: BTreeMap::new(),
+            pending: Pending::default(),
             restarts: 0,
             failures: 0,
             end: None,
         };
-        let machine = &config.machine_config;
-        let vm = Vm::new(
-            id.to_owned(),
-            folder,
-            record,
-            machine.mem_size_mib,
-            machine.vcpu_count,
-        );
+        let vm = Vm::new(id.to_owned(), folder, record, &config);
         let others: Vec<_> = vms.values().map(|vm| vm.load()).collect();
         if let Err(refusal) = self.limits.admit(&others, &vm.load()) {
             self.events
@@ -294,6 +289,8 @@ impl Daemon {
 
     /// Gives a guest without a process one that starts it. Its operation is held.
     pub(super) async fn start_again(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+        // With the disks that it had at its end.
+        self.mend(vm).await;
         let started = async {
             let config = self.readmit(vm)?;
             let path = vm.folder.join("config.json");
@@ -551,19 +548,5 @@ impl Daemon {
         self.vms().remove(&vm.id);
         vm.change(|_| ());
         Ok(())
-    }
-
-    /// Writes what is known of a guest. Where that fails, the guest goes on, and the next daemon knows less of it.
-    pub async fn save(self: &Arc<Self>, vm: &Arc<Vm>) {
-        let _saving = vm.saving.lock().await;
-        if !self.vms().contains_key(&vm.id) {
-            return;
-        }
-        let (daemon, id, record) = (self.clone(), vm.id.clone(), vm.record());
-        let saved = blocking(move || daemon.store.save(&id, &record)).await;
-        let saved = saved.and_then(|saved| saved.map_err(Fault::Store));
-        if let Err(error) = saved {
-            tracing::error!(vm = %vm.id, %error, "the state of a guest is not on the disk");
-        }
     }
 }

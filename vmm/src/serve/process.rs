@@ -17,6 +17,8 @@ use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
 use std::time::Duration;
 
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -28,6 +30,8 @@ use crate::{jail, procfs};
 
 /// Longest log of a guest, and how often it is looked at.
 const LONGEST_LOG: u64 = 4 << 20;
+/// What of the disk is kept for a log that has just begun.
+const LOG_ROOM: u64 = 4 << 10;
 pub const TRIM: Duration = Duration::from_mins(1);
 
 /// What `Launch` is started with.
@@ -95,6 +99,7 @@ pub fn age(pid: u32) -> Duration {
 /// # Errors
 /// What the host says; there is no process then.
 pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
+    store::remove_unfinished(&launch.folder.join("end.json"));
     for left in ["end.json", "pid.json"] {
         match std::fs::remove_file(launch.folder.join(left)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -105,7 +110,13 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
     log.write(true).create(true).truncate(true).mode(0o600);
     // Each line goes to where the end is then: see `trim_log`.
     log.custom_flags(libc::O_APPEND | libc::O_NOFOLLOW);
-    let log = log.open(launch.folder.join("log"))?;
+    let path = launch.folder.join("log");
+    let log = log.open(&path).map_err(store::named(&path))?;
+    // With a full disk, that is what the process cannot start for, most likely; and it has to be able to say so.
+    match fallocate(&log, FallocateFlags::KEEP_SIZE, 0, LOG_ROOM) {
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        Err(error) => return Err(store::named(&path)(error.into())),
+    }
     // The program that runs this, whatever has become of its file.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -240,7 +251,7 @@ impl Process {
     /// Sends a signal. One that has ended takes none.
     pub fn signal(&self, signal: Signal) {
         if let Err(error) = pidfd_send_signal(self.fd.get_ref(), signal)
-            && error != rustix::io::Errno::SRCH
+            && error != Errno::SRCH
         {
             tracing::error!(pid = self.pid, %error, "a process cannot be signalled");
         }

@@ -50,18 +50,15 @@ impl Daemon {
                 return self.store.remove(id);
             }
         };
+        self.store.tidy(id);
         let config = store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default();
-        let machine = &config.machine_config;
         let state = record.state;
-        let vm = Vm::new(
-            id.to_owned(),
-            folder,
-            record,
-            machine.mem_size_mib,
-            machine.vcpu_count,
-        );
-        let vm = Arc::new(vm);
+        let vm = Arc::new(Vm::new(id.to_owned(), folder, record, &config));
         self.vms().insert(id.to_owned(), vm.clone());
+        if found.is_none() {
+            let _operation = vm.operation.lock().await;
+            self.mend(&vm).await;
+        }
         match (found, state) {
             (Some(process), _) => self.attach(&vm, process),
             (None, State::Stopped | State::Failed) => {}
@@ -86,8 +83,12 @@ impl Daemon {
         });
         self.watch(vm, &process);
         self.events.tell(EventKind::Attached, Some(&vm.id), None);
+        // Nobody does anything with it before what was begun is ended.
+        let operation = vm.operation.clone().try_lock_owned();
         let (daemon, vm) = (self.clone(), vm.clone());
         tokio::spawn(async move {
+            daemon.mend(&vm).await;
+            drop(operation);
             if let Some(state) = proxy::state(&vm.api_socket(), proxy::LOOK).await {
                 vm.change(|now| {
                     if now.process.is_some() && now.state != State::Deleting {

@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::jail::Jailed;
+use super::pending::Pending;
 use super::spec::VmSpec;
 use super::status::{Ended, State};
 
@@ -73,6 +74,9 @@ pub struct Record {
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
     pub disks: BTreeMap<String, PathBuf>,
+    /// What is under way with it.
+    #[serde(default)]
+    pub pending: Pending,
     /// How often it was started again.
     #[serde(default)]
     pub restarts: u32,
@@ -118,14 +122,30 @@ pub fn boot_id() -> io::Result<String> {
     Ok(id.trim_end().to_owned())
 }
 
+/// Has an error name the file that it is about.
+pub fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+}
+
+/// The name of a file until it is complete.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    new.into()
+}
+
+/// Removes what a process has left that was killed while it wrote `path`. A folder of that name is no such thing.
+pub fn remove_unfinished(path: &Path) {
+    // Most often there is nothing; and what stays does no harm.
+    let _ = fs::remove_file(unfinished(path));
+}
+
 /// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
 ///
 /// # Errors
 /// What the host says.
 pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
+    let new = unfinished(path);
     // A process in a jail may have left something of that name: it is no way to elsewhere, and where it is a folder the file is not written.
     let _ = fs::remove_file(&new);
     let written = || {
@@ -143,9 +163,9 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
         // The disk is full, most likely. What is not there yet does no harm.
         let _ = fs::remove_file(&new);
     } else if durable && let Some(folder) = path.parent() {
-        File::open(folder)?.sync_all()?;
+        File::open(folder)?.sync_all().map_err(named(folder))?;
     }
-    done
+    done.map_err(named(path))
 }
 
 /// Reads JSON; `None` where there is no such file.
@@ -166,7 +186,8 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
     }
     let mut text = Vec::new();
     file.take(LONGEST).read_to_end(&mut text)?;
-    Ok(Some(serde_json::from_slice(&text)?))
+    let value = serde_json::from_slice(&text).map_err(|error| named(path)(error.into()))?;
+    Ok(Some(value))
 }
 
 impl Store {
@@ -234,7 +255,11 @@ impl Store {
         let folder = self.vm(id);
         self.remove(id)?;
         let made = || {
-            DirBuilder::new().mode(0o700).create(&folder)?;
+            let mut builder = DirBuilder::new();
+            builder
+                .mode(0o700)
+                .create(&folder)
+                .map_err(named(&folder))?;
             write(&folder.join("vm.json"), record, true)?;
             write(&folder.join("config.json"), config, false)
         };
@@ -253,6 +278,13 @@ impl Store {
     /// What the host says.
     pub fn save(&self, id: &str, record: &Record) -> io::Result<()> {
         write(&self.vm(id).join("vm.json"), record, true)
+    }
+
+    /// Removes what was half written in the folder of a guest that has no writer.
+    pub fn tidy(&self, id: &str) {
+        for name in ["vm.json", "config.json", "pid.json"] {
+            remove_unfinished(&self.vm(id).join(name));
+        }
     }
 
     /// Removes the folder of a guest, if there is one.

@@ -7,7 +7,7 @@
 //!                   /template.json  without it, the next daemon removes the folder
 //! ```
 //!
-//! It is made in the folder of its guest, which may write nowhere else, and moved when it is whole.
+//! It is made in the folder of its guest, which may write nowhere else, and moved when it is whole. What is begun is noted before: see `pending`.
 //!
 //! A guest that becomes a template is paused, saved, and goes on: each disk that it writes to stays as it is for the clones, and the guest has a child
 //! of it from then on, as every clone has. So does a clone that becomes a template in its turn, of whose memory only the news are saved.
@@ -31,6 +31,8 @@ use super::events::EventKind;
 use super::fault::Fault;
 use super::jail;
 use super::lifecycle::blocking;
+use super::own_disks::{free_disk, link_inside, own_disk};
+use super::pending::{Becoming, unfinished};
 use super::proxy;
 use super::status::{State, now_ms};
 use super::store;
@@ -127,9 +129,18 @@ impl Templates {
     }
 }
 
-/// The name of a guest's own disk for a drive, in the guest's folder: `of` tells what it is a child of.
-fn own_disk(folder: &Path, drive: &str, of: &str) -> PathBuf {
-    folder.join(format!("disk-{drive}-{of}.vhdx"))
+/// What a guest was started with and what has become of it, with the disks that it has.
+async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
+    let told = proxy::ask(vm, Method::GET, "/vm/config", Bytes::new(), proxy::LOOK).await?;
+    if !told.status.is_success() {
+        return Err(proxy::refusal(&told));
+    }
+    let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+    // Relative to the folder that the process works in.
+    for drive in &mut config.drives {
+        drive.path_on_host = vm.folder.join(&drive.path_on_host);
+    }
+    Ok(config)
 }
 
 /// A comma in a path is written twice.
@@ -207,71 +218,7 @@ impl Daemon {
                 });
             }
         };
-        // In the guest's own folder, as its process may not see another.
-        let folder = vm.folder.join(format!("template-{}", spec.id));
-        let (made, left, jail) = (
-            folder.clone(),
-            self.store.template(&spec.id),
-            vm.now().jail.clone(),
-        );
-        blocking(move || {
-            for left in [&made, &left] {
-                match fs::remove_dir_all(left) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                    Ok(()) | Err(_) => {}
-                }
-            }
-            jail::make_folder(&made, jail.as_ref())
-        })
-        .await?
-        .map_err(Fault::Store)?;
-        let saved = async {
-            if was_running {
-                proxy::act(&vm, Method::PATCH, "/vm", &json!({"state": "Paused"})).await?;
-            }
-            self.save_template(&vm, &spec, uid, &folder).await
-        };
-        let saved = saved.await;
-        if was_running {
-            // One that cannot go on has ended, and whoever watches it tells why.
-            let body = json!({"state": "Resumed"});
-            if let Err(fault) = proxy::act(&vm, Method::PATCH, "/vm", &body).await {
-                tracing::warn!(vm = %vm.id, %fault, "a guest that became a template does not go on");
-            }
-        }
-        self.save(&vm).await;
-        match saved {
-            Ok(template) => {
-                self.templates()
-                    .0
-                    .insert(template.id.clone(), template.clone());
-                let text = Some(format!("template {}", template.id));
-                self.events
-                    .tell(EventKind::TemplateCreated, Some(&vm.id), text);
-                Ok(template)
-            }
-            Err(fault) => {
-                let removed = blocking(move || fs::remove_dir_all(folder)).await;
-                if let Ok(Err(error)) = removed {
-                    tracing::error!(template = %spec.id, %error, "a template that could not be made is not gone");
-                }
-                Err(fault)
-            }
-        }
-    }
-
-    async fn save_template(
-        &self,
-        vm: &Arc<Vm>,
-        spec: &TemplateSpec,
-        uid: u32,
-        folder: &Path,
-    ) -> Result<Template, Fault> {
-        let told = proxy::ask(vm, Method::GET, "/vm/config", Bytes::new(), proxy::LOOK).await?;
-        if !told.status.is_success() {
-            return Err(proxy::refusal(&told));
-        }
-        let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+        let config = configuration(&vm).await?;
         if let Some(pmem) = config.pmem.iter().find(|pmem| pmem.mode().keeps()) {
             return Err(Fault::Invalid {
                 field: "pmem",
@@ -279,10 +226,88 @@ impl Daemon {
                 expected: "one that the guest only reads: all clones would write to its disk",
             });
         }
-        // Relative to the folder that the process works in.
-        for drive in &mut config.drives {
-            drive.path_on_host = vm.folder.join(&drive.path_on_host);
-        }
+        let children = self.children_of(&vm, &config, &spec.id).await?;
+        self.begin(&vm, |pending| {
+            pending.children.extend(children.clone());
+            pending.template = Some(Becoming {
+                id: spec.id.clone(),
+                resume: was_running,
+            });
+        })
+        .await?;
+        let saved = async {
+            self.clear(&vm, &spec.id).await?;
+            if was_running {
+                proxy::act(&vm, Method::PATCH, "/vm", &json!({"state": "Paused"})).await?;
+            }
+            self.save_template(&vm, &spec, uid, config, children).await
+        };
+        let saved = saved.await;
+        self.mend(&vm).await;
+        let template = saved?;
+        self.templates()
+            .0
+            .insert(template.id.clone(), template.clone());
+        let text = Some(format!("template {}", template.id));
+        self.events
+            .tell(EventKind::TemplateCreated, Some(&vm.id), text);
+        Ok(template)
+    }
+
+    /// Disks for a guest to go on with, by drive, none of which is there yet; where there is no template of that name.
+    async fn children_of(
+        &self,
+        vm: &Vm,
+        config: &VmConfig,
+        template: &str,
+    ) -> Result<BTreeMap<String, PathBuf>, Fault> {
+        let drives = config.drives.iter().filter(|drive| !drive.is_read_only);
+        let drives: Vec<_> = drives.map(|drive| drive.drive_id.clone()).collect();
+        let (folder, kept) = (vm.folder.clone(), self.store.template(template));
+        let id = template.to_owned();
+        let found = blocking(move || -> io::Result<_> {
+            if kept.join("template.json").try_exists()? {
+                return Ok(None);
+            }
+            let mut children = BTreeMap::new();
+            for drive in drives {
+                let child = free_disk(&folder, &drive, &format!("after-{id}"))?;
+                children.insert(drive, child);
+            }
+            Ok(Some(children))
+        });
+        // One that this daemon cannot understand may be what guests go on from all the same.
+        let found = found.await?.map_err(Fault::Store)?;
+        found.ok_or_else(|| Fault::TemplateExists(template.to_owned()))
+    }
+
+    /// Makes the folder that a template is made in, and removes what is left of another.
+    async fn clear(&self, vm: &Vm, template: &str) -> Result<(), Fault> {
+        let made = unfinished(&vm.folder, template);
+        let (kept, jail) = (self.store.template(template), vm.now().jail.clone());
+        let cleared = blocking(move || {
+            for left in [&made, &kept] {
+                match fs::remove_dir_all(left) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(store::named(left)(error));
+                    }
+                    Ok(()) | Err(_) => {}
+                }
+            }
+            jail::make_folder(&made, jail.as_ref())
+        });
+        cleared.await?.map_err(Fault::Store)
+    }
+
+    async fn save_template(
+        self: &Arc<Self>,
+        vm: &Arc<Vm>,
+        spec: &TemplateSpec,
+        uid: u32,
+        config: VmConfig,
+        children: BTreeMap<String, PathBuf>,
+    ) -> Result<Template, Fault> {
+        let made = unfinished(&vm.folder, &spec.id);
         let loaded = vm.now().loaded;
         let parent = vm.spec.template.clone().filter(|_| loaded);
         proxy::act(
@@ -291,26 +316,29 @@ impl Daemon {
             "/snapshot/create",
             &json!({
                 "snapshot_type": if parent.is_some() { "Diff" } else { "Full" },
-                "snapshot_path": folder.join("state"),
-                "mem_file_path": folder.join("memory"),
+                "snapshot_path": made.join("state"),
+                "mem_file_path": made.join("memory"),
+                // It is moved, and may be deleted while the guest goes on.
+                "is_base": false,
             }),
         )
         .await?;
         let mut disks = BTreeMap::new();
-        for drive in &config.drives {
-            if drive.is_read_only {
+        for (id, own) in children {
+            let drive = config.drives.iter().find(|drive| drive.drive_id == id);
+            let Some(drive) = drive else {
                 continue;
-            }
-            let id = &drive.drive_id;
-            let own = own_disk(&vm.folder, id, &format!("after-{}", spec.id));
+            };
             let body = json!({"path_on_host": own});
             let path = format!("/drives/{id}/snapshot");
             proxy::act(vm, Method::PUT, &path, &body).await?;
-            let sealed = drive.path_on_host.clone();
-            vm.change(|now| now.disks.insert(id.clone(), own));
-            disks.insert(id.clone(), sealed);
+            disks.insert(id.clone(), drive.path_on_host.clone());
+            vm.change(|now| {
+                now.pending.children.remove(&id);
+                now.disks.insert(id, own);
+            });
         }
-        let (owned, made, jail) = (vm.folder.clone(), folder.to_owned(), vm.now().jail.clone());
+        let (owned, jail) = (vm.folder.clone(), vm.now().jail.clone());
         let kept = self.store.template(&spec.id);
         let machine = &config.machine_config;
         let mut template = Template {
@@ -327,17 +355,19 @@ impl Daemon {
         };
         let finish = move || {
             for (drive, disk) in &mut template.disks {
-                if disk.starts_with(&owned) {
+                if let Ok(inside) = disk.strip_prefix(&owned) {
                     // It goes with the guest's folder; under this name it stays.
                     let name = format!("disk-{drive}");
-                    fs::hard_link(&disk, made.join(&name))?;
+                    let second = made.join(&name);
+                    link_inside(&owned, inside, &second).map_err(store::named(&second))?;
                     *disk = kept.join(name);
                 }
             }
-            jail::take_back(&made, jail.as_ref(), "disk-")?;
-            template.memory_bytes = fs::symlink_metadata(made.join("memory"))?.blocks() * 512;
+            jail::take_back(&made, jail.as_ref(), "disk-").map_err(store::named(&made))?;
+            let memory = fs::symlink_metadata(made.join("memory"));
+            template.memory_bytes = memory.map_err(store::named(&made))?.blocks() * 512;
             store::write(&made.join("template.json"), &template, true)?;
-            fs::rename(&made, &kept)?;
+            fs::rename(&made, &kept).map_err(store::named(&kept))?;
             Ok(template)
         };
         blocking(finish).await?.map_err(Fault::Store)

@@ -12,10 +12,12 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
 use super::jail::Jailed;
+use super::pending::Pending;
 use super::process::Process;
 use super::spec::VmSpec;
 use super::status::{Ended, MemorySplit, State, VmStatus};
 use super::store::{Phase, Record};
+use crate::config::VmConfig;
 
 /// Requests to a guest's process at the same time. It serves twice as many.
 const REQUESTS: usize = 4;
@@ -66,6 +68,8 @@ pub struct Now {
     pub loaded: bool,
     /// Disks that have taken the place of those that it was made with, by drive.
     pub disks: BTreeMap<String, PathBuf>,
+    /// What is under way with it.
+    pub pending: Pending,
 }
 
 /// A guest.
@@ -92,8 +96,9 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A guest as its record says.
-    pub fn new(id: String, folder: PathBuf, record: Record, ram_mib: u32, vcpus: u8) -> Self {
+    /// A guest as its record says, which is started with `config`.
+    pub fn new(id: String, folder: PathBuf, record: Record, config: &VmConfig) -> Self {
+        let machine = &config.machine_config;
         Self {
             id,
             spec: record.spec,
@@ -112,14 +117,15 @@ impl Vm {
                 end: record.end,
                 restarts: record.restarts,
                 failures: record.failures,
-                ram_mib,
-                vcpus,
+                ram_mib: machine.mem_size_mib,
+                vcpus: machine.vcpu_count,
                 start_ms: None,
                 measured: None,
                 jail: record.jail,
                 images: record.images,
                 loaded: record.loaded,
                 disks: record.disks,
+                pending: record.pending,
             }),
             changed: Notify::new(),
         }
@@ -178,6 +184,7 @@ impl Vm {
             images: now.images.clone(),
             loaded: now.loaded,
             disks: now.disks.clone(),
+            pending: now.pending.clone(),
             restarts: now.restarts,
             failures: now.failures,
             end: now.end.clone(),

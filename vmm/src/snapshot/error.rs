@@ -94,6 +94,16 @@ pub enum SnapshotError {
     /// A device that cannot be saved.
     #[error("{0}")]
     Unsupported(String),
+    /// A file of a snapshot cannot be there.
+    #[error("{field}: {} {taken}; name another file", path.display())]
+    Target {
+        /// The field that names it.
+        field: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        taken: &'static str,
+    },
     /// A difference to nothing.
     #[error(
         "a Diff needs a snapshot before it: set track_dirty_pages, and make a Full one first, or load one"

@@ -8,12 +8,15 @@
 //! | 16 | 8 | bytes of the state, which follows |
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::path::Path;
+use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
+use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::SnapshotError;
@@ -33,30 +36,115 @@ struct Header {
     len: [u8; 8],
 }
 
-/// A new file that takes the name `path`, and the place of what has it, once it is complete, and goes otherwise.
-pub(super) fn create(path: &Path) -> Result<NamedTempFile, SnapshotError> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty());
-    NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))
-        .map_err(SnapshotError::file("create", path))
+/// A file that takes the name `path`, and the place of what has it, once it is complete, and goes otherwise. It has no name until then where the
+/// host's file system can do that: so nothing is left of it when the process is killed.
+#[derive(Debug)]
+pub(crate) struct NewFile {
+    file: File,
+    /// The name that it has until it is complete, where it needs one.
+    other: Option<TempPath>,
+    path: PathBuf,
 }
 
-/// Makes a file durable under its name.
-pub(super) fn complete(file: NamedTempFile, path: &Path) -> Result<(), SnapshotError> {
-    file.as_file()
-        .sync_data()
-        .map_err(SnapshotError::file("write", path))?;
-    file.persist(path)
-        .map(drop)
-        .map_err(|error| SnapshotError::file("name", path)(error.error))
+fn folder_of(path: &Path) -> &Path {
+    let folder = path.parent();
+    let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
+    folder.unwrap_or(Path::new("."))
 }
 
-/// Writes a state.
+impl NewFile {
+    /// Makes it, in the folder of `path`.
+    ///
+    /// # Errors
+    /// `File`.
+    pub(super) fn create(path: &Path) -> Result<Self, SnapshotError> {
+        let failed = SnapshotError::file("create", path);
+        let made = || -> io::Result<Self> {
+            let folder = folder_of(path).canonicalize()?;
+            let name = path.file_name().ok_or(io::ErrorKind::IsADirectory)?;
+            let path = folder.join(name);
+            let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+            match open(&folder, flags, Mode::RUSR | Mode::WUSR) {
+                // A name is given by way of this folder.
+                Ok(file) if Path::new(DESCRIPTORS).exists() => Ok(Self {
+                    file: file.into(),
+                    other: None,
+                    path,
+                }),
+                // Whatever else is in the way of a file without a name is in the way of one with a name, too, and told better.
+                Ok(_) | Err(_) => {
+                    let (file, other) = NamedTempFile::new_in(&folder)?.into_parts();
+                    Ok(Self {
+                        file,
+                        other: Some(other),
+                        path,
+                    })
+                }
+            }
+        };
+        made().map_err(failed)
+    }
+
+    /// What is to be written to.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The name that it is to have, from the root folder on.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes what was written durable. That the disk is full is known by then.
+    ///
+    /// # Errors
+    /// `File`.
+    pub(super) fn sync(&self) -> Result<(), SnapshotError> {
+        let failed = SnapshotError::file("write", &self.path);
+        self.file.sync_data().map_err(failed)
+    }
+
+    /// Gives it its name. Whether no other file had it.
+    ///
+    /// # Errors
+    /// `File`; then whatever had the name has it still.
+    pub(super) fn name(self) -> Result<bool, SnapshotError> {
+        let failed = SnapshotError::file("name", &self.path);
+        let named = || -> io::Result<bool> {
+            if let Some(other) = self.other {
+                let is_new = !self.path.try_exists()?;
+                other.persist(&self.path)?;
+                return Ok(is_new);
+            }
+            match link(&self.file, &self.path) {
+                Err(Errno::EXIST) => {}
+                linked => return Ok(linked.map(|()| true)?),
+            }
+            // A name cannot be given to another file at once, but one name can take another's place.
+            let mut random = [0; 8];
+            rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+            let name = format!(".coppice-{:016x}", u64::from_ne_bytes(random));
+            let other = folder_of(&self.path).join(name);
+            link(&self.file, &other)?;
+            TempPath::try_from_path(other)?.persist(&self.path)?;
+            Ok(false)
+        };
+        named().map_err(failed)
+    }
+}
+
+const DESCRIPTORS: &str = "/proc/self/fd";
+
+fn link(file: &File, path: &Path) -> rustix::io::Result<()> {
+    let own = format!("{DESCRIPTORS}/{}", file.as_raw_fd());
+    linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW)
+}
+
+/// Writes a state to a file that has not its name yet.
 ///
 /// # Errors
-/// `File`; then there is no new file, and an old one is as it was.
-pub(super) fn write(path: &Path, state: &impl Serialize) -> Result<(), SnapshotError> {
+/// `File`.
+pub(super) fn write(path: &Path, state: &impl Serialize) -> Result<NewFile, SnapshotError> {
     let failed = SnapshotError::file("write", path);
     let json = serde_json::to_vec(state).map_err(|error| SnapshotError::Json {
         path: path.to_owned(),
@@ -68,11 +156,13 @@ pub(super) fn write(path: &Path, state: &impl Serialize) -> Result<(), SnapshotE
         checksum: crc32c::crc32c(&json).to_le_bytes(),
         len: (json.len() as u64).to_le_bytes(),
     };
-    let mut file = create(path)?;
+    let new = NewFile::create(path)?;
+    let mut file = new.file();
     file.write_all(header.as_bytes())
         .and_then(|()| file.write_all(&json))
         .map_err(failed)?;
-    complete(file, path)
+    new.sync()?;
+    Ok(new)
 }
 
 /// Reads a state.
@@ -138,7 +228,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
         let state = json!({"vcpus": [1, 2, 3], "name": "a"});
-        write(&path, &state).unwrap();
+        write(&path, &state).unwrap().name().unwrap();
         assert_eq!(read::<Value>(&path).unwrap(), state);
         let whole = std::fs::read(&path).unwrap();
         for len in 0..whole.len() {
@@ -160,8 +250,10 @@ mod tests {
     fn a_state_of_another_version_is_named_as_such_and_a_file_is_replaced_as_a_whole() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
-        write(&path, &json!(1)).unwrap();
-        write(&path, &json!(2)).unwrap();
+        assert!(write(&path, &json!(1)).unwrap().name().unwrap());
+        let second = write(&path, &json!(2)).unwrap();
+        assert_eq!(read::<Value>(&path).unwrap(), json!(1));
+        assert!(!second.name().unwrap());
         assert_eq!(read::<Value>(&path).unwrap(), json!(2));
         assert_eq!(folder.path().read_dir().unwrap().count(), 1);
         let mut bytes = std::fs::read(&path).unwrap();
@@ -171,5 +263,20 @@ mod tests {
         assert!(matches!(error, SnapshotError::Version { version: 2, .. }));
         let error = write(&folder.path().join("none/state"), &json!(1)).unwrap_err();
         assert!(error.to_string().contains("none/state"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_not_complete_has_no_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        let new = write(&path, &json!(1)).unwrap();
+        // Also where it is not dropped, as with a process that is killed.
+        assert!(new.other.is_some() || folder.path().read_dir().unwrap().count() == 0);
+        drop(new);
+        assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+        // A name that cannot be given leaves nothing either.
+        std::fs::create_dir(&path).unwrap();
+        write(&path, &json!(1)).unwrap().name().unwrap_err();
+        assert_eq!(folder.path().read_dir().unwrap().count(), 1);
     }
 }

@@ -5,6 +5,7 @@
 //! Blocks of each run have checksums, in the state.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use std::sync::{Arc, LazyLock};
 use memshare::{Content, PAGE_SIZE, SharedMemory, is_zero};
 use serde::{Deserialize, Serialize};
 
-use super::{SnapshotError, file};
+use super::SnapshotError;
+use super::file::NewFile;
 
 /// Bytes that a checksum is of.
 const BLOCK: u64 = 1 << 20;
@@ -61,20 +63,23 @@ impl SavedRun {
     }
 }
 
-/// Writes what `memory` holds to a file that takes the name `path`, and no more than what is not in the base where `diff` says so. The guest stands
+/// Writes what `memory` holds to a file that has not its name yet, and no more than what is not in the base where `diff` says so. The guest stands
 /// still.
 ///
 /// # Errors
-/// `File` and `Memory`; then there is no new file, and an old one is as it was.
+/// `File` and `Memory`.
 pub(super) fn write(
     memory: &SharedMemory,
-    path: &Path,
+    new: NewFile,
     diff: bool,
-) -> Result<Layer, SnapshotError> {
-    let failed = |source| SnapshotError::file("write", path)(source);
-    let named = file::create(path)?;
-    let mut runs = Vec::new();
-    let mut start = 0;
+) -> Result<(Layer, NewFile), SnapshotError> {
+    let failed = |source| SnapshotError::file("write", new.path())(source);
+    // The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest goes on.
+    let mut buffer = Vec::new();
+    buffer
+        .try_reserve_exact(BLOCK as usize)
+        .map_err(|_| SnapshotError::Memory(ErrorKind::OutOfMemory.into()))?;
+    let (mut runs, mut start) = (Vec::new(), 0);
     for region in memory.regions() {
         let contents = memory
             .contents(region, diff)
@@ -89,7 +94,9 @@ pub(super) fn write(
         for part in parts {
             let mut checksums = Vec::new();
             for at in part.clone().step_by(BLOCK as usize) {
-                let mut block = vec![0; (part.end - at).min(BLOCK) as usize];
+                buffer.clear();
+                buffer.resize((part.end - at).min(BLOCK) as usize, 0);
+                let block = &mut buffer;
                 let end = at + block.len() as u64;
                 let first = contents.partition_point(|(range, _)| range.end <= at);
                 let in_block = contents.iter().skip(first);
@@ -103,8 +110,8 @@ pub(super) fn write(
                         region.window.read(range.start, bytes);
                     }
                 }
-                checksums.push(checksum(&block));
-                write_pages(named.as_file(), start + at, &block).map_err(failed)?;
+                checksums.push(checksum(block));
+                write_pages(new.file(), start + at, block).map_err(failed)?;
             }
             runs.push(SavedRun {
                 offset: start + part.start,
@@ -114,12 +121,10 @@ pub(super) fn write(
         }
         start += region.window.len();
     }
-    named.as_file().set_len(start).map_err(failed)?;
-    file::complete(named, path)?;
-    let path = path
-        .canonicalize()
-        .map_err(SnapshotError::file("find", path))?;
-    Ok(Layer { path, runs })
+    new.file().set_len(start).map_err(failed)?;
+    new.sync()?;
+    let path = new.path().to_owned();
+    Ok((Layer { path, runs }, new))
 }
 
 /// CRC-32C. Most of a small guest's memory is zeros, and looking is faster than adding up.
@@ -368,6 +373,12 @@ mod tests {
             ..Limits::of_host(5, false)
         };
         SharedMemory::new(vec![region(0, 30), region(100, PAGES - 30)], limits)
+    }
+
+    fn write(memory: &SharedMemory, path: &Path, diff: bool) -> Result<Layer, SnapshotError> {
+        let (layer, new) = super::write(memory, NewFile::create(path)?, diff)?;
+        new.name()?;
+        Ok(layer)
     }
 
     fn put(memory: &SharedMemory, page: u64, byte: u8) {

@@ -30,25 +30,32 @@ use crate::vm::{VcpuState, VmState};
 pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
+pub(crate) use file::NewFile;
 pub use file::VERSION;
 pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
 pub use uffd::{PageServer, Served, UffdError};
 
 /// The body of `PUT /snapshot/create`, as Firecracker has it.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateSnapshot {
     /// What of the memory is saved.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
     /// The state file, which is written, or replaced as a whole.
+    #[schema(value_type = String)]
     pub snapshot_path: PathBuf,
     /// The memory file, which is written, or replaced as a whole. Guests that were loaded from the old one keep that.
+    #[schema(value_type = String)]
     pub mem_file_path: PathBuf,
+    /// Whether a guest with `track_dirty_pages` goes on from the memory file of its first snapshot, so that the next can be a difference to it: not where
+    /// the file is going to be moved. Not in Firecracker.
+    #[serde(default = "yes")]
+    pub is_base: bool,
 }
 
 /// What of the memory a snapshot holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 pub enum SnapshotType {
     /// All of it.
     #[default]
@@ -153,15 +160,15 @@ pub(crate) struct GuestState {
 }
 
 /// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to. Returns the layers
-/// of the whole.
+/// of the whole, and the file, which gets its name with that of the state.
 ///
 /// # Errors
-/// `NoBase`, `File`, `Memory`; then there is no new file.
+/// `NoBase`, `Target`, `File`, `Memory`; then there is no new file.
 pub(crate) fn write_memory(
     memory: &SharedMemory,
     request: &CreateSnapshot,
     base: Option<&MemoryState>,
-) -> Result<MemoryState, SnapshotError> {
+) -> Result<(MemoryState, NewFile), SnapshotError> {
     let diff = match request.snapshot_type {
         SnapshotType::Full => false,
         SnapshotType::Diff => true,
@@ -171,19 +178,47 @@ pub(crate) fn write_memory(
         (true, Some(base)) => base.layers.clone(),
         (false, _) => Vec::new(),
     };
-    let layer = memory::write(memory, &request.mem_file_path, diff)?;
-    Ok(MemoryState {
+    let new = NewFile::create(&request.mem_file_path)?;
+    if below.iter().any(|layer| layer.path == new.path()) {
+        return Err(SnapshotError::Target {
+            field: "mem_file_path",
+            path: new.path().to_owned(),
+            taken: "is what the Diff is to, which has to stay",
+        });
+    }
+    let (layer, new) = memory::write(memory, new, diff)?;
+    let state = MemoryState {
         bytes: memory.bytes(),
         layers: below.into_iter().chain([layer]).collect(),
-    })
+    };
+    Ok((state, new))
 }
 
-/// Writes the state of a guest.
+/// Writes the state of a guest, and gives it and the memory file their names: when all that a full disk could hinder is done, and older files are
+/// whole as long.
 ///
 /// # Errors
-/// `File`; then there is no new file.
-pub(crate) fn write_state(path: &Path, state: &GuestState) -> Result<(), SnapshotError> {
-    file::write(path, state)
+/// `Target`, `File`; then there is no new file.
+pub(crate) fn write_state(
+    path: &Path,
+    state: &GuestState,
+    memory: NewFile,
+) -> Result<(), SnapshotError> {
+    let new = file::write(path, state)?;
+    if new.path() == memory.path() {
+        return Err(SnapshotError::Target {
+            field: "snapshot_path",
+            path: new.path().to_owned(),
+            taken: "is mem_file_path, too",
+        });
+    }
+    let at = memory.path().to_owned();
+    let is_new = memory.name()?;
+    new.name().map(drop).inspect_err(|_| {
+        if is_new && let Err(error) = std::fs::remove_file(&at) {
+            tracing::warn!(%error, path = %at.display(), "a memory file without a state is left over");
+        }
+    })
 }
 
 /// Where the memory of a snapshot that is being loaded comes from.

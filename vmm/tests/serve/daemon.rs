@@ -74,9 +74,13 @@ impl Daemon {
 
     /// Kills it as no daemon expects, and starts the next.
     pub fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart();
+    }
+
+    pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.restart();
     }
 
     pub fn restart(&mut self) {
@@ -138,6 +142,11 @@ impl Daemon {
         let (status, vm) = self.post("/vms", &self.spec(id));
         assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
         vm
+    }
+
+    /// What the guest sends back for a letter: it runs, and its serial port is as it was.
+    pub fn echoes(&self, id: &str) -> bool {
+        echoes(&self.vm_folder(id).join("console.sock"))
     }
 
     pub fn until_state(&self, id: &str, state: &str) -> Value {
@@ -286,6 +295,20 @@ impl Events {
             }
         }
     }
+}
+
+/// What the guest behind a console sends back for a letter.
+pub fn echoes(socket: &Path) -> bool {
+    let mut console = UnixStream::connect(socket).unwrap();
+    console.set_read_timeout(Some(PATIENCE)).unwrap();
+    console.write_all(b"z").unwrap();
+    let mut byte = [0];
+    while console.read(&mut byte).unwrap() > 0 {
+        if byte == *b"z" {
+            return true;
+        }
+    }
+    false
 }
 
 /// Waits until something is so.

@@ -4,3 +4,5 @@
 
 pub mod daemon;
 pub mod kernel;
+pub mod steps;
+pub mod traces;

@@ -85,21 +85,32 @@ async fn pass_on(
     if before.is_some() && can_be.validate().is_ok() {
         daemon.admit_change(&vm, ram_mib, vcpus, |_| ())?;
     }
+    let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let word = |field| asked.get(field).and_then(Value::as_str);
+    // What is its disk is the parent of another then, and must not be written to when the guest starts anew.
+    let drive = place
+        .strip_prefix("drives/")
+        .and_then(|rest| rest.strip_suffix("/snapshot"));
+    let child = drive.filter(|_| changes).zip(word("path_on_host"));
+    let child = child.map(|(drive, path)| (drive, vm.folder.join(path)));
+    if let Some((drive, path)) = &child {
+        daemon.begin_child(&vm, drive, path).await?;
+    }
     let patience = if changes { proxy::ACTION } else { proxy::LOOK };
-    let asked = proxy::ask(&vm, method, &path, body.clone(), patience).await;
-    let done = asked
-        .as_ref()
-        .is_ok_and(|answer| answer.status.is_success());
+    let answer = proxy::ask(&vm, method, &path, body.clone(), patience).await;
+    let told = answer.as_ref().ok().map(|answer| answer.status);
+    let done = told.is_some_and(|status| status.is_success());
     if let (false, Some((ram_mib, vcpus))) = (done, before) {
         vm.change(|now| (now.ram_mib, now.vcpus) = (ram_mib, vcpus));
     }
-    let answer = asked?;
+    if let Some((drive, path)) = &child {
+        daemon.end_child(&vm, drive, path, told.map(|_| done)).await;
+    }
+    let answer = answer?;
     if done && before.is_some() {
         daemon.limit_again(&vm).await;
     }
     if done && changes {
-        let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
-        let word = |field| asked.get(field).and_then(Value::as_str);
         let state = match (place, word("state"), word("action_type")) {
             ("vm", Some("Paused"), _) => Some(State::Paused),
             ("vm", Some("Resumed"), _) | ("actions", _, Some("InstanceStart")) => {
@@ -107,19 +118,8 @@ async fn pass_on(
             }
             _ => None,
         };
-        // What was its disk is the parent of another now, and must not be written to when the guest starts anew.
-        let drive = place
-            .strip_prefix("drives/")
-            .and_then(|rest| rest.strip_suffix("/snapshot"));
-        let disk = drive.zip(word("path_on_host"));
-        if let Some((drive, path)) = disk {
-            let path = vm.folder.join(path);
-            vm.change(|now| now.disks.insert(drive.to_owned(), path));
-        }
         if let Some(state) = state {
             daemon.observe(&vm, state);
-        }
-        if state.is_some() || disk.is_some() {
             daemon.save(&vm).await;
         }
     }
