@@ -287,8 +287,15 @@ fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_
                 let api = guest.folder.join("api.sock");
                 let body = json!({"snapshot_path": guest.folder.join("s"), "mem_file_path": guest.folder.join("m")});
                 std::thread::spawn(move || call(&api, "PUT", "/snapshot/create", Some(&body)));
+                // The memory file has no name before it is whole.
+                let descriptors = format!("/proc/{}/fd", guest.child.id());
+                let nameless = |entry: fs::DirEntry| {
+                    let file = fs::read_link(entry.path()).unwrap_or_default();
+                    file.starts_with(&guest.folder) && file.to_string_lossy().ends_with("(deleted)")
+                };
                 until("memory is read", || {
-                    guest.folder.read_dir().unwrap().count() > 3
+                    let mut open = fs::read_dir(&descriptors).unwrap().flatten();
+                    open.any(nameless)
                 });
             }
         }

@@ -7,7 +7,6 @@
     reason = "the document is made from these; nothing calls them"
 )]
 
-
 use super::fault::FaultBody;
 use crate::api::bodies::{
     Action, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobUpdate,

@@ -258,12 +258,12 @@ pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Op
     let mut stream = UnixStream::connect(socket).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let body = body.map(Value::to_string).unwrap_or_default();
-    write!(
-        stream,
+    // In one piece: an answer may come, and the connection go, before a body that nobody wants has been sent.
+    let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: l\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
-    )
-    .ok()?;
+    );
+    stream.write_all(request.as_bytes()).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
     let (head, body) = answer.split_once("\r\n\r\n")?;
