@@ -98,16 +98,17 @@ impl Start {
         }
     }
 
-    /// QEMU's smallest machine, on the same kernel (unpacked, as Coppice boots it), initrd and disk: what Coppice is measured beside.
-    pub fn peer(kernel: &Path) -> Self {
+    /// QEMU's smallest machine, on the same kernel (unpacked, as Coppice boots it) and initrd, with a disk: what Coppice is measured beside.
+    pub fn peer(kernel: &Path, disk: &str) -> Self {
         // It comes with its libraries; the lab's host has none.
         let args = "--library-path peer/lib peer/qemu -L peer/share \
                     -M microvm,accel=kvm,acpi=on -cpu host -smp 1 -m 128 -nodefaults -no-user-config -nographic \
                     -name peer,debug-threads=on -serial stdio -initrd guest/initrd.cpio.gz \
-                    -drive id=base,if=none,file=guest/root.vhdx,format=vhdx,readonly=on \
                     -device virtio-blk-device,drive=base -kernel";
         let mut args: Vec<_> = args.split_whitespace().map(str::to_owned).collect();
         args.push(kernel.display().to_string());
+        args.push("-drive".to_owned());
+        args.push(format!("id=base,if=none,readonly=on,file={disk}"));
         Self {
             args,
             cmdline: CMDLINE.to_owned(),

@@ -284,7 +284,10 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     for name in names {
         files.push((guest.join(name), format!("guest/{name}")));
     }
-    if is_chosen("bench") || is_chosen("density") {
+    if ["bench", "density", "restore_bench"]
+        .into_iter()
+        .any(is_chosen)
+    {
         files.extend(peer::files()?);
     }
     if is_chosen("disk_bench") {

@@ -117,7 +117,7 @@ fn wake_ups(guest: &Guest) -> Result<(u64, u64), Failure> {
     Ok((vcpus, others))
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
@@ -192,7 +192,9 @@ fn shared(mode: &str) -> Result<Guest, Failure> {
 }
 
 fn peer() -> Result<Guest, Failure> {
-    Start::peer(&unpacked()?).script(IDLE).spawn()
+    Start::peer(&unpacked()?, "guest/root.vhdx,format=vhdx")
+        .script(IDLE)
+        .spawn()
 }
 
 /// Boot times, each VMM alone and in turns; then memory and wake-ups of idle guests.

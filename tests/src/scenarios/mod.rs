@@ -9,6 +9,7 @@ mod disk;
 mod end;
 mod jail;
 mod pmem;
+mod restore;
 mod serve;
 mod share;
 mod snapshot;
@@ -248,6 +249,7 @@ pub const ALL: &[Scenario] = &[
     soak("soak_all"),
     on_demand("bench", bench::bench),
     on_demand("boot_bench", bench::boots),
+    on_demand("restore_bench", restore::bench),
     on_demand("disk_bench", bench::disks),
     on_demand("pmem_bench", pmem::bench),
     on_demand("demo", bench::demo),
