@@ -7,10 +7,11 @@ mod serve;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 use serve::daemon::{Daemon, coppice};
+use serve::traces::files;
 
 /// A guest with a disk that it may write to.
 fn source(daemon: &Daemon, id: &str) -> PathBuf {
@@ -39,15 +40,6 @@ fn clone(daemon: &Daemon, id: &str, template: &str) -> Value {
     let (status, vm) = daemon.post("/vms", &json!({"id": id, "template": template}));
     assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
     vm
-}
-
-fn files(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]

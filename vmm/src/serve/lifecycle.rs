@@ -11,7 +11,6 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -539,10 +538,7 @@ impl Daemon {
         let (folder, jail) = (vm.folder.clone(), vm.now().jail.clone());
         let removed = blocking(move || {
             jail::release(jail.as_ref())?;
-            match std::fs::remove_dir_all(folder) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                Ok(()) | Err(_) => Ok(()),
-            }
+            store::remove_folder(&folder)
         });
         removed.await?.map_err(Fault::Store)?;
         self.vms().remove(&vm.id);

@@ -28,6 +28,7 @@ use super::fault::Fault;
 use super::lifecycle::blocking;
 use super::proxy::{self, Answer};
 use super::status::State;
+use super::store;
 use super::vm::{Now, Vm};
 use crate::config::VmConfig;
 
@@ -234,10 +235,7 @@ impl Daemon {
         }
         if let Some(template) = template {
             let folder = unfinished(&vm.folder, &template.id);
-            let removed = blocking(move || match fs::remove_dir_all(folder) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-                Ok(()) | Err(_) => Ok(()),
-            });
+            let removed = blocking(move || store::remove_folder(&folder));
             if let Err(error) = removed.await? {
                 tracing::error!(vm = %vm.id, template = %template.id, %error, "a template that could not be made is not gone");
             }

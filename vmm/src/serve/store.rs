@@ -127,6 +127,17 @@ pub fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
     move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
+/// Removes a folder and all in it, if it is there.
+///
+/// # Errors
+/// What the host says.
+pub fn remove_folder(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// The name of a file until it is complete.
 fn unfinished(path: &Path) -> PathBuf {
     let mut new = path.as_os_str().to_owned();
@@ -292,10 +303,7 @@ impl Store {
     /// # Errors
     /// What the host says.
     pub fn remove(&self, id: &str) -> io::Result<()> {
-        match fs::remove_dir_all(self.vm(id)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            removed => removed,
-        }
+        remove_folder(&self.vm(id))
     }
 }
 

@@ -287,12 +287,7 @@ impl Daemon {
         let (kept, jail) = (self.store.template(template), vm.now().jail.clone());
         let cleared = blocking(move || {
             for left in [&made, &kept] {
-                match fs::remove_dir_all(left) {
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        return Err(store::named(left)(error));
-                    }
-                    Ok(()) | Err(_) => {}
-                }
+                store::remove_folder(left).map_err(store::named(left))?;
             }
             jail::make_folder(&made, jail.as_ref())
         });
