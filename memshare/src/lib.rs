@@ -29,9 +29,11 @@ mod memory;
 mod merge;
 mod merger;
 mod policy;
+mod reference;
 mod snapshot;
 mod stats;
 mod table;
+mod unpacked;
 mod window;
 mod zeros;
 

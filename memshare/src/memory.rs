@@ -21,8 +21,10 @@ use std::time::{Duration, Instant};
 use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
 use crate::lost::OnChange;
 use crate::policy::Limits;
+use crate::reference::Reference;
 use crate::stats::{Refusal, Stats, add};
 use crate::table::{Backing, PageState, Run, Table, alike};
+use crate::unpacked::Unpacked;
 use crate::window::{PAGE_SIZE, PageKind, Window};
 
 /// A shared page that is overwritten within this time, in tenths of a second, was not worth it.
@@ -57,13 +59,6 @@ pub trait StandStill: Send + Sync {
 
     /// CPU time that the guest's vCPUs have used so far: by that the merger knows when the guest rests.
     fn cpu_time(&self) -> Duration;
-}
-
-/// A kernel as it stands after boot: pages of the guest are compared with it.
-#[derive(Clone, Debug)]
-pub(crate) struct Reference {
-    pub gfns: Range<u64>,
-    pub file: Arc<SharedFile>,
 }
 
 /// What pages are that nobody has touched.
@@ -106,6 +101,8 @@ pub(crate) struct State {
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
     pub references: Vec<Reference>,
+    /// Files of which the guest makes pages while it boots.
+    pub unpacked: Vec<Arc<Unpacked>>,
     pub base: Base,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
@@ -117,8 +114,13 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Whether there is anything that the guest's pages are compared with unasked.
+    pub(crate) fn is_compared(&self) -> bool {
+        !self.references.is_empty() || !self.unpacked.is_empty()
+    }
+
     /// How often pages like these were shared and soon overwritten, if they are overwritten now.
-    fn strikes(&self, gfns: &Range<u64>, now: u32) -> u8 {
+    pub(crate) fn strikes(&self, gfns: &Range<u64>, now: u32) -> u8 {
         let mapped = self.mapped.within(gfns.clone());
         let candidates = self.candidates.within(gfns.clone());
         let strikes = mapped.chain(candidates).map(|run| match run.backing.state {
@@ -173,7 +175,7 @@ fn is_recent(since: u32, now: u32) -> bool {
     since > 0 && now.saturating_sub(since) < SOON
 }
 
-fn whole_pages(address: u64, len: u64) -> Range<u64> {
+pub(crate) fn whole_pages(address: u64, len: u64) -> Range<u64> {
     let end = address.saturating_add(len) / PAGE_SIZE;
     let start = address.div_ceil(PAGE_SIZE);
     start..end.max(start)
@@ -626,56 +628,5 @@ impl SharedMemory {
             }
         }
         Ok(())
-    }
-
-    /// Gives the merger a kernel as it stands after boot, in `file` from its start: pages of the guest from the guest physical
-    /// `address` on are replaced by the file's where they are equal.
-    ///
-    /// # Errors
-    /// Where the file cannot be examined.
-    pub fn add_reference(&self, address: u64, len: u64, file: &Arc<File>) -> io::Result<()> {
-        let file = self.files.share(file)?;
-        let gfns = whole_pages(address, len.min(file.len()));
-        self.state().references.push(Reference { gfns, file });
-        self.stir(false);
-        Ok(())
-    }
-
-    /// Notes the guest's own pages that a reference may be the same as.
-    pub(crate) fn note_references(&self) {
-        let references = self.state().references.clone();
-        for Reference { gfns, file } in references {
-            let Some((window, at)) = self.locate(&gfns) else {
-                continue;
-            };
-            let Ok(kinds) = window.page_kinds(at, (gfns.end - gfns.start) * PAGE_SIZE) else {
-                continue;
-            };
-            let mut state = self.state();
-            let now = self.now();
-            for (gfn, kind) in gfns.clone().zip(kinds) {
-                if kind != PageKind::Private {
-                    continue;
-                }
-                if state.candidates.get(gfn).is_some() {
-                    continue;
-                }
-                // Where it was the reference's page not long ago, the guest has written to it.
-                let strikes = state.strikes(&(gfn..gfn + 1), now);
-                if strikes > MOST_STRIKES {
-                    continue;
-                }
-                let backing = Backing {
-                    file: file.clone(),
-                    offset: (gfn - gfns.start) * PAGE_SIZE,
-                    state: PageState::Candidate { since: 0, strikes },
-                };
-                state.candidates.insert(Run {
-                    gfn,
-                    pages: 1,
-                    backing,
-                });
-            }
-        }
     }
 }

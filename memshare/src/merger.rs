@@ -19,7 +19,7 @@ use crate::stats::add;
 const STACK_SIZE: usize = 64 << 10;
 /// The least time between two looks, and for a copy to settle.
 const PACE: Duration = Duration::from_millis(200);
-/// When the guest's kernel is compared with its reference, and its zeros are looked for, in seconds after the start: often while it boots and soon after,
+/// When the guest's kernel is compared with its reference, and zeros and what it unpacked are looked for, in seconds after the start: often while it boots and soon after,
 /// as nobody says when that is over, and then never again.
 const LOOKS: [u64; 20] = [
     1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
@@ -160,7 +160,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             let state = memory.state();
             let is_look = looks.peek().is_some_and(|at| *at <= Instant::now());
             let is_late = state.references.len() > known;
-            let looks_for = !state.references.is_empty() || limits.zeros;
+            let looks_for = limits.zeros || state.is_compared();
             is_look && looks_for || is_late || !state.candidates.is_empty()
         };
         if !is_wanted {
@@ -178,6 +178,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         known = references;
         if due {
             memory.note_references();
+            memory.note_unpacked();
         }
         // Time that is owed is waited for between batches.
         let mut owed = Duration::ZERO;
@@ -197,11 +198,14 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             }
         }
         settle_up();
+        if looks.peek().is_none() {
+            memory.forget_unpacked();
+        }
+        let state = memory.state();
         let next_look = looks
             .peek()
-            .filter(|_| references > 0 || limits.zeros)
+            .filter(|_| limits.zeros || state.is_compared())
             .map(|at| at.saturating_duration_since(Instant::now()));
-        let state = memory.state();
         if state.ending {
             return;
         }

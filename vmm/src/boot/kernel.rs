@@ -10,7 +10,7 @@ use vm_memory::{Address, GuestAddress};
 use super::compression::Compression;
 use super::elf::LoadSegment;
 use super::files::open_file;
-use super::unpack::{self, Packed, Unpacked};
+use super::unpack::{self, Form, Packed, Unpacked};
 use super::{BootError, BootSource, EntryPoint, Protocol, bzimage, elf};
 
 /// Longest command line of a kernel that does not say: Linux' `COMMAND_LINE_SIZE` on x86 without the terminating zero, past which it
@@ -81,7 +81,7 @@ pub(super) fn find_kernel(source: &BootSource, cache: &Path) -> Result<Kernel, B
             Packed {
                 path,
                 file: &file,
-                compression: Some(compression),
+                form: Form::Kernel(compression),
                 offset: 0,
                 len,
             },
@@ -192,7 +192,7 @@ fn bzimage_kernel(
                     Packed {
                         path,
                         file: &file,
-                        compression: Some(compression),
+                        form: Form::Kernel(compression),
                         offset,
                         len,
                     },

@@ -26,6 +26,7 @@ mod compression;
 mod elf;
 mod error;
 mod files;
+mod initrd_files;
 mod kernel;
 mod params;
 mod registers;
@@ -207,13 +208,33 @@ pub(crate) fn keep_ready(
         .filter(|kernel| share || kernel.is_cached)
         .and_then(|kernel| kernel.settled(&cache));
     let initrd = source.initrd_path.as_ref().filter(|_| share);
-    let initrd = initrd.and_then(|path| {
-        let (file, len) = open_file(path, "initrd").ok()?;
-        unpack::keep(path, &file, len, &cache)
+    let initrd = initrd.into_iter().flat_map(|path| {
+        let opened = open_file(path, "initrd").ok();
+        let kept = opened.map(|(file, len)| {
+            [
+                unpack::keep(path, &file, len, &cache),
+                unpack::keep_files(path, &file, len, &cache),
+            ]
+        });
+        kept.into_iter().flatten().flatten()
     });
     let files = kernel.into_iter().chain(initrd);
     let shared = files.filter_map(|file| FileRegistry::default().share(&Arc::new(file)).ok());
     shared.map(|file| file.path().to_owned()).collect()
+}
+
+/// The files that a guest makes of its initrd, each from a page on, from the cache of a sharing domain; `None` where there is no such form of it.
+///
+/// # Errors
+/// [`BootError`], for an initrd that cannot be opened.
+pub(crate) fn initrd_files(initrd: &Path, domain: Option<&str>) -> Result<Option<File>, BootError> {
+    let (file, len) = open_file(initrd, "initrd")?;
+    Ok(unpack::keep_files(
+        initrd,
+        &file,
+        len,
+        &unpack::cache_dir(domain),
+    ))
 }
 
 /// A kernel as guests get it, and where its parts go: an ELF file, unpacked into the cache where it was packed.

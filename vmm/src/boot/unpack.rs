@@ -8,7 +8,7 @@
 //! Pages of zeros (a kernel's `.bss` is in its file) become holes, of which nothing is read into guest memory.
 //!
 //! Files that are not compressed lie here too, where guests are to share them: what is mapped into a guest must not change, and nobody but this
-//! user writes here.
+//! user writes here. So do the [files of initrds](initrd_files).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
@@ -17,9 +17,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
 
-use super::BootError;
 use super::compression::Compression;
-use super::elf;
+use super::{BootError, elf, initrd_files};
 
 /// Larger kernels are refused: what expands further is not a kernel.
 const MAX_UNPACKED: u64 = 1 << 30;
@@ -32,16 +31,16 @@ const PAGE: usize = 4096;
 /// Unpacked bytes held before they are written, a multiple of the page size.
 const BUFFER: usize = 64 << 10;
 
-/// Writes a kernel to a file, with holes for its pages of zeros.
-struct KernelWriter {
+/// Writes what was unpacked to a file, with holes for its pages of zeros.
+pub(super) struct PageWriter {
     file: File,
     buffer: Vec<u8>,
     /// Bytes before those in the buffer.
     written: u64,
 }
 
-impl KernelWriter {
-    fn new(file: File) -> Self {
+impl PageWriter {
+    pub(super) fn new(file: File) -> Self {
         Self {
             file,
             buffer: Vec::with_capacity(BUFFER),
@@ -64,7 +63,14 @@ impl KernelWriter {
         Ok(())
     }
 
-    fn finish(mut self) -> io::Result<File> {
+    /// Goes on at the next page.
+    pub(super) fn to_next_page(&mut self) -> io::Result<()> {
+        let tail = self.buffer.len() % PAGE;
+        let padding = [0; PAGE];
+        self.write_all(padding.get(..(PAGE - tail) % PAGE).unwrap_or_default())
+    }
+
+    pub(super) fn finish(mut self) -> io::Result<File> {
         self.write_pages()?;
         self.file.write_all_at(&self.buffer, self.written)?;
         self.file.set_len(self.written + self.buffer.len() as u64)?;
@@ -72,7 +78,7 @@ impl KernelWriter {
     }
 }
 
-impl Write for KernelWriter {
+impl Write for PageWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let room = BUFFER - self.buffer.len();
         let taken = bytes.get(..room).unwrap_or(bytes);
@@ -92,13 +98,23 @@ impl Write for KernelWriter {
     }
 }
 
-/// Where the packed kernel lies in its file.
+/// What is made of a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Form {
+    /// The kernel that it holds, unpacked.
+    Kernel(Compression),
+    /// A copy.
+    Plain,
+    /// The files of an initrd, from a page on each.
+    Files,
+}
+
+/// What is to be unpacked, and where it lies in its file.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Packed<'a> {
     pub(super) path: &'a Path,
     pub(super) file: &'a File,
-    /// None for a file that is kept as it is.
-    pub(super) compression: Option<Compression>,
+    pub(super) form: Form,
     /// First byte.
     pub(super) offset: u64,
     /// Length in bytes.
@@ -125,7 +141,10 @@ pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<Unpacked, BootE
                 .and_then(|memory| unpack_to(&packed, memory.into()))
                 .map_err(|source| BootError::Unpack {
                     path: packed.path.to_owned(),
-                    compression: packed.compression.map_or("no", Compression::name),
+                    compression: match packed.form {
+                        Form::Kernel(compression) => compression.name(),
+                        Form::Plain | Form::Files => "no",
+                    },
                     source,
                 })?;
             tracing::warn!(dir = %cache.display(), error = %unusable, "the kernel cache cannot be used; each guest unpacks its kernel");
@@ -136,18 +155,31 @@ pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<Unpacked, BootE
 
 /// A copy of a file as it is, in the cache; `None` where the cache cannot be used.
 pub(super) fn keep(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
-    let packed = Packed {
-        path,
-        file,
-        compression: None,
-        offset: 0,
-        len,
-    };
-    cached(&packed, cache)
+    kept(path, file, len, Form::Plain, cache)
         .inspect_err(|error| {
             tracing::warn!(dir = %cache.display(), file = %path.display(), %error, "the cache cannot be used; each guest has a copy");
         })
         .ok()
+}
+
+/// The files of an initrd, in the cache; `None` where the cache cannot be used, or the initrd is none that Linux would unpack.
+pub(super) fn keep_files(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
+    kept(path, file, len, Form::Files, cache)
+        .inspect_err(|error| {
+            tracing::warn!(file = %path.display(), %error, "what guests unpack of the initrd is not shared");
+        })
+        .ok()
+}
+
+fn kept(path: &Path, file: &File, len: u64, form: Form, cache: &Path) -> io::Result<File> {
+    let packed = Packed {
+        path,
+        file,
+        form,
+        offset: 0,
+        len,
+    };
+    cached(&packed, cache)
 }
 
 fn cached(packed: &Packed<'_>, dir: &Path) -> io::Result<File> {
@@ -193,13 +225,19 @@ fn remove_left_over(dir: &Path) -> io::Result<()> {
 fn unpack_to(packed: &Packed<'_>, out: File) -> io::Result<File> {
     let mut source = packed.file;
     source.seek(SeekFrom::Start(packed.offset))?;
-    let mut writer = KernelWriter::new(out);
-    let bytes = BufReader::new(source.take(packed.len));
-    let Some(compression) = packed.compression else {
-        io::copy(&mut { bytes }, &mut writer)?;
-        return writer.finish();
-    };
-    compression.decode(bytes, &mut writer)?;
+    let mut writer = PageWriter::new(out);
+    let mut bytes = BufReader::new(source.take(packed.len));
+    match packed.form {
+        Form::Kernel(compression) => compression.decode(bytes, &mut writer)?,
+        Form::Plain => {
+            io::copy(&mut bytes, &mut writer)?;
+            return writer.finish();
+        }
+        Form::Files => {
+            initrd_files::write(&mut bytes, &mut writer)?;
+            return writer.finish();
+        }
+    }
     let file = writer.finish()?;
     let mut magic = [0; 4];
     file.read_exact_at(&mut magic, 0)
@@ -213,7 +251,11 @@ fn unpack_to(packed: &Packed<'_>, out: File) -> io::Result<File> {
 
 fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
     let source = packed.file.metadata()?;
-    let kind = packed.compression.map_or("plain", |_| "elf");
+    let kind = match packed.form {
+        Form::Kernel(_) => "elf",
+        Form::Plain => "plain",
+        Form::Files => "files",
+    };
     Ok(format!(
         "v{CACHE_VERSION}-{:x}-{:x}-{:x}-{:x}.{:09}-{:x}.{:09}.{kind}",
         source.dev(),
@@ -275,7 +317,7 @@ mod tests {
         let packed = Packed {
             path: source,
             file: &file,
-            compression: Some(compression),
+            form: Form::Kernel(compression),
             offset: 0,
             len: file.metadata().unwrap().len(),
         };
@@ -409,7 +451,7 @@ mod tests {
 
     #[test]
     fn a_kernel_unpacks_to_a_bounded_length() {
-        let mut writer = KernelWriter::new(tempfile::tempfile().unwrap());
+        let mut writer = PageWriter::new(tempfile::tempfile().unwrap());
         writer.written = MAX_UNPACKED - 1;
         writer.write_all(b"x").unwrap();
         assert!(writer.write_all(b"x").is_err());

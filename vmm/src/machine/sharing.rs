@@ -20,7 +20,7 @@ use super::domain::SharingDomain;
 use super::faults::Faults;
 use super::start::OnEnd;
 use super::{StartError, host};
-use crate::boot::{BootSource, MappedKernel, data_range};
+use crate::boot::{self, BootSource, MappedKernel, data_range};
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
@@ -134,6 +134,20 @@ impl Plan {
     /// The memory, where kernel and initrd are to be mapped.
     pub(super) fn at_boot(&self) -> Option<&SharedMemory> {
         (self.mode >= ShareMode::Boot).then_some(&*self.memory)
+    }
+
+    /// Has what the guest will unpack of its initrd shared, where all is.
+    pub(super) fn share_initrd(&self, source: &BootSource) {
+        let Some(initrd) = source.initrd.as_ref().filter(|_| self.is_all()) else {
+            return;
+        };
+        let files = boot::initrd_files(initrd, source.domain.as_deref());
+        let added = files.map_err(std::io::Error::other).and_then(|files| {
+            files.map_or(Ok(()), |files| self.memory.add_unpacked(&Arc::new(files)))
+        });
+        if let Err(error) = added {
+            tracing::warn!(%error, initrd = %initrd.display(), "what the guest unpacks of its initrd is not shared");
+        }
     }
 
     /// How the reads of a drive are shared.

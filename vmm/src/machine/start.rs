@@ -250,6 +250,7 @@ impl Machine {
             config.machine_config.vcpu_count,
             &parts.virtio,
         )?;
+        parts.plan.share_initrd(&boot_source);
         let vcpus = config.machine_config.vcpu_count;
         let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, vcpus));
         let kernel = parts.plan.reference(kernel, warm);

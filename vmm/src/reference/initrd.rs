@@ -1,5 +1,9 @@
 //! The initrd of a guest that boots and powers off: one program, of one system call and another.
 
+use std::io::{self, Write};
+
+use cpio::newc;
+
 /// Where the program is loaded, and runs.
 const ADDRESS: u64 = 0x40_0000;
 const ELF_HEADER: u64 = 64;
@@ -45,25 +49,16 @@ fn program() -> Vec<u8> {
     elf
 }
 
-/// An entry of a cpio archive (Linux, Documentation/driver-api/early-userspace/buffer-format.rst, `newc`).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, bytes: &[u8]) {
-    let (len, name_len) = (bytes.len() as u32, name.len() as u32 + 1);
-    archive.extend(b"070701");
-    for field in [0, mode, 0, 0, 1, 0, len, 0, 0, 0, 0, name_len, 0] {
-        archive.extend(format!("{field:08x}").bytes());
-    }
-    archive.extend(name.bytes());
-    archive.push(0);
-    archive.resize(archive.len().next_multiple_of(4), 0);
-    archive.extend(bytes);
-    archive.resize(archive.len().next_multiple_of(4), 0);
-}
-
 /// The archive.
-pub(super) fn archive() -> Vec<u8> {
+///
+/// # Errors
+/// None that memory gives.
+pub(super) fn archive() -> io::Result<Vec<u8>> {
     const EXECUTABLE: u32 = 0o100_755;
-    let mut archive = Vec::new();
-    entry(&mut archive, "init", EXECUTABLE, &program());
-    entry(&mut archive, "TRAILER!!!", 0, &[]);
-    archive
+    let (mut archive, program) = (Vec::new(), program());
+    let entry = newc::Builder::new("init").mode(EXECUTABLE).nlink(1);
+    let mut entry = entry.write(&mut archive, program.len() as u32);
+    entry.write_all(&program)?;
+    entry.finish()?;
+    newc::trailer(archive)
 }

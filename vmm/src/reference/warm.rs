@@ -97,8 +97,8 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     let cpus = representative_cpus(request.vcpus);
     let cpu = vm::cpu_model(cpus)?;
     let mut initrd = tempfile::NamedTempFile::new().map_err(failed("make an initrd"))?;
-    initrd
-        .write_all(&initrd::archive())
+    initrd::archive()
+        .and_then(|archive| initrd.write_all(&archive))
         .map_err(failed("write an initrd"))?;
     let domain = request.domain.as_deref();
     let cache = crate::boot::cache_dir(domain);
