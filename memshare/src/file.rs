@@ -1,6 +1,7 @@
 //! The files whose pages guests share, one record a file and process.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -219,9 +220,49 @@ impl FileRegistry {
     }
 }
 
+/// The first bytes of `file` in `at..end` that are no hole; `None` where there are none.
+///
+/// # Errors
+/// What the host says.
+pub fn data_range(file: &File, at: u64, end: u64) -> io::Result<Option<Range<u64>>> {
+    use rustix::fs::{SeekFrom, seek};
+    if at >= end {
+        return Ok(None);
+    }
+    let start = match seek(file, SeekFrom::Data(at)) {
+        Ok(start) => start,
+        // Nothing but a hole up to the end of the file.
+        Err(rustix::io::Errno::NXIO) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let hole = seek(file, SeekFrom::Hole(start))?.min(end);
+    Ok((start < hole).then_some(start..hole))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
     use super::*;
+
+    #[test]
+    fn data_is_found_between_holes() {
+        let sparse = tempfile::tempfile().unwrap();
+        sparse.write_all_at(b"head", 0).unwrap();
+        sparse.write_all_at(b"tail", 1 << 20).unwrap();
+        let ranges = |end: u64| {
+            let (mut at, mut ranges) = (2, Vec::new());
+            while let Some(range) = data_range(&sparse, at, end).unwrap() {
+                at = range.end;
+                ranges.push((range.start, range.end));
+            }
+            ranges
+        };
+        let mib = 1 << 20;
+        assert_eq!(ranges(mib + 4), [(2, 4096), (mib, mib + 4)]);
+        assert_eq!(ranges(mib), [(2, 4096)]);
+        assert_eq!(ranges(3), [(2, 3)]);
+    }
 
     #[test]
     fn a_file_has_one_record_however_often_it_is_opened() {

@@ -23,24 +23,25 @@
 //!
 //! The crate knows nothing of KVM or virtio: [`StandStill`] is what it needs of a guest.
 
+mod compared;
 mod file;
 mod lost;
 mod memory;
 mod merge;
 mod merger;
 mod policy;
-mod reference;
 mod snapshot;
 mod stats;
 mod table;
-mod unpacked;
 mod window;
 mod zeros;
 
 #[cfg(test)]
 mod tests;
 
-pub use file::{Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile};
+pub use file::{
+    Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile, data_range,
+};
 pub use lost::{LostPage, OnChange};
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
 pub use merge::is_zero;

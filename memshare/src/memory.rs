@@ -18,13 +18,12 @@ use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::compared::Compared;
 use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
 use crate::lost::OnChange;
 use crate::policy::Limits;
-use crate::reference::Reference;
 use crate::stats::{Refusal, Stats, add};
 use crate::table::{Backing, PageState, Run, Table, alike};
-use crate::unpacked::Unpacked;
 use crate::window::{PAGE_SIZE, PageKind, Window};
 
 /// A shared page that is overwritten within this time, in tenths of a second, was not worth it.
@@ -100,9 +99,8 @@ pub(crate) struct State {
     pub mapped: Table,
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
-    pub references: Vec<Reference>,
-    /// Files of which the guest makes pages while it boots.
-    pub unpacked: Vec<Arc<Unpacked>>,
+    /// Files that the guest's own pages are compared with unasked.
+    pub compared: Vec<Arc<Compared>>,
     pub base: Base,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
@@ -114,11 +112,6 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Whether there is anything that the guest's pages are compared with unasked.
-    pub(crate) fn is_compared(&self) -> bool {
-        !self.references.is_empty() || !self.unpacked.is_empty()
-    }
-
     /// How often pages like these were shared and soon overwritten, if they are overwritten now.
     pub(crate) fn strikes(&self, gfns: &Range<u64>, now: u32) -> u8 {
         let mapped = self.mapped.within(gfns.clone());
@@ -175,7 +168,7 @@ fn is_recent(since: u32, now: u32) -> bool {
     since > 0 && now.saturating_sub(since) < SOON
 }
 
-pub(crate) fn whole_pages(address: u64, len: u64) -> Range<u64> {
+fn whole_pages(address: u64, len: u64) -> Range<u64> {
     let end = address.saturating_add(len) / PAGE_SIZE;
     let start = address.div_ceil(PAGE_SIZE);
     start..end.max(start)
@@ -490,9 +483,7 @@ impl SharedMemory {
 
     fn unshare_held(&self, file: FileIdentity) -> io::Result<()> {
         let mut state = self.state();
-        state
-            .references
-            .retain(|reference| reference.file.identity() != file);
+        state.compared.retain(|compared| !compared.is_with(file));
         let of_file = |run: &Run| run.backing.file.identity() == file;
         let candidates: Vec<Run> = state.candidates.runs().filter(of_file).collect();
         for run in candidates {

@@ -19,11 +19,14 @@ use crate::stats::add;
 const STACK_SIZE: usize = 64 << 10;
 /// The least time between two looks, and for a copy to settle.
 const PACE: Duration = Duration::from_millis(200);
-/// When the guest's kernel is compared with its reference, and zeros and what it unpacked are looked for, in seconds after the start: often while it boots and soon after,
+/// When the guest's own pages are compared with files, and zeros are looked for, in seconds after the start: often while it boots and soon after,
 /// as nobody says when that is over, and then never again.
 const LOOKS: [u64; 20] = [
     1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
 ];
+
+/// A guest whose vCPUs have used less than this share of a core since the last look, in percent, has changed too little for another.
+const IDLE: u32 = 3;
 
 /// How long work waits at most for a guest that does not rest.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -99,6 +102,58 @@ impl Pulse {
     }
 }
 
+/// Which of the [looks](LOOKS) is next.
+#[derive(Debug)]
+struct Looks {
+    started: Instant,
+    next: usize,
+    /// When the guest was last looked at or found idle, and its CPU time then.
+    last: Option<(Instant, Duration)>,
+    /// Files that it was compared with.
+    files: usize,
+}
+
+impl Looks {
+    fn new(started: Instant) -> Self {
+        Self {
+            started,
+            next: 0,
+            last: None,
+            files: 0,
+        }
+    }
+
+    /// Whether the guest is to be looked at, as it is time for it, or as there are more `files` than it was compared with. `cpu_time` is the guest's until
+    /// now.
+    fn is_due(&mut self, now: Instant, cpu_time: Duration, files: usize) -> bool {
+        if self.left(now) == Some(Duration::ZERO) {
+            let is_idle = self.last.is_some_and(|(at, before)| {
+                cpu_time.saturating_sub(before) * 100 < now.saturating_duration_since(at) * IDLE
+            });
+            if !is_idle {
+                return true;
+            }
+            self.done(now, cpu_time, self.files);
+        }
+        files > self.files
+    }
+
+    /// The guest has been looked at, or needs not be.
+    fn done(&mut self, now: Instant, cpu_time: Duration, files: usize) {
+        while self.left(now) == Some(Duration::ZERO) {
+            self.next += 1;
+        }
+        self.last = Some((now, cpu_time));
+        self.files = files;
+    }
+
+    /// How long it is to the next, if there is one.
+    fn left(&self, now: Instant) -> Option<Duration> {
+        let next = LOOKS.get(self.next)?;
+        Some((self.started + Duration::from_secs(*next)).saturating_duration_since(now))
+    }
+}
+
 fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(
@@ -148,22 +203,18 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
     let started = Instant::now();
     let limits = *memory.limits();
     let mut bucket = Bucket::new(limits.cpu_percent, limits.burst, started);
-    let mut looks = LOOKS
-        .iter()
-        .map(|at| started + Duration::from_secs(*at))
-        .peekable();
-    let (mut before, mut known) = (cpu_time(), 0);
+    let mut looks = Looks::new(started);
+    let mut before = cpu_time();
     let mut pulse = Pulse::default();
     loop {
         memory.look_at_files();
-        let is_wanted = {
+        let (files, has_candidates) = {
             let state = memory.state();
-            let is_look = looks.peek().is_some_and(|at| *at <= Instant::now());
-            let is_late = state.references.len() > known;
-            let looks_for = limits.zeros || state.is_compared();
-            is_look && looks_for || is_late || !state.candidates.is_empty()
+            (state.compared.len(), !state.candidates.is_empty())
         };
-        if !is_wanted {
+        let looks_for = limits.zeros || files > 0;
+        let due = looks_for && looks.is_due(Instant::now(), still.cpu_time(), files);
+        if !due && !has_candidates {
             pulse.forget();
         } else if !pulse.is_time(Instant::now(), still.cpu_time()) {
             memory.rest(PACE);
@@ -172,13 +223,9 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             }
             continue;
         }
-        // A reference may come late: it is looked at then.
-        let references = memory.state().references.len();
-        let due = looks.next_if(|at| *at <= Instant::now()).is_some() || references > known;
-        known = references;
         if due {
-            memory.note_references();
-            memory.note_unpacked();
+            looks.done(Instant::now(), still.cpu_time(), files);
+            memory.note_compared();
         }
         // Time that is owed is waited for between batches.
         let mut owed = Duration::ZERO;
@@ -198,18 +245,16 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             }
         }
         settle_up();
-        if looks.peek().is_none() {
-            memory.forget_unpacked();
+        let next_look = looks.left(Instant::now());
+        if next_look.is_none() {
+            memory.forget_compared();
+            looks.files = 0;
         }
         let state = memory.state();
-        let next_look = looks
-            .peek()
-            .filter(|_| limits.zeros || state.is_compared())
-            .map(|at| at.saturating_duration_since(Instant::now()));
         if state.ending {
             return;
         }
-        let next = next_look.unwrap_or(FILES).min(FILES);
+        let next = next_look.filter(|_| looks_for).unwrap_or(FILES).min(FILES);
         let stirred = match progress {
             Progress::Done => memory.wait(state, next),
             Progress::More => {
@@ -271,6 +316,28 @@ mod tests {
         assert_eq!(waited(&mut pulse, 0.1), 2 * PACE);
         assert_eq!(waited(&mut pulse, 0.9), PACE + PATIENCE);
         assert_eq!(waited(&mut pulse, 0.1), 2 * PACE);
+    }
+
+    #[test]
+    fn a_guest_is_looked_at_while_it_boots_and_not_when_it_was_idle_since() {
+        let started = Instant::now();
+        let at = |seconds: u64| started + Duration::from_secs(seconds);
+        let cpu = Duration::from_millis;
+        let mut looks = Looks::new(started);
+        assert!(!looks.is_due(started, cpu(0), 0));
+        assert!(looks.is_due(at(1), cpu(0), 0), "the first is unasked");
+        looks.done(at(1), cpu(0), 0);
+        assert!(!looks.is_due(at(1), cpu(900), 0), "it was a moment ago");
+        assert!(looks.is_due(at(2), cpu(900), 0));
+        looks.done(at(2), cpu(900), 0);
+        assert!(!looks.is_due(at(4), cpu(910), 0), "it was idle");
+        assert_eq!(looks.left(at(4)), Some(Duration::from_secs(1)));
+        assert!(looks.is_due(at(4), cpu(910), 1), "a file has come");
+        looks.done(at(4), cpu(910), 1);
+        assert!(!looks.is_due(at(4), cpu(910), 1));
+        looks.done(at(100), cpu(5000), 1);
+        assert_eq!(looks.left(at(100)), None);
+        assert!(!looks.is_due(at(200), cpu(90_000), 1));
     }
 
     #[test]

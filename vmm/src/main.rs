@@ -208,11 +208,15 @@ fn make_image(command: ImageCommand) -> ExitCode {
             kernel,
             cmdline,
             cpus,
+            mem,
             share_domain,
         } => reference::warm(&WarmRequest {
             kernel,
             cmdline,
-            vcpus: cpus,
+            size: reference::Size {
+                vcpus: cpus,
+                mem_mib: mem.0,
+            },
             domain: share_domain,
         })
         .map(Some),

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use devices::GuestMemory;
-use memshare::{PAGE_SIZE, SharedFile, SharedMemory};
+use memshare::{PAGE_SIZE, SharedFile, SharedMemory, data_range};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
@@ -109,22 +109,6 @@ pub(super) fn share(
     Ok(())
 }
 
-/// The first bytes of `file` in `at..end` that are no hole.
-pub(crate) fn data_range(file: &File, at: u64, end: u64) -> std::io::Result<Option<Range<u64>>> {
-    use rustix::fs::{SeekFrom, seek};
-    if at >= end {
-        return Ok(None);
-    }
-    let start = match seek(file, SeekFrom::Data(at)) {
-        Ok(start) => start,
-        // Nothing but a hole up to the end of the file.
-        Err(rustix::io::Errno::NXIO) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    let hole = seek(file, SeekFrom::Hole(start))?.min(end);
-    Ok((start < hole).then_some(start..hole))
-}
-
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
@@ -136,18 +120,7 @@ mod tests {
         let sparse = tempfile::tempfile().unwrap();
         sparse.write_all_at(b"head", 0).unwrap();
         sparse.write_all_at(b"tail", 1 << 20).unwrap();
-        let ranges = |end: u64| {
-            let (mut at, mut ranges) = (2, Vec::new());
-            while let Some(range) = data_range(&sparse, at, end).unwrap() {
-                at = range.end;
-                ranges.push((range.start, range.end));
-            }
-            ranges
-        };
         let mib = 1 << 20;
-        assert_eq!(ranges(mib + 4), [(2, 4096), (mib, mib + 4)]);
-        assert_eq!(ranges(mib), [(2, 4096)]);
-        assert_eq!(ranges(3), [(2, 3)]);
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
         let path = Path::new("sparse");
         let segment = LoadSegment {

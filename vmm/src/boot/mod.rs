@@ -37,7 +37,6 @@ pub use elf::LoadSegment;
 pub use error::BootError;
 pub use registers::BootState;
 
-pub(crate) use files::data_range;
 use files::{copy, open_file};
 use kernel::{Kernel, check_entry, find_kernel};
 use params::{Initrd, Told};

@@ -130,6 +130,9 @@ pub enum ImageCommand {
         /// vCPUs of the guests: a kernel for one CPU differs from one for several.
         #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
         cpus: u8,
+        /// RAM of the guests, with a binary suffix: up to 1G, each size has an image of its own.
+        #[arg(long, value_name = "SIZE", default_value = "128M")]
+        mem: Mebibytes,
         /// The sharing domain of the guests, if they have one.
         #[arg(long, value_name = "NAME", value_parser = domain)]
         share_domain: Option<String>,

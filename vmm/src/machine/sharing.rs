@@ -11,7 +11,7 @@ use devices::virtio::VirtioDevice;
 use devices::virtio::block::DriveSharing;
 use memshare::{
     FileIdentity, IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode,
-    SharedMemory, StandStill,
+    SharedMemory, StandStill, data_range,
 };
 use serde::Serialize;
 use vm_memory::GuestAddress;
@@ -20,12 +20,12 @@ use super::domain::SharingDomain;
 use super::faults::Faults;
 use super::start::OnEnd;
 use super::{StartError, host};
-use crate::boot::{self, BootSource, MappedKernel, data_range};
+use crate::boot::{self, BootSource, MappedKernel};
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
 use crate::procfs;
-use crate::reference::{self, Key, WarmRequest, Warmer, Warming};
+use crate::reference::{Key, Size, WarmRequest, Warmer, Warming};
 use crate::vm::{self, Brake, HugePages, Vm, VmError};
 
 /// How often the guest is tried to be held where it has to be, and the pause between.
@@ -226,17 +226,17 @@ pub(super) struct MappedFrom {
     mapped: MappedKernel,
     path: PathBuf,
     cmdline: String,
-    vcpus: u8,
+    size: Size,
     domain: Option<String>,
 }
 
 impl MappedFrom {
-    pub(super) fn new(mapped: MappedKernel, source: BootSource, vcpus: u8) -> Self {
+    pub(super) fn new(mapped: MappedKernel, source: BootSource, size: Size) -> Self {
         Self {
             mapped,
             path: source.kernel,
             cmdline: source.cmdline,
-            vcpus,
+            size,
             domain: source.domain,
         }
     }
@@ -245,10 +245,9 @@ impl MappedFrom {
     fn copy_ahead(&self, image: &Path, memory: &SharedMemory) {
         let copy = || {
             let image = File::open(image)?;
-            let Range { start, end } = self.mapped.addresses;
-            let mut at = 0;
-            while let Some(data) = data_range(&image, at, end - start)? {
-                memory.copy_ahead(start + data.start, data.end - data.start)?;
+            let Range { start: mut at, end } = self.mapped.addresses;
+            while let Some(data) = data_range(&image, at, end)? {
+                memory.copy_ahead(data.start, data.end - data.start)?;
                 at = data.end;
             }
             std::io::Result::Ok(())
@@ -260,11 +259,11 @@ impl MappedFrom {
 
     /// Where the reference image of the kernel is, or would be.
     fn image(&self) -> Result<PathBuf, VmError> {
-        let cpu = vm::cpu_model(reference::representative_cpus(self.vcpus))?;
+        let cpu = vm::cpu_model(self.size.representative().vcpus)?;
         let key = Key {
             kernel: self.mapped.file.path(),
             cpu: &cpu,
-            vcpus: self.vcpus,
+            size: self.size,
             cmdline: &self.cmdline,
         };
         Ok(key.path())
@@ -276,39 +275,27 @@ impl MappedFrom {
             Some(warm) if !image.exists() => warm.tell(&WarmRequest {
                 kernel: std::path::absolute(self.path)?,
                 cmdline: self.cmdline,
-                vcpus: self.vcpus,
+                size: self.size,
                 domain: self.domain,
             })?,
             Some(_) | None => None,
         };
-        Ok(Reference {
-            image,
-            addresses: self.mapped.addresses,
-            warming,
-        })
+        Ok(Reference { image, warming })
     }
 }
 
-/// What a guest's kernel is compared with.
+/// What a guest's own pages are compared with.
 pub(super) struct Reference {
     image: PathBuf,
-    addresses: Range<u64>,
     /// Who makes the image.
     warming: Option<Warming>,
 }
 
 impl Reference {
-    /// Has the guest's kernel compared with the image, once it is there.
+    /// Has the guest compared with the image, once it is there.
     fn add(self, memory: &Arc<SharedMemory>) -> std::io::Result<()> {
-        let Self {
-            image,
-            addresses,
-            warming,
-        } = self;
-        let add = move |memory: &SharedMemory| {
-            let file = Arc::new(File::open(&image)?);
-            memory.add_reference(addresses.start, addresses.end - addresses.start, &file)
-        };
+        let Self { image, warming } = self;
+        let add = move |memory: &SharedMemory| memory.add_reference(&Arc::new(File::open(&image)?));
         let Some(warming) = warming else {
             return add(memory);
         };

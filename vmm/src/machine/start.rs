@@ -25,10 +25,11 @@ use super::snapshot::Devices;
 use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, host, lock};
 use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
-use crate::jail;
 use crate::pmem::Pmem;
+use crate::reference::Size;
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
+use crate::jail;
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
@@ -251,8 +252,8 @@ impl Machine {
             &parts.virtio,
         )?;
         parts.plan.share_initrd(&boot_source);
-        let vcpus = config.machine_config.vcpu_count;
-        let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, vcpus));
+        let size = Size::from(&config.machine_config);
+        let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, size));
         let kernel = parts.plan.reference(kernel, warm);
         let start = |buses, faults: Arc<Faults>| {
             vm.start(

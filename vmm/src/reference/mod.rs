@@ -1,16 +1,17 @@
-//! Reference images: a kernel's memory as it stands after boot.
+//! Reference images: a guest's memory as it stands after its kernel has booted.
 //!
 //! A kernel patches its own text while it boots (alternatives, return thunks, static keys), so that most of what is mapped from its file is soon a
-//! copy in every guest, and the same copy. A reference image holds those pages as they are in a guest that the host has booted for this
-//! purpose alone, with nothing in it: no disk, and a program that powers off. The memory manager compares a guest's
-//! kernel with it, and maps what is equal.
+//! copy in every guest, and the same copy. What it sets up at boot is the same in every guest, too, a good part of it at the same address: `struct page`s,
+//! tables, its data. A reference image holds the pages of a guest that the host has booted for this
+//! purpose alone, with nothing in it: no disk, and a program that powers off. The memory manager compares a guest's own
+//! pages with it, and maps what is equal.
 //!
 //! ```text
 //! coppice run ── image there? ── yes ──> SharedMemory::add_reference
 //!                    └── no ── Warmer: coppice image warm (once, in the background) ── image ──> add_reference
 //! ```
 //!
-//! An image is good for one kernel, one model of CPU, and the words of the command line that change a kernel's text. That it fits is never
+//! An image is good for one kernel, one model of CPU, one size of machine, and the words of the command line that change a kernel's text. That it fits is never
 //! relied on: pages are compared.
 
 mod initrd;
@@ -19,10 +20,11 @@ mod warmer;
 
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::boot::{self, DEFAULT_CMDLINE};
-use crate::config::VmConfig;
+use crate::config::{MachineConfig, VmConfig};
 use crate::vm;
 
 pub use warm::{WarmError, WarmRequest, Warmed, warm};
@@ -93,9 +95,43 @@ pub(crate) fn text_words(cmdline: &str) -> Vec<&str> {
         .collect()
 }
 
-/// A kernel for one CPU is patched as such; any number more makes no difference.
-pub(crate) fn representative_cpus(vcpus: u8) -> u8 {
-    vcpus.min(2)
+/// RAM in MiB up to which there is an image for each size. Larger guests are compared with that of [`SMALL_MIB`], which has what does not depend on it.
+const LARGEST_MIB: u32 = 1024;
+/// RAM in MiB in which any kernel boots.
+const SMALL_MIB: u32 = 128;
+
+/// A guest's machine, as far as what its kernel makes of memory depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub mem_mib: u32,
+}
+
+impl Size {
+    /// The machine whose image does for this one. A kernel for one CPU is patched as such; any number more makes no difference.
+    #[must_use]
+    pub fn representative(self) -> Self {
+        let mem_mib = if self.mem_mib <= LARGEST_MIB {
+            self.mem_mib
+        } else {
+            SMALL_MIB
+        };
+        Self {
+            vcpus: self.vcpus.min(2),
+            mem_mib,
+        }
+    }
+}
+
+impl From<&MachineConfig> for Size {
+    fn from(machine: &MachineConfig) -> Self {
+        Self {
+            vcpus: machine.vcpu_count,
+            mem_mib: machine.mem_size_mib,
+        }
+    }
 }
 
 /// What an image depends on.
@@ -105,8 +141,8 @@ pub struct Key<'a> {
     pub kernel: &'a Path,
     /// What distinguishes the CPU, see [`crate::vm::cpu_model`].
     pub cpu: &'a [u8],
-    /// vCPUs of the guest.
-    pub vcpus: u8,
+    /// The guest's machine.
+    pub size: Size,
     /// Its command line.
     pub cmdline: &'a str,
 }
@@ -116,7 +152,9 @@ impl Key<'_> {
     pub fn path(&self) -> PathBuf {
         let mut digest = Sha256::new();
         digest.update(self.cpu);
-        digest.update([representative_cpus(self.vcpus)]);
+        let Size { vcpus, mem_mib } = self.size.representative();
+        digest.update([vcpus]);
+        digest.update(mem_mib.to_le_bytes());
         for word in text_words(self.cmdline) {
             digest.update(word);
             digest.update([0]);
@@ -132,15 +170,15 @@ pub fn is_there(config: &VmConfig) -> bool {
     let Some(source) = &config.boot_source else {
         return false;
     };
-    let vcpus = config.machine_config.vcpu_count;
+    let size = Size::from(&config.machine_config).representative();
     let kernel = boot::runtime_kernel(&source.kernel_image_path, config.sharing.domain.as_deref());
-    let (Ok(Some(kernel)), Ok(cpu)) = (kernel, vm::cpu_model(representative_cpus(vcpus))) else {
+    let (Ok(Some(kernel)), Ok(cpu)) = (kernel, vm::cpu_model(size.vcpus)) else {
         return false;
     };
     let image = Key {
         kernel: &kernel,
         cpu: &cpu,
-        vcpus,
+        size,
         cmdline: source.boot_args.as_deref().unwrap_or(DEFAULT_CMDLINE),
     };
     image.path().exists()
@@ -155,10 +193,34 @@ mod tests {
         Key {
             kernel,
             cpu,
-            vcpus,
+            size: Size {
+                vcpus,
+                mem_mib: 128,
+            },
             cmdline,
         }
         .path()
+    }
+
+    #[test]
+    fn each_size_of_small_guests_has_an_image_and_all_large_ones_one() {
+        let of = |vcpus, mem_mib| Size { vcpus, mem_mib }.representative();
+        assert_eq!(
+            of(1, 100),
+            Size {
+                vcpus: 1,
+                mem_mib: 100
+            }
+        );
+        assert_eq!(
+            of(32, 1024),
+            Size {
+                vcpus: 2,
+                mem_mib: 1024
+            }
+        );
+        assert_eq!(of(2, 1025), of(3, 100_000));
+        assert_ne!(of(1, 2048), of(2, 2048));
     }
 
     #[test]

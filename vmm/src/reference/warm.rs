@@ -8,18 +8,16 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use event_manager::EventManager;
-use memshare::ShareMode;
+use memshare::{ShareMode, is_zero};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Key, initrd, representative_cpus, text_words};
+use super::{Key, Size, initrd, text_words};
 use crate::config::{BootSourceConfig, SharingConfig, VmConfig};
 use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
 use crate::vm::{self, VmError};
 
-/// RAM of the guest in MiB: any kernel boots in that, and its text does not depend on it.
-const MEMORY_MIB: u32 = 128;
 /// A kernel that takes longer does not come to an end.
 const PATIENCE: Duration = Duration::from_mins(2);
 
@@ -30,8 +28,8 @@ pub struct WarmRequest {
     pub kernel: PathBuf,
     /// The command line of the guests that are to use the image.
     pub cmdline: String,
-    /// Their vCPUs.
-    pub vcpus: u8,
+    /// Their machine.
+    pub size: Size,
     /// Their sharing domain, where that has a name.
     pub domain: Option<String>,
 }
@@ -94,8 +92,8 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> WarmError {
 /// # Errors
 /// [`WarmError`]. An empty file tells of a kernel that does not boot that far; nothing else is left behind.
 pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
-    let cpus = representative_cpus(request.vcpus);
-    let cpu = vm::cpu_model(cpus)?;
+    let size = request.size.representative();
+    let cpu = vm::cpu_model(size.vcpus)?;
     let mut initrd = tempfile::NamedTempFile::new().map_err(failed("make an initrd"))?;
     initrd::archive()
         .and_then(|archive| initrd.write_all(&archive))
@@ -112,7 +110,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     let path = Key {
         kernel: &kernel,
         cpu: &cpu,
-        vcpus: cpus,
+        size,
         cmdline: &request.cmdline,
     }
     .path();
@@ -131,6 +129,8 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
             kernel_image_path: request.kernel.clone(),
             initrd_path: Some(initrd.path().to_owned()),
             boot_args: Some(cmdline),
+            // As the guests by default that are compared with it.
+            lean: Some(true),
             ..BootSourceConfig::default()
         }),
         sharing: SharingConfig {
@@ -140,8 +140,8 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
         },
         ..VmConfig::default()
     };
-    config.machine_config.mem_size_mib = MEMORY_MIB;
-    config.machine_config.vcpu_count = cpus;
+    config.machine_config.mem_size_mib = size.mem_mib;
+    config.machine_config.vcpu_count = size.vcpus;
     match boot_and_keep(&config, &path) {
         Ok(pages) => Ok(Warmed::Made { path, pages }),
         Err(error @ (WarmError::End(_) | WarmError::Slow)) => {
@@ -189,7 +189,8 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     kept
 }
 
-/// Writes the kernel's pages that are no longer those of its file, zeros too: that a guest writes to a page is worth knowing before it does.
+/// Writes the guest's own pages, each at its address. Zeros are left out, but for those of the kernel's file: that a guest writes to a page is worth knowing
+/// before it does.
 fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
     let io = |source| failed(path.display().to_string())(source);
     let kernel = machine
@@ -200,20 +201,22 @@ fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
         .prefix(".warming-")
         .tempfile_in(folder)
         .map_err(io)?;
-    let (mut pages, mut written) = (0, Ok(()));
+    let (mut pages, mut end, mut written) = (0, 0, Ok(()));
     let memory = machine.shared_memory();
-    memory
-        .own_pages(kernel.start, kernel.end - kernel.start, |address, bytes| {
-            if written.is_ok() {
-                pages += 1;
-                written = file.as_file().write_all_at(bytes, address - kernel.start);
-            }
-        })
-        .map_err(io)?;
+    for region in memory.regions() {
+        let len = region.window.len();
+        end = end.max(region.start + len);
+        memory
+            .own_pages(region.start, len, |address, bytes| {
+                if written.is_ok() && (kernel.contains(&address) || !is_zero(bytes)) {
+                    pages += 1;
+                    written = file.as_file().write_all_at(bytes, address);
+                }
+            })
+            .map_err(io)?;
+    }
     written.map_err(io)?;
-    file.as_file()
-        .set_len(kernel.end - kernel.start)
-        .map_err(io)?;
+    file.as_file().set_len(end).map_err(io)?;
     file.as_file().sync_data().map_err(io)?;
     file.persist(path).map_err(|error| io(error.error))?;
     Ok(pages)
