@@ -26,6 +26,7 @@ pub mod disk_tool;
 pub mod doctor;
 pub mod exit;
 pub mod fault;
+pub mod heap;
 pub mod jail;
 pub mod layout;
 pub mod logging;

@@ -11,12 +11,14 @@ use coppice::cli::{
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{bench, cli, disk_tool, doctor, exit, remote, run, serve, top};
+use coppice::{bench, cli, disk_tool, doctor, exit, heap, remote, run, serve, top};
 
 fn main() -> ExitCode {
-    let command = match Cli::try_parse() {
-        Ok(cli) => cli.command,
-        Err(error) => return told_by_parser(&error),
+    heap::share();
+    let command = match parse() {
+        Ok(Ok(cli)) => cli.command,
+        Ok(Err(error)) => return told_by_parser(&error),
+        Err(error) => return fail(exit::FAILURE, format_args!("parser of arguments: {error}")),
     };
     match command {
         Command::Run(arguments) => run_guest(*arguments),
@@ -31,6 +33,18 @@ fn main() -> ExitCode {
         Command::Top(arguments) => show_guests(&arguments.into_options()),
         Command::Doctor { json } => examine_host(json),
     }
+}
+
+/// Bytes of the parser's stack: enough for a build without optimization, and too few for the host to make a huge page of them.
+const PARSER_STACK: usize = 1 << 20;
+
+/// Parses the command line on a stack that goes with its thread: it is deep, and would stay with a guest's process for ever.
+fn parse() -> io::Result<Result<Cli, clap::Error>> {
+    let parser = std::thread::Builder::new().stack_size(PARSER_STACK);
+    let parser = parser.spawn(Cli::try_parse)?;
+    parser
+        .join()
+        .map_err(|_| io::Error::other("it has panicked"))
 }
 
 fn fail(code: u8, error: impl Display) -> ExitCode {

@@ -29,7 +29,7 @@ use crate::pmem::Pmem;
 use crate::reference::Size;
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
-use crate::jail;
+use crate::{heap, jail};
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
@@ -135,6 +135,7 @@ impl Assembled {
         start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Machine, StartError> {
+        heap::give_back();
         // From here on a guest may have taken over whoever serves it.
         jail::seccomp::started().map_err(host("seccomp filter"))?;
         let faults = self.plan.faults().clone();
