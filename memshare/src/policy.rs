@@ -17,7 +17,7 @@ pub enum ShareMode {
     Boot,
     /// What the guest reads from files that do not change, too.
     Read,
-    /// The kernel as it stands after boot, too, by a reference image.
+    /// What its kernel makes of memory while it boots, too, by a reference image, and what the guest unpacks of its initrd.
     #[default]
     All,
 }

@@ -278,7 +278,10 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
             .iter()
             .any(|scenario| scenario.name.starts_with(name))
     };
-    if is_chosen("density") || is_chosen("no_write_is_lost") {
+    if ["density", "no_write_is_lost", "first_write_bench"]
+        .into_iter()
+        .any(is_chosen)
+    {
         names.push("full.vhdx");
     }
     for name in names {

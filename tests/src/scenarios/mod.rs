@@ -8,6 +8,7 @@ mod density;
 mod disk;
 mod end;
 mod jail;
+mod memory;
 mod pmem;
 mod restore;
 mod serve;
@@ -233,7 +234,7 @@ pub const ALL: &[Scenario] = &[
     },
     Scenario {
         limit: density::LIMIT,
-        ..on_demand("eighty_idle_clones_live_at_once", serve::many)
+        ..on_demand("two_hundred_idle_clones_live_at_once", serve::many)
     },
     Scenario {
         limit: density::LIMIT,
@@ -242,7 +243,11 @@ pub const ALL: &[Scenario] = &[
             serve::cycles,
         )
     },
-    on_demand("share_read_bench", share::read_bench),
+    Scenario {
+        limit: density::LIMIT,
+        ..on_demand("share_read_bench", share::read_bench)
+    },
+    on_demand("first_write_bench", share::first_write_bench),
     soak("soak_off"),
     soak("soak_boot"),
     soak("soak_read"),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::snapshot::{available, mib_each};
+use super::memory::{available, mib_each};
 use crate::api::request;
 use crate::guest::{KERNEL_CACHE, script_word};
 use crate::result::{Failure, Figures};
@@ -216,7 +216,7 @@ pub fn life(out: &Path) -> Result<Figures, Failure> {
 }
 
 /// More, and the one emulated processor of the lab's host has no time left for their timers.
-const MANY: u32 = 80;
+const MANY: u32 = 200;
 
 /// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot in full.
 pub fn many(out: &Path) -> Result<Figures, Failure> {

@@ -1,5 +1,6 @@
 //! Guests that share what they read.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::bench::median;
+use super::memory::available;
 use crate::api::expect_ok;
 use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
@@ -14,6 +17,8 @@ use crate::result::{Failure, Figures};
 const MIB: u64 = 1 << 20;
 /// Of the disk that guests read.
 const SIZE: u64 = 40 * MIB;
+/// Bytes to which a guest writes first.
+const WRITTEN: u64 = 32 * MIB;
 /// For a merger to come to rest.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -176,22 +181,13 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-fn available_kib() -> Result<u64, Failure> {
-    let text = fs::read_to_string("/proc/meminfo").map_err(Failure::io("/proc/meminfo"))?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.split_whitespace().next()?.parse().ok());
-    kib.ok_or_else(|| Failure::Claim("the host does not say what memory is available".into()))
-}
-
 /// As many guests as have all of the host's memory for their own, all alive at once, and each with what it read and what it wrote.
 pub fn many(_: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 64;
     /// Guests that boot at once.
     const WAVE: usize = 2;
     let mut guests: Vec<Guest> = Vec::new();
-    let before = available_kib()?;
+    let before = available()?;
     for first in (0..GUESTS).step_by(WAVE) {
         for guest in first..GUESTS.min(first + WAVE) {
             let script = format!(
@@ -208,8 +204,8 @@ pub fn many(_: &Path) -> Result<Figures, Failure> {
         println!("lab: {} guests", guests.len());
     }
     std::thread::sleep(Duration::from_secs(20));
-    let after = available_kib()?;
-    let mut sums = std::collections::BTreeSet::new();
+    let after = available()?;
+    let mut sums = BTreeSet::new();
     for guest in &mut guests {
         guest.type_in("\n")?;
         guest.wait_from_now("OVER")?;
@@ -303,20 +299,22 @@ fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
 
 /// How long a guest takes to read a disk, which the host has in its page cache, for the first time and again; by how the reads are shared. In turns.
 pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
-    const ROUNDS: usize = 3;
+    const ROUNDS: usize = 5;
     const READS: usize = 4;
+    const OFF: &str = "off";
     let (disk, _) = disk(out)?;
     let disk = format!("{},ro,format=raw", disk.display());
-    let ways: [(&str, &[&str]); 3] = [
-        ("off", &["--share", "off"]),
-        ("merged", &["--share", "read"]),
+    let ways: [(&str, &[&str]); 4] = [
+        (OFF, &["--share", "off"]),
+        ("read", &["--share", "read"]),
+        ("all", &["--share", "all"]),
         ("placed", &["--share", "read", "--share-place", "64"]),
     ];
     let script = format!(
         "u() {{ cut -d' ' -f1 /proc/uptime; }}; for i in $(seq {READS}); do echo 3 >/proc/sys/vm/drop_caches; a=$(u); \
-         cat /dev/vdb >/dev/null; b=$(u); cat /dev/vdb >/dev/null; echo TIME $i $a $b $(u) END; sleep 2; done; echo OVER; sleep 100000"
+         cat /dev/vdb >/dev/null; b=$(u); cat /dev/vdb >/dev/null; echo TIME $i $a $b $(u) END; sleep 3; done; echo OVER; sleep 100000"
     );
-    let mut seconds = std::collections::BTreeMap::<(&str, &str), Vec<f64>>::new();
+    let mut seconds = BTreeMap::<(&str, &str), Vec<f64>>::new();
     for _ in 0..ROUNDS {
         for (name, arguments) in ways {
             let start = Start::new().args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk]);
@@ -335,15 +333,93 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
                 let first = if read == 1 { "untouched" } else { "cold" };
                 seconds.entry((name, first)).or_default().push(b - a);
                 seconds.entry((name, "warm")).or_default().push(c - b);
+                println!("lab: {name}: {first} {:.2} s, again {:.2} s", b - a, c - b);
             }
         }
     }
     let mut figures = Figures::new();
-    for ((name, what), mut values) in seconds {
-        values.sort_by(f64::total_cmp);
-        let median = values.get(values.len() / 2).copied().unwrap_or(f64::NAN);
-        println!("lab: {name}, {what}: {median:.3} s");
-        figures.insert(format!("{name}_{what}_seconds"), json!(median));
+    for (&(name, what), values) in &seconds {
+        let off = seconds.get(&(OFF, what)).into_iter().flatten();
+        // Of pairs, as the machine's speed drifts.
+        let ratios = values.iter().zip(off).map(|(own, off)| own / off);
+        let (ratio, own) = (median(ratios.collect()), median(values.clone()));
+        println!("lab: {name}, {what}: {own:.3} s, {ratio:.3} of {OFF}");
+        figures.insert(format!("{name}_{what}_seconds"), json!(own));
+        figures.insert(format!("{name}_{what}_to_off"), json!(ratio));
+    }
+    Ok(figures)
+}
+
+/// How long a guest takes to write to pages for the first time: that were merged with a file, and, beside it, of a snapshot's memory file, which the
+/// host's kernel alone maps and copies. Writes to pages of its own are what the guest's program takes, and are subtracted.
+pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
+    const ROUNDS: usize = 3;
+    let (disk, _) = disk(out)?;
+    let disk = format!("{},ro,format=raw", disk.display());
+    // A large object has a header of 16 bytes before it.
+    let program = format!(
+        "import os,time\n\
+         m=memoryview(bytearray({WRITTEN}+4096))[4080:][:{WRITTEN}]\n\
+         os.preadv(os.open('/dev/vdb',os.O_RDONLY|os.O_DIRECT),[m],0)\n\
+         print('FILLED',flush=True)\n\
+         input()\n\
+         def w():\n\
+         \x20t=time.monotonic()\n\
+         \x20for i in range(0,{WRITTEN},4096):m[i]=1\n\
+         \x20return time.monotonic()-t\n\
+         a=w()\n\
+         print('TOOK',a,min(w() for _ in range(3)),flush=True)\n\
+         print('OVER',flush=True)\n"
+    );
+    let script = format!(
+        "mount -t ext4 -o ro /dev/vda /mnt; mount -t devtmpfs dev /mnt/dev; \
+         chroot /mnt /usr/bin/python3 -c \"$(printf %b {program:?})\"; sleep 100000"
+    );
+    let mut seconds = BTreeMap::<&str, Vec<f64>>::new();
+    for round in 0..ROUNDS {
+        for name in ["merged", "loaded"] {
+            let share = if name == "merged" { "read" } else { "off" };
+            let socket = out.join(format!("{name}-{round}.sock"));
+            let text = socket.display().to_string();
+            let start = Start::new()
+                .args(&["--mem", "192M", "--share", share, "--api-sock", &text])
+                .args(&["--disk", "guest/full.vhdx,ro", "--disk", &disk]);
+            let mut guest = start.script(&script).spawn()?;
+            guest.wait_for("FILLED")?;
+            if name == "merged" {
+                let report = settled(&socket)?;
+                let merged = number(&report, "merged_pages");
+                if merged < WRITTEN / 4096 * 9 / 10 {
+                    return Failure::claim(format!("{merged} pages are merged: {report}"));
+                }
+            } else {
+                expect_ok(&socket, "PATCH", "/vm", &json!({"state": "Paused"}))?;
+                let (state, memory) = (out.join("state"), out.join("memory"));
+                let files = json!({"snapshot_path": state, "mem_file_path": memory});
+                expect_ok(&socket, "PUT", "/snapshot/create", &files)?;
+                drop(guest);
+                guest = Start::bare(&["--restore", &state.display().to_string()]).spawn()?;
+            }
+            guest.type_in("\n")?;
+            guest.wait_for("OVER")?;
+            let line = guest.line("TOOK ")?;
+            let times: Vec<f64> = line
+                .split(' ')
+                .filter_map(|word| word.parse().ok())
+                .collect();
+            let [first, again] = times[..] else {
+                return Failure::claim(format!("no times: {line}"));
+            };
+            println!("lab: {name}: {first:.3} s, again {again:.3} s");
+            seconds.entry(name).or_default().push(first - again);
+        }
+    }
+    let mut figures = Figures::new();
+    for (name, values) in seconds {
+        // Few enough to be exact.
+        let micros = median(values) * 1e6 / (WRITTEN / 4096) as f64;
+        println!("lab: {name}: {micros:.1} us a page");
+        figures.insert(format!("{name}_us_a_page"), json!(micros));
     }
     Ok(figures)
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
+use super::memory::{available, mib_each};
 use crate::api::{expect_ok, request};
 use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
@@ -62,24 +63,6 @@ impl Vm {
         self.guest.signal(Signal::TERM)?;
         self.guest.expect_exit(143)
     }
-}
-
-/// KiB that the lab's host could give to new guests, its page cache dropped.
-pub fn available() -> Result<u64, Failure> {
-    fs::write("/proc/sys/vm/drop_caches", "3").map_err(Failure::io("drop caches"))?;
-    let text = fs::read_to_string("/proc/meminfo").map_err(Failure::io("read meminfo"))?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let number = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| Failure::Claim("no MemAvailable".into()))
-}
-
-/// MiB that each of `count` guests takes, where so many KiB were available before and after.
-pub fn mib_each(before: u64, after: u64, count: u32) -> f64 {
-    let kib = before.cast_signed() - after.cast_signed();
-    // The lab's hosts have less than 2 TiB.
-    f64::from(i32::try_from(kib).unwrap_or(i32::MAX)) / 1024.0 / f64::from(count)
 }
 
 /// The number of the last tick that the console shows whole.
@@ -266,6 +249,8 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
 }
 
 const CLONES: u32 = 6;
+/// For the host's kernel to free what starting a process took.
+const SETTLE: Duration = Duration::from_secs(15);
 
 /// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
@@ -275,6 +260,8 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let mut source = booted(out, &["--disk", &base_disk])?;
     let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
+    // What a kernel puts off until after its boot is done once, in the template.
+    std::thread::sleep(SETTLE);
     source.pause()?;
     create(&source, out, "template", "Full")?;
     // The disk of the template stays as it is: the source goes on in a child.
@@ -301,13 +288,16 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
         figures.insert(format!("clone{number}_process_seconds"), json!(ready));
         clones.push(clone);
         if number == 0 {
-            std::thread::sleep(Duration::from_secs(5));
+            std::thread::sleep(SETTLE);
             before = available()?;
         }
     }
-    std::thread::sleep(Duration::from_secs(5));
+    std::thread::sleep(SETTLE);
     let each = mib_each(before, available()?, CLONES - 1);
     println!("lab: {each:.2} MiB a further idle clone");
+    let smaps = fs::read_to_string(clones[0].guest.proc().join("smaps"));
+    fs::write(out.join("smaps.txt"), smaps.unwrap_or_default())
+        .map_err(Failure::io("keep smaps"))?;
     figures.insert("idle_clone_mib".into(), json!(each));
     let mut generations = BTreeSet::new();
     for (number, clone) in clones.iter_mut().enumerate() {
@@ -329,7 +319,7 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
             return Failure::claim("a clone has read other bytes than the disk has");
         }
     }
-    std::thread::sleep(Duration::from_secs(10));
+    std::thread::sleep(SETTLE);
     let read = mib_each(before, available()?, CLONES);
     println!("lab: {read:.2} MiB a clone more once each has read 40 MiB of a disk");
     figures.insert("more_after_reading_mib".into(), json!(read));

@@ -111,7 +111,7 @@ pub enum Command {
 /// What `coppice image` can do.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
-    /// Boot a kernel once in a guest that is thrown away, and keep what became of its text, for guests to share (--share all).
+    /// Boot a kernel once in a guest that is thrown away, and keep what became of its memory, for guests to share (--share all).
     ///
     /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background: this makes it
     /// before the first guest.
@@ -230,7 +230,7 @@ pub struct RunArguments {
     /// Which pages of files the guest shares with other guests: off, boot, read or all [default: all].
     ///
     /// boot: the kernel and the initrd; read: also what the guest reads from disks that do not change (read-only disks, and the parents of
-    /// differencing disks); all: also the kernel as it stands after boot, and what the guest frees goes back to the host.
+    /// differencing disks); all: also what the kernel makes of memory while it boots, what the guest unpacks of its initrd, and what it frees goes back to the host.
     #[arg(long, value_name = "MODE")]
     pub share: Option<ShareMode>,
     /// Share with guests of the domain NAME alone: letters, digits and underscores [default: with guests without a domain].
