@@ -83,6 +83,7 @@ impl Guest for Double {
                 total: 5,
                 error: None,
                 path_on_host: Some("/base".into()),
+                base_on_host: None,
             });
         }
         Err(MachineError::Change {

@@ -45,7 +45,7 @@ use crate::pmem::{Pmem, PmemCounters, PmemError};
 use crate::reference::Warmer;
 use crate::snapshot::{MemoryState, Served, SnapshotError};
 pub(crate) use domain::SharingDomain;
-pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
+pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus, commit_child};
 pub use sharing::SharingReport;
 pub use snapshot::DevicesState;
 
@@ -389,9 +389,8 @@ impl Machine {
     /// `NoDrive`, `Change`.
     pub fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
         let drive = self.idle_drive(id)?;
-        let started = drive_job::vhdx(lock(drive).disk())
-            .and_then(|_| DriveJob::start(drive, task, &self.sharing))
-            .map_err(|source| changed(id, source))?;
+        let started =
+            DriveJob::start(drive, task, &self.sharing).map_err(|source| changed(id, source))?;
         self.jobs.insert(id.to_owned(), started);
         Ok(())
     }

@@ -292,7 +292,8 @@ impl Machine {
         }
         // Before anything looks at the memory: who does may wait, and sees nobody go.
         let on_lost = move |why| on_end(GuestEnd::Failed(why));
-        let served = loading.give_memory(parts.plan.memory(), on_lost)?;
+        let windows = parts.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
+        let served = loading.give_memory(parts.plan.memory(), windows, on_lost)?;
         loading.state.devices.restore(&mut parts.as_devices())?;
         // Another guest may go on from the same state.
         parts.generation.renew(vm.memory())?;

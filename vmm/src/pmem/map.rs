@@ -74,8 +74,22 @@ impl MapBudget {
         Self(max_map_count() / 2)
     }
 
+    /// Takes what it takes to put another mapping into the midst of one; whether there was as much.
+    pub fn take_one_inside(&mut self) -> bool {
+        let left = self.0.checked_sub(2);
+        self.0 = left.unwrap_or(self.0);
+        left.is_some()
+    }
+
+    /// What is left beside disks that are mapped.
+    #[must_use]
+    pub fn beside(self, mapped: impl Iterator<Item = Figures>) -> Self {
+        let taken = mapped.map(|figures| figures.mappings).sum();
+        Self(self.0.saturating_sub(taken))
+    }
+
     #[cfg(test)]
-    pub(super) fn new(mappings: usize) -> Self {
+    pub(crate) fn new(mappings: usize) -> Self {
         Self(mappings)
     }
 }
@@ -99,6 +113,8 @@ pub(super) struct MappedDisk {
     tickets: Mutex<Vec<Ticket>>,
     /// Which pages are files', from the first of the window on.
     table: Table,
+    /// Which pages are those of another file, laid over the disk's.
+    laid: Mutex<Table>,
     figures: Figures,
 }
 
@@ -129,6 +145,7 @@ impl MappedDisk {
             window: window.clone(),
             tickets: Mutex::default(),
             table: Table::default(),
+            laid: Mutex::default(),
             figures: Figures::default(),
         };
         let mut mapper = Mapper {
@@ -174,7 +191,12 @@ impl MappedDisk {
 
     /// The first page that is a file's and cannot be read any more, with its offset in the window as its address.
     pub(super) fn lost_page(&self) -> Option<LostPage> {
-        self.table.lost_page()
+        let laid = self.laid.lock().unwrap_or_else(PoisonError::into_inner);
+        self.table.lost_page().or_else(|| laid.lost_page())
+    }
+
+    pub(super) fn laid(&self) -> &Mutex<Table> {
+        &self.laid
     }
 
     /// The files that are mapped.

@@ -231,7 +231,7 @@ fn what_the_guest_writes_changes_no_file() {
 struct Written(Mutex<Vec<u64>>);
 
 impl DirtyPages for Arc<Written> {
-    fn take(&self) -> std::io::Result<Vec<u64>> {
+    fn take(&self) -> io::Result<Vec<u64>> {
         let mut pages = self.0.lock().unwrap();
         let taken = pages.clone();
         pages.fill(0);
@@ -366,7 +366,7 @@ impl Failing {
         match counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) {
             Ok(_) => Err(DiskError::Io {
                 operation: "this test".into(),
-                source: std::io::Error::other("as it wants"),
+                source: io::Error::other("as it wants"),
             }),
             Err(_) => Ok(()),
         }
@@ -523,4 +523,46 @@ fn a_file_that_is_not_admitted_is_copied_and_one_that_is_cut_is_named() {
     writer.set_len(0).unwrap();
     let lost = mapped.lost_page().unwrap();
     assert_eq!((lost.address, lost.file), (MIB, cut));
+}
+
+#[test]
+fn own_pages_are_those_that_differ_from_the_disk_wherever_they_come_from() {
+    let folder = Folder::new();
+    // Its last sectors are no whole page, and are copied.
+    let path = folder.raw("raw", &vec![3; (MIB + 512) as usize]);
+    let disk = mapped(&path);
+    assert_eq!(disk.figures().copied, 1);
+    assert_eq!(disk.own_pages().unwrap(), []);
+    let window = disk.window();
+    // As it was, what it was, and past the end of the disk.
+    window.write(4096, &[3; 100]);
+    window.write(3 * 4096, &[4; 4096]);
+    window.write(4 * 4096 + 4095, &[0]);
+    window.write(MIB + 512, &[0]);
+    window.write(MIB + 8192, &[1]);
+    let expected = [3 * 4096..5 * 4096, MIB + 8192..MIB + 12288];
+    assert_eq!(disk.own_pages().unwrap(), expected);
+
+    let again = mapped(&path);
+    let file =
+        File::open(folder.raw("saved", &[pattern(1, 4096), vec![3; 4096]].concat())).unwrap();
+    let file = memshare::FileRegistry::default()
+        .share(&Arc::new(file))
+        .unwrap();
+    again.lay(8 * 4096, 8192, &file, 0).unwrap();
+    assert_eq!(read(&again, 8 * 4096, 4096), pattern(1, 4096));
+    again.lay(2 * MIB, 4096, &file, 0).unwrap_err();
+    // Laid, and nobody has touched it; the second page is as the disk's.
+    assert_eq!(again.own_pages().unwrap(), [8 * 4096..9 * 4096]);
+    again.window().write(8 * 4096, &[3; 4096]);
+    assert_eq!(again.own_pages().unwrap(), []);
+    again.window().write(9 * 4096, &[7]);
+    assert_eq!(again.own_pages().unwrap(), [9 * 4096..10 * 4096]);
+    assert!(again.lost_page().is_none());
+    std::fs::write(folder.path("saved"), "").unwrap();
+    assert!(
+        again
+            .lost_page()
+            .is_some_and(|lost| lost.address == 8 * 4096)
+    );
 }

@@ -130,7 +130,7 @@ impl Templates {
 }
 
 /// What a guest was started with and what has become of it, with the disks that it has.
-async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
+pub(super) async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
     let told = proxy::ask(vm, Method::GET, "/vm/config", Bytes::new(), proxy::LOOK).await?;
     if !told.status.is_success() {
         return Err(proxy::refusal(&told));
@@ -362,7 +362,12 @@ impl Daemon {
             let memory = fs::symlink_metadata(made.join("memory"));
             template.memory_bytes = memory.map_err(store::named(&made))?.blocks() * 512;
             store::write(&made.join("template.json"), &template, true)?;
-            fs::rename(&made, &kept).map_err(store::named(&kept))?;
+            store::rename(&made, &kept)
+                .inspect_err(|_| {
+                    // It is none, also for the next daemon.
+                    let _ = store::remove_folder(&kept);
+                })
+                .map_err(store::named(&kept))?;
             Ok(template)
         };
         blocking(finish).await?.map_err(Fault::Store)
@@ -391,8 +396,9 @@ impl Daemon {
         }
         let folder = self.store.template(&id);
         let removed = blocking(move || {
-            // First what makes it one.
+            // First what makes it one: what else is gone after a power cut is missed by nobody then.
             fs::remove_file(folder.join("template.json"))?;
+            store::sync_folder(&folder)?;
             fs::remove_dir_all(folder)
         });
         self.templates().0.remove(&id);

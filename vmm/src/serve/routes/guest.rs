@@ -96,6 +96,14 @@ async fn pass_on(
     if let Some((drive, path)) = &child {
         daemon.begin_child(&vm, drive, path).await?;
     }
+    let committed = place
+        .strip_prefix("drives/")
+        .and_then(|rest| rest.strip_suffix("/commit"))
+        .filter(|_| changes);
+    let before_commit = match committed {
+        Some(drive) => daemon.begin_commit(&vm, drive).await?,
+        None => None,
+    };
     let patience = if changes { proxy::ACTION } else { proxy::LOOK };
     let answer = proxy::ask(&vm, method, &path, body.clone(), patience).await;
     let told = answer.as_ref().ok().map(|answer| answer.status);
@@ -105,6 +113,12 @@ async fn pass_on(
     }
     if let Some((drive, path)) = &child {
         daemon.end_child(&vm, drive, path, told.map(|_| done)).await;
+    }
+    if let Some(drive) = committed {
+        let accepted = told.map(|_| done);
+        daemon
+            .follow_commit(&vm, drive, before_commit, accepted)
+            .await;
     }
     let answer = answer?;
     if done && before.is_some() {
