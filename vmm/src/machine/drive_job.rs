@@ -11,6 +11,7 @@ use storage::{Disk, DiskError, Progress};
 
 use super::lock;
 use super::sharing::{Sharing, Unsharing};
+use crate::pmem::WritebackError;
 
 /// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,12 @@ pub enum DriveError {
     /// The disk refused.
     #[error("{}", cause(.0))]
     Disk(#[from] DiskError),
+    /// Memory that is a disk, and is only read.
+    #[error("is not written to")]
+    NotWritten,
+    /// Not all that the guest has written is on the disk.
+    #[error(transparent)]
+    Writeback(#[from] WritebackError),
     /// The device refused.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -191,7 +198,15 @@ impl DriveJob {
         let disk = vhdx(lock(drive).disk())?;
         let base = match &task {
             DriveTask::Compact { .. } => None,
-            DriveTask::Commit { top } => Some(disk.parent_path(top).ok_or(DriveError::NoParent)?),
+            DriveTask::Commit { top } => {
+                let base = disk.parent_path(top).ok_or(DriveError::NoParent)?;
+                // The name in the disk is relative to its folder.
+                let base = base.canonicalize().map_err(|error| DriveError::Io {
+                    operation: format!("find {}", base.display()),
+                    error,
+                })?;
+                Some(base)
+            }
         };
         drop(disk);
         let job = Arc::new(Self {

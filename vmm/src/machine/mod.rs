@@ -163,6 +163,17 @@ pub enum MachineError {
     /// There is no drive of that name.
     #[error("there is no drive {0}")]
     NoDrive(String),
+    /// There is no pmem device of that name.
+    #[error("there is no pmem device {0}")]
+    NoPmem(String),
+    /// The disk of a pmem device cannot be changed as was asked for.
+    #[error("pmem {pmem}: {source}")]
+    ChangePmem {
+        /// `id`.
+        pmem: String,
+        /// Why not.
+        source: DriveError,
+    },
     /// The new file of a drive cannot be used.
     #[error("drive {drive}: {source}")]
     Drive {
@@ -366,6 +377,25 @@ impl Machine {
                 Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
             })
             .map_err(|source| changed(id, source))
+    }
+
+    /// Lets the disk of a pmem device, whose file is at `path`, go on in a new file at `new`, and keeps the old one as it is, with all that the guest
+    /// has written.
+    ///
+    /// # Errors
+    /// `NoPmem`, `ChangePmem`; the device then keeps its file.
+    pub fn snapshot_pmem(&self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        let pmem = self.pmem.get(id);
+        let pmem = pmem.ok_or_else(|| MachineError::NoPmem(id.to_owned()))?;
+        let changed = pmem.change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
+            Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
+        });
+        changed
+            .unwrap_or(Err(DriveError::NotWritten))
+            .map_err(|source| MachineError::ChangePmem {
+                pmem: id.to_owned(),
+                source,
+            })
     }
 
     /// Makes the disk of a drive larger, and tells the guest.

@@ -203,7 +203,7 @@ impl Machine {
                     pmem: id.clone(),
                     source,
                 })?;
-            Ok((id.clone(), DiskOf::Pmem(id).identify(pmem.disk())?))
+            Ok((id.clone(), DiskOf::Pmem(id).identify(&pmem.disk())?))
         });
         Ok((
             drives.collect::<Result<_, SnapshotError>>()?,

@@ -288,7 +288,7 @@ impl Machine {
             loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
         }
         for (id, pmem) in &parts.pmem {
-            loading.check_disk(DiskOf::Pmem(id), pmem.disk())?;
+            loading.check_disk(DiskOf::Pmem(id), &pmem.disk())?;
         }
         // Before anything looks at the memory: who does may wait, and sees nobody go.
         let on_lost = move |why| on_end(GuestEnd::Failed(why));

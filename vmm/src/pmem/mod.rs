@@ -283,8 +283,21 @@ impl Pmem {
     }
 
     /// The disk.
-    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
         self.memory.disk.disk()
+    }
+
+    /// Makes durable what the guest has written, and has what it writes from then on go to the disk that `change` makes of this one: a child. `None`
+    /// where it writes to no disk.
+    ///
+    /// # Errors
+    /// Where not all is on the disk, and those of `change`; then the disk stays.
+    pub(crate) fn change_disk<E: From<WritebackError>>(
+        &self,
+        change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
+    ) -> Option<Result<(), E>> {
+        let writeback = self.writeback.as_ref()?;
+        Some(writeback.change_disk(change))
     }
 
     /// Makes durable what the guest has written: all of it, while no vCPU runs.

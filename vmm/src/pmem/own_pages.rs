@@ -70,12 +70,13 @@ impl MappedDisk {
 
     /// Adds the pages of a range that differ from the disk's.
     fn compare(&self, range: Range<u64>, own: &mut Vec<Range<u64>>) -> Result<(), DiskError> {
+        let disk = self.disk();
         let mut buffer = vec![0; STEP.min(range.end - range.start) as usize];
         for step in range.clone().step_by(STEP as usize) {
             let held = buffer
                 .get_mut(..STEP.min(range.end - step) as usize)
                 .unwrap_or_default();
-            read_disk(&**self.disk(), held, step)?;
+            read_disk(&*disk, held, step)?;
             let pages = (step..).step_by(PAGE_SIZE as usize);
             for (at, page) in pages.zip(held.chunks(PAGE_SIZE as usize)) {
                 if self.window().holds(at, page) {

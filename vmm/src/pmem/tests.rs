@@ -82,7 +82,7 @@ fn read(disk: &MappedDisk, offset: u64, len: usize) -> Vec<u8> {
 fn shows_its_disk(mapped: &MappedDisk) {
     let size = mapped.disk().geometry().size;
     let mut expected = vec![0; mapped.window().len() as usize];
-    blocking::read_at(&**mapped.disk(), &mut expected[..size as usize], 0).unwrap();
+    blocking::read_at(&*mapped.disk(), &mut expected[..size as usize], 0).unwrap();
     assert!(mapped.window().holds(0, &expected));
 }
 

@@ -270,10 +270,10 @@ impl Daemon {
         let told = ask(vm, Method::GET, "/vm/config", &Bytes::new()).await?;
         let known: Vec<_> = match told {
             Some(told) if told.status.is_success() => {
-                let config: VmConfig = serde_json::from_slice(&told.body)?;
-                let has = |drive: &str, child: &Path| {
-                    let mut drives = config.drives.iter();
-                    drives.any(|d| d.drive_id == drive && vm.folder.join(&d.path_on_host) == child)
+                let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+                let mut has = |id: &str, child: &Path| {
+                    let path = config.disk_mut(id);
+                    path.is_some_and(|path| vm.folder.join(path) == child)
                 };
                 // One that it has not may be yet to come, by a request that waits there; it stays noted.
                 let given = children

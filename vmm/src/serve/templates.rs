@@ -74,7 +74,7 @@ pub struct Template {
     /// What its guests are started with once they have ended.
     #[schema(value_type = VmConfig)]
     pub config: VmConfig,
-    /// Disks that guests write to, by drive: each clone has a child of it.
+    /// Disks that guests write to, by drive or pmem device: each clone has a child of it.
     #[schema(value_type = BTreeMap<String, String>)]
     pub disks: BTreeMap<String, PathBuf>,
 }
@@ -137,10 +137,47 @@ pub(super) async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
     }
     let mut config: VmConfig = serde_json::from_slice(&told.body)?;
     // Relative to the folder that the process works in.
-    for drive in &mut config.drives {
-        drive.path_on_host = vm.folder.join(&drive.path_on_host);
+    for path in config
+        .drives
+        .iter_mut()
+        .map(|drive| &mut drive.path_on_host)
+    {
+        *path = vm.folder.join(&path);
+    }
+    for path in config.pmem.iter_mut().map(|pmem| &mut pmem.path_on_host) {
+        *path = vm.folder.join(&path);
     }
     Ok(config)
+}
+
+/// The pmem devices that a guest writes to.
+fn written_pmem(config: &VmConfig) -> impl Iterator<Item = &str> {
+    let written = config.pmem.iter().filter(|pmem| pmem.mode().keeps());
+    written.map(|pmem| &*pmem.id)
+}
+
+fn has_drive(config: &VmConfig, id: &str) -> bool {
+    config.drives.iter().any(|drive| drive.drive_id == id)
+}
+
+/// Disks that a guest has come to are noted by these names.
+fn of_no_drive(config: &VmConfig, id: &str) -> Result<(), Fault> {
+    if has_drive(config, id) {
+        return Err(Fault::Invalid {
+            field: "pmem.id",
+            value: id.to_owned(),
+            expected: "one that no drive has, too, as its disk could not be told from that of the drive",
+        });
+    }
+    Ok(())
+}
+
+/// Checks that a pmem device of a guest can be given another disk.
+///
+/// # Errors
+/// `Invalid`, and what the guest's process answers.
+pub(super) async fn expect_own_name(vm: &Vm, pmem: &str) -> Result<(), Fault> {
+    of_no_drive(&configuration(vm).await?, pmem)
 }
 
 /// A comma in a path is written twice.
@@ -152,9 +189,9 @@ impl Template {
     /// What its clone `vm` is started with when it starts anew: with the disks that it has then.
     pub fn config_of(&self, folder: &Path) -> VmConfig {
         let mut config = self.config.clone();
-        for drive in &mut config.drives {
-            if self.disks.contains_key(&drive.drive_id) {
-                drive.path_on_host = own_disk(folder, &drive.drive_id, &self.id);
+        for id in self.disks.keys() {
+            if let Some(path) = config.disk_mut(id) {
+                *path = own_disk(folder, id, &self.id);
             }
         }
         config
@@ -219,13 +256,7 @@ impl Daemon {
             }
         };
         let config = configuration(&vm).await?;
-        if let Some(pmem) = config.pmem.iter().find(|pmem| pmem.mode().keeps()) {
-            return Err(Fault::Invalid {
-                field: "pmem",
-                value: pmem.id.clone(),
-                expected: "one that the guest only reads: all clones would write to its disk",
-            });
-        }
+        written_pmem(&config).try_for_each(|id| of_no_drive(&config, id))?;
         let children = self.children_of(&vm, &config, &spec.id).await?;
         self.begin(&vm, |pending| {
             pending.children.extend(children.clone());
@@ -262,7 +293,9 @@ impl Daemon {
         template: &str,
     ) -> Result<BTreeMap<String, PathBuf>, Fault> {
         let drives = config.drives.iter().filter(|drive| !drive.is_read_only);
-        let drives: Vec<_> = drives.map(|drive| drive.drive_id.clone()).collect();
+        let drives = drives.map(|drive| &*drive.drive_id);
+        let drives = drives.chain(written_pmem(config)).map(str::to_owned);
+        let drives: Vec<_> = drives.collect();
         let (folder, kept) = (vm.folder.clone(), self.store.template(template));
         let id = template.to_owned();
         let found = blocking(move || -> io::Result<_> {
@@ -299,7 +332,7 @@ impl Daemon {
         vm: &Arc<Vm>,
         spec: &TemplateSpec,
         uid: u32,
-        config: VmConfig,
+        mut config: VmConfig,
         children: BTreeMap<String, PathBuf>,
     ) -> Result<Template, Fault> {
         let made = unfinished(&vm.folder, &spec.id);
@@ -320,14 +353,19 @@ impl Daemon {
         .await?;
         let mut disks = BTreeMap::new();
         for (id, own) in children {
-            let drive = config.drives.iter().find(|drive| drive.drive_id == id);
-            let Some(drive) = drive else {
+            let Some(disk) = config.disk_mut(&id) else {
                 continue;
             };
+            let disk = disk.clone();
             let body = json!({"path_on_host": own});
-            let path = format!("/drives/{id}/snapshot");
+            let kind = if has_drive(&config, &id) {
+                "drives"
+            } else {
+                "pmem"
+            };
+            let path = format!("/{kind}/{id}/snapshot");
             proxy::act(vm, Method::PUT, &path, &body).await?;
-            disks.insert(id.clone(), drive.path_on_host.clone());
+            disks.insert(id.clone(), disk);
             vm.change(|now| {
                 now.pending.children.remove(&id);
                 now.disks.insert(id, own);

@@ -17,6 +17,7 @@ use crate::api;
 use crate::config::MachineConfig;
 use crate::serve::fault::Fault;
 use crate::serve::status::State;
+use crate::serve::templates::expect_own_name;
 use crate::serve::vm::Vm;
 use crate::serve::{Daemon, proxy};
 
@@ -88,11 +89,16 @@ async fn pass_on(
     let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
     let word = |field| asked.get(field).and_then(Value::as_str);
     // What is its disk is the parent of another then, and must not be written to when the guest starts anew.
-    let drive = place
-        .strip_prefix("drives/")
-        .and_then(|rest| rest.strip_suffix("/snapshot"));
+    let drive = ["drives/", "pmem/"]
+        .into_iter()
+        .find_map(|kind| place.strip_prefix(kind)?.strip_suffix("/snapshot"));
     let child = drive.filter(|_| changes).zip(word("path_on_host"));
     let child = child.map(|(drive, path)| (drive, vm.folder.join(path)));
+    if let Some((pmem, _)) = &child
+        && place.starts_with("pmem/")
+    {
+        expect_own_name(&vm, pmem).await?;
+    }
     if let Some((drive, path)) = &child {
         daemon.begin_child(&vm, drive, path).await?;
     }
