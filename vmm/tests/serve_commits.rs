@@ -16,7 +16,7 @@ use serve::traces::{disk, pid, source};
 use storage::{OpenOptions, blocking};
 
 /// What the guest's disk holds.
-const WRITTEN: [u8; 3 << 20] = [7; 3 << 20];
+static WRITTEN: [u8; 3 << 20] = [7; 3 << 20];
 
 /// The guest `a` runs with a disk that is a child, which alone has what was written; the number of its process.
 fn with_child(daemon: &Daemon) -> (u32, PathBuf) {

@@ -119,6 +119,31 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
 }
 
 #[test]
+fn no_disk_is_committed_into_that_of_a_template() {
+    let daemon = Daemon::start(&[]);
+    let disk = source(&daemon, "a");
+    template(&daemon, "t", "a");
+    clone(&daemon, "b", "t");
+    let sealed = fs::read(&disk).unwrap();
+    let commit = |id: &str| {
+        let path = format!("/vms/{id}/drives/root/commit");
+        daemon.call("PUT", &path, Some(&json!({})))
+    };
+    for id in ["a", "b"] {
+        let (status, why) = commit(id);
+        assert_eq!(status, 409, "{why}");
+        let text = why["fault_message"].as_str().unwrap();
+        assert!(text.contains("that of template t"), "{text}");
+        assert!(daemon.echoes(id));
+    }
+    assert!(fs::read(&disk).unwrap() == sealed);
+    for path in ["/vms/b", "/templates/t"] {
+        assert_eq!(daemon.call("DELETE", path, None).0, 204);
+    }
+    assert_eq!(commit("a").0, 204);
+}
+
+#[test]
 fn a_clone_becomes_a_template_that_outlives_it() {
     let daemon = Daemon::start(&[]);
     source(&daemon, "a");

@@ -172,7 +172,7 @@ pub enum MachineError {
         /// `id`.
         pmem: String,
         /// Why not.
-        source: DriveError,
+        source: Box<DriveError>,
     },
     /// The new file of a drive cannot be used.
     #[error("drive {drive}: {source}")]
@@ -394,7 +394,7 @@ impl Machine {
             .unwrap_or(Err(DriveError::NotWritten))
             .map_err(|source| MachineError::ChangePmem {
                 pmem: id.to_owned(),
-                source,
+                source: Box::new(source),
             })
     }
 

@@ -566,3 +566,46 @@ fn own_pages_are_those_that_differ_from_the_disk_wherever_they_come_from() {
             .is_some_and(|lost| lost.address == 8 * 4096)
     );
 }
+
+#[test]
+fn a_disk_goes_on_in_a_child_and_what_is_seen_of_it_stays() {
+    let folder = Folder::new();
+    let path = folder.vhdx("base", 8 * MIB, &[(0, pattern(1, 2 * MIB))]);
+    let child = folder.path("child");
+    let disk = open(&path, false);
+    let guest = Guest::over(&disk);
+    guest.writes(4096, &pattern(5, 4096));
+    let change = |fails: bool| {
+        guest.writeback.change_disk(|disk| {
+            if fails {
+                return Err(WritebackError::PastEnd(0));
+            }
+            let vhdx = disk.clone().into_vhdx().unwrap();
+            let child: Arc<dyn Disk> = vhdx.snapshot(&path, &child).unwrap();
+            Ok(child)
+        })
+    };
+    change(true).unwrap_err();
+    guest.writes(8192, &pattern(6, 4096));
+    guest.writeback.write_back().unwrap();
+    guest.writes(12288, &pattern(7, 4096));
+    change(false).unwrap();
+    // All that was written before, flushed or not, and nothing since.
+    let sealed = std::fs::read(&path).unwrap();
+    guest.writes(MIB, &pattern(8, 8192));
+    guest.writes(6 * MIB, &pattern(9, 4096));
+    guest.writeback.write_back().unwrap();
+    assert!(std::fs::read(&path).unwrap() == sealed);
+    let mut expected = pattern(1, 2 * MIB);
+    for (at, byte, len) in [(4096, 5, 4096), (8192, 6, 4096), (12288, 7, 4096)] {
+        expected[at..at + len].copy_from_slice(&pattern(byte, len as u64));
+    }
+    assert!(bytes_of(&*disk, 0, 2 * MIB) == expected);
+    expected[MIB as usize..][..8192].copy_from_slice(&pattern(8, 8192));
+    assert!(bytes_of(&*guest.disk.disk(), 0, 2 * MIB) == expected);
+    assert!(read(&guest.disk, 0, 2 << 20) == expected);
+    assert_eq!(read(&guest.disk, 6 * MIB, 4096), pattern(9, 4096));
+    guest.disk.close().unwrap();
+    drop((guest, disk));
+    assert!(bytes_of(&*open(&child, true), 0, 2 * MIB) == expected);
+}

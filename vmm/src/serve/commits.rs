@@ -87,7 +87,7 @@ impl Daemon {
     /// Notes that the disk of a drive is about to be committed; gives what was noted of the drive before.
     ///
     /// # Errors
-    /// `Store`, and what the process answers.
+    /// `OnTemplate`, `Store`, and what the process answers.
     pub(super) async fn begin_commit(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
@@ -99,6 +99,12 @@ impl Daemon {
             // For the guest to refuse.
             return Ok(before);
         };
+        if let Some(template) = self.templates().below(vm, drive, &top) {
+            return Err(Fault::OnTemplate {
+                drive: drive.to_owned(),
+                template: template.to_owned(),
+            });
+        }
         if before.as_ref().is_none_or(|commit| commit.top != top) {
             let commit = Commit { top, base: None };
             self.begin(vm, |pending| {
@@ -170,9 +176,9 @@ impl Daemon {
     pub(super) async fn find_commits(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let commits = vm.now().pending.commits.clone();
         for (drive, commit) in commits {
-            let is_changed = match self.look_at_commit(vm, &drive, &commit).await? {
+            let is_changed = match Self::look_at_commit(vm, &drive, &commit).await? {
                 Progress::Running(base) => {
-                    base.is_some_and(|base| self.note_base(vm, &drive, &commit, base))
+                    base.is_some_and(|base| Self::note_base(vm, &drive, &commit, base))
                 }
                 Progress::Over(disk) => vm.change(|now| {
                     // Another may have begun since.
@@ -195,7 +201,7 @@ impl Daemon {
     }
 
     /// Notes what a disk is merged into; whether that is news.
-    fn note_base(&self, vm: &Vm, drive: &str, commit: &Commit, base: PathBuf) -> bool {
+    fn note_base(vm: &Vm, drive: &str, commit: &Commit, base: PathBuf) -> bool {
         vm.change(|now| match now.pending.commits.get_mut(drive) {
             Some(known) if known.top == commit.top && known.base.is_none() => {
                 known.base = Some(vm.folder.join(base));
@@ -205,12 +211,7 @@ impl Daemon {
         })
     }
 
-    async fn look_at_commit(
-        &self,
-        vm: &Vm,
-        drive: &str,
-        commit: &Commit,
-    ) -> Result<Progress, Fault> {
+    async fn look_at_commit(vm: &Vm, drive: &str, commit: &Commit) -> Result<Progress, Fault> {
         let path = format!("/drives/{drive}/job");
         if let Some(told) = ask(vm, Method::GET, &path, &Bytes::new()).await? {
             if told.status.is_success() {

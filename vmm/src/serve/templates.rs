@@ -31,7 +31,7 @@ use super::events::EventKind;
 use super::fault::Fault;
 use super::jail;
 use super::lifecycle::blocking;
-use super::own_disks::{free_disk, link_inside, own_disk};
+use super::own_disks::{free_disk, is_free_disk_of, link_inside, own_disk};
 use super::pending::{Becoming, unfinished};
 use super::proxy;
 use super::status::{State, now_ms};
@@ -120,6 +120,18 @@ impl Templates {
     /// All of them.
     pub fn list(&self) -> Vec<Template> {
         self.0.values().cloned().collect()
+    }
+
+    /// The template whose disk that of a guest's drive is a child of, by the names that the daemon has given.
+    pub(super) fn below(&self, vm: &Vm, drive: &str, disk: &Path) -> Option<&str> {
+        let of_drive = self.0.values().filter(|t| t.disks.contains_key(drive));
+        let mut below = of_drive.filter(|t| {
+            let is_clone = vm.spec.template.as_deref() == Some(&*t.id);
+            let after = format!("after-{}", t.id);
+            is_clone && disk == own_disk(&vm.folder, drive, &t.id)
+                || t.vm == vm.id && is_free_disk_of(disk, &vm.folder, drive, &after)
+        });
+        below.next().map(|template| &*template.id)
     }
 
     /// One that was made of another.
