@@ -262,7 +262,10 @@ mod tests {
         let devices = || paths.each_ref().map(|path| PmemMemory::cow(path));
         let mut now = devices();
         let mut expected = [vec![5; 70], vec![5; 70]];
-        expected.iter_mut().for_each(|pages| pages[64..].fill(0));
+        for pages in &mut expected {
+            // Past the end of the disk.
+            pages[64..].fill(0);
+        }
         for round in 0..3 {
             let writes = [(0, round, 0), (0, 40, round), (1, 2 * round, 7), (1, 66, 9)];
             for (device, at, byte) in writes {
