@@ -129,6 +129,7 @@ impl Daemon {
                 None => drop(now.pending.commits.remove(drive)),
             });
             self.save(vm).await;
+            self.follow_commits(vm);
             return;
         }
         // Where it ends, as long as the process can be asked.
