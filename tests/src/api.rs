@@ -9,13 +9,13 @@ use serde_json::Value;
 
 use crate::result::Failure;
 
-/// Sends a request; returns the status code and the body (`Null` where there is none).
-pub fn request(
+/// Sends a request; returns the status code and the body as it came.
+pub fn request_text(
     socket: &Path,
     method: &str,
     path: &str,
     body: &Value,
-) -> Result<(u16, Value), Failure> {
+) -> Result<(u16, String), Failure> {
     let io = |source| Failure::Io {
         what: format!("{method} {path}"),
         source,
@@ -43,14 +43,22 @@ pub fn request(
     let body = answer
         .split_once("\r\n\r\n")
         .map_or("", |(_, body)| body.trim());
-    Ok((
-        status,
-        if body.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_str(body)?
-        },
-    ))
+    Ok((status, body.to_owned()))
+}
+
+/// Sends a request; returns the status code and the body (`Null` where there is none).
+pub fn request(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &Value,
+) -> Result<(u16, Value), Failure> {
+    let (status, body) = request_text(socket, method, path, body)?;
+    let body = match &*body {
+        "" => Value::Null,
+        body => serde_json::from_str(body)?,
+    };
+    Ok((status, body))
 }
 
 /// Sends a request that has to be answered 204 or 200.

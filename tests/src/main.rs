@@ -12,6 +12,12 @@ mod agent;
 mod api;
 mod guest;
 mod host;
+#[allow(
+    clippy::unwrap_used,
+    reason = "it is one of tests, which may end where they fail"
+)]
+#[path = "../../vmm/tests/page_server/mod.rs"]
+mod page_server;
 mod peer;
 mod result;
 mod scenarios;

@@ -8,6 +8,7 @@ mod serve;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -441,7 +442,7 @@ fn a_clone_writes_to_a_child_of_the_disk_and_others_can_be_made() {
 }
 
 #[test]
-fn memory_that_is_a_disk_and_has_changed_is_refused_and_cow_is_not_saved() {
+fn memory_that_is_a_disk_and_has_changed_is_refused() {
     let folder = with_disk("d.raw");
     let disk = folder.path().join("d.raw");
     let argument = format!("{},ro,id=data", disk.display());
@@ -459,16 +460,70 @@ fn memory_that_is_a_disk_and_has_changed_is_refused_and_cow_is_not_saved() {
         changed.contains("pmem data: its disk was a raw disk"),
         "{changed}"
     );
+}
 
-    let kernel = saved.path("kernel").display().to_string();
-    let argument = format!("{},cow,id=data", disk.display());
-    let arguments = ["--kernel", &kernel, "--mem", "16M", "--pmem", &argument];
-    let guest = Guest::start(&saved.path("c"), &arguments);
-    guest.answers(b'a', b'a');
-    guest.set_state("Paused");
-    let (status, why) = guest.save("full", "Full");
+#[test]
+fn what_a_guest_wrote_to_its_copy_of_a_disk_is_saved_with_it_and_the_disk_stays_as_it_was() {
+    for name in ["d.vhdx", "d.raw"] {
+        let folder = with_disk(name);
+        let disk = folder.path().join(name);
+        let before = fs::read(&disk).unwrap();
+        let argument = format!("{},cow,id=data", disk.display());
+        let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
+            guest.answers(b'a', b'a');
+        });
+        // RAM, and the one page.
+        let len = fs::metadata(saved.memory()).unwrap().len();
+        assert_eq!(len, (16 << 20) + PAGE as u64);
+        // Side by side, with no disk of their own.
+        let load = |name: &str, state: &str| Guest::start(&saved.path(name), &["--restore", state]);
+        let (one, other) = (load("b", &saved.state()), load("c", &saved.state()));
+        one.answers(b'g', b'a');
+        one.answers(b'b', b'b');
+        other.answers(b'g', b'a');
+        // As it was loaded, and as it was written since; also as a difference.
+        for (guest, kind, expected) in [(&other, "Diff", b'a'), (&one, "Diff", b'b')] {
+            guest.set_state("Paused");
+            let (status, why) = guest.save("again", kind);
+            assert_eq!(status, 204, "{why}");
+            let state = guest.folder.join("again.state").display().to_string();
+            let name = format!("of-{}", char::from(expected));
+            let again = load(&name, &state);
+            again.answers(b'g', expected);
+            again.answers(b'm', expected);
+        }
+        drop((one, other));
+        assert!(fs::read(&disk).unwrap() == before);
+    }
+}
+
+#[test]
+fn a_copy_of_a_disk_that_is_damaged_or_not_in_a_file_is_refused() {
+    let folder = with_disk("d.raw");
+    let disk = folder.path().join("d.raw").display().to_string();
+    let argument = format!("{disk},cow,id=data");
+    let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
+        guest.answers(b'a', b'a');
+    });
+    let handler = saved.refused(&format!(",uffd={}", saved.socket().display()));
     assert!(
-        status == 400 && why.to_string().contains("pmem data"),
-        "{why}"
+        handler.contains("pmem data") && handler.contains("RAM alone"),
+        "{handler}"
+    );
+    let memory = fs::File::options()
+        .write(true)
+        .open(saved.memory())
+        .unwrap();
+    memory.write_all_at(b"!", (16 << 20) + 5).unwrap();
+    let damaged = saved.refused("");
+    assert!(
+        damaged.contains("full.memory is damaged: the checksum of its bytes from 0x1000000 on"),
+        "{damaged}"
+    );
+    memory.set_len(16 << 20).unwrap();
+    let cut = saved.refused(",trust");
+    assert!(
+        cut.contains("ends after 16777216 of 16781312 bytes"),
+        "{cut}"
     );
 }

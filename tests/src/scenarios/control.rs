@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::api::{expect_ok, request};
+use crate::api::{expect_ok, request, request_text};
 use crate::guest::{Guest, Start, script_word};
 use crate::result::{Failure, Figures};
 
@@ -94,7 +94,7 @@ pub fn started_over_rest(_: &Path) -> Result<Figures, Failure> {
     }
     let boot_args = format!(
         "console=ttyS0 reboot=k panic=-1 quiet {}",
-        script_word("echo CPUS $(nproc); mount -o ro /dev/vda /mnt && echo MOUNTED; sleep 2")
+        script_word("echo CPUS $(nproc); mount -o ro /dev/vda /mnt && echo MOUNTED; read x")
     );
     let puts = [
         (
@@ -128,8 +128,24 @@ pub fn started_over_rest(_: &Path) -> Result<Figures, Failure> {
     if guest.line("CPUS ")? != "2" {
         return Failure::claim("the guest has another number of CPUs");
     }
+    let seconds = boot_time(&socket)?;
+    guest.type_in("\n")?;
     guest.expect_exit(0)?;
-    Ok(Figures::new())
+    Ok(Figures::from([(
+        "boot_time_seconds".into(),
+        json!(seconds),
+    )]))
+}
+
+/// How long the guest took to its first process, from its start on, which has told.
+fn boot_time(socket: &Path) -> Result<f64, Failure> {
+    let (status, metrics) = request_text(socket, "GET", "/metrics", &Value::Null)?;
+    let mut lines = metrics.lines();
+    let line = lines.find_map(|line| line.strip_prefix("coppice_boot_time_seconds "));
+    match line.and_then(|seconds| seconds.parse().ok()) {
+        Some(seconds) if seconds > 0.0 => Ok(seconds),
+        Some(_) | None => Failure::claim(format!("no boot time: {status} {metrics}")),
+    }
 }
 
 /// The kernel's keyboard driver sees the keys.

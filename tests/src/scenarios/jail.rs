@@ -26,7 +26,7 @@ const LAYERS: [&str; 9] = [
     "seccomp",
 ];
 
-fn expect_layers(report: &Value, more: &[&str]) -> Result<(), Failure> {
+pub(super) fn expect_layers(report: &Value, more: &[&str]) -> Result<(), Failure> {
     println!("lab: jail: {report}");
     let layers = report["layers"].as_array().cloned().unwrap_or_default();
     match LAYERS

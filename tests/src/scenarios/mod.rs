@@ -12,6 +12,7 @@ mod memory;
 mod pmem;
 mod restore;
 mod serve;
+mod serve_jailed;
 mod share;
 mod snapshot;
 mod soak;
@@ -177,10 +178,18 @@ pub const ALL: &[Scenario] = &[
         "a_saved_guest_goes_on_and_no_other_files_are_taken_for_its_own",
         snapshot::goes_on,
     ),
+    test(
+        "a_saved_guest_goes_on_with_memory_from_a_page_server",
+        snapshot::served,
+    ),
     test("clones_of_a_guest_go_on_each_by_itself", snapshot::clones),
     test(
         "guests_of_the_daemon_are_cloned_outlive_it_and_leave_nothing",
         serve::life,
+    ),
+    test(
+        "jailed_guests_of_the_daemon_have_users_and_limits_and_leave_nothing",
+        serve_jailed::life,
     ),
     test(
         "ctrl_alt_del_over_rest_reaches_the_guest",

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -18,7 +19,7 @@ const PATIENCE: Duration = Duration::from_mins(3);
 /// What the guests do: as they are told.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
 
-struct Daemon {
+pub(super) struct Daemon {
     child: Child,
     state: PathBuf,
 }
@@ -28,7 +29,7 @@ fn call(method: &str, path: &str, body: &Value) -> Result<(u16, Value), Failure>
 }
 
 impl Daemon {
-    fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
+    pub(super) fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
         // Paths of sockets are short.
         let state = PathBuf::from("/tmp/serve");
         let log = fs::File::options()
@@ -60,7 +61,7 @@ impl Daemon {
         clippy::unused_self,
         reason = "there is an answer as long as there is a daemon"
     )]
-    fn expect(
+    pub(super) fn expect(
         &self,
         status: u16,
         method: &str,
@@ -74,10 +75,13 @@ impl Daemon {
     }
 
     /// A guest that has booted, with a disk of its own.
-    fn boot(&self, out: &Path, id: &str) -> Result<(), Failure> {
+    pub(super) fn boot(&self, out: &Path, id: &str) -> Result<(), Failure> {
         let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
         let disk = here.join(out).join(format!("{id}.vhdx"));
         fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
+        // Whoever the guest is.
+        fs::set_permissions(&disk, fs::Permissions::from_mode(0o666))
+            .map_err(Failure::io("give the disk"))?;
         let args = format!(
             "console=ttyS0 reboot=k panic=-1 quiet {}",
             script_word(SCRIPT)
@@ -91,12 +95,12 @@ impl Daemon {
         self.console(id, "", "READY")
     }
 
-    fn template(&self, id: &str, vm: &str) -> Result<(), Failure> {
+    pub(super) fn template(&self, id: &str, vm: &str) -> Result<(), Failure> {
         let body = json!({"id": id, "vm": vm});
         self.expect(201, "POST", "/templates", &body).map(drop)
     }
 
-    fn clone_of(&self, template: &str, id: &str) -> Result<f64, Failure> {
+    pub(super) fn clone_of(&self, template: &str, id: &str) -> Result<f64, Failure> {
         let begun = Instant::now();
         let vm = self.expect(
             201,
@@ -111,7 +115,7 @@ impl Daemon {
     }
 
     /// Types a line, and waits for what comes of it.
-    fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
+    pub(super) fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
         let failed = Failure::io("talk to a console");
         let socket = self.state.join("vms").join(id).join("console.sock");
         let talk = || {
@@ -134,6 +138,11 @@ impl Daemon {
             None => Ok(()),
             Some(seen) => Failure::claim(format!("{id} never showed {text:?}: {seen}")),
         }
+    }
+
+    /// Its folder.
+    pub(super) fn state(&self) -> &Path {
+        &self.state
     }
 
     /// KiB that are the daemon's alone, and all that it has resident.
@@ -165,7 +174,7 @@ impl Drop for Daemon {
 }
 
 /// Processes of the lab's host that are guests.
-fn guests() -> usize {
+pub(super) fn guests() -> usize {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let is_guest = |entry: &fs::DirEntry| {
         fs::read(entry.path().join("cmdline"))

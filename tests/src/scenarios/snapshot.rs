@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::memory::{available, mib_each};
 use crate::api::{expect_ok, request};
 use crate::guest::{Guest, Start};
+use crate::page_server::Handler;
 use crate::result::{Failure, Figures};
 
 /// Counts, keeps something in memory and on its disk, and does what it is told on the console.
@@ -246,6 +247,49 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
         fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
     }
     Ok(figures)
+}
+
+/// Another process gives the pages of a saved guest when they are touched: it has what it had, and ends with a report when that process does.
+pub fn served(out: &Path) -> Result<Figures, Failure> {
+    let mut source = booted(out, &[])?;
+    let sum = source.guest.line("SUM ")?;
+    let sum = sum.trim_end_matches(" END").to_owned();
+    source.tell(TICKS, "TICK 3")?;
+    source.pause()?;
+    create(&source, out, "full", "Full")?;
+    let ticks = last_tick(&source.guest.console());
+    source.stop()?;
+    let (state, memory) = files(out, "full");
+    let socket = out.join("uffd.sock");
+    let mut handler = Handler::start(&socket, &memory);
+    let mut guest = empty(out, "served")?;
+    let body = json!({
+        "snapshot_path": state, "resume_vm": true,
+        "mem_backend": {"backend_type": "Uffd", "backend_path": socket},
+    });
+    guest.put("/snapshot/load", &body)?;
+    guest.guest.wait_from_now(&format!("TICK {}", ticks + 3))?;
+    expect_sum(&mut guest, "SERVED", &sum)?;
+    guest.tell(
+        "dd if=/dev/zero of=/tmp/new bs=64k count=64 2>/dev/null; cat /tmp/new | wc -c",
+        "4194304",
+    )?;
+    let given = handler.seen(|seen| seen.given.len());
+    println!("lab: {given} pages given");
+    // It holds 4 MiB that it has just read, and has 128 MiB.
+    if !(1024..128 << 8).contains(&given) {
+        return Failure::claim(format!("{given} pages were given"));
+    }
+    handler.fall_silent();
+    guest.guest.type_in("cat /dev/vda | md5sum\n")?;
+    handler.die();
+    guest.guest.expect_exit(1)?;
+    let report = guest.guest.report();
+    if !report.contains("has closed its connection: the guest ends") {
+        return Failure::claim(format!("the guest ended otherwise: {report}"));
+    }
+    fs::remove_file(memory).map_err(Failure::io("remove"))?;
+    Ok(Figures::from([("pages_given".into(), json!(given))]))
 }
 
 const CLONES: u32 = 6;

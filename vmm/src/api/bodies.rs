@@ -26,7 +26,7 @@ pub enum ActionType {
     SendCtrlAltDel,
 }
 
-/// The body of `PUT /drives/{id}/snapshot`.
+/// The body of `PUT /drives/{id}/snapshot` and `PUT /pmem/{id}/snapshot`.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveSnapshot {

@@ -148,7 +148,7 @@ fn act(context: &Context, Action { action_type }: Action) -> Result<(), ControlE
     }
 }
 
-static OPERATIONS: [Operation; 36] = [
+static OPERATIONS: [Operation; 37] = [
     Operation::get("/", |context, _, _| tell(control(context).instance_info())),
     Operation::get("/version", |_, _, _| {
         let firecracker_version = env!("CARGO_PKG_VERSION");
@@ -206,6 +206,11 @@ static OPERATIONS: [Operation; 36] = [
     Operation::put("/drives/{id}/snapshot", |context, id, body| {
         change(context, body, |control, DriveSnapshot { path_on_host }| {
             control.snapshot_drive(id, &path_on_host)
+        })
+    }),
+    Operation::put("/pmem/{id}/snapshot", |context, id, body| {
+        change(context, body, |control, DriveSnapshot { path_on_host }| {
+            control.snapshot_pmem(id, &path_on_host)
         })
     }),
     Operation::put("/drives/{id}/resize", |context, id, body| {

@@ -25,7 +25,7 @@ mod sharing;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
@@ -268,6 +268,14 @@ impl VmConfig {
             Some(other) => *other = drive,
             None => self.drives.push(drive),
         }
+    }
+
+    /// The file of a drive, or of the pmem device where no drive has the id.
+    pub fn disk_mut(&mut self, id: &str) -> Option<&mut PathBuf> {
+        let drive = self.drives.iter_mut().find(|drive| drive.drive_id == id);
+        let pmem = self.pmem.iter_mut().find(|pmem| pmem.id == id);
+        let drive = drive.map(|drive| &mut drive.path_on_host);
+        drive.or(pmem.map(|pmem| &mut pmem.path_on_host))
     }
 
     /// Adds a pmem device, or replaces the one with the same `id` in its place.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Control, ControlError, Life};
 use crate::config::{DriveConfig, DriveUpdate};
-use crate::machine::{DriveTask, JobStatus};
+use crate::machine::{DriveTask, JobStatus, MachineError};
 
 impl Control {
     /// A commit gives a drive another file when it gets that far.
@@ -78,6 +78,24 @@ impl Control {
         for drive in &mut self.config.drives {
             if drive.drive_id == id {
                 new.clone_into(&mut drive.path_on_host);
+            }
+        }
+        Ok(())
+    }
+
+    /// `PUT /pmem/{id}/snapshot`: the disk goes on in a new file, and the old one stays as it is.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn snapshot_pmem(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
+        self.guest()?;
+        let pmem = self.config.pmem.iter().find(|pmem| pmem.id == id);
+        let path = pmem.map(|pmem| pmem.path_on_host.clone());
+        let path = path.ok_or_else(|| MachineError::NoPmem(id.to_owned()))?;
+        self.guest()?.0.snapshot_pmem(id, &path, new)?;
+        for pmem in &mut self.config.pmem {
+            if pmem.id == id {
+                new.clone_into(&mut pmem.path_on_host);
             }
         }
         Ok(())

@@ -40,6 +40,11 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::snapshot_drive`].
     fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError>;
+    /// Lets a pmem device go on in a new file.
+    ///
+    /// # Errors
+    /// See [`Machine::snapshot_pmem`].
+    fn snapshot_pmem(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError>;
     /// Makes a drive larger.
     ///
     /// # Errors
@@ -101,6 +106,10 @@ impl Guest for Machine {
 
     fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
         Machine::snapshot_drive(self, id, path, new)
+    }
+
+    fn snapshot_pmem(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        Machine::snapshot_pmem(self, id, path, new)
     }
 
     fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {

@@ -59,6 +59,12 @@ impl Guest for Double {
         Ok(())
     }
 
+    fn snapshot_pmem(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        self.call(format!("snapshot pmem {id} {} {}", name(path), name(new)));
+        Ok(())
+    }
+
     fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
         self.call(format!("resize {id} {size}"));
         Ok(())
@@ -83,6 +89,7 @@ impl Guest for Double {
                 total: 5,
                 error: None,
                 path_on_host: Some("/base".into()),
+                base_on_host: None,
             });
         }
         Err(MachineError::Change {

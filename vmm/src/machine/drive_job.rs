@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use devices::virtio::block::{BlockError, VirtioBlock};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use storage::vhdx::{ChainError, CompactOptions, Vhdx};
 use storage::{Disk, DiskError, Progress};
 
 use super::lock;
 use super::sharing::{Sharing, Unsharing};
+use crate::pmem::WritebackError;
 
 /// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,12 @@ pub enum DriveError {
     /// The disk refused.
     #[error("{}", cause(.0))]
     Disk(#[from] DiskError),
+    /// Memory that is a disk, and is only read.
+    #[error("is not written to")]
+    NotWritten,
+    /// Not all that the guest has written is on the disk.
+    #[error(transparent)]
+    Writeback(#[from] WritebackError),
     /// The device refused.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -68,11 +75,21 @@ pub enum DriveTask {
         /// Also gives back blocks that hold only zeros.
         find_zeros: bool,
     },
-    /// Merges the disk, whose file is at `top`, into its parent, and goes on with that.
+    /// Merges the disk, whose file is at `top`, into its parent, and goes on with that. Meanwhile it goes on in a child, see [`commit_child`].
+    ///
+    /// Whenever the process is killed, the files tell which disk the guest had: the child where that is there and whole, `top` where that alone is,
+    /// and else the parent.
     Commit {
         /// The file.
         top: PathBuf,
     },
+}
+
+/// The file in which a guest goes on while its disk in the file `top` is committed.
+pub fn commit_child(top: &Path) -> PathBuf {
+    let mut name = top.as_os_str().to_owned();
+    name.push(".commit");
+    name.into()
 }
 
 impl DriveTask {
@@ -85,7 +102,7 @@ impl DriveTask {
 }
 
 /// Where a job is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum JobState {
     /// At work.
     Running,
@@ -113,6 +130,9 @@ pub struct JobStatus {
     /// The file that the drive has now.
     #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
+    /// The file that a commit merges into.
+    #[schema(value_type = Option<String>)]
+    pub base_on_host: Option<PathBuf>,
 }
 
 /// A job, as it is seen from outside.
@@ -124,6 +144,8 @@ pub struct DriveJob {
     cancelled: AtomicBool,
     end: Mutex<Option<(JobState, Option<String>)>>,
     path: Mutex<Option<PathBuf>>,
+    /// What a commit merges into.
+    base: Option<PathBuf>,
 }
 
 impl Progress for DriveJob {
@@ -163,6 +185,7 @@ impl DriveJob {
             total: self.total.load(Ordering::Relaxed),
             error,
             path_on_host: lock(&self.path).clone(),
+            base_on_host: self.base.clone(),
         }
     }
 
@@ -172,8 +195,23 @@ impl DriveJob {
         task: DriveTask,
         sharing: &Sharing,
     ) -> Result<Arc<Self>, DriveError> {
+        let disk = vhdx(lock(drive).disk())?;
+        let base = match &task {
+            DriveTask::Compact { .. } => None,
+            DriveTask::Commit { top } => {
+                let base = disk.parent_path(top).ok_or(DriveError::NoParent)?;
+                // The name in the disk is relative to its folder.
+                let base = base.canonicalize().map_err(|error| DriveError::Io {
+                    operation: format!("find {}", base.display()),
+                    error,
+                })?;
+                Some(base)
+            }
+        };
+        drop(disk);
         let job = Arc::new(Self {
             task,
+            base,
             done: AtomicU64::new(0),
             total: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
@@ -230,12 +268,10 @@ impl DriveJob {
     /// Freezes the disk under a new child, merges it while the guest goes on in that, and at last the child too, which is short.
     fn commit(&self, drive: &Mutex<VirtioBlock>, top: &Path) -> Result<(), DriveError> {
         let disk = vhdx(lock(drive).disk())?;
-        let base = disk.parent_path(top).ok_or(DriveError::NoParent)?;
+        let base = self.base.clone().ok_or(DriveError::NoParent)?;
         disk.check_parent_writable()?;
         drop(disk);
-        let mut name = top.as_os_str().to_owned();
-        name.push(".commit");
-        let new = PathBuf::from(name);
+        let new = commit_child(top);
         let mut failed = None;
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
             let child = vhdx(disk)?.snapshot(top, &new)?;
@@ -258,17 +294,20 @@ impl DriveJob {
         };
         middle.merge_into_parent(self)?;
         drop(middle);
+        let mut removed = Ok(());
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
-            Ok(vhdx(disk)?.finish_commit(&new, &base)?)
+            let done = vhdx(disk)?.finish_commit(&new, &base)?;
+            *lock(&self.path) = Some(base.clone());
+            // Before the guest writes to what is below them: what is there tells which disk it has, so `top` goes first.
+            removed = [top, &new].into_iter().try_for_each(|file| {
+                std::fs::remove_file(file).map_err(|error| DriveError::Io {
+                    operation: format!("remove {}, which is merged", file.display()),
+                    error,
+                })
+            });
+            Ok(done)
         })?;
-        *lock(&self.path) = Some(base);
-        for file in [top, &new] {
-            std::fs::remove_file(file).map_err(|error| DriveError::Io {
-                operation: format!("remove {}, which is merged", file.display()),
-                error,
-            })?;
-        }
-        Ok(())
+        removed
     }
 }
 

@@ -45,7 +45,7 @@ use crate::pmem::{Pmem, PmemCounters, PmemError};
 use crate::reference::Warmer;
 use crate::snapshot::{MemoryState, Served, SnapshotError};
 pub(crate) use domain::SharingDomain;
-pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus};
+pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus, commit_child};
 pub use sharing::SharingReport;
 pub use snapshot::DevicesState;
 
@@ -163,6 +163,17 @@ pub enum MachineError {
     /// There is no drive of that name.
     #[error("there is no drive {0}")]
     NoDrive(String),
+    /// There is no pmem device of that name.
+    #[error("there is no pmem device {0}")]
+    NoPmem(String),
+    /// The disk of a pmem device cannot be changed as was asked for.
+    #[error("pmem {pmem}: {source}")]
+    ChangePmem {
+        /// `id`.
+        pmem: String,
+        /// Why not.
+        source: Box<DriveError>,
+    },
     /// The new file of a drive cannot be used.
     #[error("drive {drive}: {source}")]
     Drive {
@@ -368,6 +379,25 @@ impl Machine {
             .map_err(|source| changed(id, source))
     }
 
+    /// Lets the disk of a pmem device, whose file is at `path`, go on in a new file at `new`, and keeps the old one as it is, with all that the guest
+    /// has written.
+    ///
+    /// # Errors
+    /// `NoPmem`, `ChangePmem`; the device then keeps its file.
+    pub fn snapshot_pmem(&self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        let pmem = self.pmem.get(id);
+        let pmem = pmem.ok_or_else(|| MachineError::NoPmem(id.to_owned()))?;
+        let changed = pmem.change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
+            Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
+        });
+        changed
+            .unwrap_or(Err(DriveError::NotWritten))
+            .map_err(|source| MachineError::ChangePmem {
+                pmem: id.to_owned(),
+                source: Box::new(source),
+            })
+    }
+
     /// Makes the disk of a drive larger, and tells the guest.
     ///
     /// # Errors
@@ -389,9 +419,8 @@ impl Machine {
     /// `NoDrive`, `Change`.
     pub fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
         let drive = self.idle_drive(id)?;
-        let started = drive_job::vhdx(lock(drive).disk())
-            .and_then(|_| DriveJob::start(drive, task, &self.sharing))
-            .map_err(|source| changed(id, source))?;
+        let started =
+            DriveJob::start(drive, task, &self.sharing).map_err(|source| changed(id, source))?;
         self.jobs.insert(id.to_owned(), started);
         Ok(())
     }

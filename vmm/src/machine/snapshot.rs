@@ -14,7 +14,7 @@ use devices::vmgenid::{VmGenId, VmGenIdState};
 use serde::{Deserialize, Serialize};
 
 use super::{Machine, lock};
-use crate::config::{PmemMode, VmConfig};
+use crate::config::VmConfig;
 use crate::pmem::Pmem;
 use crate::snapshot::{
     self, CreateSnapshot, DiskIdentity, DiskOf, DriveState, GuestState, MemoryState, SnapshotError,
@@ -147,14 +147,6 @@ impl Machine {
         config: &VmConfig,
     ) -> Result<(), SnapshotError> {
         let unsupported = |what: String| Err(SnapshotError::Unsupported(what));
-        for pmem in &config.pmem {
-            if pmem.mode() == PmemMode::Cow {
-                return unsupported(format!(
-                    "pmem {}: what a guest has written to it in mode cow is on no disk, and not saved; use rw with a child of the disk",
-                    pmem.id
-                ));
-            }
-        }
         if self.served.is_some() && request.snapshot_type == SnapshotType::Diff {
             return Err(SnapshotError::NoFileBelow);
         }
@@ -169,8 +161,9 @@ impl Machine {
         let (drives, pmem) = self.identify_disks()?;
         let (vm, vcpus) = self.vcpus.save()?;
         let devices = DevicesState::of(self);
-        let (memory, file) =
-            snapshot::write_memory(self.shared_memory(), request, self.base.as_ref())?;
+        let windows = self.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
+        let ram = self.shared_memory();
+        let (memory, file) = snapshot::write_memory(ram, windows, request, self.base.as_ref())?;
         let own = file.path().to_owned();
         let state = GuestState {
             config: config.clone(),
@@ -210,7 +203,7 @@ impl Machine {
                     pmem: id.clone(),
                     source,
                 })?;
-            Ok((id.clone(), DiskOf::Pmem(id).identify(pmem.disk())?))
+            Ok((id.clone(), DiskOf::Pmem(id).identify(&pmem.disk())?))
         });
         Ok((
             drives.collect::<Result<_, SnapshotError>>()?,

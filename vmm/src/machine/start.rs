@@ -291,11 +291,12 @@ impl Machine {
             loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
         }
         for (id, pmem) in &parts.pmem {
-            loading.check_disk(DiskOf::Pmem(id), pmem.disk())?;
+            loading.check_disk(DiskOf::Pmem(id), &pmem.disk())?;
         }
         // Before anything looks at the memory: who does may wait, and sees nobody go.
         let on_lost = move |why| on_end(GuestEnd::Failed(why));
-        let served = loading.give_memory(parts.plan.memory(), on_lost)?;
+        let windows = parts.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
+        let served = loading.give_memory(parts.plan.memory(), windows, on_lost)?;
         loading.state.devices.restore(&mut parts.as_devices())?;
         // Another guest may go on from the same state.
         parts.generation.renew(vm.memory())?;

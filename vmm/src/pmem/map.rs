@@ -74,8 +74,22 @@ impl MapBudget {
         Self(max_map_count() / 2)
     }
 
+    /// Takes what it takes to put another mapping into the midst of one; whether there was as much.
+    pub fn take_one_inside(&mut self) -> bool {
+        let left = self.0.checked_sub(2);
+        self.0 = left.unwrap_or(self.0);
+        left.is_some()
+    }
+
+    /// What is left beside disks that are mapped.
+    #[must_use]
+    pub fn beside(self, mapped: impl Iterator<Item = Figures>) -> Self {
+        let taken = mapped.map(|figures| figures.mappings).sum();
+        Self(self.0.saturating_sub(taken))
+    }
+
     #[cfg(test)]
-    pub(super) fn new(mappings: usize) -> Self {
+    pub(crate) fn new(mappings: usize) -> Self {
         Self(mappings)
     }
 }
@@ -93,12 +107,15 @@ pub struct Figures {
 
 /// A disk and the memory that shows it.
 pub(super) struct MappedDisk {
-    disk: Arc<dyn Disk>,
+    /// What is mapped, or a child of that.
+    disk: Mutex<Arc<dyn Disk>>,
     window: Arc<Window>,
     /// What keeps the mapped space of the files as it is.
     tickets: Mutex<Vec<Ticket>>,
     /// Which pages are files', from the first of the window on.
     table: Table,
+    /// Which pages are those of another file, laid over the disk's.
+    laid: Mutex<Table>,
     figures: Figures,
 }
 
@@ -125,10 +142,11 @@ impl MappedDisk {
         }
         // From here on dropped, with all tickets there are, where something fails.
         let mut mapped = Self {
-            disk: disk.clone(),
+            disk: Mutex::new(disk.clone()),
             window: window.clone(),
             tickets: Mutex::default(),
             table: Table::default(),
+            laid: Mutex::default(),
             figures: Figures::default(),
         };
         let mut mapper = Mapper {
@@ -164,8 +182,46 @@ impl MappedDisk {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn disk(&self) -> &Arc<dyn Disk> {
-        &self.disk
+    pub(super) fn disk(&self) -> Arc<dyn Disk> {
+        let disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        disk.clone()
+    }
+
+    /// Goes on with the disk that `change` makes of this one: a child, under which this one takes no more writes. So what is mapped stays as it is, and
+    /// is what the child shows; the guest's writes alone go elsewhere. The disk has all of them, and nobody writes to it meanwhile.
+    ///
+    /// # Errors
+    /// Those of `change`; then all is as before.
+    pub(super) fn change_disk<E>(
+        &self,
+        change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
+    ) -> Result<(), E> {
+        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        // A disk that nobody writes to any more needs none, and is not given a child before they are given back.
+        self.give_back(&disk);
+        match change(&disk) {
+            Ok(child) => *disk = child,
+            Err(error) => {
+                if let Err(error) = self.take_again(&disk) {
+                    // Nothing moves what is mapped but a discard, which these devices do not have.
+                    tracing::error!(%error, "what is mapped of a disk is not kept by a ticket any more");
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn take_again(&self, disk: &Arc<dyn Disk>) -> Result<(), DiskError> {
+        let size = disk.geometry().size;
+        let mut extents = Vec::new();
+        for offset in (0..size).step_by(PIECE as usize) {
+            let len = PIECE.min(size - offset);
+            let range = ByteRange::new(offset, len).ok_or(DiskError::Range { offset, len })?;
+            self.tickets().push(disk.resolve_read(range, &mut extents)?);
+            extents.clear();
+        }
+        Ok(())
     }
 
     pub(super) fn window(&self) -> &Arc<Window> {
@@ -174,7 +230,12 @@ impl MappedDisk {
 
     /// The first page that is a file's and cannot be read any more, with its offset in the window as its address.
     pub(super) fn lost_page(&self) -> Option<LostPage> {
-        self.table.lost_page()
+        let laid = self.laid.lock().unwrap_or_else(PoisonError::into_inner);
+        self.table.lost_page().or_else(|| laid.lost_page())
+    }
+
+    pub(super) fn laid(&self) -> &Mutex<Table> {
+        &self.laid
     }
 
     /// The files that are mapped.
@@ -197,20 +258,21 @@ impl MappedDisk {
 
     /// Lets go of the files and closes the disk. Nobody uses the memory any more.
     pub(super) fn close(&self) -> Result<(), DiskError> {
-        self.let_go();
-        self.disk.close()
+        let disk = self.disk();
+        self.give_back(&disk);
+        disk.close()
     }
 
-    fn let_go(&self) {
+    fn give_back(&self, disk: &Arc<dyn Disk>) {
         for ticket in std::mem::take(&mut *self.tickets()) {
-            self.disk.finish(ticket, true);
+            disk.finish(ticket, true);
         }
     }
 }
 
 impl Drop for MappedDisk {
     fn drop(&mut self) {
-        self.let_go();
+        self.give_back(&self.disk());
     }
 }
 

@@ -7,25 +7,30 @@
 //! ```
 //!
 //! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says what comes of it. In
-//! `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as the host's page cache keeps it.
+//! `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as the host's page cache keeps it. In `cow` it is
+//! nowhere else, and is saved with the guest.
 
 mod map;
+mod own_pages;
 #[cfg(test)]
 mod tests;
 mod writeback;
 
 use std::fs::File;
+use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use devices::bus::BusDevice;
 use devices::virtio::Interrupt;
 use devices::virtio::pmem::{Backing, PmemConfig as DeviceConfig, PmemMetrics, VirtioPmem};
-use memshare::{LostPage, PAGE_SIZE, SharedFile};
+use memshare::{LostPage, PAGE_SIZE, SharedFile, Window};
 use storage::{Disk, OpenError, OpenOptions, Parents};
 
 use self::map::MappedDisk;
 pub use self::map::{Figures, MapBudget, MapError};
+pub use self::own_pages::OwnPagesError;
 use self::writeback::Writeback;
 pub use self::writeback::{DirtyPages, WritebackError};
 use crate::config::{PmemConfig, PmemMode};
@@ -51,7 +56,7 @@ pub enum PmemError {
     Vm(#[from] VmError),
     /// The host has no file descriptor left.
     #[error("cannot make the device: {0}")]
-    Host(std::io::Error),
+    Host(io::Error),
 }
 
 /// What a pmem device has done, and what it was made of.
@@ -82,12 +87,12 @@ pub struct Guard {
     pub writes: Arc<Mutex<dyn BusDevice>>,
 }
 
-/// The memory of a pmem device, as it is seen by who looks for lost pages.
+/// The memory of a pmem device, as it is seen by who looks for lost pages, and by who saves the guest.
 #[derive(Clone)]
 pub struct PmemMemory {
     address: u64,
     disk: Arc<MappedDisk>,
-    keeps: bool,
+    mode: PmemMode,
 }
 
 impl PmemMemory {
@@ -98,7 +103,7 @@ impl PmemMemory {
 
     /// The files behind it that are not to change: none where the guest's writes go to them.
     pub fn settled_files(&self) -> Vec<Arc<SharedFile>> {
-        if self.keeps {
+        if self.mode.keeps() {
             Vec::new()
         } else {
             self.disk.files()
@@ -112,6 +117,60 @@ impl PmemMemory {
             address: self.address + lost.address,
             ..lost
         })
+    }
+
+    /// Whether what the guest writes stays with it, and with its snapshots.
+    pub(crate) fn is_cow(&self) -> bool {
+        self.mode == PmemMode::Cow
+    }
+
+    /// The memory itself.
+    pub(crate) fn window(&self) -> &Window {
+        self.disk.window()
+    }
+
+    /// Runs of pages that are not as the disk has them: offsets in bytes from the first, in order. The guest stands still.
+    ///
+    /// # Errors
+    /// [`OwnPagesError`].
+    pub(crate) fn own_pages(&self) -> Result<Vec<Range<u64>>, OwnPagesError> {
+        self.disk.own_pages()
+    }
+
+    /// Maps pages of `file`, which is not to change, over the disk's.
+    ///
+    /// # Errors
+    /// Where the range is outside the memory or not made of whole pages, and what the host says; then nothing is changed.
+    pub(crate) fn lay(
+        &self,
+        at: u64,
+        len: u64,
+        file: &Arc<SharedFile>,
+        offset: u64,
+    ) -> io::Result<()> {
+        self.disk.lay(at, len, file, offset)
+    }
+
+    /// What the disk looks like as memory.
+    pub(crate) fn figures(&self) -> Figures {
+        self.disk.figures()
+    }
+
+    /// That of a raw disk in mode `cow`, of no guest.
+    #[cfg(test)]
+    pub(crate) fn cow(disk: &std::path::Path) -> Self {
+        let options = OpenOptions {
+            read_only: true,
+            format: Some(storage::Format::Raw),
+            ..OpenOptions::default()
+        };
+        let disk = storage::open(disk, &options).expect("a raw disk");
+        let disk = MappedDisk::of(&disk, &mut MapBudget::of_host(), &|_| true);
+        Self {
+            address: 0,
+            disk: Arc::new(disk.expect("a disk that can be mapped")),
+            mode: PmemMode::Cow,
+        }
     }
 }
 
@@ -193,7 +252,7 @@ impl Pmem {
             memory: PmemMemory {
                 address: placed.address,
                 disk,
-                keeps: config.mode().keeps(),
+                mode: config.mode(),
             },
             writeback,
             guard,
@@ -224,8 +283,21 @@ impl Pmem {
     }
 
     /// The disk.
-    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
         self.memory.disk.disk()
+    }
+
+    /// Makes durable what the guest has written, and has what it writes from then on go to the disk that `change` makes of this one: a child. `None`
+    /// where it writes to no disk.
+    ///
+    /// # Errors
+    /// Where not all is on the disk, and those of `change`; then the disk stays.
+    pub(crate) fn change_disk<E: From<WritebackError>>(
+        &self,
+        change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
+    ) -> Option<Result<(), E>> {
+        let writeback = self.writeback.as_ref()?;
+        Some(writeback.change_disk(change))
     }
 
     /// Makes durable what the guest has written: all of it, while no vCPU runs.

@@ -82,7 +82,7 @@ fn read(disk: &MappedDisk, offset: u64, len: usize) -> Vec<u8> {
 fn shows_its_disk(mapped: &MappedDisk) {
     let size = mapped.disk().geometry().size;
     let mut expected = vec![0; mapped.window().len() as usize];
-    blocking::read_at(&**mapped.disk(), &mut expected[..size as usize], 0).unwrap();
+    blocking::read_at(&*mapped.disk(), &mut expected[..size as usize], 0).unwrap();
     assert!(mapped.window().holds(0, &expected));
 }
 
@@ -231,7 +231,7 @@ fn what_the_guest_writes_changes_no_file() {
 struct Written(Mutex<Vec<u64>>);
 
 impl DirtyPages for Arc<Written> {
-    fn take(&self) -> std::io::Result<Vec<u64>> {
+    fn take(&self) -> io::Result<Vec<u64>> {
         let mut pages = self.0.lock().unwrap();
         let taken = pages.clone();
         pages.fill(0);
@@ -366,7 +366,7 @@ impl Failing {
         match counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) {
             Ok(_) => Err(DiskError::Io {
                 operation: "this test".into(),
-                source: std::io::Error::other("as it wants"),
+                source: io::Error::other("as it wants"),
             }),
             Err(_) => Ok(()),
         }
@@ -523,4 +523,90 @@ fn a_file_that_is_not_admitted_is_copied_and_one_that_is_cut_is_named() {
     writer.set_len(0).unwrap();
     let lost = mapped.lost_page().unwrap();
     assert_eq!((lost.address, lost.file), (MIB, cut));
+}
+
+#[test]
+fn own_pages_are_those_that_differ_from_the_disk_wherever_they_come_from() {
+    let folder = Folder::new();
+    // Its last sectors are no whole page, and are copied.
+    let path = folder.raw("raw", &vec![3; (MIB + 512) as usize]);
+    let disk = mapped(&path);
+    assert_eq!(disk.figures().copied, 1);
+    assert_eq!(disk.own_pages().unwrap(), []);
+    let window = disk.window();
+    // As it was, what it was, and past the end of the disk.
+    window.write(4096, &[3; 100]);
+    window.write(3 * 4096, &[4; 4096]);
+    window.write(4 * 4096 + 4095, &[0]);
+    window.write(MIB + 512, &[0]);
+    window.write(MIB + 8192, &[1]);
+    let expected = [3 * 4096..5 * 4096, MIB + 8192..MIB + 12288];
+    assert_eq!(disk.own_pages().unwrap(), expected);
+
+    let again = mapped(&path);
+    let file =
+        File::open(folder.raw("saved", &[pattern(1, 4096), vec![3; 4096]].concat())).unwrap();
+    let file = memshare::FileRegistry::default()
+        .share(&Arc::new(file))
+        .unwrap();
+    again.lay(8 * 4096, 8192, &file, 0).unwrap();
+    assert_eq!(read(&again, 8 * 4096, 4096), pattern(1, 4096));
+    again.lay(2 * MIB, 4096, &file, 0).unwrap_err();
+    // Laid, and nobody has touched it; the second page is as the disk's.
+    let own = |page: u64| std::iter::once(page * 4096..(page + 1) * 4096).collect::<Vec<_>>();
+    assert_eq!(again.own_pages().unwrap(), own(8));
+    again.window().write(8 * 4096, &[3; 4096]);
+    assert_eq!(again.own_pages().unwrap(), []);
+    again.window().write(9 * 4096, &[7]);
+    assert_eq!(again.own_pages().unwrap(), own(9));
+    assert!(again.lost_page().is_none());
+    std::fs::write(folder.path("saved"), "").unwrap();
+    assert!(
+        again
+            .lost_page()
+            .is_some_and(|lost| lost.address == 8 * 4096)
+    );
+}
+
+#[test]
+fn a_disk_goes_on_in_a_child_and_what_is_seen_of_it_stays() {
+    let folder = Folder::new();
+    let path = folder.vhdx("base", 8 * MIB, &[(0, pattern(1, 2 * MIB))]);
+    let child = folder.path("child");
+    let disk = open(&path, false);
+    let guest = Guest::over(&disk);
+    guest.writes(4096, &pattern(5, 4096));
+    let change = |fails: bool| {
+        guest.writeback.change_disk(|disk| {
+            if fails {
+                return Err(WritebackError::PastEnd(0));
+            }
+            let vhdx = disk.clone().into_vhdx().unwrap();
+            let child: Arc<dyn Disk> = vhdx.snapshot(&path, &child).unwrap();
+            Ok(child)
+        })
+    };
+    change(true).unwrap_err();
+    guest.writes(8192, &pattern(6, 4096));
+    guest.writeback.write_back().unwrap();
+    guest.writes(12288, &pattern(7, 4096));
+    change(false).unwrap();
+    // All that was written before, flushed or not, and nothing since.
+    let sealed = std::fs::read(&path).unwrap();
+    guest.writes(MIB, &pattern(8, 8192));
+    guest.writes(6 * MIB, &pattern(9, 4096));
+    guest.writeback.write_back().unwrap();
+    assert!(std::fs::read(&path).unwrap() == sealed);
+    let mut expected = pattern(1, 2 * MIB);
+    for (at, byte, len) in [(4096, 5, 4096), (8192, 6, 4096), (12288, 7, 4096)] {
+        expected[at..at + len].copy_from_slice(&pattern(byte, len as u64));
+    }
+    assert!(bytes_of(&*disk, 0, 2 * MIB) == expected);
+    expected[MIB as usize..][..8192].copy_from_slice(&pattern(8, 8192));
+    assert!(bytes_of(&*guest.disk.disk(), 0, 2 * MIB) == expected);
+    assert!(read(&guest.disk, 0, 2 << 20) == expected);
+    assert_eq!(read(&guest.disk, 6 * MIB, 4096), pattern(9, 4096));
+    guest.disk.close().unwrap();
+    drop((guest, disk));
+    assert!(bytes_of(&*open(&child, true), 0, 2 * MIB) == expected);
 }

@@ -1,11 +1,11 @@
 //! What a guest has written to memory, brought to its disk.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::virtio::pmem::{Backing, FlushError};
 use memshare::PAGE_SIZE;
-use storage::{DiskError, blocking};
+use storage::{Disk, DiskError, blocking};
 
 use super::map::{MappedDisk, with_cause};
 use crate::vm::DirtyLog;
@@ -62,7 +62,28 @@ impl<L: DirtyPages> Writeback<L> {
 
     /// Makes durable all that was written before the call; gives the bytes that took. What fails is tried again by the next call.
     pub(super) fn write_back(&self) -> Result<u64, WritebackError> {
-        let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_back_under(&mut self.pending())
+    }
+
+    /// Makes durable all that was written before the call, and has what is written from then on go to the disk that `change` makes of this one.
+    ///
+    /// # Errors
+    /// Where not all is on the disk, and those of `change`; then the disk stays.
+    pub(super) fn change_disk<E: From<WritebackError>>(
+        &self,
+        change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
+    ) -> Result<(), E> {
+        // No flush comes between.
+        let mut pending = self.pending();
+        self.write_back_under(&mut pending)?;
+        self.disk.change_disk(change)
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_back_under(&self, pending: &mut Vec<u64>) -> Result<u64, WritebackError> {
         let written = self.log.take().map_err(WritebackError::Log)?;
         let words = pending.len().max(written.len());
         pending.resize(words, 0);
@@ -70,7 +91,7 @@ impl<L: DirtyPages> Writeback<L> {
             *all |= new;
         }
         let (mut bytes, mut past_end) = (0, None);
-        for (at, len) in runs(&pending) {
+        for (at, len) in runs(pending) {
             bytes += self.write_run(at, len, &mut past_end)?;
         }
         if bytes > 0 {
@@ -90,7 +111,7 @@ impl<L: DirtyPages> Writeback<L> {
         len: u64,
         past_end: &mut Option<u64>,
     ) -> Result<u64, WritebackError> {
-        let (disk, window) = (&**self.disk.disk(), self.disk.window());
+        let (disk, window) = (&*self.disk.disk(), self.disk.window());
         let size = disk.geometry().size;
         let mut buffer = vec![0; STEP.min(len) as usize];
         let mut written = 0;

@@ -76,6 +76,16 @@ pub enum Fault {
         /// What uses it.
         by: String,
     },
+    /// What a disk would be merged into is a template's.
+    #[error(
+        "the disk of {drive} stands on that of template {template}, which its clones need as it is: delete the template first"
+    )]
+    OnTemplate {
+        /// The drive.
+        drive: String,
+        /// The template.
+        template: String,
+    },
     /// No such thing.
     #[error("there is nothing at {1:.200} for {0}")]
     NoPath(Method, String),
@@ -168,7 +178,8 @@ impl Fault {
             | Self::LoadsTemplates
             | Self::WrongState { .. }
             | Self::ImageUsed { .. }
-            | Self::TemplateUsed { .. } => StatusCode::CONFLICT,
+            | Self::TemplateUsed { .. }
+            | Self::OnTemplate { .. } => StatusCode::CONFLICT,
             Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
             Self::Store(error) | Self::Spawn(error)
                 if error.kind() == io::ErrorKind::StorageFull =>

@@ -74,6 +74,8 @@ guest!(/// Stops the job of a drive.
     cancel_drive_job, put, "/vms/{id}/drives/{drive}/job", part = "drive", body = JobUpdate => 204);
 guest!(/// Adds or replaces a disk as memory, before the start.
     set_pmem, put, "/vms/{id}/pmem/{pmem}", part = "pmem", body = PmemConfig => 204);
+guest!(/// Has the disk of a pmem device go on in a new file. The old one stays as it is.
+    snapshot_pmem, put, "/vms/{id}/pmem/{pmem}/snapshot", part = "pmem", body = DriveSnapshot => 204);
 guest!(/// Adds the entropy device, before the start.
     entropy, put, "/vms/{id}/entropy", body = EntropyConfig => 204);
 guest!(/// Sets where the serial console writes, before the start.

@@ -332,9 +332,9 @@ impl Daemon {
             .spec
             .resolved(&self.images(), &self.templates(), &vm.folder)?;
         let Resolved { mut config, .. } = resolved;
-        for drive in &mut config.drives {
-            if let Some(disk) = vm.now().disks.get(&drive.drive_id) {
-                drive.path_on_host.clone_from(disk);
+        for (id, disk) in &vm.now().disks {
+            if let Some(path) = config.disk_mut(id) {
+                path.clone_from(disk);
             }
         }
         let machine = &config.machine_config;

@@ -13,6 +13,7 @@
 //! A status is answered from what it knows. A guest that hangs holds up who asks it, and nobody else.
 
 mod admission;
+mod commits;
 mod console;
 mod ending;
 mod events;

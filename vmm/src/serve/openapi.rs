@@ -40,6 +40,7 @@ use super::routes::{console, daemon, images, templates, vms};
         guest::drive_job,
         guest::cancel_drive_job,
         guest::set_pmem,
+        guest::snapshot_pmem,
         guest::entropy,
         guest::serial,
         guest::logger,

@@ -33,6 +33,20 @@ pub fn free_disk(folder: &Path, drive: &str, of: &str) -> io::Result<PathBuf> {
     }
 }
 
+/// Whether it is such a name, of whichever number.
+pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &str, of: &str) -> bool {
+    let name = || {
+        let name = path.strip_prefix(folder).ok()?.to_str()?;
+        let number = name.strip_prefix(&format!("disk-{drive}-{of}"))?;
+        number.strip_suffix(".vhdx")
+    };
+    let is_number = |rest: &str| {
+        let number = rest.strip_prefix('-');
+        number.is_some_and(|number| number.parse::<u32>().is_ok())
+    };
+    name().is_some_and(|number| number.is_empty() || is_number(number))
+}
+
 /// Gives the file at `inside` of a guest's folder a second name, and no file that is reached by way of what the guest has put there.
 ///
 /// # Errors
@@ -59,7 +73,16 @@ mod tests {
         let name = || free_disk(folder.path(), "root", "after-t").unwrap();
         for expected in ["disk-root-after-t.vhdx", "disk-root-after-t-2.vhdx"] {
             assert_eq!(name(), folder.path().join(expected));
+            assert!(is_free_disk_of(&name(), folder.path(), "root", "after-t"));
             fs::write(name(), "").unwrap();
+        }
+        for (name, of) in [
+            ("after-t", "after-u"),
+            ("after-two", "after-t"),
+            ("t", "after-t"),
+        ] {
+            let path = own_disk(folder.path(), "root", name);
+            assert!(!is_free_disk_of(&path, folder.path(), "root", of), "{name}");
         }
     }
 

@@ -4,6 +4,7 @@
 //! ```text
 //! template: noted ──> guest paused ──> saved ──> disks given children ──> folder moved ──> resumed, the rest removed, struck off
 //! child:    noted ──> made by the guest's process, which goes on with it ──> noted as its disk, struck off
+//! commit:   see `commits`
 //! ```
 //!
 //! A disk that has become the parent of another must never be written to again, so which of the two the guest has must not be forgotten. As long as its
@@ -24,6 +25,7 @@ use serde_json::json;
 use tokio::time::sleep;
 
 use super::Daemon;
+use super::commits::Commit;
 use super::fault::Fault;
 use super::lifecycle::blocking;
 use super::proxy::{self, Answer};
@@ -47,6 +49,9 @@ pub struct Pending {
     /// Disks that are being made as children of its own, by drive. They were not there before.
     #[serde(default)]
     pub children: BTreeMap<String, PathBuf>,
+    /// Disks that are being committed, by drive.
+    #[serde(default)]
+    pub commits: BTreeMap<String, Commit>,
 }
 
 /// A template that is being made.
@@ -76,7 +81,7 @@ pub fn is_missing(path: &Path) -> io::Result<bool> {
 }
 
 /// Whether a disk that a process has begun is whole. What lies there may be anything: no link is followed, and nothing waited for.
-fn is_whole(path: &Path) -> bool {
+pub(super) fn is_whole(path: &Path) -> bool {
     let looked =
         || -> io::Result<bool> {
             let mut options = File::options();
@@ -93,7 +98,12 @@ fn is_whole(path: &Path) -> bool {
 }
 
 /// Asks a guest until it answers; `None` where its process is gone, or is about to.
-async fn ask(vm: &Vm, method: Method, path: &str, body: &Bytes) -> Result<Option<Answer>, Fault> {
+pub(super) async fn ask(
+    vm: &Vm,
+    method: Method,
+    path: &str,
+    body: &Bytes,
+) -> Result<Option<Answer>, Fault> {
     let gone = |now: &Now| now.process.is_none() || now.state == State::Deleting;
     let begun = Instant::now();
     loop {
@@ -218,7 +228,9 @@ impl Daemon {
     }
 
     async fn try_mend(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
-        let Pending { template, children } = vm.now().pending.clone();
+        let Pending {
+            template, children, ..
+        } = vm.now().pending.clone();
         if template.as_ref().is_some_and(|template| template.resume) {
             let body = json!({"state": "Resumed"}).to_string().into();
             if let Some(answer) = ask(vm, Method::PATCH, "/vm", &body).await?
@@ -244,6 +256,8 @@ impl Daemon {
         if is_changed {
             self.save(vm).await;
         }
+        self.find_commits(vm).await?;
+        self.follow_commits(vm);
         Ok(())
     }
 
@@ -256,10 +270,10 @@ impl Daemon {
         let told = ask(vm, Method::GET, "/vm/config", &Bytes::new()).await?;
         let known: Vec<_> = match told {
             Some(told) if told.status.is_success() => {
-                let config: VmConfig = serde_json::from_slice(&told.body)?;
-                let has = |drive: &str, child: &Path| {
-                    let mut drives = config.drives.iter();
-                    drives.any(|d| d.drive_id == drive && vm.folder.join(&d.path_on_host) == child)
+                let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+                let mut has = |id: &str, child: &Path| {
+                    let path = config.disk_mut(id);
+                    path.is_some_and(|path| vm.folder.join(path) == child)
                 };
                 // One that it has not may be yet to come, by a request that waits there; it stays noted.
                 let given = children

@@ -174,9 +174,31 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
         // The disk is full, most likely. What is not there yet does no harm.
         let _ = fs::remove_file(&new);
     } else if durable && let Some(folder) = path.parent() {
-        File::open(folder)?.sync_all().map_err(named(folder))?;
+        sync_folder(folder)?;
     }
     done.map_err(named(path))
+}
+
+/// Makes durable which names a folder has.
+///
+/// # Errors
+/// What the host says.
+pub fn sync_folder(folder: &Path) -> io::Result<()> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(named(folder))
+}
+
+/// Moves a folder to another, where it is after a power cut, too, with the names in it.
+///
+/// # Errors
+/// What the host says.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    sync_folder(from)?;
+    fs::rename(from, to)?;
+    [to, from]
+        .into_iter()
+        .filter_map(Path::parent)
+        .try_for_each(sync_folder)
 }
 
 /// Reads JSON; `None` where there is no such file.
@@ -271,6 +293,8 @@ impl Store {
                 .mode(0o700)
                 .create(&folder)
                 .map_err(named(&folder))?;
+            // A record is no more durable than the name of the folder that it is in.
+            sync_folder(&self.folder.join("vms"))?;
             write(&folder.join("vm.json"), record, true)?;
             write(&folder.join("config.json"), config, false)
         };

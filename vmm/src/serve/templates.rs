@@ -31,7 +31,7 @@ use super::events::EventKind;
 use super::fault::Fault;
 use super::jail;
 use super::lifecycle::blocking;
-use super::own_disks::{free_disk, link_inside, own_disk};
+use super::own_disks::{free_disk, is_free_disk_of, link_inside, own_disk};
 use super::pending::{Becoming, unfinished};
 use super::proxy;
 use super::status::{State, now_ms};
@@ -74,7 +74,7 @@ pub struct Template {
     /// What its guests are started with once they have ended.
     #[schema(value_type = VmConfig)]
     pub config: VmConfig,
-    /// Disks that guests write to, by drive: each clone has a child of it.
+    /// Disks that guests write to, by drive or pmem device: each clone has a child of it.
     #[schema(value_type = BTreeMap<String, String>)]
     pub disks: BTreeMap<String, PathBuf>,
 }
@@ -122,6 +122,18 @@ impl Templates {
         self.0.values().cloned().collect()
     }
 
+    /// The template whose disk that of a guest's drive is a child of, by the names that the daemon has given.
+    pub(super) fn below(&self, vm: &Vm, drive: &str, disk: &Path) -> Option<&str> {
+        let of_drive = self.0.values().filter(|t| t.disks.contains_key(drive));
+        let mut below = of_drive.filter(|t| {
+            let is_clone = vm.spec.template.as_deref() == Some(&*t.id);
+            let after = format!("after-{}", t.id);
+            is_clone && disk == own_disk(&vm.folder, drive, &t.id)
+                || t.vm == vm.id && is_free_disk_of(disk, &vm.folder, drive, &after)
+        });
+        below.next().map(|template| &*template.id)
+    }
+
     /// One that was made of another.
     fn child_of(&self, id: &str) -> Option<&str> {
         let child = self.0.values().find(|t| t.parent.as_deref() == Some(id));
@@ -130,17 +142,54 @@ impl Templates {
 }
 
 /// What a guest was started with and what has become of it, with the disks that it has.
-async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
+pub(super) async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
     let told = proxy::ask(vm, Method::GET, "/vm/config", Bytes::new(), proxy::LOOK).await?;
     if !told.status.is_success() {
         return Err(proxy::refusal(&told));
     }
     let mut config: VmConfig = serde_json::from_slice(&told.body)?;
     // Relative to the folder that the process works in.
-    for drive in &mut config.drives {
-        drive.path_on_host = vm.folder.join(&drive.path_on_host);
+    for path in config
+        .drives
+        .iter_mut()
+        .map(|drive| &mut drive.path_on_host)
+    {
+        *path = vm.folder.join(&path);
+    }
+    for path in config.pmem.iter_mut().map(|pmem| &mut pmem.path_on_host) {
+        *path = vm.folder.join(&path);
     }
     Ok(config)
+}
+
+/// The pmem devices that a guest writes to.
+fn written_pmem(config: &VmConfig) -> impl Iterator<Item = &str> {
+    let written = config.pmem.iter().filter(|pmem| pmem.mode().keeps());
+    written.map(|pmem| &*pmem.id)
+}
+
+fn has_drive(config: &VmConfig, id: &str) -> bool {
+    config.drives.iter().any(|drive| drive.drive_id == id)
+}
+
+/// Disks that a guest has come to are noted by these names.
+fn of_no_drive(config: &VmConfig, id: &str) -> Result<(), Fault> {
+    if has_drive(config, id) {
+        return Err(Fault::Invalid {
+            field: "pmem.id",
+            value: id.to_owned(),
+            expected: "one that no drive has, too, as its disk could not be told from that of the drive",
+        });
+    }
+    Ok(())
+}
+
+/// Checks that a pmem device of a guest can be given another disk.
+///
+/// # Errors
+/// `Invalid`, and what the guest's process answers.
+pub(super) async fn expect_own_name(vm: &Vm, pmem: &str) -> Result<(), Fault> {
+    of_no_drive(&configuration(vm).await?, pmem)
 }
 
 /// A comma in a path is written twice.
@@ -152,9 +201,9 @@ impl Template {
     /// What its clone `vm` is started with when it starts anew: with the disks that it has then.
     pub fn config_of(&self, folder: &Path) -> VmConfig {
         let mut config = self.config.clone();
-        for drive in &mut config.drives {
-            if self.disks.contains_key(&drive.drive_id) {
-                drive.path_on_host = own_disk(folder, &drive.drive_id, &self.id);
+        for id in self.disks.keys() {
+            if let Some(path) = config.disk_mut(id) {
+                *path = own_disk(folder, id, &self.id);
             }
         }
         config
@@ -219,13 +268,7 @@ impl Daemon {
             }
         };
         let config = configuration(&vm).await?;
-        if let Some(pmem) = config.pmem.iter().find(|pmem| pmem.mode().keeps()) {
-            return Err(Fault::Invalid {
-                field: "pmem",
-                value: pmem.id.clone(),
-                expected: "one that the guest only reads: all clones would write to its disk",
-            });
-        }
+        written_pmem(&config).try_for_each(|id| of_no_drive(&config, id))?;
         let children = self.children_of(&vm, &config, &spec.id).await?;
         self.begin(&vm, |pending| {
             pending.children.extend(children.clone());
@@ -262,7 +305,9 @@ impl Daemon {
         template: &str,
     ) -> Result<BTreeMap<String, PathBuf>, Fault> {
         let drives = config.drives.iter().filter(|drive| !drive.is_read_only);
-        let drives: Vec<_> = drives.map(|drive| drive.drive_id.clone()).collect();
+        let drives = drives.map(|drive| &*drive.drive_id);
+        let drives = drives.chain(written_pmem(config)).map(str::to_owned);
+        let drives: Vec<_> = drives.collect();
         let (folder, kept) = (vm.folder.clone(), self.store.template(template));
         let id = template.to_owned();
         let found = blocking(move || -> io::Result<_> {
@@ -299,7 +344,7 @@ impl Daemon {
         vm: &Arc<Vm>,
         spec: &TemplateSpec,
         uid: u32,
-        config: VmConfig,
+        mut config: VmConfig,
         children: BTreeMap<String, PathBuf>,
     ) -> Result<Template, Fault> {
         let made = unfinished(&vm.folder, &spec.id);
@@ -320,14 +365,19 @@ impl Daemon {
         .await?;
         let mut disks = BTreeMap::new();
         for (id, own) in children {
-            let drive = config.drives.iter().find(|drive| drive.drive_id == id);
-            let Some(drive) = drive else {
+            let Some(disk) = config.disk_mut(&id) else {
                 continue;
             };
+            let disk = disk.clone();
             let body = json!({"path_on_host": own});
-            let path = format!("/drives/{id}/snapshot");
+            let kind = if has_drive(&config, &id) {
+                "drives"
+            } else {
+                "pmem"
+            };
+            let path = format!("/{kind}/{id}/snapshot");
             proxy::act(vm, Method::PUT, &path, &body).await?;
-            disks.insert(id.clone(), drive.path_on_host.clone());
+            disks.insert(id.clone(), disk);
             vm.change(|now| {
                 now.pending.children.remove(&id);
                 now.disks.insert(id, own);
@@ -362,7 +412,12 @@ impl Daemon {
             let memory = fs::symlink_metadata(made.join("memory"));
             template.memory_bytes = memory.map_err(store::named(&made))?.blocks() * 512;
             store::write(&made.join("template.json"), &template, true)?;
-            fs::rename(&made, &kept).map_err(store::named(&kept))?;
+            store::rename(&made, &kept)
+                .inspect_err(|_| {
+                    // It is none, also for the next daemon.
+                    let _ = store::remove_folder(&kept);
+                })
+                .map_err(store::named(&kept))?;
             Ok(template)
         };
         blocking(finish).await?.map_err(Fault::Store)
@@ -391,8 +446,9 @@ impl Daemon {
         }
         let folder = self.store.template(&id);
         let removed = blocking(move || {
-            // First what makes it one.
+            // First what makes it one: what else is gone after a power cut is missed by nobody then.
             fs::remove_file(folder.join("template.json"))?;
+            store::sync_folder(&folder)?;
             fs::remove_dir_all(folder)
         });
         self.templates().0.remove(&id);

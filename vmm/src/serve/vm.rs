@@ -70,6 +70,8 @@ pub struct Now {
     pub disks: BTreeMap<String, PathBuf>,
     /// What is under way with it.
     pub pending: Pending,
+    /// Whether somebody looks after its commits.
+    pub is_followed: bool,
 }
 
 /// A guest.
@@ -126,6 +128,7 @@ impl Vm {
                 loaded: record.loaded,
                 disks: record.disks,
                 pending: record.pending,
+                is_followed: false,
             }),
             changed: Notify::new(),
         }

@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::UffdError;
-use crate::pmem::WritebackError;
+use crate::pmem::{OwnPagesError, WritebackError};
 use crate::vm::StateError;
 
 /// Why a snapshot was not made, or not loaded.
@@ -91,6 +91,19 @@ pub enum SnapshotError {
         /// Why not.
         source: WritebackError,
     },
+    /// What the guest has written to a pmem device in mode `cow` is not found.
+    #[error("pmem {pmem}: what the guest wrote cannot be saved: {source}")]
+    OwnPages {
+        /// `id`.
+        pmem: String,
+        /// Why not.
+        source: OwnPagesError,
+    },
+    /// What the guest had written to a pmem device in mode `cow` is in a file, and memory is not from files.
+    #[error(
+        "pmem {0}: what the guest wrote to it is in the memory file, and a page-fault handler gives RAM alone: load with mem_backend File"
+    )]
+    NotOfHandler(String),
     /// A device that cannot be saved.
     #[error("{0}")]
     Unsupported(String),

@@ -104,6 +104,16 @@ impl NewFile {
         self.file.sync_data().map_err(failed)
     }
 
+    /// Gives it its length, a hole at its end among it, and makes what was written durable.
+    ///
+    /// # Errors
+    /// `File`.
+    pub(super) fn finish(&self, len: u64) -> Result<(), SnapshotError> {
+        let failed = SnapshotError::file("write", &self.path);
+        self.file.set_len(len).map_err(failed)?;
+        self.sync()
+    }
+
     /// Gives it its name. Whether no other file had it.
     ///
     /// # Errors

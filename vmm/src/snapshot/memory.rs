@@ -2,7 +2,7 @@
 //!
 //! A memory file has the regions of RAM one behind the other, and a hole wherever nothing was saved. That of a full snapshot stands for itself; that of
 //! a difference holds some runs of pages, and what it is laid upon has the others. So a guest's memory is a list of layers, the lowest first.
-//! Blocks of each run have checksums, in the state.
+//! Behind RAM are pages of pmem devices, see `own_pages`. Blocks of each run have checksums, in the state.
 
 use std::fs::File;
 use std::io::ErrorKind;
@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
 use super::file::NewFile;
+use super::own_pages::AllOwnPages;
+use crate::pmem::{MapBudget, PmemMemory};
 
 /// Bytes that a checksum is of.
 const BLOCK: u64 = 1 << 20;
@@ -30,6 +32,9 @@ pub struct MemoryState {
     pub bytes: u64,
     /// The lowest first.
     pub layers: Vec<Layer>,
+    /// Pages that are in the uppermost file behind RAM.
+    #[serde(default, skip_serializing_if = "AllOwnPages::is_empty")]
+    pub own_pages: AllOwnPages,
 }
 
 /// One file of it.
@@ -55,11 +60,104 @@ pub struct SavedRun {
 }
 
 impl SavedRun {
+    fn end(&self) -> Option<u64> {
+        self.offset.checked_add(self.len)
+    }
+
     fn blocks(&self) -> impl Iterator<Item = (Range<u64>, u32)> + '_ {
-        let starts = (self.offset..self.offset + self.len).step_by(BLOCK as usize);
-        let end = self.offset + self.len;
-        let ranges = starts.map(move |start| start..(start + BLOCK).min(end));
+        let starts = (0..self.len).step_by(BLOCK as usize);
+        let ranges = starts.map(move |start| start..(start + BLOCK).min(self.len));
         ranges.zip(self.checksums.iter().copied())
+    }
+
+    /// Checks that runs are whole pages of `bytes`, in order, with a checksum for each block.
+    ///
+    /// # Errors
+    /// `Contradiction`.
+    pub(super) fn validate(runs: &[Self], bytes: u64, whose: &str) -> Result<(), SnapshotError> {
+        let mut end = 0;
+        for run in runs {
+            let Self { offset, len, .. } = run;
+            let run_end = run.end().filter(|run_end| *run_end <= bytes);
+            let is_whole =
+                *len > 0 && offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
+            let run_end = run_end.filter(|_| is_whole && *offset >= end);
+            end = run_end.ok_or_else(|| {
+                let what = format!("{whose} holds {offset:#x}+{len:#x} of {bytes:#x} bytes");
+                SnapshotError::Contradiction(what)
+            })?;
+            if run.checksums.len() as u64 != len.div_ceil(BLOCK) {
+                let what = format!("{} checksums of {len:#x} bytes", run.checksums.len());
+                return Err(SnapshotError::Contradiction(what));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares the checksums with the file, which has the run at `at`.
+    ///
+    /// # Errors
+    /// `File`, `Damaged`.
+    pub(super) fn verify(&self, at: u64, file: &File, path: &Path) -> Result<(), SnapshotError> {
+        let mut block = vec![0; BLOCK.min(self.len) as usize];
+        for (range, checksum) in self.blocks() {
+            let bytes = &mut block[..(range.end - range.start) as usize];
+            file.read_exact_at(bytes, at + range.start)
+                .map_err(SnapshotError::file("read", path))?;
+            if self::checksum(bytes) != checksum {
+                return Err(SnapshotError::Damaged {
+                    path: path.to_owned(),
+                    offset: at + range.start,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the blocks of a file are put together in.
+pub(super) struct Blocks(Vec<u8>);
+
+impl Blocks {
+    /// The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest goes on.
+    ///
+    /// # Errors
+    /// `Memory`.
+    pub(super) fn new() -> Result<Self, SnapshotError> {
+        let mut buffer = Vec::new();
+        buffer
+            .try_reserve_exact(BLOCK as usize)
+            .map_err(|_| SnapshotError::Memory(ErrorKind::OutOfMemory.into()))?;
+        Ok(Self(buffer))
+    }
+
+    /// Writes a range of memory to the file at `file_at`. `read` puts what a part of it holds in place of zeros.
+    ///
+    /// # Errors
+    /// `File`.
+    pub(super) fn write(
+        &mut self,
+        new: &NewFile,
+        file_at: u64,
+        range: Range<u64>,
+        read: impl Fn(Range<u64>, &mut [u8]),
+    ) -> Result<SavedRun, SnapshotError> {
+        let Self(block) = self;
+        let mut checksums = Vec::new();
+        for at in range.clone().step_by(BLOCK as usize) {
+            let end = range.end.min(at + BLOCK);
+            block.clear();
+            block.resize((end - at) as usize, 0);
+            read(at..end, block);
+            checksums.push(checksum(block));
+            write_pages(new.file(), file_at + (at - range.start), block)
+                .map_err(SnapshotError::file("write", new.path()))?;
+        }
+        Ok(SavedRun {
+            offset: range.start,
+            len: range.end - range.start,
+            checksums,
+        })
     }
 }
 
@@ -70,20 +168,30 @@ impl SavedRun {
 /// `File` and `Memory`.
 pub(super) fn write(
     memory: &SharedMemory,
-    new: NewFile,
+    new: &NewFile,
     diff: bool,
-) -> Result<(Layer, NewFile), SnapshotError> {
-    let failed = |source| SnapshotError::file("write", new.path())(source);
-    // The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest goes on.
-    let mut buffer = Vec::new();
-    buffer
-        .try_reserve_exact(BLOCK as usize)
-        .map_err(|_| SnapshotError::Memory(ErrorKind::OutOfMemory.into()))?;
+    blocks: &mut Blocks,
+) -> Result<Layer, SnapshotError> {
     let (mut runs, mut start) = (Vec::new(), 0);
     for region in memory.regions() {
         let contents = memory
             .contents(region, diff)
             .map_err(SnapshotError::Memory)?;
+        let read = |block: Range<u64>, bytes: &mut [u8]| {
+            let first = contents.partition_point(|(range, _)| range.end <= block.start);
+            let in_block = contents.iter().skip(first);
+            for (range, content) in in_block.take_while(|(range, _)| range.start < block.end) {
+                if *content != Content::Bytes {
+                    continue;
+                }
+                let range = range.start.max(block.start)..range.end.min(block.end);
+                let place =
+                    (range.start - block.start) as usize..(range.end - block.start) as usize;
+                if let Some(bytes) = bytes.get_mut(place) {
+                    region.window.read(range.start, bytes);
+                }
+            }
+        };
         // A full snapshot is one run, whatever of it is zeros.
         let news = contents.iter().filter(|(_, c)| *c != Content::Base);
         let parts: Vec<Range<u64>> = if diff {
@@ -92,39 +200,16 @@ pub(super) fn write(
             std::iter::once(0..region.window.len()).collect()
         };
         for part in parts {
-            let mut checksums = Vec::new();
-            for at in part.clone().step_by(BLOCK as usize) {
-                buffer.clear();
-                buffer.resize((part.end - at).min(BLOCK) as usize, 0);
-                let block = &mut buffer;
-                let end = at + block.len() as u64;
-                let first = contents.partition_point(|(range, _)| range.end <= at);
-                let in_block = contents.iter().skip(first);
-                for (range, content) in in_block.take_while(|(range, _)| range.start < end) {
-                    if *content != Content::Bytes {
-                        continue;
-                    }
-                    let range = range.start.max(at)..range.end.min(end);
-                    let bytes = (range.start - at) as usize..(range.end - at) as usize;
-                    if let Some(bytes) = block.get_mut(bytes) {
-                        region.window.read(range.start, bytes);
-                    }
-                }
-                checksums.push(checksum(block));
-                write_pages(new.file(), start + at, block).map_err(failed)?;
-            }
+            let run = blocks.write(new, start + part.start, part, read)?;
             runs.push(SavedRun {
-                offset: start + part.start,
-                len: part.end - part.start,
-                checksums,
+                offset: start + run.offset,
+                ..run
             });
         }
         start += region.window.len();
     }
-    new.file().set_len(start).map_err(failed)?;
-    new.sync()?;
     let path = new.path().to_owned();
-    Ok((Layer { path, runs }, new))
+    Ok(Layer { path, runs })
 }
 
 /// CRC-32C. Most of a small guest's memory is zeros, and looking is faster than adding up.
@@ -172,35 +257,11 @@ impl MemoryState {
             ));
         }
         for (number, layer) in self.layers.iter().enumerate() {
-            let mut end = 0;
-            for run in &layer.runs {
-                let run_end = run.offset.checked_add(run.len);
-                let is_in_order = run.offset >= end && run_end.is_some_and(|e| e <= self.bytes);
-                let is_whole = run.len > 0
-                    && run.offset.is_multiple_of(PAGE_SIZE)
-                    && run.len.is_multiple_of(PAGE_SIZE);
-                if !is_in_order || !is_whole {
-                    return wrong(format!(
-                        "{} holds {:#x}+{:#x} of {:#x} bytes of memory",
-                        layer.path.display(),
-                        run.offset,
-                        run.len,
-                        self.bytes
-                    ));
-                }
-                if run.checksums.len() as u64 != run.len.div_ceil(BLOCK) {
-                    return wrong(format!(
-                        "{} checksums of {:#x} bytes",
-                        run.checksums.len(),
-                        run.len
-                    ));
-                }
-                end = run.offset + run.len;
-            }
+            SavedRun::validate(&layer.runs, self.bytes, &layer.path.display().to_string())?;
             let held: u64 = layer.runs.iter().map(|run| run.len).sum();
             if number == 0 && held != self.bytes {
                 return wrong(format!(
-                    "{} holds {held:#x} of {:#x} bytes of memory, and has nothing below it",
+                    "{} holds {held:#x} of {:#x} bytes, and has nothing below it",
                     layer.path.display(),
                     self.bytes
                 ));
@@ -219,11 +280,14 @@ impl MemoryState {
         verify: bool,
     ) -> Result<OpenMemory, SnapshotError> {
         self.validate()?;
+        let end = self.own_pages.end(self.bytes)?;
         if let (Some(path), Some(layer)) = (top, self.layers.last_mut()) {
             path.clone_into(&mut layer.path);
         }
         let mut files = Vec::with_capacity(self.layers.len());
-        for layer in &self.layers {
+        for (number, layer) in self.layers.iter().enumerate() {
+            let is_top = number + 1 == self.layers.len();
+            let expected = if is_top { end } else { self.bytes };
             let path = &layer.path;
             let file = File::open(path).map_err(SnapshotError::file("open", path))?;
             storage::lock::lock(&file, storage::OpenMode::ReadOnly)
@@ -232,37 +296,24 @@ impl MemoryState {
                 .metadata()
                 .map_err(SnapshotError::file("examine", path))?
                 .len();
-            if found < self.bytes {
+            if found < expected {
                 return Err(SnapshotError::Truncated {
                     path: path.clone(),
                     found,
-                    expected: self.bytes,
+                    expected,
                 });
             }
             if verify {
-                layer.verify(&file)?;
+                for run in &layer.runs {
+                    run.verify(run.offset, &file, path)?;
+                }
+            }
+            if verify && is_top {
+                self.own_pages.verify(self.bytes, &file, path)?;
             }
             files.push(Arc::new(file));
         }
         Ok(OpenMemory { state: self, files })
-    }
-}
-
-impl Layer {
-    fn verify(&self, file: &File) -> Result<(), SnapshotError> {
-        let mut block = vec![0; BLOCK as usize];
-        for (range, checksum) in self.runs.iter().flat_map(SavedRun::blocks) {
-            let bytes = &mut block[..(range.end - range.start) as usize];
-            file.read_exact_at(bytes, range.start)
-                .map_err(SnapshotError::file("read", &self.path))?;
-            if self::checksum(bytes) != checksum {
-                return Err(SnapshotError::Damaged {
-                    path: self.path.clone(),
-                    offset: range.start,
-                });
-            }
-        }
-        Ok(())
     }
 }
 
@@ -289,6 +340,36 @@ impl OpenMemory {
                 .share(file)
                 .map_err(|error| SnapshotError::file("share", &layer.path)(error.into()))?;
             memory.rebase(&shared).map_err(SnapshotError::Memory)?;
+        }
+        Ok(())
+    }
+
+    /// Lays what the guest had written to pmem devices in mode `cow` over their disks, which nobody has touched.
+    ///
+    /// # Errors
+    /// `Contradiction` where the devices are others, `Memory`, `File`.
+    pub(crate) fn lay<'a>(
+        &self,
+        memory: &SharedMemory,
+        devices: impl Iterator<Item = (&'a str, &'a PmemMemory)> + Clone,
+    ) -> Result<(), SnapshotError> {
+        let MemoryState {
+            bytes,
+            layers,
+            own_pages,
+        } = &self.state;
+        let (Some(layer), Some(file)) = (layers.last(), self.files.last()) else {
+            return Ok(());
+        };
+        let shared = memory
+            .files()
+            .share(file)
+            .map_err(|error| SnapshotError::file("share", &layer.path)(error.into()))?;
+        let mapped = devices.clone().map(|(_, memory)| memory.figures());
+        let budget = MapBudget::of_host().beside(mapped);
+        own_pages.lay(*bytes, &shared, devices, budget)?;
+        if !own_pages.is_empty() {
+            memory.look_after(shared);
         }
         Ok(())
     }
@@ -376,7 +457,9 @@ mod tests {
     }
 
     fn write(memory: &SharedMemory, path: &Path, diff: bool) -> Result<Layer, SnapshotError> {
-        let (layer, new) = super::write(memory, NewFile::create(path)?, diff)?;
+        let new = NewFile::create(path)?;
+        let layer = super::write(memory, &new, diff, &mut Blocks::new()?)?;
+        new.finish(memory.bytes())?;
         new.name()?;
         Ok(layer)
     }
@@ -405,6 +488,7 @@ mod tests {
         MemoryState {
             bytes: PAGES * PAGE_SIZE,
             layers: layers.to_vec(),
+            own_pages: AllOwnPages::default(),
         }
     }
 

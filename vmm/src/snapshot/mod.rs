@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! paused guest ── create ──> state file: configuration, KVM's state, devices', identity of each disk, checksums of memory
-//!                       └──> memory file: RAM, with holes; or the news since the last one (Diff)
+//!                       └──> memory file: RAM, with holes; or the news since the last one (Diff); and what pmem devices have that no disk has
 //! state + memory files ── load ──> a paused guest, whose RAM is the memory file, mapped private
 //! ```
 //!
@@ -14,6 +14,7 @@ mod disks;
 mod error;
 mod file;
 mod memory;
+mod own_pages;
 mod uffd;
 
 use std::collections::BTreeMap;
@@ -25,6 +26,7 @@ use storage::vhdx::{ChildOptions, Vhdx};
 
 use crate::config::{DriveConfig, VmConfig};
 use crate::machine::{DevicesState, open_disk};
+use crate::pmem::PmemMemory;
 use crate::vm::{VcpuState, VmState};
 
 pub use disks::DiskIdentity;
@@ -32,7 +34,9 @@ pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
 pub(crate) use file::NewFile;
 pub use file::VERSION;
+use memory::Blocks;
 pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
+pub use own_pages::{AllOwnPages, OwnPages};
 pub use uffd::{PageServer, Served, UffdError};
 
 /// The body of `PUT /snapshot/create`, as Firecracker has it.
@@ -159,13 +163,14 @@ pub(crate) struct GuestState {
     pub memory: MemoryState,
 }
 
-/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to. Returns the layers
-/// of the whole, and the file, which gets its name with that of the state.
+/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to, and what its pmem
+/// devices have that no disk has. Returns the layers of the whole, and the file, which gets its name with that of the state.
 ///
 /// # Errors
-/// `NoBase`, `Target`, `File`, `Memory`; then there is no new file.
-pub(crate) fn write_memory(
+/// `NoBase`, `Target`, `File`, `Memory`, `OwnPages`; then there is no new file.
+pub(crate) fn write_memory<'a>(
     memory: &SharedMemory,
+    pmem: impl Iterator<Item = (&'a str, &'a PmemMemory)>,
     request: &CreateSnapshot,
     base: Option<&MemoryState>,
 ) -> Result<(MemoryState, NewFile), SnapshotError> {
@@ -186,10 +191,14 @@ pub(crate) fn write_memory(
             taken: "is what the Diff is to, which has to stay",
         });
     }
-    let (layer, new) = memory::write(memory, new, diff)?;
+    let (mut blocks, bytes) = (Blocks::new()?, memory.bytes());
+    let layer = memory::write(memory, &new, diff, &mut blocks)?;
+    let own_pages = AllOwnPages::write(pmem, &new, bytes, &mut blocks)?;
+    new.finish(own_pages.end(bytes)?)?;
     let state = MemoryState {
-        bytes: memory.bytes(),
+        bytes,
         layers: below.into_iter().chain([layer]).collect(),
+        own_pages,
     };
     Ok((state, new))
 }
@@ -251,6 +260,9 @@ impl Loading {
             (Some(backend), None) => match backend.backend_type {
                 MemoryBackendType::File => open(Some(&backend.backend_path)),
                 MemoryBackendType::Uffd => {
+                    if let Some(pmem) = state.memory.own_pages.first() {
+                        return Err(SnapshotError::NotOfHandler(pmem.to_owned()));
+                    }
                     let handler = PageServer::connect(&backend.backend_path);
                     handler.map(MemorySource::Handler).map_err(Into::into)
                 }
@@ -282,17 +294,23 @@ impl Loading {
         &self.state.config
     }
 
-    /// Gives RAM that nobody has touched its bytes. `on_lost` is told if who gives them goes before it has given all.
+    /// Gives RAM, and pmem devices in mode `cow`, their bytes; nobody has touched either. `on_lost` is told if who gives them goes before it has given
+    /// all.
     ///
     /// # Errors
-    /// As [`OpenMemory::map`], `Uffd`.
-    pub(crate) fn give_memory(
+    /// As [`OpenMemory::map`] and [`OpenMemory::lay`], `Uffd`.
+    pub(crate) fn give_memory<'a>(
         &self,
         memory: &SharedMemory,
+        pmem: impl Iterator<Item = (&'a str, &'a PmemMemory)> + Clone,
         on_lost: impl Fn(String) + Send + 'static,
     ) -> Result<Option<Served>, SnapshotError> {
         match &self.memory {
-            MemorySource::Files(files) => files.map(memory).map(|()| None),
+            MemorySource::Files(files) => {
+                files.map(memory)?;
+                files.lay(memory, pmem)?;
+                Ok(None)
+            }
             MemorySource::Handler(handler) => {
                 let bytes = self.state.memory.bytes;
                 Ok(Some(handler.serve(memory, bytes, Box::new(on_lost))?))

@@ -157,6 +157,10 @@ fn serve(
         }
         while !asked.is_empty() || all[0].revents().contains(PollFlags::IN) {
             events(&uffd, &mappings, &mut asked, &mut seen.lock().unwrap());
+            // What was asked for since then has just been taken.
+            if silent.load(Ordering::SeqCst) {
+                break;
+            }
             let Some(address) = asked.pop_first() else {
                 break;
             };

@@ -17,6 +17,7 @@ use crate::api;
 use crate::config::MachineConfig;
 use crate::serve::fault::Fault;
 use crate::serve::status::State;
+use crate::serve::templates::expect_own_name;
 use crate::serve::vm::Vm;
 use crate::serve::{Daemon, proxy};
 
@@ -88,14 +89,27 @@ async fn pass_on(
     let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
     let word = |field| asked.get(field).and_then(Value::as_str);
     // What is its disk is the parent of another then, and must not be written to when the guest starts anew.
-    let drive = place
-        .strip_prefix("drives/")
-        .and_then(|rest| rest.strip_suffix("/snapshot"));
+    let drive = ["drives/", "pmem/"]
+        .into_iter()
+        .find_map(|kind| place.strip_prefix(kind)?.strip_suffix("/snapshot"));
     let child = drive.filter(|_| changes).zip(word("path_on_host"));
     let child = child.map(|(drive, path)| (drive, vm.folder.join(path)));
+    if let Some((pmem, _)) = &child
+        && place.starts_with("pmem/")
+    {
+        expect_own_name(&vm, pmem).await?;
+    }
     if let Some((drive, path)) = &child {
         daemon.begin_child(&vm, drive, path).await?;
     }
+    let committed = place
+        .strip_prefix("drives/")
+        .and_then(|rest| rest.strip_suffix("/commit"))
+        .filter(|_| changes);
+    let before_commit = match committed {
+        Some(drive) => daemon.begin_commit(&vm, drive).await?,
+        None => None,
+    };
     let patience = if changes { proxy::ACTION } else { proxy::LOOK };
     let answer = proxy::ask(&vm, method, &path, body.clone(), patience).await;
     let told = answer.as_ref().ok().map(|answer| answer.status);
@@ -105,6 +119,12 @@ async fn pass_on(
     }
     if let Some((drive, path)) = &child {
         daemon.end_child(&vm, drive, path, told.map(|_| done)).await;
+    }
+    if let Some(drive) = committed {
+        let accepted = told.map(|_| done);
+        daemon
+            .follow_commit(&vm, drive, before_commit, accepted)
+            .await;
     }
     let answer = answer?;
     if done && before.is_some() {
