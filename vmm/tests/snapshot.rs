@@ -472,3 +472,58 @@ fn memory_that_is_a_disk_and_has_changed_is_refused_and_cow_is_not_saved() {
         "{why}"
     );
 }
+
+#[test]
+fn a_loaded_guest_has_the_vsock_device_that_it_had_with_another_socket_and_identifier() {
+    let folder = tempfile::tempdir().unwrap();
+    kernel::write(&folder.path().join("kernel"));
+    let first = folder.path().join("v");
+    let vsock = format!("9,path={}", first.display());
+    let saved = Saved::of(folder, &["--vsock", &vsock], |guest| {
+        guest.echoes();
+        let config = guest.try_call("GET", "/vm/config", None).unwrap().1;
+        assert_eq!(config["vsock"]["guest_cid"], 9);
+    });
+    let second = saved.path("w");
+    let (state, socket) = (saved.state(), second.display());
+    let restore = format!("{state},vsock={socket},cid=10");
+    let metadata = saved.path("metadata.json");
+    fs::write(&metadata, r#"{"name": "second"}"#).unwrap();
+    let loaded = Guest::start(
+        &saved.path("loaded"),
+        &[
+            "--restore",
+            &restore,
+            "--metadata",
+            metadata.to_str().unwrap(),
+        ],
+    );
+    loaded.echoes();
+    assert!(second.exists() && first.exists());
+    let config = loaded.try_call("GET", "/vm/config", None).unwrap().1;
+    assert_eq!(
+        config["vsock"],
+        json!({"guest_cid": 10, "uds_path": second})
+    );
+    let told = loaded.try_call("GET", "/mmds", None).unwrap().1;
+    assert_eq!(told, json!({"name": "second"}));
+
+    // By REST, as Firecracker has it.
+    let empty = Guest::start(&saved.path("empty"), &[]);
+    let third = saved.path("x");
+    let body = json!({
+        "snapshot_path": saved.state(), "mem_file_path": saved.memory(), "resume_vm": true,
+        "vsock_override": {"uds_path": third},
+    });
+    let (status, answer) = empty.put("/snapshot/load", &body);
+    assert_eq!(status, 204, "{answer}");
+    empty.echoes();
+    assert!(third.exists());
+
+    // A socket that another guest has is not taken from it.
+    let said = saved.refused(&format!(",vsock={socket}"));
+    assert!(said.contains("another process listens there"), "{said}");
+    let plain = Saved::new(&[]);
+    let said = plain.refused(",cid=5");
+    assert!(said.contains("no vsock device"), "{said}");
+}

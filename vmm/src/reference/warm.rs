@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Key, initrd, representative_cpus, text_words};
 use crate::config::{BootSourceConfig, SharingConfig, VmConfig};
-use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
+use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings, VsockHost};
 use crate::vm::{self, VmError};
 
 /// RAM of the guest in MiB: any kernel boots in that, and its text does not depend on it.
@@ -171,6 +171,7 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
             .map_err(failed("make an eventfd"))?,
         on_end,
         warm: None,
+        vsock: VsockHost::default(),
     };
     let started = Instant::now();
     let mut machine = Machine::start(config, &mut manager, surroundings)?;

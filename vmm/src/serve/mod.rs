@@ -18,6 +18,7 @@ mod ending;
 mod events;
 mod fault;
 mod guest_api;
+mod identity;
 mod images;
 mod jail;
 mod lifecycle;
