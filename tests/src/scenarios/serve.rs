@@ -18,7 +18,8 @@ const PATIENCE: Duration = Duration::from_mins(3);
 /// What the guests do: as they are told.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
 
-struct Daemon {
+/// A daemon of the lab's host, and its guests.
+pub(super) struct Daemon {
     child: Child,
     state: PathBuf,
 }
@@ -28,7 +29,7 @@ fn call(method: &str, path: &str, body: &Value) -> Result<(u16, Value), Failure>
 }
 
 impl Daemon {
-    fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
+    pub(super) fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
         // Paths of sockets are short.
         let state = PathBuf::from("/tmp/serve");
         let log = fs::File::options()
@@ -60,7 +61,7 @@ impl Daemon {
         clippy::unused_self,
         reason = "there is an answer as long as there is a daemon"
     )]
-    fn expect(
+    pub(super) fn expect(
         &self,
         status: u16,
         method: &str,
@@ -78,25 +79,34 @@ impl Daemon {
         let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
         let disk = here.join(out).join(format!("{id}.vhdx"));
         fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
+        let more = json!({
+            "drives": [{"drive_id": "disk", "path_on_host": disk, "is_root_device": false}],
+        });
+        self.boot_with(id, SCRIPT, &more)
+    }
+
+    /// A guest that has booted, does what `script` says, and has what `more` says of its configuration.
+    pub(super) fn boot_with(&self, id: &str, script: &str, more: &Value) -> Result<(), Failure> {
+        let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
         let args = format!(
             "console=ttyS0 reboot=k panic=-1 quiet {}",
-            script_word(SCRIPT)
+            script_word(script)
         );
-        let config = json!({
-            "boot-source": {"kernel_image_path": here.join("guest/vmlinuz"),
-                            "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args},
-            "drives": [{"drive_id": "disk", "path_on_host": disk, "is_root_device": false}],
+        let mut config = more.clone();
+        config["boot-source"] = json!({
+            "kernel_image_path": here.join("guest/vmlinuz"),
+            "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args,
         });
         self.expect(201, "POST", "/vms", &json!({"id": id, "config": config}))?;
         self.console(id, "", "READY")
     }
 
-    fn template(&self, id: &str, vm: &str) -> Result<(), Failure> {
+    pub(super) fn template(&self, id: &str, vm: &str) -> Result<(), Failure> {
         let body = json!({"id": id, "vm": vm});
         self.expect(201, "POST", "/templates", &body).map(drop)
     }
 
-    fn clone_of(&self, template: &str, id: &str) -> Result<f64, Failure> {
+    pub(super) fn clone_of(&self, template: &str, id: &str) -> Result<f64, Failure> {
         let begun = Instant::now();
         let vm = self.expect(
             201,
@@ -111,7 +121,7 @@ impl Daemon {
     }
 
     /// Types a line, and waits for what comes of it.
-    fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
+    pub(super) fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
         let failed = Failure::io("talk to a console");
         let socket = self.state.join("vms").join(id).join("console.sock");
         let talk = || {
