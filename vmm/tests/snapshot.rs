@@ -527,3 +527,65 @@ fn a_loaded_guest_has_the_vsock_device_that_it_had_with_another_socket_and_ident
     let said = plain.refused(",cid=5");
     assert!(said.contains("no vsock device"), "{said}");
 }
+
+#[test]
+fn the_vsock_socket_of_a_jailed_guest_is_made_before_or_where_it_is_allowed_and_goes_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    kernel::write(&folder.path().join("kernel"));
+    let called = |socket: &str| {
+        let mut caller = UnixStream::connect(socket).unwrap();
+        caller.write_all(b"CONNECT 1\n").unwrap();
+        // This guest has no driver.
+        caller.read(&mut [0; 8]).unwrap()
+    };
+    for name in ["v", "w", "later"] {
+        fs::create_dir(path(name)).unwrap();
+    }
+    let socket = path("v/sock");
+    let kernel = path("kernel");
+    let mut guest = Guest::start(
+        &folder.path().join("before"),
+        &[
+            "--kernel",
+            &kernel,
+            "--mem",
+            "16M",
+            "--share",
+            "off",
+            "--jail",
+            "--vsock",
+            &format!("path={socket}"),
+        ],
+    );
+    guest.echoes();
+    assert_eq!(called(&socket), 0);
+    let pid = rustix::process::Pid::from_child(&guest.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let (code, log) = guest.end();
+    assert_eq!(code, Some(143), "{log}");
+    assert!(!Path::new(&socket).exists(), "{log}");
+
+    let (allowed, not) = (path("later"), path("w/sock"));
+    let jail = format!("allow={allowed},allow={kernel}");
+    let guest = Guest::start(&folder.path().join("told"), &["--jail", &jail]);
+    let source = json!({"kernel_image_path": kernel});
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 16});
+    for (path, body) in [
+        ("/boot-source", source),
+        ("/machine-config", machine),
+        ("/sharing", json!({"mode": "off"})),
+        ("/vsock", json!({"guest_cid": 3, "uds_path": not})),
+    ] {
+        assert_eq!(guest.put(path, &body).0, 204, "{path}");
+    }
+    let start = json!({"action_type": "InstanceStart"});
+    let (status, why) = guest.put("/actions", &start);
+    assert!(status == 400 && why.to_string().contains("w/sock"), "{why}");
+    let later = format!("{allowed}/sock");
+    guest.put("/vsock", &json!({"guest_cid": 3, "uds_path": later}));
+    let (status, why) = guest.put("/actions", &start);
+    assert_eq!(status, 204, "{why}");
+    guest.echoes();
+    assert_eq!(called(&later), 0);
+}

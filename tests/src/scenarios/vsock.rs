@@ -68,11 +68,15 @@ fn to_guest(uds: &Path, port: u32) -> Result<Duration, Failure> {
     Ok(begun.elapsed())
 }
 
-/// From the guest to a program of the host, and its answer.
-fn to_host(guest: &mut Guest, uds: &Path, port: u32) -> Result<Duration, Failure> {
-    let failed = || Failure::io("talk to the guest");
+/// What the guest reaches at a port of the host.
+fn listen(uds: &Path, port: u32) -> Result<UnixListener, Failure> {
     let path = format!("{}_{port}", uds.display());
-    let listener = UnixListener::bind(&path).map_err(failed())?;
+    UnixListener::bind(&path).map_err(Failure::io(path))
+}
+
+/// From the guest to a program of the host, and its answer.
+fn to_host(guest: &mut Guest, listener: &UnixListener, port: u32) -> Result<Duration, Failure> {
+    let failed = || Failure::io("talk to the guest");
     guest.type_in(&format!("/tmp/lab socket send {port} {BYTES}\n"))?;
     let (stream, _) = listener.accept().map_err(failed())?;
     let mut stream = timed(stream)?;
@@ -91,16 +95,21 @@ fn mib_per_second(took: Duration) -> Value {
     json!((BYTES >> 20) as f64 / took.as_secs_f64())
 }
 
-/// Heavy transfer both ways, refused connections and metadata; then the guest is saved, and goes on as another.
+/// Heavy transfer both ways, refused connections and metadata, in a jail; then the guest is saved, and goes on as another.
 pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let disk = format!("{},ro,format=raw", program(out)?.display());
     // Paths of sockets are short.
-    let (uds, api) = (Path::new("/tmp/v.sock"), Path::new("/tmp/v-api.sock"));
+    let (uds, api) = (Path::new("/tmp/v/v.sock"), Path::new("/tmp/v/api.sock"));
+    fs::create_dir_all("/tmp/v").map_err(Failure::io("make a folder"))?;
+    // What is there at the start is in the jail.
+    let (listener, _held) = (listen(uds, 2000)?, listen(uds, 5000)?);
+    let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
+    let jail = format!("allow={}", here.join(out).display());
     let vsock = format!("42,path={}", uds.display());
     let metadata = out.join("metadata.json");
     fs::write(&metadata, r#"{"name": "first"}"#).map_err(Failure::io("write metadata"))?;
     let mut guest = Start::new()
-        .args(&["--disk", &disk, "--vsock", &vsock])
+        .args(&["--disk", &disk, "--vsock", &vsock, "--jail", &jail])
         .args(&["--metadata", &metadata.display().to_string()])
         .args(&["--api-sock", &api.display().to_string()])
         .script(SCRIPT)
@@ -115,7 +124,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     let took = to_guest(uds, 1000)?;
     figures.insert("to_guest_mib_per_second".into(), mib_per_second(took));
-    let took = to_host(&mut guest, uds, 2000)?;
+    let took = to_host(&mut guest, &listener, 2000)?;
     figures.insert("to_host_mib_per_second".into(), mib_per_second(took));
     tell(&mut guest, "send 3000 1 2>&1 || echo NOB''ODY", "NOBODY")?;
     let mut refused = timed(UnixStream::connect(uds).map_err(Failure::io("connect"))?)?;
@@ -129,10 +138,9 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     tell(&mut guest, "get /name", "second")?;
 
     // With a connection that the next process does not have.
-    let _held = UnixListener::bind(format!("{}_5000", uds.display()));
     tell(&mut guest, "hold 5000 &", "HOLDS 5000.")?;
     expect_ok(api, "PATCH", "/vm", &json!({"state": "Paused"}))?;
-    let (state, memory) = (out.join("state"), out.join("memory"));
+    let (state, memory) = (here.join(out).join("state"), here.join(out).join("memory"));
     let body = json!({"snapshot_path": state, "mem_file_path": memory});
     expect_ok(api, "PUT", "/snapshot/create", &body)?;
     let restore = format!("{},vsock=/tmp/w.sock,cid=43", state.display());
@@ -144,7 +152,8 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     tell(&mut other, "get /name", "third")?;
     tell(&mut other, "sink 1001 &", "LISTENS at 1001.")?;
     to_guest(Path::new("/tmp/w.sock"), 1001)?;
-    to_host(&mut other, Path::new("/tmp/w.sock"), 2001)?;
+    let listener = listen(Path::new("/tmp/w.sock"), 2001)?;
+    to_host(&mut other, &listener, 2001)?;
     // And the first one is what it was.
     expect_ok(api, "PATCH", "/vm", &json!({"state": "Resumed"}))?;
     tell(&mut guest, "cid", "CID 42.")?;
