@@ -212,7 +212,7 @@ pub struct RunArguments {
     /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
     ///
     /// Programs of the host connect to the socket (mode 0600), say `CONNECT PORT`, and are answered `OK`; port N of the host, for the guest, is what
-    /// listens at SOCKET_N. At port 80 the guest finds its metadata (`PUT /mmds`). The device takes the place of the one in the configuration file.
+    /// listens at `SOCKET_N`. At port 80 the guest finds its metadata (`PUT /mmds`). The device takes the place of the one in the configuration file.
     /// A guest of the daemon has its socket in its folder: there, no path is given, and the identifier is made up.
     #[arg(
         long,

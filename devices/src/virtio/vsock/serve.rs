@@ -73,10 +73,10 @@ impl VirtioVsock {
                         // The guest never hears of it.
                         self.table.close(key);
                     } else if gone && connection.stage() == Stage::Requested {
-                        self.sent(key, Err(Broken));
+                        self.sent(key, &Err(Broken));
                     } else {
                         let flushed = connection.flush();
-                        self.sent(key, flushed);
+                        self.sent(key, &flushed);
                     }
                 }
             }
@@ -243,7 +243,7 @@ impl VirtioVsock {
             }
             Op::Shutdown | Op::ReadWrite | Op::Response | Op::Request => Err(Broken),
         };
-        self.sent(key, went);
+        self.sent(key, &went);
     }
 
     /// A guest wants to be connected to the host.
@@ -268,8 +268,8 @@ impl VirtioVsock {
     }
 
     /// Goes on with a connection that the host has taken bytes of, or ends it.
-    fn sent(&mut self, key: Key, went: Result<usize, Broken>) {
-        let over = match &went {
+    fn sent(&mut self, key: Key, went: &Result<usize, Broken>) {
+        let over = match went {
             Ok(len) => {
                 add(&self.metrics.sent_bytes, *len as u64);
                 self.table.get(key).is_some_and(|c| c.is_over())
@@ -353,7 +353,7 @@ impl VirtioVsock {
             }
             Ok(None) => None,
             Err(broken) => {
-                self.sent(key, Err(broken));
+                self.sent(key, &Err(broken));
                 self.replies.pop_back().map(|header| (header, 0))
             }
         }
