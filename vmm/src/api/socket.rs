@@ -10,8 +10,8 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 
-/// Programs that may wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Programs that may wait to be accepted: as many as the host allows (`net.core.somaxconn`).
+const BACKLOG: i32 = i32::MAX;
 
 /// A socket cannot be listened to.
 #[derive(Debug, thiserror::Error)]

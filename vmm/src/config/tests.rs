@@ -139,6 +139,24 @@ fn what_is_not_known_or_not_supported_is_refused_by_name() {
             json!({"serial": {"rate_limiter": {}}}),
             "serial.rate_limiter",
         ),
+        (json!({"logger": {"level": "loud"}}), "loud"),
+        (json!({"logger": {"module": "a=b,c"}}), "logger.module"),
+        (json!({"metrics": {}}), "metrics_path"),
+    ];
+    for (config, named) in cases {
+        is_refused(&config, named);
+    }
+}
+
+fn is_refused(config: &serde_json::Value, named: &str) {
+    let error = parse(config.clone()).expect_err(&config.to_string());
+    assert!(error.contains(named), "{config}: {error}");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+#[test]
+fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_no_network() {
+    let cases = [
         (
             json!({"vsock": {"guest_cid": 2, "uds_path": "v"}}),
             "vsock.guest_cid",
@@ -168,14 +186,9 @@ fn what_is_not_known_or_not_supported_is_refused_by_name() {
             json!({"mmds-config": {"vsock_port": u32::MAX}}),
             "mmds-config.vsock_port",
         ),
-        (json!({"logger": {"level": "loud"}}), "loud"),
-        (json!({"logger": {"module": "a=b,c"}}), "logger.module"),
-        (json!({"metrics": {}}), "metrics_path"),
     ];
     for (config, named) in cases {
-        let error = parse(config.clone()).expect_err(&config.to_string());
-        assert!(error.contains(named), "{config}: {error}");
-        assert!(!error.contains('\n'), "{error}");
+        is_refused(&config, named);
     }
 }
 
