@@ -371,12 +371,13 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     if let Some(server) = &console_server {
         manager.add_subscriber(server.clone());
     }
+    let vsock_socket = Arc::new(Mutex::new(vsock_socket));
     let launcher = Launcher {
         console,
         console_socket: console_server.clone(),
         ending: ending.clone(),
         warm,
-        vsock_socket: Arc::new(Mutex::new(vsock_socket)),
+        vsock_socket: vsock_socket.clone(),
         metadata: lock(&control).mmds().clone(),
     };
 
@@ -414,6 +415,8 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     if let Some(server) = server {
         server.finish();
     }
+    // Of a guest that was never started: the threads of the server, which may start it, end with the process.
+    drop(lock(&vsock_socket).take());
     drop(raw_mode);
     if let ExitReason::Guest(GuestEnd::Failed(error)) = &reason {
         // Which may be a file on a full disk.

@@ -566,6 +566,23 @@ fn the_vsock_socket_of_a_jailed_guest_is_made_before_or_where_it_is_allowed_and_
     assert_eq!(code, Some(143), "{log}");
     assert!(!Path::new(&socket).exists(), "{log}");
 
+    // So does that of one that is never started.
+    let mut waiting = Guest::start(
+        &folder.path().join("waiting"),
+        &[
+            "--kernel",
+            &kernel,
+            "--no-start",
+            "--vsock",
+            &format!("path={socket}"),
+        ],
+    );
+    assert!(Path::new(&socket).exists());
+    let pid = rustix::process::Pid::from_child(&waiting.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(waiting.end().0, Some(143));
+    assert!(!Path::new(&socket).exists());
+
     let (allowed, not) = (path("later"), path("w/sock"));
     let jail = format!("allow={allowed},allow={kernel}");
     let guest = Guest::start(&folder.path().join("told"), &["--jail", &jail]);

@@ -140,7 +140,8 @@ pub struct CreateArguments {
     /// Start the guest again when it has failed: never, or on-failure.
     #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure"])]
     pub restart: String,
-    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --metadata, --restart and --no-start alone.
+    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --metadata, --restart and
+    /// --no-start alone.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "config"])]
     pub template: Option<String>,
     /// A word to find it by: NAME=VALUE. Can be repeated.

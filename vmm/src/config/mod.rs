@@ -213,7 +213,8 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and that a vsock device has a socket.
+    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and that a vsock device has a
+    /// socket.
     ///
     /// # Errors
     /// `File` and `NotAFile`, `Invalid`.

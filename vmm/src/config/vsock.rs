@@ -82,7 +82,7 @@ impl VsockConfig {
 }
 
 /// Firecracker's `mmds-config`; but the guest asks for its metadata over vsock, as it has no network.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
     /// How the guest asks.
@@ -114,7 +114,8 @@ pub enum MmdsVersion {
     /// It asks.
     #[default]
     V1,
-    /// Not supported: it gets a token first. That keeps others from having a guest's programs ask for them over its network, which nobody can here.
+    /// Not supported: it gets a token first. That keeps others from having a guest's programs ask for them over its network, which nobody can
+    /// here.
     V2,
 }
 

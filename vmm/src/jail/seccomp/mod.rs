@@ -10,7 +10,8 @@
 //! ```
 //!
 //! `main` lists what a guest process needs in its life. `started` takes away what only building a guest needs: making rings of `io_uring`, whose
-//! operations no filter sees. `unconnected` takes away as well to connect to any socket, but from a guest with a vsock device. `vcpu` lists what a thread needs that runs the guest's accesses, so no file can be opened there.
+//! operations no filter sees; `unconnected`, to connect to a socket, which a guest with a vsock device goes on doing. `vcpu` lists what a thread needs
+//! that runs the guest's accesses, so no file can be opened there.
 //! `absent` says of a system call that the kernel does not have it, for the C library to do without.
 //!
 //! What is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the process.
