@@ -1,7 +1,7 @@
 //! A Linux guest and its host talk over vsock, and clones learn by it who they are.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 use crate::socket;
 
-const PATIENCE: Duration = Duration::from_mins(2);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// What goes each way.
 const MIB: u32 = 8;
 const BYTES: u64 = (MIB as u64) << 20;
@@ -75,12 +75,31 @@ fn listen(uds: &Path, port: u32) -> Result<UnixListener, Failure> {
     UnixListener::bind(&path).map_err(Failure::io(path))
 }
 
+/// A guest that is refused never comes.
+fn accept(listener: &UnixListener) -> Result<UnixStream, Failure> {
+    let failed = || Failure::io("wait for the guest");
+    listener.set_nonblocking(true).map_err(failed())?;
+    let begun = Instant::now();
+    while begun.elapsed() < PATIENCE {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false).map_err(failed())?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(error) => return Err(failed()(error)),
+        }
+    }
+    Failure::claim("the guest has not connected")
+}
+
 /// From the guest to a program of the host, and its answer.
 fn to_host(guest: &mut Guest, listener: &UnixListener, port: u32) -> Result<Duration, Failure> {
     let failed = || Failure::io("talk to the guest");
     guest.type_in(&format!("/tmp/lab socket send {port} {BYTES}\n"))?;
-    let (stream, _) = listener.accept().map_err(failed())?;
-    let mut stream = timed(stream)?;
+    let mut stream = timed(accept(listener)?)?;
     let begun = Instant::now();
     let sum = socket::sum(&mut stream).map_err(failed())?;
     let took = begun.elapsed();
