@@ -85,8 +85,7 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
             Kind::RootUnfiltered => SeccompMode::Off,
         },
     };
-    let report = jail::enter(&confinement, &config, &[]).unwrap();
-    report
+    jail::enter(&confinement, &config, &[]).unwrap()
 }
 
 /// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that ends.
