@@ -21,6 +21,7 @@ mod page_server;
 mod peer;
 mod result;
 mod scenarios;
+mod socket;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -55,6 +56,9 @@ enum Command {
     /// Runs the scenarios named in `plan.json`; the lab's host calls this.
     #[command(hide = true)]
     Agent,
+    /// Uses a guest's vsock device; a guest calls this.
+    #[command(hide = true, subcommand)]
+    Socket(socket::Task),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
             verbose,
         } => host::run(&scenarios, json.as_deref(), folder, verbose),
         Command::Agent => agent::run().map(|()| true),
+        Command::Socket(task) => socket::run(task).map(|()| true),
     };
     match ran {
         Ok(true) => ExitCode::SUCCESS,

@@ -32,6 +32,7 @@ pub mod layout;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
+pub mod mmds;
 pub mod pmem;
 pub mod procfs;
 pub mod reference;

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use devices::virtio::balloon::BalloonMetrics;
+use devices::virtio::vsock::VsockMetrics;
 use rustix::fs::OFlags;
 use serde_json::{Map, Value, json};
 
@@ -107,7 +108,23 @@ pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
     if let Some(balloon) = &devices.balloon {
         line.insert("balloon".to_owned(), balloon_counters(balloon));
     }
+    if let Some(vsock) = &devices.vsock {
+        line.insert("vsock".to_owned(), vsock_counters(vsock));
+    }
     Value::Object(line)
+}
+
+fn vsock_counters(vsock: &VsockMetrics) -> Value {
+    json!({
+        "rx_packets_count": get(&vsock.received_packets),
+        "rx_bytes_count": get(&vsock.received_bytes),
+        "tx_packets_count": get(&vsock.sent_packets),
+        "tx_bytes_count": get(&vsock.sent_bytes),
+        "conns_added": get(&vsock.opened),
+        "conns_open": get(&vsock.connections),
+        "conns_killed": get(&vsock.resets),
+        "event_fails": get(&vsock.failures),
+    })
 }
 
 fn balloon_counters(balloon: &BalloonMetrics) -> Value {

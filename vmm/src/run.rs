@@ -14,14 +14,15 @@ use memshare::ShareMode;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::api::{ApiServer, ApiSocket, SocketError};
-use crate::config::VmConfig;
+use crate::config::{VmConfig, VsockConfig};
 use crate::console::{self, Console, ConsoleSocket, RawMode};
 use crate::control::{Control, ControlError, Guest, LaunchError, Origin};
 use crate::exit::{EndReport, ExitReason};
 use crate::jail::{self, Confinement, JailError};
 use crate::logging::Log;
-use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings};
+use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings, VsockHost};
 use crate::metrics::{ApiMetrics, open_output};
+use crate::mmds::{MetadataFileError, Mmds};
 use crate::reference::{self, Warmer};
 use crate::signals::{self, Signals};
 use crate::snapshot::{LoadSnapshot, Loading};
@@ -47,6 +48,8 @@ pub struct RunOptions {
     pub held: bool,
     /// The snapshot that the guest goes on from.
     pub restore: Option<LoadSnapshot>,
+    /// A file with the guest's metadata.
+    pub metadata: Option<PathBuf>,
 }
 
 /// Why a guest could not be run.
@@ -67,6 +70,9 @@ pub enum RunError {
     /// The jail.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// The metadata of the guest.
+    #[error(transparent)]
+    Metadata(#[from] MetadataFileError),
     /// The host has no more of something.
     #[error("{what}: {source}")]
     Host {
@@ -145,6 +151,9 @@ struct Launcher {
     console_socket: Option<Arc<Mutex<ConsoleSocket>>>,
     ending: Arc<Ending>,
     warm: Option<Warmer>,
+    /// The socket of the vsock device, until there is one.
+    vsock_socket: Arc<Mutex<Option<ApiSocket>>>,
+    metadata: Arc<Mmds>,
 }
 
 impl Launcher {
@@ -169,6 +178,10 @@ impl Launcher {
             serial_drained,
             on_end,
             warm: self.warm.clone(),
+            vsock: VsockHost {
+                socket: lock(&self.vsock_socket).take(),
+                metadata: self.metadata.clone(),
+            },
         })
     }
 
@@ -234,6 +247,7 @@ struct Prepared {
     /// Removed when it goes, so also where the guest cannot start.
     socket: Option<ApiSocket>,
     console_socket: Option<ApiSocket>,
+    vsock_socket: Option<ApiSocket>,
     loading: Option<Loading>,
     warm: Option<Warmer>,
 }
@@ -248,12 +262,16 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
         confinement,
         restore,
         held,
+        metadata,
         ..
     } = options;
     if let Some(id) = id {
         control.set_id(id);
     }
     control.configure(config.clone())?;
+    if let Some(path) = metadata {
+        control.mmds().read(&path)?;
+    }
     let loading = restore.as_ref().map(Loading::read).transpose();
     let loading = loading.map_err(ControlError::from)?;
     let warm = match &loading {
@@ -264,7 +282,11 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     let (api_path, console_path) = (api_socket.as_deref(), console_socket.as_deref());
     let socket = api_path.map(ApiSocket::bind).transpose()?;
     let console_socket = console_path.map(ApiSocket::bind).transpose()?;
-    let sockets: Vec<_> = api_path.into_iter().chain(console_path).collect();
+    let vsock_path = wanted.vsock.as_ref().map(VsockConfig::path);
+    // While it can be made anywhere: what is done later is done in the jail.
+    let vsock_socket = vsock_path.map(ApiSocket::bind).transpose()?;
+    let sockets = api_path.into_iter().chain(console_path).chain(vsock_path);
+    let sockets: Vec<_> = sockets.collect();
     for disk in loading.iter().flat_map(Loading::made) {
         jail::give(&confinement, disk)?;
     }
@@ -274,6 +296,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     Ok(Prepared {
         socket,
         console_socket,
+        vsock_socket,
         loading,
         warm,
     })
@@ -319,6 +342,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     let Prepared {
         socket,
         console_socket,
+        vsock_socket,
         loading,
         warm,
     } = prepare(options, &mut lock(&control))?;
@@ -347,11 +371,14 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     if let Some(server) = &console_server {
         manager.add_subscriber(server.clone());
     }
+    let vsock_socket = Arc::new(Mutex::new(vsock_socket));
     let launcher = Launcher {
         console,
         console_socket: console_server.clone(),
         ending: ending.clone(),
         warm,
+        vsock_socket: vsock_socket.clone(),
+        metadata: lock(&control).mmds().clone(),
     };
 
     if loading.is_some() || start {
@@ -388,6 +415,8 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     if let Some(server) = server {
         server.finish();
     }
+    // Of a guest that was never started: the threads of the server, which may start it, end with the process.
+    drop(lock(&vsock_socket).take());
     drop(raw_mode);
     if let ExitReason::Guest(GuestEnd::Failed(error)) = &reason {
         // Which may be a file on a full disk.

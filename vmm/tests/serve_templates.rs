@@ -441,3 +441,75 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
     child.wait().unwrap();
     assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
 }
+
+#[test]
+fn a_clone_has_an_identifier_a_socket_and_metadata_of_its_own() {
+    let mut daemon = Daemon::start(&[]);
+    let mut spec = daemon.spec("a");
+    spec["config"]["vsock"] = json!({});
+    spec["metadata"] = json!({"role": "source"});
+    let (status, source) = daemon.post("/vms", &spec);
+    assert_eq!(status, 201, "{source}");
+    assert_eq!(source["vsock"]["guest_cid"], 3);
+    template(&daemon, "t", "a");
+    let mut named = daemon.spec("named");
+    named["config"]["vsock"] = json!({"guest_cid": 4});
+    assert_eq!(daemon.post("/vms", &named).0, 201);
+    let b = clone(&daemon, "b", "t");
+    let (status, c) = daemon.post(
+        "/vms",
+        &json!({"id": "c", "template": "t", "metadata": {"role": "clone"}}),
+    );
+    assert_eq!(status, 201, "{c}");
+    let cids: Vec<_> = [&source, &b, &c]
+        .map(|vm| vm["vsock"]["guest_cid"].as_u64().unwrap())
+        .to_vec();
+    assert_eq!(cids, [3, 5, 6]);
+    let mut generations = std::collections::BTreeSet::new();
+    for (id, cid, role) in [
+        ("a", 3, json!("source")),
+        ("b", 5, Value::Null),
+        ("c", 6, json!("clone")),
+    ] {
+        assert!(daemon.echoes(id), "{id}");
+        let config = daemon.get(&format!("/vms/{id}/vm/config"));
+        assert_eq!(config["vsock"]["guest_cid"], cid, "{id}");
+        let told = daemon.get(&format!("/vms/{id}/mmds"));
+        assert_eq!(told["role"], role, "{id}");
+        assert_eq!(told["coppice"]["hostname"], id);
+        assert_eq!(told["coppice"]["cid"], cid);
+        let generation = told["coppice"]["generation"].as_str().unwrap().to_owned();
+        assert!(generations.insert(generation), "{id}");
+        // The guest has no driver for it, and nobody is let in.
+        let path = daemon.vm_folder(id).join("vsock.sock");
+        let mut caller = UnixStream::connect(path).unwrap();
+        Write::write_all(&mut caller, b"CONNECT 1\n").unwrap();
+        let answer = Read::read(&mut caller, &mut [0; 8]);
+        assert_eq!(answer.unwrap(), 0, "{id}");
+    }
+    // Who it is survives the daemon, and its own end.
+    daemon.kill_and_restart();
+    assert_eq!(daemon.get("/vms/b")["vsock"]["guest_cid"], 5);
+    daemon.post("/vms/b/stop", &json!({"timeout_s": 0}));
+    assert!(!daemon.vm_folder("b").join("vsock.sock").exists());
+    daemon.post("/vms/b/start", &json!(null));
+    let config = daemon.get("/vms/b/vm/config");
+    assert_eq!(config["vsock"]["guest_cid"], 5);
+    let generation = daemon.get("/vms/b/mmds")["coppice"]["generation"].clone();
+    assert!(generations.insert(generation.as_str().unwrap().to_owned()));
+    assert_eq!(daemon.get("/vms/named")["vsock"]["guest_cid"], 4);
+    // What another has, or the daemon decides, is refused.
+    let mut other = daemon.spec("x");
+    for (vsock, status) in [
+        (json!({"guest_cid": 5}), 409),
+        (json!({"guest_cid": 2}), 400),
+        (json!({"uds_path": "/tmp/v"}), 400),
+    ] {
+        other["config"]["vsock"] = vsock;
+        let (answered, fault) = daemon.post("/vms", &other);
+        assert_eq!(answered, status, "{fault}");
+    }
+    let mut silent = daemon.spec("y");
+    silent["metadata"] = json!({"a": 1});
+    assert_eq!(daemon.post("/vms", &silent).0, 400);
+}

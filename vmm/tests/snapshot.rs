@@ -527,3 +527,137 @@ fn a_copy_of_a_disk_that_is_damaged_or_not_in_a_file_is_refused() {
         "{cut}"
     );
 }
+
+#[test]
+fn a_loaded_guest_has_the_vsock_device_that_it_had_with_another_socket_and_identifier() {
+    let folder = tempfile::tempdir().unwrap();
+    kernel::write(&folder.path().join("kernel"));
+    let first = folder.path().join("v");
+    let vsock = format!("9,path={}", first.display());
+    let saved = Saved::of(folder, &["--vsock", &vsock], |guest| {
+        guest.echoes();
+        let config = guest.try_call("GET", "/vm/config", None).unwrap().1;
+        assert_eq!(config["vsock"]["guest_cid"], 9);
+    });
+    let second = saved.path("w");
+    let (state, socket) = (saved.state(), second.display());
+    let restore = format!("{state},vsock={socket},cid=10");
+    let metadata = saved.path("metadata.json");
+    fs::write(&metadata, r#"{"name": "second"}"#).unwrap();
+    let loaded = Guest::start(
+        &saved.path("loaded"),
+        &[
+            "--restore",
+            &restore,
+            "--metadata",
+            metadata.to_str().unwrap(),
+        ],
+    );
+    loaded.echoes();
+    assert!(second.exists() && first.exists());
+    let config = loaded.try_call("GET", "/vm/config", None).unwrap().1;
+    assert_eq!(
+        config["vsock"],
+        json!({"guest_cid": 10, "uds_path": second})
+    );
+    let told = loaded.try_call("GET", "/mmds", None).unwrap().1;
+    assert_eq!(told, json!({"name": "second"}));
+
+    // By REST, as Firecracker has it.
+    let empty = Guest::start(&saved.path("empty"), &[]);
+    let third = saved.path("x");
+    let body = json!({
+        "snapshot_path": saved.state(), "mem_file_path": saved.memory(), "resume_vm": true,
+        "vsock_override": {"uds_path": third},
+    });
+    let (status, answer) = empty.put("/snapshot/load", &body);
+    assert_eq!(status, 204, "{answer}");
+    empty.echoes();
+    assert!(third.exists());
+
+    // A socket that another guest has is not taken from it.
+    let said = saved.refused(&format!(",vsock={socket}"));
+    assert!(said.contains("another process listens there"), "{said}");
+    let plain = Saved::new(&[]);
+    let said = plain.refused(",cid=5");
+    assert!(said.contains("no vsock device"), "{said}");
+}
+
+#[test]
+fn the_vsock_socket_of_a_jailed_guest_is_made_before_or_where_it_is_allowed_and_goes_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    kernel::write(&folder.path().join("kernel"));
+    let called = |socket: &str| {
+        let mut caller = UnixStream::connect(socket).unwrap();
+        caller.write_all(b"CONNECT 1\n").unwrap();
+        // This guest has no driver.
+        caller.read(&mut [0; 8]).unwrap()
+    };
+    for name in ["v", "w", "later"] {
+        fs::create_dir(path(name)).unwrap();
+    }
+    let socket = path("v/sock");
+    let kernel = path("kernel");
+    let mut guest = Guest::start(
+        &folder.path().join("before"),
+        &[
+            "--kernel",
+            &kernel,
+            "--mem",
+            "16M",
+            "--share",
+            "off",
+            "--jail",
+            "--vsock",
+            &format!("path={socket}"),
+        ],
+    );
+    guest.echoes();
+    assert_eq!(called(&socket), 0);
+    let pid = rustix::process::Pid::from_child(&guest.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let (code, log) = guest.end();
+    assert_eq!(code, Some(143), "{log}");
+    assert!(!Path::new(&socket).exists(), "{log}");
+
+    // So does that of one that is never started.
+    let mut waiting = Guest::start(
+        &folder.path().join("waiting"),
+        &[
+            "--kernel",
+            &kernel,
+            "--no-start",
+            "--vsock",
+            &format!("path={socket}"),
+        ],
+    );
+    assert!(Path::new(&socket).exists());
+    let pid = rustix::process::Pid::from_child(&waiting.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(waiting.end().0, Some(143));
+    assert!(!Path::new(&socket).exists());
+
+    let (allowed, not) = (path("later"), path("w/sock"));
+    let jail = format!("allow={allowed},allow={kernel}");
+    let guest = Guest::start(&folder.path().join("told"), &["--jail", &jail]);
+    let source = json!({"kernel_image_path": kernel});
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 16});
+    for (path, body) in [
+        ("/boot-source", source),
+        ("/machine-config", machine),
+        ("/sharing", json!({"mode": "off"})),
+        ("/vsock", json!({"guest_cid": 3, "uds_path": not})),
+    ] {
+        assert_eq!(guest.put(path, &body).0, 204, "{path}");
+    }
+    let start = json!({"action_type": "InstanceStart"});
+    let (status, why) = guest.put("/actions", &start);
+    assert!(status == 400 && why.to_string().contains("w/sock"), "{why}");
+    let later = format!("{allowed}/sock");
+    guest.put("/vsock", &json!({"guest_cid": 3, "uds_path": later}));
+    let (status, why) = guest.put("/actions", &start);
+    assert_eq!(status, 204, "{why}");
+    guest.echoes();
+    assert_eq!(called(&later), 0);
+}

@@ -4,9 +4,12 @@ pub mod balloon;
 pub mod block;
 pub mod chain;
 pub mod mmio;
+#[cfg(test)]
+mod mock_ring;
 pub mod pmem;
 mod ring_position;
 pub mod rng;
+pub mod vsock;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -16,6 +16,7 @@ mod serve_jailed;
 mod share;
 mod snapshot;
 mod soak;
+mod vsock;
 
 use std::path::Path;
 use std::time::Duration;
@@ -183,6 +184,11 @@ pub const ALL: &[Scenario] = &[
         snapshot::served,
     ),
     test("clones_of_a_guest_go_on_each_by_itself", snapshot::clones),
+    test(
+        "a_guest_and_its_host_talk_by_vsock_and_a_saved_one_goes_on_as_another",
+        vsock::talks,
+    ),
+    test("clones_learn_by_their_metadata_who_they_are", vsock::clones),
     test(
         "guests_of_the_daemon_are_cloned_outlive_it_and_leave_nothing",
         serve::life,

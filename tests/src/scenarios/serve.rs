@@ -19,6 +19,7 @@ const PATIENCE: Duration = Duration::from_mins(3);
 /// What the guests do: as they are told.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
 
+/// A daemon of the lab's host, and its guests.
 pub(super) struct Daemon {
     child: Child,
     state: PathBuf,
@@ -82,14 +83,23 @@ impl Daemon {
         // Whoever the guest is.
         fs::set_permissions(&disk, fs::Permissions::from_mode(0o666))
             .map_err(Failure::io("give the disk"))?;
+        let more = json!({
+            "drives": [{"drive_id": "disk", "path_on_host": disk, "is_root_device": false}],
+        });
+        self.boot_with(id, SCRIPT, &more)
+    }
+
+    /// A guest that has booted, does what `script` says, and has what `more` says of its configuration.
+    pub(super) fn boot_with(&self, id: &str, script: &str, more: &Value) -> Result<(), Failure> {
+        let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
         let args = format!(
             "console=ttyS0 reboot=k panic=-1 quiet {}",
-            script_word(SCRIPT)
+            script_word(script)
         );
-        let config = json!({
-            "boot-source": {"kernel_image_path": here.join("guest/vmlinuz"),
-                            "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args},
-            "drives": [{"drive_id": "disk", "path_on_host": disk, "is_root_device": false}],
+        let mut config = more.clone();
+        config["boot-source"] = json!({
+            "kernel_image_path": here.join("guest/vmlinuz"),
+            "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args,
         });
         self.expect(201, "POST", "/vms", &json!({"id": id, "config": config}))?;
         self.console(id, "", "READY")

@@ -101,6 +101,13 @@ pub struct Version {
     pub firecracker_version: &'static str,
 }
 
+/// The body of `PUT /mmds` and of `PATCH /mmds`, and what `GET /mmds` answers: an object with anything in it.
+///
+/// It is read as it is ([`crate::mmds::Mmds`]), and not by way of this type.
+#[derive(Serialize, Deserialize, ToSchema)]
+#[allow(dead_code, reason = "the document is made from it")]
+pub struct Metadata(std::collections::BTreeMap<String, serde_json::Value>);
+
 /// The body of `PATCH /machine-config`: the fields that are to change, one at least.
 ///
 /// It is read field by field into what is there ([`crate::config::MachineConfig::updated`]), and not by way of this type.

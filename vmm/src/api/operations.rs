@@ -148,7 +148,7 @@ fn act(context: &Context, Action { action_type }: Action) -> Result<(), ControlE
     }
 }
 
-static OPERATIONS: [Operation; 37] = [
+static OPERATIONS: [Operation; 42] = [
     Operation::get("/", |context, _, _| tell(control(context).instance_info())),
     Operation::get("/version", |_, _, _| {
         let firecracker_version = env!("CARGO_PKG_VERSION");
@@ -246,6 +246,19 @@ static OPERATIONS: [Operation; 37] = [
     }),
     Operation::put("/entropy", |context, _, body| {
         change(context, body, Control::set_entropy)
+    }),
+    Operation::put("/vsock", |context, _, body| {
+        change(context, body, Control::set_vsock)
+    }),
+    Operation::get("/mmds", |context, _, _| tell(control(context).mmds().get())),
+    Operation::put("/mmds", |context, _, body| {
+        change(context, body, Control::set_metadata)
+    }),
+    Operation::patch("/mmds", |context, _, body| {
+        change(context, body, Control::update_metadata)
+    }),
+    Operation::put("/mmds/config", |context, _, body| {
+        change(context, body, Control::set_mmds_config)
     }),
     Operation::put("/sharing", |context, _, body| {
         change(context, body, Control::set_sharing)

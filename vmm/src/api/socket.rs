@@ -5,8 +5,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
-use rustix::process::umask;
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+
+/// Programs that may wait to be accepted: as many as the host allows (`net.core.somaxconn`).
+const BACKLOG: i32 = i32::MAX;
 
 /// A socket cannot be listened to.
 #[derive(Debug, thiserror::Error)]
@@ -46,10 +51,18 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
+/// The file of a socket has the mode that the socket has before, so nobody else finds it open for a moment.
+fn bind_private(path: &Path) -> io::Result<UnixListener> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
 impl ApiSocket {
     /// Binds `path` with mode 0600, in place of a socket that nobody listens to any more.
-    ///
-    /// Call it while the process has one thread: the mode is that of the first moment on by means of the process's umask.
     ///
     /// # Errors
     /// `NotASocket`, `InUse`, `Io`.
@@ -59,16 +72,18 @@ impl ApiSocket {
             source,
         };
         remove_stale(path)?;
-        let old = umask(Mode::from_raw_mode(0o177));
-        let bound = UnixListener::bind(path);
-        umask(old);
-        let listener = bound.map_err(failed)?;
+        let listener = bind_private(path).map_err(failed)?;
         let file = identity(path).map_err(failed)?;
         Ok(Self {
             listener,
             path: path.to_owned(),
             file,
         })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The listening socket.

@@ -2,6 +2,7 @@
 
 mod client;
 mod metrics;
+mod mmds;
 mod pmem;
 
 use std::io::{Read, Write};
@@ -338,6 +339,18 @@ fn what_cannot_be_is_answered_with_a_fault_and_changes_nothing() {
         ),
         (
             "PUT",
+            "/vsock",
+            json!({"guest_cid": 3}).to_string(),
+            "vsock.uds_path",
+        ),
+        (
+            "PUT",
+            "/mmds/config",
+            json!({"network_interfaces": ["eth0"]}).to_string(),
+            "network_interfaces",
+        ),
+        (
+            "PUT",
             "/actions",
             json!({"action_type": "Explode"}).to_string(),
             "Explode",
@@ -437,6 +450,8 @@ fn a_started_guest_is_not_configured_any_more() {
         ),
         ("PATCH", "/machine-config", json!({"vcpu_count": 2})),
         ("PUT", "/entropy", json!({})),
+        ("PUT", "/vsock", json!({"guest_cid": 3, "uds_path": "v"})),
+        ("PUT", "/mmds/config", json!({"network_interfaces": []})),
         (
             "PUT",
             "/balloon",

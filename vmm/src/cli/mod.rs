@@ -12,6 +12,7 @@ mod serve_jail;
 mod size;
 mod top;
 mod vm;
+mod vsock;
 
 use std::path::PathBuf;
 
@@ -25,6 +26,7 @@ use crate::config::{
 use crate::disk_tool::{self, DiskCommand};
 use crate::jail::{Confinement, SeccompMode};
 use crate::logging::{LogFilter, LogFormat};
+use crate::mmds::MetadataFileError;
 use crate::run::RunOptions;
 use crate::{console, exit};
 
@@ -40,6 +42,7 @@ pub use serve_jail::{ServeJailArgument, ServeJailError};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
 pub use vm::{Connection, CreateArguments, TemplateCommand, VmArguments, VmCommand};
+pub use vsock::{VsockArgument, VsockArgumentError};
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
@@ -209,6 +212,22 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub balloon: Option<BalloonArgument>,
+    /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
+    ///
+    /// Programs of the host connect to the socket (mode 0600), say `CONNECT PORT`, and are answered `OK`; port N of the host, for the guest, is what
+    /// listens at `SOCKET_N`. At port 80 the guest finds its metadata (`PUT /mmds`). The device takes the place of the one in the configuration file.
+    /// A guest of the daemon has its socket in its folder: there, no path is given, and the identifier is made up.
+    #[arg(
+        long,
+        value_name = "[CID][,path=SOCKET]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub vsock: Option<VsockArgument>,
+    /// What the guest is told of itself, over vsock: a file with an object of JSON, as `PUT /mmds` takes it.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub metadata: Option<PathBuf>,
     /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR. Can be
     /// repeated.
     ///
@@ -254,16 +273,19 @@ pub struct RunArguments {
     /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
     #[arg(long)]
     pub huge_pages: bool,
-    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, trust, paused.
+    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET,
+    /// cid=N, trust, paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are given beside it. Options:
     /// memory: the memory file, where it is not where it was written;
     /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of mapping the file;
     /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
     /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many guests;
+    /// vsock: the socket of the vsock device, where it is to be another;
+    /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
     /// trust: do not compare the checksums of all memory before the guest runs;
     /// paused: the guest waits for `PATCH /vm`.
-    #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "config"])]
+    #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "config"])]
     pub restore: Option<RestoreArgument>,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
     ///
@@ -292,8 +314,8 @@ pub struct RunArguments {
     pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --balloon, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel, --initrd or --cmdline
-    /// and the file both say the same thing, that is an error.
+    /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel,
+    /// --initrd or --cmdline and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
     /// What to log: off, error, warn, info, debug or trace, also by module [default: warn].
@@ -372,6 +394,9 @@ pub enum UsageError {
     /// The configuration file, or what the arguments make of it.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The metadata of the guest.
+    #[error(transparent)]
+    Metadata(#[from] MetadataFileError),
     /// Nothing to start, and nobody to say what.
     #[error(
         "nothing to run: give --kernel, or a --config with a boot-source, or --restore, or --api-sock to be told later"
@@ -420,6 +445,7 @@ impl RunArguments {
             no_start: self.no_start,
             held: self.held,
             restore: self.restore.take().map(|RestoreArgument(load)| load),
+            metadata: self.metadata.take(),
             confinement: self.confinement(),
         };
         let config = self.into_config()?;
@@ -487,6 +513,9 @@ impl RunArguments {
         }
         if let Some(BalloonArgument(balloon)) = self.balloon {
             config.balloon = Some(balloon);
+        }
+        if let Some(VsockArgument(vsock)) = self.vsock {
+            config.vsock = Some(vsock);
         }
         for pmem in self.pmem {
             let pmem = pmem.into_pmem(|id| config.pmem.iter().any(|pmem| pmem.id == id));

@@ -15,12 +15,12 @@ pub struct RestoreArgument(pub LoadSnapshot);
 pub enum RestoreError {
     /// No file.
     #[error(
-        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,disk.ID=FILE][,clone.ID=FILE][,trust][,paused]"
+        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,disk.ID=FILE][,clone.ID=FILE][,vsock=SOCKET][,cid=N][,trust][,paused]"
     )]
     NoFile,
     /// An unknown option.
     #[error(
-        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, trust, paused (a comma in a path is written twice)"
+        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
     )]
     UnknownOption(String),
     /// An option that is there twice.
@@ -61,6 +61,21 @@ impl FromStr for RestoreArgument {
                     });
                 }
                 (_, Some(("uffd", _))) => return Err(RestoreError::Twice("uffd".into())),
+                (_, Some(("vsock", path))) => {
+                    let vsock = load.vsock_override.get_or_insert_default();
+                    if vsock.uds_path.replace(path.into()).is_some() {
+                        return Err(RestoreError::Twice("vsock".into()));
+                    }
+                }
+                (_, Some(("cid", number))) => {
+                    let Ok(cid) = number.parse() else {
+                        return Err(RestoreError::UnknownOption(part));
+                    };
+                    let vsock = load.vsock_override.get_or_insert_default();
+                    if vsock.guest_cid.replace(cid).is_some() {
+                        return Err(RestoreError::Twice("cid".into()));
+                    }
+                }
                 (_, Some((option, path))) => match option.split_once('.') {
                     Some(("disk", id)) => load.drives.push(drive(id, path, false)),
                     Some(("clone", id)) => load.drives.push(drive(id, path, true)),
@@ -107,6 +122,9 @@ mod tests {
         assert!(!all.verify_memory && !all.resume_vm);
         let drives: Vec<_> = all.drives.iter().map(|d| (&*d.drive_id, d.clone)).collect();
         assert_eq!(drives, [("data", false), ("root", true)]);
+        let vsock = parse("s,vsock=v,cid=9").unwrap().vsock_override.unwrap();
+        assert_eq!(vsock.uds_path, Some(PathBuf::from("v")));
+        assert_eq!(vsock.guest_cid, Some(9));
         let uffd = parse("s,uffd=h.sock").unwrap().mem_backend.unwrap();
         assert_eq!(uffd.backend_path, PathBuf::from("h.sock"));
         assert_eq!(uffd.backend_type, MemoryBackendType::Uffd);
@@ -119,6 +137,7 @@ mod tests {
             "s,nothing",
             "s,disk=x",
             "s,a.b=c",
+            "s,cid=x",
         ] {
             parse(wrong).unwrap_err();
         }
@@ -126,6 +145,7 @@ mod tests {
             "s,trust,trust",
             "s,memory=a,memory=b",
             "s,uffd=a,uffd=b",
+            "s,cid=3,cid=4",
             "s,clone.a=x,clone.a=y",
         ] {
             assert!(

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use super::serve::default_socket;
 use super::{RunArguments, UsageError};
 use crate::config::VmConfig;
+use crate::mmds::Mmds;
 
 /// The daemon to talk to, and how.
 #[derive(Clone, Debug, Args)]
@@ -139,7 +140,8 @@ pub struct CreateArguments {
     /// Start the guest again when it has failed: never, or on-failure.
     #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure"])]
     pub restart: String,
-    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --restart and --no-start alone.
+    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --metadata, --restart and
+    /// --no-start alone.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "config"])]
     pub template: Option<String>,
     /// A word to find it by: NAME=VALUE. Can be repeated.
@@ -217,6 +219,11 @@ impl CreateArguments {
             .map(|(name, value)| (name, value.into()))
             .collect();
         body.insert("labels".to_owned(), labels.into());
+        if let Some(path) = &run.metadata {
+            let metadata = Mmds::default();
+            metadata.read(path)?;
+            body.insert("metadata".to_owned(), metadata.get());
+        }
         let mut config = self.run.into_config()?;
         match (self.template, config.of_a_guest()) {
             (Some(_), Some(field)) => return Err(UsageError::TemplatesOwn(field)),

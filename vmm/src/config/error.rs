@@ -97,7 +97,7 @@ pub enum ConfigError {
     /// More devices than interrupt lines.
     #[error("a guest has at most {} virtio devices, not {found}", layout::VIRTIO_GSIS.len())]
     TooManyDevices {
-        /// Drives, pmem devices, the entropy device and the balloon together.
+        /// Drives, pmem devices, the entropy device, the balloon and vsock together.
         found: usize,
     },
     /// An update that changes nothing.

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of
-//! a drive, `mode`, `format` and `parents` of a pmem device, and `sharing`. A field that Coppice does not know is refused, and so is a value that it
+//! a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it
 //! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT and huge pages are such values.
 
 mod balloon;
@@ -21,6 +21,7 @@ mod machine;
 mod output;
 mod pmem;
 mod sharing;
+mod vsock;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -39,6 +40,7 @@ pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
 pub use sharing::SharingConfig;
+pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
 
 use crate::layout;
 
@@ -70,6 +72,12 @@ pub struct VmConfig {
     /// The balloon (virtio-balloon); none where absent.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// The socket device (virtio-vsock); none where absent.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
+    /// Where a guest with a socket device finds its metadata; as the defaults say where absent.
+    #[serde(default)]
+    pub mmds_config: Option<MmdsConfig>,
     /// Where the output of the serial console goes; to standard output where absent.
     #[serde(default)]
     pub serial: Option<SerialConfig>,
@@ -179,6 +187,12 @@ impl VmConfig {
                 format!("{memory}, which the guest has, or less"),
             ));
         }
+        if let Some(vsock) = &self.vsock {
+            vsock.validate()?;
+        }
+        if let Some(mmds) = &self.mmds_config {
+            mmds.validate()?;
+        }
         if let Some(serial) = &self.serial {
             serial.validate()?;
         }
@@ -191,20 +205,25 @@ impl VmConfig {
         let devices = self.drives.len()
             + self.pmem.len()
             + usize::from(self.entropy.is_some())
-            + usize::from(self.balloon.is_some());
+            + usize::from(self.balloon.is_some())
+            + usize::from(self.vsock.is_some());
         if devices > layout::VIRTIO_GSIS.len() {
             return Err(ConfigError::TooManyDevices { found: devices });
         }
         Ok(())
     }
 
-    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be.
+    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and that a vsock device has a
+    /// socket.
     ///
     /// # Errors
-    /// `File` and `NotAFile`.
+    /// `File` and `NotAFile`, `Invalid`.
     pub fn check_files(&self) -> Result<(), ConfigError> {
         if let Some(boot_source) = &self.boot_source {
             boot_source.check_files()?;
+        }
+        if let Some(vsock) = &self.vsock {
+            vsock.check_path()?;
         }
         self.check_disks()
     }
@@ -231,13 +250,15 @@ impl VmConfig {
             (self.sharing != SharingConfig::default(), "sharing"),
             (self.entropy.is_some(), "entropy"),
             (self.balloon.is_some(), "balloon"),
+            (self.vsock.is_some(), "vsock"),
+            (self.mmds_config.is_some(), "mmds-config"),
         ];
         is_set
             .iter()
             .find_map(|(is_set, field)| is_set.then_some(*field))
     }
 
-    /// Makes the paths of disks mean the same in any folder.
+    /// Makes the paths of disks, and of the vsock device's socket, mean the same in any folder.
     ///
     /// # Errors
     /// `Read`, where this process has no folder any more.
@@ -249,7 +270,11 @@ impl VmConfig {
         let pmem = self.pmem.iter_mut();
         let pmem = pmem
             .flat_map(|pmem| std::iter::once(&mut pmem.path_on_host).chain(pmem.parents.as_mut()));
-        for path in drives.chain(pmem) {
+        let vsock = self
+            .vsock
+            .as_mut()
+            .and_then(|vsock| vsock.uds_path.as_mut());
+        for path in drives.chain(pmem).chain(vsock) {
             *path = std::path::absolute(&*path).map_err(|source| ConfigError::Read {
                 path: path.clone(),
                 source,

@@ -28,11 +28,15 @@ fn a_configuration_of_firecracker_is_taken_as_it_is() {
         "logger": {"log_path": "/log", "level": "Warning", "show_level": true, "show_log_origin": false},
         "metrics": {"metrics_path": "/metrics"},
         "balloon": {"amount_mib": 1024, "deflate_on_oom": true, "stats_polling_interval_s": 1},
-        "entropy": {"rate_limiter": null}
+        "entropy": {"rate_limiter": null},
+        "vsock": {"vsock_id": "1", "guest_cid": 3, "uds_path": "./v.sock"},
+        "mmds-config": {"version": "V1", "network_interfaces": [], "imds_compat": true}
     }))
     .unwrap();
     assert_eq!(config.machine_config.mem_size_mib, 1024);
     assert_eq!(config.drives[0].io_engine, IoEngine::Sync);
+    assert_eq!(config.vsock.as_ref().unwrap().cid(), 3);
+    assert_eq!(MmdsConfig::port_of(config.mmds_config.as_ref()), 80);
     let balloon = BalloonConfig {
         amount_mib: 1024,
         deflate_on_oom: true,
@@ -140,9 +144,51 @@ fn what_is_not_known_or_not_supported_is_refused_by_name() {
         (json!({"metrics": {}}), "metrics_path"),
     ];
     for (config, named) in cases {
-        let error = parse(config.clone()).expect_err(&config.to_string());
-        assert!(error.contains(named), "{config}: {error}");
-        assert!(!error.contains('\n'), "{error}");
+        is_refused(&config, named);
+    }
+}
+
+fn is_refused(config: &serde_json::Value, named: &str) {
+    let error = parse(config.clone()).expect_err(&config.to_string());
+    assert!(error.contains(named), "{config}: {error}");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+#[test]
+fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_no_network() {
+    let cases = [
+        (
+            json!({"vsock": {"guest_cid": 2, "uds_path": "v"}}),
+            "vsock.guest_cid",
+        ),
+        (
+            json!({"vsock": {"guest_cid": u32::MAX, "uds_path": "v"}}),
+            "vsock.guest_cid",
+        ),
+        (
+            json!({"vsock": {"guest_cid": 3, "uds_path": ""}}),
+            "vsock.uds_path",
+        ),
+        (
+            json!({"vsock": {"guest_cid": 3, "uds_path": "x".repeat(97)}}),
+            "vsock.uds_path",
+        ),
+        (
+            json!({"mmds-config": {"network_interfaces": ["eth0"]}}),
+            "mmds-config.network_interfaces",
+        ),
+        (json!({"mmds-config": {"version": "V2"}}), "session tokens"),
+        (
+            json!({"mmds-config": {"ipv4_address": "169.254.169.254"}}),
+            "mmds-config.ipv4_address",
+        ),
+        (
+            json!({"mmds-config": {"vsock_port": u32::MAX}}),
+            "mmds-config.vsock_port",
+        ),
+    ];
+    for (config, named) in cases {
+        is_refused(&config, named);
     }
 }
 
@@ -164,6 +210,8 @@ fn drives_have_names_of_their_own_one_root_and_an_interrupt_line_each() {
     parse(json!({"drives": many(limit), "entropy": {}})).unwrap_err();
     let balloon = json!({"amount_mib": 0, "deflate_on_oom": false});
     parse(json!({"drives": many(limit - 1), "entropy": {}, "balloon": balloon})).unwrap_err();
+    parse(json!({"drives": many(limit - 1), "entropy": {}, "vsock": {"uds_path": "v"}}))
+        .unwrap_err();
 }
 
 #[test]

@@ -11,6 +11,7 @@
 mod balloon;
 mod drive;
 mod guest;
+mod metadata;
 mod output;
 mod scrape;
 mod times;
@@ -26,12 +27,13 @@ use serde_json::Value;
 
 use crate::config::{
     BootSourceConfig, ConfigError, EntropyConfig, MachineConfig, PmemConfig, SharingConfig,
-    VmConfig,
+    VmConfig, VsockConfig,
 };
 use crate::jail::JailReport;
 use crate::logging::{Log, LogError};
 use crate::machine::{MachineError, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
+use crate::mmds::{Mmds, MmdsError};
 use crate::snapshot::{CreateSnapshot, LoadSnapshot, Loading, SnapshotError};
 
 pub use balloon::HintingState;
@@ -87,6 +89,9 @@ pub enum ControlError {
     /// The guest has no balloon.
     #[error("there is no balloon")]
     NoBalloon,
+    /// The metadata cannot be.
+    #[error(transparent)]
+    Mmds(#[from] MmdsError),
     /// The balloon refuses.
     #[error(transparent)]
     Balloon(#[from] BalloonError),
@@ -134,6 +139,7 @@ pub struct Control {
     /// Files that commits gave to drives, and that are in the configuration.
     noted: BTreeMap<String, PathBuf>,
     times: Times,
+    mmds: Arc<Mmds>,
 }
 
 impl Control {
@@ -149,6 +155,7 @@ impl Control {
             jail: JailReport::default(),
             noted: BTreeMap::new(),
             times: Times::default(),
+            mmds: Arc::default(),
         }
     }
 
@@ -282,6 +289,16 @@ impl Control {
     /// `AfterStart`, `Ended`, `Config`.
     pub fn set_entropy(&mut self, entropy: EntropyConfig) -> Result<(), ControlError> {
         self.change(|config| config.entropy = Some(entropy))
+    }
+
+    /// `PUT /vsock`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        vsock.check_path()?;
+        self.change(|config| config.vsock = Some(vsock))
     }
 
     /// `PUT /sharing`.

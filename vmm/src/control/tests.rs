@@ -130,6 +130,7 @@ impl Guest for Double {
             drives: BTreeMap::new(),
             pmem: BTreeMap::new(),
             entropy: None,
+            vsock: None,
             balloon: balloon.map(|balloon| balloon.lock().unwrap().metrics()),
             exits: Vec::new(),
             booted: None,

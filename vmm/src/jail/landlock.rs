@@ -15,21 +15,27 @@ const FILES: ABI = ABI::V9;
 fn rights(need: &Need, is_folder: bool) -> BitFlags<AccessFs> {
     let file: BitFlags<AccessFs> = match need.access {
         Access::Read => AccessFs::ReadFile.into(),
-        Access::Write => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate,
+        Access::Write => {
+            AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::ResolveUnix
+        }
         Access::Device => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
         Access::Remove => return AccessFs::RemoveFile.into(),
+        Access::Connect => AccessFs::ResolveUnix.into(),
     };
     match (need.access, is_folder) {
         (_, false) => file,
         (Access::Write, true) => {
             file | AccessFs::ReadDir
                 | AccessFs::MakeReg
+                | AccessFs::MakeSock
                 | AccessFs::RemoveFile
                 | AccessFs::MakeDir
                 | AccessFs::RemoveDir
                 | AccessFs::Refer
         }
-        (Access::Read | Access::Device | Access::Remove, true) => file | AccessFs::ReadDir,
+        (Access::Read | Access::Device | Access::Remove | Access::Connect, true) => {
+            file | AccessFs::ReadDir
+        }
     }
 }
 

@@ -25,6 +25,8 @@ pub enum Access {
     Device,
     /// A file in it is removed at the end.
     Remove,
+    /// It is a socket that is connected to.
+    Connect,
 }
 
 /// A file or folder that a guest needs.
@@ -78,6 +80,22 @@ impl Needs {
         }
     }
 
+    /// Adds the sockets that a vsock device at `path` leads to, of those that are there.
+    fn add_ports(&mut self, path: &Path) {
+        let mut start = path.file_name().unwrap_or_default().to_owned();
+        start.push("_");
+        let entries = fs::read_dir(folder_of(path)).into_iter().flatten();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let is_port = name
+                .as_encoded_bytes()
+                .starts_with(start.as_encoded_bytes());
+            if is_port && entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                self.add(&path.with_file_name(name), Access::Connect);
+            }
+        }
+    }
+
     /// Adds a disk, and all disks that it stands on.
     fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
         self.add_vital(path, access);
@@ -92,6 +110,13 @@ impl Needs {
             self.add_vital(&parent, Access::Read);
             next = parent_of(&parent);
         }
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
     }
 }
 
@@ -167,6 +192,9 @@ pub(super) fn of(
         give(socket, jail)?;
         add_folder_of_socket(&mut needs, socket, jail);
     }
+    if let Some(vsock) = &config.vsock {
+        needs.add_ports(vsock.path());
+    }
     for path in &jail.allow {
         let kind = path.metadata().map_err(failed(path))?.file_type();
         // Landlock has a right of its own for what a device alone can do.
@@ -206,7 +234,7 @@ pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
         let (mode, wanted) = match need.vital {
             Some(Access::Read) => (Mode::READ_OK, "read"),
             Some(Access::Write) => (Mode::READ_OK | Mode::WRITE_OK, "read and write"),
-            Some(Access::Device | Access::Remove) | None => continue,
+            Some(Access::Device | Access::Remove | Access::Connect) | None => continue,
         };
         let path = if in_tree { &need.target } else { &need.source };
         if access(path, mode) == Err(rustix::io::Errno::ACCESS) {
@@ -267,10 +295,7 @@ fn readable(file: &Path) -> io::Result<()> {
 /// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to the process only where
 /// Landlock keeps it from that.
 fn add_folder_of_socket(needs: &mut Needs, socket: &Path, jail: &JailConfig) {
-    let folder = match socket.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
+    let folder = folder_of(socket);
     let same = |path: &PathBuf| path.canonicalize().ok() == folder.canonicalize().ok();
     if jail.allow.iter().any(same) {
         return;

@@ -120,7 +120,7 @@ fn take(need: &Need) -> io::Result<Mount<'_>> {
     let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
     let attributes = attributes
         | match need.access {
-            Access::Read => libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV,
+            Access::Read | Access::Connect => libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV,
             Access::Write | Access::Remove => libc::MOUNT_ATTR_NODEV,
             Access::Device => 0,
         };

@@ -19,6 +19,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sharing::Plan;
+use super::vsock::{Vsock, VsockHost};
 use super::{SharingDomain, StartError, Subscriber, balloon, event, host, lock, new_interrupt};
 use crate::boot::MmioDevice;
 use crate::config::{BalloonConfig, DriveConfig, VmConfig};
@@ -99,6 +100,20 @@ impl<'a> Builder<'a> {
         Ok(device)
     }
 
+    /// Adds the vsock device that is asked for, if one is.
+    pub(super) fn add_vsock(
+        &mut self,
+        config: &VmConfig,
+        host: VsockHost,
+    ) -> Result<Option<Vsock>, StartError> {
+        let vsock = Vsock::new(config, host)?;
+        if let Some(vsock) = &vsock {
+            self.add_virtio(vsock.device.clone())?;
+            self.subscribers.push(vsock.device.clone());
+        }
+        Ok(vsock)
+    }
+
     /// Adds the balloon that is asked for, or, where all is to be shared, one that has the guest tell of what it frees: that is the
     /// better part of what a guest need not hold.
     pub(super) fn add_balloon(
@@ -119,6 +134,7 @@ impl<'a> Builder<'a> {
             reports: config.free_page_reporting,
         }))
     }
+
     /// Puts a virtio device on the next free interrupt line and registers its eventfds.
     pub(super) fn add_virtio(
         &mut self,

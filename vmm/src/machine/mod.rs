@@ -17,6 +17,7 @@ mod faults;
 mod sharing;
 mod snapshot;
 mod start;
+mod vsock;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -32,12 +33,14 @@ use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
 use devices::virtio::block::{BlockError, BlockMetrics, VirtioBlock};
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::rng::{RngMetrics, VirtioRng};
+use devices::virtio::vsock::VsockMetrics;
 use devices::virtio::{Interrupt, VirtioDevice};
 use devices::vmgenid::{VmGenId, VmGenIdError};
 use event_manager::MutEventSubscriber;
 use memshare::SharedMemory;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::api::SocketError;
 use crate::boot::BootError;
 use crate::config::DriveConfig;
 use crate::layout;
@@ -48,9 +51,11 @@ pub(crate) use domain::SharingDomain;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus, commit_child};
 pub use sharing::SharingReport;
 pub use snapshot::DevicesState;
+pub use vsock::VsockHost;
 
 pub(crate) use builder::open_disk;
 use sharing::Sharing;
+use vsock::Vsock;
 
 use crate::vm::{ExitKind, VcpuExit, Vcpus, VmError};
 
@@ -94,6 +99,8 @@ pub struct Surroundings {
     pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
     /// Who makes a reference image of the guest's kernel, where there is none yet.
     pub warm: Option<Warmer>,
+    /// What its vsock device finds, where it has one.
+    pub vsock: VsockHost,
 }
 
 /// Why a guest cannot be started.
@@ -138,6 +145,9 @@ pub enum StartError {
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] BusRangeError),
+    /// The socket of the vsock device.
+    #[error("vsock: {0}")]
+    Vsock(#[from] SocketError),
     /// The generation ID.
     #[error(transparent)]
     Generation(#[from] VmGenIdError),
@@ -217,6 +227,8 @@ pub struct DeviceMetrics {
     pub entropy: Option<Arc<RngMetrics>>,
     /// Of the balloon, where there is one.
     pub balloon: Option<Arc<BalloonMetrics>>,
+    /// Of the vsock device, where there is one.
+    pub vsock: Option<Arc<VsockMetrics>>,
     /// How often the vCPUs have left the guest, by what for.
     pub exits: Vec<(ExitKind, u64)>,
     /// When the guest told that it has booted, where it did.
@@ -232,6 +244,7 @@ pub struct Machine {
     pmem: BTreeMap<String, Pmem>,
     entropy: Option<Arc<Mutex<VirtioRng>>>,
     balloon: Option<Arc<Mutex<VirtioBalloon>>>,
+    vsock: Option<Vsock>,
     keyboard: Arc<Mutex<I8042>>,
     rtc: Arc<Mutex<CmosRtc>>,
     console: SerialConsole,
@@ -294,6 +307,9 @@ impl Machine {
         if let Some(balloon) = &self.balloon {
             lock(balloon).pause();
         }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).pause();
+        }
     }
 
     /// Goes on after a pause.
@@ -309,6 +325,9 @@ impl Machine {
         }
         if let Some(balloon) = &self.balloon {
             lock(balloon).resume();
+        }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).resume();
         }
         if std::mem::take(&mut self.is_new) {
             self.raise_pending();
@@ -473,6 +492,10 @@ impl Machine {
                 .collect(),
             entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
             balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
+            vsock: self
+                .vsock
+                .as_ref()
+                .map(|vsock| lock(&vsock.device).metrics()),
             exits: self.vcpus.exits(),
             booted: self.boot_mark.get().copied(),
         }
@@ -496,6 +519,9 @@ impl Machine {
             if let Err(error) = device.disk().close() {
                 tracing::error!(drive = %id, %error, "the disk could not be closed cleanly");
             }
+        }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).reset();
         }
         for (id, pmem) in &self.pmem {
             lock(pmem.device()).reset();

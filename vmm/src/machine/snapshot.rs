@@ -10,6 +10,7 @@ use devices::virtio::block::{BlockState, VirtioBlock};
 use devices::virtio::mmio::{MmioTransport, TransportState};
 use devices::virtio::pmem::PmemState;
 use devices::virtio::rng::{RngState, VirtioRng};
+use devices::virtio::vsock::{VirtioVsock, VsockState};
 use devices::vmgenid::{VmGenId, VmGenIdState};
 use serde::{Deserialize, Serialize};
 
@@ -33,6 +34,9 @@ pub struct DevicesState {
     pmem: BTreeMap<String, PmemState>,
     entropy: Option<RngState>,
     balloon: Option<BalloonDeviceState>,
+    /// Of none that was saved before there were such devices.
+    #[serde(default)]
+    vsock: Option<VsockState>,
     /// Of the virtio devices, by address.
     transports: Vec<TransportState>,
 }
@@ -47,6 +51,7 @@ pub(super) struct Devices<'a> {
     pub(super) pmem: BTreeMap<&'a str, &'a Pmem>,
     pub(super) entropy: Option<&'a Mutex<VirtioRng>>,
     pub(super) balloon: Option<&'a Mutex<VirtioBalloon>>,
+    pub(super) vsock: Option<&'a Mutex<VirtioVsock>>,
     pub(super) transports: &'a [Arc<Mutex<MmioTransport>>],
 }
 
@@ -92,6 +97,10 @@ impl DevicesState {
                 .collect(),
             entropy: machine.entropy.as_ref().map(|device| lock(device).save()),
             balloon: machine.balloon.as_ref().map(|device| lock(device).save()),
+            vsock: machine
+                .vsock
+                .as_ref()
+                .map(|vsock| lock(&vsock.device).save()),
             transports: machine.transports.iter().map(|t| lock(t).save()).collect(),
         }
     }
@@ -125,6 +134,11 @@ impl DevicesState {
             (Some(device), Some(state)) => lock(device).restore(state)?,
             (None, None) => {}
             (Some(_), None) | (None, Some(_)) => return Err(differ("balloon").into()),
+        }
+        match (devices.vsock, &self.vsock) {
+            (Some(device), Some(state)) => lock(device).restore(state)?,
+            (None, None) => {}
+            (Some(_), None) | (None, Some(_)) => return Err(differ("vsock").into()),
         }
         if devices.transports.len() != self.transports.len() {
             return Err(differ("virtio transports").into());

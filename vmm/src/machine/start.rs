@@ -22,6 +22,7 @@ use super::cmdline::{self, Lean, Wanted};
 use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan, Reference};
 use super::snapshot::Devices;
+use super::vsock::{Vsock, VsockHost};
 use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, host, lock};
 use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
@@ -65,6 +66,7 @@ struct Assembled {
     pmem: Vec<(String, Pmem)>,
     entropy: Option<Arc<Mutex<VirtioRng>>>,
     balloon: Option<Arc<Mutex<VirtioBalloon>>>,
+    vsock: Option<Vsock>,
     /// Whether the guest is to report its free pages.
     reporting: bool,
     buses: Buses,
@@ -78,7 +80,7 @@ impl Assembled {
     fn new(
         config: &VmConfig,
         vm: &mut Vm,
-        serial: (OwnedFd, EventFd),
+        (serial, vsock): ((OwnedFd, EventFd), VsockHost),
         on_end: OnEnd,
         boots: bool,
     ) -> Result<Self, StartError> {
@@ -98,6 +100,8 @@ impl Assembled {
             builder.subscribers.push(pmem.device().clone());
         }
         let entropy = config.entropy.map(|_| builder.add_entropy()).transpose()?;
+        // Before the balloon that nobody has asked for, which does without where there is no room.
+        let vsock = builder.add_vsock(config, vsock)?;
         let balloon = builder.add_balloon(config.balloon, &plan)?;
         let generation = builder.add_generation()?;
         let Builder {
@@ -120,6 +124,7 @@ impl Assembled {
             entropy,
             reporting: balloon.as_ref().is_some_and(|balloon| balloon.reports),
             balloon: balloon.map(|balloon| balloon.device),
+            vsock,
             buses,
             virtio,
             devices,
@@ -137,7 +142,7 @@ impl Assembled {
     ) -> Result<Machine, StartError> {
         heap::give_back();
         // From here on a guest may have taken over whoever serves it.
-        jail::seccomp::started().map_err(host("seccomp filter"))?;
+        jail::seccomp::started(self.vsock.is_some()).map_err(host("seccomp filter"))?;
         let faults = self.plan.faults().clone();
         let ids: Vec<_> = self
             .subscribers
@@ -159,6 +164,7 @@ impl Assembled {
                 pmem: self.pmem.into_iter().collect(),
                 entropy: self.entropy,
                 balloon: self.balloon,
+                vsock: self.vsock,
                 keyboard: self.keyboard,
                 rtc: self.rtc,
                 boot_mark: self.boot_mark,
@@ -192,6 +198,7 @@ impl Assembled {
             pmem: self.pmem.iter().map(|(id, pmem)| (&**id, pmem)).collect(),
             entropy: self.entropy.as_deref(),
             balloon: self.balloon.as_deref(),
+            vsock: self.vsock.as_ref().map(|vsock| &*vsock.device),
             transports: &self.transports,
         }
     }
@@ -226,9 +233,10 @@ impl Machine {
             serial_drained,
             on_end,
             warm,
+            vsock,
         } = surroundings;
-        let serial = (serial_out, serial_drained);
-        let parts = Assembled::new(config, &mut vm, serial, only_first(on_end), true)?;
+        let host = ((serial_out, serial_drained), vsock);
+        let parts = Assembled::new(config, &mut vm, host, only_first(on_end), true)?;
         parts.generation.write(vm.memory())?;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
@@ -283,10 +291,11 @@ impl Machine {
             serial_drained,
             on_end,
             warm,
+            vsock,
         } = surroundings;
-        let serial = (serial_out, serial_drained);
+        let host = ((serial_out, serial_drained), vsock);
         let on_end = only_first(on_end);
-        let mut parts = Assembled::new(config, &mut vm, serial, on_end.clone(), false)?;
+        let mut parts = Assembled::new(config, &mut vm, host, on_end.clone(), false)?;
         for (id, drive) in &parts.drives {
             loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
         }

@@ -3,6 +3,7 @@
 //! Names follow Prometheus: base units, the unit behind the name, `_total` behind what only grows. A label is what can be summed over.
 
 mod drives;
+mod vsock;
 
 use std::fmt;
 use std::sync::Arc;
@@ -442,6 +443,9 @@ impl Writer<'_> {
         self.pmem(devices)?;
         if let Some(balloon) = &devices.balloon {
             self.balloon(balloon)?;
+        }
+        if let Some(vsock) = &devices.vsock {
+            self.vsock(vsock)?;
         }
         let Some(entropy) = &devices.entropy else {
             return Ok(());

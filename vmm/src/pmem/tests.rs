@@ -447,6 +447,7 @@ fn the_counters_of_a_device_are_told_by_its_name() {
         pmem: [("root".to_owned(), PmemCounters { device, mapping })].into(),
         entropy: None,
         balloon: None,
+        vsock: None,
         exits: Vec::new(),
         booted: None,
     };

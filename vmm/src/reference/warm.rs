@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Key, Size, initrd, text_words};
 use crate::config::{BootSourceConfig, SharingConfig, VmConfig};
-use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings};
+use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings, VsockHost};
 use crate::vm::{self, VmError};
 
 /// A kernel that takes longer does not come to an end.
@@ -171,6 +171,7 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
             .map_err(failed("make an eventfd"))?,
         on_end,
         warm: None,
+        vsock: VsockHost::default(),
     };
     let started = Instant::now();
     let mut machine = Machine::start(config, &mut manager, surroundings)?;

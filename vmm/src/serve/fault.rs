@@ -124,6 +124,9 @@ pub enum Fault {
         /// The last.
         last: u32,
     },
+    /// Another guest has the identifier.
+    #[error("vsock.guest_cid: another guest has {0}: leave it out, and one is made up")]
+    CidTaken(u32),
     /// The state folder.
     #[error("the state folder: {0}")]
     Store(io::Error),
@@ -174,6 +177,7 @@ impl Fault {
             }
             Self::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
             Self::Exists(_)
+            | Self::CidTaken(_)
             | Self::TemplateExists(_)
             | Self::LoadsTemplates
             | Self::WrongState { .. }

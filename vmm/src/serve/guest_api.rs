@@ -10,12 +10,12 @@
 use super::fault::FaultBody;
 use crate::api::bodies::{
     Action, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobUpdate,
-    MachineUpdate, Version, VmUpdate,
+    MachineUpdate, Metadata, Version, VmUpdate,
 };
 use crate::config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, BootSourceConfig, DriveConfig,
     DriveUpdate, EntropyConfig, HintingStart, LoggerConfig, MachineConfig, MetricsConfig,
-    PmemConfig, SerialConfig, SharingConfig, VmConfig,
+    MmdsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig, VsockConfig,
 };
 use crate::control::{HintingState, InstanceInfo};
 use crate::jail::JailReport;
@@ -78,6 +78,16 @@ guest!(/// Has the disk of a pmem device go on in a new file. The old one stays 
     snapshot_pmem, put, "/vms/{id}/pmem/{pmem}/snapshot", part = "pmem", body = DriveSnapshot => 204);
 guest!(/// Adds the entropy device, before the start.
     entropy, put, "/vms/{id}/entropy", body = EntropyConfig => 204);
+guest!(/// Adds the socket device, before the start.
+    vsock, put, "/vms/{id}/vsock", body = VsockConfig => 204);
+guest!(/// What the guest is told of itself.
+    mmds, get, "/vms/{id}/mmds" => 200, Metadata);
+guest!(/// Sets what the guest is told of itself.
+    set_mmds, put, "/vms/{id}/mmds", body = Metadata => 204);
+guest!(/// Changes what the guest is told of itself: a JSON merge patch (RFC 7396).
+    update_mmds, patch, "/vms/{id}/mmds", body = Metadata => 204);
+guest!(/// Sets where the guest finds its metadata, before the start.
+    mmds_config, put, "/vms/{id}/mmds/config", body = MmdsConfig => 204);
 guest!(/// Sets where the serial console writes, before the start.
     serial, put, "/vms/{id}/serial", body = SerialConfig => 204);
 guest!(/// Sets where the log goes and what is in it, before the start.

@@ -40,7 +40,7 @@ pub const UIDS: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
 const MARGIN: u64 = 64 << 20;
 const MARGIN_PART: u64 = 16;
 /// Files of a guest's folder that are the daemon's own, also under the names that they are written by.
-const RECORDS: [&str; 4] = ["vm.json", "config.json", "pid.json", "log"];
+const RECORDS: [&str; 5] = ["vm.json", "config.json", "pid.json", "metadata.json", "log"];
 
 /// How guests are jailed: `coppice serve --jail`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

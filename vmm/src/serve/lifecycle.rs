@@ -23,6 +23,7 @@ use tokio::time::{sleep, timeout};
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
+use super::identity;
 use super::jail;
 use super::pending::Pending;
 use super::process::{self, Launch, Process};
@@ -130,7 +131,9 @@ impl Daemon {
         }
         let folder = self.store.vm(id);
         let resolved = spec.resolved(&images, &self.templates(), &folder)?;
-        let Resolved { config, images } = resolved;
+        let Resolved { mut config, images } = resolved;
+        let cid = Self::cid_for(spec, &config, vms.values())?;
+        identity::identify(&mut config, cid);
         let record = Record {
             spec: spec.clone(),
             uid,
@@ -140,6 +143,7 @@ impl Daemon {
             jail: self.jail_for(id, vms.values())?,
             images,
             loaded: spec.template.is_some(),
+            cid,
             disks: BTreeMap::new(),
             pending: Pending::default(),
             restarts: 0,
@@ -169,7 +173,7 @@ impl Daemon {
                 Some(id) => {
                     let template = self.templates().get(id)?;
                     let own = self.store.template(id);
-                    Some(template.restore(&own, &vm.folder, vm.spec.start))
+                    Some(template.restore(&own, &vm.folder, vm.spec.start, vm.now().cid))
                 }
                 None => None,
             };
@@ -223,17 +227,20 @@ impl Daemon {
     ) -> Result<State, Fault> {
         let begun = Instant::now();
         let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
-        let (jail, ram_mib) = {
+        let (jail, ram_mib, cid) = {
             let now = vm.now();
-            (now.jail.clone(), now.ram_mib)
+            (now.jail.clone(), now.ram_mib, now.cid)
         };
+        let asked = vm.spec.metadata.clone();
         let spawned = blocking(move || {
+            let metadata = identity::write(&folder, &id, cid, asked.as_ref())?;
             let jail = daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?;
             let launch = Launch {
                 id: &id,
                 folder: &folder,
                 start,
                 jail: jail.as_deref(),
+                metadata,
                 restore: restore.as_deref(),
             };
             process::spawn(&launch)?.release(&folder)
@@ -332,6 +339,7 @@ impl Daemon {
             .spec
             .resolved(&self.images(), &self.templates(), &vm.folder)?;
         let Resolved { mut config, .. } = resolved;
+        identity::identify(&mut config, vm.now().cid);
         for (id, disk) in &vm.now().disks {
             if let Some(path) = config.disk_mut(id) {
                 path.clone_from(disk);

@@ -19,6 +19,7 @@ mod ending;
 mod events;
 mod fault;
 mod guest_api;
+mod identity;
 mod images;
 mod jail;
 mod lifecycle;

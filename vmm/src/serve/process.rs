@@ -25,6 +25,7 @@ use rustix::process::{
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
 
+use super::identity;
 use super::store::{self, PidFile};
 use crate::{jail, procfs};
 
@@ -45,6 +46,8 @@ pub struct Launch<'a> {
     pub start: bool,
     /// Its jail, if it is to be in one.
     pub jail: Option<&'a str>,
+    /// Whether there is a file with what the guest is told of itself.
+    pub metadata: bool,
     /// The value of `--restore`, where it goes on from a snapshot.
     pub restore: Option<&'a str>,
 }
@@ -128,6 +131,9 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
         Some(restore) => command.args(["--restore", restore]),
         None => command.args(["--config", "config.json"]),
     };
+    if launch.metadata {
+        command.args(["--metadata", identity::METADATA]);
+    }
     if !launch.start && launch.restore.is_none() {
         command.arg("--no-start");
     }

@@ -4,18 +4,23 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::fault::Fault;
+use super::identity;
 use super::images::Images;
 use super::templates::Templates;
+use crate::api::MAX_BODY;
+use crate::api::bodies::Metadata;
 use crate::cli::is_guest_id;
 use crate::config::VmConfig;
 
 /// Most labels, and most bytes of a label's name and value.
 const LABELS: usize = 32;
 const LABEL: usize = 256;
+/// What the daemon's own part of the metadata takes of their limit, in bytes.
+const OWN_METADATA: usize = 512;
 
 /// A guest that is to be made.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -32,6 +37,10 @@ pub struct VmSpec {
     /// The template that it is a clone of, instead of `config`.
     #[serde(default)]
     pub template: Option<String>,
+    /// What the guest is told of itself over its vsock device, beside what the daemon tells it: `{"coppice": {"id", "hostname", "cid", "generation"}}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Metadata>)]
+    pub metadata: Option<Map<String, Value>>,
     /// Whether it starts at once.
     #[serde(default = "yes")]
     pub start: bool,
@@ -116,6 +125,13 @@ impl VmSpec {
         if self.template.is_some() && self.config.is_some() {
             return invalid("config", "an object", "left out, as the template has one");
         }
+        if let Some(metadata) = &self.metadata {
+            // An object of JSON always has a text.
+            let len = serde_json::to_vec(metadata).map_or(usize::MAX, |text| text.len());
+            if len > MAX_BODY - OWN_METADATA {
+                return invalid("metadata", "its length", "50688 bytes or less");
+            }
+        }
         if self.labels.len() > LABELS {
             return invalid("labels", "their number", "32 or less");
         }
@@ -147,6 +163,9 @@ impl VmSpec {
             Some(config) => serde_json::from_value(config.clone())?,
             None => VmConfig::default(),
         };
+        if let Some(vsock) = &mut config.vsock {
+            identity::place(vsock)?;
+        }
         config.validate()?;
         let mut used = Vec::new();
         if let Some(source) = &mut config.boot_source {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
 
+use super::identity::VsockStatus;
 use super::spec::RestartPolicy;
 use crate::exit::EndReport;
 
@@ -136,6 +137,9 @@ pub struct VmStatus {
     /// The template that it is a clone of.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
+    /// Its vsock device, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockStatus>,
     /// Its configuration, as it was made: of one guest alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<crate::config::VmConfig>)]

@@ -9,7 +9,8 @@
 //!           /pid.json    the process: number, start, boot
 //!           /end.json    why the process ended, written by itself
 //!           /log         what the process logs
-//!           /api.sock, /console.sock
+//!           /metadata.json what the guest is told of itself, see `identity`
+//!           /api.sock, /console.sock, /vsock.sock
 //! ```
 //!
 //! A file is written under another name, and renamed when it is complete. The order makes a crash at any step harmless: the folder is
@@ -71,6 +72,9 @@ pub struct Record {
     /// Whether it goes on from its template, and has not started anew since.
     #[serde(default)]
     pub loaded: bool,
+    /// The identifier of its vsock device, if it has one.
+    #[serde(default)]
+    pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
     pub disks: BTreeMap<String, PathBuf>,
@@ -317,7 +321,7 @@ impl Store {
 
     /// Removes what was half written in the folder of a guest that has no writer.
     pub fn tidy(&self, id: &str) {
-        for name in ["vm.json", "config.json", "pid.json"] {
+        for name in ["vm.json", "config.json", "pid.json", "metadata.json"] {
             remove_unfinished(&self.vm(id).join(name));
         }
     }

@@ -29,6 +29,7 @@ use utoipa::ToSchema;
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
+use super::identity;
 use super::jail;
 use super::lifecycle::blocking;
 use super::own_disks::{free_disk, is_free_disk_of, link_inside, own_disk};
@@ -201,6 +202,10 @@ impl Template {
     /// What its clone `vm` is started with when it starts anew: with the disks that it has then.
     pub fn config_of(&self, folder: &Path) -> VmConfig {
         let mut config = self.config.clone();
+        if let Some(vsock) = &mut config.vsock {
+            // Its clones are not the guest that it was.
+            (vsock.guest_cid, vsock.uds_path) = (None, Some(identity::SOCKET.into()));
+        }
         for id in self.disks.keys() {
             if let Some(path) = config.disk_mut(id) {
                 *path = own_disk(folder, id, &self.id);
@@ -209,8 +214,8 @@ impl Template {
         config
     }
 
-    /// The value of `--restore` for a clone in `folder`.
-    pub fn restore(&self, own: &Path, folder: &Path, resume: bool) -> String {
+    /// The value of `--restore` for a clone in `folder`, with the identifier `cid` if it has a vsock device.
+    pub fn restore(&self, own: &Path, folder: &Path, resume: bool, cid: Option<u32>) -> String {
         let mut value = format!(
             "{},memory={},trust",
             escaped(&own.join("state")),
@@ -218,6 +223,10 @@ impl Template {
         );
         if !resume {
             value.push_str(",paused");
+        }
+        if let Some(cid) = cid {
+            // Writing to a string does not fail.
+            let _ = write!(value, ",vsock={},cid={cid}", identity::SOCKET);
         }
         for (drive, disk) in &self.disks {
             let clone = own_disk(folder, drive, &self.id);
@@ -493,11 +502,13 @@ mod tests {
                 Path::new("/d/base.vhdx")
             ]
         );
-        let restore = template().restore(Path::new("/t,s"), Path::new("/vms/b"), false);
+        let restore = template().restore(Path::new("/t,s"), Path::new("/vms/b"), false, None);
         assert_eq!(
             restore,
             "/t,,s/state,memory=/t,,s/memory,trust,paused,disk.root=/d/root.vhdx,clone.root=/vms/b/disk-root-t.vhdx"
         );
+        let named = template().restore(Path::new("/t"), Path::new("/vms/b"), true, Some(4));
+        assert!(named.contains(",vsock=vsock.sock,cid=4,"), "{named}");
         let parsed: crate::cli::RestoreArgument = restore.parse().unwrap();
         assert_eq!(parsed.0.drives.len(), 2);
     }

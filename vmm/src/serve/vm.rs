@@ -11,6 +11,7 @@ use std::time::Instant;
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
+use super::identity::{SOCKET, VsockStatus};
 use super::jail::Jailed;
 use super::pending::Pending;
 use super::process::Process;
@@ -66,6 +67,8 @@ pub struct Now {
     pub images: Vec<String>,
     /// Whether it goes on from its template, and has not started anew since.
     pub loaded: bool,
+    /// The identifier of its vsock device, if it has one.
+    pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
     pub disks: BTreeMap<String, PathBuf>,
     /// What is under way with it.
@@ -126,6 +129,7 @@ impl Vm {
                 jail: record.jail,
                 images: record.images,
                 loaded: record.loaded,
+                cid: record.cid,
                 disks: record.disks,
                 pending: record.pending,
                 is_followed: false,
@@ -186,6 +190,7 @@ impl Vm {
             jail: now.jail.clone(),
             images: now.images.clone(),
             loaded: now.loaded,
+            cid: now.cid,
             disks: now.disks.clone(),
             pending: now.pending.clone(),
             restarts: now.restarts,
@@ -236,6 +241,10 @@ impl Vm {
             memory: measured.map(|measured| measured.memory),
             cpu_s: measured.map(|measured| measured.cpu_s),
             template: self.spec.template.clone(),
+            vsock: now.cid.map(|guest_cid| VsockStatus {
+                guest_cid,
+                uds_path: self.folder.join(SOCKET).display().to_string(),
+            }),
             config: self.spec.config.clone().filter(|_| config),
         }
     }

@@ -93,6 +93,9 @@ pub struct LoadSnapshot {
     /// Disks that are elsewhere now. Not in Firecracker.
     #[serde(default)]
     pub drives: Vec<DriveOverride>,
+    /// Another socket for the vsock device, or another identifier.
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverride>,
 }
 
 impl LoadSnapshot {
@@ -106,8 +109,21 @@ impl LoadSnapshot {
             track_dirty_pages: false,
             verify_memory: true,
             drives: Vec::new(),
+            vsock_override: None,
         }
     }
+}
+
+/// What of a vsock device is another than it was.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    /// The socket; the one that the guest had where absent.
+    #[serde(default)]
+    pub uds_path: Option<PathBuf>,
+    /// The guest's context identifier, which it asks for again when it is loaded; the one that it had where absent. Not in Firecracker.
+    #[serde(default)]
+    pub guest_cid: Option<u32>,
 }
 
 const fn yes() -> bool {
@@ -251,6 +267,14 @@ impl Loading {
     /// [`SnapshotError`]; then no disk was made.
     pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
         let mut state: GuestState = file::read(&request.snapshot_path)?;
+        if let Some(other) = &request.vsock_override {
+            let Some(vsock) = &mut state.config.vsock else {
+                let what = "vsock_override: the guest has no vsock device";
+                return Err(SnapshotError::Unsupported(what.into()));
+            };
+            vsock.uds_path = other.uds_path.clone().or(vsock.uds_path.take());
+            vsock.guest_cid = other.guest_cid.or(vsock.guest_cid);
+        }
         state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
         let open = |top: Option<&Path>| {
             let files = state.memory.clone().open(top, request.verify_memory);

@@ -12,7 +12,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use coppice::config::{DriveConfig, DriveFormat, VmConfig};
+use coppice::config::{DriveConfig, DriveFormat, VmConfig, VsockConfig};
 use coppice::jail::{self, Confinement, JailConfig, JailReport, SeccompMode};
 use rustix::process::{DumpableBehavior, Gid, Uid, set_dumpable_behavior};
 use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
@@ -74,6 +74,8 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
             format: Some(DriveFormat::Raw),
             ..DriveConfig::new("own", host.own_disk())
         }],
+        // Of those that it may connect to, there is none but where a test makes one.
+        vsock: Some(VsockConfig::new(None, host.folder().join("vsock"))),
         ..VmConfig::default()
     };
     let confinement = Confinement {
@@ -83,9 +85,7 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
             Kind::RootUnfiltered => SeccompMode::Off,
         },
     };
-    let report = jail::enter(&confinement, &config, &[]).unwrap();
-    jail::seccomp::started().unwrap();
-    report
+    jail::enter(&confinement, &config, &[]).unwrap()
 }
 
 /// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that ends.
@@ -115,7 +115,11 @@ fn child() {
         become_single();
     }
     let report = enter(kind, &host);
-    let said = if case == "look" {
+    jail::seccomp::started(case == PORT).unwrap();
+    let said = if case == PORT {
+        let connected = std::os::unix::net::UnixStream::connect(host.folder().join(PORT));
+        json!({"report": report, "connected": connected.map_err(|error| error.to_string()).err()})
+    } else if case == "look" {
         json!({"report": report, "seen": look()})
     } else {
         let attempt = ATTEMPTS
@@ -263,6 +267,31 @@ fn shows_only_what_was_given(kind: Kind, layers: &[&str], missing: &[&str]) {
     if kind == Kind::Root {
         assert_eq!(field(&status, "CapBnd"), ["0000000000000000"]);
         assert!(field(&status, "Groups").is_empty());
+    }
+}
+
+/// A socket that a guest's vsock device leads to.
+const PORT: &str = "vsock_1000";
+
+#[test]
+fn a_guest_process_connects_to_the_sockets_that_its_vsock_device_leads_to() {
+    if !is_root() {
+        return;
+    }
+    for kind in [Kind::Root, Kind::Rootless] {
+        let host = Host::new();
+        let socket = host.folder().join(PORT);
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        std::os::unix::fs::chown(&socket, Some(USER), Some(USER)).unwrap();
+        let output = command(kind, &host, PORT)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = said(&String::from_utf8_lossy(&output.stdout));
+        let said = said.unwrap_or_else(|| panic!("{output:?}"));
+        let layers = said["report"]["layers"].as_array().unwrap();
+        assert!(layers.contains(&json!("tree")), "{said}");
+        assert_eq!(said["connected"], Value::Null, "{said}");
     }
 }
 

@@ -7,7 +7,8 @@ use virtio_queue::QueueT;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::mock::{MEMORY_END, RING_SIZE, RawBuffer, Ring, device, everything, memory};
+use super::super::mock_ring::{RING_SIZE, RawBuffer, Ring};
+use super::mock::{MEMORY_END, device, everything, memory};
 use super::pages::PAGE;
 use super::*;
 
@@ -79,7 +80,7 @@ proptest! {
     ) {
         let memory = memory();
         let (mut device, given) = device(&everything());
-        let rings = Ring::all(&memory);
+        let rings = Ring::several(&memory, QUEUES);
         for (index, number) in (0..).zip(&numbers) {
             memory.write_obj(*number, GuestAddress(DATA + 4 * index)).unwrap();
         }
@@ -142,7 +143,7 @@ proptest! {
     fn no_page_number_gives_back_what_is_not_ram(numbers in vec(number(), 1..2048)) {
         let memory = memory();
         let (mut device, given) = device(&everything());
-        let ring = Ring::all(&memory).swap_remove(0);
+        let ring = Ring::several(&memory, QUEUES).swap_remove(0);
         for (index, number) in (0..).zip(&numbers) {
             memory.write_obj(*number, GuestAddress(DATA + 4 * index)).unwrap();
         }

@@ -5,8 +5,9 @@ use event_manager::{EventManager, MutEventSubscriber};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::RING_FEATURES;
+use super::super::mock_ring::{RING_SIZE, RINGS, Ring};
 use super::config_space::{F_DEFLATE_ON_OOM, F_REPORTING, F_STATS_VQ};
-use super::mock::{Given, RING_SIZE, RINGS, Ring, device, everything, memory};
+use super::mock::{Given, device, everything, memory};
 use super::serve::TURN;
 use super::*;
 
@@ -33,7 +34,7 @@ struct Driver<'a> {
 impl<'a> Driver<'a> {
     fn new(memory: &'a GuestMemory, config: &BalloonConfig, ready: &[usize]) -> Self {
         let (mut device, given) = device(config);
-        let rings = Ring::all(memory);
+        let rings = Ring::several(memory, QUEUES);
         let queues = rings
             .iter()
             .enumerate()
@@ -303,7 +304,7 @@ fn statistics_are_kept_and_their_buffer_goes_back_when_others_are_wanted() {
 fn statistics_that_were_there_before_the_driver_was_ready_are_found() {
     let memory = memory();
     let (mut device, _) = device(&everything());
-    let ring = Ring::all(&memory).swap_remove(2);
+    let ring = Ring::several(&memory, QUEUES).swap_remove(2);
     memory.write_obj(4u16, GuestAddress(DATA)).unwrap();
     memory.write_obj(1000u64, GuestAddress(DATA + 2)).unwrap();
     ring.describe(0, (DATA, 10, 0, 0));

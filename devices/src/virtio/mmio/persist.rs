@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{
-    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_PMEM, VIRTIO_ID_RNG,
+    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_PMEM, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK,
 };
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
@@ -73,6 +73,7 @@ fn name(device_id: u32) -> &'static str {
         VIRTIO_ID_RNG => super::super::rng::NAME,
         VIRTIO_ID_BALLOON => super::super::balloon::NAME,
         VIRTIO_ID_PMEM => super::super::pmem::NAME,
+        VIRTIO_ID_VSOCK => super::super::vsock::NAME,
         _ => "virtio device",
     }
 }

@@ -5,12 +5,13 @@
 //!
 //! ```text
 //! main thread, before any other ── main ── absent ── a rule about this process ──> every thread
-//!                                     before the vCPUs start: started ──> every thread there is, and the vCPUs
+//!                  before the vCPUs start: started (, unconnected) ──> every thread there is, and the vCPUs
 //!                                                               each vCPU: vcpu
 //! ```
 //!
 //! `main` lists what a guest process needs in its life. `started` takes away what only building a guest needs: making rings of `io_uring`, whose
-//! operations no filter sees. `vcpu` lists what a thread needs that runs the guest's accesses, so no file can be opened there.
+//! operations no filter sees; `unconnected`, to connect to a socket, which a guest with a vsock device goes on doing. `vcpu` lists what a thread needs
+//! that runs the guest's accesses, so no file can be opened there.
 //! `absent` says of a system call that the kernel does not have it, for the C library to do without.
 //!
 //! What is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the process.
@@ -117,17 +118,21 @@ fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
     filter.map_err(other)?.try_into().map_err(other)
 }
 
-/// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is not filtered.
+/// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is not filtered. One whose
+/// guest `connects` to sockets of the host can go on doing that.
 ///
 /// # Errors
 /// Where the kernel refuses.
-pub fn started() -> io::Result<()> {
-    let program: BpfProgramRef<'_> = match mode() {
+pub fn started(connects: bool) -> io::Result<()> {
+    let (program, unconnected): (BpfProgramRef<'_>, BpfProgramRef<'_>) = match mode() {
         SeccompMode::Off => return Ok(()),
-        SeccompMode::Log => &tables::STARTED_LOG,
-        SeccompMode::Kill => &tables::STARTED,
+        SeccompMode::Log => (&tables::STARTED_LOG, &tables::UNCONNECTED_LOG),
+        SeccompMode::Kill => (&tables::STARTED, &tables::UNCONNECTED),
     };
     STARTED.store(true, Ordering::SeqCst);
+    if !connects {
+        apply_filter_all_threads(unconnected).map_err(other)?;
+    }
     apply_filter_all_threads(program).map_err(other)
 }
 

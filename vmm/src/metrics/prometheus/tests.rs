@@ -193,6 +193,7 @@ fn full() -> Scrape {
             pmem: [("base".to_owned(), pmem)].into(),
             entropy: Some(Arc::new(RngMetrics::default())),
             balloon: Some(Arc::default()),
+            vsock: Some(Arc::default()),
             exits: vec![(ExitKind::IoOut, 12), (ExitKind::MmioRead, 0)],
             booted: None,
         }),
@@ -234,6 +235,8 @@ fn names_units_and_values_are_as_prometheus_wants_them() {
         ("coppice_pmem_mapped_pages", r#"{pmem="base"}"#, 40.0),
         ("coppice_balloon_returned_bytes", r#"{way="hinted"}"#, 0.0),
         ("coppice_entropy_bytes", "", 0.0),
+        ("coppice_vsock_bytes", r#"{to="guest"}"#, 0.0),
+        ("coppice_vsock_opened", "", 0.0),
         ("coppice_api_requests", r#"{method="GET"}"#, 0.0),
         ("coppice_vcpu_exits", r#"{kind="io_out"}"#, 12.0),
         ("coppice_boot_time_seconds", "", 0.125),
@@ -294,6 +297,7 @@ fn what_only_grows_is_a_counter() {
         "sharing_longest_hold_seconds",
         "sharing_runs",
         "sharing_saved_bytes",
+        "vsock_connections",
     ];
     assert_eq!(gauges, expected.into());
 }

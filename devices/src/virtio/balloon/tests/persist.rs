@@ -130,7 +130,7 @@ fn rings_that_say_otherwise_than_the_state_what_the_balloon_keeps_are_refused() 
             ..balloon.save()
         };
         balloon.restore(&state).unwrap();
-        let rings = Ring::all(&memory).into_iter().enumerate();
+        let rings = Ring::several(&memory, QUEUES).into_iter().enumerate();
         let queues = rings.map(|(index, ring)| {
             let mut ring = ring.queue();
             let next_avail = if index == queue { held } else { 0 };

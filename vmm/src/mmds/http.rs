@@ -1,0 +1,302 @@
+//! One request of a guest: HTTP/1.1 (RFC 9112), `GET` alone, and the connection is closed behind the answer.
+
+use std::sync::Arc;
+
+use devices::virtio::vsock::Session;
+use serde_json::{Map, Value};
+
+use super::Mmds;
+
+/// Longest head of a request in bytes, and most header fields in it.
+const LONGEST_HEAD: usize = 4096;
+const MAX_FIELDS: usize = 32;
+
+/// A request that is being read, and then its answer.
+pub(super) struct Request {
+    metadata: Arc<Mmds>,
+    imds_compat: bool,
+    stage: Stage,
+}
+
+enum Stage {
+    Reading(Vec<u8>),
+    Answering { answer: Vec<u8>, sent: usize },
+}
+
+/// An answer: status, the kind of its body, and that.
+struct Answer {
+    status: &'static str,
+    kind: &'static str,
+    body: String,
+}
+
+impl Answer {
+    fn text(status: &'static str, body: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind: "text/plain",
+            body: body.into(),
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let Self { status, kind, body } = self;
+        let allow = if status.starts_with("405") {
+            "Allow: GET\r\n"
+        } else {
+            ""
+        };
+        let len = body.len();
+        format!(
+            "HTTP/1.1 {status}\r\nServer: Coppice MMDS\r\n{allow}Content-Type: {kind}\r\nContent-Length: {len}\r\nConnection: close\r\n\r\n{body}"
+        )
+        .into_bytes()
+    }
+}
+
+/// What a path names.
+fn find<'v>(value: &'v Map<String, Value>, path: &str) -> Option<Found<'v>> {
+    let mut found = Found::All(value);
+    for part in path.split('/').filter(|part| !part.is_empty()) {
+        let next = match found {
+            Found::All(object) | Found::Part(Value::Object(object)) => object.get(part),
+            Found::Part(Value::Array(array)) => array.get(part.parse::<usize>().ok()?),
+            Found::Part(Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_)) => None,
+        };
+        found = Found::Part(next?);
+    }
+    Some(found)
+}
+
+#[derive(Clone, Copy)]
+enum Found<'v> {
+    All(&'v Map<String, Value>),
+    Part(&'v Value),
+}
+
+/// As IMDS lists an object: its names, those of objects with a slash behind.
+fn listing(object: &Map<String, Value>) -> String {
+    let names = object.iter().map(|(name, value)| {
+        let slash = if value.is_object() { "/" } else { "" };
+        format!("{name}{slash}")
+    });
+    names.collect::<Vec<_>>().join("\n")
+}
+
+/// The path of a target, which a client may send with the host in front (RFC 9112, 3.2.2).
+fn path_of(target: &str) -> Option<&str> {
+    let path = match target.strip_prefix("http://") {
+        Some(rest) => rest.find('/').map_or("/", |at| &rest[at..]),
+        None => target,
+    };
+    path.starts_with('/').then_some(path)
+}
+
+impl Request {
+    pub(super) fn new(metadata: Arc<Mmds>, imds_compat: bool) -> Self {
+        Self {
+            metadata,
+            imds_compat,
+            stage: Stage::Reading(Vec::new()),
+        }
+    }
+
+    /// The answer to what has been read; `None` where there is more to come.
+    fn answer(&self, head: &[u8]) -> Option<Answer> {
+        let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
+        let mut request = httparse::Request::new(&mut fields);
+        match request.parse(head) {
+            Ok(httparse::Status::Complete(_)) => {}
+            Ok(httparse::Status::Partial) if head.len() < LONGEST_HEAD => return None,
+            Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
+                return Some(Answer::text(
+                    "431 Request Header Fields Too Large",
+                    "The request is too long.",
+                ));
+            }
+            Err(error) => {
+                return Some(Answer::text(
+                    "400 Bad Request",
+                    format!("The request is no HTTP: {error}."),
+                ));
+            }
+        }
+        if request.method != Some("GET") {
+            return Some(Answer::text(
+                "405 Method Not Allowed",
+                "Metadata can be asked for with GET alone; session tokens (V2) are not needed.",
+            ));
+        }
+        let Some(path) = request.path.and_then(path_of) else {
+            return Some(Answer::text("400 Bad Request", "Invalid URI."));
+        };
+        let wants_json = request.headers.iter().any(|field| {
+            let accepts = |kind: &str| kind.trim().eq_ignore_ascii_case("application/json");
+            let value = std::str::from_utf8(field.value).unwrap_or_default();
+            field.name.eq_ignore_ascii_case("accept")
+                && value
+                    .split(',')
+                    .filter_map(|kind| kind.split(';').next())
+                    .any(accepts)
+        });
+        Some(self.value(path, wants_json && !self.imds_compat))
+    }
+
+    fn value(&self, path: &str, as_json: bool) -> Answer {
+        let metadata = self.metadata.lock();
+        let none = Map::new();
+        let Some(found) = find(metadata.as_ref().unwrap_or(&none), path) else {
+            return Answer::text("404 Not Found", format!("Resource not found: {path}."));
+        };
+        if as_json {
+            let text = match found {
+                Found::All(object) => serde_json::to_string(object),
+                Found::Part(value) => serde_json::to_string(value),
+            };
+            // A value of JSON always has a text.
+            return Answer {
+                status: "200 OK",
+                kind: "application/json",
+                body: text.unwrap_or_default(),
+            };
+        }
+        match found {
+            Found::All(object) | Found::Part(Value::Object(object)) => {
+                Answer::text("200 OK", listing(object))
+            }
+            Found::Part(Value::String(text)) => Answer::text("200 OK", text),
+            Found::Part(Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_)) => {
+                Answer::text(
+                    "501 Not Implemented",
+                    "Cannot retrieve value. The value has an unsupported type.",
+                )
+            }
+        }
+    }
+}
+
+impl Session for Request {
+    fn receive(&mut self, bytes: &[u8]) {
+        let Stage::Reading(head) = &mut self.stage else {
+            // What comes behind a request is not read.
+            return;
+        };
+        let room = LONGEST_HEAD - head.len().min(LONGEST_HEAD);
+        head.extend(bytes.iter().take(room));
+        let head = std::mem::take(head);
+        self.stage = match self.answer(&head) {
+            Some(answer) => Stage::Answering {
+                answer: answer.bytes(),
+                sent: 0,
+            },
+            None => Stage::Reading(head),
+        };
+    }
+
+    fn send(&mut self, buffer: &mut [u8]) -> Option<usize> {
+        let Stage::Answering { answer, sent } = &mut self.stage else {
+            return None;
+        };
+        let rest = answer.get(*sent..).unwrap_or_default();
+        let len = rest.len().min(buffer.len());
+        buffer[..len].copy_from_slice(&rest[..len]);
+        *sent += len;
+        Some(len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn metadata() -> Arc<Mmds> {
+        let metadata = Mmds::default();
+        let told = json!({
+            "coppice": {"id": "a", "cid": 3}, "name": "x", "list": ["one", {"k": "v"}], "count": 1,
+        });
+        metadata.put(told).unwrap();
+        Arc::new(metadata)
+    }
+
+    /// Head and body of the answer, in pieces of 7 bytes each way.
+    fn ask_of(imds_compat: bool, request: &str) -> (String, String) {
+        let mut session = Request::new(metadata(), imds_compat);
+        for piece in request.as_bytes().chunks(7) {
+            session.receive(piece);
+        }
+        let mut answer = Vec::new();
+        let mut buffer = [0; 7];
+        loop {
+            match session.send(&mut buffer) {
+                Some(0) => break,
+                Some(len) => answer.extend(&buffer[..len]),
+                None => panic!("no answer to {request:?}"),
+            }
+        }
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.contains(&format!("Content-Length: {}", body.len())));
+        (head.to_owned(), body.to_owned())
+    }
+
+    fn get(path: &str, fields: &str) -> (u16, String) {
+        let (head, body) = ask_of(false, &format!("GET {path} HTTP/1.1\r\n{fields}\r\n"));
+        (head[9..12].parse().unwrap(), body)
+    }
+
+    #[test]
+    fn json_is_answered_where_it_is_accepted_and_a_listing_else() {
+        let json = "Host: x\r\nAccept: text/html, application/json;q=0.9\r\n";
+        assert_eq!(
+            get("/coppice", json),
+            (200, r#"{"cid":3,"id":"a"}"#.to_owned())
+        );
+        assert_eq!(get("/list/1/k", json), (200, r#""v""#.to_owned()));
+        assert_eq!(get("/count/", json), (200, "1".to_owned()));
+        assert_eq!(
+            get("/", ""),
+            (200, "coppice/\ncount\nlist\nname".to_owned())
+        );
+        assert_eq!(
+            get("http://169.254.169.254//coppice//id", "Accept: */*\r\n"),
+            (200, "a".to_owned())
+        );
+        for path in ["/count", "/list"] {
+            assert_eq!(get(path, "").0, 501, "{path}");
+        }
+        for path in ["/nothing", "/name/x", "/list/2", "/list/x"] {
+            assert_eq!(get(path, json).0, 404, "{path}");
+        }
+        let request = format!("GET /coppice HTTP/1.1\r\n{json}\r\n");
+        assert_eq!(ask_of(true, &request).1, "cid\nid");
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused_and_no_more_of_it_kept() {
+        let (head, _) = ask_of(false, "PUT /latest/api/token HTTP/1.1\r\n\r\n");
+        assert!(head.starts_with("HTTP/1.1 405") && head.contains("Allow: GET"));
+        assert_eq!(get("nothing", "").0, 400);
+        assert!(ask_of(false, "\0\0\0").0.starts_with("HTTP/1.1 400"));
+        let long = format!("GET / HTTP/1.1\r\nX: {}", "x".repeat(10_000));
+        assert!(ask_of(false, &long).0.starts_with("HTTP/1.1 431"));
+        let many = format!("GET / HTTP/1.1\r\n{}\r\n", "X: y\r\n".repeat(33));
+        assert!(ask_of(false, &many).0.starts_with("HTTP/1.1 431"));
+        let mut session = Request::new(metadata(), false);
+        session.receive(b"GET / HTTP/1.1\r\n");
+        assert_eq!(session.send(&mut [0; 8]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes: Vec<u8>, cut in 0usize..64) {
+            let mut session = Request::new(metadata(), false);
+            let (first, second) = bytes.split_at(cut.min(bytes.len()));
+            session.receive(first);
+            session.receive(second);
+            let _ = session.send(&mut [0; 100]);
+        }
+    }
+}
