@@ -216,6 +216,8 @@ impl SharedMemory {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{MemfdFlags, memfd_create};
+
     use super::*;
     use crate::{FileRegistry, Limits, Region, Window};
 
@@ -261,7 +263,9 @@ mod tests {
 
     #[test]
     fn no_more_samples_are_kept_than_there_is_room_for() {
-        let large = tempfile::tempfile().unwrap();
+        // Not every file system has files of that size.
+        let large = memfd_create("large", MemfdFlags::CLOEXEC).unwrap();
+        let large = File::from(large);
         // Zeros that are no hole take no room; bytes beyond all pages are never reached.
         large.write_all_at(&[0; PAGE], 0).unwrap();
         large.write_all_at(&[1; PAGE], 1 << 45).unwrap();

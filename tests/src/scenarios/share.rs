@@ -17,8 +17,9 @@ use crate::result::{Failure, Figures};
 const MIB: u64 = 1 << 20;
 /// Of the disk that guests read.
 const SIZE: u64 = 40 * MIB;
-/// Bytes to which a guest writes first.
-const WRITTEN: u64 = 32 * MIB;
+/// Pages to which a guest writes first, and their bytes.
+const PAGES_WRITTEN: u32 = 8192;
+const WRITTEN: u64 = PAGES_WRITTEN as u64 * 4096;
 /// For a merger to come to rest.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -389,7 +390,7 @@ pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
             if name == "merged" {
                 let report = settled(&socket)?;
                 let merged = number(&report, "merged_pages");
-                if merged < WRITTEN / 4096 * 9 / 10 {
+                if merged < u64::from(PAGES_WRITTEN) * 9 / 10 {
                     return Failure::claim(format!("{merged} pages are merged: {report}"));
                 }
             } else {
@@ -416,8 +417,7 @@ pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
     }
     let mut figures = Figures::new();
     for (name, values) in seconds {
-        // Few enough to be exact.
-        let micros = median(values) * 1e6 / (WRITTEN / 4096) as f64;
+        let micros = median(values) * 1e6 / f64::from(PAGES_WRITTEN);
         println!("lab: {name}: {micros:.1} us a page");
         figures.insert(format!("{name}_us_a_page"), json!(micros));
     }
