@@ -135,9 +135,7 @@ impl SharedMemory {
     /// by the file's at the same address where they are equal, while the guest boots and soon after. What is a hole there is nothing to the guest.
     ///
     /// # Errors
-    /// Where the file cannot be examined, or its [domain](FileRegistry::admit_by) is another.
-    ///
-    /// [`FileRegistry::admit_by`]: crate::FileRegistry::admit_by
+    /// Where the file cannot be examined, or its [domain](crate::FileRegistry::admit_by) is another.
     pub fn add_reference(&self, file: &Arc<File>) -> io::Result<()> {
         self.add_compared(file, Where::AtAddress)
     }

@@ -83,7 +83,7 @@ fn write_archive(source: &mut impl BufRead, out: &mut PageWriter) -> io::Result<
         let is_file = entry.mode() & TYPE == REGULAR;
         let (len, is_last) = (u64::from(entry.file_size()), entry.is_trailer());
         if is_file {
-            out.to_next_page()?;
+            out.pad_to_page()?;
             if io::copy(&mut file, out)? < len {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

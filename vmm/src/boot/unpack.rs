@@ -8,7 +8,7 @@
 //! Pages of zeros (a kernel's `.bss` is in its file) become holes, of which nothing is read into guest memory.
 //!
 //! Files that are not compressed lie here too, where guests are to share them: what is mapped into a guest must not change, and nobody but this
-//! user writes here. So do the [files of initrds](initrd_files).
+//! user writes here. So do the [files of initrds](mod@initrd_files).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom, Write};
@@ -63,8 +63,8 @@ impl PageWriter {
         Ok(())
     }
 
-    /// Goes on at the next page.
-    pub(super) fn to_next_page(&mut self) -> io::Result<()> {
+    /// Adds zeros up to the next page.
+    pub(super) fn pad_to_page(&mut self) -> io::Result<()> {
         let tail = self.buffer.len() % PAGE;
         let padding = [0; PAGE];
         self.write_all(padding.get(..(PAGE - tail) % PAGE).unwrap_or_default())
