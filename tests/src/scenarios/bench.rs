@@ -94,10 +94,10 @@ impl Memory {
     }
 }
 
-/// Wake-ups so far of the VMM's threads: of vCPUs, and of all others.
-fn wake_ups(guest: &Guest) -> Result<(u64, u64), Failure> {
+/// Wake-ups so far of the threads of a VMM, by its folder in `/proc`: of vCPUs, and of all others.
+pub fn wake_ups(process: &Path) -> Result<(u64, u64), Failure> {
     let (mut vcpus, mut others) = (0, 0);
-    let tasks = fs::read_dir(guest.proc().join("task")).map_err(Failure::io("read the threads"))?;
+    let tasks = fs::read_dir(process.join("task")).map_err(Failure::io("read the threads"))?;
     for task in tasks.filter_map(Result::ok) {
         let name = read(&task.path().join("comm"))?;
         let status = read(&task.path().join("status"))?;
@@ -155,9 +155,9 @@ impl Candidate {
         guest.wait_for("IDLE")?;
         other.wait_for("IDLE")?;
         std::thread::sleep(SETTLE);
-        let before = wake_ups(&guest)?;
+        let before = wake_ups(&guest.proc())?;
         std::thread::sleep(OBSERVE);
-        let after = wake_ups(&guest)?;
+        let after = wake_ups(&guest.proc())?;
         let memory = Memory::of(&guest)?;
         let smaps = out.join(format!("{}.smaps", self.name));
         fs::write(smaps, read(&guest.proc().join("smaps"))?).map_err(Failure::io("keep smaps"))?;

@@ -247,6 +247,10 @@ pub const ALL: &[Scenario] = &[
         limit: density::LIMIT,
         ..on_demand("sixty_four_guests_of_128_mib_live_in_8_gib", share::many)
     },
+    on_demand(
+        "status_requests_cost_no_guest_anything",
+        serve::status_requests,
+    ),
     Scenario {
         limit: density::LIMIT,
         ..on_demand("two_hundred_idle_clones_live_at_once", serve::many)

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::bench;
 use super::memory::{available, mib_each};
 use crate::api::request;
 use crate::guest::{KERNEL_CACHE, script_word};
@@ -169,6 +170,15 @@ impl Daemon {
         Ok((sum(&["Private_Clean", "Private_Dirty"]), sum(&["Rss"])))
     }
 
+    /// CPU time of the daemon so far, in ticks of 10 ms (`proc(5)`: `utime`, `stime`).
+    fn cpu_ticks(&self) -> Result<u64, Failure> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.map_err(Failure::io("read stat"))?;
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let fields = fields.split_whitespace().skip(11).take(2);
+        Ok(fields.filter_map(|field| field.parse::<u64>().ok()).sum())
+    }
+
     fn kill(&mut self) -> Result<(), Failure> {
         self.child.kill().map_err(Failure::io("kill the daemon"))?;
         self.child.wait().map_err(Failure::io("wait"))?;
@@ -183,14 +193,18 @@ impl Drop for Daemon {
     }
 }
 
-/// Processes of the lab's host that are guests.
-pub(super) fn guests() -> usize {
+/// The folders in `/proc` of processes of the lab's host that are guests.
+fn guest_processes() -> Vec<PathBuf> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let is_guest = |entry: &fs::DirEntry| {
-        fs::read(entry.path().join("cmdline"))
+    let is_guest = |path: &PathBuf| {
+        fs::read(path.join("cmdline"))
             .is_ok_and(|line| line.windows(6).any(|word| word == b"--held"))
     };
-    entries.filter(is_guest).count()
+    entries.map(|entry| entry.path()).filter(is_guest).collect()
+}
+
+pub(super) fn guests() -> usize {
+    guest_processes().len()
 }
 
 /// Booted, saved as a template, cloned; each guest is by itself, outlives the daemon, and is gone when it is deleted.
@@ -276,6 +290,69 @@ pub fn many(out: &Path) -> Result<Figures, Failure> {
         ("daemon_resident_kib".into(), json!(resident)),
         ("clone_median_seconds".into(), json!(median)),
     ]))
+}
+
+/// Guests whose state is asked for, and how often a second, each half of the requests for one of them and for all.
+const ASKED: u32 = 20;
+const REQUESTS_A_SECOND: u32 = 200;
+const WINDOW: Duration = Duration::from_secs(20);
+
+/// What the daemon takes to answer for its guests, and the guests meanwhile.
+pub fn status_requests(out: &Path) -> Result<Figures, Failure> {
+    let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
+    daemon.boot(out, "source")?;
+    daemon.template("t", "source")?;
+    for number in 0..ASKED {
+        daemon.clone_of("t", &format!("c{number}"))?;
+    }
+    std::thread::sleep(WINDOW);
+    let processes = guest_processes();
+    let wake_ups = || -> Result<(u64, u64), Failure> {
+        let each = processes.iter().map(|process| bench::wake_ups(process));
+        let mut sum = (0, 0);
+        for of_one in each {
+            let (vcpus, others) = of_one?;
+            sum = (sum.0 + vcpus, sum.1 + others);
+        }
+        Ok(sum)
+    };
+    let mut figures = Figures::new();
+    let mut asked = 0;
+    for (name, asks) in [
+        ("left_alone", false),
+        ("asked", true),
+        ("left_again", false),
+    ] {
+        let (before, begun) = (wake_ups()?, Instant::now());
+        let cpu = daemon.cpu_ticks()?;
+        if asks {
+            while begun.elapsed() < WINDOW {
+                let path = match asked % 2 {
+                    0 => "/vms".to_owned(),
+                    _ => format!("/vms/c{}", asked / 2 % ASKED),
+                };
+                daemon.expect(200, "GET", &path, &Value::Null)?;
+                asked += 1;
+                let due = Duration::from_secs(1) * asked / REQUESTS_A_SECOND;
+                std::thread::sleep(due.saturating_sub(begun.elapsed()));
+            }
+        } else {
+            std::thread::sleep(WINDOW);
+        }
+        let after = wake_ups()?;
+        let (vcpus, others) = (after.0 - before.0, after.1 - before.1);
+        let ticks = daemon.cpu_ticks()? - cpu;
+        println!(
+            "lab: {name}: vCPUs of {} guests woke up {vcpus} times in {WINDOW:?}, their other threads {others}; the daemon took {ticks} ticks of CPU time",
+            processes.len()
+        );
+        figures.insert(format!("{name}_vcpu_wake_ups"), json!(vcpus));
+        figures.insert(format!("{name}_other_wake_ups"), json!(others));
+        figures.insert(format!("{name}_daemon_ticks"), json!(ticks));
+    }
+    println!("lab: {asked} requests in {WINDOW:?}");
+    figures.insert("requests".into(), json!(asked));
+    Ok(figures)
 }
 
 const CYCLES: usize = 1000;
