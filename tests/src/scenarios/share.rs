@@ -1,6 +1,7 @@
 //! Guests that share what they read.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -298,10 +299,22 @@ fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// How long a guest takes to read a disk, which the host has in its page cache, for the first time and again; by how the reads are shared. In turns.
+/// Reads of a disk by a guest, one after the other.
+const READS: [&str; 5] = [
+    // Into memory that nobody has touched.
+    "cold",
+    // From the guest's page cache.
+    "warm",
+    // The same, when its pages have become the file's.
+    "shared",
+    "shared_again",
+    // Its page cache dropped, into memory of which some are the file's pages.
+    "refilled",
+];
+
+/// How long a guest takes to read a disk, which the host has in its page cache; by how the reads are shared. In turns.
 pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
     const ROUNDS: usize = 5;
-    const READS: usize = 4;
     const OFF: &str = "off";
     let (disk, _) = disk(out)?;
     let disk = format!("{},ro,format=raw", disk.display());
@@ -311,42 +324,40 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
         ("all", &["--share", "all"]),
         ("placed", &["--share", "read", "--share-place", "64"]),
     ];
-    let script = format!(
-        "u() {{ cut -d' ' -f1 /proc/uptime; }}; for i in $(seq {READS}); do echo 3 >/proc/sys/vm/drop_caches; a=$(u); \
-         cat /dev/vdb >/dev/null; b=$(u); cat /dev/vdb >/dev/null; echo TIME $i $a $b $(u) END; sleep 3; done; echo OVER; sleep 100000"
-    );
+    let script = "r() { a=$(cut -d' ' -f1 /proc/uptime); cat /dev/vdb >/dev/null; echo TIME $1 $a $(cut -d' ' -f1 /proc/uptime) END; }; \
+                  exec 3</dev/vdb; sleep 3; r cold; r warm; sleep 10; r shared; r shared_again; echo 3 >/proc/sys/vm/drop_caches; r refilled; \
+                  echo OVER; sleep 100000";
     let mut seconds = BTreeMap::<(&str, &str), Vec<f64>>::new();
     for _ in 0..ROUNDS {
         for (name, arguments) in ways {
             let start = Start::new().args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk]);
-            let guest = start.args(arguments).script(&script).spawn()?;
+            let guest = start.args(arguments).script(script).spawn()?;
             guest.wait_for("OVER")?;
-            for read in 1..=READS {
+            let mut told = String::new();
+            for read in READS {
                 let line = guest.line(&format!("TIME {read} "))?;
                 let times: Vec<f64> = line
                     .split(' ')
                     .filter_map(|word| word.parse().ok())
                     .collect();
-                let [a, b, c] = times[..] else {
+                let [from, to] = times[..] else {
                     return Failure::claim(format!("no times: {line}"));
                 };
-                // The first read of all finds memory that nobody has touched.
-                let first = if read == 1 { "untouched" } else { "cold" };
-                seconds.entry((name, first)).or_default().push(b - a);
-                seconds.entry((name, "warm")).or_default().push(c - b);
-                println!("lab: {name}: {first} {:.2} s, again {:.2} s", b - a, c - b);
+                seconds.entry((name, read)).or_default().push(to - from);
+                let _ = write!(told, " {read} {:.2} s", to - from);
             }
+            println!("lab: {name}:{told}");
         }
     }
     let mut figures = Figures::new();
-    for (&(name, what), values) in &seconds {
-        let off = seconds.get(&(OFF, what)).into_iter().flatten();
+    for (&(name, read), values) in &seconds {
+        let off = seconds.get(&(OFF, read)).into_iter().flatten();
         // Of pairs, as the machine's speed drifts.
         let ratios = values.iter().zip(off).map(|(own, off)| own / off);
         let (ratio, own) = (median(ratios.collect()), median(values.clone()));
-        println!("lab: {name}, {what}: {own:.3} s, {ratio:.3} of {OFF}");
-        figures.insert(format!("{name}_{what}_seconds"), json!(own));
-        figures.insert(format!("{name}_{what}_to_off"), json!(ratio));
+        println!("lab: {name}, {read}: {own:.3} s, {ratio:.3} of {OFF}");
+        figures.insert(format!("{name}_{read}_seconds"), json!(own));
+        figures.insert(format!("{name}_{read}_to_off"), json!(ratio));
     }
     Ok(figures)
 }
