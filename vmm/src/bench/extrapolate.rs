@@ -11,8 +11,9 @@ const HOSTS: [u64; 2] = [64, 256];
 const FOR_GUESTS: f64 = 0.96;
 
 /// How the figures come about, for the foot of a table.
-pub(super) const HOW: &str = "Guests of a host: (96 % of its memory - fixed) / each further guest. Fixed and each further guest are the intercept and the slope of \
-the straight line\nwith the least squares through the last points (from half of the guests on) of: guests, memory in use: what the host's free and reclaimable memory\nwas before, less what it is (MemAvailable, and the pages that CPUs keep at hand).";
+pub(super) const HOW: &str = "Guests of a host: (96 % of its memory - fixed) / each further guest. That is the median of what each guest but the first has added to the memory in\nuse, \
+so that pages of files which one of them is the first to map are not taken for its own; fixed is the median of what is left of the memory in use\nwithout that much for each guest. \
+In use is what the host's free and reclaimable memory was before, less what it is (MemAvailable, and the\npages that CPUs keep at hand).";
 
 /// What guests take: `fixed_kib` for all together, and `guest_kib` for each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,28 +24,34 @@ pub struct Line {
     pub guest_kib: f64,
 }
 
+/// The middle one, or between the two in the middle; none of none.
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let above = values.get(values.len() / 2)?;
+    let below = values.get((values.len() - 1) / 2)?;
+    Some(f64::midpoint(*below, *above))
+}
+
 impl Line {
-    /// The line through points (guests, KiB in use) with the least squares; through the origin where there is but one. None where guests take nothing:
-    /// noise, or no points.
+    /// The line through points (guests, KiB in use), in their order, whose slope is the median of the slopes from one to the next; through the origin where
+    /// there is but one. None where guests take nothing: noise, or no points.
     fn through(points: &[(f64, f64)]) -> Option<Self> {
-        let count = float(points.len() as u64);
-        let sum = |term: fn(&(f64, f64)) -> f64| points.iter().map(term).sum::<f64>();
-        let (x, y) = (sum(|point| point.0), sum(|point| point.1));
-        let (xx, xy) = (
-            sum(|point| point.0 * point.0),
-            sum(|point| point.0 * point.1),
-        );
-        let spread = count * xx - x * x;
-        let line = if spread > 0.0 {
-            let guest_kib = (count * xy - x * y) / spread;
-            Self {
-                fixed_kib: (y - guest_kib * x) / count,
-                guest_kib,
-            }
-        } else {
-            Self {
+        let slopes = points.iter().zip(points.iter().skip(1));
+        let slopes = slopes.map(|(from, to)| (to.1 - from.1) / (to.0 - from.0));
+        let line = match points {
+            [(guests, used)] => Self {
                 fixed_kib: 0.0,
-                guest_kib: y / x,
+                guest_kib: used / guests,
+            },
+            _ => {
+                let guest_kib = median(slopes.collect())?;
+                let left = points
+                    .iter()
+                    .map(|(guests, used)| used - guest_kib * guests);
+                Self {
+                    fixed_kib: median(left.collect())?,
+                    guest_kib,
+                }
             }
         };
         (line.guest_kib.is_finite() && line.guest_kib > 0.0).then_some(line)
@@ -66,16 +73,15 @@ impl Run {
     /// Computes from its points what it comes to.
     pub(super) fn conclude(&mut self) {
         let used = self.used();
-        let guests = self.points.last().map_or(0, |point| point.guests);
         self.host_kib_per_guest = used
             .last()
             .map_or(0.0, |(count, used)| used / count.max(1.0));
-        let from = float(guests as u64 / 2).max(1.0);
-        let last: Vec<_> = used
+        // The first has what is fixed.
+        let further: Vec<_> = used
             .into_iter()
-            .filter(|(count, _)| *count >= from)
+            .filter(|(count, _)| *count >= 1.0)
             .collect();
-        self.line = Line::through(&last);
+        self.line = Line::through(&further);
         self.extrapolation = self
             .line
             .iter()
@@ -100,15 +106,22 @@ mod tests {
     }
 
     #[test]
-    fn a_straight_line_is_found_and_noise_is_evened_out() {
+    fn a_straight_line_is_found_and_what_happens_once_is_no_part_of_its_slope() {
         let line = Line::through(&[(3.0, 130.0), (4.0, 140.0), (5.0, 150.0)]).unwrap();
         assert!(
             close(line.fixed_kib, 100.0) && close(line.guest_kib, 10.0),
             "{line:?}"
         );
-        let line = Line::through(&[(1.0, 9.0), (2.0, 22.0), (3.0, 29.0)]).unwrap();
+        let noisy = [
+            (1.0, 11.0),
+            (2.0, 20.0),
+            (3.0, 31.0),
+            (4.0, 81.0),
+            (5.0, 91.0),
+        ];
+        let line = Line::through(&noisy).unwrap();
         assert!(
-            close(line.guest_kib, 10.0) && close(line.fixed_kib, 0.0),
+            close(line.guest_kib, 10.5) && close(line.fixed_kib, 0.5),
             "{line:?}"
         );
     }

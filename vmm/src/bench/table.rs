@@ -179,7 +179,7 @@ mod tests {
         let text = report().to_string();
         println!("{text}");
         assert_eq!(text.matches("qemu-microvm, read").count(), 4);
-        assert!(text.contains("least squares") && text.contains("of 256 GiB"));
+        assert!(text.contains("is the median of") && text.contains("of 256 GiB"));
         assert!(!text.contains("needs root"));
         let mut report = report();
         report.host.caches_dropped = false;
