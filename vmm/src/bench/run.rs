@@ -149,7 +149,9 @@ impl<'a> Bench<'a> {
     /// Makes the reference image, which the first guest would have made at its own expense.
     fn warm(&self) -> Result<(), BenchError> {
         let status = Command::new("/proc/self/exe")
-            .args(["image", "warm", "--cmdline", CMDLINE, "--kernel"])
+            .args(["image", "warm", "--cmdline", CMDLINE, "--mem"])
+            .arg(format!("{}M", self.options.memory))
+            .arg("--kernel")
             .arg(&self.options.inputs.kernel)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
