@@ -6,6 +6,9 @@
 mod serve;
 
 use std::fs;
+use std::os::unix::net::UnixListener;
+use std::thread;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -283,6 +286,28 @@ fn a_guest_that_fails_again_and_again_is_not_started_for_ever() {
     assert_eq!(daemon.until_state("g", "failed")["restarts"], 5);
     // A restart that waits is no guest that cannot be stopped or deleted.
     assert_eq!(daemon.call("DELETE", "/vms/g", None).0, 204);
+}
+
+#[test]
+fn a_daemon_waits_for_what_a_killed_one_has_left_in_a_process_that_it_was_starting() {
+    let mut daemon = Daemon::start(&[]);
+    daemon.kill();
+    let lock = fs::File::open(daemon.folder().join("state/lock")).unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    fs::remove_file(daemon.socket()).unwrap();
+    let listener = UnixListener::bind(daemon.socket()).unwrap();
+    let (lock_goes, listener_goes) = (Duration::from_millis(200), Duration::from_millis(400));
+    let holder = thread::spawn(move || {
+        thread::sleep(lock_goes);
+        drop(lock);
+        thread::sleep(listener_goes);
+        drop(listener);
+    });
+    // Connections to the other socket are never answered.
+    daemon.start_again();
+    holder.join().unwrap();
+    daemon.answers();
+    assert_eq!(daemon.get("/vms")["vms"], json!([]));
 }
 
 #[test]

@@ -290,15 +290,38 @@ fn bind(options: &Options) -> Result<(ApiSocket, UnixListener), ServeError> {
     Ok((socket, listener))
 }
 
+/// How long a daemon waits for what an earlier one has. A process that one was starting when it was killed has its descriptors, with the lock and the
+/// socket, until it is another program.
+const LEFT_BEHIND: Duration = Duration::from_secs(2);
+/// Between two looks.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// What an attempt comes to, once nobody else has what it is for, or has had it for long.
+async fn once_free<T>(mut attempt: impl FnMut() -> Result<T, ServeError>) -> Result<T, ServeError> {
+    let begun = Instant::now();
+    loop {
+        match attempt() {
+            Err(ServeError::InUse(_) | ServeError::Socket(SocketError::InUse { .. }))
+                if begun.elapsed() < LEFT_BEHIND =>
+            {
+                tokio::time::sleep(LOOK).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 async fn serve(options: Options) -> Result<(), ServeError> {
     // From here on a signal is an event, also while guests are found again.
     let mut terminate = signal(SignalKind::terminate()).map_err(host("signals"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(host("signals"))?;
     let state = &options.state;
     let failed = || host(format!("--state {}", state.display()));
-    let store = Store::open(state)
-        .map_err(failed())?
-        .ok_or_else(|| ServeError::InUse(state.clone()))?;
+    let open = || {
+        let store = Store::open(state).map_err(failed())?;
+        store.ok_or_else(|| ServeError::InUse(state.clone()))
+    };
+    let store = once_free(open).await?;
     let images = Images::load(&store.images()).map_err(failed())?;
     let jails = Jails::open(options.jail.clone()).map_err(host("--jail"))?;
     let templates = Templates::load(&store.templates()).map_err(failed())?;
@@ -316,7 +339,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         measuring: tokio::sync::Mutex::default(),
     });
     daemon.recover().await.map_err(failed())?;
-    let (_socket, listener) = bind(&options)?;
+    let (_socket, listener) = once_free(|| bind(&options)).await?;
     let (connections, over) = Connections::new();
     let serving = connections
         .clone()

@@ -41,7 +41,7 @@ impl Daemon {
         daemon
     }
 
-    fn answers(&self) {
+    pub fn answers(&self) {
         until("the daemon answers", || {
             UnixStream::connect(self.socket()).is_ok()
                 && self.try_call("GET", "/healthz", None).is_some()
@@ -84,8 +84,13 @@ impl Daemon {
     }
 
     pub fn restart(&mut self) {
-        self.child = spawn(self.folder.path(), &self.arguments);
+        self.start_again();
         self.answers();
+    }
+
+    /// Whether it answers or not.
+    pub fn start_again(&mut self) {
+        self.child = spawn(self.folder.path(), &self.arguments);
     }
 
     /// The next daemon is started with others.
