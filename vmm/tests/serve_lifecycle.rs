@@ -351,3 +351,61 @@ fn what_stands_in_the_way_of_a_start_is_told() {
     assert_eq!(daemon.get("/vms/g")["state"], "failed");
     assert_eq!(daemon.processes(), [0u32; 0]);
 }
+
+#[test]
+fn the_daemon_knows_which_guests_share_a_page_of_a_file() {
+    let daemon = Daemon::start(&[]);
+    let initrd = daemon.folder().join("initrd");
+    fs::write(&initrd, [7; 3 * 4096]).unwrap();
+    for (id, mode) in [("a", "boot"), ("b", "boot"), ("c", "off")] {
+        let mut spec = daemon.spec(id);
+        spec["config"]["boot-source"]["initrd_path"] = json!(initrd);
+        spec["config"]["sharing"] = json!({"mode": mode});
+        assert_eq!(daemon.post("/vms", &spec).0, 201);
+    }
+    daemon.create_waiting("d");
+    // What guests map is the copy of it that nobody changes.
+    let cache = fs::read_dir(daemon.folder().join("cache/coppice/kernels")).unwrap();
+    let copy = cache
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.metadata().unwrap().len() == 3 * 4096)
+        .unwrap();
+    let found = daemon.get(&format!("/sharers?path={}&offset=5000", copy.display()));
+    let guests = found["guests"].as_array().unwrap();
+    let ids: Vec<_> = guests.iter().map(|guest| &guest["id"]).collect();
+    assert_eq!(
+        (ids, &found["answered"]),
+        (vec![&json!("a"), &json!("b")], &json!(3)),
+        "{found}"
+    );
+    let addresses = guests[0]["addresses"].as_array().unwrap();
+    assert_eq!(addresses.len(), 1, "{found}");
+    let page = daemon.get(&format!("/vms/a/vm/sharing/pages/{}", addresses[0]));
+    let name = copy.file_name().unwrap().to_str().unwrap();
+    assert!(page["path_on_host"].as_str().unwrap().ends_with(name));
+    assert_eq!(
+        (&page["state"], &page["offset"]),
+        (&json!("mapped"), &json!(4096))
+    );
+    let of_c = daemon.get(&format!("/vms/c/vm/sharing/pages/{}", addresses[0]));
+    assert_eq!(
+        (&of_c["state"], &of_c["offset"]),
+        (&json!("own"), &Value::Null)
+    );
+    let (status, refused) = daemon.call("GET", "/vms/a/vm/sharing/pages/0xffffffffff", None);
+    assert_eq!(status, 400);
+    assert!(
+        refused["fault_message"]
+            .as_str()
+            .unwrap()
+            .contains("no RAM")
+    );
+    let (status, refused) = daemon.call("GET", "/sharers?path=/nowhere", None);
+    assert_eq!(status, 400);
+    assert!(
+        refused["fault_message"]
+            .as_str()
+            .unwrap()
+            .contains("/nowhere")
+    );
+}

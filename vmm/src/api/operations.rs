@@ -148,7 +148,7 @@ fn act(context: &Context, Action { action_type }: Action) -> Result<(), ControlE
     }
 }
 
-static OPERATIONS: [Operation; 42] = [
+static OPERATIONS: [Operation; 44] = [
     Operation::get("/", |context, _, _| tell(control(context).instance_info())),
     Operation::get("/version", |_, _, _| {
         let firecracker_version = env!("CARGO_PKG_VERSION");
@@ -161,6 +161,14 @@ static OPERATIONS: [Operation; 42] = [
     }),
     Operation::get("/vm/sharing", |context, _, _| {
         ask(context, Control::sharing)
+    }),
+    Operation::get("/vm/sharing/pages/{id}", |context, address, _| {
+        let address = address.parse()?;
+        ask(context, |control| control.page(address))
+    }),
+    Operation::get("/vm/sharing/files/{id}", |context, page, _| {
+        let page = page.parse()?;
+        ask(context, |control| control.pages_of(page))
     }),
     Operation::get("/vm/jail", |context, _, _| tell(control(context).jail())),
     Operation::patch("/vm", |context, _, body| {

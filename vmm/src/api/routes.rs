@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::{Context, operations};
 use crate::control::{Control, ControlError};
+use crate::machine::PageNameError;
 use crate::metrics::{self, count};
 
 /// Longest body of a request in bytes; Firecracker's default.
@@ -42,6 +43,8 @@ pub(super) enum Fault {
     #[error("The id from the path does not match the id from the body!")]
     OtherId,
     #[error(transparent)]
+    Page(#[from] PageNameError),
+    #[error(transparent)]
     Control(#[from] ControlError),
 }
 
@@ -57,6 +60,7 @@ impl Fault {
             | Self::Metrics(_)
             | Self::NoId
             | Self::OtherId
+            | Self::Page(_)
             | Self::Control(_) => StatusCode::BAD_REQUEST,
         }
     }

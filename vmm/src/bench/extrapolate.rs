@@ -38,20 +38,19 @@ impl Line {
     fn through(points: &[(f64, f64)]) -> Option<Self> {
         let slopes = points.iter().zip(points.iter().skip(1));
         let slopes = slopes.map(|(from, to)| (to.1 - from.1) / (to.0 - from.0));
-        let line = match points {
-            [(guests, used)] => Self {
+        let line = if let [(guests, used)] = points {
+            Self {
                 fixed_kib: 0.0,
                 guest_kib: used / guests,
-            },
-            _ => {
-                let guest_kib = median(slopes.collect())?;
-                let left = points
-                    .iter()
-                    .map(|(guests, used)| used - guest_kib * guests);
-                Self {
-                    fixed_kib: median(left.collect())?,
-                    guest_kib,
-                }
+            }
+        } else {
+            let guest_kib = median(slopes.collect())?;
+            let left = points
+                .iter()
+                .map(|(guests, used)| used - guest_kib * guests);
+            Self {
+                fixed_kib: median(left.collect())?,
+                guest_kib,
             }
         };
         (line.guest_kib.is_finite() && line.guest_kib > 0.0).then_some(line)

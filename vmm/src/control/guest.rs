@@ -7,7 +7,8 @@ use devices::virtio::balloon::VirtioBalloon;
 
 use crate::config::{DriveConfig, VmConfig};
 use crate::machine::{
-    DeviceMetrics, DriveTask, JobStatus, Machine, MachineError, SharingReport, StartError,
+    Address, DeviceMetrics, DriveTask, FilePage, FilePageReport, JobStatus, Machine, MachineError,
+    PageReport, SharingReport, StartError,
 };
 use crate::snapshot::{CreateSnapshot, Loading, SnapshotError};
 
@@ -70,6 +71,13 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::sharing`].
     fn sharing(&self) -> Result<SharingReport, MachineError>;
+    /// What backs a page of it.
+    ///
+    /// # Errors
+    /// See [`Machine::page`].
+    fn page(&self, address: Address) -> Result<PageReport, MachineError>;
+    /// Its pages that a page of a file backs.
+    fn pages_of(&self, page: FilePage) -> FilePageReport;
     /// Its balloon, where it has one.
     fn balloon(&self) -> Option<&Mutex<VirtioBalloon>>;
     /// Saves it; only called while the vCPUs stand still. It was started with `config`.
@@ -131,6 +139,14 @@ impl Guest for Machine {
 
     fn sharing(&self) -> Result<SharingReport, MachineError> {
         Machine::sharing(self)
+    }
+
+    fn page(&self, address: Address) -> Result<PageReport, MachineError> {
+        Machine::page(self, address)
+    }
+
+    fn pages_of(&self, page: FilePage) -> FilePageReport {
+        Machine::pages_of(self, page)
     }
 
     fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {

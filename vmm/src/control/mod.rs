@@ -31,7 +31,7 @@ use crate::config::{
 };
 use crate::jail::JailReport;
 use crate::logging::{Log, LogError};
-use crate::machine::{MachineError, SharingReport};
+use crate::machine::{Address, FilePage, FilePageReport, MachineError, PageReport, SharingReport};
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 use crate::mmds::{Mmds, MmdsError};
 use crate::snapshot::{CreateSnapshot, LoadSnapshot, Loading, SnapshotError};
@@ -315,6 +315,22 @@ impl Control {
     /// `BeforeStart`, `Ended`, `Machine`.
     pub fn sharing(&mut self) -> Result<SharingReport, ControlError> {
         Ok(self.guest()?.0.sharing()?)
+    }
+
+    /// `GET /vm/sharing/pages/{address}`: what backs a page of the guest.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn page(&mut self, address: Address) -> Result<PageReport, ControlError> {
+        Ok(self.guest()?.0.page(address)?)
+    }
+
+    /// `GET /vm/sharing/files/{page}`: the guest's pages that a page of a file backs.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn pages_of(&mut self, page: FilePage) -> Result<FilePageReport, ControlError> {
+        Ok(self.guest()?.0.pages_of(page))
     }
 
     /// `InstanceStart`: `launch` builds the guest and lets it run.

@@ -108,6 +108,16 @@ impl Guest for Double {
         Ok(SharingReport::default())
     }
 
+    fn page(&self, address: Address) -> Result<PageReport, MachineError> {
+        self.call("page");
+        Err(MachineError::NotRam(address.0))
+    }
+
+    fn pages_of(&self, _: FilePage) -> FilePageReport {
+        self.call("pages of a file");
+        FilePageReport::default()
+    }
+
     fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
         self.balloon.as_ref()
     }

@@ -14,6 +14,7 @@ mod cmdline;
 mod domain;
 mod drive_job;
 mod faults;
+mod pages;
 mod sharing;
 mod snapshot;
 mod start;
@@ -49,6 +50,7 @@ use crate::reference::Warmer;
 use crate::snapshot::{MemoryState, Served, SnapshotError};
 pub(crate) use domain::SharingDomain;
 pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus, commit_child};
+pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
 pub use snapshot::DevicesState;
 pub use vsock::VsockHost;
@@ -173,6 +175,9 @@ pub enum MachineError {
     /// There is no drive of that name.
     #[error("there is no drive {0}")]
     NoDrive(String),
+    /// There is no RAM at that guest physical address.
+    #[error("there is no RAM at {0:#x}")]
+    NotRam(u64),
     /// There is no pmem device of that name.
     #[error("there is no pmem device {0}")]
     NoPmem(String),
@@ -460,6 +465,19 @@ impl Machine {
     /// `Sharing`.
     pub fn sharing(&self) -> Result<SharingReport, MachineError> {
         self.sharing.report().map_err(MachineError::Sharing)
+    }
+
+    /// What backs a page of the guest.
+    ///
+    /// # Errors
+    /// `NotRam`.
+    pub fn page(&self, address: Address) -> Result<PageReport, MachineError> {
+        PageReport::of(self.sharing.memory(), address).ok_or(MachineError::NotRam(address.0))
+    }
+
+    /// The pages of the guest that a page of a file backs, or may come to back.
+    pub fn pages_of(&self, page: FilePage) -> FilePageReport {
+        FilePageReport::of(self.sharing.memory(), page)
     }
 
     /// The guest's memory, and what of it is shared.

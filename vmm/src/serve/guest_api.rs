@@ -19,7 +19,7 @@ use crate::config::{
 };
 use crate::control::{HintingState, InstanceInfo};
 use crate::jail::JailReport;
-use crate::machine::{JobStatus, SharingReport};
+use crate::machine::{FilePageReport, JobStatus, PageReport, SharingReport};
 use crate::snapshot::CreateSnapshot;
 
 /// A request of the guest's API: it is done with 204, or answered with 200.
@@ -98,6 +98,10 @@ guest!(/// Sets what is shared, before the start.
     sharing, put, "/vms/{id}/sharing", body = SharingConfig => 204);
 guest!(/// What of its memory is shared.
     shared, get, "/vms/{id}/vm/sharing" => 200, SharingReport);
+guest!(/// What backs the page of a guest physical address, in decimal or, behind 0x, in hexadecimal.
+    page, get, "/vms/{id}/vm/sharing/pages/{address}", part = "address" => 200, PageReport);
+guest!(/// The guest's pages that a page of a file backs, or may come to back: DEVICE-INODE-OFFSET, in decimal.
+    pages_of_file, get, "/vms/{id}/vm/sharing/files/{page}", part = "page" => 200, FilePageReport);
 guest!(/// The layers of its jail, and those that are missing.
     jail, get, "/vms/{id}/vm/jail" => 200, JailReport);
 guest!(/// The balloon.

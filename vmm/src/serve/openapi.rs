@@ -3,7 +3,7 @@
 use utoipa::OpenApi;
 
 use super::guest_api as guest;
-use super::routes::{console, daemon, images, templates, vms};
+use super::routes::{console, daemon, images, sharers, templates, vms};
 
 /// The document of all that the socket serves.
 #[derive(OpenApi)]
@@ -52,6 +52,8 @@ use super::routes::{console, daemon, images, templates, vms};
         guest::set_metrics,
         guest::sharing,
         guest::shared,
+        guest::page,
+        guest::pages_of_file,
         guest::jail,
         guest::balloon,
         guest::set_balloon,
@@ -76,6 +78,7 @@ use super::routes::{console, daemon, images, templates, vms};
         templates::delete_template,
         daemon::events,
         daemon::metrics,
+        sharers::sharers,
         daemon::health,
         daemon::openapi_json,
     )

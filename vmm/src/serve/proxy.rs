@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::header::{CONTENT_TYPE, HOST, HeaderValue};
@@ -17,6 +18,7 @@ use hyper_util::rt::TokioIo;
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use serde_json::Value;
 use tokio::net::UnixStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::fault::Fault;
@@ -133,6 +135,26 @@ pub async fn ask(
         Some(failure) => Fault::Unreachable(vm.id.clone(), failure.to_string()),
         None => Fault::Silent(vm.id.clone()),
     })
+}
+
+/// Guests that are asked at once.
+const AT_ONCE: usize = 16;
+
+/// What many guests answer, few at a time and in no order; none of those that do not.
+pub async fn ask_each<T, F>(vms: Vec<Arc<Vm>>, ask: impl Fn(Arc<Vm>) -> F) -> Vec<T>
+where
+    T: Send + 'static,
+    F: Future<Output = Option<T>> + Send + 'static,
+{
+    let (mut waiting, mut told) = (vms.into_iter(), Vec::new());
+    let mut tasks: JoinSet<_> = waiting.by_ref().take(AT_ONCE).map(&ask).collect();
+    while let Some(done) = tasks.join_next().await {
+        told.extend(done.ok().flatten());
+        if let Some(vm) = waiting.next() {
+            tasks.spawn(ask(vm));
+        }
+    }
+    told
 }
 
 /// What a guest's process says of the guest.

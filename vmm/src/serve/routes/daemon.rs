@@ -13,7 +13,6 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::task::JoinSet;
 use utoipa::ToSchema;
 
 use super::request::{Query, flag};
@@ -22,10 +21,9 @@ use crate::metrics::CONTENT_TYPE as OPENMETRICS;
 use crate::procfs;
 use crate::serve::events::{Event, EventKind};
 use crate::serve::fault::{Fault, FaultBody};
-use crate::serve::{metrics as counters, openapi};
+use crate::serve::{metrics as counters, openapi, proxy};
 
-/// Guests that are asked for their counters at once, and in all.
-const ASKED_AT_ONCE: usize = 16;
+/// Guests that are asked for their counters.
 const ASKED: usize = 256;
 
 /// The query of metrics.
@@ -103,20 +101,8 @@ pub(in crate::serve) async fn metrics(
         (None, false) => Vec::new(),
     };
     let mut joined = counters::Joined::default();
-    let (mut waiting, mut told) = (asked.into_iter(), BTreeMap::new());
-    let mut tasks: JoinSet<_> = waiting
-        .by_ref()
-        .take(ASKED_AT_ONCE)
-        .map(counters::of_guest)
-        .collect();
-    while let Some(done) = tasks.join_next().await {
-        if let Ok(Some((id, text))) = done {
-            told.insert(id, text);
-        }
-        if let Some(vm) = waiting.next() {
-            tasks.spawn(counters::of_guest(vm));
-        }
-    }
+    let told = proxy::ask_each(asked, counters::of_guest).await;
+    let told: BTreeMap<_, _> = told.into_iter().collect();
     for (id, text) in &told {
         joined.add(id, text);
     }

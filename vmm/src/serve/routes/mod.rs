@@ -5,6 +5,7 @@ pub(super) mod daemon;
 mod guest;
 pub(super) mod images;
 mod request;
+pub(super) mod sharers;
 pub(super) mod templates;
 pub(super) mod vms;
 
@@ -103,6 +104,7 @@ pub fn all(daemon: Arc<Daemon>) -> Router {
             "/templates/{id}",
             get(templates::template).delete(templates::delete_template),
         )
-        .route("/events", get(daemon::events));
+        .route("/events", get(daemon::events))
+        .route("/sharers", get(sharers::sharers));
     finished(router, daemon)
 }
