@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::bench;
@@ -190,6 +191,16 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         // It may have ended.
         let _ = self.kill();
+        // Its guests outlive it, and the next scenario's daemon would find them again.
+        for process in guest_processes() {
+            let pid = process
+                .file_name()
+                .and_then(|pid| pid.to_str()?.parse().ok());
+            if let Some(pid) = pid.and_then(Pid::from_raw) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        }
+        let _ = fs::remove_dir_all(&self.state);
     }
 }
 
