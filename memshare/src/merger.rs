@@ -213,10 +213,11 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             (state.compared.len(), !state.candidates.is_empty())
         };
         let looks_for = limits.zeros || files > 0;
-        let due = looks_for && looks.is_due(Instant::now(), still.cpu_time(), files);
+        let (now, guest_time) = (Instant::now(), still.cpu_time());
+        let due = looks_for && looks.is_due(now, guest_time, files);
         if !due && !has_candidates {
             pulse.forget();
-        } else if !pulse.is_time(Instant::now(), still.cpu_time()) {
+        } else if !pulse.is_time(now, guest_time) {
             memory.rest(PACE);
             if memory.state().ending {
                 return;
@@ -224,7 +225,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             continue;
         }
         if due {
-            looks.done(Instant::now(), still.cpu_time(), files);
+            looks.done(now, guest_time, files);
             memory.note_compared();
         }
         // Time that is owed is waited for between batches.

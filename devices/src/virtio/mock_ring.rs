@@ -1,5 +1,7 @@
 //! Rings for tests, as a driver writes them.
 
+use proptest::collection::vec;
+use proptest::prelude::*;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{ByteValued, Bytes, GuestAddress};
@@ -73,3 +75,55 @@ impl<'a> Ring<'a> {
 }
 
 pub(super) type RawBuffer = (u64, u32, u16, u16);
+
+/// The flag of a descriptor that stands for a table of others (VIRTIO 1.2, 2.7.5.3).
+pub(super) const INDIRECT: u16 = 4;
+
+/// What the driver of one queue does that means harm: its descriptors, the heads it offers, and by how much its index lies.
+#[derive(Clone, Debug)]
+pub(super) struct Volley {
+    table: Vec<RawBuffer>,
+    heads: Vec<u16>,
+    jump: u16,
+}
+
+impl Volley {
+    /// Of such descriptors. The index is honest so many times for each that it lies.
+    pub(super) fn of(
+        descriptor: impl Strategy<Value = RawBuffer>,
+        honest: u32,
+    ) -> impl Strategy<Value = Self> {
+        let size = usize::from(RING_SIZE);
+        let heads = vec(
+            prop_oneof![40 => 0..RING_SIZE, 1 => Just(RING_SIZE)],
+            0..=size,
+        );
+        let jump = prop_oneof![honest => Just(0u16), 1 => 0..u16::MAX - RING_SIZE];
+        (vec(descriptor, size), heads, jump).prop_map(|(table, heads, jump)| Self {
+            table,
+            heads,
+            jump,
+        })
+    }
+
+    /// Writes it to a ring. Descriptors that are [`INDIRECT`] mean `tables`.
+    pub(super) fn put_on(&self, ring: &Ring<'_>, tables: u64) {
+        for (index, (address, len, flags, next)) in (0u16..).zip(&self.table) {
+            let (address, len) = if flags & INDIRECT == 0 {
+                (*address, *len)
+            } else {
+                (tables, len % 512)
+            };
+            ring.describe(index, (address, len, *flags, *next));
+        }
+        for (slot, head) in (0..).zip(&self.heads) {
+            ring.set_head(slot, *head);
+        }
+        ring.set_available(self.available());
+    }
+
+    /// The index of the available ring, as the driver has it.
+    pub(super) fn available(&self) -> u16 {
+        self.heads.len() as u16 + self.jump
+    }
+}

@@ -299,15 +299,22 @@ fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Reads of a disk by a guest, one after the other.
-const READS: [&str; 4] = [
-    // Into memory that nobody has touched.
-    "cold", // From the guest's page cache, ten times.
-    "warm", // The same, when its pages have become the file's.
-    "shared",
-    // Its page cache dropped, into memory of which some are the file's pages.
-    "refilled",
-];
+/// Reads of a disk by a guest, one after the other: into memory that nobody has touched; from the guest's page cache, ten times; the same when its
+/// pages have become the file's; and, its page cache dropped, into memory of which some are the file's pages.
+const READS: [&str; 4] = ["cold", "warm", "shared", "refilled"];
+
+/// The two numbers of the console's line that starts with `prefix`.
+fn two_numbers(guest: &Guest, prefix: &str) -> Result<[f64; 2], Failure> {
+    let line = guest.line(prefix)?;
+    let numbers: Vec<f64> = line
+        .split(' ')
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    match numbers[..] {
+        [first, second] => Ok([first, second]),
+        _ => Failure::claim(format!("no times: {line}")),
+    }
+}
 
 /// How long a guest takes to read a disk, which the host has in its page cache; by how the reads are shared. In turns.
 pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
@@ -332,14 +339,7 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
             guest.wait_for("OVER")?;
             let mut told = String::new();
             for read in READS {
-                let line = guest.line(&format!("TIME {read} "))?;
-                let times: Vec<f64> = line
-                    .split(' ')
-                    .filter_map(|word| word.parse().ok())
-                    .collect();
-                let [from, to] = times[..] else {
-                    return Failure::claim(format!("no times: {line}"));
-                };
+                let [from, to] = two_numbers(&guest, &format!("TIME {read} "))?;
                 seconds.entry((name, read)).or_default().push(to - from);
                 let _ = write!(told, " {read} {:.2} s", to - from);
             }
@@ -411,14 +411,7 @@ pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
             }
             guest.type_in("\n")?;
             guest.wait_for("OVER")?;
-            let line = guest.line("TOOK ")?;
-            let times: Vec<f64> = line
-                .split(' ')
-                .filter_map(|word| word.parse().ok())
-                .collect();
-            let [first, again] = times[..] else {
-                return Failure::claim(format!("no times: {line}"));
-            };
+            let [first, again] = two_numbers(&guest, "TOOK ")?;
             println!("lab: {name}: {first:.3} s, again {again:.3} s");
             seconds.entry(name).or_default().push(first - again);
         }

@@ -7,12 +7,11 @@ use virtio_queue::QueueT;
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use super::super::mock_ring::{RING_SIZE, RawBuffer, Ring};
+use super::super::mock_ring::{INDIRECT, RING_SIZE, RawBuffer, Ring, Volley};
 use super::mock::{MEMORY_END, device, everything, memory};
 use super::pages::PAGE;
 use super::*;
 
-const INDIRECT: u16 = 4;
 /// A table for indirect descriptors.
 const TABLE: u64 = 0x3_0000;
 /// Page numbers, commands and statistics.
@@ -44,26 +43,8 @@ fn number() -> impl Strategy<Value = u32> {
     prop_oneof![4 => 0u32..4, 4 => 0u32..0x210, 1 => any::<u32>()]
 }
 
-/// What the driver of one queue does: its descriptors, the heads it offers, and by how much its index lies.
-#[derive(Clone, Debug)]
-struct Volley {
-    table: Vec<RawBuffer>,
-    heads: Vec<u16>,
-    jump: u16,
-}
-
 fn volley() -> impl Strategy<Value = Volley> {
-    let size = usize::from(RING_SIZE);
-    let jump = prop_oneof![20 => Just(0u16), 1 => 0..u16::MAX - RING_SIZE];
-    (
-        vec(descriptor(), size),
-        vec(
-            prop_oneof![40 => 0..RING_SIZE, 1 => Just(RING_SIZE)],
-            0..=size,
-        ),
-        jump,
-    )
-        .prop_map(|(table, heads, jump)| Volley { table, heads, jump })
+    Volley::of(descriptor(), 20)
 }
 
 proptest! {
@@ -90,14 +71,7 @@ proptest! {
         }
         let mut used = Vec::new();
         for (ring, volley) in rings.iter().zip(&volleys) {
-            for (index, (address, len, flags, next)) in (0u16..).zip(&volley.table) {
-                let (address, len) = if flags & INDIRECT == 0 { (*address, *len) } else { (TABLE, len % 512) };
-                ring.describe(index, (address, len, *flags, *next));
-            }
-            for (slot, head) in (0..).zip(&volley.heads) {
-                ring.set_head(slot, *head);
-            }
-            ring.set_available(volley.heads.len() as u16 + volley.jump);
+            volley.put_on(ring, TABLE);
             used.push(ring.used_ring());
         }
         let queues = rings.iter().map(|ring| {
@@ -131,7 +105,7 @@ proptest! {
         if !device.interrupt.needs_reset() {
             let roles = queues::roles(features, |_| true);
             for ((ring, volley), role) in rings.iter().zip(&volleys).zip(roles) {
-                let expected = if role.is_some() { volley.heads.len() as u16 + volley.jump } else { 0 };
+                let expected = if role.is_some() { volley.available() } else { 0 };
                 prop_assert_eq!(ring.used(), expected);
             }
         }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 use zerocopy::IntoBytes;
 
-use super::super::mock_ring::{RING_SIZE, RawBuffer, Ring};
+use super::super::mock_ring::{INDIRECT, RING_SIZE, RawBuffer, Ring, Volley};
 use super::mock::{CID, SERVICE, device, memory};
 use super::packet::Header;
 use super::*;
@@ -17,7 +17,6 @@ const TABLE: u64 = 0x3_0000;
 const DATA: u64 = 0x4_0000;
 const HEADERS: u64 = 64;
 const ROOM: u64 = 0x10_0000;
-const INDIRECT: u16 = 4;
 
 fn descriptor(writable: bool) -> impl Strategy<Value = RawBuffer> {
     let address = if writable {
@@ -76,26 +75,8 @@ fn header() -> impl Strategy<Value = Header> {
         })
 }
 
-/// What the driver of one queue does: its descriptors, the heads it offers, and by how much its index lies.
-#[derive(Clone, Debug)]
-struct Volley {
-    table: Vec<RawBuffer>,
-    heads: Vec<u16>,
-    jump: u16,
-}
-
 fn volley(writable: bool) -> impl Strategy<Value = Volley> {
-    let size = usize::from(RING_SIZE);
-    let heads = vec(
-        prop_oneof![40 => 0..RING_SIZE, 1 => Just(RING_SIZE)],
-        0..=size,
-    );
-    let jump = prop_oneof![30 => Just(0u16), 1 => 0..u16::MAX - RING_SIZE];
-    (vec(descriptor(writable), size), heads, jump).prop_map(|(table, heads, jump)| Volley {
-        table,
-        heads,
-        jump,
-    })
+    Volley::of(descriptor(writable), 30)
 }
 
 proptest! {
@@ -124,14 +105,7 @@ proptest! {
         }
         let rings = Ring::several(&memory, QUEUES);
         for (ring, volley) in rings.iter().zip([&rx, &tx, &event]) {
-            for (index, (address, len, flags, next)) in (0u16..).zip(&volley.table) {
-                let (address, len) = if flags & INDIRECT == 0 { (*address, *len) } else { (TABLE, len % 512) };
-                ring.describe(index, (address, len, *flags, *next));
-            }
-            for (slot, head) in (0..).zip(&volley.heads) {
-                ring.set_head(slot, *head);
-            }
-            ring.set_available(volley.heads.len() as u16 + volley.jump);
+            volley.put_on(ring, TABLE);
         }
         let queues = rings.iter().map(|ring| {
             use virtio_queue::QueueT;
@@ -163,7 +137,7 @@ proptest! {
             prop_assert!(is_used || address >= ROOM, "{address:#x} has changed");
         }
         if !device.interrupt.needs_reset() && device.replies.len() < 64 {
-            prop_assert_eq!(rings[1].used(), tx.heads.len() as u16 + tx.jump);
+            prop_assert_eq!(rings[1].used(), tx.available());
         }
         device.reset();
         prop_assert_eq!(device.table.len(), 0);
