@@ -45,3 +45,4 @@ mod stack;
 pub mod text_table;
 pub mod top;
 pub mod vm;
+pub mod zygote;

@@ -1,5 +1,6 @@
 //! The `coppice` command.
 
+use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -11,18 +12,30 @@ use coppice::cli::{
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
-use coppice::{bench, cli, disk_tool, doctor, exit, heap, remote, run, serve, top};
+use coppice::{bench, cli, disk_tool, doctor, exit, heap, remote, run, serve, top, zygote};
 
 fn main() -> ExitCode {
     heap::share();
-    let command = match parse() {
-        Ok(Ok(cli)) => cli.command,
-        Ok(Err(error)) => return told_by_parser(&error),
-        Err(error) => return fail(exit::FAILURE, format_args!("parser of arguments: {error}")),
-    };
+    match parse(std::env::args_os().collect()) {
+        Ok(command) => carry_out(command),
+        Err(code) => code,
+    }
+}
+
+fn carry_out(command: Command) -> ExitCode {
     match command {
         Command::Run(arguments) => run_guest(*arguments),
         Command::Serve(arguments) => serve_guests(*arguments),
+        Command::Zygote { .. } => match zygote::serve() {
+            Ok(None) => ExitCode::SUCCESS,
+            Ok(Some(newborn)) => {
+                match parse(newborn.args.into_iter().map(OsString::from).collect()) {
+                    Ok(command) => carry_out(command),
+                    Err(code) => code,
+                }
+            }
+            Err(error) => fail(exit::FAILURE, format_args!("zygote: {error}")),
+        },
         Command::Vm(arguments) => use_guests(*arguments),
         Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
         Command::Completions { shell } => pages(cli::completions(shell)),
@@ -39,12 +52,21 @@ fn main() -> ExitCode {
 const PARSER_STACK: usize = 1 << 20;
 
 /// Parses the command line on a stack that goes with its thread: it is deep, and would stay with a guest's process for ever.
-fn parse() -> io::Result<Result<Cli, clap::Error>> {
-    let parser = std::thread::Builder::new().stack_size(PARSER_STACK);
-    let parser = parser.spawn(Cli::try_parse)?;
-    parser
-        .join()
-        .map_err(|_| io::Error::other("it has panicked"))
+fn parse(args: Vec<OsString>) -> Result<Command, ExitCode> {
+    let parsed = || {
+        let parser = std::thread::Builder::new().stack_size(PARSER_STACK);
+        let parser = parser.spawn(|| Cli::try_parse_from(args))?;
+        let panicked = |_| io::Error::other("it has panicked");
+        parser.join().map_err(panicked)
+    };
+    match parsed() {
+        Ok(Ok(cli)) => Ok(cli.command),
+        Ok(Err(error)) => Err(told_by_parser(&error)),
+        Err(error) => Err(fail(
+            exit::FAILURE,
+            format_args!("parser of arguments: {error}"),
+        )),
+    }
 }
 
 fn fail(code: u8, error: impl Display) -> ExitCode {

@@ -207,13 +207,23 @@ fn a_daemon_that_is_killed_at_any_step_of_a_clone_leaves_it_whole_or_not_at_all(
 
 #[test]
 fn a_clone_that_is_killed_at_any_step_of_its_making_is_refused_with_a_reason_and_leaves_nothing() {
-    let (daemon, mut killed, before) = (Daemon::start(&[]), Vec::new(), mounts());
-    let guest = source(&daemon, 16);
+    clones_are_killed(&Daemon::start(&[]), Daemon::zygote, &[]);
+}
+
+#[test]
+fn so_is_a_clone_that_is_executed() {
+    clones_are_killed(&Daemon::start(&["--own-layout"]), Daemon::pid, &["execute"]);
+}
+
+/// `maker` starts guests' processes.
+fn clones_are_killed(daemon: &Daemon, maker: fn(&Daemon) -> u32, more_steps: &[&str]) {
+    let (mut killed, before) = (Vec::new(), mounts());
+    let guest = source(daemon, 16);
     assert_eq!(daemon.post("/templates", &template()).0, 201);
     for step in steps() {
-        let killer = Killer::new(daemon.pid(), Victim::Child, step);
+        let killer = Killer::new(maker(daemon), Victim::Child, step);
         let (status, answer) = daemon.post("/vms", &clone());
-        let at = killer.end(|| stir(&daemon));
+        let at = killer.end(|| stir(daemon));
         killed.extend(at);
         match status {
             // Killed when it had begun, if at all.
@@ -233,13 +243,14 @@ fn a_clone_that_is_killed_at_any_step_of_its_making_is_refused_with_a_reason_and
             _ => panic!("{status} {answer}"),
         }
         assert_eq!(files(&daemon.vm_folder("")), ["a"]);
-        no_processes_but(&daemon, &[guest]);
+        no_processes_but(daemon, &[guest]);
         if at.is_none() {
             assert_eq!(status, 201);
             break;
         }
     }
-    were_killed_at(&killed, &["execute", "create a file", "bind", "sync"]);
+    were_killed_at(&killed, &["create a file", "bind", "sync"]);
+    were_killed_at(&killed, more_steps);
     let (status, vm) = daemon.post("/vms", &clone());
     assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
     assert_eq!(daemon.call("DELETE", "/vms/b", None).0, 204);

@@ -310,6 +310,48 @@ fn a_daemon_waits_for_what_a_killed_one_has_left_in_a_process_that_it_was_starti
     assert_eq!(daemon.get("/vms")["vms"], json!([]));
 }
 
+/// Where the program of a process is.
+fn program_at(vm: &Value) -> String {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", vm["pid"])).unwrap();
+    let line = maps.lines().find(|line| line.ends_with("/coppice"));
+    let (start, _) = line.unwrap().split_once('-').unwrap();
+    start.to_owned()
+}
+
+#[test]
+fn guests_are_copies_of_a_process_that_may_end_at_any_time() {
+    let daemon = Daemon::start(&[]);
+    let (a, b) = (daemon.create_waiting("a"), daemon.create_waiting("b"));
+    assert_eq!(program_at(&a), program_at(&b));
+    let line = fs::read_to_string(format!("/proc/{}/cmdline", b["pid"])).unwrap();
+    assert!(
+        line.starts_with("coppice\0run\0--held\0--id\0b\0"),
+        "{line}"
+    );
+    let zygote = daemon.zygote();
+    kill(&json!({"pid": zygote}));
+    let c = daemon.create_waiting("c");
+    assert_ne!(daemon.zygote(), zygote);
+    assert_eq!(daemon.processes().len(), 3);
+    kill(&c);
+    let c = daemon.until_state("c", "failed");
+    assert_eq!(c["end"]["kind"], "killed", "{c}");
+    for id in ["a", "b", "c"] {
+        let (status, _) = daemon.call("DELETE", &format!("/vms/{id}"), None);
+        assert_eq!(status, 204);
+    }
+    let zygote = format!("/proc/{}", daemon.zygote());
+    drop(daemon);
+    until("it ends with its daemon", || !fs::exists(&zygote).unwrap());
+}
+
+#[test]
+fn guests_have_layouts_of_their_own_where_that_is_asked_for() {
+    let daemon = Daemon::start(&["--own-layout"]);
+    let (a, b) = (daemon.create_waiting("a"), daemon.create_waiting("b"));
+    assert_ne!(program_at(&a), program_at(&b));
+}
+
 #[test]
 fn one_state_folder_has_one_daemon() {
     let daemon = Daemon::start(&[]);

@@ -375,11 +375,13 @@ fn a_guest_that_gets_no_memory_is_refused_and_the_daemon_goes_on() {
     let daemon = Daemon::start(&[]);
     daemon.create_waiting("before");
     // Guests inherit the limit.
-    let mut prlimit = Command::new("prlimit");
-    prlimit
-        .arg(format!("--pid={}", daemon.pid()))
-        .arg("--as=200000000");
-    assert!(prlimit.status().unwrap().success());
+    for process in [daemon.pid(), daemon.zygote()] {
+        let mut prlimit = Command::new("prlimit");
+        prlimit
+            .arg(format!("--pid={process}"))
+            .arg("--as=200000000");
+        assert!(prlimit.status().unwrap().success());
+    }
     let mut spec = daemon.spec("g");
     spec["config"]["machine-config"]["mem_size_mib"] = json!(512);
     for _ in 0..3 {

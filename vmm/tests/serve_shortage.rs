@@ -248,7 +248,10 @@ fn a_guest_without_memory_is_no_template_and_no_clone_and_leaves_nothing() {
     assert_eq!(ids(&daemon.get("/templates")), ["t"]);
 
     // Guests inherit the limit.
-    assert!(limit(daemon.pid(), "200000000"));
+    let limit_all = |bytes: &str| {
+        assert!(limit(daemon.pid(), bytes) && limit(daemon.zygote(), bytes));
+    };
+    limit_all("200000000");
     for _ in 0..3 {
         let (status, answer) = daemon.post("/vms", &clone());
         let text = answer["fault_message"].as_str().unwrap();
@@ -256,7 +259,7 @@ fn a_guest_without_memory_is_no_template_and_no_clone_and_leaves_nothing() {
         assert_eq!(files(&daemon.vm_folder("")), ["a"]);
     }
     no_processes_but(&daemon, &[pid(&daemon.get("/vms/a"))]);
-    assert!(limit(daemon.pid(), "unlimited"));
+    limit_all("unlimited");
     let (status, vm) = daemon.post("/vms", &clone());
     assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
     assert!(daemon.echoes("b"));

@@ -69,6 +69,13 @@ pub enum Command {
     Serve(Box<ServeArguments>),
     /// Make and use guests of the host daemon (coppice serve).
     Vm(Box<VmArguments>),
+    /// What `coppice serve` starts for its guests' processes to be copies of; asked on standard input.
+    #[command(hide = true)]
+    Zygote {
+        /// Room for their command lines.
+        #[arg(long)]
+        room: String,
+    },
     /// Attach this terminal to the serial console of a guest of the host daemon.
     Console {
         /// The guest.

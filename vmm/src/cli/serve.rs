@@ -78,6 +78,10 @@ pub struct ServeArguments {
     /// Stop all guests when the daemon ends, and give them so many seconds to shut down [default: they go on].
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "10")]
     pub stop_guests: Option<u64>,
+    /// Execute the program for each guest, so that addresses differ from one guest's process to the next: they are copies of one process otherwise, share
+    /// what the program has put right in its memory when it was loaded, and begin sooner.
+    #[arg(long)]
+    pub own_layout: bool,
     /// What to log: off, error, warn, info, debug or trace, also by module [default: info].
     #[arg(
         long,
@@ -181,6 +185,7 @@ impl ServeArguments {
             },
             jail: self.jail.and_then(Into::into),
             stop_guests: self.stop_guests.map(Duration::from_secs),
+            own_layout: self.own_layout,
         })
     }
 }

@@ -243,7 +243,7 @@ impl Daemon {
                 metadata,
                 restore: restore.as_deref(),
             };
-            process::spawn(&launch)?.release(&folder)
+            process::spawn(&launch, daemon.zygote.as_ref())?.release(&folder)
         });
         let spawned = spawned.await?.map_err(Fault::Spawn)?;
         let process = Arc::new(Process::new(spawned).map_err(Fault::Spawn)?);

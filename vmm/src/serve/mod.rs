@@ -53,6 +53,7 @@ use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::api::{ApiSocket, SocketError};
+use crate::zygote::Zygote;
 use crate::{procfs, signals};
 
 pub use admission::{HELP as ADMISSION, Limits};
@@ -96,6 +97,8 @@ pub struct Options {
     pub jail: Option<JailPolicy>,
     /// Whether guests end with it.
     pub stop_guests: Option<Duration>,
+    /// Whether each guest's process is a program of its own, and no copy of a zygote.
+    pub own_layout: bool,
 }
 
 /// Why the daemon cannot serve.
@@ -141,6 +144,8 @@ pub struct Daemon {
     vms: Mutex<BTreeMap<String, Arc<Vm>>>,
     /// One measures at a time.
     measuring: tokio::sync::Mutex<()>,
+    /// What guests' processes are copies of.
+    zygote: Option<Zygote>,
 }
 
 impl Daemon {
@@ -337,6 +342,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         templating: tokio::sync::Mutex::default(),
         vms: Mutex::default(),
         measuring: tokio::sync::Mutex::default(),
+        zygote: (!options.own_layout).then(Zygote::default),
     });
     daemon.recover().await.map_err(failed())?;
     let (_socket, listener) = once_free(|| bind(&options)).await?;

@@ -8,13 +8,13 @@
 //! So there is no process that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next one
 //! finds it by its number, from the host's side of its namespaces, its start and the host's boot, and holds it by a pidfd, which never means another process.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write};
+use std::fs::{File, OpenOptions};
+use std::io::{self, PipeWriter, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate};
@@ -27,6 +27,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::identity;
 use super::store::{self, PidFile};
+use crate::zygote::{Birth, Zygote};
 use crate::{jail, procfs};
 
 /// Longest log of a guest, and how often it is looked at.
@@ -75,7 +76,7 @@ pub struct Process {
 pub struct Held {
     pid: u32,
     fd: OwnedFd,
-    gate: ChildStdin,
+    gate: PipeWriter,
     start_us: u64,
 }
 
@@ -101,7 +102,7 @@ pub fn age(pid: u32) -> Duration {
 ///
 /// # Errors
 /// What the host says; there is no process then.
-pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
+pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
     store::remove_unfinished(&launch.folder.join("end.json"));
     for left in ["end.json", "pid.json"] {
         match std::fs::remove_file(launch.folder.join(left)) {
@@ -120,52 +121,76 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         Err(error) => return Err(store::named(&path)(error.into())),
     }
-    // The program that runs this, whatever has become of its file.
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0("coppice")
-        .args(["run", "--held", "--id", launch.id])
-        .args(["--api-sock", "api.sock", "--console-sock", "console.sock"])
-        .args(["--end-file", "end.json"]);
-    match launch.restore {
-        Some(restore) => command.args(["--restore", restore]),
-        None => command.args(["--config", "config.json"]),
+    let (stdin, gate) = io::pipe()?;
+    let folder = File::open(launch.folder).map_err(store::named(launch.folder))?;
+    let birth = Birth {
+        args: arguments(launch),
+        stdin: stdin.as_fd(),
+        stderr: log.as_fd(),
+        folder: folder.as_fd(),
+        own_processes: launch.jail.is_some(),
     };
-    if launch.metadata {
-        command.args(["--metadata", identity::METADATA]);
-    }
-    if !launch.start && launch.restore.is_none() {
-        command.arg("--no-start");
-    }
-    command
-        .current_dir(launch.folder)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(log);
-    let mut child = match launch.jail {
-        Some(value) => {
-            command.args(["--jail", value]);
-            jail::spawn(command)?.child
-        }
-        None => command.spawn()?,
+    let pid = match zygote {
+        Some(zygote) => zygote.bear(&birth)?,
+        None => execute(launch, &birth)?,
     };
-    let pid = child.id();
     // A child's number is its own until it has been waited for.
-    let known = || Ok::<_, io::Error>((opened(pid)?, start_us(pid)?));
-    let (known, gate) = (known(), child.stdin.take());
-    match (known, gate) {
-        (Ok((fd, start_us)), Some(gate)) => Ok(Held {
+    let known = opened(pid).and_then(|fd| Ok((start_us(pid)?, fd)));
+    match known {
+        Ok((start_us, fd)) => Ok(Held {
             pid,
             fd,
             gate,
             start_us,
         }),
-        (known, _) => {
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(known.err().unwrap_or(io::ErrorKind::BrokenPipe.into()))
+        Err(error) => {
+            drop(gate);
+            // It ends by itself, as nothing will come on its standard input.
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
+            }
+            Err(error)
         }
     }
+}
+
+fn arguments(launch: &Launch<'_>) -> Vec<String> {
+    let mut args = vec!["coppice", "run", "--held", "--id", launch.id];
+    args.extend(["--api-sock", "api.sock", "--console-sock", "console.sock"]);
+    args.extend(["--end-file", "end.json"]);
+    match launch.restore {
+        Some(restore) => args.extend(["--restore", restore]),
+        None => args.extend(["--config", "config.json"]),
+    }
+    if launch.metadata {
+        args.extend(["--metadata", identity::METADATA]);
+    }
+    if !launch.start && launch.restore.is_none() {
+        args.push("--no-start");
+    }
+    if let Some(value) = launch.jail {
+        args.extend(["--jail", value]);
+    }
+    args.into_iter().map(str::to_owned).collect()
+}
+
+/// Starts a process as a program of its own; its number.
+fn execute(launch: &Launch<'_>, birth: &Birth<'_>) -> io::Result<u32> {
+    // The program that runs this, whatever has become of its file.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("coppice")
+        .args(birth.args.iter().skip(1))
+        .current_dir(launch.folder)
+        .stdin(Stdio::from(birth.stdin.try_clone_to_owned()?))
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(birth.stderr.try_clone_to_owned()?));
+    let child = if birth.own_processes {
+        jail::spawn(command)?.child
+    } else {
+        command.spawn()?
+    };
+    Ok(child.id())
 }
 
 /// Cuts the log of a guest where it has become too long: the process goes on at its beginning.

@@ -20,12 +20,14 @@ pub(super) struct Described {
 
 /// The arguments of `coppice run`, by the kernel's `cmdline` of a process.
 fn run_arguments(cmdline: &str) -> Option<RunArguments> {
-    let words = cmdline.split_terminator('\0');
+    // A copy of the zygote has room behind its words.
+    let words = cmdline.trim_end_matches('\0').split('\0');
     match Cli::try_parse_from(words).ok()?.command {
         Command::Run(arguments) => Some(*arguments),
         Command::Disk(_)
         | Command::Image(_)
         | Command::Serve(_)
+        | Command::Zygote { .. }
         | Command::Vm(_)
         | Command::Console { .. }
         | Command::Completions { .. }

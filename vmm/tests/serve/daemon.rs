@@ -199,6 +199,20 @@ impl Daemon {
         processes
     }
 
+    /// What its guests' processes are copies of.
+    pub fn zygote(&self) -> u32 {
+        // Of whichever thread has started it.
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let children = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("children"));
+        let children: String = threads.flatten().flat_map(children).collect();
+        let is_zygote = |pid: &u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            line.starts_with(b"coppice\0zygote\0")
+        };
+        let mut children = children.split_whitespace().map(|pid| pid.parse().unwrap());
+        children.find(is_zygote).unwrap()
+    }
+
     /// Those, too.
     pub fn all_processes(&self) -> Vec<u32> {
         let vms = fs::canonicalize(self.folder()).unwrap().join("state/vms");

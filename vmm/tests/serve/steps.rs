@@ -22,6 +22,7 @@ pub enum Victim {
 
 /// Somebody who waits for the step.
 pub struct Killer {
+    process: u32,
     over: Arc<AtomicBool>,
     thread: JoinHandle<Option<&'static str>>,
 }
@@ -36,13 +37,22 @@ impl Killer {
             move || Tracer::new(process, victim, number, &watches).run(&over)
         });
         ready.recv().expect("processes can be traced");
-        Self { over, thread }
+        Self {
+            process,
+            over,
+            thread,
+        }
     }
 
     /// The step at which the process was killed, if it came to that. `stir` has whoever is watched do anything.
     pub fn end(self, stir: impl FnOnce()) -> Option<&'static str> {
         self.over.store(true, Ordering::SeqCst);
         stir();
+        // Who waits for a word that nobody says is stirred by a signal that means nothing to it. It may have ended.
+        let _ = kill_process(
+            Pid::from_raw(self.process.cast_signed()).unwrap(),
+            Signal::CONT,
+        );
         self.thread.join().unwrap()
     }
 }
