@@ -117,6 +117,40 @@ impl CgroupConfig {
         write(&group.join("cgroup.procs"), "0")
     }
 
+    /// Processes of the group that the kernel has killed for want of memory since the group was made; 0 where that cannot be told.
+    pub fn oom_kills(&self) -> u64 {
+        self.event("oom_kill")
+    }
+
+    /// Why the kernel has killed a process of the group for want of memory, and what to do about it.
+    pub fn shortage(&self) -> String {
+        let name = self.name.display();
+        if self.event("oom") == 0 {
+            return format!(
+                "the kernel killed the process for want of memory: not its own control group {name} had none left, but one above it or the host. \
+                 Run fewer guests, or give them more memory, and start it again"
+            );
+        }
+        let limit = self.read("memory.max").map(|limit| limit.trim().to_owned());
+        let limit = limit.unwrap_or_else(|error| error.to_string());
+        format!(
+            "the kernel killed the process for want of memory: its control group {name} wanted more than it may have (memory.max: {limit}). \
+             Other guests lack nothing; give this one more RAM, or its group more memory, and start it again"
+        )
+    }
+
+    /// How often something has happened to the memory of the group (cgroup-v2.rst, `memory.events`).
+    fn event(&self, name: &str) -> u64 {
+        let events = self.read("memory.events").unwrap_or_default();
+        let mut events = events.lines().filter_map(|line| line.split_once(' '));
+        let times = events.find_map(|(event, times)| (event == name).then_some(times));
+        times.and_then(|times| times.parse().ok()).unwrap_or(0)
+    }
+
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(root()?.join(self.relative()?).join(file))
+    }
+
     /// Removes the group, which no process is in any more; those above it stay. One that is not there is no error.
     ///
     /// # Errors

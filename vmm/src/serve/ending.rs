@@ -15,6 +15,7 @@ use super::status::{Ended, State, now_ms};
 use super::store;
 use super::vm::Vm;
 use crate::exit::{EndKind, EndReport};
+use crate::jail::CgroupConfig;
 
 /// Restarts in a row, none of which ran for [`LONG`].
 const RESTARTS: u32 = 5;
@@ -26,15 +27,22 @@ impl Daemon {
     /// Waits for the end of a process, and says so.
     pub(super) fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>) {
         let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
+        let earlier = oom_kills(&vm);
         tokio::spawn(async move {
             let exit = process.ended().await;
-            daemon.ended(&vm, exit).await;
+            daemon.ended(&vm, exit, earlier).await;
         });
     }
 
-    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit) {
+    /// A process has ended, before which its control group had `earlier` others killed for want of memory.
+    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit, earlier: u64) {
         let folder = vm.folder.clone();
-        let report = blocking(move || reason(&folder, exit)).await;
+        let group = vm.now().jail.as_ref().and_then(|jail| jail.cgroup());
+        let report = blocking(move || {
+            let short = group.filter(|group| group.oom_kills() > earlier);
+            reason(&folder, exit, short.as_ref())
+        });
+        let report = report.await;
         let report = report.unwrap_or_else(|fault| EndReport::failed(&fault));
         tracing::info!(vm = %vm.id, ?report, "a process has ended");
         let settled = vm.change(|now| {
@@ -129,8 +137,15 @@ impl Daemon {
     }
 }
 
+/// Processes of a guest that the kernel has killed since its control group was made, as the group had no memory left; 0 for a guest without one.
+fn oom_kills(vm: &Vm) -> u64 {
+    let group = vm.now().jail.as_ref().and_then(|jail| jail.cgroup());
+    group.map_or(0, |group| group.oom_kills())
+}
+
 /// Why a process ended: as it says itself, or else as far as it can be told.
-fn reason(folder: &Path, exit: Exit) -> EndReport {
+/// `short` is its control group, where that had no memory left.
+fn reason(folder: &Path, exit: Exit, short: Option<&CgroupConfig>) -> EndReport {
     match store::read(&folder.join("end.json")) {
         Ok(Some(EndReport { kind, text, code })) => {
             // It is the process's own word, and told to many.
@@ -140,20 +155,21 @@ fn reason(folder: &Path, exit: Exit) -> EndReport {
         Ok(None) => {}
         Err(error) => tracing::warn!(%error, "the reason of an end cannot be read"),
     }
-    let (kind, text, code) = match exit {
-        Exit::Code(code) => {
+    let (kind, text, code) = match (exit, short) {
+        (Exit::Signal(9) | Exit::Unseen, Some(group)) => (EndKind::Killed, group.shortage(), None),
+        (Exit::Code(code), _) => {
             let text = format!("the process ended with code {code}");
             (EndKind::Failed, text, Some(code))
         }
-        Exit::Signal(9) => {
+        (Exit::Signal(9), None) => {
             let text = "the process was killed (SIGKILL): by a user, or by the kernel for want of memory, which dmesg would tell";
             (EndKind::Killed, text.to_owned(), None)
         }
-        Exit::Signal(number) => {
+        (Exit::Signal(number), _) => {
             let text = format!("the process crashed, or was killed, by signal {number}");
             (EndKind::Killed, text, None)
         }
-        Exit::Unseen => {
+        (Exit::Unseen, None) => {
             let text = "the process is gone, and has left no reason: it was killed, or the host was restarted";
             (EndKind::Unknown, text.to_owned(), None)
         }

@@ -97,6 +97,16 @@ pub fn age(pid: u32) -> Duration {
     procfs::start_of(pid).map_or(Duration::ZERO, |start| now.saturating_sub(start))
 }
 
+/// A daemon that the kernel is to spare when memory runs out hands that on to its children: guests are to be killed before the host's own services.
+fn forgo_oom_score(pid: u32) -> io::Result<()> {
+    let path = |process: &str| format!("/proc/{process}/oom_score_adj");
+    let own = std::fs::read_to_string(path("self"))?;
+    if own.starts_with('-') {
+        std::fs::write(path(&pid.to_string()), "0")?;
+    }
+    Ok(())
+}
+
 /// Starts the process of a guest. The one place where its command line is made.
 ///
 /// # Errors
@@ -139,6 +149,8 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
     }
     command
         .current_dir(launch.folder)
+        // It is the daemon's service manager, and not a guest's.
+        .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(log);
@@ -151,7 +163,10 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
     };
     let pid = child.id();
     // A child's number is its own until it has been waited for.
-    let known = || Ok::<_, io::Error>((opened(pid)?, start_us(pid)?));
+    let known = || {
+        forgo_oom_score(pid)?;
+        Ok::<_, io::Error>((opened(pid)?, start_us(pid)?))
+    };
     let (known, gate) = (known(), child.stdin.take());
     match (known, gate) {
         (Ok((fd, start_us)), Some(gate)) => Ok(Held {

@@ -65,7 +65,7 @@ impl Daemon {
             (None, State::Restarting) => self.restart_later(&vm, Duration::from_secs(1)),
             (None, _) => {
                 vm.change(|now| now.state = State::Running);
-                self.ended(&vm, Exit::Unseen).await;
+                self.ended(&vm, Exit::Unseen, 0).await;
             }
         }
         Ok(())
