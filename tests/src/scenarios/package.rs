@@ -21,7 +21,7 @@ const STATE: &str = "/var/lib/coppice";
 /// Where the operator has disks and kernels.
 const FILES: &str = "/srv/guests";
 /// The control group of the guests' unit.
-const GUESTS: &str = "/sys/fs/cgroup/system.slice/coppice-guests.service";
+const GUESTS: &str = "/sys/fs/cgroup/system.slice/coppice-guests.service/guests";
 /// Where the operator changes the unit.
 const DROP_IN: &str = "/etc/systemd/system/coppice.service.d";
 /// The command line of the unit, for drop-ins.
@@ -332,11 +332,14 @@ fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failur
 
 /// A guest that may not have the threads that it needs does not start, with a reason that a person can act on, and the other one goes on.
 fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Failure> {
-    serve_with("--jail cgroup=system.slice/coppice-guests.service,pids=3")?;
-    let disk = format!("{FILES}/vmlinuz,ro");
-    let why = refused("coppice", &arguments(name, &disk, "console=ttyS0"))?;
+    serve_with("--jail cgroup=system.slice/coppice-guests.service/guests,pids=3")?;
+    let disk = "/lab/guest/root.vhdx,ro";
+    let why = refused("coppice", &arguments(name, disk, "console=ttyS0"))?;
     println!("lab: {name}: {why}");
-    if !why.contains("pids") {
+    if !["cannot start the thread", name, "pids.max: 3"]
+        .iter()
+        .all(|text| why.contains(text))
+    {
         return Failure::claim(format!(
             "a guest that had no threads left was refused so: {why}"
         ));
@@ -393,7 +396,13 @@ fn run_of(name: &str) -> Vec<String> {
     entries
         .map(|entry| entry.path())
         .filter(|path| read(path.join("comm")).is_ok_and(|comm| comm == name))
-        .map(|path| path.display().to_string())
+        .map(|path| {
+            format!(
+                "{}: {}",
+                path.display(),
+                read(path.join("cgroup")).unwrap_or_default()
+            )
+        })
         .collect()
 }
 
@@ -408,7 +417,11 @@ fn goes(name: &str) -> Result<(), Failure> {
     )?;
     ok("dpkg", &["-r", "coppice"])?;
     same("processes", &run_of("coppice"), &Vec::new())?;
-    for gone in ["/usr/bin/coppice", "/run/coppice", GUESTS] {
+    let group = Path::new(GUESTS)
+        .parent()
+        .and_then(Path::to_str)
+        .unwrap_or(GUESTS);
+    for gone in ["/usr/bin/coppice", "/run/coppice", group] {
         same(gone, &Path::new(gone).exists(), &false)?;
     }
     println!("lab: install again");

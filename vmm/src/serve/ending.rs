@@ -8,6 +8,7 @@ use tokio::time::sleep;
 
 use super::Daemon;
 use super::events::EventKind;
+use super::jail::Jailed;
 use super::lifecycle::blocking;
 use super::process::{Exit, Process};
 use super::spec::RestartPolicy;
@@ -15,7 +16,7 @@ use super::status::{Ended, State, now_ms};
 use super::store;
 use super::vm::Vm;
 use crate::exit::{EndKind, EndReport};
-use crate::jail::CgroupConfig;
+use crate::jail::{CgroupConfig, LimitHits};
 
 /// Restarts in a row, none of which ran for [`LONG`].
 const RESTARTS: u32 = 5;
@@ -24,23 +25,27 @@ const LONG: Duration = Duration::from_mins(1);
 const LONGEST_TEXT: usize = 4096;
 
 impl Daemon {
-    /// Waits for the end of a process, and says so.
-    pub(super) fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>) {
+    /// Waits for the end of a process, and says so. Its control group had met its limits so often before.
+    pub(super) fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>, before: LimitHits) {
         let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
-        let earlier = oom_kills(&vm);
         tokio::spawn(async move {
             let exit = process.ended().await;
-            daemon.ended(&vm, exit, earlier).await;
+            daemon.ended(&vm, exit, before).await;
         });
     }
 
-    /// A process has ended, before which its control group had `earlier` others killed for want of memory.
-    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit, earlier: u64) {
+    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit, before: LimitHits) {
         let folder = vm.folder.clone();
-        let group = vm.now().jail.as_ref().and_then(|jail| jail.cgroup());
+        let group = vm.now().jail.as_ref().and_then(Jailed::cgroup);
         let report = blocking(move || {
-            let short = group.filter(|group| group.oom_kills() > earlier);
-            reason(&folder, exit, short.as_ref())
+            let hits = group.as_ref().map(CgroupConfig::hits).unwrap_or_default();
+            let killed = group.as_ref().filter(|_| hits.killed > before.killed);
+            let mut report = reason(&folder, exit, killed);
+            let refused = group.as_ref().filter(|_| hits.refused > before.refused);
+            if let (EndKind::Failed, Some(group)) = (report.kind, refused) {
+                report.text = format!("{}: {}", report.text, group.few_threads());
+            }
+            report
         });
         let report = report.await;
         let report = report.unwrap_or_else(|fault| EndReport::failed(&fault));
@@ -137,15 +142,9 @@ impl Daemon {
     }
 }
 
-/// Processes of a guest that the kernel has killed since its control group was made, as the group had no memory left; 0 for a guest without one.
-fn oom_kills(vm: &Vm) -> u64 {
-    let group = vm.now().jail.as_ref().and_then(|jail| jail.cgroup());
-    group.map_or(0, |group| group.oom_kills())
-}
-
 /// Why a process ended: as it says itself, or else as far as it can be told.
-/// `short` is its control group, where that had no memory left.
-fn reason(folder: &Path, exit: Exit, short: Option<&CgroupConfig>) -> EndReport {
+/// `killed` is its control group, where one of that was killed for want of memory.
+fn reason(folder: &Path, exit: Exit, killed: Option<&CgroupConfig>) -> EndReport {
     match store::read(&folder.join("end.json")) {
         Ok(Some(EndReport { kind, text, code })) => {
             // It is the process's own word, and told to many.
@@ -155,7 +154,7 @@ fn reason(folder: &Path, exit: Exit, short: Option<&CgroupConfig>) -> EndReport 
         Ok(None) => {}
         Err(error) => tracing::warn!(%error, "the reason of an end cannot be read"),
     }
-    let (kind, text, code) = match (exit, short) {
+    let (kind, text, code) = match (exit, killed) {
         (Exit::Signal(9) | Exit::Unseen, Some(group)) => (EndKind::Killed, group.shortage(), None),
         (Exit::Code(code), _) => {
             let text = format!("the process ended with code {code}");
