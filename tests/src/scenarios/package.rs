@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::jail::expect_layers;
@@ -171,6 +172,7 @@ fn is_confined(name: &str) -> Result<Value, Failure> {
         &["credentials", "pid_namespace", "cgroup", "landlock"],
     )?;
     let pid = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?["pid"].clone();
+    let number = pid.to_string();
     let group = Path::new(GUESTS).join(name);
     same(
         "memory.max",
@@ -178,7 +180,7 @@ fn is_confined(name: &str) -> Result<Value, Failure> {
         &MEMORY,
     )?;
     let members = read(group.join("cgroup.procs"))?;
-    if !members.lines().any(|member| member == pid.to_string()) {
+    if !members.lines().any(|member| member == number) {
         return Failure::claim(format!("{name}, {pid}, is not in its group: {members}"));
     }
     let daemon = main_pid()?;
@@ -189,7 +191,7 @@ fn is_confined(name: &str) -> Result<Value, Failure> {
         &"0::/system.slice/coppice.service",
     )?;
     // The host would rather lose a guest than its own services.
-    for (pid, score) in [(daemon, "-900"), (pid.to_string(), "0")] {
+    for (pid, score) in [(daemon, "-900"), (number, "0")] {
         same(
             "oom_score_adj",
             &read(format!("/proc/{pid}/oom_score_adj"))?.as_str(),
@@ -406,6 +408,22 @@ fn run_of(name: &str) -> Vec<String> {
         .collect()
 }
 
+/// The process that keeps the guests' group is killed, and they go on, as the unit does.
+fn loses_its_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
+    println!("lab: the keeper is killed");
+    let processes = Path::new(GUESTS)
+        .with_file_name("keeper")
+        .join("cgroup.procs");
+    let keeper = read(&processes)?.parse().ok().and_then(Pid::from_raw);
+    let Some(keeper) = keeper else {
+        return Failure::claim("not one process keeps the guests' group");
+    };
+    kill_process(keeper, Signal::KILL).map_err(|error| Failure::io("kill")(error.into()))?;
+    wait_until("the keeper is gone", || Ok(read(&processes)?.is_empty()))?;
+    ok("systemctl", &["is-active", "coppice-guests.service"])?;
+    goes_on(name, pid)
+}
+
 /// The package is removed: its guests have closed their disks and ended, and what they were is there for the next installation. Then it is purged.
 fn goes(name: &str) -> Result<(), Failure> {
     println!("lab: remove");
@@ -473,6 +491,7 @@ fn live() -> Result<Figures, Failure> {
     goes_on("free", &free)?;
     goes_on("web", &pid)?;
     ok("coppice", &["vm", "delete", "free", "greedy"])?;
+    loses_its_keeper("web", &pid)?;
     goes("web")?;
     Ok(Figures::from([
         ("out_of_memory".into(), memory),
