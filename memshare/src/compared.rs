@@ -5,6 +5,9 @@
 //!
 //! What a page may be is known from a sample of its bytes, taken of all pages of the file once; whether it is, the merger finds out as for any candidate. A
 //! reference is of a guest in which nothing ran, and the other file the guest has: that a page is equal tells a guest nothing of anybody else.
+//!
+//! A guest that was loaded from a snapshot has pages of its own that are as they were there: a processor that walks the guest's page tables has written to
+//! each of them for KVM, and much of what a kernel changes it changes back. It is compared with that snapshot, by the table of what was mapped.
 
 use std::fs::File;
 use std::hash::{DefaultHasher, Hasher};
@@ -163,6 +166,9 @@ impl SharedMemory {
 
     /// Notes the guest's own pages that may be pages of the files that they are compared with.
     pub(crate) fn note_compared(&self) {
+        if self.limits().base {
+            self.note_base();
+        }
         let files = self.state().compared.clone();
         if files.is_empty() {
             return;
@@ -183,6 +189,25 @@ impl SharedMemory {
                     .find_map(|file| Some((file.find(gfn, sample)?, &file.file)));
                 if let Some((offset, file)) = found {
                     self.note_page(gfn, file, offset);
+                }
+            }
+        }
+    }
+
+    /// Notes the guest's own pages that were a snapshot's.
+    fn note_base(&self) {
+        for region in self.regions() {
+            let Ok(kinds) = region.window.page_kinds(0, region.window.len()) else {
+                continue;
+            };
+            let own = region.gfns().zip(kinds);
+            for (gfn, _) in own.filter(|(_, kind)| *kind == PageKind::Private) {
+                let base = match self.state().base.files() {
+                    Some(base) => base.get(gfn),
+                    None => return,
+                };
+                if let Some(base) = base {
+                    self.note_page(gfn, &base.file, base.offset);
                 }
             }
         }

@@ -506,37 +506,50 @@ impl SharedMemory {
     pub fn refresh(&self) {
         let now = self.now();
         let mut state = self.state();
-        let runs: Vec<Run> = state
-            .mapped
-            .runs()
-            .filter(|run| matches!(run.backing.state, PageState::Mapped { .. }))
-            .collect();
-        for run in runs {
-            let kinds = self
-                .locate(&run.gfns())
-                .map(|(window, at)| window.page_kinds(at, run.pages * PAGE_SIZE));
-            let Some(Ok(kinds)) = kinds else { continue };
-            let settled = match run.backing.state {
-                PageState::Mapped { since, .. } if !is_recent(since, now) => PageState::Mapped {
-                    since: 0,
-                    strikes: 0,
-                },
-                state => state,
-            };
-            if settled != run.backing.state {
-                state.mapped.set_state(run.clone(), settled);
+        for region in &self.regions {
+            let gfns = region.gfns();
+            let runs: Vec<Run> = state
+                .mapped
+                .within(gfns.clone())
+                .filter(|run| matches!(run.backing.state, PageState::Mapped { .. }))
+                .collect();
+            if runs.is_empty() {
+                continue;
             }
-            let is_private =
-                |gfn: u64| kinds.get((gfn - run.gfn) as usize) == Some(&PageKind::Private);
-            let private = alike(run.gfns(), is_private).into_iter();
-            for (gfns, _) in private.filter(|(_, is_private)| *is_private) {
-                if let (PageState::Mapped { since, strikes }, Some(part)) =
-                    (settled, run.cut(&gfns))
-                {
-                    add(&self.stats.copied, part.pages);
-                    let copied = PageState::Copied { since, strikes };
-                    state.mapped.set_state(part, copied);
-                }
+            let Ok(kinds) = region.window.page_kinds(0, region.window.len()) else {
+                continue;
+            };
+            for run in runs {
+                self.refresh_run(&mut state, &run, now, |gfn| {
+                    kinds.get((gfn - gfns.start) as usize) == Some(&PageKind::Private)
+                });
+            }
+        }
+    }
+
+    fn refresh_run(
+        &self,
+        state: &mut State,
+        run: &Run,
+        now: u32,
+        is_private: impl Fn(u64) -> bool,
+    ) {
+        let settled = match run.backing.state {
+            PageState::Mapped { since, .. } if !is_recent(since, now) => PageState::Mapped {
+                since: 0,
+                strikes: 0,
+            },
+            state => state,
+        };
+        if settled != run.backing.state {
+            state.mapped.set_state(run.clone(), settled);
+        }
+        let private = alike(run.gfns(), is_private).into_iter();
+        for (gfns, _) in private.filter(|(_, is_private)| *is_private) {
+            if let (PageState::Mapped { since, strikes }, Some(part)) = (settled, run.cut(&gfns)) {
+                add(&self.stats.copied, part.pages);
+                let copied = PageState::Copied { since, strikes };
+                state.mapped.set_state(part, copied);
             }
         }
     }

@@ -239,6 +239,18 @@ impl SharedMemory {
                     self.stats().refuse(Refusal::Differs, count);
                     continue;
                 }
+                let below = state.mapped.within(gfns.clone());
+                let below = below.filter(|run| is_part(run, &part));
+                if below.map(|run| run.pages).sum::<u64>() == count {
+                    // Under its copy: what is mapped needs no change.
+                    if window.forget(offset_of(first), count * PAGE_SIZE).is_ok() {
+                        add(&self.stats().merged, count);
+                        state
+                            .mapped
+                            .set_state(part, PageState::Mapped { since, strikes });
+                    }
+                    continue;
+                }
                 if is_zero {
                     // Zeros take no page of the file, nor of anybody.
                     if self

@@ -25,8 +25,8 @@ const LOOKS: [u64; 20] = [
     1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
 ];
 
-/// A guest whose vCPUs have used less than this share of a core since the last look, in percent, has changed too little for another.
-const IDLE: u32 = 3;
+/// A guest whose vCPUs have used less than this CPU time since the last look has changed too little for another.
+const IDLE: Duration = Duration::from_millis(20);
 
 /// How long work waits at most for a guest that does not rest.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -107,8 +107,8 @@ impl Pulse {
 struct Looks {
     started: Instant,
     next: usize,
-    /// When the guest was last looked at or found idle, and its CPU time then.
-    last: Option<(Instant, Duration)>,
+    /// The guest's CPU time when it was last looked at.
+    last: Option<Duration>,
     /// Files that it was compared with.
     files: usize,
 }
@@ -127,24 +127,27 @@ impl Looks {
     /// now.
     fn is_due(&mut self, now: Instant, cpu_time: Duration, files: usize) -> bool {
         if self.left(now) == Some(Duration::ZERO) {
-            let is_idle = self.last.is_some_and(|(at, before)| {
-                cpu_time.saturating_sub(before) * 100 < now.saturating_duration_since(at) * IDLE
-            });
-            if !is_idle {
+            let used = self.last.map(|before| cpu_time.saturating_sub(before));
+            if used.is_none_or(|used| used >= IDLE) {
                 return true;
             }
-            self.done(now, cpu_time, self.files);
+            self.pass(now);
         }
         files > self.files
     }
 
-    /// The guest has been looked at, or needs not be.
+    /// The guest has been looked at.
     fn done(&mut self, now: Instant, cpu_time: Duration, files: usize) {
+        self.pass(now);
+        self.last = Some(cpu_time);
+        self.files = files;
+    }
+
+    /// The looks until now are over.
+    fn pass(&mut self, now: Instant) {
         while self.left(now) == Some(Duration::ZERO) {
             self.next += 1;
         }
-        self.last = Some((now, cpu_time));
-        self.files = files;
     }
 
     /// How long it is to the next, if there is one.
@@ -212,7 +215,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             let state = memory.state();
             (state.compared.len(), !state.candidates.is_empty())
         };
-        let looks_for = limits.zeros || files > 0;
+        let looks_for = limits.zeros || limits.base || files > 0;
         let (now, guest_time) = (Instant::now(), still.cpu_time());
         let due = looks_for && looks.is_due(now, guest_time, files);
         if !due && !has_candidates {
@@ -333,6 +336,10 @@ mod tests {
         looks.done(at(2), cpu(900), 0);
         assert!(!looks.is_due(at(4), cpu(910), 0), "it was idle");
         assert_eq!(looks.left(at(4)), Some(Duration::from_secs(1)));
+        assert!(
+            looks.is_due(at(5), cpu(920), 0),
+            "it was idle each time, and not in all"
+        );
         assert!(looks.is_due(at(4), cpu(910), 1), "a file has come");
         looks.done(at(4), cpu(910), 1);
         assert!(!looks.is_due(at(4), cpu(910), 1));

@@ -70,6 +70,8 @@ pub struct Limits {
     pub runs: usize,
     /// Whether pages of zeros that the guest holds after boot go back to the host.
     pub zeros: bool,
+    /// Whether pages that are again as in the snapshot that the guest was loaded from go back to the host.
+    pub base: bool,
     /// Whether guest memory may have transparent huge pages, which are not split for less than the whole of them.
     pub huge_pages: bool,
 }
@@ -91,6 +93,7 @@ impl Limits {
             burst: Duration::from_secs(2),
             runs: max_map_count() / 4,
             zeros: false,
+            base: false,
             huge_pages,
         }
     }

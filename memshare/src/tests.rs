@@ -49,6 +49,7 @@ fn limits() -> Limits {
         burst: Duration::from_secs(10),
         runs: 1000,
         zeros: false,
+        base: false,
         huge_pages: false,
     }
 }
@@ -455,6 +456,50 @@ fn a_reference_takes_the_place_of_pages_that_are_equal() {
     assert_eq!(merge(&memory, &Gate::default()), Progress::Done);
     assert_eq!(memory.stats().merged.load(Ordering::Relaxed), 8);
     assert_eq!(memory.stats().refused(Refusal::Differs), 4);
+}
+
+#[test]
+fn what_is_again_as_in_the_snapshot_goes_back_to_it() {
+    let memory = memory(Limits {
+        base: true,
+        ..limits()
+    });
+    let base = memory.files().share(&file(3)).unwrap();
+    memory.map_base(START, PAGES * PAGE_SIZE, &base, 0).unwrap();
+    for page in 8..16 {
+        let seed = if page == 12 { 4 } else { 3 };
+        window(&memory)
+            .0
+            .write(page * PAGE_SIZE, &content(seed, page));
+    }
+    // What was given back has no mapping of the file any more.
+    memory.give_back(START + 30 * PAGE_SIZE, PAGE_SIZE).unwrap();
+    window(&memory).0.write(30 * PAGE_SIZE, &content(3, 30));
+    let mappings = || std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mapped = || {
+        mappings()
+            .matches(&base.path().display().to_string())
+            .count()
+    };
+    let before = mapped();
+    assert_eq!(memory.usage().unwrap().private, 9);
+    memory.note_compared();
+    assert_eq!(merge(&memory, &Gate::default()), Progress::Done);
+    assert_eq!(memory.usage().unwrap().private, 1);
+    assert_eq!(memory.stats().refused(Refusal::Differs), 1);
+    assert_eq!(
+        mapped(),
+        before - 1,
+        "page 30 has joined its neighbours, and nothing else was mapped"
+    );
+    for page in 0..PAGES {
+        let seed = if page == 12 { 4 } else { 3 };
+        assert!(
+            window(&memory)
+                .0
+                .holds(page * PAGE_SIZE, &content(seed, page))
+        );
+    }
 }
 
 #[test]

@@ -352,25 +352,23 @@ impl Window {
     /// # Errors
     /// As [`Window::map_file`], and where `/proc` is not to be had.
     pub fn page_kinds(&self, offset: u64, len: u64) -> io::Result<Vec<PageKind>> {
-        /// Pages that are asked for at once.
-        const PIECE: usize = 1024;
+        /// Bytes of the entries of pages that are asked for at once.
+        const PIECE: usize = 512 * 8;
         let (address, size) = self.pages(offset, len)?;
         let pagemap = File::open("/proc/self/pagemap")?;
-        let (mut left, mut at) = (size / PAGE_SIZE as usize, address as u64 / PAGE_SIZE * 8);
-        let mut kinds = Vec::with_capacity(left);
-        let mut entries = vec![0; left.min(PIECE) * 8];
+        let pages = size / PAGE_SIZE as usize;
+        let (mut left, mut at) = (pages * 8, address as u64 / PAGE_SIZE * 8);
+        let mut kinds = Vec::with_capacity(pages);
+        let mut entries = [0; PIECE];
         while left > 0 {
-            let count = left.min(PIECE);
-            let entries = &mut entries[..count * 8];
+            let len = left.min(PIECE);
+            let entries = &mut entries[..len];
             pagemap.read_exact_at(entries, at)?;
             let (entries, _) = entries.as_chunks::<8>();
-            kinds.extend(
-                entries
-                    .iter()
-                    .map(|entry| PageKind::of(u64::from_ne_bytes(*entry))),
-            );
-            left -= count;
-            at += count as u64 * 8;
+            let of = entries.iter().map(|entry| u64::from_ne_bytes(*entry));
+            kinds.extend(of.map(PageKind::of));
+            left -= len;
+            at += len as u64;
         }
         Ok(kinds)
     }

@@ -1,13 +1,14 @@
 //! A guest that the agent has started, and its console.
 
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 
+use crate::growing::Growing;
 use crate::result::Failure;
 
 /// Longest wait for anything a guest does; it is emulated twice over.
@@ -18,43 +19,6 @@ const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
 /// Where Coppice keeps unpacked kernels in the lab: on its disk, as on a server.
 pub const KERNEL_CACHE: &str = "/mnt/cache";
-
-/// Text that grows while it is read.
-#[derive(Default)]
-struct Growing {
-    state: Mutex<(String, bool)>,
-    grew: Condvar,
-}
-
-impl Growing {
-    fn lock(&self) -> MutexGuard<'_, (String, bool)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until the source has ended, and all of it is here.
-    fn wait_for_end(&self) {
-        let state = self.lock();
-        drop(self.grew.wait_while(state, |state| !state.1));
-    }
-
-    fn follow(self: &Arc<Self>, mut source: impl Read + Send + 'static) {
-        let this = self.clone();
-        std::thread::spawn(move || {
-            let mut bytes = [0; 4096];
-            loop {
-                // A source that fails has ended.
-                let len = source.read(&mut bytes).unwrap_or(0);
-                let mut state = this.lock();
-                state.0.push_str(&String::from_utf8_lossy(&bytes[..len]));
-                state.1 = len == 0;
-                this.grew.notify_all();
-                if len == 0 {
-                    return;
-                }
-            }
-        });
-    }
-}
 
 /// How to start a guest.
 pub struct Start {
@@ -151,8 +115,8 @@ impl Start {
             .map_err(Failure::io("start coppice"))?;
         let (console, log) = (Arc::<Growing>::default(), Arc::<Growing>::default());
         if let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) {
-            console.follow(stdout);
-            log.follow(stderr);
+            console.follow(stdout.into())?;
+            log.follow(stderr.into())?;
         }
         Ok(Guest {
             child,
@@ -191,25 +155,16 @@ impl Guest {
     }
 
     fn wait_since(&self, since: Instant, text: &str) -> Result<Duration, Failure> {
-        let mut state = self.console.lock();
-        while !state.0.contains(text) {
-            let left = PATIENCE.saturating_sub(since.elapsed());
-            if state.1 || left.is_zero() {
-                return Failure::claim(format!("the console never showed {text:?}"));
-            }
-            state = self
-                .console
-                .grew
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+        let left = PATIENCE.saturating_sub(since.elapsed());
+        if !self.console.wait_for(text, left) {
+            return Failure::claim(format!("the console never showed {text:?}"));
         }
         Ok(self.started.elapsed())
     }
 
     /// What the console has shown.
     pub fn console(&self) -> String {
-        self.console.lock().0.clone()
+        self.console.text()
     }
 
     /// The rest of the first whole console line that starts with `prefix`.
@@ -285,7 +240,7 @@ impl Guest {
         format!(
             "--- console\n{}\n--- log\n{}\n",
             self.console(),
-            self.log.lock().0
+            self.log.text()
         )
     }
 }

@@ -10,6 +10,7 @@
 
 mod agent;
 mod api;
+mod growing;
 mod guest;
 mod host;
 #[allow(

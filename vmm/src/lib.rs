@@ -41,6 +41,7 @@ pub mod run;
 pub mod serve;
 pub mod signals;
 pub mod snapshot;
+mod stack;
 pub mod text_table;
 pub mod top;
 pub mod vm;

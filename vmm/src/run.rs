@@ -26,6 +26,7 @@ use crate::mmds::{MetadataFileError, Mmds};
 use crate::reference::{self, Warmer};
 use crate::signals::{self, Signals};
 use crate::snapshot::{LoadSnapshot, Loading};
+use crate::{heap, stack};
 
 /// What `coppice run` was asked for.
 #[derive(Debug)]
@@ -202,6 +203,8 @@ impl Launcher {
             Origin::Snapshot(loading) => Machine::load(config, *loading, ops, surroundings),
         }?;
         self.console().connect(Box::new(machine.console().clone()));
+        heap::give_back();
+        stack::give_back();
         Ok(Box::new(machine))
     }
 }

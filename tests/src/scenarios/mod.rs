@@ -3,6 +3,7 @@
 mod balloon;
 mod bench;
 mod boot;
+mod clone_cost;
 mod control;
 mod density;
 mod disk;
@@ -269,6 +270,7 @@ pub const ALL: &[Scenario] = &[
         limit: density::LIMIT,
         ..on_demand("sixty_four_guests_of_128_mib_live_in_8_gib", share::many)
     },
+    on_demand("idle_clone_explained", clone_cost::explain),
     on_demand(
         "status_requests_cost_no_guest_anything",
         serve::status_requests,

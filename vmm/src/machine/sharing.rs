@@ -94,6 +94,7 @@ impl Plan {
         let limits = Limits {
             // A guest that has booted elsewhere has given back what it had of them.
             zeros: mode == ShareMode::All && boots,
+            base: mode == ShareMode::All && !boots,
             ..Limits::of_host(config.cpu_percent, huge_pages)
         };
         let memory = Arc::new(vm.share(limits));

@@ -26,11 +26,11 @@ use super::vsock::{Vsock, VsockHost};
 use super::{GuestEnd, Machine, StartError, Subscriber, Surroundings, host, lock};
 use crate::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use crate::config::VmConfig;
+use crate::jail;
 use crate::pmem::Pmem;
 use crate::reference::Size;
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use crate::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
-use crate::{heap, jail};
 
 pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
@@ -140,7 +140,6 @@ impl Assembled {
         start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Machine, StartError> {
-        heap::give_back();
         // From here on a guest may have taken over whoever serves it.
         jail::seccomp::started(self.vsock.is_some()).map_err(host("seccomp filter"))?;
         let faults = self.plan.faults().clone();

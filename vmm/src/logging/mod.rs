@@ -1,5 +1,7 @@
 //! The log: lines of text or JSON, to standard error or a file, and changes of that while it runs.
 
+mod events;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -17,6 +19,7 @@ use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::reload;
 
+use self::events::Events;
 use crate::config::{LogLevel, LoggerConfig};
 use crate::console;
 use crate::jail::seccomp;
@@ -103,7 +106,7 @@ struct Settings {
 #[derive(Clone, Debug)]
 pub struct Log {
     settings: Arc<Settings>,
-    filter: reload::Handle<Targets, tracing_subscriber::Registry>,
+    filter: reload::Handle<Targets, Events>,
 }
 
 impl Log {
@@ -134,7 +137,7 @@ impl Log {
                 .with_writer(output)
                 .boxed(),
         };
-        let subscriber = tracing_subscriber::registry().with(filter).with(layer);
+        let subscriber = Events.with(filter).with(layer);
         (
             Self {
                 settings,
@@ -347,6 +350,19 @@ mod tests {
         assert_eq!(
             line["fields"],
             serde_json::json!({"message": "two\nlines", "drive": "a"})
+        );
+    }
+
+    #[test]
+    fn what_a_library_logs_within_a_span_is_a_line_without_it() {
+        let text = logged(LogFormat::Text, LoggerConfig::default(), || {
+            let span = tracing::error_span!("a span", key = 1);
+            span.in_scope(|| tracing::error!("within"));
+            assert!(span.is_disabled());
+        });
+        assert!(
+            text.ends_with("within\n") && !text.contains("a span"),
+            "{text}"
         );
     }
 

@@ -1,0 +1,127 @@
+//! What programs write, gathered by one thread for all: threads for each would be memory that a guest seems to take.
+
+use std::io::{PipeReader, PipeWriter, Read, Write};
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::result::Failure;
+
+/// Text that grows while it is read.
+#[derive(Default)]
+pub struct Growing {
+    state: Mutex<State>,
+    grew: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    text: String,
+    ended: bool,
+}
+
+impl Growing {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What there is so far.
+    pub fn text(&self) -> String {
+        self.lock().text.clone()
+    }
+
+    /// Waits until the source has ended, and all of it is here.
+    pub fn wait_for_end(&self) {
+        let state = self.lock();
+        drop(self.grew.wait_while(state, |state| !state.ended));
+    }
+
+    /// Waits until `wanted` is there; `false` where the source ends before, or `patience` does.
+    pub fn wait_for(&self, wanted: &str, patience: Duration) -> bool {
+        let begun = Instant::now();
+        let mut state = self.lock();
+        while !state.text.contains(wanted) {
+            let left = patience.saturating_sub(begun.elapsed());
+            if state.ended || left.is_zero() {
+                return false;
+            }
+            state = self
+                .grew
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        true
+    }
+
+    /// Grows by what comes from the source.
+    pub fn follow(self: &Arc<Self>, source: OwnedFd) -> Result<(), Failure> {
+        static FOLLOWER: Mutex<Option<Follower>> = Mutex::new(None);
+        let mut follower = FOLLOWER.lock().unwrap_or_else(PoisonError::into_inner);
+        if follower.is_none() {
+            *follower = Some(Follower::start()?);
+        }
+        let source = (source, self.clone());
+        follower.as_mut().map_or(Ok(()), |it| it.add(source))
+    }
+
+    /// Reads once from a source that has something; `false` at its end.
+    fn grow(&self, source: &OwnedFd) -> bool {
+        let mut bytes = [0; 4096];
+        // A source that fails has ended.
+        let len = rustix::io::read(source, &mut bytes).unwrap_or(0);
+        let mut state = self.lock();
+        state.text.push_str(&String::from_utf8_lossy(&bytes[..len]));
+        state.ended = len == 0;
+        self.grew.notify_all();
+        len > 0
+    }
+}
+
+/// A source, and what grows by it.
+type Followed = (OwnedFd, Arc<Growing>);
+
+/// The way to the thread that reads all sources.
+struct Follower {
+    added: Sender<Followed>,
+    /// Has it look at what was added.
+    wake: PipeWriter,
+}
+
+impl Follower {
+    fn start() -> Result<Self, Failure> {
+        let (woken, wake) = std::io::pipe().map_err(Failure::io("make a pipe"))?;
+        let (added, taken) = channel();
+        std::thread::spawn(move || follow_all(&taken, woken));
+        Ok(Self { added, wake })
+    }
+
+    fn add(&mut self, source: Followed) -> Result<(), Failure> {
+        let lost = || Failure::Claim("the reader of consoles has ended".to_owned());
+        self.added.send(source).map_err(|_| lost())?;
+        let woken = self.wake.write_all(&[0]);
+        woken.map_err(Failure::io("wake the reader of consoles"))
+    }
+}
+
+fn follow_all(added: &Receiver<Followed>, mut woken: PipeReader) {
+    let mut sources: Vec<Followed> = Vec::new();
+    loop {
+        let mut fds = vec![PollFd::new(&woken, PollFlags::IN)];
+        let theirs = sources.iter().map(|(fd, _)| PollFd::new(fd, PollFlags::IN));
+        fds.extend(theirs);
+        // An interruption shows nothing ready.
+        let _ = poll(&mut fds, None);
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        let mut ready = ready.into_iter();
+        if ready.next() == Some(true) {
+            // As many bytes as there are news, or fewer, and then it is woken again.
+            let _ = woken.read(&mut [0; 64]);
+        }
+        sources.retain(|(fd, text)| ready.next() != Some(true) || text.grow(fd));
+        sources.extend(added.try_iter());
+    }
+}
