@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update emulator build install demo test lint unit api web fuzz power-cuts lab bench bench-density clean
+.PHONY: help setup guest guest-update emulator build install deb demo test lint unit api web fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -16,7 +16,8 @@ help:
 	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit api web fuzz lab   the parts of make test"
 	@echo "make web           the daemon's page in headless Chromium; a picture in target/web.png"
-	@echo "make install       into PREFIX (/usr/local), below DESTDIR: program, man pages, completions, systemd unit"
+	@echo "make install       into PREFIX (/usr/local), below DESTDIR: program, man pages, completions, systemd units"
+	@echo "make deb           the same as a Debian package, target/coppice.deb"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
 	@echo "make bench-density memory of many guests in the lab, beside QEMU's; results in target/lab/out/density"
 	@echo "make fuzz          fuzz the disk engine, each target for FUZZ_SECONDS (60)"
@@ -52,9 +53,11 @@ install:
 	$(COPPICE) completions bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/coppice
 	$(COPPICE) completions zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_coppice
 	$(COPPICE) completions fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/coppice.fish
-	mkdir -p $(DESTDIR)$(PREFIX)/lib/systemd/system
-	sed 's|/usr/bin/coppice|$(PREFIX)/bin/coppice|' resources/systemd/coppice.service \
-		> $(DESTDIR)$(PREFIX)/lib/systemd/system/coppice.service
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system resources/systemd/*.service
+	sed -i 's|/usr/bin/coppice|$(PREFIX)/bin/coppice|' $(DESTDIR)$(PREFIX)/lib/systemd/system/coppice.service
+
+deb: build
+	resources/deb.sh
 
 demo: build guest emulator
 	resources/demo.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest. Does nothing where all is there.
+# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb. Does nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$HOME/.cargo/bin:$PATH:/sbin:/usr/sbin
@@ -70,6 +70,12 @@ fi
 if ! cargo nextest --version >/dev/null 2>&1; then
     echo "setup: installing cargo-nextest"
     cargo install --locked cargo-nextest
+fi
+# Pinned, as what it writes into the package's scripts is part of what is tested.
+cargo_deb=3.8.0
+if [ "$(cargo deb --version 2>/dev/null)" != "cargo-deb $cargo_deb" ]; then
+    echo "setup: installing cargo-deb $cargo_deb"
+    cargo install --locked --force "cargo-deb@$cargo_deb"
 fi
 
 # Property tests of the daemon's API. A version of its own, whatever else of Python is here.

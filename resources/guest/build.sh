@@ -7,8 +7,9 @@
 #   root.raw, root.vhdx  ext4 with busybox
 #   full.vhdx            ext4 with bash, coreutils and python3
 #   bench.vhdx           ext4 with busybox, and 40 MiB to read that do not compress
+#   machine.raw          ext4 with systemd and dpkg: the lab's host on which Coppice's package is installed
 #
-# Versions are pinned in packages.lock. A version that the mirror no longer has is replaced by the newest, which is said.
+# Versions are pinned in packages.lock, and those of machine.raw in machine.lock. A version that the mirror no longer has is replaced by the newest, which is said.
 set -euo pipefail
 export LC_ALL=C SOURCE_DATE_EPOCH=1700000000
 PATH=$PATH:/sbin:/usr/sbin
@@ -19,7 +20,7 @@ mkdir -p "$out/packages"
 out=$(cd "$out" && pwd)
 
 # Everything is made anew when the recipe changes, and nothing when it does not.
-stamp=$(cat "$here"/{build.sh,packages.lock,init,host-init,booted.S,stress.py} | sha256sum | cut -d' ' -f1)
+stamp=$(cat "$here"/{build.sh,packages.lock,machine.lock,init,host-init,lab.service,booted.S,stress.py} | sha256sum | cut -d' ' -f1)
 if [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -154,5 +155,40 @@ cp "$work/busybox/bin/busybox" "$work/bench/bin/"
 python3 -c 'import random, sys; sys.stdout.buffer.write(random.Random(1).randbytes(40 << 20))' >"$work/bench/data/40M"
 rootfs bench "$work/bench" 64M
 rm -f "$out/bench.raw"
+
+# machine: a Debian of machine.lock that boots. Its packages are unpacked, and told to its dpkg as installed, but their scripts are not run, which would
+# take root: what those make and this machine needs is made here.
+machine() {
+    local tree=$work/machine name version deb folder list
+    mkdir -p "$tree"/usr/{bin,lib,lib64,sbin} "$tree"/{dev,lab,proc,run,sys,tmp} "$tree/var/lib/dpkg"/{info,updates,triggers}
+    for folder in bin lib lib64 sbin; do
+        ln -s "usr/$folder" "$tree/$folder"
+    done
+    while read -r name version; do
+        [[ -n $name && $name != '#'* ]] || continue
+        deb=$(fetch "$name" "$version")
+        dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink --no-same-owner -C "$tree"
+        { dpkg-deb -f "$deb" && echo "Status: install ok installed" && echo; } >>"$tree/var/lib/dpkg/status"
+        list=$name
+        [ "$(dpkg-deb -f "$deb" Multi-Arch)" != same ] || list=$name:amd64
+        dpkg-deb --fsys-tarfile "$deb" | tar -t | sed 's|^\.||; s|/$||; s|^$|/.|' >"$tree/var/lib/dpkg/info/$list.list"
+    done <"$here/machine.lock"
+    rm -rf "$tree/usr/share"/{doc,locale,info,lintian,man,zoneinfo} "$tree"/usr/lib/x86_64-linux-gnu/gconv
+    ln -s dash "$tree/usr/bin/sh" 2>/dev/null || true
+    ln -s mawk "$tree/usr/bin/awk"
+    printf 'root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n' >"$tree/etc/passwd"
+    printf 'root:x:0:\ntty:x:5:\nkvm:x:104:\nnogroup:x:65534:\n' >"$tree/etc/group"
+    echo lab >"$tree/etc/hostname"
+    echo 0123456789abcdef0123456789abcdef >"$tree/etc/machine-id"
+    # There is no udev, which a login on the serial line would wait for.
+    mkdir -p "$tree/etc/systemd/system/multi-user.target.wants"
+    ln -s /dev/null "$tree/etc/systemd/system/getty.target"
+    ln -s /lib/systemd/system/multi-user.target "$tree/etc/systemd/system/default.target"
+    cp "$here/lab.service" "$tree/etc/systemd/system/"
+    ln -s ../lab.service "$tree/etc/systemd/system/multi-user.target.wants/"
+    rootfs machine "$tree" 512M
+    rm -f "$out/machine.vhdx"
+}
+machine
 
 echo "$stamp" >"$out/stamp"

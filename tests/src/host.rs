@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::peer;
 use crate::result::{Failure, Figures, Outcome, Plan};
-use crate::scenarios::{self, Kind, Scenario};
+use crate::scenarios::{self, Kind, Machine, Scenario};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Least size of the lab disk, beside what is put on it.
@@ -41,6 +41,12 @@ pub fn run(
     let chosen = choose(names)?;
     let (root, started) = (workspace(), Instant::now());
     build(&root)?;
+    if chosen
+        .iter()
+        .any(|scenario| scenario.machine == Machine::Systemd)
+    {
+        command(Command::new(root.join("resources/deb.sh")))?;
+    }
     command(Command::new(root.join("resources/guest/build.sh")))?;
     command(Command::new(root.join("resources/emulator.sh")))?;
     let lab = folder.unwrap_or_else(|| root.join("target/lab"));
@@ -48,21 +54,22 @@ pub fn run(
     let lock = File::create(lab.join("lock")).map_err(Failure::io("make the lab's lock"))?;
     lock.lock().map_err(Failure::io("lock the lab"))?;
     eprintln!("lab: ready after {:.0} s", started.elapsed().as_secs_f64());
-    let sizes: BTreeSet<_> = chosen.iter().map(|scenario| scenario.memory).collect();
+    let host_of = |scenario: &Scenario| (scenario.memory, scenario.machine);
+    let hosts: BTreeSet<_> = chosen.iter().copied().map(host_of).collect();
     let lanes = lanes(&chosen);
     let mut outcomes = Vec::new();
-    for memory in sizes {
+    for host in hosts {
         let same: Vec<_> = chosen
             .iter()
             .copied()
-            .filter(|scenario| scenario.memory == memory)
+            .filter(|scenario| host_of(scenario) == host)
             .collect();
         std::thread::scope(|scope| {
             let running: Vec<_> = (0..lanes)
                 .map(|lane| {
                     let (root, lab) = (&root, &lab);
                     let own = same.iter().copied().skip(lane).step_by(lanes).collect();
-                    scope.spawn(move || run_hosts(root, lab, lane, memory, own))
+                    scope.spawn(move || run_hosts(root, lab, lane, host, own))
                 })
                 .collect();
             for lane in running {
@@ -127,7 +134,7 @@ fn run_hosts(
     root: &Path,
     lab: &Path,
     lane: usize,
-    memory: u32,
+    (memory, machine): (u32, Machine),
     mut left: Vec<&'static Scenario>,
 ) -> Vec<Outcome> {
     let (mut outcomes, out) = (Vec::new(), lab.join("out"));
@@ -136,7 +143,7 @@ fn run_hosts(
         if left.is_empty() {
             break;
         }
-        let ended = run_host(root, &own, &out, memory, &left);
+        let ended = run_host(root, &own, &out, (memory, machine), &left);
         let (done, lost): (Vec<_>, Vec<_>) = left
             .into_iter()
             .partition(|scenario| out.join(scenario.name).join("outcome.json").exists());
@@ -160,7 +167,7 @@ fn run_host(
     root: &Path,
     own: &Path,
     out: &Path,
-    memory: u32,
+    (memory, machine): (u32, Machine),
     scenarios: &[&Scenario],
 ) -> Result<(), Failure> {
     fs::create_dir_all(own).map_err(Failure::io(own.display().to_string()))?;
@@ -169,7 +176,7 @@ fn run_host(
         let _ = fs::remove_dir_all(out.join(scenario.name));
     }
     let disk = make_disk(root, own, scenarios)?;
-    let booted = boot(root, &disk, memory);
+    let booted = boot(root, &disk, memory, machine);
     // A host that was cut off leaves its results in the journal.
     let _ = Command::new("e2fsck").arg("-p").arg(&disk).output();
     fs::create_dir_all(out).map_err(Failure::io(out.display().to_string()))?;
@@ -293,6 +300,12 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     {
         files.extend(peer::files()?);
     }
+    if chosen
+        .iter()
+        .any(|scenario| scenario.machine == Machine::Systemd)
+    {
+        files.push((root.join("target/coppice.deb"), "coppice.deb".to_owned()));
+    }
     if is_chosen("disk_bench") {
         files.push((fio_disk(lab)?, "guest/fio.raw".to_owned()));
     }
@@ -345,7 +358,7 @@ fn fio_disk(lab: &Path) -> Result<PathBuf, Failure> {
 }
 
 /// Boots the lab's host with `memory` MiB, and waits for its end.
-fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
+fn boot(root: &Path, disk: &Path, memory: u32, machine: Machine) -> Result<(), Failure> {
     let guest = root.join("target/guest");
     let emulator = root.join("target/emulator");
     // It comes with its libraries, and this machine's may be older.
@@ -377,6 +390,12 @@ fn boot(root: &Path, disk: &Path, memory: u32) -> Result<(), Failure> {
         "-drive",
         &format!("file={},if=virtio,format=raw,cache=unsafe", disk.display()),
     ]);
+    if machine == Machine::Systemd {
+        let root = guest.join("machine.raw");
+        // What is installed there is forgotten.
+        let drive = format!("file={},if=virtio,format=raw,snapshot=on", root.display());
+        qemu.args(["-drive", &drive]);
+    }
     let log_path = disk.with_file_name("host.log");
     let log = File::create(&log_path).map_err(Failure::io(log_path.display().to_string()))?;
     let mut child = qemu

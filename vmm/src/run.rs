@@ -236,6 +236,8 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
 fn be_held() -> Result<(), RunError> {
     // A process that leads its group already is in a session of its own making.
     let _ = rustix::process::setsid();
+    // The kernel calls it after the file by which it was started, which is /proc/self/exe.
+    let _ = rustix::thread::set_name(c"coppice");
     loop {
         match rustix::io::read(io::stdin(), &mut [0; 1]) {
             Ok(1) => return Ok(()),

@@ -10,6 +10,7 @@ mod disk;
 mod end;
 mod jail;
 mod memory;
+mod package;
 mod pmem;
 mod restore;
 mod serve;
@@ -38,6 +39,15 @@ pub enum Kind {
     OnDemand,
 }
 
+/// What the lab's host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Machine {
+    /// Nothing but the agent.
+    Bare,
+    /// Debian with systemd, which starts the agent; Coppice's package is there, and not installed.
+    Systemd,
+}
+
 /// Runs in the lab's host; what it leaves in the folder is brought out.
 type Run = fn(&Path) -> Result<Figures, Failure>;
 /// Looks at what was brought out, and at what was measured.
@@ -55,6 +65,8 @@ pub struct Scenario {
     pub check: Option<Check>,
     /// RAM in MiB of the host that it runs in.
     pub memory: u32,
+    /// What that host is.
+    pub machine: Machine,
     /// How long it may take.
     pub limit: Duration,
 }
@@ -66,6 +78,7 @@ const fn test(name: &'static str, run: Run) -> Scenario {
         run,
         check: None,
         memory: MEMORY,
+        machine: Machine::Bare,
         limit: LIMIT,
     }
 }
@@ -77,6 +90,7 @@ const fn checked(name: &'static str, run: Run, check: Check) -> Scenario {
         run,
         check: Some(check),
         memory: MEMORY,
+        machine: Machine::Bare,
         limit: LIMIT,
     }
 }
@@ -88,6 +102,7 @@ const fn on_demand(name: &'static str, run: Run) -> Scenario {
         run,
         check: None,
         memory: MEMORY,
+        machine: Machine::Bare,
         limit: LIMIT,
     }
 }
@@ -243,6 +258,13 @@ pub const ALL: &[Scenario] = &[
         density::check_two_guests,
     ),
     test("no_write_is_lost_while_pages_are_merged", share::stress),
+    Scenario {
+        machine: Machine::Systemd,
+        ..test(
+            "the_package_installs_a_service_whose_guests_outlive_restarts_and_upgrades",
+            package::life,
+        )
+    },
     Scenario {
         memory: density::MEMORY,
         limit: density::LIMIT,

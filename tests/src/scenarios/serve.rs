@@ -31,6 +31,32 @@ fn call(method: &str, path: &str, body: &Value) -> Result<(u16, Value), Failure>
     request(Path::new("/tmp/serve.sock"), method, path, body)
 }
 
+/// Types a line on the console of a guest of the daemon with this state, and waits for what comes of it.
+pub(super) fn console(state: &Path, id: &str, line: &str, text: &str) -> Result<(), Failure> {
+    let failed = Failure::io("talk to a console");
+    let socket = state.join("vms").join(id).join("console.sock");
+    let talk = || {
+        let mut console = UnixStream::connect(&socket)?;
+        console.set_read_timeout(Some(PATIENCE))?;
+        if !line.is_empty() {
+            console.write_all(format!("{line}\n").as_bytes())?;
+        }
+        let (mut seen, mut bytes) = (String::new(), [0; 4096]);
+        while !seen.contains(text) {
+            let len = console.read(&mut bytes)?;
+            if len == 0 {
+                return Ok(Some(seen));
+            }
+            seen.push_str(&String::from_utf8_lossy(&bytes[..len]));
+        }
+        Ok::<_, std::io::Error>(None)
+    };
+    match talk().map_err(failed)? {
+        None => Ok(()),
+        Some(seen) => Failure::claim(format!("{id} never showed {text:?}: {seen}")),
+    }
+}
+
 impl Daemon {
     pub(super) fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
         // Paths of sockets are short.
@@ -128,28 +154,7 @@ impl Daemon {
 
     /// Types a line, and waits for what comes of it.
     pub(super) fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
-        let failed = Failure::io("talk to a console");
-        let socket = self.state.join("vms").join(id).join("console.sock");
-        let talk = || {
-            let mut console = UnixStream::connect(&socket)?;
-            console.set_read_timeout(Some(PATIENCE))?;
-            if !line.is_empty() {
-                console.write_all(format!("{line}\n").as_bytes())?;
-            }
-            let (mut seen, mut bytes) = (String::new(), [0; 4096]);
-            while !seen.contains(text) {
-                let len = console.read(&mut bytes)?;
-                if len == 0 {
-                    return Ok(Some(seen));
-                }
-                seen.push_str(&String::from_utf8_lossy(&bytes[..len]));
-            }
-            Ok::<_, std::io::Error>(None)
-        };
-        match talk().map_err(failed)? {
-            None => Ok(()),
-            Some(seen) => Failure::claim(format!("{id} never showed {text:?}: {seen}")),
-        }
+        console(&self.state, id, line, text)
     }
 
     /// Its folder.

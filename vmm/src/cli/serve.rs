@@ -19,7 +19,7 @@ pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub struct ServeArguments {
-    /// Listen on this Unix socket [default: `$COPPICE_SOCKET`, or /run/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
+    /// Listen on this Unix socket [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Mode of the socket, in octal [default: 600; 660 with --socket-group, 666 with --allow-uid].
@@ -147,7 +147,7 @@ pub fn default_socket() -> PathBuf {
         return path;
     }
     if geteuid().is_root() {
-        return "/run/coppice.sock".into();
+        return "/run/coppice/coppice.sock".into();
     }
     match variable("XDG_RUNTIME_DIR") {
         Some(folder) => folder.join("coppice.sock"),

@@ -13,7 +13,7 @@ use crate::mmds::Mmds;
 /// The daemon to talk to, and how.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// The socket of the daemon [default: `$COPPICE_SOCKET`, or /run/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
+    /// The socket of the daemon [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
     #[arg(long, value_name = "PATH", global = true)]
     pub socket: Option<PathBuf>,
     /// Write JSON.

@@ -22,6 +22,15 @@ pub struct CgroupConfig {
     pub io: Option<u16>,
 }
 
+/// How often a group has met its limits since it was made; 0 where that cannot be told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LimitHits {
+    /// Processes that the kernel has killed for want of memory (`memory.events`).
+    pub killed: u64,
+    /// Processes and threads that could not be made (`pids.events`).
+    pub refused: u64,
+}
+
 /// The period of `cpu.max`, in microseconds.
 const PERIOD: u64 = 100_000;
 
@@ -115,6 +124,56 @@ impl CgroupConfig {
         let group = self.make(&root()?)?;
         // 0 is who writes.
         write(&group.join("cgroup.procs"), "0")
+    }
+
+    /// What the limits of the group have done so far.
+    pub fn hits(&self) -> LimitHits {
+        LimitHits {
+            killed: self.event("memory.events", "oom_kill"),
+            refused: self.event("pids.events", "max"),
+        }
+    }
+
+    /// Why the kernel has killed a process of the group for want of memory, and what to do about it.
+    pub fn shortage(&self) -> String {
+        let name = self.name.display();
+        if self.event("memory.events", "oom") == 0 {
+            return format!(
+                "the kernel killed the process for want of memory: not its own control group {name} had none left, but one above it or the host. \
+                 Run fewer guests, or give them more memory, and start it again"
+            );
+        }
+        format!(
+            "the kernel killed the process for want of memory: its control group {name} wanted more than it may have (memory.max: {}). \
+             Other guests lack nothing; give this one more RAM, or its group more memory, and start it again",
+            self.limit("memory.max")
+        )
+    }
+
+    /// Why a process of the group could start no thread, and what to do about it.
+    pub fn few_threads(&self) -> String {
+        format!(
+            "its control group {} wanted more processes and threads than it may have (pids.max: {}); pids= of --jail says how many",
+            self.name.display(),
+            self.limit("pids.max")
+        )
+    }
+
+    fn limit(&self, file: &str) -> String {
+        let limit = self.read(file).map(|limit| limit.trim().to_owned());
+        limit.unwrap_or_else(|error| error.to_string())
+    }
+
+    /// How often something has happened to the group (cgroup-v2.rst).
+    fn event(&self, file: &str, name: &str) -> u64 {
+        let events = self.read(file).unwrap_or_default();
+        let mut events = events.lines().filter_map(|line| line.split_once(' '));
+        let times = events.find_map(|(event, times)| (event == name).then_some(times));
+        times.and_then(|times| times.parse().ok()).unwrap_or(0)
+    }
+
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(root()?.join(self.relative()?).join(file))
     }
 
     /// Removes the group, which no process is in any more; those above it stay. One that is not there is no error.

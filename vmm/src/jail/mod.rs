@@ -29,7 +29,7 @@ use serde::Serialize;
 
 use crate::config::VmConfig;
 
-pub use cgroup::{CgroupConfig, root as cgroup_root};
+pub use cgroup::{CgroupConfig, LimitHits, root as cgroup_root};
 pub use needs::{Access, Need};
 pub use process::{Spawned, spawn};
 pub use seccomp::SeccompMode;

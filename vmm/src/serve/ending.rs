@@ -8,6 +8,7 @@ use tokio::time::sleep;
 
 use super::Daemon;
 use super::events::EventKind;
+use super::jail::Jailed;
 use super::lifecycle::blocking;
 use super::process::{Exit, Process};
 use super::spec::RestartPolicy;
@@ -15,6 +16,7 @@ use super::status::{Ended, State, now_ms};
 use super::store;
 use super::vm::Vm;
 use crate::exit::{EndKind, EndReport};
+use crate::jail::{CgroupConfig, LimitHits};
 
 /// Restarts in a row, none of which ran for [`LONG`].
 const RESTARTS: u32 = 5;
@@ -23,18 +25,29 @@ const LONG: Duration = Duration::from_mins(1);
 const LONGEST_TEXT: usize = 4096;
 
 impl Daemon {
-    /// Waits for the end of a process, and says so.
-    pub(super) fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>) {
+    /// Waits for the end of a process, and says so. Its control group had met its limits so often before.
+    pub(super) fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>, before: LimitHits) {
         let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
         tokio::spawn(async move {
             let exit = process.ended().await;
-            daemon.ended(&vm, exit).await;
+            daemon.ended(&vm, exit, before).await;
         });
     }
 
-    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit) {
+    pub(super) async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit, before: LimitHits) {
         let folder = vm.folder.clone();
-        let report = blocking(move || reason(&folder, exit)).await;
+        let group = vm.now().jail.as_ref().and_then(Jailed::cgroup);
+        let report = blocking(move || {
+            let hits = group.as_ref().map(CgroupConfig::hits).unwrap_or_default();
+            let killed = group.as_ref().filter(|_| hits.killed > before.killed);
+            let mut report = reason(&folder, exit, killed);
+            let refused = group.as_ref().filter(|_| hits.refused > before.refused);
+            if let (EndKind::Failed, Some(group)) = (report.kind, refused) {
+                report.text = format!("{}: {}", report.text, group.few_threads());
+            }
+            report
+        });
+        let report = report.await;
         let report = report.unwrap_or_else(|fault| EndReport::failed(&fault));
         tracing::info!(vm = %vm.id, ?report, "a process has ended");
         let settled = vm.change(|now| {
@@ -130,7 +143,8 @@ impl Daemon {
 }
 
 /// Why a process ended: as it says itself, or else as far as it can be told.
-fn reason(folder: &Path, exit: Exit) -> EndReport {
+/// `killed` is its control group, where one of that was killed for want of memory.
+fn reason(folder: &Path, exit: Exit, killed: Option<&CgroupConfig>) -> EndReport {
     match store::read(&folder.join("end.json")) {
         Ok(Some(EndReport { kind, text, code })) => {
             // It is the process's own word, and told to many.
@@ -140,20 +154,21 @@ fn reason(folder: &Path, exit: Exit) -> EndReport {
         Ok(None) => {}
         Err(error) => tracing::warn!(%error, "the reason of an end cannot be read"),
     }
-    let (kind, text, code) = match exit {
-        Exit::Code(code) => {
+    let (kind, text, code) = match (exit, killed) {
+        (Exit::Signal(9) | Exit::Unseen, Some(group)) => (EndKind::Killed, group.shortage(), None),
+        (Exit::Code(code), _) => {
             let text = format!("the process ended with code {code}");
             (EndKind::Failed, text, Some(code))
         }
-        Exit::Signal(9) => {
+        (Exit::Signal(9), None) => {
             let text = "the process was killed (SIGKILL): by a user, or by the kernel for want of memory, which dmesg would tell";
             (EndKind::Killed, text.to_owned(), None)
         }
-        Exit::Signal(number) => {
+        (Exit::Signal(number), _) => {
             let text = format!("the process crashed, or was killed, by signal {number}");
             (EndKind::Killed, text, None)
         }
-        Exit::Unseen => {
+        (Exit::Unseen, None) => {
             let text = "the process is gone, and has left no reason: it was killed, or the host was restarted";
             (EndKind::Unknown, text.to_owned(), None)
         }

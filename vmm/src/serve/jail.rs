@@ -70,6 +70,17 @@ pub struct Jailed {
     pub cgroup: Option<PathBuf>,
 }
 
+impl Jailed {
+    /// Its control group, if it has one, without the limits.
+    pub fn cgroup(&self) -> Option<CgroupConfig> {
+        let name = self.cgroup.clone()?;
+        Some(CgroupConfig {
+            name,
+            ..CgroupConfig::default()
+        })
+    }
+}
+
 /// The jails of all guests.
 #[derive(Debug)]
 pub struct Jails {
@@ -270,14 +281,10 @@ fn argument(policy: &JailPolicy, jailed: &Jailed) -> io::Result<String> {
 /// # Errors
 /// What the host says.
 pub fn release(jailed: Option<&Jailed>) -> io::Result<()> {
-    let Some(name) = jailed.and_then(|jailed| jailed.cgroup.clone()) else {
-        return Ok(());
-    };
-    let group = CgroupConfig {
-        name,
-        ..CgroupConfig::default()
-    };
-    group.remove(&cgroup_root()?)
+    match jailed.and_then(Jailed::cgroup) {
+        Some(group) => group.remove(&cgroup_root()?),
+        None => Ok(()),
+    }
 }
 
 /// Gives a guest's folder to its user, as far as that is for it to write to, and the files in it that the daemon has made for it: disks, say.

@@ -24,7 +24,7 @@ use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::identity;
-use super::jail;
+use super::jail::{self, Jailed};
 use super::pending::Pending;
 use super::process::{self, Launch, Process};
 use super::proxy;
@@ -234,6 +234,8 @@ impl Daemon {
         let asked = vm.spec.metadata.clone();
         let spawned = blocking(move || {
             let metadata = identity::write(&folder, &id, cid, asked.as_ref())?;
+            let group = jail.as_ref().and_then(Jailed::cgroup);
+            let before = group.map(|group| group.hits()).unwrap_or_default();
             let jail = daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?;
             let launch = Launch {
                 id: &id,
@@ -243,9 +245,10 @@ impl Daemon {
                 metadata,
                 restore: restore.as_deref(),
             };
-            process::spawn(&launch, daemon.zygote.as_ref())?.release(&folder)
+            let held = process::spawn(&launch, daemon.zygote.as_ref())?;
+            Ok((held.release(&folder)?, before))
         });
-        let spawned = spawned.await?.map_err(Fault::Spawn)?;
+        let (spawned, before) = spawned.await?.map_err(Fault::Spawn)?;
         let process = Arc::new(Process::new(spawned).map_err(Fault::Spawn)?);
         vm.change(|now| {
             now.process = Some(process.clone());
@@ -253,7 +256,7 @@ impl Daemon {
             now.stopping = false;
             now.end = None;
         });
-        self.watch(vm, &process);
+        self.watch(vm, &process, before);
         let answers = async {
             let socket = vm.api_socket();
             let mut pause = Duration::from_millis(1);

@@ -48,6 +48,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use sd_notify::NotifyState;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -365,11 +366,17 @@ async fn serve(options: Options) -> Result<(), ServeError> {
     }
     tokio::spawn(daemon.clone().trim_logs());
     daemon.events.tell(EventKind::DaemonStarted, None, None);
+    // A service manager that waits for this takes the daemon for failed, where it is not told.
+    if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        tracing::error!(%error, "the service manager (NOTIFY_SOCKET) cannot be told that the daemon is ready");
+    }
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     daemon.events.tell(EventKind::DaemonStopping, None, None);
+    // It sees the end all the same.
+    let _ = sd_notify::notify(&[NotifyState::Stopping]);
     let _ = over.send(true);
     let _ = serving.await;
     if let Some(patience) = options.stop_guests {

@@ -27,7 +27,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::identity;
 use super::store::{self, PidFile};
-use crate::zygote::{Birth, Zygote};
+use crate::zygote::{Birth, MANAGER, Zygote};
 use crate::{jail, procfs};
 
 /// Longest log of a guest, and how often it is looked at.
@@ -98,6 +98,16 @@ pub fn age(pid: u32) -> Duration {
     procfs::start_of(pid).map_or(Duration::ZERO, |start| now.saturating_sub(start))
 }
 
+/// A daemon that the kernel is to spare when memory runs out hands that on to its children: guests are to be killed before the host's own services.
+fn forgo_oom_score(pid: u32) -> io::Result<()> {
+    let path = |process: &str| format!("/proc/{process}/oom_score_adj");
+    let own = std::fs::read_to_string(path("self"))?;
+    if own.starts_with('-') {
+        std::fs::write(path(&pid.to_string()), "0")?;
+    }
+    Ok(())
+}
+
 /// Starts the process of a guest. The one place where its command line is made.
 ///
 /// # Errors
@@ -135,7 +145,7 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
         None => execute(launch, &birth)?,
     };
     // A child's number is its own until it has been waited for.
-    let known = opened(pid).and_then(|fd| Ok((start_us(pid)?, fd)));
+    let known = forgo_oom_score(pid).and_then(|()| Ok((start_us(pid)?, opened(pid)?)));
     match known {
         Ok((start_us, fd)) => Ok(Held {
             pid,
@@ -182,6 +192,7 @@ fn execute(launch: &Launch<'_>, birth: &Birth<'_>) -> io::Result<u32> {
         .arg0("coppice")
         .args(birth.args.iter().skip(1))
         .current_dir(launch.folder)
+        .env_remove(MANAGER)
         .stdin(Stdio::from(birth.stdin.try_clone_to_owned()?))
         .stdout(Stdio::null())
         .stderr(Stdio::from(birth.stderr.try_clone_to_owned()?));

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use super::Daemon;
 use super::events::EventKind;
-use super::jail;
+use super::jail::{self, Jailed};
 use super::lifecycle::KILL;
 use super::process::{self, Exit, Process};
 use super::proxy;
@@ -17,6 +17,7 @@ use super::status::State;
 use super::store::{self, Phase, Record};
 use super::vm::Vm;
 use crate::config::VmConfig;
+use crate::jail::LimitHits;
 
 impl Daemon {
     /// Finds the guests of the daemon before.
@@ -65,7 +66,7 @@ impl Daemon {
             (None, State::Restarting) => self.restart_later(&vm, Duration::from_secs(1)),
             (None, _) => {
                 vm.change(|now| now.state = State::Running);
-                self.ended(&vm, Exit::Unseen).await;
+                self.ended(&vm, Exit::Unseen, LimitHits::default()).await;
             }
         }
         Ok(())
@@ -81,7 +82,9 @@ impl Daemon {
                 now.state = State::Running;
             }
         });
-        self.watch(vm, &process);
+        let group = vm.now().jail.as_ref().and_then(Jailed::cgroup);
+        let before = group.map(|group| group.hits()).unwrap_or_default();
+        self.watch(vm, &process, before);
         self.events.tell(EventKind::Attached, Some(&vm.id), None);
         // Nobody does anything with it before what was begun is ended.
         let operation = vm.operation.clone().try_lock_owned();

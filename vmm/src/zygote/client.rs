@@ -14,6 +14,9 @@ use rustix::net::{
 
 use super::{Answer, DESCRIPTORS, LONGEST, ROOM, Request};
 
+/// The variable that names the daemon's service manager, which is not a guest's (sd_notify(3)).
+pub const MANAGER: &str = "NOTIFY_SOCKET";
+
 /// A process to be.
 #[derive(Clone, Debug)]
 pub struct Birth<'a> {
@@ -52,6 +55,7 @@ impl Running {
             .arg0("coppice")
             .args(["zygote", "--room", &".".repeat(ROOM)])
             // Free chunks that each thread keeps for itself pin pages of the heap, and threads of a guest's process hardly allocate.
+            .env_remove(MANAGER)
             .env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())

@@ -19,7 +19,7 @@ mod title;
 
 use serde::{Deserialize, Serialize};
 
-pub use client::{Birth, Zygote};
+pub use client::{Birth, MANAGER, Zygote};
 pub use server::{Newborn, serve};
 
 /// Longest request in bytes: it is one packet.

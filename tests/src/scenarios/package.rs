@@ -1,0 +1,508 @@
+//! What an operator installs: Coppice's package on a Debian with systemd, and guests of the service.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use super::jail::expect_layers;
+use super::serve::console;
+use crate::api::request;
+use crate::guest::script_word;
+use crate::result::{Failure, Figures};
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const SOCKET: &str = "/run/coppice/coppice.sock";
+const STATE: &str = "/var/lib/coppice";
+/// Where the operator has disks and kernels.
+const FILES: &str = "/srv/guests";
+/// The control group of the guests' unit.
+const GUESTS: &str = "/sys/fs/cgroup/system.slice/coppice-guests.service/guests";
+/// Where the operator changes the unit.
+const DROP_IN: &str = "/etc/systemd/system/coppice.service.d";
+/// The command line of the unit, for drop-ins.
+const SERVE: &str =
+    "/usr/bin/coppice serve --socket /run/coppice/coppice.sock --state /var/lib/coppice";
+/// 128 MiB of RAM, 1/16 of that, and 64 MiB.
+const MEMORY: &str = "209715200";
+/// `systemd-analyze security` of systemd 252 gives the unit 5.4 of 10, of which most is what a daemon of root's needs that has guests. It rises where a
+/// setting goes.
+const EXPOSURE: &str = "--threshold=55";
+/// What the guests do: as they are told.
+const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
+
+fn run(program: &str, args: &[&str]) -> Result<Output, Failure> {
+    let output = Command::new(program).args(args).output();
+    output.map_err(Failure::io(program))
+}
+
+/// Runs what has to succeed; what it has written.
+fn ok(program: &str, args: &[&str]) -> Result<String, Failure> {
+    let output = run(program, args)?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    if output.status.success() {
+        Ok(text.trim().to_owned())
+    } else {
+        Failure::claim(format!("{program} {args:?}: {}: {text}", output.status))
+    }
+}
+
+/// Runs what has to fail; what it has written.
+fn refused(program: &str, args: &[&str]) -> Result<String, Failure> {
+    let output = run(program, args)?;
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    if output.status.success() {
+        Failure::claim(format!("{program} {args:?} succeeded: {text}"))
+    } else {
+        Ok(text)
+    }
+}
+
+fn expect(status: u16, method: &str, path: &str, body: &Value) -> Result<Value, Failure> {
+    match request(Path::new(SOCKET), method, path, body)? {
+        (found, answer) if found == status => Ok(answer),
+        (found, answer) => Failure::claim(format!("{method} {path}: {found}: {answer}")),
+    }
+}
+
+fn same<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    found: &T,
+    expected: &T,
+) -> Result<(), Failure> {
+    if found == expected {
+        Ok(())
+    } else {
+        Failure::claim(format!("{what} is {found:?}, not {expected:?}"))
+    }
+}
+
+fn read(path: impl AsRef<Path>) -> Result<String, Failure> {
+    let path = path.as_ref();
+    let text = fs::read_to_string(path).map_err(Failure::io(path.display().to_string()))?;
+    Ok(text.trim().to_owned())
+}
+
+/// Owner and mode of a file.
+fn is(path: &str, uid: u32, mode: u32) -> Result<(), Failure> {
+    let metadata = fs::metadata(path).map_err(Failure::io(path))?;
+    same(
+        path,
+        &(metadata.uid(), metadata.permissions().mode() & 0o7777),
+        &(uid, mode),
+    )
+}
+
+fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool, Failure>) -> Result<(), Failure> {
+    let begun = Instant::now();
+    while !holds()? {
+        if begun.elapsed() > PATIENCE {
+            return Failure::claim(format!("never: {what}"));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+fn main_pid() -> Result<String, Failure> {
+    ok("systemctl", &["show", "-P", "MainPID", "coppice.service"])
+}
+
+fn arguments<'a>(name: &'a str, disk: &'a str, cmdline: &'a str) -> [&'a str; 12] {
+    [
+        "vm",
+        "create",
+        "--name",
+        name,
+        "--kernel",
+        "image:debian",
+        "--initrd",
+        "image:initrd",
+        "--disk",
+        disk,
+        "--cmdline",
+        cmdline,
+    ]
+}
+
+/// A guest of the operator's own disk, by the command line: the refusal tells to whom that has to be given.
+fn create(name: &str, jailed: bool) -> Result<(), Failure> {
+    println!("lab: {name} is created");
+    let disk = format!("{FILES}/{name}.vhdx");
+    fs::copy("guest/root.vhdx", &disk).map_err(Failure::io(disk.as_str()))?;
+    let cmdline = format!(
+        "console=ttyS0 reboot=k panic=-1 quiet {}",
+        script_word(SCRIPT)
+    );
+    let arguments = arguments(name, &disk, &cmdline);
+    if jailed {
+        let why = refused("coppice", &arguments)?;
+        let user = why
+            .split("user ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next()?.parse().ok());
+        let Some(user) = user.filter(|_| why.contains(&disk)) else {
+            return Failure::claim(format!(
+                "a refusal does not say who may not open what: {why}"
+            ));
+        };
+        chown(&disk, Some(user), Some(user)).map_err(Failure::io(disk.as_str()))?;
+    }
+    ok("coppice", &arguments)?;
+    console(Path::new(STATE), name, "", "READY")
+}
+
+/// The guest runs, as the process that it was, and answers.
+fn goes_on(name: &str, pid: &Value) -> Result<(), Failure> {
+    let vm = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?;
+    same(name, &(&vm["state"], &vm["pid"]), &(&json!("running"), pid))?;
+    console(Path::new(STATE), name, "echo STI''LL", "STILL")
+}
+
+/// What the unit says of the guest's process, the guest's process and the host say as well.
+fn is_confined(name: &str) -> Result<Value, Failure> {
+    let report = expect(200, "GET", &format!("/vms/{name}/vm/jail"), &Value::Null)?;
+    expect_layers(
+        &report,
+        &["credentials", "pid_namespace", "cgroup", "landlock"],
+    )?;
+    let pid = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?["pid"].clone();
+    let number = pid.to_string();
+    let group = Path::new(GUESTS).join(name);
+    same(
+        "memory.max",
+        &read(group.join("memory.max"))?.as_str(),
+        &MEMORY,
+    )?;
+    let members = read(group.join("cgroup.procs"))?;
+    if !members.lines().any(|member| member == number) {
+        return Failure::claim(format!("{name}, {pid}, is not in its group: {members}"));
+    }
+    let daemon = main_pid()?;
+    let own = read(format!("/proc/{daemon}/cgroup"))?;
+    same(
+        "the daemon's group",
+        &own.as_str(),
+        &"0::/system.slice/coppice.service",
+    )?;
+    // The host would rather lose a guest than its own services.
+    for (pid, score) in [(daemon, "-900"), (number, "0")] {
+        same(
+            "oom_score_adj",
+            &read(format!("/proc/{pid}/oom_score_adj"))?.as_str(),
+            &score,
+        )?;
+    }
+    Ok(pid)
+}
+
+/// The service is there as the package says, and systemd finds nothing wrong with it.
+fn is_installed() -> Result<(), Failure> {
+    for (verb, expected) in [("is-active", "active"), ("is-enabled", "enabled")] {
+        same(
+            verb,
+            &ok("systemctl", &[verb, "coppice.service"])?.as_str(),
+            &expected,
+        )?;
+    }
+    is(SOCKET, 0, 0o600)?;
+    is("/run/coppice", 0, 0o755)?;
+    is(STATE, 0, 0o700)?;
+    is("/usr/bin/coppice", 0, 0o755)?;
+    is("/usr/lib/systemd/system/coppice.service", 0, 0o644)?;
+    same("dpkg -V", &ok("dpkg", &["-V", "coppice"])?.as_str(), &"")?;
+    let verify = [
+        "verify",
+        "--man=no",
+        "coppice.service",
+        "coppice-guests.service",
+    ];
+    same(
+        "systemd-analyze verify",
+        &ok("systemd-analyze", &verify)?.as_str(),
+        &"",
+    )?;
+    let unit = "/usr/lib/systemd/system/coppice.service";
+    let security = ["security", "--no-pager", "--offline=true", EXPOSURE, unit];
+    ok("systemd-analyze", &security).map(drop)
+}
+
+fn add_images() -> Result<(), Failure> {
+    fs::create_dir_all(FILES).map_err(Failure::io(FILES))?;
+    for (name, kind, file) in [
+        ("debian", "kernel", "vmlinuz"),
+        ("initrd", "initrd", "initrd.cpio.gz"),
+    ] {
+        let path = format!("{FILES}/{file}");
+        fs::copy(format!("guest/{file}"), &path).map_err(Failure::io(path.as_str()))?;
+        let body = json!({"path": path, "kind": kind});
+        let added = request(Path::new(SOCKET), "PUT", &format!("/images/{name}"), &body)?;
+        if !(200..300).contains(&added.0) {
+            return Failure::claim(format!("image {name}: {added:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// The service is restarted, killed, stopped and started, and upgraded, and its guest does not notice.
+fn outlives(name: &str, pid: &Value) -> Result<(), Failure> {
+    let events: [(&str, &[&[&str]]); 4] = [
+        ("restart", &[&["systemctl", "restart", "coppice"]]),
+        (
+            "kill",
+            &[&[
+                "systemctl",
+                "kill",
+                "--kill-whom=main",
+                "--signal=KILL",
+                "coppice",
+            ]],
+        ),
+        (
+            "stop and start",
+            &[
+                &["systemctl", "stop", "coppice"],
+                &["systemctl", "start", "coppice"],
+            ],
+        ),
+        ("upgrade", &[&["dpkg", "-i", "coppice.deb"]]),
+    ];
+    for (event, commands) in events {
+        println!("lab: {event}");
+        let before = main_pid()?;
+        for command in commands {
+            ok(command[0], &command[1..])?;
+        }
+        wait_until("another daemon is there", || {
+            let state = ok(
+                "systemctl",
+                &["show", "-P", "ActiveState", "coppice.service"],
+            )?;
+            Ok(state == "active" && main_pid()? != before)
+        })?;
+        goes_on(name, pid)?;
+    }
+    Ok(())
+}
+
+/// Has the service run with other options of `coppice serve`, as the README says how to.
+fn serve_with(options: &str) -> Result<(), Failure> {
+    println!("lab: the service with {options:?}");
+    let path = PathBuf::from(DROP_IN).join("override.conf");
+    let text = format!("[Service]\nExecStart=\nExecStart={SERVE} {options}\n");
+    fs::create_dir_all(DROP_IN)
+        .and_then(|()| fs::write(path, text))
+        .map_err(Failure::io(DROP_IN))?;
+    ok("systemctl", &["daemon-reload"])?;
+    ok("systemctl", &["restart", "coppice"]).map(drop)
+}
+
+/// A guest whose group has less memory than it wants is killed, with a reason that a person can act on, and the other one is not.
+fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failure> {
+    create(name, true)?;
+    console(
+        Path::new(STATE),
+        name,
+        "dd if=/dev/urandom of=/tmp/fill bs=1M count=40; echo FIL''LED",
+        "FILLED",
+    )?;
+    let limit = Path::new(GUESTS).join(name).join("memory.max");
+    let kill = fs::OpenOptions::new().write(true).open(&limit);
+    kill.and_then(|mut file| file.write_all(b"32M"))
+        .map_err(Failure::io("write memory.max"))?;
+    let path = format!("/vms/{name}");
+    wait_until("the guest has failed", || {
+        Ok(expect(200, "GET", &path, &Value::Null)?["state"] == "failed")
+    })?;
+    let vm = expect(200, "GET", &path, &Value::Null)?;
+    println!("lab: {name}: {}", vm["end"]);
+    let told = vm["end"].to_string();
+    let expected = ["killed", "its control group", "memory.max: 33554432", name];
+    if !expected.iter().all(|text| told.contains(text)) {
+        return Failure::claim(format!(
+            "a guest that had no memory left has ended so: {vm}"
+        ));
+    }
+    goes_on(other.0, other.1)?;
+    Ok(vm["end"].clone())
+}
+
+/// A guest that may not have the threads that it needs does not start, with a reason that a person can act on, and the other one goes on.
+fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Failure> {
+    serve_with("--jail cgroup=system.slice/coppice-guests.service/guests,pids=3")?;
+    let disk = "/lab/guest/root.vhdx,ro";
+    let why = refused("coppice", &arguments(name, disk, "console=ttyS0"))?;
+    println!("lab: {name}: {why}");
+    if !["cannot start the thread", name, "pids.max: 3"]
+        .iter()
+        .all(|text| why.contains(text))
+    {
+        return Failure::claim(format!(
+            "a guest that had no threads left was refused so: {why}"
+        ));
+    }
+    goes_on(other.0, other.1)?;
+    Ok(why)
+}
+
+/// What of Coppice is on the machine: files, except those of the operator and of the lab, and control groups.
+fn left() -> Result<Vec<String>, Failure> {
+    let files = ok(
+        "find",
+        &[
+            "/",
+            "-xdev",
+            "(",
+            "-path",
+            FILES,
+            "-o",
+            "-path",
+            DROP_IN,
+            ")",
+            "-prune",
+            "-o",
+            "-iname",
+            "*coppice*",
+            "-print",
+        ],
+    )?;
+    let run = ok(
+        "find",
+        &[
+            "/run",
+            "/sys/fs/cgroup",
+            "-name",
+            "*coppice*",
+            "-not",
+            "-path",
+            "/run/systemd/*",
+        ],
+    )?;
+    let processes = run_of("coppice");
+    Ok(files
+        .lines()
+        .chain(run.lines())
+        .map(str::to_owned)
+        .chain(processes)
+        .collect())
+}
+
+/// Processes of this name.
+fn run_of(name: &str) -> Vec<String> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| read(path.join("comm")).is_ok_and(|comm| comm == name))
+        .map(|path| {
+            format!(
+                "{}: {}",
+                path.display(),
+                read(path.join("cgroup")).unwrap_or_default()
+            )
+        })
+        .collect()
+}
+
+/// The process that keeps the guests' group is killed, and they go on, as the unit does.
+fn loses_its_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
+    println!("lab: the keeper is killed");
+    let processes = Path::new(GUESTS)
+        .with_file_name("keeper")
+        .join("cgroup.procs");
+    let keeper = read(&processes)?.parse().ok().and_then(Pid::from_raw);
+    let Some(keeper) = keeper else {
+        return Failure::claim("not one process keeps the guests' group");
+    };
+    kill_process(keeper, Signal::KILL).map_err(|error| Failure::io("kill")(error.into()))?;
+    wait_until("the keeper is gone", || Ok(read(&processes)?.is_empty()))?;
+    ok("systemctl", &["is-active", "coppice-guests.service"])?;
+    goes_on(name, pid)
+}
+
+/// The package is removed: its guests have closed their disks and ended, and what they were is there for the next installation. Then it is purged.
+fn goes(name: &str) -> Result<(), Failure> {
+    println!("lab: remove");
+    console(
+        Path::new(STATE),
+        name,
+        "echo kept >/mnt/f; sync; echo DO''NE",
+        "DONE",
+    )?;
+    ok("dpkg", &["-r", "coppice"])?;
+    same("processes", &run_of("coppice"), &Vec::new())?;
+    let group = Path::new(GUESTS)
+        .parent()
+        .and_then(Path::to_str)
+        .unwrap_or(GUESTS);
+    for gone in ["/usr/bin/coppice", "/run/coppice", group] {
+        same(gone, &Path::new(gone).exists(), &false)?;
+    }
+    println!("lab: install again");
+    ok("dpkg", &["-i", "coppice.deb"])?;
+    is_installed()?;
+    let vm = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?;
+    same(
+        "a guest of the removed package",
+        &vm["state"],
+        &json!("stopped"),
+    )?;
+    ok("coppice", &["vm", "start", name])?;
+    console(Path::new(STATE), name, "", "READY")?;
+    console(Path::new(STATE), name, "cat /mnt/f", "kept")?;
+    ok("coppice", &["vm", "delete", name])?;
+    same(
+        "groups of guests",
+        &Path::new(GUESTS).join(name).exists(),
+        &false,
+    )?;
+    println!("lab: purge");
+    ok("dpkg", &["-P", "coppice"])?;
+    same("what is left", &left()?, &Vec::new())
+}
+
+fn live() -> Result<Figures, Failure> {
+    println!("lab: install");
+    let installed = ok("dpkg", &["-i", "coppice.deb"])?;
+    println!("lab: {installed}");
+    is_installed()?;
+    add_images()?;
+    create("web", true)?;
+    let pid = is_confined("web")?;
+    outlives("web", &pid)?;
+    let memory = runs_out_of_memory("greedy", ("web", &pid))?;
+    let threads = runs_out_of_threads("crowded", ("web", &pid))?;
+    // A guest without a jail is in the daemon's own group, which systemd starts the next daemon in.
+    serve_with("--jail off")?;
+    create("free", false)?;
+    let free = expect(200, "GET", "/vms/free", &Value::Null)?["pid"].clone();
+    same(
+        "the group of a guest without a jail",
+        &read(format!("/proc/{free}/cgroup"))?.as_str(),
+        &"0::/system.slice/coppice.service",
+    )?;
+    fs::remove_dir_all(DROP_IN).map_err(Failure::io(DROP_IN))?;
+    ok("systemctl", &["daemon-reload"])?;
+    ok("systemctl", &["restart", "coppice"])?;
+    goes_on("free", &free)?;
+    goes_on("web", &pid)?;
+    ok("coppice", &["vm", "delete", "free", "greedy"])?;
+    loses_its_keeper("web", &pid)?;
+    goes("web")?;
+    Ok(Figures::from([
+        ("out_of_memory".into(), memory),
+        ("out_of_threads".into(), json!(threads)),
+    ]))
+}
+
+/// Installed, used, restarted, upgraded, removed and purged, as an operator does.
+pub fn life(out: &Path) -> Result<Figures, Failure> {
+    let lived = live();
+    let journal = run("journalctl", &["--no-pager", "-o", "short-monotonic"])?;
+    fs::write(out.join("journal"), journal.stdout).map_err(Failure::io("write the journal"))?;
+    lived
+}
