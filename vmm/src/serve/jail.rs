@@ -25,6 +25,7 @@ use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, open, openat,
 };
 use rustix::process::geteuid;
+use rustix::thread::{CapabilitySet, capabilities};
 use serde::{Deserialize, Serialize};
 
 use super::Daemon;
@@ -93,6 +94,36 @@ fn invalid(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
+/// Whether a map of users or groups of a namespace (`user_namespaces(7)`) has all of a range.
+fn maps(map: &str, wanted: &RangeInclusive<u32>) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> = line.split_whitespace().flat_map(str::parse).collect();
+        matches!(numbers[..], [first, _, count] if first <= u64::from(*wanted.start())
+            && u64::from(*wanted.end()) < first + count)
+    })
+}
+
+/// Whether root may have processes be these users here.
+///
+/// # Errors
+/// Why not.
+fn has_users(wanted: &RangeInclusive<u32>) -> io::Result<()> {
+    let (first, last) = (wanted.start(), wanted.end());
+    for path in ["/proc/self/uid_map", "/proc/self/gid_map"] {
+        if !maps(&fs::read_to_string(path)?, wanted) {
+            let why = format!("{path} has no {first}-{last} here: see uids=");
+            return Err(io::Error::other(why));
+        }
+    }
+    let needed = CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::CHOWN;
+    if !capabilities(None)?.effective.contains(needed) {
+        return Err(io::Error::other(
+            "it takes CAP_SETUID, CAP_SETGID and CAP_CHOWN",
+        ));
+    }
+    Ok(())
+}
+
 /// The daemon's own group, below the root of the hierarchy.
 fn own_group() -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
@@ -132,10 +163,19 @@ impl Jails {
         let Some(policy) = &mut jails.policy else {
             return Ok(jails);
         };
-        if geteuid().is_root() {
-            policy.uids.get_or_insert(UIDS);
-        } else if policy.uids.is_some() {
-            return Err(invalid("uids=: only root's guests can become other users"));
+        if !geteuid().is_root() {
+            if policy.uids.is_some() {
+                return Err(invalid("uids=: only root's guests can become other users"));
+            }
+        } else if policy.uids.is_none() {
+            match has_users(&UIDS) {
+                Ok(()) => policy.uids = Some(UIDS),
+                Err(why) if policy.require_all => return Err(why),
+                // In a container, say.
+                Err(why) => {
+                    tracing::warn!(%why, "guests run as the daemon's user, in jails without users of their own");
+                }
+            }
         }
         for path in &mut policy.allow {
             *path = path.canonicalize().map_err(named(path))?;
@@ -210,7 +250,7 @@ impl Jails {
     ///
     /// # Errors
     /// What the host says.
-    pub fn limit(&self, jailed: &Jailed, ram_mib: u32) -> io::Result<()> {
+    fn limit(&self, jailed: &Jailed, ram_mib: u32) -> io::Result<()> {
         match self.group(jailed, ram_mib) {
             Some(group) => group.make(&cgroup_root()?).map(|_| ()),
             None => Ok(()),
@@ -383,21 +423,6 @@ impl Daemon {
         vm.change(|now| now.jail = jail);
         Ok(is_new)
     }
-
-    /// Gives the group of a guest the limits of its RAM, which was changed.
-    pub(super) async fn limit_again(self: &Arc<Self>, vm: &Vm) {
-        let (daemon, jail, ram_mib) = {
-            let now = vm.now();
-            (self.clone(), now.jail.clone(), now.ram_mib)
-        };
-        let Some(jail) = jail else {
-            return;
-        };
-        let done = super::lifecycle::blocking(move || daemon.jails.limit(&jail, ram_mib)).await;
-        if let Err(error) = done.and_then(|done| done.map_err(Fault::Store)) {
-            tracing::warn!(vm = %vm.id, %error, "the group of a guest keeps the limits of the RAM that it had");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -410,6 +435,14 @@ mod tests {
             limits_memory: true,
             reserved: Mutex::default(),
         }
+    }
+
+    #[test]
+    fn guests_have_users_where_the_namespace_has_them() {
+        let all = "         0          0 4294967295\n";
+        let rootless = "0 1000 1\n1 100000 65536\n";
+        assert!(maps(all, &UIDS) && maps(rootless, &(1..=65536)));
+        assert!(!maps(rootless, &UIDS) && !maps(rootless, &(2..=65537)) && !maps("", &UIDS));
     }
 
     #[test]

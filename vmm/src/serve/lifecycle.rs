@@ -26,11 +26,12 @@ use super::fault::Fault;
 use super::identity;
 use super::jail;
 use super::pending::Pending;
-use super::process::{self, Launch, Process};
+use super::process::{self, Launch, Process, Purpose};
 use super::proxy;
 use super::spec::{Resolved, VmSpec};
 use super::status::{Ended, State, now_ms};
 use super::store::{self, Phase, Record};
+use super::told::Told;
 use super::vm::Vm;
 use crate::config::VmConfig;
 use crate::exit::{EndKind, EndReport};
@@ -130,7 +131,8 @@ impl Daemon {
             return Ok(Claim::Taken(vm.clone()));
         }
         let folder = self.store.vm(id);
-        let resolved = spec.resolved(&images, &self.templates(), &folder)?;
+        let told = Told::default();
+        let resolved = spec.resolved(&told, &images, &self.templates(), &folder)?;
         let Resolved { mut config, images } = resolved;
         let cid = Self::cid_for(spec, &config, vms.values())?;
         identity::identify(&mut config, cid);
@@ -145,6 +147,7 @@ impl Daemon {
             loaded: spec.template.is_some(),
             cid,
             disks: BTreeMap::new(),
+            told,
             pending: Pending::default(),
             restarts: 0,
             failures: 0,
@@ -169,15 +172,18 @@ impl Daemon {
         let made = blocking(move || daemon.store.create(&id, &record, &config));
         let built = async {
             made.await?.map_err(Fault::Store)?;
-            let restore = match &vm.spec.template {
+            let restore;
+            let purpose = match &vm.spec.template {
                 Some(id) => {
                     let template = self.templates().get(id)?;
                     let own = self.store.template(id);
-                    Some(template.restore(&own, &vm.folder, vm.spec.start, vm.now().cid))
+                    restore = template.restore(&own, &vm.folder, vm.spec.start, vm.now().cid);
+                    Purpose::Restore(&restore)
                 }
-                None => None,
+                None if vm.spec.start => Purpose::Boot,
+                None => Purpose::Configure,
             };
-            let state = self.bring_up(vm, vm.spec.start, restore).await?;
+            let state = self.bring_up(vm, purpose).await?;
             let record = Record {
                 phase: Phase::Present,
                 state,
@@ -211,7 +217,7 @@ impl Daemon {
         }
     }
 
-    fn tell_started(&self, vm: &Vm, state: State) {
+    pub(super) fn tell_started(&self, vm: &Vm, state: State) {
         if state == State::Running {
             self.events.tell(EventKind::Started, Some(&vm.id), None);
         }
@@ -219,11 +225,10 @@ impl Daemon {
 
     /// Starts the process, and waits until it answers. The state that the guest is in then: one that has ended already, in good order, is
     /// `Stopped`.
-    async fn bring_up(
+    pub(super) async fn bring_up(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        start: bool,
-        restore: Option<String>,
+        purpose: Purpose<'_>,
     ) -> Result<State, Fault> {
         let begun = Instant::now();
         let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
@@ -231,17 +236,32 @@ impl Daemon {
             let now = vm.now();
             (now.jail.clone(), now.ram_mib, now.cid)
         };
-        let asked = vm.spec.metadata.clone();
+        let told = vm.now().told.metadata.clone();
+        let asked = told.or_else(|| vm.spec.metadata.clone());
+        let (restore, boots) = match purpose {
+            Purpose::Restore(value) => (Some(value.to_owned()), false),
+            Purpose::Boot => (None, true),
+            Purpose::Configure => (None, false),
+        };
         let spawned = blocking(move || {
             let metadata = identity::write(&folder, &id, cid, asked.as_ref())?;
-            let jail = daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?;
+            let purpose = match &restore {
+                Some(value) => Purpose::Restore(value),
+                None if boots => Purpose::Boot,
+                None => Purpose::Configure,
+            };
+            let jail = match purpose {
+                Purpose::Configure => None,
+                Purpose::Boot | Purpose::Restore(_) => {
+                    daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?
+                }
+            };
             let launch = Launch {
                 id: &id,
                 folder: &folder,
-                start,
+                purpose,
                 jail: jail.as_deref(),
                 metadata,
-                restore: restore.as_deref(),
             };
             process::spawn(&launch)?.release(&folder)
         });
@@ -254,6 +274,23 @@ impl Daemon {
             now.end = None;
         });
         self.watch(vm, &process);
+        let state = self.first_state(vm, &process, begun).await?;
+        let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let runs = state == State::Running;
+        vm.change(|now| now.start_ms = runs.then_some(took));
+        if runs {
+            self.metrics.started(begun.elapsed());
+        }
+        Ok(state)
+    }
+
+    /// Waits for the first answer of a process: the state of its guest.
+    pub(super) async fn first_state(
+        &self,
+        vm: &Vm,
+        process: &Process,
+        begun: Instant,
+    ) -> Result<State, Fault> {
         let answers = async {
             let socket = vm.api_socket();
             let mut pause = Duration::from_millis(1);
@@ -277,16 +314,8 @@ impl Daemon {
                     }
                 }
             }
-            state = answers => {
-                let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-                let runs = start && state == State::Running;
-                vm.change(|now| now.start_ms = runs.then_some(took));
-                if runs {
-                    self.metrics.started(begun.elapsed());
-                }
-                Ok(state)
-            }
-            () = sleep(START) => {
+            state = answers => Ok(state),
+            () = sleep(START.saturating_sub(begun.elapsed())) => {
                 process.signal(Signal::KILL);
                 Err(Fault::DidNotStart("it did not answer within a minute".to_owned()))
             }
@@ -300,6 +329,11 @@ impl Daemon {
         let started = async {
             let config = self.readmit(vm)?;
             let path = vm.folder.join("config.json");
+            // Without a kernel, it waits to be told of one.
+            let purpose = match config.boot_source {
+                Some(_) => Purpose::Boot,
+                None => Purpose::Configure,
+            };
             blocking(move || store::write(&path, &config, false))
                 .await?
                 .map_err(Fault::Store)?;
@@ -307,7 +341,7 @@ impl Daemon {
             if self.rejail(vm)? {
                 self.save(vm).await;
             }
-            self.bring_up(vm, true, None).await
+            self.bring_up(vm, purpose).await
         };
         match started.await {
             Ok(state) => {
@@ -318,26 +352,32 @@ impl Daemon {
                 Ok(())
             }
             Err(fault) => {
-                let report = EndReport::failed(&fault);
-                vm.change(|now| {
-                    now.end.get_or_insert(Ended {
-                        report,
-                        time_ms: now_ms(),
-                    });
-                    now.state = State::Failed;
-                });
-                self.settle(vm);
-                self.save(vm).await;
+                self.has_failed(vm, &fault).await;
                 Err(fault)
             }
         }
     }
 
+    /// Notes that a guest could not be given a process.
+    pub(super) async fn has_failed(self: &Arc<Self>, vm: &Arc<Vm>, fault: &Fault) {
+        let report = EndReport::failed(fault);
+        vm.change(|now| {
+            now.end.get_or_insert(Ended {
+                report,
+                time_ms: now_ms(),
+            });
+            now.state = State::Failed;
+        });
+        self.settle(vm);
+        self.save(vm).await;
+    }
+
     /// Makes room for a guest that has no process.
-    fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+    pub(super) fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let told = vm.now().told.clone();
         let resolved = vm
             .spec
-            .resolved(&self.images(), &self.templates(), &vm.folder)?;
+            .resolved(&told, &self.images(), &self.templates(), &vm.folder)?;
         let Resolved { mut config, .. } = resolved;
         identity::identify(&mut config, vm.now().cid);
         for (id, disk) in &vm.now().disks {
@@ -401,14 +441,7 @@ impl Daemon {
         let _operation = vm.operation.clone().lock_owned().await;
         match vm.state() {
             State::Running => {}
-            State::NotStarted => {
-                let begun = Instant::now();
-                let body = json!({"action_type": "InstanceStart"});
-                proxy::act(&vm, Method::PUT, "/actions", &body).await?;
-                self.metrics.started(begun.elapsed());
-                self.observe(&vm, State::Running);
-                self.save(&vm).await;
-            }
+            State::NotStarted => self.start_waiting(&vm).await?,
             State::Stopped | State::Failed | State::Restarting => {
                 vm.change(|now| now.failures = 0);
                 self.start_again(&vm).await?;
@@ -419,6 +452,20 @@ impl Daemon {
             }
         }
         Ok(vm)
+    }
+
+    /// `InstanceStart`: starts a guest that waits. Whether it did wait.
+    ///
+    /// # Errors
+    /// Whatever is in the way.
+    pub async fn start_if_waiting(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<bool, Fault> {
+        self.measure(FRESH).await;
+        let _operation = vm.operation.clone().lock_owned().await;
+        let waits = vm.state() == State::NotStarted;
+        if waits {
+            self.start_waiting(vm).await?;
+        }
+        Ok(waits)
     }
 
     /// Notes what a guest has been seen to do.

@@ -38,7 +38,9 @@ mod spec;
 mod status;
 mod store;
 mod templates;
+mod told;
 mod vm;
+mod waiting;
 
 use std::collections::BTreeMap;
 use std::io;

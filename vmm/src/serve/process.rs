@@ -35,6 +35,17 @@ const LONGEST_LOG: u64 = 4 << 20;
 const LOG_ROOM: u64 = 4 << 10;
 pub const TRIM: Duration = Duration::from_mins(1);
 
+/// What a process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose<'a> {
+    /// To be told of its guest, and nothing else.
+    Configure,
+    /// To run the guest of `config.json`.
+    Boot,
+    /// To go on from a snapshot, by this value of `--restore`.
+    Restore(&'a str),
+}
+
 /// What `Launch` is started with.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
@@ -42,14 +53,12 @@ pub struct Launch<'a> {
     pub id: &'a str,
     /// Its folder, which the process works in.
     pub folder: &'a Path,
-    /// Whether the guest starts at once.
-    pub start: bool,
+    /// What it is for.
+    pub purpose: Purpose<'a>,
     /// Its jail, if it is to be in one.
     pub jail: Option<&'a str>,
     /// Whether there is a file with what the guest is told of itself.
     pub metadata: bool,
-    /// The value of `--restore`, where it goes on from a snapshot.
-    pub restore: Option<&'a str>,
 }
 
 /// How a process ended, as far as its parent is told.
@@ -127,15 +136,13 @@ pub fn spawn(launch: &Launch<'_>) -> io::Result<Held> {
         .args(["run", "--held", "--id", launch.id])
         .args(["--api-sock", "api.sock", "--console-sock", "console.sock"])
         .args(["--end-file", "end.json"]);
-    match launch.restore {
-        Some(restore) => command.args(["--restore", restore]),
-        None => command.args(["--config", "config.json"]),
+    match launch.purpose {
+        Purpose::Restore(restore) => command.args(["--restore", restore]),
+        Purpose::Boot => command.args(["--config", "config.json"]),
+        Purpose::Configure => command.args(["--config", "config.json", "--only-configure"]),
     };
     if launch.metadata {
         command.args(["--metadata", identity::METADATA]);
-    }
-    if !launch.start && launch.restore.is_none() {
-        command.arg("--no-start");
     }
     command
         .current_dir(launch.folder)
