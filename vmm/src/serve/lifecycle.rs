@@ -33,6 +33,7 @@ use super::status::{Ended, State, now_ms};
 use super::store::{self, Phase, Record};
 use super::told::Told;
 use super::vm::Vm;
+use super::waiting::write_config;
 use crate::config::VmConfig;
 use crate::exit::{EndKind, EndReport};
 
@@ -328,15 +329,12 @@ impl Daemon {
         self.mend(vm).await;
         let started = async {
             let config = self.readmit(vm)?;
-            let path = vm.folder.join("config.json");
             // Without a kernel, it waits to be told of one.
             let purpose = match config.boot_source {
                 Some(_) => Purpose::Boot,
                 None => Purpose::Configure,
             };
-            blocking(move || store::write(&path, &config, false))
-                .await?
-                .map_err(Fault::Store)?;
+            write_config(vm, config).await?;
             vm.change(|now| now.loaded = false);
             if self.rejail(vm)? {
                 self.save(vm).await;
@@ -372,8 +370,8 @@ impl Daemon {
         self.save(vm).await;
     }
 
-    /// Makes room for a guest that has no process.
-    pub(super) fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+    /// What a guest is to be started with: as it was made, or told since, and with the disks that it has come to.
+    pub(super) fn config_of(&self, vm: &Vm) -> Result<VmConfig, Fault> {
         let told = vm.now().told.clone();
         let resolved = vm
             .spec
@@ -385,6 +383,12 @@ impl Daemon {
                 path.clone_from(disk);
             }
         }
+        Ok(config)
+    }
+
+    /// Makes room for a guest that is about to start.
+    pub(super) fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let config = self.config_of(vm)?;
         let machine = &config.machine_config;
         self.admit_change(vm, machine.mem_size_mib, machine.vcpu_count, |now| {
             now.state = State::Starting;

@@ -31,6 +31,13 @@ use crate::config::VmConfig;
 /// How long a process may take to end that runs no guest.
 const TERM: Duration = Duration::from_secs(5);
 
+/// Writes what the next process of a guest is given.
+pub(super) async fn write_config(vm: &Vm, config: VmConfig) -> Result<(), Fault> {
+    let path = vm.folder.join("config.json");
+    let written = blocking(move || store::write(&path, &config, false)).await?;
+    written.map_err(Fault::Store)
+}
+
 impl Daemon {
     /// Starts a guest that waits, with what it was told. Its operation is held.
     ///
@@ -80,9 +87,7 @@ impl Daemon {
             ));
         }
         self.begin(vm, |pending| pending.start = true).await?;
-        let (path, config) = (vm.folder.join("config.json"), config.clone());
-        let written = blocking(move || store::write(&path, &config, false)).await?;
-        written.map_err(Fault::Store)
+        write_config(vm, config.clone()).await
     }
 
     /// Ends the process that was told, whose end is no news of its guest.
@@ -117,6 +122,7 @@ impl Daemon {
     async fn wait_again(self: &Arc<Self>, vm: &Arc<Vm>) {
         let waits = async {
             self.end_waiting(vm).await?;
+            write_config(vm, self.config_of(vm)?).await?;
             self.bring_up(vm, Purpose::Configure).await
         };
         match waits.await {
