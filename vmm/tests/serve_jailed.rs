@@ -1,4 +1,4 @@
-//! `coppice serve --jail`: all that a daemon does, with guests in jails; and what they see of each other.
+//! `coppice serve` as it is by default: all that a daemon does, with guests in jails; and what they see of each other.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 #![allow(
@@ -20,6 +20,8 @@ mod serve;
 mod shortage;
 #[path = "serve_templates.rs"]
 mod templates;
+#[path = "serve_waiting.rs"]
+mod waiting;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -39,9 +41,14 @@ fn is_root() -> bool {
     root
 }
 
+/// The user that a guest is, or is going to be.
 fn uid(daemon: &Daemon, id: &str) -> u32 {
-    let report = daemon.get(&format!("/vms/{id}/vm/jail"));
-    u32::try_from(report["uid"].as_u64().unwrap()).unwrap()
+    let vm = daemon.get(&format!("/vms/{id}"));
+    let uid = u32::try_from(vm["guest_uid"].as_u64().unwrap()).unwrap();
+    if vm["state"] == "running" {
+        assert_eq!(daemon.get(&format!("/vms/{id}/vm/jail"))["uid"], uid);
+    }
+    uid
 }
 
 fn pid(vm: &Value) -> u64 {
@@ -81,7 +88,7 @@ fn two_guests_of_a_daemon_see_nothing_of_each_other() {
         return;
     }
     let daemon = Daemon::start(&[]);
-    let (a, b) = (daemon.create_running("a"), daemon.create_waiting("b"));
+    let (a, b) = (daemon.create_running("a"), daemon.create_running("b"));
     for (id, vm, other) in [("a", &a, "b"), ("b", &b, "a")] {
         let report = daemon.get(&format!("/vms/{id}/vm/jail"));
         let layers = report["layers"].as_array().unwrap();
@@ -269,6 +276,60 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
 }
 
 #[test]
+fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_is_open() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(&[]);
+    let waiting = daemon.create_waiting("g");
+    let disk = daemon.folder().join("disk");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let put = |path: &str, body: &Value| daemon.call("PUT", &format!("/vms/g{path}"), Some(body));
+    let drive = json!({
+        "drive_id": "d", "path_on_host": disk, "is_root_device": false, "format": "raw",
+    });
+    let source = json!({"kernel_image_path": daemon.kernel()});
+    assert_eq!(put("/boot-source", &source).0, 204);
+    assert_eq!(put("/drives/d", &drive).0, 204);
+    let told = daemon.get("/vms/g/vm/config");
+    let start = json!({"action_type": "InstanceStart"});
+    for _ in 0..2 {
+        let (status, answer) = put("/actions", &start);
+        let text = answer["fault_message"].as_str().unwrap();
+        let expected = format!(
+            "user {} may not read and write {}",
+            waiting["guest_uid"],
+            disk.display()
+        );
+        assert!(status == 422 && text.contains(&expected), "{text}");
+        assert!(
+            text.contains("chown") && text.contains("--jail off"),
+            "{text}"
+        );
+        assert_eq!(daemon.get("/vms/g")["state"], "not_started");
+        assert_eq!(daemon.get("/vms/g/vm/config"), told);
+    }
+    chown(&disk, Some(uid(&daemon, "g")), None).unwrap();
+    assert_eq!(put("/actions", &start).0, 204);
+    let report = daemon.get("/vms/g/vm/jail");
+    assert_eq!(
+        (&report["jailed"], &report["uid"]),
+        (&json!(true), &waiting["guest_uid"])
+    );
+    assert!(
+        report["layers"]
+            .as_array()
+            .unwrap()
+            .contains(&json!("tree"))
+    );
+    let seen = reachable(pid(&daemon.get("/vms/g")));
+    assert!(
+        seen.contains(&disk) && !seen.contains(&daemon.socket()),
+        "{seen:?}"
+    );
+}
+
+#[test]
 fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
     if !is_root() {
         return;
@@ -357,7 +418,7 @@ fn nothing_is_left_of_deleted_guests_however_often_the_daemon_is_killed() {
     let before = mounts();
     let name = group.0.file_name().unwrap().to_str().unwrap();
     let mut daemon = Daemon::start(&["--jail", &format!("cgroup={name}")]);
-    let vm = daemon.create_waiting("g");
+    let vm = daemon.create_running("g");
     let procs = fs::read_to_string(group.0.join("g/cgroup.procs")).unwrap();
     assert_eq!(procs.trim(), pid(&vm).to_string());
     let layers = daemon.get("/vms/g/vm/jail")["layers"].clone();
@@ -365,10 +426,10 @@ fn nothing_is_left_of_deleted_guests_however_often_the_daemon_is_killed() {
     for round in 0..8u64 {
         std::thread::scope(|scope| {
             let socket = daemon.socket();
+            let specs = ["x", "y", "g"].map(|id| (id, daemon.spec(id)));
             scope.spawn(move || {
-                for id in ["x", "y", "g"] {
-                    let body = json!({"id": id, "start": false});
-                    serve::daemon::call(&socket, "POST", "/vms", Some(&body));
+                for (id, spec) in specs {
+                    serve::daemon::call(&socket, "POST", "/vms", Some(&spec));
                     if id != "y" {
                         serve::daemon::call(&socket, "DELETE", &format!("/vms/{id}"), None);
                     }
