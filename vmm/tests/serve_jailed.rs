@@ -30,7 +30,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use serve::daemon::Daemon;
+use serve::daemon::{Daemon, until};
+use serve::traces::{disk, source};
 
 /// What is shown here takes root: a user's guests have no users of their own.
 fn is_root() -> bool {
@@ -327,6 +328,74 @@ fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_
         seen.contains(&disk) && !seen.contains(&daemon.socket()),
         "{seen:?}"
     );
+}
+
+#[test]
+fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other() {
+    let mut daemon = Daemon::start(&[]);
+    source(&daemon, 16);
+    let base = daemon.folder().join("a.vhdx");
+    let child = daemon.vm_folder("a").canonicalize().unwrap();
+    let child = child.join("child.vhdx");
+    let put = |daemon: &Daemon, what: &str, body: &Value| {
+        daemon.call("PUT", &format!("/vms/a/drives/root/{what}"), Some(body))
+    };
+    let snapshot = json!({"path_on_host": child});
+    let over = |daemon: &Daemon| {
+        until("the commit is over", || {
+            let record = fs::read(daemon.vm_folder("a").join("vm.json")).unwrap();
+            let record: Value = serde_json::from_slice(&record).unwrap();
+            record["pending"]["commits"] == json!({}) && record["disks"]["root"] == json!(base)
+        });
+        assert_eq!(
+            (disk(daemon, "a"), child.exists()),
+            (base.clone(), false),
+            "{}",
+            daemon.get("/vms/a/drives/root/job")
+        );
+    };
+    let again = |daemon: &Daemon| {
+        daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
+        assert_eq!(daemon.post("/vms/a/start", &json!(null)).0, 200);
+    };
+    // The disk that it was started with is its own to write to.
+    assert_eq!(put(&daemon, "snapshot", &snapshot).0, 204);
+    assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
+    over(&daemon);
+    // What is nothing but a parent at its start is not.
+    assert_eq!(put(&daemon, "snapshot", &snapshot).0, 204);
+    again(&daemon);
+    // But for one in its own folder.
+    let second = json!({"path_on_host": child.with_file_name("second.vhdx")});
+    assert_eq!(put(&daemon, "snapshot", &second).0, 204);
+    again(&daemon);
+    assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
+    until("the commit is over", || disk(&daemon, "a") == child);
+    until("what was merged is gone", || {
+        !child.with_file_name("second.vhdx").exists()
+    });
+    until("its end is noted", || {
+        let record = fs::read(daemon.vm_folder("a").join("vm.json")).unwrap();
+        let record: Value = serde_json::from_slice(&record).unwrap();
+        record["pending"]["commits"] == json!({})
+    });
+    let (status, answer) = put(&daemon, "commit", &json!({}));
+    let text = answer["fault_message"].as_str().unwrap();
+    assert_eq!(status, 400, "{text}");
+    assert!(
+        text.contains(base.to_str().unwrap()) && text.contains("allow=PATH"),
+        "{text}"
+    );
+    assert!(disk(&daemon, "a") == child && daemon.echoes("a"));
+    let allow = format!("allow={}", base.display());
+    daemon.change_arguments(&["--jail", &allow]);
+    daemon.kill_and_restart();
+    daemon.until_state("a", "running");
+    again(&daemon);
+    assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
+    over(&daemon);
+    again(&daemon);
+    assert!(disk(&daemon, "a") == base && daemon.echoes("a"));
 }
 
 #[test]

@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Daemon;
 use super::fault::Fault;
+use super::pending::is_whole;
 use super::store::named;
 use super::vm::Vm;
 use crate::jail::{CgroupConfig, cgroup_root};
@@ -274,12 +275,30 @@ impl Jails {
         if let Some(uid) = jailed.uid {
             give_folder(folder, uid).map_err(named(folder))?;
         }
-        argument(policy, jailed).map(Some)
+        let own = own_disks(folder).map_err(named(folder))?;
+        argument(policy, jailed, &own).map(Some)
     }
 }
 
-/// The value of `--jail` for the process of a guest, which works in its folder.
-fn argument(policy: &JailPolicy, jailed: &Jailed) -> io::Result<String> {
+/// The VHDX files in a guest's folder that are nobody else's, from there: where one is the parent of a disk, the guest may merge the disk into it. A
+/// template's has a second name.
+fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    use std::os::unix::fs::MetadataExt;
+    let mut own = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = Path::new(".").join(entry.file_name());
+        let is_alone = entry.metadata()?.nlink() == 1;
+        if is_alone && name.to_str().is_some() && is_whole(&entry.path()) {
+            own.push(name);
+        }
+    }
+    own.sort();
+    Ok(own)
+}
+
+/// The value of `--jail` for the process of a guest, which works in its folder and has the files `own` there.
+fn argument(policy: &JailPolicy, jailed: &Jailed, own: &[PathBuf]) -> io::Result<String> {
     let mut options = Vec::new();
     if let Some(uid) = jailed.uid {
         options.extend([format!("uid={uid}"), format!("gid={uid}")]);
@@ -292,11 +311,8 @@ fn argument(policy: &JailPolicy, jailed: &Jailed) -> io::Result<String> {
     if let Some(group) = &jailed.cgroup {
         path("cgroup", group)?;
     }
-    let own = [Path::new(".")];
-    for allowed in own
-        .into_iter()
-        .chain(policy.allow.iter().map(PathBuf::as_path))
-    {
+    path("allow", Path::new("."))?;
+    for allowed in own.iter().chain(&policy.allow) {
         path("allow", allowed)?;
     }
     if policy.require_all {
@@ -481,8 +497,8 @@ mod tests {
             cgroup: Some("guests/g".into()),
         };
         assert_eq!(
-            argument(&policy, &jailed).unwrap(),
-            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=/disks/a,,b,require=all"
+            argument(&policy, &jailed, &["./d".into()]).unwrap(),
+            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=./d,allow=/disks/a,,b,require=all"
         );
     }
 
@@ -521,6 +537,11 @@ mod tests {
         symlink(path("outside"), path("vm/link")).unwrap();
         fs::hard_link(path("vm/vm.json"), path("vm/name")).unwrap();
         give_folder(&path("vm"), 1234).unwrap();
+        for name in ["vm/disk", "vm/a"] {
+            fs::write(path(name), "vhdxfile").unwrap();
+        }
+        fs::hard_link(path("vm/a"), path("of a template")).unwrap();
+        assert_eq!(own_disks(&path("vm")).unwrap(), [Path::new("./disk")]);
         let owner = |name: &str| {
             let metadata = fs::symlink_metadata(path(name)).unwrap();
             (metadata.uid(), metadata.gid())
