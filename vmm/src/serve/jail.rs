@@ -1,7 +1,7 @@
 //! The jails of guests' processes: who they are on the host, which control group they are in, and what they may write to.
 //!
 //! ```text
-//! vm.json has the user and the group ──> control group made ──> folder given ──> process held, joins, is jailed
+//! vm.json has the user and the group ──> about to run: control group made ──> folder given ──> process held, joins, is jailed
 //! process gone ──> control group removed ──> folder removed
 //! ```
 //!

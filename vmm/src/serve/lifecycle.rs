@@ -2,7 +2,7 @@
 //! finds it in `recovery`.
 //!
 //! ```text
-//! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused
+//! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused         (start: see `waiting`)
 //!                          stop, power off ┘        │ failure
 //! delete <── any        Stopped <───────────────────┴──────> Failed, or Restarting ─> Starting ─> Running
 //! ```

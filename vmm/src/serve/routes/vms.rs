@@ -162,7 +162,7 @@ fn told(vm: &Vm) -> Json<VmStatus> {
     Json(vm.status(false, false))
 }
 
-/// Starts a guest that waits or that has ended. One that runs goes on running.
+/// Starts a guest that waits or that has ended, with what it was made with, and told since. One that runs goes on running.
 #[utoipa::path(post, path = "/vms/{id}/start", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
     (status = 409, body = FaultBody), (status = 422, body = FaultBody), (status = 507, body = FaultBody)))]
