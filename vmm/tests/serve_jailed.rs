@@ -387,6 +387,16 @@ fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other()
         "{text}"
     );
     assert!(disk(&daemon, "a") == child && daemon.echoes("a"));
+    // Nor is a file outside that it was not started with.
+    let other = daemon.folder().join("other.vhdx");
+    fs::copy(&base, &other).unwrap();
+    let other = json!({"drive_id": "root", "path_on_host": other});
+    let (status, answer) = daemon.call("PATCH", "/vms/a/drives/root", Some(&other));
+    let text = answer["fault_message"].as_str().unwrap();
+    assert!(
+        status == 400 && text.contains("other.vhdx") && text.contains("allow=PATH"),
+        "{text}"
+    );
     let allow = format!("allow={}", base.display());
     daemon.change_arguments(&["--jail", &allow]);
     daemon.kill_and_restart();
