@@ -11,25 +11,22 @@
 //! that finds `pending.start` looks how far that came: the guest runs, or waits again.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::http::Method;
 use serde_json::json;
-use tokio::time::timeout;
 
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
-use super::lifecycle::{KILL, blocking};
+use super::lifecycle::blocking;
 use super::process::{Process, Purpose};
 use super::proxy;
 use super::status::State;
+use super::stopping::end_by_signals;
 use super::store;
 use super::vm::Vm;
 use crate::config::VmConfig;
-
-/// How long a process may take to end that runs no guest.
-const TERM: Duration = Duration::from_secs(5);
 
 /// Writes what the next process of a guest is given.
 pub(super) async fn write_config(vm: &Vm, config: VmConfig) -> Result<(), Fault> {
@@ -53,6 +50,8 @@ impl Daemon {
                 now.state = State::NotStarted;
                 now.pending.start = false;
             });
+            // Its process may have ended meanwhile, of which nobody else goes on.
+            self.settle(vm);
             self.save(vm).await;
             return Err(fault);
         }
@@ -95,17 +94,7 @@ impl Daemon {
         let Some(process) = vm.now().process.clone() else {
             return Ok(());
         };
-        for (signal, patience) in [
-            (rustix::process::Signal::TERM, TERM),
-            (rustix::process::Signal::KILL, KILL),
-        ] {
-            process.signal(signal);
-            let gone = vm.until(|now| now.process.is_none());
-            if timeout(patience, gone).await.is_ok() {
-                return Ok(());
-            }
-        }
-        Err(Fault::Unkillable(vm.id.clone()))
+        end_by_signals(vm, &process).await
     }
 
     async fn has_started(self: &Arc<Self>, vm: &Arc<Vm>, state: State) {

@@ -17,10 +17,10 @@ use super::{Answer, Context, SHOWN};
 use crate::api;
 use crate::serve::Daemon;
 use crate::serve::fault::{Fault, FaultBody};
-use crate::serve::lifecycle::Manner;
 use crate::serve::peer::Caller;
 use crate::serve::spec::VmSpec;
 use crate::serve::status::{State, VmStatus};
+use crate::serve::stopping::Manner;
 use crate::serve::vm::Vm;
 
 /// Longest time that a guest may be given to shut down, in s.
