@@ -20,7 +20,7 @@ use crate::control::{Control, ControlError, Guest, LaunchError, Origin};
 use crate::exit::{EndReport, ExitReason};
 use crate::jail::{self, Confinement, JailError};
 use crate::logging::Log;
-use crate::machine::{GuestEnd, Machine, Subscriber, Surroundings, VsockHost};
+use crate::machine::{GuestEnd, Machine, StartError, Subscriber, Surroundings, VsockHost};
 use crate::metrics::{ApiMetrics, open_output};
 use crate::mmds::{MetadataFileError, Mmds};
 use crate::reference::{self, Warmer};
@@ -45,6 +45,8 @@ pub struct RunOptions {
     pub end_file: Option<PathBuf>,
     /// The guest waits for `InstanceStart` even with a boot source.
     pub no_start: bool,
+    /// The guest is configured here, and started in another process.
+    pub only_configure: bool,
     /// The process waits for a byte on standard input.
     pub held: bool,
     /// The snapshot that the guest goes on from.
@@ -155,6 +157,7 @@ struct Launcher {
     /// The socket of the vsock device, until there is one.
     vsock_socket: Arc<Mutex<Option<ApiSocket>>>,
     metadata: Arc<Mmds>,
+    only_configure: bool,
 }
 
 impl Launcher {
@@ -197,6 +200,12 @@ impl Launcher {
         origin: Origin,
         ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
     ) -> Result<Box<dyn Guest>, LaunchError> {
+        if self.only_configure {
+            return Err(match &config.boot_source {
+                None => StartError::NoKernel.into(),
+                Some(_) => LaunchError::OnlyConfigured,
+            });
+        }
         let surroundings = self.surroundings(config)?;
         let machine = match origin {
             Origin::Kernel => Machine::start(config, ops, surroundings),
@@ -268,6 +277,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
         restore,
         held,
         metadata,
+        only_configure,
         ..
     } = options;
     if let Some(id) = id {
@@ -281,6 +291,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     let loading = loading.map_err(ControlError::from)?;
     let warm = match &loading {
         Some(_) => None,
+        None if only_configure => None,
         None => warmer(&config, held),
     };
     let wanted = loading.as_ref().map_or(&config, Loading::config);
@@ -342,7 +353,8 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     let ending = Ending::new().map_err(host("eventfd"))?;
     let api_metrics = Arc::new(ApiMetrics::default());
     let control = Arc::new(Mutex::new(Control::new(log, api_metrics.clone())));
-    let start = options.config.boot_source.is_some() && !options.no_start;
+    let only_configure = options.only_configure;
+    let start = options.config.boot_source.is_some() && !options.no_start && !only_configure;
     let resume = options.restore.as_ref().is_some_and(|load| load.resume_vm);
     let Prepared {
         socket,
@@ -384,6 +396,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         warm,
         vsock_socket: vsock_socket.clone(),
         metadata: lock(&control).mmds().clone(),
+        only_configure,
     };
 
     if loading.is_some() || start {

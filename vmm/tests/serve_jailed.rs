@@ -1,4 +1,4 @@
-//! `coppice serve --jail`: all that a daemon does, with guests in jails; and what they see of each other.
+//! `coppice serve` as it is by default: all that a daemon does, with guests in jails; and what they see of each other.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 #![allow(
@@ -20,6 +20,8 @@ mod serve;
 mod shortage;
 #[path = "serve_templates.rs"]
 mod templates;
+#[path = "serve_waiting.rs"]
+mod waiting;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -28,7 +30,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::{Value, json};
-use serve::daemon::Daemon;
+use serve::daemon::{Daemon, until};
+use serve::traces::{disk, source};
 
 /// What is shown here takes root: a user's guests have no users of their own.
 fn is_root() -> bool {
@@ -39,9 +42,14 @@ fn is_root() -> bool {
     root
 }
 
+/// The user that a guest is, or is going to be.
 fn uid(daemon: &Daemon, id: &str) -> u32 {
-    let report = daemon.get(&format!("/vms/{id}/vm/jail"));
-    u32::try_from(report["uid"].as_u64().unwrap()).unwrap()
+    let vm = daemon.get(&format!("/vms/{id}"));
+    let uid = u32::try_from(vm["guest_uid"].as_u64().unwrap()).unwrap();
+    if vm["state"] == "running" {
+        assert_eq!(daemon.get(&format!("/vms/{id}/vm/jail"))["uid"], uid);
+    }
+    uid
 }
 
 fn pid(vm: &Value) -> u64 {
@@ -81,7 +89,7 @@ fn two_guests_of_a_daemon_see_nothing_of_each_other() {
         return;
     }
     let daemon = Daemon::start(&[]);
-    let (a, b) = (daemon.create_running("a"), daemon.create_waiting("b"));
+    let (a, b) = (daemon.create_running("a"), daemon.create_running("b"));
     for (id, vm, other) in [("a", &a, "b"), ("b", &b, "a")] {
         let report = daemon.get(&format!("/vms/{id}/vm/jail"));
         let layers = report["layers"].as_array().unwrap();
@@ -269,6 +277,138 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
 }
 
 #[test]
+fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_is_open() {
+    if !is_root() {
+        return;
+    }
+    let daemon = Daemon::start(&[]);
+    let waiting = daemon.create_waiting("g");
+    let disk = daemon.folder().join("disk");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let put = |path: &str, body: &Value| daemon.call("PUT", &format!("/vms/g{path}"), Some(body));
+    let drive = json!({
+        "drive_id": "d", "path_on_host": disk, "is_root_device": false, "format": "raw",
+    });
+    let source = json!({"kernel_image_path": daemon.kernel()});
+    assert_eq!(put("/boot-source", &source).0, 204);
+    assert_eq!(put("/drives/d", &drive).0, 204);
+    let told = daemon.get("/vms/g/vm/config");
+    let start = json!({"action_type": "InstanceStart"});
+    for _ in 0..2 {
+        let (status, answer) = put("/actions", &start);
+        let text = answer["fault_message"].as_str().unwrap();
+        let expected = format!(
+            "user {} may not read and write {}",
+            waiting["guest_uid"],
+            disk.display()
+        );
+        assert!(status == 422 && text.contains(&expected), "{text}");
+        assert!(
+            text.contains("chown") && text.contains("--jail off"),
+            "{text}"
+        );
+        assert_eq!(daemon.get("/vms/g")["state"], "not_started");
+        assert_eq!(daemon.get("/vms/g/vm/config"), told);
+    }
+    chown(&disk, Some(uid(&daemon, "g")), None).unwrap();
+    assert_eq!(put("/actions", &start).0, 204);
+    let report = daemon.get("/vms/g/vm/jail");
+    assert_eq!(
+        (&report["jailed"], &report["uid"]),
+        (&json!(true), &waiting["guest_uid"])
+    );
+    assert!(
+        report["layers"]
+            .as_array()
+            .unwrap()
+            .contains(&json!("tree"))
+    );
+    let seen = reachable(pid(&daemon.get("/vms/g")));
+    assert!(
+        seen.contains(&disk) && !seen.contains(&daemon.socket()),
+        "{seen:?}"
+    );
+}
+
+#[test]
+fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other() {
+    let mut daemon = Daemon::start(&[]);
+    source(&daemon, 16);
+    let base = daemon.folder().join("a.vhdx");
+    let child = daemon.vm_folder("a").canonicalize().unwrap();
+    let child = child.join("child.vhdx");
+    let put = |daemon: &Daemon, what: &str, body: &Value| {
+        daemon.call("PUT", &format!("/vms/a/drives/root/{what}"), Some(body))
+    };
+    let snapshot = json!({"path_on_host": child});
+    let over = |daemon: &Daemon| {
+        until("the commit is over", || {
+            let record = fs::read(daemon.vm_folder("a").join("vm.json")).unwrap();
+            let record: Value = serde_json::from_slice(&record).unwrap();
+            record["pending"]["commits"] == json!({}) && record["disks"]["root"] == json!(base)
+        });
+        assert_eq!(
+            (disk(daemon, "a"), child.exists()),
+            (base.clone(), false),
+            "{}",
+            daemon.get("/vms/a/drives/root/job")
+        );
+    };
+    let again = |daemon: &Daemon| {
+        daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
+        assert_eq!(daemon.post("/vms/a/start", &json!(null)).0, 200);
+    };
+    // The disk that it was started with is its own to write to.
+    assert_eq!(put(&daemon, "snapshot", &snapshot).0, 204);
+    assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
+    over(&daemon);
+    // What is nothing but a parent at its start is not.
+    assert_eq!(put(&daemon, "snapshot", &snapshot).0, 204);
+    again(&daemon);
+    // But for one in its own folder.
+    let second = json!({"path_on_host": child.with_file_name("second.vhdx")});
+    assert_eq!(put(&daemon, "snapshot", &second).0, 204);
+    again(&daemon);
+    assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
+    until("the commit is over", || disk(&daemon, "a") == child);
+    until("what was merged is gone", || {
+        !child.with_file_name("second.vhdx").exists()
+    });
+    until("its end is noted", || {
+        let record = fs::read(daemon.vm_folder("a").join("vm.json")).unwrap();
+        let record: Value = serde_json::from_slice(&record).unwrap();
+        record["pending"]["commits"] == json!({})
+    });
+    let (status, answer) = put(&daemon, "commit", &json!({}));
+    let text = answer["fault_message"].as_str().unwrap();
+    assert_eq!(status, 400, "{text}");
+    assert!(
+        text.contains(base.to_str().unwrap()) && text.contains("allow=PATH"),
+        "{text}"
+    );
+    assert!(disk(&daemon, "a") == child && daemon.echoes("a"));
+    // Nor is a file outside that it was not started with.
+    let other = daemon.folder().join("other.vhdx");
+    fs::copy(&base, &other).unwrap();
+    let other = json!({"drive_id": "root", "path_on_host": other});
+    let (status, answer) = daemon.call("PATCH", "/vms/a/drives/root", Some(&other));
+    let text = answer["fault_message"].as_str().unwrap();
+    assert!(
+        status == 400 && text.contains("other.vhdx") && text.contains("allow=PATH"),
+        "{text}"
+    );
+    let allow = format!("allow={}", base.display());
+    daemon.change_arguments(&["--jail", &allow]);
+    daemon.kill_and_restart();
+    daemon.until_state("a", "running");
+    again(&daemon);
+    assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
+    over(&daemon);
+    again(&daemon);
+    assert!(disk(&daemon, "a") == base && daemon.echoes("a"));
+}
+
+#[test]
 fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
     if !is_root() {
         return;
@@ -357,7 +497,7 @@ fn nothing_is_left_of_deleted_guests_however_often_the_daemon_is_killed() {
     let before = mounts();
     let name = group.0.file_name().unwrap().to_str().unwrap();
     let mut daemon = Daemon::start(&["--jail", &format!("cgroup={name}")]);
-    let vm = daemon.create_waiting("g");
+    let vm = daemon.create_running("g");
     let procs = fs::read_to_string(group.0.join("g/cgroup.procs")).unwrap();
     assert_eq!(procs.trim(), pid(&vm).to_string());
     let layers = daemon.get("/vms/g/vm/jail")["layers"].clone();
@@ -365,10 +505,10 @@ fn nothing_is_left_of_deleted_guests_however_often_the_daemon_is_killed() {
     for round in 0..8u64 {
         std::thread::scope(|scope| {
             let socket = daemon.socket();
+            let specs = ["x", "y", "g"].map(|id| (id, daemon.spec(id)));
             scope.spawn(move || {
-                for id in ["x", "y", "g"] {
-                    let body = json!({"id": id, "start": false});
-                    serve::daemon::call(&socket, "POST", "/vms", Some(&body));
+                for (id, spec) in specs {
+                    serve::daemon::call(&socket, "POST", "/vms", Some(&spec));
                     if id != "y" {
                         serve::daemon::call(&socket, "DELETE", &format!("/vms/{id}"), None);
                     }

@@ -29,8 +29,14 @@ impl Small {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("state")).unwrap();
         serve::kernel::write(&folder.path().join("kernel"));
+        let saved = folder.path().join("state/saved");
+        let jail = match env!("CARGO_CRATE_NAME") {
+            "serve_jailed" => format!("allow={}", saved.display()),
+            _ => "off".to_owned(),
+        };
         let line = format!(
-            "mount -t tmpfs -o size=2m none {0}/state && exec {1} serve --socket {0}/s --state {0}/state",
+            "mount -t tmpfs -o size=2m none {0}/state && mkdir {0}/state/saved && \
+            exec {1} serve --socket {0}/s --state {0}/state --jail {jail}",
             folder.path().display(),
             env!("CARGO_BIN_EXE_coppice"),
         );
@@ -150,18 +156,19 @@ fn a_full_disk_refuses_snapshots_templates_and_clones_and_harms_none() {
     let before = without_disks();
 
     // By the guest's own API: an older snapshot stays whole.
-    let (state, memory) = (small.state().join("state"), small.state().join("memory"));
-    let inside = |name: &str| small.folder.path().join("state").join(name);
+    let saved = small.state().join("saved");
+    let (state, memory) = (saved.join("state"), saved.join("memory"));
+    let inside = |name: &str| small.folder.path().join("state/saved").join(name);
     let snapshot = json!({"snapshot_path": inside("state"), "mem_file_path": inside("memory")});
     let pause = json!({"state": "Paused"});
     assert_eq!(small.call("PATCH", "/vms/a/vm", Some(&pause)).0, 204);
     let save = || small.call("PUT", "/vms/a/snapshot/create", Some(&snapshot));
     assert_eq!(save().0, 204);
     let whole = || (fs::read(&state).unwrap(), fs::read(&memory).unwrap());
-    let (first, there) = (whole(), files(&small.state()));
+    let (first, there) = (whole(), files(&saved));
     until_there_is_room("a snapshot", &save, &|| {
         assert!(whole() == first);
-        assert_eq!(files(&small.state()), there);
+        assert_eq!(files(&saved), there);
     });
     fs::remove_file(&state).unwrap();
     fs::remove_file(&memory).unwrap();

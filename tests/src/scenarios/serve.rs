@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::bench;
+use super::jail::expect_layers;
 use super::memory::{available, mib_each};
 use crate::api::request;
 use crate::guest::{KERNEL_CACHE, script_word};
@@ -55,6 +56,28 @@ pub(super) fn console(state: &Path, id: &str, line: &str, text: &str) -> Result<
         None => Ok(()),
         Some(seen) => Failure::claim(format!("{id} never showed {text:?}: {seen}")),
     }
+}
+
+/// A disk of the guest `id`, whoever that is on the host.
+fn own_disk(out: &Path, id: &str) -> Result<Value, Failure> {
+    let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
+    let disk = here.join(out).join(format!("{id}.vhdx"));
+    fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666))
+        .map_err(Failure::io("give the disk"))?;
+    Ok(json!({"drive_id": "disk", "path_on_host": disk, "is_root_device": false}))
+}
+
+fn boot_source(script: &str) -> Result<Value, Failure> {
+    let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
+    let args = format!(
+        "console=ttyS0 reboot=k panic=-1 quiet {}",
+        script_word(script)
+    );
+    Ok(json!({
+        "kernel_image_path": here.join("guest/vmlinuz"),
+        "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args,
+    }))
 }
 
 impl Daemon {
@@ -105,31 +128,29 @@ impl Daemon {
 
     /// A guest that has booted, with a disk of its own.
     pub(super) fn boot(&self, out: &Path, id: &str) -> Result<(), Failure> {
-        let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
-        let disk = here.join(out).join(format!("{id}.vhdx"));
-        fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
-        // Whoever the guest is.
-        fs::set_permissions(&disk, fs::Permissions::from_mode(0o666))
-            .map_err(Failure::io("give the disk"))?;
-        let more = json!({
-            "drives": [{"drive_id": "disk", "path_on_host": disk, "is_root_device": false}],
-        });
+        let more = json!({"drives": [own_disk(out, id)?]});
         self.boot_with(id, SCRIPT, &more)
     }
 
     /// A guest that has booted, does what `script` says, and has what `more` says of its configuration.
     pub(super) fn boot_with(&self, id: &str, script: &str, more: &Value) -> Result<(), Failure> {
-        let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
-        let args = format!(
-            "console=ttyS0 reboot=k panic=-1 quiet {}",
-            script_word(script)
-        );
         let mut config = more.clone();
-        config["boot-source"] = json!({
-            "kernel_image_path": here.join("guest/vmlinuz"),
-            "initrd_path": here.join("guest/initrd.cpio.gz"), "boot_args": args,
-        });
+        config["boot-source"] = boot_source(script)?;
         self.expect(201, "POST", "/vms", &json!({"id": id, "config": config}))?;
+        self.console(id, "", "READY")
+    }
+
+    /// As [`Daemon::boot`], of a guest that is told of all over its own API.
+    fn boot_as_told(&self, out: &Path, id: &str) -> Result<(), Failure> {
+        self.expect(201, "POST", "/vms", &json!({"id": id, "start": false}))?;
+        let own = format!("/vms/{id}");
+        for (path, body) in [
+            ("/boot-source", boot_source(SCRIPT)?),
+            ("/drives/disk", own_disk(out, id)?),
+            ("/actions", json!({"action_type": "InstanceStart"})),
+        ] {
+            self.expect(204, "PUT", &format!("{own}{path}"), &body)?;
+        }
         self.console(id, "", "READY")
     }
 
@@ -223,10 +244,10 @@ pub(super) fn guests() -> usize {
     guest_processes().len()
 }
 
-/// Booted, saved as a template, cloned; each guest is by itself, outlives the daemon, and is gone when it is deleted.
+/// Told of all over its own API, booted, saved as a template, cloned; each guest is in a jail, by itself, outlives the daemon, and is gone when it is deleted.
 pub fn life(out: &Path) -> Result<Figures, Failure> {
     let mut daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
-    daemon.boot(out, "source")?;
+    daemon.boot_as_told(out, "source")?;
     daemon.console("source", "echo base >/mnt/f; sync; echo DO''NE", "DONE")?;
     daemon.template("t", "source")?;
     let mut figures = Figures::new();
@@ -247,8 +268,11 @@ pub fn life(out: &Path) -> Result<Figures, Failure> {
         daemon.console(&format!("clone{number}"), "cat /mnt/f", &text)?;
     }
     daemon.console("source", "echo I''S $(cat /mnt/f).", "IS base.")?;
-    let show = daemon.expect(200, "GET", "/vms/clone0/vm/jail", &Value::Null)?;
-    println!("lab: {show}");
+    for id in ["source", "clone0"] {
+        let path = format!("/vms/{id}/vm/jail");
+        let report = daemon.expect(200, "GET", &path, &Value::Null)?;
+        expect_layers(&report, &["credentials", "pid_namespace", "landlock"])?;
+    }
     daemon.template("u", "clone1")?;
     daemon.clone_of("u", "fork")?;
     daemon.console("fork", "cat /mnt/f", "base 1")?;

@@ -314,6 +314,10 @@ pub struct RunArguments {
     /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
     #[arg(long)]
     pub no_start: bool,
+    /// Take the guest's configuration over REST, and never start the guest: whoever has started this process reads the configuration from it, and starts
+    /// the guest in another one.
+    #[arg(long, hide = true)]
+    pub only_configure: bool,
     /// Begin a session, and wait for a byte on standard input before anything else: end where there is none.
     ///
     /// Whoever starts the process notes its number first. A process that is in no notes has ended.
@@ -450,6 +454,7 @@ impl RunArguments {
             console_socket: self.console_sock.take(),
             end_file: self.end_file.take(),
             no_start: self.no_start,
+            only_configure: self.only_configure,
             held: self.held,
             restore: self.restore.take().map(|RestoreArgument(load)| load),
             metadata: self.metadata.take(),

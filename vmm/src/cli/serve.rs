@@ -10,7 +10,7 @@ use rustix::process::geteuid;
 use super::serve_jail::ServeJailArgument;
 use super::size::Mebibytes;
 use crate::logging::{LogFilter, LogFormat};
-use crate::serve::{Allowed, Limits, Options, host_memory_kib};
+use crate::serve::{Allowed, JailPolicy, Limits, Options, host_memory_kib};
 
 /// The variable that names the socket.
 pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
@@ -56,11 +56,11 @@ pub struct ServeArguments {
     /// Most RAM of all guests that have a process: 64G.
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<Mebibytes>,
-    /// Run each guest in a jail, with options behind commas: uids=FIRST-LAST, cgroup=NAME, cpu=PERCENT, pids=N, allow=PATH, require=all; or off
-    /// [default: off].
+    /// How each guest is jailed, by options behind commas: uids=FIRST-LAST, cgroup=NAME, cpu=PERCENT, pids=N, allow=PATH, require=all; or off.
     ///
-    /// As `coppice run --jail`, and each guest also is the first process of a namespace of processes, and, where the daemon is root's, a user
-    /// of its own. Its disks, kernel and initrd have to be open to that user, as they are not made so: GET /vms/ID/vm/jail tells which it is. Options:
+    /// As by `coppice run --jail`, with as many layers as the host allows. Each guest also is the first process of a namespace of processes, and,
+    /// where the daemon is root's, a user of its own. Its disks, kernel and initrd have to be open to that user, as they are not made so:
+    /// `guest_uid` of GET /vms/ID tells which it is, and so does the refusal of a guest that cannot open one. Options:
     /// uids: the users, by number, of which each guest gets one, and the group of that number [default: 1900000000-1900065535 for root];
     /// cgroup: the control group (v2), below the root of the hierarchy, in which each guest has one of its own that is made, limited
     /// to the guest's RAM and a margin, and removed by the daemon;
@@ -183,7 +183,9 @@ impl ServeArguments {
                 memory_mib: self.max_memory.map(|size| u64::from(size.0)),
                 host_kib: host_memory_kib()?,
             },
-            jail: self.jail.and_then(Into::into),
+            jail: self
+                .jail
+                .map_or_else(|| Some(JailPolicy::default()), Into::into),
             stop_guests: self.stop_guests.map(Duration::from_secs),
             own_layout: self.own_layout,
         })

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Control, ControlError, Life};
 use crate::config::{DriveConfig, DriveUpdate};
+use crate::jail::Layer;
 use crate::machine::{DriveTask, JobStatus, MachineError};
 
 impl Control {
@@ -39,7 +40,7 @@ impl Control {
     /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
     ///
     /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Machine`.
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Jailed`, `Machine`.
     pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
         self.guest()?;
         self.note_commits();
@@ -52,7 +53,12 @@ impl Control {
         let drive = update
             .clone()
             .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
-        drive.check_file()?;
+        let seen = drive.check_file();
+        if self.jail.contains(Layer::Tree) {
+            seen.map_err(ControlError::Jailed)?;
+        } else {
+            seen?;
+        }
         self.guest()?.0.replace_drive(&drive)?;
         self.config.set_drive(drive);
         Ok(())

@@ -176,6 +176,11 @@ pub enum LaunchError {
     /// The guest or one of its devices.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// It is started elsewhere.
+    #[error(
+        "this process only takes the configuration: the daemon starts the guest in another one"
+    )]
+    OnlyConfigured,
     /// The output of its serial console.
     #[error("serial.serial_out_path: {0}")]
     Serial(std::io::Error),

@@ -74,6 +74,11 @@ pub enum ControlError {
     /// The configuration cannot be.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A file that the process, in its jail, cannot open.
+    #[error(
+        "{0} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)"
+    )]
+    Jailed(ConfigError),
     /// Only a guest that has not started can be configured.
     #[error("The requested operation is not supported after starting the microVM.")]
     AfterStart,

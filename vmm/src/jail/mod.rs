@@ -194,7 +194,7 @@ pub enum JailError {
     Seccomp(io::Error),
     /// A file of the guest is closed to the user that the process has become.
     #[error(
-        "--jail: user {uid} may not {access} {}, which is user {owner}'s, with mode {mode:o}: the guest's files have to be open to the user of its jail",
+        "--jail: user {uid} may not {access} {}, which is user {owner}'s, with mode {mode:o}: the guest's files have to be open to the user of its jail (chown or chmod; or no jail: for guests of a daemon, coppice serve --jail off)",
         path.display()
     )]
     Closed {

@@ -49,7 +49,10 @@ pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )
     .map_err(doing("keep to itself the mounts of", root))?;
-    let mounts: Vec<_> = needs.iter().map(take).collect::<Result<_, _>>()?;
+    let own = needs
+        .iter()
+        .filter(|need| !comes_with_a_folder(need, needs));
+    let mounts: Vec<_> = own.map(take).collect::<Result<_, _>>()?;
     let tree = new_root()?;
     move_mount(
         &tree,
@@ -91,6 +94,24 @@ fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Resul
         }
         Err(error) => Err(doing("pivot_root to", root)(error)),
     }
+}
+
+/// Whether a file that is written to lies in a folder that is, too. As a mount of its own, it could not be removed there, nor another one take its place.
+fn comes_with_a_folder(need: &Need, needs: &[Need]) -> bool {
+    let above = needs.iter().filter(|other| {
+        other.target != need.target
+            && need.target.starts_with(&other.target)
+            && other.source.is_dir()
+    });
+    let nearest = above.max_by_key(|folder| folder.target.components().count());
+    need.access == Access::Write
+        && nearest.is_some_and(|folder| {
+            let inside = |path: &Path, folder: &Path| path.strip_prefix(folder).map(Path::to_owned);
+            folder.access == Access::Write
+                && inside(&need.source, &folder.source).is_ok_and(|rest| {
+                    inside(&need.target, &folder.target).is_ok_and(|other| other == rest)
+                })
+        })
 }
 
 fn new_root() -> io::Result<OwnedFd> {
@@ -205,4 +226,39 @@ fn place(root: BorrowedFd<'_>, mount: &Mount<'_>) -> rustix::io::Result<()> {
         target.as_c_str(),
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_may_be_written_to_as_its_folder_comes_with_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::create_dir_all(at("own/below")).unwrap();
+        std::fs::create_dir(at("read")).unwrap();
+        let need = |source: &str, target: &str, access| Need {
+            source: at(source),
+            target: at(target),
+            access,
+            vital: None,
+        };
+        let comes = |source: &str, target: &str, access, folder: Access| {
+            let file = need(source, target, access);
+            let needs = [
+                need("own", "own", Access::Write),
+                need("own/below", "own/below", folder),
+                file.clone(),
+            ];
+            comes_with_a_folder(&file, &needs)
+        };
+        let (read, write) = (Access::Read, Access::Write);
+        assert!(comes("own/disk", "own/disk", write, read));
+        assert!(comes("own/below/disk", "own/below/disk", write, write));
+        assert!(!comes("own/below/disk", "own/below/disk", write, read));
+        assert!(!comes("own/disk", "own/disk", read, read));
+        assert!(!comes("other", "own/disk", write, read));
+        assert!(!comes("own", "own", write, read));
+    }
 }

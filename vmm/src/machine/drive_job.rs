@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use devices::virtio::block::{BlockError, VirtioBlock};
 use serde::{Deserialize, Serialize};
 use storage::vhdx::{ChainError, CompactOptions, Vhdx};
-use storage::{Disk, DiskError, Progress};
+use storage::{Disk, DiskError, Progress, Refusal};
 
 use super::lock;
 use super::sharing::{Sharing, Unsharing};
@@ -22,6 +22,17 @@ pub enum DriveError {
     /// A disk without parent.
     #[error("has no parent that it could be merged into")]
     NoParent,
+    /// The file of the parent may not be written to.
+    #[error(
+        "cannot be merged into {}: {error}. In a jail, parents are read-only: name it by --jail allow=PATH, and have it open to the guest's user",
+        base.display()
+    )]
+    ParentClosed {
+        /// The file.
+        base: PathBuf,
+        /// What the host said.
+        error: std::io::Error,
+    },
     /// A job is not over.
     #[error("has a {0} that is not over")]
     Busy(&'static str),
@@ -51,6 +62,22 @@ pub enum DriveError {
         /// What the host said.
         error: std::io::Error,
     },
+}
+
+/// Why nothing can be merged into a file.
+fn parent_refuses(error: ChainError, base: &Path) -> DriveError {
+    use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+    match error {
+        ChainError::Refused(Refusal::Io { error, .. })
+            if matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem) =>
+        {
+            DriveError::ParentClosed {
+                base: base.to_owned(),
+                error,
+            }
+        }
+        other => other.into(),
+    }
 }
 
 fn cause(error: &DiskError) -> String {
@@ -205,6 +232,8 @@ impl DriveJob {
                     operation: format!("find {}", base.display()),
                     error,
                 })?;
+                disk.check_parent_writable()
+                    .map_err(|error| parent_refuses(error, &base))?;
                 Some(base)
             }
         };
@@ -269,7 +298,6 @@ impl DriveJob {
     fn commit(&self, drive: &Mutex<VirtioBlock>, top: &Path) -> Result<(), DriveError> {
         let disk = vhdx(lock(drive).disk())?;
         let base = self.base.clone().ok_or(DriveError::NoParent)?;
-        disk.check_parent_writable()?;
         drop(disk);
         let new = commit_child(top);
         let mut failed = None;

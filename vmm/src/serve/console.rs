@@ -46,8 +46,45 @@ async fn connect(vm: &Vm) -> Result<UnixStream, Fault> {
     }
 }
 
+/// The line to the process `pid` of a guest. Where it ends as the guest goes from the process that it was configured in to the one that it runs in, it is
+/// the line to that one.
+struct Line {
+    vm: Arc<Vm>,
+    pid: Option<u32>,
+    stream: UnixStream,
+}
+
+fn pid(vm: &Vm) -> Option<u32> {
+    vm.now().process.as_ref().map(|process| process.pid)
+}
+
+impl Line {
+    async fn new(vm: Arc<Vm>) -> Result<Self, Fault> {
+        let pid = pid(&vm);
+        let stream = connect(&vm).await?;
+        Ok(Self { vm, pid, stream })
+    }
+
+    /// Whether it goes on, when it has ended.
+    async fn goes_on(&mut self) -> bool {
+        let changes = self.vm.now().pending.start;
+        if !changes && pid(&self.vm) == self.pid {
+            return false;
+        }
+        self.vm.until(|now| !now.pending.start).await;
+        let pid = pid(&self.vm);
+        match connect(&self.vm).await {
+            Ok(stream) if pid.is_some() && pid != self.pid => {
+                (self.pid, self.stream) = (pid, stream);
+                true
+            }
+            Ok(_) | Err(_) => false,
+        }
+    }
+}
+
 /// The line itself, on a connection that is no HTTP any more.
-async fn attach(upgrade: OnUpgrade, guest: UnixStream) {
+async fn attach(upgrade: OnUpgrade, mut line: Line) {
     let client = match upgrade.await {
         Ok(upgraded) => TokioIo::new(upgraded),
         Err(error) => {
@@ -56,11 +93,16 @@ async fn attach(upgrade: OnUpgrade, guest: UnixStream) {
         }
     };
     let (mut from_client, mut to_client) = split(client);
-    let (mut from_guest, mut to_guest) = guest.into_split();
-    tokio::select! {
+    loop {
+        let (mut from_guest, mut to_guest) = line.stream.split();
         // It ends when the guest does, or the client has gone.
-        _ = copy(&mut from_guest, &mut to_client) => {}
-        _ = copy(&mut from_client, &mut to_guest) => {}
+        let has_left = tokio::select! {
+            read = copy(&mut from_guest, &mut to_client) => read.is_err(),
+            written = copy(&mut from_client, &mut to_guest) => written.is_ok(),
+        };
+        if has_left || !line.goes_on().await {
+            break;
+        }
     }
     // Whoever reads it is told that it is over.
     let _ = to_client.shutdown().await;
@@ -72,27 +114,30 @@ pub async fn output(
     headers: &HeaderMap,
     upgrade: Option<OnUpgrade>,
 ) -> Result<Response, Fault> {
-    let guest = connect(&vm).await?;
+    let line = Line::new(vm).await?;
     let wanted = headers.get(UPGRADE);
     if wanted.is_some_and(|wanted| wanted.as_bytes().eq_ignore_ascii_case(PROTOCOL.as_bytes()))
         && let Some(upgrade) = upgrade
     {
-        tokio::spawn(attach(upgrade, guest));
+        tokio::spawn(attach(upgrade, line));
         let headers = [
             (CONNECTION, HeaderValue::from_static("upgrade")),
             (UPGRADE, HeaderValue::from_static(PROTOCOL)),
         ];
         return Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response());
     }
-    let chunks = stream::unfold(guest, |mut guest| async move {
+    let chunks = stream::unfold(line, |mut line| async move {
         let mut chunk = vec![0; CHUNK];
-        match guest.read(&mut chunk).await {
-            Ok(0) => None,
-            Ok(len) => {
-                chunk.truncate(len);
-                Some((Ok(Bytes::from(chunk)), guest))
+        loop {
+            match line.stream.read(&mut chunk).await {
+                Ok(0) if line.goes_on().await => {}
+                Ok(0) => return None,
+                Ok(len) => {
+                    chunk.truncate(len);
+                    return Some((Ok(Bytes::from(chunk)), line));
+                }
+                Err(error) => return Some((Err(error), line)),
             }
-            Err(error) => Some((Err(error), guest)),
         }
     });
     let content = (

@@ -58,7 +58,7 @@ guest!(/// Sets the kernel, before the start.
     boot_source, put, "/vms/{id}/boot-source", body = BootSourceConfig => 204);
 guest!(/// Adds or replaces a drive, before the start.
     set_drive, put, "/vms/{id}/drives/{drive}", part = "drive", body = DriveConfig => 204);
-guest!(/// Gives a drive another file, after the start.
+guest!(/// Gives a drive another file, after the start, and whenever the guest starts again.
     update_drive, patch, "/vms/{id}/drives/{drive}", part = "drive", body = DriveUpdate => 204);
 guest!(/// Has the disk of a drive go on in a new file. The old one stays as it is.
     snapshot_drive, put, "/vms/{id}/drives/{drive}/snapshot", part = "drive", body = DriveSnapshot => 204);
@@ -78,7 +78,7 @@ guest!(/// Has the disk of a pmem device go on in a new file. The old one stays 
     snapshot_pmem, put, "/vms/{id}/pmem/{pmem}/snapshot", part = "pmem", body = DriveSnapshot => 204);
 guest!(/// Adds the entropy device, before the start.
     entropy, put, "/vms/{id}/entropy", body = EntropyConfig => 204);
-guest!(/// Adds the socket device, before the start.
+guest!(/// Adds the socket device, before the start. What is left out is the guest's own: a socket in its folder, and an identifier that no other guest has.
     vsock, put, "/vms/{id}/vsock", body = VsockConfig => 204);
 guest!(/// What the guest is told of itself.
     mmds, get, "/vms/{id}/mmds" => 200, Metadata);
@@ -122,10 +122,22 @@ guest!(/// How far the guest is with telling of its free memory.
     hinting, get, "/vms/{id}/balloon/hinting/status" => 200, HintingState);
 guest!(/// Saves the guest, which has to be paused, to files.
     create_snapshot, put, "/vms/{id}/snapshot/create", body = CreateSnapshot => 204);
-guest!(/// Has it start, or write its counters, or presses Ctrl-Alt-Del.
-    actions, put, "/vms/{id}/actions", body = Action => 204);
 guest!(/// Has its vCPUs stand still, or go on.
     state, patch, "/vms/{id}/vm", body = VmUpdate => 204);
+
+/// Has it start, or write its counters, or presses Ctrl-Alt-Del. A guest that waited starts in a new process, with all that it was told.
+#[utoipa::path(put, path = "/vms/{id}/actions", tag = "the guest's own API", params(("id" = String, Path)), request_body = Action,
+    responses((status = 204, description = "Done."),
+        (status = 400, body = FaultBody, description = "The guest's process refuses."),
+        (status = 404, body = FaultBody, description = "There is no such guest."),
+        (status = 409, body = FaultBody, description = "The guest has no process."),
+        (status = 413, body = FaultBody),
+        (status = 422, body = FaultBody, description = "It could not start, and waits as before."),
+        (status = 502, body = FaultBody),
+        (status = 503, body = FaultBody),
+        (status = 504, body = FaultBody),
+        (status = 507, body = FaultBody, description = "There is no room for it.")))]
+pub(super) fn actions() {}
 
 /// Its counters, for Prometheus.
 #[utoipa::path(get, path = "/vms/{id}/metrics", tag = "the guest's own API", params(("id" = String, Path)), responses(

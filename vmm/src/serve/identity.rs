@@ -21,6 +21,7 @@ use super::fault::Fault;
 use super::spec::VmSpec;
 use super::store;
 use super::vm::Vm;
+use crate::api::{self, MAX_BODY};
 use crate::config::{FIRST_CID, VmConfig, VsockConfig};
 
 /// The socket of the vsock device, in the folder that the process works in.
@@ -70,15 +71,26 @@ fn generation() -> String {
     format!("{:032x}", u128::from_ne_bytes(bytes))
 }
 
-/// What a guest is told of itself from its next start on.
-fn metadata(id: &str, cid: u32, asked: Option<&Map<String, Value>>) -> Map<String, Value> {
+/// What a guest is told of itself from its next start on. The daemon's part is left out where there is no room for it.
+fn metadata(id: &str, cid: Option<u32>, asked: Option<&Map<String, Value>>) -> Map<String, Value> {
     let mut metadata = asked.cloned().unwrap_or_default();
-    let own = json!({"id": id, "hostname": id, "cid": cid, "generation": generation()});
-    metadata.insert(OWN_PART.to_owned(), own);
+    if let Some(cid) = cid {
+        let own = json!({"id": id, "hostname": id, "cid": cid, "generation": generation()});
+        metadata.insert(OWN_PART.to_owned(), own);
+        // An object of JSON always has a text.
+        let len = serde_json::to_vec(&metadata).map_or(usize::MAX, |text| text.len());
+        if len > MAX_BODY {
+            tracing::warn!(
+                vm = id,
+                "its metadata leave no room for those of the daemon"
+            );
+            metadata.remove(OWN_PART);
+        }
+    }
     metadata
 }
 
-/// Writes what a guest is told of itself, if it has a device to ask by; says whether it has.
+/// Writes what a guest is told of itself, if it has a device to ask by, or was told anything; says whether there is something.
 ///
 /// # Errors
 /// What the host says.
@@ -88,11 +100,25 @@ pub fn write(
     cid: Option<u32>,
     asked: Option<&Map<String, Value>>,
 ) -> io::Result<bool> {
-    let Some(cid) = cid else {
+    if cid.is_none() && asked.is_none() {
         return Ok(false);
-    };
+    }
     store::write(&folder.join(METADATA), &metadata(id, cid, asked), false)?;
     Ok(true)
+}
+
+/// The identifier that is asked for, or the first that none of the others has.
+fn free_cid<'a>(
+    asked: Option<u32>,
+    others: impl Iterator<Item = &'a Arc<Vm>>,
+) -> Result<Option<u32>, Fault> {
+    let taken: BTreeSet<_> = others.filter_map(|vm| vm.now().cid).collect();
+    match asked {
+        Some(cid) if taken.contains(&cid) => Err(Fault::CidTaken(cid)),
+        Some(cid) => Ok(Some(cid)),
+        // There are fewer guests than identifiers.
+        None => Ok((FIRST_CID..u32::MAX).find(|cid| !taken.contains(cid))),
+    }
 }
 
 impl Daemon {
@@ -115,13 +141,24 @@ impl Daemon {
                 }),
             };
         };
-        let taken: BTreeSet<_> = others.filter_map(|vm| vm.now().cid).collect();
-        match vsock.guest_cid {
-            Some(cid) if taken.contains(&cid) => Err(Fault::CidTaken(cid)),
-            Some(cid) => Ok(Some(cid)),
-            // There are fewer guests than identifiers.
-            None => Ok((FIRST_CID..u32::MAX).find(|cid| !taken.contains(cid))),
-        }
+        free_cid(vsock.guest_cid, others)
+    }
+
+    /// Makes the body of `PUT /vsock` name what a guest of the daemon has where it leaves that out: the socket in its folder, and an identifier that
+    /// no other guest has. The guest has the identifier from then on. A body that cannot be is the process's to refuse.
+    ///
+    /// # Errors
+    /// `CidTaken`.
+    pub(super) fn complete_vsock(&self, vm: &Vm, body: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
+        let Ok(mut vsock) = api::parse_object::<VsockConfig>(body) else {
+            return Ok(None);
+        };
+        vsock.uds_path.get_or_insert_with(|| SOCKET.into());
+        let vms = self.vms();
+        let asked = vsock.guest_cid.or(vm.now().cid);
+        vsock.guest_cid = free_cid(asked, vms.values().filter(|other| other.id != vm.id))?;
+        vm.change(|now| now.cid = vsock.guest_cid);
+        Ok(Some(serde_json::to_vec(&vsock)?))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The jails of guests' processes: who they are on the host, which control group they are in, and what they may write to.
 //!
 //! ```text
-//! vm.json has the user and the group ──> control group made ──> folder given ──> process held, joins, is jailed
+//! vm.json has the user and the group ──> about to run: control group made ──> folder given ──> process held, joins, is jailed
 //! process gone ──> control group removed ──> folder removed
 //! ```
 //!
@@ -25,10 +25,12 @@ use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, open, openat,
 };
 use rustix::process::geteuid;
+use rustix::thread::{CapabilitySet, capabilities};
 use serde::{Deserialize, Serialize};
 
 use super::Daemon;
 use super::fault::Fault;
+use super::pending::is_whole;
 use super::store::named;
 use super::vm::Vm;
 use crate::jail::{CgroupConfig, cgroup_root};
@@ -104,6 +106,36 @@ fn invalid(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 
+/// Whether a map of users or groups of a namespace (`user_namespaces(7)`) has all of a range.
+fn maps(map: &str, wanted: &RangeInclusive<u32>) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> = line.split_whitespace().flat_map(str::parse).collect();
+        matches!(numbers[..], [first, _, count] if first <= u64::from(*wanted.start())
+            && u64::from(*wanted.end()) < first + count)
+    })
+}
+
+/// Whether root may have processes be these users here.
+///
+/// # Errors
+/// Why not.
+fn has_users(wanted: &RangeInclusive<u32>) -> io::Result<()> {
+    let (first, last) = (wanted.start(), wanted.end());
+    for path in ["/proc/self/uid_map", "/proc/self/gid_map"] {
+        if !maps(&fs::read_to_string(path)?, wanted) {
+            let why = format!("{path} has no {first}-{last} here: see uids=");
+            return Err(io::Error::other(why));
+        }
+    }
+    let needed = CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::CHOWN;
+    if !capabilities(None)?.effective.contains(needed) {
+        return Err(io::Error::other(
+            "it takes CAP_SETUID, CAP_SETGID and CAP_CHOWN",
+        ));
+    }
+    Ok(())
+}
+
 /// The daemon's own group, below the root of the hierarchy.
 fn own_group() -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
@@ -143,10 +175,19 @@ impl Jails {
         let Some(policy) = &mut jails.policy else {
             return Ok(jails);
         };
-        if geteuid().is_root() {
-            policy.uids.get_or_insert(UIDS);
-        } else if policy.uids.is_some() {
-            return Err(invalid("uids=: only root's guests can become other users"));
+        if !geteuid().is_root() {
+            if policy.uids.is_some() {
+                return Err(invalid("uids=: only root's guests can become other users"));
+            }
+        } else if policy.uids.is_none() {
+            match has_users(&UIDS) {
+                Ok(()) => policy.uids = Some(UIDS),
+                Err(why) if policy.require_all => return Err(why),
+                // In a container, say.
+                Err(why) => {
+                    tracing::warn!(%why, "guests run as the daemon's user, in jails without users of their own");
+                }
+            }
         }
         for path in &mut policy.allow {
             *path = path.canonicalize().map_err(named(path))?;
@@ -221,7 +262,7 @@ impl Jails {
     ///
     /// # Errors
     /// What the host says.
-    pub fn limit(&self, jailed: &Jailed, ram_mib: u32) -> io::Result<()> {
+    fn limit(&self, jailed: &Jailed, ram_mib: u32) -> io::Result<()> {
         match self.group(jailed, ram_mib) {
             Some(group) => group.make(&cgroup_root()?).map(|_| ()),
             None => Ok(()),
@@ -245,12 +286,30 @@ impl Jails {
         if let Some(uid) = jailed.uid {
             give_folder(folder, uid).map_err(named(folder))?;
         }
-        argument(policy, jailed).map(Some)
+        let own = own_disks(folder).map_err(named(folder))?;
+        argument(policy, jailed, &own).map(Some)
     }
 }
 
-/// The value of `--jail` for the process of a guest, which works in its folder.
-fn argument(policy: &JailPolicy, jailed: &Jailed) -> io::Result<String> {
+/// The VHDX files in a guest's folder that are nobody else's, from there: where one is the parent of a disk, the guest may merge the disk into it. A
+/// template's has a second name.
+fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    use std::os::unix::fs::MetadataExt;
+    let mut own = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = Path::new(".").join(entry.file_name());
+        let is_alone = entry.metadata()?.nlink() == 1;
+        if is_alone && name.to_str().is_some() && is_whole(&entry.path()) {
+            own.push(name);
+        }
+    }
+    own.sort();
+    Ok(own)
+}
+
+/// The value of `--jail` for the process of a guest, which works in its folder and has the files `own` there.
+fn argument(policy: &JailPolicy, jailed: &Jailed, own: &[PathBuf]) -> io::Result<String> {
     let mut options = Vec::new();
     if let Some(uid) = jailed.uid {
         options.extend([format!("uid={uid}"), format!("gid={uid}")]);
@@ -263,11 +322,8 @@ fn argument(policy: &JailPolicy, jailed: &Jailed) -> io::Result<String> {
     if let Some(group) = &jailed.cgroup {
         path("cgroup", group)?;
     }
-    let own = [Path::new(".")];
-    for allowed in own
-        .into_iter()
-        .chain(policy.allow.iter().map(PathBuf::as_path))
-    {
+    path("allow", Path::new("."))?;
+    for allowed in own.iter().chain(&policy.allow) {
         path("allow", allowed)?;
     }
     if policy.require_all {
@@ -390,21 +446,6 @@ impl Daemon {
         vm.change(|now| now.jail = jail);
         Ok(is_new)
     }
-
-    /// Gives the group of a guest the limits of its RAM, which was changed.
-    pub(super) async fn limit_again(self: &Arc<Self>, vm: &Vm) {
-        let (daemon, jail, ram_mib) = {
-            let now = vm.now();
-            (self.clone(), now.jail.clone(), now.ram_mib)
-        };
-        let Some(jail) = jail else {
-            return;
-        };
-        let done = super::lifecycle::blocking(move || daemon.jails.limit(&jail, ram_mib)).await;
-        if let Err(error) = done.and_then(|done| done.map_err(Fault::Store)) {
-            tracing::warn!(vm = %vm.id, %error, "the group of a guest keeps the limits of the RAM that it had");
-        }
-    }
 }
 
 #[cfg(test)]
@@ -417,6 +458,14 @@ mod tests {
             limits_memory: true,
             reserved: Mutex::default(),
         }
+    }
+
+    #[test]
+    fn guests_have_users_where_the_namespace_has_them() {
+        let all = "         0          0 4294967295\n";
+        let rootless = "0 1000 1\n1 100000 65536\n";
+        assert!(maps(all, &UIDS) && maps(rootless, &(1..=65536)));
+        assert!(!maps(rootless, &UIDS) && !maps(rootless, &(2..=65537)) && !maps("", &UIDS));
     }
 
     #[test]
@@ -455,8 +504,8 @@ mod tests {
             cgroup: Some("guests/g".into()),
         };
         assert_eq!(
-            argument(&policy, &jailed).unwrap(),
-            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=/disks/a,,b,require=all"
+            argument(&policy, &jailed, &["./d".into()]).unwrap(),
+            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=./d,allow=/disks/a,,b,require=all"
         );
     }
 
@@ -495,6 +544,11 @@ mod tests {
         symlink(path("outside"), path("vm/link")).unwrap();
         fs::hard_link(path("vm/vm.json"), path("vm/name")).unwrap();
         give_folder(&path("vm"), 1234).unwrap();
+        for name in ["vm/disk", "vm/a"] {
+            fs::write(path(name), "vhdxfile").unwrap();
+        }
+        fs::hard_link(path("vm/a"), path("of a template")).unwrap();
+        assert_eq!(own_disks(&path("vm")).unwrap(), [Path::new("./disk")]);
         let owner = |name: &str| {
             let metadata = fs::symlink_metadata(path(name)).unwrap();
             (metadata.uid(), metadata.gid())

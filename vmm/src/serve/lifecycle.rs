@@ -1,8 +1,8 @@
-//! The life of a guest: made, started, paused, stopped, started again, and deleted. Its end is told in `ending`, and how the next daemon
-//! finds it in `recovery`.
+//! The life of a guest: made, started, paused, and started again. How it is stopped and deleted is in `stopping`, its end is told in `ending`, and
+//! how the next daemon finds it in `recovery`.
 //!
 //! ```text
-//! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused
+//! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused         (start: see `waiting`)
 //!                          stop, power off ┘        │ failure
 //! delete <── any        Stopped <───────────────────┴──────> Failed, or Restarting ─> Starting ─> Running
 //! ```
@@ -18,29 +18,27 @@ use axum::http::Method;
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
 use super::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::identity;
-use super::jail::{self, Jailed};
+use super::jail::Jailed;
 use super::pending::Pending;
-use super::process::{self, Launch, Process};
+use super::process::{self, Launch, Process, Purpose};
 use super::proxy;
 use super::spec::{Resolved, VmSpec};
 use super::status::{Ended, State, now_ms};
-use super::store::{self, Phase, Record};
+use super::store::{Phase, Record};
+use super::told::Told;
 use super::vm::Vm;
+use super::waiting::write_config;
 use crate::config::VmConfig;
 use crate::exit::{EndKind, EndReport};
 
 /// How long a guest may take to its first instruction.
 const START: Duration = Duration::from_mins(1);
-/// How long a process may take to end after `SIGTERM`, with its disks closed.
-const TERM: Duration = Duration::from_secs(5);
-/// How long a process may take to end after `SIGKILL`.
-pub(super) const KILL: Duration = Duration::from_secs(10);
 /// How old a measure may be for admission.
 const FRESH: Duration = Duration::from_secs(10);
 
@@ -64,13 +62,6 @@ fn made_up() -> String {
 enum Claim {
     New(Arc<Vm>, OwnedMutexGuard<()>, Box<VmConfig>),
     Taken(Arc<Vm>),
-}
-
-/// How a stop is to go.
-#[derive(Clone, Copy, Debug)]
-pub struct Manner {
-    /// For how long the guest may take to shut down by itself.
-    pub patience: Duration,
 }
 
 impl Daemon {
@@ -130,7 +121,8 @@ impl Daemon {
             return Ok(Claim::Taken(vm.clone()));
         }
         let folder = self.store.vm(id);
-        let resolved = spec.resolved(&images, &self.templates(), &folder)?;
+        let told = Told::default();
+        let resolved = spec.resolved(&told, &images, &self.templates(), &folder)?;
         let Resolved { mut config, images } = resolved;
         let cid = Self::cid_for(spec, &config, vms.values())?;
         identity::identify(&mut config, cid);
@@ -145,6 +137,7 @@ impl Daemon {
             loaded: spec.template.is_some(),
             cid,
             disks: BTreeMap::new(),
+            told,
             pending: Pending::default(),
             restarts: 0,
             failures: 0,
@@ -169,15 +162,18 @@ impl Daemon {
         let made = blocking(move || daemon.store.create(&id, &record, &config));
         let built = async {
             made.await?.map_err(Fault::Store)?;
-            let restore = match &vm.spec.template {
+            let restore;
+            let purpose = match &vm.spec.template {
                 Some(id) => {
                     let template = self.templates().get(id)?;
                     let own = self.store.template(id);
-                    Some(template.restore(&own, &vm.folder, vm.spec.start, vm.now().cid))
+                    restore = template.restore(&own, &vm.folder, vm.spec.start, vm.now().cid);
+                    Purpose::Restore(&restore)
                 }
-                None => None,
+                None if vm.spec.start => Purpose::Boot,
+                None => Purpose::Configure,
             };
-            let state = self.bring_up(vm, vm.spec.start, restore).await?;
+            let state = self.bring_up(vm, purpose).await?;
             let record = Record {
                 phase: Phase::Present,
                 state,
@@ -211,7 +207,7 @@ impl Daemon {
         }
     }
 
-    fn tell_started(&self, vm: &Vm, state: State) {
+    pub(super) fn tell_started(&self, vm: &Vm, state: State) {
         if state == State::Running {
             self.events.tell(EventKind::Started, Some(&vm.id), None);
         }
@@ -219,11 +215,10 @@ impl Daemon {
 
     /// Starts the process, and waits until it answers. The state that the guest is in then: one that has ended already, in good order, is
     /// `Stopped`.
-    async fn bring_up(
+    pub(super) async fn bring_up(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        start: bool,
-        restore: Option<String>,
+        purpose: Purpose<'_>,
     ) -> Result<State, Fault> {
         let begun = Instant::now();
         let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
@@ -231,19 +226,34 @@ impl Daemon {
             let now = vm.now();
             (now.jail.clone(), now.ram_mib, now.cid)
         };
-        let asked = vm.spec.metadata.clone();
+        let told = vm.now().told.metadata.clone();
+        let asked = told.or_else(|| vm.spec.metadata.clone());
+        let (restore, boots) = match purpose {
+            Purpose::Restore(value) => (Some(value.to_owned()), false),
+            Purpose::Boot => (None, true),
+            Purpose::Configure => (None, false),
+        };
         let spawned = blocking(move || {
             let metadata = identity::write(&folder, &id, cid, asked.as_ref())?;
             let group = jail.as_ref().and_then(Jailed::cgroup);
             let before = group.map(|group| group.hits()).unwrap_or_default();
-            let jail = daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?;
+            let purpose = match &restore {
+                Some(value) => Purpose::Restore(value),
+                None if boots => Purpose::Boot,
+                None => Purpose::Configure,
+            };
+            let jail = match purpose {
+                Purpose::Configure => None,
+                Purpose::Boot | Purpose::Restore(_) => {
+                    daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?
+                }
+            };
             let launch = Launch {
                 id: &id,
                 folder: &folder,
-                start,
+                purpose,
                 jail: jail.as_deref(),
                 metadata,
-                restore: restore.as_deref(),
             };
             let held = process::spawn(&launch, daemon.zygote.as_ref())?;
             Ok((held.release(&folder)?, before))
@@ -257,6 +267,23 @@ impl Daemon {
             now.end = None;
         });
         self.watch(vm, &process, before);
+        let state = self.first_state(vm, &process, begun).await?;
+        let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let runs = state == State::Running;
+        vm.change(|now| now.start_ms = runs.then_some(took));
+        if runs {
+            self.metrics.started(begun.elapsed());
+        }
+        Ok(state)
+    }
+
+    /// Waits for the first answer of a process: the state of its guest.
+    pub(super) async fn first_state(
+        &self,
+        vm: &Vm,
+        process: &Process,
+        begun: Instant,
+    ) -> Result<State, Fault> {
         let answers = async {
             let socket = vm.api_socket();
             let mut pause = Duration::from_millis(1);
@@ -280,16 +307,8 @@ impl Daemon {
                     }
                 }
             }
-            state = answers => {
-                let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-                let runs = start && state == State::Running;
-                vm.change(|now| now.start_ms = runs.then_some(took));
-                if runs {
-                    self.metrics.started(begun.elapsed());
-                }
-                Ok(state)
-            }
-            () = sleep(START) => {
+            state = answers => Ok(state),
+            () = sleep(START.saturating_sub(begun.elapsed())) => {
                 process.signal(Signal::KILL);
                 Err(Fault::DidNotStart("it did not answer within a minute".to_owned()))
             }
@@ -302,15 +321,17 @@ impl Daemon {
         self.mend(vm).await;
         let started = async {
             let config = self.readmit(vm)?;
-            let path = vm.folder.join("config.json");
-            blocking(move || store::write(&path, &config, false))
-                .await?
-                .map_err(Fault::Store)?;
+            // Without a kernel, it waits to be told of one.
+            let purpose = match config.boot_source {
+                Some(_) => Purpose::Boot,
+                None => Purpose::Configure,
+            };
+            write_config(vm, config).await?;
             vm.change(|now| now.loaded = false);
             if self.rejail(vm)? {
                 self.save(vm).await;
             }
-            self.bring_up(vm, true, None).await
+            self.bring_up(vm, purpose).await
         };
         match started.await {
             Ok(state) => {
@@ -321,26 +342,32 @@ impl Daemon {
                 Ok(())
             }
             Err(fault) => {
-                let report = EndReport::failed(&fault);
-                vm.change(|now| {
-                    now.end.get_or_insert(Ended {
-                        report,
-                        time_ms: now_ms(),
-                    });
-                    now.state = State::Failed;
-                });
-                self.settle(vm);
-                self.save(vm).await;
+                self.has_failed(vm, &fault).await;
                 Err(fault)
             }
         }
     }
 
-    /// Makes room for a guest that has no process.
-    fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+    /// Notes that a guest could not be given a process.
+    pub(super) async fn has_failed(self: &Arc<Self>, vm: &Arc<Vm>, fault: &Fault) {
+        let report = EndReport::failed(fault);
+        vm.change(|now| {
+            now.end.get_or_insert(Ended {
+                report,
+                time_ms: now_ms(),
+            });
+            now.state = State::Failed;
+        });
+        self.settle(vm);
+        self.save(vm).await;
+    }
+
+    /// What a guest is to be started with: as it was made, or told since, and with the disks that it has come to.
+    pub(super) fn config_of(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let told = vm.now().told.clone();
         let resolved = vm
             .spec
-            .resolved(&self.images(), &self.templates(), &vm.folder)?;
+            .resolved(&told, &self.images(), &self.templates(), &vm.folder)?;
         let Resolved { mut config, .. } = resolved;
         identity::identify(&mut config, vm.now().cid);
         for (id, disk) in &vm.now().disks {
@@ -348,6 +375,12 @@ impl Daemon {
                 path.clone_from(disk);
             }
         }
+        Ok(config)
+    }
+
+    /// Makes room for a guest that is about to start.
+    pub(super) fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let config = self.config_of(vm)?;
         let machine = &config.machine_config;
         self.admit_change(vm, machine.mem_size_mib, machine.vcpu_count, |now| {
             now.state = State::Starting;
@@ -404,14 +437,7 @@ impl Daemon {
         let _operation = vm.operation.clone().lock_owned().await;
         match vm.state() {
             State::Running => {}
-            State::NotStarted => {
-                let begun = Instant::now();
-                let body = json!({"action_type": "InstanceStart"});
-                proxy::act(&vm, Method::PUT, "/actions", &body).await?;
-                self.metrics.started(begun.elapsed());
-                self.observe(&vm, State::Running);
-                self.save(&vm).await;
-            }
+            State::NotStarted => self.start_waiting(&vm).await?,
             State::Stopped | State::Failed | State::Restarting => {
                 vm.change(|now| now.failures = 0);
                 self.start_again(&vm).await?;
@@ -422,6 +448,20 @@ impl Daemon {
             }
         }
         Ok(vm)
+    }
+
+    /// `InstanceStart`: starts a guest that waits. Whether it did wait.
+    ///
+    /// # Errors
+    /// Whatever is in the way.
+    pub async fn start_if_waiting(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<bool, Fault> {
+        self.measure(FRESH).await;
+        let _operation = vm.operation.clone().lock_owned().await;
+        let waits = vm.state() == State::NotStarted;
+        if waits {
+            self.start_waiting(vm).await?;
+        }
+        Ok(waits)
     }
 
     /// Notes what a guest has been seen to do.
@@ -456,104 +496,5 @@ impl Daemon {
         self.observe(&vm, state);
         self.save(&vm).await;
         Ok(vm)
-    }
-
-    /// Ends a guest: it is asked to, then its process is, then that is killed. One that has ended stays as it is.
-    ///
-    /// # Errors
-    /// Whatever is in the way.
-    pub async fn stop(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<Arc<Vm>, Fault> {
-        let _operation = vm.operation.clone().lock_owned().await;
-        if vm.state() == State::Restarting {
-            vm.change(|now| now.state = State::Stopped);
-            self.events.tell(EventKind::Stopped, Some(&vm.id), None);
-        } else {
-            self.end_process(&vm, manner).await?;
-        }
-        self.save(&vm).await;
-        Ok(vm)
-    }
-
-    async fn end_process(&self, vm: &Vm, manner: Manner) -> Result<(), Fault> {
-        let Some((process, state)) = vm.change(|now| {
-            now.stopping = true;
-            Some((now.process.clone()?, now.state))
-        }) else {
-            return Ok(());
-        };
-        self.events.tell(EventKind::Stopping, Some(&vm.id), None);
-        let gone = |patience| timeout(patience, vm.until(|now| now.process.is_none()));
-        if state == State::Running && !manner.patience.is_zero() {
-            let body = json!({"action_type": "SendCtrlAltDel"}).to_string();
-            let asked = proxy::ask(vm, Method::PUT, "/actions", body.into(), manner.patience).await;
-            let heard = asked.is_ok_and(|answer| answer.status.is_success());
-            let shut_down = vm.until(|now| now.process.is_none() || now.state == State::Deleting);
-            if heard
-                && timeout(manner.patience, shut_down).await.is_ok()
-                && vm.now().process.is_none()
-            {
-                return Ok(());
-            }
-        }
-        process.signal(Signal::TERM);
-        if gone(TERM).await.is_ok() {
-            return Ok(());
-        }
-        tracing::warn!(vm = %vm.id, "the process does not end by SIGTERM, and is killed");
-        process.signal(Signal::KILL);
-        gone(KILL)
-            .await
-            .map_err(|_| Fault::Unkillable(vm.id.clone()))
-    }
-
-    /// Ends a guest, and removes all of it.
-    ///
-    /// # Errors
-    /// Whatever is in the way; it can be deleted again then.
-    pub async fn delete(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<(), Fault> {
-        if manner.patience.is_zero() {
-            // Whoever waits for its end does not any more.
-            vm.change(|now| {
-                if now.state != State::Creating {
-                    now.state = State::Deleting;
-                }
-            });
-        }
-        let _operation = vm.operation.lock().await;
-        if !self
-            .vms()
-            .get(&vm.id)
-            .is_some_and(|known| Arc::ptr_eq(known, &vm))
-        {
-            return Ok(());
-        }
-        if !manner.patience.is_zero() {
-            self.end_process(&vm, manner).await?;
-        }
-        vm.change(|now| (now.state, now.phase) = (State::Deleting, Phase::Deleting));
-        self.save(&vm).await;
-        self.tear_down(&vm).await?;
-        self.events.tell(EventKind::Deleted, Some(&vm.id), None);
-        Ok(())
-    }
-
-    async fn tear_down(&self, vm: &Vm) -> Result<(), Fault> {
-        vm.change(|now| (now.state, now.phase) = (State::Deleting, Phase::Deleting));
-        let manner = Manner {
-            patience: Duration::ZERO,
-        };
-        if vm.now().process.is_some() {
-            self.end_process(vm, manner).await?;
-        }
-        let _saving = vm.saving.lock().await;
-        let (folder, jail) = (vm.folder.clone(), vm.now().jail.clone());
-        let removed = blocking(move || {
-            jail::release(jail.as_ref())?;
-            store::remove_folder(&folder)
-        });
-        removed.await?.map_err(Fault::Store)?;
-        self.vms().remove(&vm.id);
-        vm.change(|_| ());
-        Ok(())
     }
 }

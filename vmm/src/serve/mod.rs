@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! listen ─ peer ──> routes ──> lifecycle ──> process ═══> coppice run (one a guest, outlives the daemon)
+//!                     │            ├─ waiting     from a process that is told to one that runs, in its jail
+//!                     │            ├─ told        what it was told over its own API
 //!                     │            ├─ admission   has the host room for it?
 //!                     │            ├─ store       what the next daemon has to know
 //!                     │            └─ events      what has happened, and why
@@ -36,9 +38,12 @@ mod recovery;
 mod routes;
 mod spec;
 mod status;
+mod stopping;
 mod store;
 mod templates;
+mod told;
 mod vm;
+mod waiting;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -66,10 +71,11 @@ use events::{EventKind, Events};
 use fault::Fault;
 use images::Images;
 use jail::Jails;
-use lifecycle::{Manner, blocking};
+use lifecycle::blocking;
 use listen::Connections;
 use metrics::DaemonMetrics;
 use status::MemorySplit;
+use stopping::Manner;
 use store::Store;
 use templates::Templates;
 use vm::{Measured, Vm};
@@ -94,7 +100,7 @@ pub struct Options {
     pub web: Option<SocketAddr>,
     /// How much it takes on.
     pub limits: Limits,
-    /// How its guests are jailed, if they are.
+    /// How its guests are jailed, unless they are not to be.
     pub jail: Option<JailPolicy>,
     /// Whether guests end with it.
     pub stop_guests: Option<Duration>,

@@ -5,6 +5,7 @@
 //! template: noted ──> guest paused ──> saved ──> disks given children ──> folder moved ──> resumed, the rest removed, struck off
 //! child:    noted ──> made by the guest's process, which goes on with it ──> noted as its disk, struck off
 //! commit:   see `commits`
+//! start:    see `waiting`
 //! ```
 //!
 //! A disk that has become the parent of another must never be written to again, so which of the two the guest has must not be forgotten. As long as its
@@ -52,6 +53,16 @@ pub struct Pending {
     /// Disks that are being committed, by drive.
     #[serde(default)]
     pub commits: BTreeMap<String, Commit>,
+    /// The process that it was configured in gives way to the one that it runs in.
+    #[serde(default)]
+    pub start: bool,
+}
+
+impl Pending {
+    /// The drives and pmem devices whose disk is about to become another.
+    pub(super) fn disks(&self) -> impl Iterator<Item = &String> {
+        self.children.keys().chain(self.commits.keys())
+    }
 }
 
 /// A template that is being made.
@@ -129,7 +140,11 @@ impl Daemon {
         }
     }
 
-    async fn try_save(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+    /// As [`Daemon::save`].
+    ///
+    /// # Errors
+    /// `Store`.
+    pub(super) async fn try_save(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let _saving = vm.saving.lock().await;
         if !self.vms().contains_key(&vm.id) {
             return Ok(());

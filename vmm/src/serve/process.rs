@@ -36,6 +36,17 @@ const LONGEST_LOG: u64 = 4 << 20;
 const LOG_ROOM: u64 = 4 << 10;
 pub const TRIM: Duration = Duration::from_mins(1);
 
+/// What a process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose<'a> {
+    /// To be told of its guest, and nothing else.
+    Configure,
+    /// To run the guest of `config.json`.
+    Boot,
+    /// To go on from a snapshot, by this value of `--restore`.
+    Restore(&'a str),
+}
+
 /// What `Launch` is started with.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
@@ -43,14 +54,12 @@ pub struct Launch<'a> {
     pub id: &'a str,
     /// Its folder, which the process works in.
     pub folder: &'a Path,
-    /// Whether the guest starts at once.
-    pub start: bool,
+    /// What it is for.
+    pub purpose: Purpose<'a>,
     /// Its jail, if it is to be in one.
     pub jail: Option<&'a str>,
     /// Whether there is a file with what the guest is told of itself.
     pub metadata: bool,
-    /// The value of `--restore`, where it goes on from a snapshot.
-    pub restore: Option<&'a str>,
 }
 
 /// How a process ended, as far as its parent is told.
@@ -168,15 +177,13 @@ fn arguments(launch: &Launch<'_>) -> Vec<String> {
     let mut args = vec!["coppice", "run", "--held", "--id", launch.id];
     args.extend(["--api-sock", "api.sock", "--console-sock", "console.sock"]);
     args.extend(["--end-file", "end.json"]);
-    match launch.restore {
-        Some(restore) => args.extend(["--restore", restore]),
-        None => args.extend(["--config", "config.json"]),
+    match launch.purpose {
+        Purpose::Restore(restore) => args.extend(["--restore", restore]),
+        Purpose::Boot => args.extend(["--config", "config.json"]),
+        Purpose::Configure => args.extend(["--config", "config.json", "--only-configure"]),
     }
     if launch.metadata {
         args.extend(["--metadata", identity::METADATA]);
-    }
-    if !launch.start && launch.restore.is_none() {
-        args.push("--no-start");
     }
     if let Some(value) = launch.jail {
         args.extend(["--jail", value]);

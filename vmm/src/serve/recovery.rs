@@ -10,10 +10,10 @@ use tokio::time::timeout;
 use super::Daemon;
 use super::events::EventKind;
 use super::jail::{self, Jailed};
-use super::lifecycle::KILL;
 use super::process::{self, Exit, Process};
 use super::proxy;
 use super::status::State;
+use super::stopping::KILL;
 use super::store::{self, Phase, Record};
 use super::vm::Vm;
 use crate::config::VmConfig;
@@ -52,8 +52,11 @@ impl Daemon {
             }
         };
         self.store.tidy(id);
-        let config = store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default();
-        let state = record.state;
+        let config = match &record.told.config {
+            Some(told) => (**told).clone(),
+            None => store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default(),
+        };
+        let (state, starts) = (record.state, record.pending.start);
         let vm = Arc::new(Vm::new(id.to_owned(), folder, record, &config));
         self.vms().insert(id.to_owned(), vm.clone());
         if found.is_none() {
@@ -61,6 +64,7 @@ impl Daemon {
             self.mend(&vm).await;
         }
         match (found, state) {
+            (found, _) if starts => self.resume_start(&vm, found),
             (Some(process), _) => self.attach(&vm, process),
             (None, State::Stopped | State::Failed) => {}
             (None, State::Restarting) => self.restart_later(&vm, Duration::from_secs(1)),
@@ -72,25 +76,37 @@ impl Daemon {
         Ok(())
     }
 
-    fn attach(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
+    /// Takes a process that is there as that of a guest.
+    pub(super) fn hold(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
         let process = Arc::new(process);
         vm.change(|now| {
             now.since = Instant::now().checked_sub(process::age(process.pid));
             now.process = Some(process.clone());
             now.end = None;
-            if !matches!(now.state, State::NotStarted | State::Paused) {
-                now.state = State::Running;
-            }
         });
         let group = vm.now().jail.as_ref().and_then(Jailed::cgroup);
         let before = group.map(|group| group.hits()).unwrap_or_default();
         self.watch(vm, &process, before);
+    }
+
+    fn attach(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
+        self.hold(vm, process);
+        vm.change(|now| {
+            if !matches!(now.state, State::NotStarted | State::Paused) {
+                now.state = State::Running;
+            }
+        });
         self.events.tell(EventKind::Attached, Some(&vm.id), None);
         // Nobody does anything with it before what was begun is ended.
         let operation = vm.operation.clone().try_lock_owned();
         let (daemon, vm) = (self.clone(), vm.clone());
         tokio::spawn(async move {
             daemon.mend(&vm).await;
+            // What it was told last may have been answered to nobody. A clone that goes on has its template's.
+            if !vm.now().loaded {
+                let _telling = vm.telling.lock().await;
+                daemon.keep_told(&vm).await;
+            }
             drop(operation);
             if let Some(state) = proxy::state(&vm.api_socket(), proxy::LOOK).await {
                 vm.change(|now| {

@@ -1,6 +1,7 @@
 //! What a guest is to be, as `POST /vms` is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::iter::once;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,7 @@ use super::fault::Fault;
 use super::identity;
 use super::images::Images;
 use super::templates::Templates;
+use super::told::Told;
 use crate::api::MAX_BODY;
 use crate::api::bodies::Metadata;
 use crate::cli::is_guest_id;
@@ -77,19 +79,31 @@ pub struct Resolved {
     pub images: Vec<String>,
 }
 
-fn resolve(
-    field: &'static str,
-    path: &mut PathBuf,
-    images: &Images,
-    used: &mut Vec<String>,
-) -> Result<(), Fault> {
-    if let Some(name) = path.to_str().and_then(|path| path.strip_prefix("image:")) {
-        let found = images.path(name);
-        let found = found.ok_or_else(|| Fault::NoImage(name.to_owned()))?;
-        used.push(name.to_owned());
-        *path = found;
+/// Gives what is named as an image its path.
+fn with_images(mut config: VmConfig, images: &Images) -> Result<Resolved, Fault> {
+    let mut used = BTreeSet::new();
+    for path in image_files(&mut config) {
+        if let Some(name) = path.to_str().and_then(|path| path.strip_prefix("image:")) {
+            let found = images.path(name);
+            let found = found.ok_or_else(|| Fault::NoImage(name.to_owned()))?;
+            used.insert(name.to_owned());
+            *path = found;
+        }
     }
-    absolute(field, path)
+    let images = used.into_iter().collect();
+    Ok(Resolved { config, images })
+}
+
+/// The files that may be named as images.
+fn image_files(config: &mut VmConfig) -> impl Iterator<Item = &mut PathBuf> {
+    let source = config.boot_source.iter_mut();
+    let source = source
+        .flat_map(|source| once(&mut source.kernel_image_path).chain(source.initrd_path.as_mut()));
+    let drives = config.drives.iter_mut();
+    let pmem = config.pmem.iter_mut();
+    source
+        .chain(drives.map(|drive| &mut drive.path_on_host))
+        .chain(pmem.map(|pmem| &mut pmem.path_on_host))
 }
 
 fn absolute(field: &'static str, path: &Path) -> Result<(), Fault> {
@@ -101,6 +115,46 @@ fn absolute(field: &'static str, path: &Path) -> Result<(), Fault> {
         value: path.display().to_string(),
         expected: "an absolute path or image:NAME",
     })
+}
+
+/// Checks that all paths mean the same in any folder.
+fn all_absolute(config: &VmConfig) -> Result<(), Fault> {
+    if let Some(source) = &config.boot_source {
+        absolute("boot-source.kernel_image_path", &source.kernel_image_path)?;
+        if let Some(initrd) = &source.initrd_path {
+            absolute("boot-source.initrd_path", initrd)?;
+        }
+    }
+    for drive in &config.drives {
+        absolute("drives.path_on_host", &drive.path_on_host)?;
+        if let Some(parents) = &drive.parents {
+            absolute("drives.parents", parents)?;
+        }
+    }
+    for pmem in &config.pmem {
+        absolute("pmem.path_on_host", &pmem.path_on_host)?;
+        if let Some(parents) = &pmem.parents {
+            absolute("pmem.parents", parents)?;
+        }
+    }
+    if let Some(path) = config
+        .serial
+        .as_ref()
+        .and_then(|serial| serial.serial_out_path.as_ref())
+    {
+        absolute("serial.serial_out_path", path)?;
+    }
+    if let Some(metrics) = &config.metrics {
+        absolute("metrics.metrics_path", &metrics.metrics_path)?;
+    }
+    if let Some(path) = config
+        .logger
+        .as_ref()
+        .and_then(|logger| logger.log_path.as_ref())
+    {
+        absolute("logger.log_path", path)?;
+    }
+    Ok(())
 }
 
 impl VmSpec {
@@ -143,16 +197,21 @@ impl VmSpec {
         Ok(())
     }
 
-    /// The configuration, with the paths of images; that of a clone in `folder` is its template's.
+    /// The configuration, with the paths of images: that which the guest was told, or was made with; that of a clone in `folder` is its template's.
     ///
     /// # Errors
     /// `Json`, `Config`, `Invalid`, `NoImage`, `NoTemplate`.
     pub fn resolved(
         &self,
+        told: &Told,
         images: &Images,
         templates: &Templates,
         folder: &Path,
     ) -> Result<Resolved, Fault> {
+        if let Some(config) = &told.config {
+            // Its process has had it, in the same folder.
+            return with_images((**config).clone(), images);
+        }
         if let Some(template) = &self.template {
             return Ok(Resolved {
                 config: templates.get(template)?.config_of(folder),
@@ -167,64 +226,15 @@ impl VmSpec {
             identity::place(vsock)?;
         }
         config.validate()?;
-        let mut used = Vec::new();
-        if let Some(source) = &mut config.boot_source {
-            let kernel = &mut source.kernel_image_path;
-            resolve("boot-source.kernel_image_path", kernel, images, &mut used)?;
-            if let Some(initrd) = &mut source.initrd_path {
-                resolve("boot-source.initrd_path", initrd, images, &mut used)?;
-            }
-        } else if self.start {
+        if config.boot_source.is_none() && self.start {
             return Err(Fault::Invalid {
                 field: "config.boot-source",
                 value: "null".to_owned(),
                 expected: "there, as a guest that starts at once needs it (or \"start\": false)",
             });
         }
-        for drive in &mut config.drives {
-            resolve(
-                "drives.path_on_host",
-                &mut drive.path_on_host,
-                images,
-                &mut used,
-            )?;
-            if let Some(parents) = &drive.parents {
-                absolute("drives.parents", parents)?;
-            }
-        }
-        for pmem in &mut config.pmem {
-            resolve(
-                "pmem.path_on_host",
-                &mut pmem.path_on_host,
-                images,
-                &mut used,
-            )?;
-            if let Some(parents) = &pmem.parents {
-                absolute("pmem.parents", parents)?;
-            }
-        }
-        if let Some(path) = config
-            .serial
-            .as_ref()
-            .and_then(|serial| serial.serial_out_path.as_ref())
-        {
-            absolute("serial.serial_out_path", path)?;
-        }
-        if let Some(metrics) = &config.metrics {
-            absolute("metrics.metrics_path", &metrics.metrics_path)?;
-        }
-        if let Some(path) = config
-            .logger
-            .as_ref()
-            .and_then(|logger| logger.log_path.as_ref())
-        {
-            absolute("logger.log_path", path)?;
-        }
-        used.sort();
-        used.dedup();
-        Ok(Resolved {
-            config,
-            images: used,
-        })
+        let resolved = with_images(config, images)?;
+        all_absolute(&resolved.config)?;
+        Ok(resolved)
     }
 }

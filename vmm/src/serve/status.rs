@@ -140,7 +140,10 @@ pub struct VmStatus {
     /// Its vsock device, if it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockStatus>,
-    /// Its configuration, as it was made: of one guest alone.
+    /// The user of the host that it runs as, in a jail with a user of its own: its disks have to be open to that one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_uid: Option<u32>,
+    /// Its configuration, as it was made, or as it was told since over its own API: of one guest alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<crate::config::VmConfig>)]
     pub config: Option<Value>,

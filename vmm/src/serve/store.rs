@@ -32,6 +32,7 @@ use super::jail::Jailed;
 use super::pending::Pending;
 use super::spec::VmSpec;
 use super::status::{Ended, State};
+use super::told::Told;
 
 /// Longest file that is read, in bytes: a process of a guest may have written it.
 const LONGEST: u64 = 4 << 20;
@@ -78,6 +79,9 @@ pub struct Record {
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
     pub disks: BTreeMap<String, PathBuf>,
+    /// What it was told over its own API.
+    #[serde(default)]
+    pub told: Told,
     /// What is under way with it.
     #[serde(default)]
     pub pending: Pending,

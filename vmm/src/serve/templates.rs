@@ -276,6 +276,8 @@ impl Daemon {
                 });
             }
         };
+        // Its disks change, and nobody else is to change them meanwhile.
+        let _telling = vm.telling.lock().await;
         let config = configuration(&vm).await?;
         written_pmem(&config).try_for_each(|id| of_no_drive(&config, id))?;
         let children = self.children_of(&vm, &config, &spec.id).await?;

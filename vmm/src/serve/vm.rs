@@ -4,7 +4,7 @@
 //! operation at a time (`operation`); who waits for a state waits for `changed`.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -18,6 +18,7 @@ use super::process::Process;
 use super::spec::VmSpec;
 use super::status::{Ended, MemorySplit, State, VmStatus};
 use super::store::{Phase, Record};
+use super::told::Told;
 use crate::config::VmConfig;
 
 /// Requests to a guest's process at the same time. It serves twice as many.
@@ -71,6 +72,8 @@ pub struct Now {
     pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
     pub disks: BTreeMap<String, PathBuf>,
+    /// What it was told over its own API.
+    pub told: Told,
     /// What is under way with it.
     pub pending: Pending,
     /// Whether somebody looks after its commits.
@@ -92,6 +95,8 @@ pub struct Vm {
     pub folder: PathBuf,
     /// Held by what takes long.
     pub operation: Arc<AsyncMutex<()>>,
+    /// Held while it is told something over its own API that outlives its process, until that is in `told`. Taken after `operation`.
+    pub telling: AsyncMutex<()>,
     /// Held while `vm.json` is written.
     pub saving: AsyncMutex<()>,
     /// Places for requests to its process.
@@ -111,6 +116,7 @@ impl Vm {
             created_ms: record.created_ms,
             folder,
             operation: Arc::default(),
+            telling: AsyncMutex::default(),
             saving: AsyncMutex::default(),
             requests: Arc::new(Semaphore::new(REQUESTS)),
             now: Mutex::new(Now {
@@ -131,6 +137,7 @@ impl Vm {
                 loaded: record.loaded,
                 cid: record.cid,
                 disks: record.disks,
+                told: record.told,
                 pending: record.pending,
                 is_followed: false,
             }),
@@ -192,6 +199,7 @@ impl Vm {
             loaded: now.loaded,
             cid: now.cid,
             disks: now.disks.clone(),
+            told: now.told.clone(),
             pending: now.pending.clone(),
             restarts: now.restarts,
             failures: now.failures,
@@ -243,9 +251,16 @@ impl Vm {
             template: self.spec.template.clone(),
             vsock: now.cid.map(|guest_cid| VsockStatus {
                 guest_cid,
-                uds_path: self.folder.join(SOCKET).display().to_string(),
+                uds_path: self
+                    .folder
+                    .join(now.told.socket().unwrap_or(Path::new(SOCKET)))
+                    .display()
+                    .to_string(),
             }),
-            config: self.spec.config.clone().filter(|_| config),
+            guest_uid: now.jail.as_ref().and_then(|jail| jail.uid),
+            config: config
+                .then(|| now.told.shown().or_else(|| self.spec.config.clone()))
+                .flatten(),
         }
     }
 }

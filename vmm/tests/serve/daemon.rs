@@ -226,18 +226,15 @@ impl Daemon {
     }
 }
 
-/// The tests are those of jailed guests, too: as `serve_jailed`.
-fn jail_argument(folder: &Path, arguments: &[String]) -> Vec<String> {
+/// The tests are those of guests without a jail, and, as `serve_jailed`, of what a daemon does by default.
+fn jail_argument(arguments: &[String]) -> &'static [&'static str] {
     let is_jailed = env!("CARGO_CRATE_NAME") == "serve_jailed";
-    let kernel = folder.join("kernel");
-    // Some are told of their kernel by the REST API.
-    let value = || ["--jail".to_owned(), format!("allow={}", kernel.display())];
     let is_said = arguments.iter().any(|argument| argument == "--jail");
-    (is_jailed && !is_said)
-        .then(value)
-        .into_iter()
-        .flatten()
-        .collect()
+    if is_jailed || is_said {
+        &[]
+    } else {
+        &["--jail", "off"]
+    }
 }
 
 fn spawn(folder: &Path, arguments: &[String]) -> Child {
@@ -252,7 +249,7 @@ fn spawn(folder: &Path, arguments: &[String]) -> Child {
         .arg(folder.join("s"))
         .arg("--state")
         .arg(folder.join("state"))
-        .args(jail_argument(folder, arguments))
+        .args(jail_argument(arguments))
         .args(arguments)
         .env("XDG_CACHE_HOME", folder.join("cache"))
         .stdin(Stdio::null())

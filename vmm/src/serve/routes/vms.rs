@@ -17,10 +17,10 @@ use super::{Answer, Context, SHOWN};
 use crate::api;
 use crate::serve::Daemon;
 use crate::serve::fault::{Fault, FaultBody};
-use crate::serve::lifecycle::Manner;
 use crate::serve::peer::Caller;
 use crate::serve::spec::VmSpec;
 use crate::serve::status::{State, VmStatus};
+use crate::serve::stopping::Manner;
 use crate::serve::vm::Vm;
 
 /// Longest time that a guest may be given to shut down, in s.
@@ -162,7 +162,7 @@ fn told(vm: &Vm) -> Json<VmStatus> {
     Json(vm.status(false, false))
 }
 
-/// Starts a guest that waits or that has ended. One that runs goes on running.
+/// Starts a guest that waits or that has ended, with what it was made with, and told since. One that runs goes on running.
 #[utoipa::path(post, path = "/vms/{id}/start", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
     (status = 409, body = FaultBody), (status = 422, body = FaultBody), (status = 507, body = FaultBody)))]
