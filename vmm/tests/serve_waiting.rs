@@ -468,7 +468,7 @@ fn a_guest_whose_process_is_killed_at_any_step_of_its_start_waits_again_or_has_f
         let source = json!({"kernel_image_path": daemon.kernel()});
         tell(&daemon, "PUT", "/boot-source", &source);
         tell(&daemon, "PUT", "/sharing", &json!({"mode": "off"}));
-        let killer = Killer::new(daemon.pid(), Victim::Child, step);
+        let killer = Killer::new(daemon.zygote(), Victim::Child, step);
         let (status, answer) = daemon.call("PUT", "/vms/g/actions", Some(&start()));
         let died = killer.end(|| drop(daemon.try_call("GET", "/vms/g/", None)));
         killed += usize::from(died.is_some());

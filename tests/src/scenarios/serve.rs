@@ -231,7 +231,7 @@ impl Drop for Daemon {
 }
 
 /// The folders in `/proc` of processes of the lab's host that are guests.
-fn guest_processes() -> Vec<PathBuf> {
+pub(super) fn guest_processes() -> Vec<PathBuf> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let is_guest = |path: &PathBuf| {
         fs::read(path.join("cmdline"))
@@ -293,6 +293,7 @@ const MANY: u32 = 200;
 
 /// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot in full.
 pub fn many(out: &Path) -> Result<Figures, Failure> {
+    super::clone_cost::newer_mmu()?;
     let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
     daemon.boot(out, "source")?;
     daemon.template("t", "source")?;

@@ -14,7 +14,7 @@ use rustix::net::{
 
 use super::{Answer, DESCRIPTORS, LONGEST, ROOM, Request};
 
-/// The variable that names the daemon's service manager, which is not a guest's (sd_notify(3)).
+/// The variable that names the daemon's service manager, which is not a guest's (`sd_notify(3)`).
 pub const MANAGER: &str = "NOTIFY_SOCKET";
 
 /// A process to be.
