@@ -330,12 +330,12 @@ mod tests {
         let some = || tracing::warn!("a line");
         let text = logged(LogFormat::Text, config(true, false), some);
         assert!(
-            text.contains("WARN") && !text.contains("logging.rs"),
+            text.contains("WARN") && !text.contains("logging/mod.rs"),
             "{text}"
         );
         let text = logged(LogFormat::Text, config(false, true), some);
         assert!(
-            !text.contains("WARN") && text.contains("logging.rs"),
+            !text.contains("WARN") && text.contains("logging/mod.rs"),
             "{text}"
         );
     }
