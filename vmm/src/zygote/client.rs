@@ -84,7 +84,7 @@ impl Running {
             &mut ancillary,
             SendFlags::NOSIGNAL,
         )?;
-        let mut bytes = [0; 64];
+        let mut bytes = [0; 1024];
         let (len, _) = rustix::io::retry_on_intr(|| {
             recv(self.socket.as_fd(), &mut bytes, RecvFlags::empty())
         })?;
@@ -120,7 +120,10 @@ impl Zygote {
                 Ok(Answer::Born(pid)) => {
                     return u32::try_from(pid).map_err(io::Error::other);
                 }
-                Ok(Answer::Failed(number)) => return Err(io::Error::from_raw_os_error(number)),
+                Ok(Answer::Failed { number, why }) => {
+                    let of_host = number.map(io::Error::from_raw_os_error);
+                    return Err(of_host.unwrap_or_else(|| io::Error::other(why)));
+                }
                 Err(error) => {
                     // What may have been born waits for a word on a standard input that is closed now, and ends.
                     *running = None;

@@ -1,6 +1,7 @@
 //! A copy of this process, as a child of its parent.
 
 use std::io;
+use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 
@@ -12,9 +13,7 @@ use rustix::process::Pid;
 /// # Errors
 /// Where this process has threads, or the host makes no other.
 pub(super) fn fork(own_processes: bool) -> io::Result<Option<Pid>> {
-    if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-        return Err(io::Error::other("the zygote has threads"));
-    }
+    be_alone()?;
     let number = number_place()?;
     let flags = libc::SIGCHLD
         | libc::CLONE_PARENT
@@ -29,6 +28,22 @@ pub(super) fn fork(own_processes: bool) -> io::Result<Option<Pid>> {
         Ok(pid) if pid > 0 => Ok(Pid::from_raw(pid)),
         Ok(_) | Err(_) => Err(io::Error::last_os_error()),
     }
+}
+
+/// How long a thread that was waited for may still be seen.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Waits until this is the only thread: one that another has waited for is still there for a moment, while the kernel clears it away.
+fn be_alone() -> io::Result<()> {
+    let begun = Instant::now();
+    while std::fs::read_dir("/proc/self/task")?.count() != 1 {
+        if begun.elapsed() > PATIENCE {
+            return Err(io::Error::other("the zygote has threads"));
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(())
 }
 
 /// Where the C library has the number of this thread, which it has told the kernel (`set_tid_address(2)`).

@@ -43,6 +43,11 @@ struct Request {
 enum Answer {
     /// The process, by the number that the zygote and its parent know it by.
     Born(i32),
-    /// The host's error number.
-    Failed(i32),
+    /// There is no process.
+    Failed {
+        /// The host's error number, where it has said so.
+        number: Option<i32>,
+        /// Why.
+        why: String,
+    },
 }

@@ -38,8 +38,11 @@ pub fn serve() -> io::Result<Option<Newborn>> {
             }
             Ok(Some(pid)) => answer(socket.as_fd(), &Answer::Born(pid.as_raw_nonzero().get()))?,
             Err(error) => {
-                let number = error.raw_os_error().unwrap_or(libc::EIO);
-                answer(socket.as_fd(), &Answer::Failed(number))?;
+                let failed = Answer::Failed {
+                    number: error.raw_os_error(),
+                    why: error.to_string(),
+                };
+                answer(socket.as_fd(), &failed)?;
             }
         }
     }
