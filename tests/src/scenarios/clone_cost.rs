@@ -6,6 +6,7 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -16,6 +17,8 @@ use crate::result::{Failure, Figures};
 
 const CLONES: u32 = 24;
 const PAGE: u64 = 4096;
+/// A clone is looked at for what is again as in its template for a minute.
+const REST: Duration = Duration::from_secs(70);
 
 fn read(path: impl AsRef<Path>) -> Result<String, Failure> {
     fs::read_to_string(path.as_ref()).map_err(Failure::io(&path.as_ref().display().to_string()))
@@ -174,7 +177,7 @@ pub fn explain(out: &Path) -> Result<Figures, Failure> {
     for number in 1..=CLONES {
         daemon.clone_of("t", &format!("c{number}"))?;
     }
-    std::thread::sleep(SETTLE);
+    std::thread::sleep(REST);
     let (after, has) = (available()?, kernel()?);
     let mut text = format!(
         "{:8.1} KiB a further idle clone\n",

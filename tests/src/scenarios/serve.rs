@@ -83,7 +83,8 @@ fn boot_source(script: &str) -> Result<Value, Failure> {
 impl Daemon {
     pub(super) fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
         // Paths of sockets are short.
-        let state = PathBuf::from("/tmp/serve");
+        // On its disk, as on a server: what is written in a folder in memory is memory that guests seem to take.
+        let state = PathBuf::from("/mnt/serve");
         let log = fs::File::options()
             .create(true)
             .append(true)
