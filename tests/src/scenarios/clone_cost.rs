@@ -164,8 +164,17 @@ pub fn newer_mmu() -> Result<(), Failure> {
 
 /// A further idle clone of the daemon's, taken apart.
 pub fn explain(out: &Path) -> Result<Figures, Failure> {
+    explain_with(out, &[])
+}
+
+/// The same without a jail, which peers are measured without.
+pub fn explain_unjailed(out: &Path) -> Result<Figures, Failure> {
+    explain_with(out, &["--jail", "off"])
+}
+
+fn explain_with(out: &Path, args: &[&str]) -> Result<Figures, Failure> {
     newer_mmu()?;
-    let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
+    let daemon = Daemon::start(out, &[&["--memory-ratio", "100"], args].concat())?;
     daemon.boot(out, "source")?;
     // What a kernel puts off until after its boot is done once, in the template.
     std::thread::sleep(SETTLE);

@@ -272,6 +272,10 @@ pub const ALL: &[Scenario] = &[
     },
     on_demand("idle_clone_explained", clone_cost::explain),
     on_demand(
+        "unjailed_idle_clone_explained",
+        clone_cost::explain_unjailed,
+    ),
+    on_demand(
         "status_requests_cost_no_guest_anything",
         serve::status_requests,
     ),
