@@ -58,6 +58,9 @@ pub trait StandStill: Send + Sync {
 
     /// CPU time that the guest's vCPUs have used so far: by that the merger knows when the guest rests.
     fn cpu_time(&self) -> Duration;
+
+    /// The guest will not be looked at any more unasked: what that has taken can go.
+    fn settled(&self) {}
 }
 
 /// What pages are that nobody has touched.

@@ -209,6 +209,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
     let mut looks = Looks::new(started);
     let mut before = cpu_time();
     let mut pulse = Pulse::default();
+    let mut settled = false;
     loop {
         memory.look_at_files();
         let (files, has_candidates) = {
@@ -253,6 +254,9 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         if next_look.is_none() {
             memory.forget_compared();
             looks.files = 0;
+            if !std::mem::replace(&mut settled, true) {
+                still.settled();
+            }
         }
         let state = memory.state();
         if state.ending {

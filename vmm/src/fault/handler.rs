@@ -1,18 +1,23 @@
-//! The handler of `SIGBUS`, and what it may touch: atomics, and system calls that are safe in a signal handler (signal-safety(7)).
+//! The handler of `SIGBUS`.
+//!
+//! It is called where a thread reads or writes guest memory, and nowhere else: the kernel raises the signal for an address, and one that is in guest memory.
+//! Such a thread is in none of the C library's functions that may not be called again (signal-safety(7)): so the handler may do what could be done there.
 
 use std::io;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
+use super::{GuestRange, end, report};
 use crate::layout::VIRTIO_GSIS;
 
 /// RAM below and above the hole, and a window for each device at most.
 const MOST_RANGES: usize = 2 + VIRTIO_GSIS.len();
 
 struct AtomicRange {
+    /// First guest physical address.
+    address: AtomicU64,
     start: AtomicUsize,
     end: AtomicUsize,
 }
@@ -20,46 +25,45 @@ struct AtomicRange {
 impl AtomicRange {
     const fn empty() -> Self {
         Self {
+            address: AtomicU64::new(0),
             start: AtomicUsize::new(0),
             end: AtomicUsize::new(0),
         }
     }
 
     /// Never seen as more than what it was or is to be: it is empty in between.
-    fn set(&self, range: &Range<usize>) {
+    fn set(&self, address: u64, range: &Range<usize>) {
         self.end.store(0, Ordering::SeqCst);
+        self.address.store(address, Ordering::SeqCst);
         self.start.store(range.start, Ordering::SeqCst);
         self.end.store(range.end, Ordering::SeqCst);
     }
 
-    fn contains(&self, address: usize) -> bool {
-        let (start, end) = (&self.start, &self.end);
-        (start.load(Ordering::SeqCst)..end.load(Ordering::SeqCst)).contains(&address)
+    /// The range, where an address of the process is in it.
+    fn holding(&self, host: usize) -> Option<GuestRange> {
+        let (start, end) = (
+            self.start.load(Ordering::SeqCst),
+            self.end.load(Ordering::SeqCst),
+        );
+        (start..end).contains(&host).then(|| GuestRange {
+            address: self.address.load(Ordering::SeqCst),
+            host: start,
+            len: end - start,
+        })
     }
 }
 
 static GUEST: [AtomicRange; MOST_RANGES] = [const { AtomicRange::empty() }; MOST_RANGES];
-/// The first address that was lost; no guest memory is at 0.
-static FAULT: AtomicUsize = AtomicUsize::new(0);
-/// Who is told.
-static EVENT: AtomicI32 = AtomicI32::new(-1);
+/// Whether a thread ends the process.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
-/// The first address in guest memory that a thread was stopped at.
-pub(super) fn fault() -> Option<usize> {
-    match FAULT.load(Ordering::SeqCst) {
-        0 => None,
-        address => Some(address),
-    }
-}
-
-/// Parks threads that touch a lost page of `guest`, and then writes to the eventfd `event`.
-pub(super) fn install(guest: &[Range<usize>], event: RawFd) -> io::Result<()> {
+/// Has the first thread that touches a lost page of `guest` end the process with a report, and others wait for that.
+pub(super) fn install(guest: &[GuestRange]) -> io::Result<()> {
     if guest.len() > MOST_RANGES {
         return Err(io::Error::other("guest memory is in too many ranges"));
     }
-    EVENT.store(event, Ordering::SeqCst);
     for (slot, range) in GUEST.iter().zip(guest) {
-        slot.set(range);
+        slot.set(range.address, &(range.host..range.host + range.len));
     }
     let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_bus_error;
     set_action(handler as libc::sighandler_t, libc::SA_SIGINFO)
@@ -68,9 +72,8 @@ pub(super) fn install(guest: &[Range<usize>], event: RawFd) -> io::Result<()> {
 /// From here on every `SIGBUS` has its default meaning.
 pub(super) fn forget() {
     for slot in &GUEST {
-        slot.set(&(0..0));
+        slot.set(0, &(0..0));
     }
-    EVENT.store(-1, Ordering::SeqCst);
 }
 
 /// Ends the process with no more than a system call, whatever its threads hold.
@@ -103,18 +106,16 @@ extern "C" fn on_bus_error(
     // signal has, and counts below only where the kernel raised it for an address.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     // What a process sends has no address and a code of 0 or less.
-    if code <= 0 || !GUEST.iter().any(|range| range.contains(address)) {
+    let mut ranges = GUEST.iter().filter_map(|range| range.holding(address));
+    let Some(range) = ranges.next().filter(|_| code > 0) else {
         // By the default action, once this has returned.
         let _ = set_action(libc::SIG_DFL, 0);
         // SAFETY: any number may be raised; this one is blocked until the handler returns.
         unsafe { libc::raise(signal) };
         return;
-    }
-    let first = FAULT.compare_exchange(0, address, Ordering::SeqCst, Ordering::SeqCst);
-    if first.is_ok() {
-        let one = 1u64;
-        // SAFETY: the eight bytes are those of `one`. A descriptor that is closed refuses.
-        unsafe { libc::write(EVENT.load(Ordering::SeqCst), (&raw const one).cast(), 8) };
+    };
+    if !ENDING.swap(true, Ordering::SeqCst) {
+        end(&report(address, range));
     }
     loop {
         // SAFETY: waits for a signal; touches nothing.

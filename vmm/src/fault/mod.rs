@@ -1,14 +1,13 @@
 //! Threads of the host that touch a lost page: a page of guest memory that is mapped from a file, and that the file has no more.
 //!
-//! The kernel stops the thread with `SIGBUS`. What it was about to do cannot be done, and it may hold any lock, so it stays where it is for good;
-//! a thread that waits for nothing else says which page of which file it was, and ends the process. That is one guest.
+//! The kernel stops the thread with `SIGBUS`. What it was about to do cannot be done, so it says which page of which file it was, and ends the process.
+//! That is one guest.
 //!
 //! ```text
-//! device, share or worker thread ── SIGBUS ─> handler: address, eventfd ── parked
-//!                                                              └──> watcher: /proc/self/maps ─> terminal, report, exit code 1
+//! device, share or worker thread ── SIGBUS ─> handler: /proc/self/maps ─> terminal, report, exit code 1
 //! ```
 //!
-//! Neither the handler nor the watcher takes a lock that a thread could hold while it touches guest memory. What vCPUs and system calls meet is an
+//! The thread may hold any lock that is held where guest memory is touched, and none of those is taken here. What vCPUs and system calls meet is an
 //! error (`EFAULT`), and no signal: see [`crate::machine`].
 
 mod handler;
@@ -17,18 +16,12 @@ mod maps;
 mod tests;
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::os::fd::AsFd;
 
 use memshare::{FileChange, LostPage, PAGE_SIZE, Window};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::restore_terminal;
 use crate::exit;
-
-/// The watcher waits, and once makes a line of text.
-const STACK_SIZE: usize = 64 << 10;
 
 /// What to do about a lost page, at the end of every report.
 pub const ADVICE: &str =
@@ -56,80 +49,36 @@ impl GuestRange {
         }
     }
 
-    /// The guest physical address of a page.
-    fn page_of(&self, host: usize) -> Option<u64> {
-        let offset = host.checked_sub(self.host)?;
-        (offset < self.len).then(|| self.address + offset as u64 / PAGE_SIZE * PAGE_SIZE)
+    /// The guest physical address of a page of it.
+    fn page_of(&self, host: usize) -> u64 {
+        self.address + (host - self.host) as u64 / PAGE_SIZE * PAGE_SIZE
     }
 }
 
 /// Ends the process with a report when a thread touches a lost page, as long as this lives. There is one in a process.
 #[derive(Debug)]
-pub struct FaultWatch {
-    event: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct FaultWatch(());
 
 impl FaultWatch {
     /// Watches over guest memory.
     ///
     /// # Errors
-    /// Where the host has no descriptor, no thread or no signal handler left.
-    pub fn start(guest: Vec<GuestRange>) -> io::Result<Self> {
-        let event = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
-        let watched: Vec<_> = guest
-            .iter()
-            .map(|range| range.host..range.host + range.len)
-            .collect();
-        let thread = std::thread::Builder::new()
-            .name("fault".into())
-            .stack_size(STACK_SIZE)
-            .spawn({
-                let event = event.clone();
-                move || watch(&event, &guest)
-            })?;
-        let this = Self {
-            event,
-            thread: Some(thread),
-        };
-        handler::install(&watched, this.event.as_raw_fd())?;
-        Ok(this)
+    /// Where the host takes no signal handler, or guest memory is in too many ranges.
+    pub fn start(guest: &[GuestRange]) -> io::Result<Self> {
+        handler::install(guest)?;
+        Ok(Self(()))
     }
 }
 
 impl Drop for FaultWatch {
     fn drop(&mut self) {
         handler::forget();
-        if let Err(error) = self.event.write(1) {
-            tracing::debug!(%error, "the watcher of guest memory waits on");
-            return;
-        }
-        if let Some(thread) = self.thread.take() {
-            // A panic has been told by the panic hook.
-            let _ = thread.join();
-        }
-    }
-}
-
-fn watch(event: &EventFd, guest: &[GuestRange]) {
-    while let Err(error) = event.read() {
-        if error.kind() != io::ErrorKind::Interrupted {
-            tracing::error!(%error, "nobody watches over guest memory");
-            return;
-        }
-    }
-    // Without a fault, the watch is over.
-    if let Some(address) = handler::fault() {
-        end(&report(address, guest));
     }
 }
 
 /// What is known of the page at an address of the process.
-fn report(host: usize, guest: &[GuestRange]) -> String {
-    let page = guest.iter().find_map(|range| range.page_of(host));
-    let Some(address) = page else {
-        return format!("the memory at {host:#x} cannot be read; {ADVICE}");
-    };
+fn report(host: usize, range: GuestRange) -> String {
+    let address = range.page_of(host);
     match maps::of_process(host) {
         Some(mapping) => {
             let lost = LostPage {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use super::*;
 
@@ -42,7 +42,7 @@ fn child() {
     let window = Arc::new(Window::reserve(LEN).unwrap());
     window.map_file(0, LEN, &file, 0).unwrap();
     let guest = vec![GuestRange::new(ADDRESS, &window)];
-    let watch = FaultWatch::start(guest).unwrap();
+    let watch = FaultWatch::start(&guest).unwrap();
     touch(&window);
     file.set_len(2 * PAGE_SIZE).unwrap();
     match case.as_str() {

@@ -49,7 +49,8 @@ impl Faults {
     pub(super) fn watch(&self) -> io::Result<FaultWatch> {
         let ram = self.memory.regions().iter();
         let ram = ram.map(|region| GuestRange::new(region.start, &region.window));
-        FaultWatch::start(ram.chain(self.pmem.iter().map(PmemMemory::range)).collect())
+        let ranges: Vec<_> = ram.chain(self.pmem.iter().map(PmemMemory::range)).collect();
+        FaultWatch::start(&ranges)
     }
 
     fn lost_page(&self) -> Option<LostPage> {

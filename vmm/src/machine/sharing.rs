@@ -23,6 +23,7 @@ use super::{StartError, host};
 use crate::boot::{self, BootSource, MappedKernel};
 use crate::config::{DriveConfig, VmConfig};
 use crate::fault::FaultWatch;
+use crate::heap;
 use crate::pmem::Pmem;
 use crate::procfs;
 use crate::reference::{Key, Size, WarmRequest, Warmer, Warming};
@@ -43,6 +44,10 @@ struct Machinery {
 impl StandStill for Machinery {
     fn cpu_time(&self) -> Duration {
         self.brake.cpu_time()
+    }
+
+    fn settled(&self) {
+        heap::give_back();
     }
 
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool {
@@ -107,7 +112,7 @@ impl Plan {
         let watch = (mode > ShareMode::Off || !pmem.is_empty())
             .then(|| faults.watch())
             .transpose()
-            .map_err(host("thread that watches over guest memory"))?;
+            .map_err(host("handler of SIGBUS"))?;
         Ok(Self {
             mode,
             place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
