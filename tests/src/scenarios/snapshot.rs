@@ -22,9 +22,8 @@ const SCRIPT: &str = "mount /dev/vda /mnt; dd if=/dev/urandom of=/tmp/memory bs=
 /// For the guest to do meanwhile.
 const TICKS: &str = "( i=0; while true; do i=$((i+1)); echo TICK $i; sleep 0.2; done ) &";
 
-/// A guest, and its REST socket.
-pub(super) struct Vm {
-    pub(super) guest: Guest,
+struct Vm {
+    guest: Guest,
     socket: PathBuf,
 }
 
@@ -61,7 +60,7 @@ impl Vm {
         Ok(())
     }
 
-    pub(super) fn stop(mut self) -> Result<(), Failure> {
+    fn stop(mut self) -> Result<(), Failure> {
         self.guest.signal(Signal::TERM)?;
         self.guest.expect_exit(143)
     }
@@ -295,82 +294,42 @@ pub fn served(out: &Path) -> Result<Figures, Failure> {
 
 const CLONES: u32 = 6;
 /// For the host's kernel to free what starting a process took.
-pub(super) const SETTLE: Duration = Duration::from_secs(15);
-
-/// A guest that was saved for clones, and goes on with a disk of its own.
-pub(super) struct Source {
-    vm: Vm,
-    out: PathBuf,
-}
-
-impl Source {
-    /// It has rested before, so that what a kernel puts off until after its boot is done once, in the template.
-    pub(super) fn rested(out: &Path, args: &[&str]) -> Result<Self, Failure> {
-        let vm = booted(out, args)?;
-        std::thread::sleep(SETTLE);
-        vm.pause()?;
-        create(&vm, out, "template", "Full")?;
-        // The disk of the template stays as it is: the source goes on in a child.
-        vm.put(
-            "/drives/disk0/snapshot",
-            &json!({"path_on_host": out.join("source.vhdx")}),
-        )?;
-        vm.resume()?;
-        Ok(Self {
-            vm,
-            out: out.to_owned(),
-        })
-    }
-
-    /// A clone, the time that its process took to answer, and the time that loading took.
-    pub(super) fn clone_of(&self, number: u32) -> Result<(Vm, Duration, Duration), Failure> {
-        let begun = Instant::now();
-        let clone = empty(&self.out, &format!("clone{number}"))?;
-        let ready = begun.elapsed();
-        let mut body = load_body(&self.out, "template");
-        body["verify_memory"] = json!(false);
-        body["drives"] = json!([{"drive_id": "disk0", "clone": true,
-                                 "path_on_host": self.out.join(format!("clone{number}.vhdx"))}]);
-        let asked = Instant::now();
-        clone.put("/snapshot/load", &body)?;
-        let loaded = asked.elapsed();
-        println!("lab: clone {number}: process {ready:.3?}, load {loaded:.3?}");
-        Ok((clone, ready, loaded))
-    }
-
-    /// The memory file of all clones.
-    pub(super) fn memory(&self) -> PathBuf {
-        files(&self.out, "template").1
-    }
-
-    /// Ends it, and removes what is large.
-    pub(super) fn end(self) -> Result<(), Failure> {
-        let memory = self.memory();
-        self.vm.stop()?;
-        fs::remove_file(memory).map_err(Failure::io("remove"))
-    }
-}
+const SETTLE: Duration = Duration::from_secs(15);
 
 /// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     let (base, base_sum) = super::share::disk(out)?;
     let base_disk = format!("{},ro,format=raw", base.display());
-    let mut source = Source::rested(out, &["--disk", &base_disk])?;
-    let sum = source.vm.guest.line("SUM ")?;
+    let mut source = booted(out, &["--disk", &base_disk])?;
+    let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
+    // What a kernel puts off until after its boot is done once, in the template.
+    std::thread::sleep(SETTLE);
+    source.pause()?;
+    create(&source, out, "template", "Full")?;
+    // The disk of the template stays as it is: the source goes on in a child.
+    source.put(
+        "/drives/disk0/snapshot",
+        &json!({"path_on_host": out.join("source.vhdx")}),
+    )?;
+    source.resume()?;
     let mut clones: Vec<Vm> = Vec::new();
     let mut before = available()?;
     for number in 0..CLONES {
-        let (clone, ready, loaded) = source.clone_of(number)?;
-        figures.insert(
-            format!("clone{number}_load_seconds"),
-            json!(loaded.as_secs_f64()),
-        );
-        figures.insert(
-            format!("clone{number}_process_seconds"),
-            json!(ready.as_secs_f64()),
-        );
+        let begun = Instant::now();
+        let clone = empty(out, &format!("clone{number}"))?;
+        let ready = begun.elapsed().as_secs_f64();
+        let mut body = load_body(out, "template");
+        body["verify_memory"] = json!(false);
+        body["drives"] = json!([{"drive_id": "disk0", "clone": true,
+                                 "path_on_host": out.join(format!("clone{number}.vhdx"))}]);
+        let asked = Instant::now();
+        clone.put("/snapshot/load", &body)?;
+        let loaded = asked.elapsed().as_secs_f64();
+        println!("lab: clone {number}: process {ready:.3} s, load {loaded:.3} s");
+        figures.insert(format!("clone{number}_load_seconds"), json!(loaded));
+        figures.insert(format!("clone{number}_process_seconds"), json!(ready));
         clones.push(clone);
         if number == 0 {
             std::thread::sleep(SETTLE);
@@ -396,7 +355,7 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
             return Failure::claim(format!("generation {now}; notified {notified} times"));
         }
     }
-    source.vm.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    source.tell("cat /mnt/own || echo NO''NE", "NONE")?;
     let before = available()?;
     for clone in &mut clones {
         clone.tell("echo BASE $(md5sum </dev/vdb); echo O''VERBASE", "OVERBASE")?;
@@ -431,11 +390,10 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
         "FIRSTOWN7",
     )?;
     fork.tell("echo STILL$(cat /mnt/own)", "STILL0")?;
-    for vm in clones.into_iter().chain([first, fork]) {
+    for vm in clones.into_iter().chain([first, fork, source]) {
         vm.stop()?;
     }
-    source.end()?;
-    for file in [files(out, "fork").1, base] {
+    for file in [files(out, "template").1, files(out, "fork").1, base] {
         fs::remove_file(file).map_err(Failure::io("remove"))?;
     }
     Ok(figures)

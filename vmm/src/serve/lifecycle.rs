@@ -162,13 +162,16 @@ impl Daemon {
         let made = blocking(move || daemon.store.create(&id, &record, &config));
         let built = async {
             made.await?.map_err(Fault::Store)?;
-            let restore;
             let purpose = match &vm.spec.template {
                 Some(id) => {
                     let template = self.templates().get(id)?;
                     let own = self.store.template(id);
-                    restore = template.restore(&own, &vm.folder, vm.spec.start, vm.now().cid);
-                    Purpose::Restore(&restore)
+                    Purpose::Restore(template.restore(
+                        &own,
+                        &vm.folder,
+                        vm.spec.start,
+                        vm.now().cid,
+                    ))
                 }
                 None if vm.spec.start => Purpose::Boot,
                 None => Purpose::Configure,
@@ -218,7 +221,7 @@ impl Daemon {
     pub(super) async fn bring_up(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        purpose: Purpose<'_>,
+        purpose: Purpose,
     ) -> Result<State, Fault> {
         let begun = Instant::now();
         let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
@@ -228,20 +231,10 @@ impl Daemon {
         };
         let told = vm.now().told.metadata.clone();
         let asked = told.or_else(|| vm.spec.metadata.clone());
-        let (restore, boots) = match purpose {
-            Purpose::Restore(value) => (Some(value.to_owned()), false),
-            Purpose::Boot => (None, true),
-            Purpose::Configure => (None, false),
-        };
         let spawned = blocking(move || {
             let metadata = identity::write(&folder, &id, cid, asked.as_ref())?;
             let group = jail.as_ref().and_then(Jailed::cgroup);
             let before = group.map(|group| group.hits()).unwrap_or_default();
-            let purpose = match &restore {
-                Some(value) => Purpose::Restore(value),
-                None if boots => Purpose::Boot,
-                None => Purpose::Configure,
-            };
             let jail = match purpose {
                 Purpose::Configure => None,
                 Purpose::Boot | Purpose::Restore(_) => {
@@ -251,7 +244,7 @@ impl Daemon {
             let launch = Launch {
                 id: &id,
                 folder: &folder,
-                purpose,
+                purpose: &purpose,
                 jail: jail.as_deref(),
                 metadata,
             };

@@ -37,14 +37,14 @@ const LOG_ROOM: u64 = 4 << 10;
 pub const TRIM: Duration = Duration::from_mins(1);
 
 /// What a process is started for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Purpose<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Purpose {
     /// To be told of its guest, and nothing else.
     Configure,
     /// To run the guest of `config.json`.
     Boot,
     /// To go on from a snapshot, by this value of `--restore`.
-    Restore(&'a str),
+    Restore(String),
 }
 
 /// What `Launch` is started with.
@@ -55,7 +55,7 @@ pub struct Launch<'a> {
     /// Its folder, which the process works in.
     pub folder: &'a Path,
     /// What it is for.
-    pub purpose: Purpose<'a>,
+    pub purpose: &'a Purpose,
     /// Its jail, if it is to be in one.
     pub jail: Option<&'a str>,
     /// Whether there is a file with what the guest is told of itself.
