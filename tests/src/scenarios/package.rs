@@ -338,9 +338,13 @@ fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Fail
     let disk = "/lab/guest/root.vhdx,ro";
     let why = refused("coppice", &arguments(name, disk, "console=ttyS0"))?;
     println!("lab: {name}: {why}");
-    if !["the thread", name, "pids.max: 3"]
-        .iter()
-        .all(|text| why.contains(text))
+    if ![
+        "cannot make the thread that shares memory",
+        name,
+        "pids.max: 3",
+    ]
+    .iter()
+    .all(|text| why.contains(text))
     {
         return Failure::claim(format!(
             "a guest that had no threads left was refused so: {why}"

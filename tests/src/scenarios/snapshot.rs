@@ -294,7 +294,7 @@ pub fn served(out: &Path) -> Result<Figures, Failure> {
 
 const CLONES: u32 = 6;
 /// For the host's kernel to free what starting a process took.
-const SETTLE: Duration = Duration::from_secs(15);
+pub(super) const SETTLE: Duration = Duration::from_secs(15);
 
 /// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
