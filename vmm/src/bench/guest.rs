@@ -223,10 +223,9 @@ mod tests {
         let script = "echo COPPICE-INIT uptime=1.25; sleep 0.2; echo BENCH-SUM abc; echo BENCH-IDLE; sleep 100";
         let times = wait(script, PATIENCE).unwrap();
         assert!((times.uptime - 1.25).abs() < 1e-9);
-        assert!(
-            times.idle >= times.init + Duration::from_millis(200),
-            "{times:?}"
-        );
+        // It was started after the clock was. How late a line is seen is the host's.
+        assert!(times.idle >= times.init, "{times:?}");
+        assert!(times.idle >= Duration::from_millis(200), "{times:?}");
     }
 
     #[test]
