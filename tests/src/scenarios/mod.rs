@@ -196,6 +196,10 @@ pub const ALL: &[Scenario] = &[
         snapshot::goes_on,
     ),
     test(
+        "a_saved_guest_goes_on_with_its_own_copy_of_a_pmem_disk",
+        snapshot::with_own_copy,
+    ),
+    test(
         "a_saved_guest_goes_on_with_memory_from_a_page_server",
         snapshot::served,
     ),

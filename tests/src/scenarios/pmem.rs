@@ -16,7 +16,7 @@ const BASE: &str = "base.vhdx";
 const WHOLE: &str = "whole.vhdx";
 
 /// Waits for the device, and mounts it by DAX; `mode` is ro or rw.
-fn mounted(mode: &str) -> String {
+pub(super) fn mounted(mode: &str) -> String {
     format!(
         "for i in $(seq 100); do [ -b /dev/pmem0 ] && break; sleep 0.1; done; \
          mount -t ext4 -o dax,{mode} /dev/pmem0 /mnt || poweroff -f; grep -q 'dax' /proc/mounts || poweroff -f; "
@@ -39,7 +39,7 @@ fn coppice(args: &[&str]) -> Result<(), Failure> {
     }
 }
 
-fn digest(path: &str) -> Result<String, Failure> {
+pub(super) fn digest(path: &str) -> Result<String, Failure> {
     let output = Command::new("md5sum")
         .arg(path)
         .output()

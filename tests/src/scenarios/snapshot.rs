@@ -10,13 +10,15 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::memory::{available, mib_each};
+use super::pmem;
 use crate::api::{expect_ok, request};
 use crate::guest::{Guest, Start};
 use crate::page_server::Handler;
 use crate::result::{Failure, Figures};
 
-/// Counts, keeps something in memory and on its disk, and does what it is told on the console.
-const SCRIPT: &str = "mount /dev/vda /mnt; dd if=/dev/urandom of=/tmp/memory bs=64k count=64 2>/dev/null; \
+const MOUNT: &str = "mount /dev/vda /mnt; ";
+/// Keeps something in memory and on its disk, and does what it is told on the console.
+const SCRIPT: &str = "dd if=/dev/urandom of=/tmp/memory bs=64k count=64 2>/dev/null; \
     cp /tmp/memory /mnt/file; sync; echo SUM $(md5sum </tmp/memory) END; echo READY; \
     while read line; do eval \"$line\"; done";
 /// For the guest to do meanwhile.
@@ -80,7 +82,7 @@ fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
     let guest = Start::new()
         .args(&["--disk", &disk, "--api-sock", &socket.display().to_string()])
         .args(args)
-        .script(SCRIPT)
+        .script(&(MOUNT.to_owned() + SCRIPT))
         .spawn()?;
     guest.wait_for("READY")?;
     Ok(Vm { guest, socket })
@@ -247,6 +249,55 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
         fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
     }
     Ok(figures)
+}
+
+/// What a guest has written to its own copy of a disk that is memory goes on with it, in many at once, and the disk stays as it is.
+pub fn with_own_copy(out: &Path) -> Result<Figures, Failure> {
+    let disk = out.join("disk.vhdx").display().to_string();
+    fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
+    let digest = pmem::digest(&disk)?;
+    let socket = out.join("source.sock");
+    let guest = Start::new()
+        .args(&["--pmem", &format!("{disk},cow")])
+        .args(&["--api-sock", &socket.display().to_string()])
+        .script(&(pmem::mounted("rw") + SCRIPT))
+        .spawn()?;
+    guest.wait_for("READY")?;
+    let sum = guest.line("SUM ")?;
+    let sum = sum.trim_end_matches(" END").to_owned();
+    let source = Vm { guest, socket };
+    source.pause()?;
+    create(&source, out, "full", "Full")?;
+    source.stop()?;
+
+    // What is mounted anew is read from the device.
+    let anew = "umount /mnt && mount -t ext4 -o dax /dev/pmem0 /mnt && grep -q dax /proc/mounts && echo AN''EW";
+    let load = |name: &str, snapshot: &str| -> Result<Vm, Failure> {
+        let mut vm = empty(out, name)?;
+        vm.put("/snapshot/load", &load_body(out, snapshot))?;
+        vm.tell(anew, "ANEW")?;
+        expect_sum(&mut vm, &name.to_uppercase(), &sum)?;
+        Ok(vm)
+    };
+    let (mut one, mut other) = (load("one", "full")?, load("other", "full")?);
+    one.tell("echo 1 >/mnt/own; sync; echo ONE$(cat /mnt/own)", "ONE1")?;
+    other.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    one.pause()?;
+    create(&one, out, "diff", "Diff")?;
+    one.stop()?;
+    let mut again = load("again", "diff")?;
+    again.tell("echo AGAIN$(cat /mnt/own)", "AGAIN1")?;
+    again.stop()?;
+    other.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    other.stop()?;
+    for name in ["full", "diff"] {
+        fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
+    }
+    if pmem::digest(&disk)? == digest {
+        Ok(Figures::new())
+    } else {
+        Failure::claim("the disk has changed")
+    }
 }
 
 /// Another process gives the pages of a saved guest when they are touched: it has what it had, and ends with a report when that process does.
