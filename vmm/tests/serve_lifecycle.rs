@@ -6,7 +6,8 @@
 mod serve;
 
 use std::fs;
-use std::os::unix::net::UnixListener;
+use std::io::Write;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
 
@@ -14,9 +15,13 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use serve::daemon::{Daemon, coppice, until};
 
-fn kill(vm: &Value) {
+fn signal(vm: &Value, signal: Signal) {
     let pid = i32::try_from(vm["pid"].as_i64().unwrap()).unwrap();
-    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+}
+
+fn kill(vm: &Value) {
+    signal(vm, Signal::KILL);
 }
 
 #[test]
@@ -376,6 +381,77 @@ fn guests_end_with_a_daemon_that_is_told_so() {
     assert_eq!(daemon.processes(), [0u32; 0]);
     daemon.restart();
     assert_eq!(daemon.until_state("a", "stopped")["end"]["kind"], "signal");
+}
+
+#[test]
+fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
+    let mut daemon = Daemon::start(&[]);
+    let mut events = daemon.events(0);
+    let mut spec = daemon.spec("g");
+    spec["restart"] = json!("always");
+    let first = daemon.post("/vms", &spec).1;
+    events.next("g", "started");
+    // It powers itself off.
+    let mut console = UnixStream::connect(daemon.vm_folder("g").join("console.sock")).unwrap();
+    console.write_all(b"q").unwrap();
+    events.next("g", "restarting");
+    events.next("g", "started");
+    let second = daemon.until_state("g", "running");
+    assert_ne!(first["pid"], second["pid"]);
+
+    // The host shuts down: first the daemon ends, then the guest's process is told to.
+    daemon.terminate();
+    signal(&second, Signal::TERM);
+    until("it has ended", || daemon.processes().is_empty());
+    daemon.restart();
+    let mut events = daemon.events(0);
+    let told = events.next("g", "restarting")["reason"].clone();
+    assert!(told.as_str().unwrap().contains("signal 15"), "{told}");
+    events.next("g", "started");
+    assert!(daemon.echoes("g"));
+
+    // A daemon that stops its guests does so for as long as it is away.
+    daemon.terminate();
+    daemon.change_arguments(&["--stop-guests", "0"]);
+    daemon.restart();
+    daemon.create_running("other");
+    daemon.terminate();
+    assert_eq!(daemon.processes(), [0u32; 0]);
+    daemon.restart();
+    daemon.until_state("g", "running");
+    assert_eq!(daemon.get("/vms/other")["state"], "stopped");
+
+    // Who stops it is obeyed, by the next daemon as well.
+    let stop = json!({"timeout_s": 0});
+    assert_eq!(daemon.post("/vms/g/stop", &stop).1["state"], "stopped");
+    daemon.terminate();
+    daemon.restart();
+    assert_eq!(daemon.get("/vms/g")["state"], "stopped");
+}
+
+#[test]
+fn a_guest_that_has_not_run_is_not_started_again() {
+    let mut daemon = Daemon::start(&[]);
+    let ended = |daemon: &Daemon, id: &str| {
+        let vm = daemon.get(&format!("/vms/{id}"));
+        assert_ne!(vm["state"], "restarting", "{vm}");
+        vm["pid"].is_null()
+    };
+    for policy in ["on-failure", "always"] {
+        let spec = json!({"id": policy, "start": false, "restart": policy});
+        let (status, vm) = daemon.post("/vms", &spec);
+        assert_eq!(status, 201);
+        kill(&vm);
+        until("it has ended", || ended(&daemon, policy));
+        assert_eq!(daemon.get(&format!("/vms/{policy}"))["state"], "failed");
+    }
+    let spec = json!({"id": "g", "start": false, "restart": "always"});
+    let vm = daemon.post("/vms", &spec).1;
+    daemon.terminate();
+    signal(&vm, Signal::TERM);
+    until("it has ended", || daemon.processes().is_empty());
+    daemon.restart();
+    assert_eq!(daemon.get("/vms/g")["state"], "stopped");
 }
 
 #[test]

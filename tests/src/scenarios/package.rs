@@ -113,7 +113,12 @@ fn main_pid() -> Result<String, Failure> {
     ok("systemctl", &["show", "-P", "MainPID", "coppice.service"])
 }
 
-fn arguments<'a>(name: &'a str, disk: &'a str, cmdline: &'a str) -> [&'a str; 12] {
+fn arguments<'a>(
+    name: &'a str,
+    disk: &'a str,
+    cmdline: &'a str,
+    restart: &'a str,
+) -> [&'a str; 14] {
     [
         "vm",
         "create",
@@ -127,11 +132,13 @@ fn arguments<'a>(name: &'a str, disk: &'a str, cmdline: &'a str) -> [&'a str; 12
         disk,
         "--cmdline",
         cmdline,
+        "--restart",
+        restart,
     ]
 }
 
 /// A guest of the operator's own disk, by the command line: the refusal tells to whom that has to be given.
-fn create(name: &str, jailed: bool) -> Result<(), Failure> {
+fn create(name: &str, jailed: bool, restart: &str) -> Result<(), Failure> {
     println!("lab: {name} is created");
     let disk = format!("{FILES}/{name}.vhdx");
     fs::copy("guest/root.vhdx", &disk).map_err(Failure::io(disk.as_str()))?;
@@ -139,7 +146,7 @@ fn create(name: &str, jailed: bool) -> Result<(), Failure> {
         "console=ttyS0 reboot=k panic=-1 quiet {}",
         script_word(SCRIPT)
     );
-    let arguments = arguments(name, &disk, &cmdline);
+    let arguments = arguments(name, &disk, &cmdline, restart);
     if jailed {
         let why = refused("coppice", &arguments)?;
         let user = why
@@ -304,7 +311,7 @@ fn serve_with(options: &str) -> Result<(), Failure> {
 
 /// A guest whose group has less memory than it wants is killed, with a reason that a person can act on, and the other one is not.
 fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failure> {
-    create(name, true)?;
+    create(name, true, "never")?;
     console(
         Path::new(STATE),
         name,
@@ -336,7 +343,7 @@ fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failur
 fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Failure> {
     serve_with("--jail cgroup=system.slice/coppice-guests.service/guests,pids=3")?;
     let disk = "/lab/guest/root.vhdx,ro";
-    let why = refused("coppice", &arguments(name, disk, "console=ttyS0"))?;
+    let why = refused("coppice", &arguments(name, disk, "console=ttyS0", "never"))?;
     println!("lab: {name}: {why}");
     if ![
         "cannot make the thread that shares memory",
@@ -428,6 +435,27 @@ fn loses_its_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
     goes_on(name, pid)
 }
 
+/// What the host does with the units when it shuts down, and when it starts: a guest that is always to run does so again, and another one when it is told to.
+fn shuts_down(other: &str) -> Result<(), Failure> {
+    println!("lab: shutdown and start");
+    let name = "tenant";
+    create(name, true, "always")?;
+    ok("systemctl", &["stop", "coppice-guests"])?;
+    same("processes", &run_of("coppice"), &Vec::new())?;
+    ok("systemctl", &["start", "coppice"])?;
+    let state = |name: &str| -> Result<Value, Failure> {
+        let vm = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?;
+        Ok(vm["state"].clone())
+    };
+    wait_until("the guest runs again", || Ok(state(name)? == "running"))?;
+    console(Path::new(STATE), name, "", "READY")?;
+    is_confined(name)?;
+    same("another guest", &state(other)?, &json!("stopped"))?;
+    ok("coppice", &["vm", "delete", name])?;
+    ok("coppice", &["vm", "start", other])?;
+    console(Path::new(STATE), other, "", "READY")
+}
+
 /// The package is removed: its guests have closed their disks and ended, and what they were is there for the next installation. Then it is purged.
 fn goes(name: &str) -> Result<(), Failure> {
     println!("lab: remove");
@@ -475,14 +503,14 @@ fn live() -> Result<Figures, Failure> {
     println!("lab: {installed}");
     is_installed()?;
     add_images()?;
-    create("web", true)?;
+    create("web", true, "never")?;
     let pid = is_confined("web")?;
     outlives("web", &pid)?;
     let memory = runs_out_of_memory("greedy", ("web", &pid))?;
     let threads = runs_out_of_threads("crowded", ("web", &pid))?;
     // A guest without a jail is in the daemon's own group, which systemd starts the next daemon in.
     serve_with("--jail off")?;
-    create("free", false)?;
+    create("free", false, "never")?;
     let free = expect(200, "GET", "/vms/free", &Value::Null)?["pid"].clone();
     same(
         "the group of a guest without a jail",
@@ -496,6 +524,7 @@ fn live() -> Result<Figures, Failure> {
     goes_on("web", &pid)?;
     ok("coppice", &["vm", "delete", "free", "greedy"])?;
     loses_its_keeper("web", &pid)?;
+    shuts_down("web")?;
     goes("web")?;
     Ok(Figures::from([
         ("out_of_memory".into(), memory),

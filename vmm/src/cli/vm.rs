@@ -137,8 +137,8 @@ pub enum TemplateCommand {
 /// The arguments of `coppice vm create`.
 #[derive(Debug, Args)]
 pub struct CreateArguments {
-    /// Start the guest again when it has failed: never, or on-failure.
-    #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure"])]
+    /// When a guest that has ended is started again: never; on-failure; or always, unless it was stopped by request, so also after a start of the host.
+    #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure", "always"])]
     pub restart: String,
     /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --metadata, --restart and
     /// --no-start alone.

@@ -18,7 +18,7 @@ use super::vm::Vm;
 use crate::exit::{EndKind, EndReport};
 use crate::jail::{CgroupConfig, LimitHits};
 
-/// Restarts in a row, none of which ran for [`LONG`].
+/// Restarts in a row, after none of which a guest ran for [`LONG`].
 const RESTARTS: u32 = 5;
 const LONG: Duration = Duration::from_mins(1);
 /// Longest reason, in characters.
@@ -58,7 +58,8 @@ impl Daemon {
                 report,
                 time_ms: now_ms(),
             });
-            if ran.is_some_and(|ran| ran >= LONG) {
+            // Where none was there to see it end, it is once for each daemon at most.
+            if ran.is_none_or(|ran| ran >= LONG) {
                 now.failures = 0;
             }
             match now.state {
@@ -95,7 +96,14 @@ impl Daemon {
                 | EndKind::Unknown => false,
             };
             let text = end.report.text;
-            if now.stopping || in_order || vm.spec.restart == RestartPolicy::Never {
+            let again = match vm.spec.restart {
+                // One that waits to be told has not run.
+                _ if now.stopping || now.state == State::NotStarted => false,
+                RestartPolicy::Never => false,
+                RestartPolicy::OnFailure => !in_order,
+                RestartPolicy::Always => true,
+            };
+            if !again {
                 let stopped = now.stopping || in_order || end.report.kind == EndKind::Reset;
                 let (state, kind) = if stopped {
                     (State::Stopped, EventKind::Stopped)
@@ -107,7 +115,7 @@ impl Daemon {
             } else if now.failures >= RESTARTS {
                 now.state = State::Failed;
                 let text = format!(
-                    "{text}; it has failed {RESTARTS} times in a row, and is not started again: find out why, and start it"
+                    "{text}; it has ended so soon {RESTARTS} times in a row, and is not started again: find out why, and start it"
                 );
                 (EventKind::RestartsExhausted, text, None)
             } else {

@@ -74,7 +74,8 @@ use jail::Jails;
 use lifecycle::blocking;
 use listen::Connections;
 use metrics::DaemonMetrics;
-use status::MemorySplit;
+use spec::RestartPolicy;
+use status::{MemorySplit, State};
 use stopping::Manner;
 use store::Store;
 use templates::Templates;
@@ -246,14 +247,20 @@ impl Daemon {
     async fn stop_all(self: &Arc<Self>, patience: Duration) {
         let mut stops = tokio::task::JoinSet::new();
         for vm in self.all() {
-            let (daemon, id) = (self.clone(), vm.id.clone());
-            stops.spawn(async move {
-                if let Err(fault) = daemon.stop(vm, Manner { patience }).await {
-                    tracing::error!(vm = %id, %fault, "a guest could not be stopped");
-                }
-            });
+            stops.spawn(self.clone().stop_for_now(vm, Manner { patience }));
         }
         stops.join_all().await;
+    }
+
+    /// Stops a guest at the end of the daemon. The next one starts it again if it is always to run.
+    async fn stop_for_now(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) {
+        let goes_on = vm.spec.restart == RestartPolicy::Always && vm.now().is_to_run();
+        if let Err(fault) = self.clone().stop(vm.clone(), manner).await {
+            tracing::error!(vm = %vm.id, %fault, "a guest could not be stopped");
+        } else if goes_on {
+            vm.change(|now| now.state = State::Restarting);
+            self.save(&vm).await;
+        }
     }
 }
 

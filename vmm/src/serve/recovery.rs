@@ -69,7 +69,11 @@ impl Daemon {
             (None, State::Stopped | State::Failed) => {}
             (None, State::Restarting) => self.restart_later(&vm, Duration::from_secs(1)),
             (None, _) => {
-                vm.change(|now| now.state = State::Running);
+                vm.change(|now| {
+                    if now.state != State::NotStarted {
+                        now.state = State::Running;
+                    }
+                });
                 self.ended(&vm, Exit::Unseen, LimitHits::default()).await;
             }
         }

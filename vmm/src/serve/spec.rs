@@ -58,7 +58,7 @@ const fn yes() -> bool {
     true
 }
 
-/// Whether a guest is started again.
+/// Whether a guest that has run is started again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RestartPolicy {
@@ -68,6 +68,9 @@ pub enum RestartPolicy {
     /// When it has reset itself, panicked, crashed, or was killed: after 1 s, then 2 s, and so on; not again after five failures that
     /// came within a minute of the start each.
     OnFailure,
+    /// Whenever it has ended and nobody has stopped it, in the same way: also when it has powered off, and when the host was shut down, or the daemon
+    /// told to stop its guests, by the next daemon.
+    Always,
 }
 
 /// A configuration that can be run, and the images in it.

@@ -32,7 +32,7 @@ pub enum State {
     Stopped,
     /// It has failed, and has no process.
     Failed,
-    /// It has failed, and will be started again.
+    /// It has ended, and will be started again.
     Restarting,
     /// It is being deleted.
     Deleting,

@@ -80,6 +80,20 @@ pub struct Now {
     pub is_followed: bool,
 }
 
+impl Now {
+    /// Whether it runs, or is about to, and nobody has asked it to end.
+    pub fn is_to_run(&self) -> bool {
+        match self.state {
+            State::Creating
+            | State::Starting
+            | State::Running
+            | State::Paused
+            | State::Restarting => !self.stopping,
+            State::NotStarted | State::Stopped | State::Failed | State::Deleting => false,
+        }
+    }
+}
+
 /// A guest.
 #[derive(Debug)]
 pub struct Vm {
