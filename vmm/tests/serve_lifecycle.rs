@@ -400,6 +400,10 @@ fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
     assert_ne!(first["pid"], second["pid"]);
 
     // The host shuts down: first the daemon ends, then the guest's process is told to.
+    until("that it runs is noted", || {
+        let record = fs::read(daemon.vm_folder("g").join("vm.json")).unwrap();
+        serde_json::from_slice::<Value>(&record).unwrap()["state"] == "running"
+    });
     daemon.terminate();
     signal(&second, Signal::TERM);
     until("it has ended", || daemon.processes().is_empty());

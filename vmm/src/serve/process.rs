@@ -17,6 +17,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{
@@ -249,6 +250,13 @@ impl Held {
     }
 }
 
+/// Whether a process has ended: what is left of it may be there until its parent looks.
+fn has_ended(process: &OwnedFd) -> io::Result<bool> {
+    let mut looked_at = [PollFd::new(process, PollFlags::IN)];
+    let now = Timespec::default();
+    Ok(rustix::io::retry_on_intr(|| poll(&mut looked_at, Some(&now)))? > 0)
+}
+
 /// The process that a guest's folder names, if it is still there.
 ///
 /// # Errors
@@ -265,7 +273,7 @@ pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
         return Ok(None);
     };
     match start_us(file.pid) {
-        Ok(start) if start == file.start_us => Ok(Some((file.pid, fd))),
+        Ok(start) if start == file.start_us => Ok((!has_ended(&fd)?).then_some((file.pid, fd))),
         Ok(_) | Err(_) => Ok(None),
     }
 }
@@ -310,6 +318,24 @@ impl Process {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_that_has_ended_is_not_found_though_nobody_has_looked_at_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let file = PidFile {
+            pid: child.id(),
+            start_us: start_us(child.id()).unwrap(),
+            boot_id: store::boot_id().unwrap(),
+        };
+        store::write(&folder.path().join("pid.json"), &file, false).unwrap();
+        let (pid, fd) = find(folder.path()).unwrap().unwrap();
+        assert_eq!(pid, child.id());
+        drop(child.stdin.take());
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+        assert!(find(folder.path()).unwrap().is_none());
+        assert!(child.wait().unwrap().success());
+    }
 
     #[test]
     fn a_log_that_is_too_long_begins_anew_and_a_link_in_its_place_is_left_alone() {
