@@ -81,6 +81,8 @@ fn after_a_commit_the_record_names_the_disk_that_the_guest_has_also_for_the_next
     for is_restarted in [false, true] {
         let (_, child) = with_child(&daemon);
         assert_eq!(record(&daemon)["disks"]["root"], json!(child));
+        let parent = daemon.get("/vms/a/drives/root/parent");
+        assert_eq!(parent, json!({"path_on_host": base}));
         assert_eq!(commit(&daemon), Some(204));
         if is_restarted {
             daemon.kill_and_restart();

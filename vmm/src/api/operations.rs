@@ -148,7 +148,7 @@ fn act(context: &Context, Action { action_type }: Action) -> Result<(), ControlE
     }
 }
 
-static OPERATIONS: [Operation; 44] = [
+static OPERATIONS: [Operation; 45] = [
     Operation::get("/", |context, _, _| tell(control(context).instance_info())),
     Operation::get("/version", |_, _, _| {
         let firecracker_version = env!("CARGO_PKG_VERSION");
@@ -220,6 +220,9 @@ static OPERATIONS: [Operation; 44] = [
         change(context, body, |control, DriveSnapshot { path_on_host }| {
             control.snapshot_pmem(id, &path_on_host)
         })
+    }),
+    Operation::get("/drives/{id}/parent", |context, id, _| {
+        ask(context, |control| control.drive_parent(id))
     }),
     Operation::put("/drives/{id}/resize", |context, id, body| {
         change(context, body, |control, DriveResize { size }| {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::{Control, ControlError, Life};
 use crate::config::{DriveConfig, DriveUpdate};
 use crate::jail::Layer;
-use crate::machine::{DriveTask, JobStatus, MachineError};
+use crate::machine::{DriveParent, DriveTask, JobStatus, MachineError};
 
 impl Control {
     /// A commit gives a drive another file when it gets that far.
@@ -105,6 +105,15 @@ impl Control {
             }
         }
         Ok(())
+    }
+
+    /// `GET /drives/{id}/parent`: what its disk stands on.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn drive_parent(&mut self, id: &str) -> Result<DriveParent, ControlError> {
+        let path = self.drive_path(id)?;
+        Ok(self.guest()?.0.drive_parent(id, &path)?)
     }
 
     /// `PUT /drives/{id}/resize`: makes the disk larger.

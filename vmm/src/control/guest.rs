@@ -7,8 +7,8 @@ use devices::virtio::balloon::VirtioBalloon;
 
 use crate::config::{DriveConfig, VmConfig};
 use crate::machine::{
-    Address, DeviceMetrics, DriveTask, FilePage, FilePageReport, JobStatus, Machine, MachineError,
-    PageReport, SharingReport, StartError,
+    Address, DeviceMetrics, DriveParent, DriveTask, FilePage, FilePageReport, JobStatus, Machine,
+    MachineError, PageReport, SharingReport, StartError,
 };
 use crate::snapshot::{CreateSnapshot, Loading, SnapshotError};
 
@@ -51,6 +51,11 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::resize_drive`].
     fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError>;
+    /// What the disk of a drive stands on.
+    ///
+    /// # Errors
+    /// See [`Machine::drive_parent`].
+    fn drive_parent(&self, id: &str, path: &Path) -> Result<DriveParent, MachineError>;
     /// Starts a job on a drive.
     ///
     /// # Errors
@@ -122,6 +127,10 @@ impl Guest for Machine {
 
     fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
         Machine::resize_drive(self, id, size)
+    }
+
+    fn drive_parent(&self, id: &str, path: &Path) -> Result<DriveParent, MachineError> {
+        Machine::drive_parent(self, id, path)
     }
 
     fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {

@@ -13,7 +13,9 @@ use crate::config::{
     MetricsConfig, PmemMode, SerialConfig,
 };
 use crate::logging::{LogFilter, LogFormat};
-use crate::machine::{DeviceMetrics, DriveError, DriveTask, JobState, JobStatus, StartError};
+use crate::machine::{
+    DeviceMetrics, DriveError, DriveParent, DriveTask, JobState, JobStatus, StartError,
+};
 
 /// What was asked of a [`Double`], in order.
 pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
@@ -68,6 +70,13 @@ impl Guest for Double {
     fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
         self.call(format!("resize {id} {size}"));
         Ok(())
+    }
+
+    fn drive_parent(&self, id: &str, path: &Path) -> Result<DriveParent, MachineError> {
+        self.call(format!("parent {id} {}", path.display()));
+        Ok(DriveParent {
+            path_on_host: "/base".into(),
+        })
     }
 
     fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
@@ -417,6 +426,8 @@ fn what_is_done_to_the_disk_of_a_running_guest_is_seen_in_its_configuration() {
     let old = old.file_name().unwrap().to_str().unwrap().to_owned();
     control.snapshot_drive("a", &next).unwrap();
     assert_eq!(control.config().drives[0].path_on_host, next);
+    let parent = control.drive_parent("a").unwrap().path_on_host;
+    assert_eq!(parent, Path::new("/base"));
     control.resize_drive("a", 4096).unwrap();
     control.compact_drive("a", true).unwrap();
     assert!(control.job("a").is_err());
@@ -428,6 +439,7 @@ fn what_is_done_to_the_disk_of_a_running_guest_is_seen_in_its_configuration() {
         *calls.lock().unwrap(),
         [
             format!("snapshot a {old} next"),
+            format!("parent a {}", next.display()),
             "resize a 4096".into(),
             "compact a true".into(),
             "commit a".into(),

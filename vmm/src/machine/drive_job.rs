@@ -162,6 +162,27 @@ pub struct JobStatus {
     pub base_on_host: Option<PathBuf>,
 }
 
+/// What the disk of a drive stands on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DriveParent {
+    /// The file of its parent.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+}
+
+impl DriveParent {
+    /// Of a disk whose file is at `top`.
+    pub(super) fn of(disk: &Vhdx, top: &Path) -> Result<Self, DriveError> {
+        let parent = disk.parent_path(top).ok_or(DriveError::NoParent)?;
+        // The name in the disk is relative to its folder.
+        let path_on_host = parent.canonicalize().map_err(|error| DriveError::Io {
+            operation: format!("find {}", parent.display()),
+            error,
+        })?;
+        Ok(Self { path_on_host })
+    }
+}
+
 /// A job, as it is seen from outside.
 #[derive(Debug)]
 pub struct DriveJob {
@@ -226,12 +247,7 @@ impl DriveJob {
         let base = match &task {
             DriveTask::Compact { .. } => None,
             DriveTask::Commit { top } => {
-                let base = disk.parent_path(top).ok_or(DriveError::NoParent)?;
-                // The name in the disk is relative to its folder.
-                let base = base.canonicalize().map_err(|error| DriveError::Io {
-                    operation: format!("find {}", base.display()),
-                    error,
-                })?;
+                let base = DriveParent::of(&disk, top)?.path_on_host;
                 disk.check_parent_writable()
                     .map_err(|error| parent_refuses(error, &base))?;
                 Some(base)

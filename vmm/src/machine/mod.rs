@@ -49,7 +49,9 @@ use crate::pmem::{Pmem, PmemCounters, PmemError};
 use crate::reference::Warmer;
 use crate::snapshot::{MemoryState, Served, SnapshotError};
 pub(crate) use domain::SharingDomain;
-pub use drive_job::{DriveError, DriveJob, DriveTask, JobState, JobStatus, commit_child};
+pub use drive_job::{
+    DriveError, DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child,
+};
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
 pub use snapshot::DevicesState;
@@ -435,6 +437,16 @@ impl Machine {
             lock(drive).change_disk(|disk| Ok(Arc::clone(disk)))
         };
         resized().map_err(|source| changed(id, source))
+    }
+
+    /// What the disk of a drive, whose file is at `path`, stands on.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change` where it has no parent.
+    pub fn drive_parent(&self, id: &str, path: &Path) -> Result<DriveParent, MachineError> {
+        let disk = drive_job::vhdx(lock(self.drive(id)?).disk());
+        disk.and_then(|disk| DriveParent::of(&disk, path))
+            .map_err(|source| changed(id, source))
     }
 
     /// Starts a job on the disk of a drive.

@@ -1,7 +1,7 @@
 //! Commits of guests' disks into what they stand on, which take their time: which disk a guest has is told by its record all the while.
 //!
 //! ```text
-//! noted with the disk ──> the guest's process merges ──> over: the disk that the guest has then is noted, and the commit struck off
+//! noted with the disk and its parent ──> the guest's process merges ──> over: the disk that the guest has then is noted, and the commit struck off
 //! ```
 //!
 //! As long as the process is there, it says which disk that is. Afterwards the files do, see [`DriveTask::Commit`]: a disk that was merged must never be
@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::Method;
+use axum::http::{Method, StatusCode};
 use hyper::body::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
@@ -24,10 +24,11 @@ use super::Daemon;
 use super::fault::Fault;
 use super::lifecycle::blocking;
 use super::pending::{ask, is_missing, is_whole};
+use super::proxy;
 use super::templates::configuration;
 use super::vm::Vm;
 use crate::config::VmConfig;
-use crate::machine::{JobState, commit_child};
+use crate::machine::{DriveParent, JobState, commit_child};
 
 /// Between looks at a commit: soon at first, as most are short.
 const SOON: Duration = Duration::from_millis(50);
@@ -38,7 +39,7 @@ const LATE: Duration = Duration::from_secs(5);
 pub struct Commit {
     /// The file that the drive had when that began.
     pub top: PathBuf,
-    /// The file of the parent, once the process has told it.
+    /// The file of the parent, where it has one.
     #[serde(default)]
     pub base: Option<PathBuf>,
 }
@@ -48,13 +49,12 @@ pub struct Commit {
 struct Job {
     operation: String,
     state: JobState,
-    base_on_host: Option<PathBuf>,
 }
 
 /// Where a commit is.
 enum Progress {
-    /// At work, towards this file.
-    Running(Option<PathBuf>),
+    /// At work.
+    Running,
     /// Over; the drive has this file.
     Over(Option<PathBuf>),
 }
@@ -83,6 +83,20 @@ fn path_of(config: &VmConfig, drive: &str, folder: &Path) -> Option<PathBuf> {
     Some(folder.join(&drive.path_on_host))
 }
 
+/// What the disk of a drive stands on; `None` where the process says that it has no parent, for which it refuses the commit, too.
+async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
+    let path = format!("/drives/{drive}/parent");
+    let told = proxy::ask(vm, Method::GET, &path, Bytes::new(), proxy::LOOK).await?;
+    if told.status == StatusCode::BAD_REQUEST {
+        return Ok(None);
+    }
+    if !told.status.is_success() {
+        return Err(proxy::refusal(&told));
+    }
+    let DriveParent { path_on_host } = serde_json::from_slice(&told.body)?;
+    Ok(Some(vm.folder.join(path_on_host)))
+}
+
 impl Daemon {
     /// Notes that the disk of a drive is about to be committed; gives what was noted of the drive before.
     ///
@@ -106,7 +120,9 @@ impl Daemon {
             });
         }
         if before.as_ref().is_none_or(|commit| commit.top != top) {
-            let commit = Commit { top, base: None };
+            // Now, as a process that is killed amid it tells nothing any more.
+            let base = parent(vm, drive).await?;
+            let commit = Commit { top, base };
             self.begin(vm, |pending| {
                 pending.commits.insert(drive.to_owned(), commit);
             })
@@ -154,13 +170,13 @@ impl Daemon {
                 sleep(pause).await;
                 pause = (pause * 2).min(LATE);
                 let _operation = vm.operation.lock().await;
-                if let Err(fault) = daemon.find_commits(&vm).await {
+                // A request for a commit that is under way is noted before the process knows of it.
+                let _telling = vm.telling.lock().await;
+                // Another guest of that name may be there, with files of the same names.
+                let is_there = daemon.knows(&vm);
+                if is_there && let Err(fault) = daemon.find_commits(&vm).await {
                     tracing::warn!(vm = %vm.id, %fault, "it is not known where a commit is");
                 }
-                let is_there = daemon
-                    .vms()
-                    .get(&vm.id)
-                    .is_some_and(|known| Arc::ptr_eq(known, &vm));
                 let is_over = vm.change(|now| {
                     let is_over = !is_there || now.pending.commits.is_empty();
                     now.is_followed = !is_over;
@@ -178,9 +194,7 @@ impl Daemon {
         let commits = vm.now().pending.commits.clone();
         for (drive, commit) in commits {
             let is_changed = match Self::look_at_commit(vm, &drive, &commit).await? {
-                Progress::Running(base) => {
-                    base.is_some_and(|base| Self::note_base(vm, &drive, &commit, base))
-                }
+                Progress::Running => false,
                 Progress::Over(disk) => vm.change(|now| {
                     // Another may have begun since.
                     let known = now.pending.commits.get(&drive);
@@ -201,25 +215,16 @@ impl Daemon {
         Ok(())
     }
 
-    /// Notes what a disk is merged into; whether that is news.
-    fn note_base(vm: &Vm, drive: &str, commit: &Commit, base: PathBuf) -> bool {
-        vm.change(|now| match now.pending.commits.get_mut(drive) {
-            Some(known) if known.top == commit.top && known.base.is_none() => {
-                known.base = Some(vm.folder.join(base));
-                true
-            }
-            Some(_) | None => false,
-        })
-    }
-
     async fn look_at_commit(vm: &Vm, drive: &str, commit: &Commit) -> Result<Progress, Fault> {
         let path = format!("/drives/{drive}/job");
         if let Some(told) = ask(vm, Method::GET, &path, &Bytes::new()).await? {
             if told.status.is_success() {
                 let job: Job = serde_json::from_slice(&told.body)?;
                 if job.operation == "commit" && job.state == JobState::Running {
-                    return Ok(Progress::Running(job.base_on_host));
+                    return Ok(Progress::Running);
                 }
+            } else if told.status != StatusCode::BAD_REQUEST {
+                return Err(proxy::refusal(&told));
             }
             // No commit is at work, so that the configuration has its outcome.
             if let Some(told) = ask(vm, Method::GET, "/vm/config", &Bytes::new()).await? {
@@ -229,7 +234,7 @@ impl Daemon {
         }
         if vm.now().process.is_some() {
             // It is about to be deleted.
-            return Ok(Progress::Running(None));
+            return Ok(Progress::Running);
         }
         // A guest in a jail may have put anything in the place of a folder but its own.
         let is_own = commit.top.parent() == Some(&*vm.folder);

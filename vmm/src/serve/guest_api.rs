@@ -19,7 +19,7 @@ use crate::config::{
 };
 use crate::control::{HintingState, InstanceInfo};
 use crate::jail::JailReport;
-use crate::machine::{FilePageReport, JobStatus, PageReport, SharingReport};
+use crate::machine::{DriveParent, FilePageReport, JobStatus, PageReport, SharingReport};
 use crate::snapshot::CreateSnapshot;
 
 /// A request of the guest's API: it is done with 204, or answered with 200.
@@ -62,6 +62,8 @@ guest!(/// Gives a drive another file, after the start, and whenever the guest s
     update_drive, patch, "/vms/{id}/drives/{drive}", part = "drive", body = DriveUpdate => 204);
 guest!(/// Has the disk of a drive go on in a new file. The old one stays as it is.
     snapshot_drive, put, "/vms/{id}/drives/{drive}/snapshot", part = "drive", body = DriveSnapshot => 204);
+guest!(/// What the disk of a drive stands on.
+    drive_parent, get, "/vms/{id}/drives/{drive}/parent", part = "drive" => 200, DriveParent);
 guest!(/// Makes the disk of a drive larger, and tells the guest.
     resize_drive, put, "/vms/{id}/drives/{drive}/resize", part = "drive", body = DriveResize => 204);
 guest!(/// Starts a job that moves the blocks of a disk down and cuts its file.

@@ -175,6 +175,12 @@ impl Daemon {
         self.vms().values().cloned().collect()
     }
 
+    /// Whether a guest is still there. Another one may have its name.
+    fn knows(&self, vm: &Arc<Vm>) -> bool {
+        let vms = self.vms();
+        vms.get(&vm.id).is_some_and(|known| Arc::ptr_eq(known, vm))
+    }
+
     fn vm(&self, id: &str) -> Result<Arc<Vm>, Fault> {
         let vm = self.vms().get(id).cloned();
         vm.ok_or_else(|| Fault::NoVm(id.to_owned()))

@@ -37,6 +37,7 @@ use super::routes::{console, daemon, images, sharers, templates, vms};
         guest::resize_drive,
         guest::compact_drive,
         guest::commit_drive,
+        guest::drive_parent,
         guest::drive_job,
         guest::cancel_drive_job,
         guest::set_pmem,

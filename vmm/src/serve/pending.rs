@@ -146,7 +146,7 @@ impl Daemon {
     /// `Store`.
     pub(super) async fn try_save(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let _saving = vm.saving.lock().await;
-        if !self.vms().contains_key(&vm.id) {
+        if !self.knows(vm) {
             return Ok(());
         }
         let (daemon, id, record) = (self.clone(), vm.id.clone(), vm.record());
@@ -229,14 +229,11 @@ impl Daemon {
         tokio::spawn(async move {
             loop {
                 let operation = vm.operation.lock().await;
-                let is_there = daemon
-                    .vms()
-                    .get(&vm.id)
-                    .is_some_and(|known| Arc::ptr_eq(known, &vm));
-                if !is_there || daemon.try_mend(&vm).await.is_ok() {
+                let telling = vm.telling.lock().await;
+                if !daemon.knows(&vm) || daemon.try_mend(&vm).await.is_ok() {
                     return;
                 }
-                drop(operation);
+                drop((telling, operation));
                 sleep(LATER).await;
             }
         });

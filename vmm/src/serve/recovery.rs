@@ -105,12 +105,13 @@ impl Daemon {
         let operation = vm.operation.clone().try_lock_owned();
         let (daemon, vm) = (self.clone(), vm.clone());
         tokio::spawn(async move {
+            let telling = vm.telling.lock().await;
             daemon.mend(&vm).await;
             // What it was told last may have been answered to nobody. A clone that goes on has its template's.
             if !vm.now().loaded {
-                let _telling = vm.telling.lock().await;
                 daemon.keep_told(&vm).await;
             }
+            drop(telling);
             drop(operation);
             if let Some(state) = proxy::state(&vm.api_socket(), proxy::LOOK).await {
                 vm.change(|now| {

@@ -102,11 +102,7 @@ impl Daemon {
             });
         }
         let _operation = vm.operation.lock().await;
-        if !self
-            .vms()
-            .get(&vm.id)
-            .is_some_and(|known| Arc::ptr_eq(known, &vm))
-        {
+        if !self.knows(&vm) {
             return Ok(());
         }
         if !manner.patience.is_zero() {
