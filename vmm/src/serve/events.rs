@@ -38,7 +38,7 @@ pub enum EventKind {
     Stopped,
     /// A guest has failed.
     Failed,
-    /// A guest has failed, and is going to be started again.
+    /// A guest has ended, and is going to be started again.
     Restarting,
     /// A guest has failed too often to be started again.
     RestartsExhausted,

@@ -148,7 +148,7 @@ impl DaemonMetrics {
         );
         registry.register(
             "vm_failure_restarts",
-            "Guests that were started again after they had failed",
+            "Guests that were started again after they had failed, or had ended and are always to run",
             self.restarts.clone(),
         );
         registry.register(

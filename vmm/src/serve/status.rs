@@ -120,7 +120,7 @@ pub struct VmStatus {
     pub uptime_s: Option<u64>,
     /// From the start of its process to its first instruction.
     pub start_ms: Option<u64>,
-    /// Whether it is started again when it has failed.
+    /// When it is started again after its end.
     pub restart: RestartPolicy,
     /// How often it was.
     pub restarts: u32,
