@@ -26,6 +26,7 @@ use super::lifecycle::blocking;
 use super::pending::{ask, is_missing, is_whole};
 use super::proxy;
 use super::templates::configuration;
+use super::told::answered;
 use super::vm::Vm;
 use crate::config::VmConfig;
 use crate::machine::{DriveParent, JobState, commit_child};
@@ -86,15 +87,11 @@ fn path_of(config: &VmConfig, drive: &str, folder: &Path) -> Option<PathBuf> {
 /// What the disk of a drive stands on; `None` where the process says that it has no parent, for which it refuses the commit, too.
 async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
     let path = format!("/drives/{drive}/parent");
-    let told = proxy::ask(vm, Method::GET, &path, Bytes::new(), proxy::LOOK).await?;
-    if told.status == StatusCode::BAD_REQUEST {
-        return Ok(None);
+    match answered::<DriveParent>(vm, &path).await {
+        Ok(parent) => Ok(Some(vm.folder.join(parent.path_on_host))),
+        Err(Fault::Guest(StatusCode::BAD_REQUEST, _)) => Ok(None),
+        Err(fault) => Err(fault),
     }
-    if !told.status.is_success() {
-        return Err(proxy::refusal(&told));
-    }
-    let DriveParent { path_on_host } = serde_json::from_slice(&told.body)?;
-    Ok(Some(vm.folder.join(path_on_host)))
 }
 
 impl Daemon {

@@ -21,7 +21,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use axum::http::Method;
-use hyper::body::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use utoipa::ToSchema;
@@ -37,6 +36,7 @@ use super::pending::{Becoming, unfinished};
 use super::proxy;
 use super::status::{State, now_ms};
 use super::store;
+use super::told::answered;
 use super::vm::Vm;
 use crate::cli::is_guest_id;
 use crate::config::VmConfig;
@@ -144,11 +144,7 @@ impl Templates {
 
 /// What a guest was started with and what has become of it, with the disks that it has.
 pub(super) async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
-    let told = proxy::ask(vm, Method::GET, "/vm/config", Bytes::new(), proxy::LOOK).await?;
-    if !told.status.is_success() {
-        return Err(proxy::refusal(&told));
-    }
-    let mut config: VmConfig = serde_json::from_slice(&told.body)?;
+    let mut config: VmConfig = answered(vm, "/vm/config").await?;
     // Relative to the folder that the process works in.
     for path in config
         .drives

@@ -114,7 +114,8 @@ fn name_images(config: &mut VmConfig, mut given: VmConfig, mut named: VmConfig) 
     names.into_iter().collect()
 }
 
-async fn answered<T: DeserializeOwned>(vm: &Vm, path: &str) -> Result<T, Fault> {
+/// What a process answers to a `GET`, as a `T`; its refusal is an error.
+pub(super) async fn answered<T: DeserializeOwned>(vm: &Vm, path: &str) -> Result<T, Fault> {
     let told = proxy::ask(vm, Method::GET, path, Bytes::new(), proxy::LOOK).await?;
     if !told.status.is_success() {
         return Err(proxy::refusal(&told));
