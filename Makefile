@@ -1,9 +1,9 @@
-# The two commands of the README are `make demo` and `make test`; both set up what they need.
+# The two commands of README.md are `make demo` and `make test`; both set up what they need.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update emulator build install deb demo test lint unit api web fuzz power-cuts lab bench bench-density clean
+.PHONY: help setup guest guest-update emulator build install deb demo docs reference test lint unit api web fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -15,6 +15,8 @@ help:
 	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, api, web, fuzz, lab"
 	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit api web fuzz lab   the parts of make test"
+	@echo "make docs          the documentation as a book, in target/book"
+	@echo "make reference     writes what of docs/reference is made from the code"
 	@echo "make web           the daemon's page in headless Chromium; a picture in target/web.png"
 	@echo "make install       into PREFIX (/usr/local), below DESTDIR: program, man pages, completions, systemd units"
 	@echo "make deb           the same as a Debian package, target/coppice.deb"
@@ -69,6 +71,17 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
+	resources/docs.sh check
+	cargo nextest run --workspace --lib --bins -E '$(REFERENCE)'
+
+# Tests that compare pages of docs/reference with the code that they are made from.
+REFERENCE := test(/reference.*is_current/)
+reference: setup
+	UPDATE_EXPECT=1 cargo nextest run --workspace --lib --bins -E '$(REFERENCE)'
+
+# mdBook is compiled for this, and so not by setup.
+docs: setup
+	resources/docs.sh build
 
 # Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail.
 unit: setup

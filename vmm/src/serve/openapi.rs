@@ -1,5 +1,8 @@
 //! The `OpenAPI` document, made from the code.
 
+#[cfg(test)]
+mod reference;
+
 use utoipa::OpenApi;
 
 use super::guest_api as guest;
