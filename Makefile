@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update emulator build install deb demo docs reference test lint unit api web fuzz power-cuts lab bench bench-density clean
+.PHONY: help setup guest guest-update emulator build install deb demo docs docs-check reference test lint unit api web fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -71,17 +71,6 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
-	resources/docs.sh check
-	cargo nextest run --workspace --lib --bins -E '$(REFERENCE)'
-
-# Tests that compare pages of docs/reference with the code that they are made from.
-REFERENCE := test(/reference.*is_current/)
-reference: setup
-	UPDATE_EXPECT=1 cargo nextest run --workspace --lib --bins -E '$(REFERENCE)'
-
-# mdBook is compiled for this, and so not by setup.
-docs: setup
-	resources/docs.sh build
 
 # Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail.
 unit: setup
@@ -98,6 +87,21 @@ web: setup
 	command -v chromium >/dev/null || sudo apt-get install -q -y --no-install-recommends chromium || apt-get install -q -y --no-install-recommends chromium
 	cargo build -p coppice
 	resources/web/check.sh target/web.png
+
+# The documentation: links lead somewhere, every page is in the book, and what is made from the code is current. Its tests compare pages of
+# docs/reference with the code, and write them when they are told to.
+lint: docs-check
+REFERENCE := cargo nextest run --workspace --lib --bins -E 'test(/reference.*is_current/)'
+docs-check: setup
+	resources/docs.sh check
+	$(REFERENCE)
+
+reference: setup
+	UPDATE_EXPECT=1 $(REFERENCE)
+
+# mdBook is compiled for this, and so not by setup.
+docs: setup
+	resources/docs.sh build
 
 # FUZZ_SECONDS for each target, 60 if not said.
 fuzz: setup

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb, and Python tools in target/python. Does nothing where all is there.
+# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb. Does nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$HOME/.cargo/bin:$PATH:/sbin:/usr/sbin
