@@ -204,7 +204,7 @@ fn drives_have_names_of_their_own_one_root_and_an_interrupt_line_each() {
             .map(|n| drive(&format!("d{n}")))
             .collect::<Vec<_>>()
     };
-    let limit = crate::limits::MAX_VIRTIO_DEVICES;
+    let limit = limits::MAX_VIRTIO_DEVICES;
     parse(json!({"drives": many(limit)})).unwrap();
     parse(json!({"drives": many(limit + 1)})).unwrap_err();
     parse(json!({"drives": many(limit), "entropy": {}})).unwrap_err();

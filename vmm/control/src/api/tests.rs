@@ -572,9 +572,16 @@ fn a_balloon_is_ruled_as_in_firecracker() {
 fn bodies_over_the_limit_are_refused_however_they_come() {
     let bench = Bench::new();
     let padded = |length: usize| format!("{{{}}}", " ".repeat(length - 2));
-    assert_eq!(bench.request("PUT", "/entropy", &padded(config::limits::MAX_BODY)).0, 204);
     assert_eq!(
-        bench.request("PUT", "/entropy", &padded(config::limits::MAX_BODY + 1)).0,
+        bench
+            .request("PUT", "/entropy", &padded(config::limits::MAX_BODY))
+            .0,
+        204
+    );
+    assert_eq!(
+        bench
+            .request("PUT", "/entropy", &padded(config::limits::MAX_BODY + 1))
+            .0,
         413
     );
     let told = "PUT /entropy HTTP/1.1\r\nHost: l\r\nContent-Length: 99999999999\r\n\r\n";

@@ -35,7 +35,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// What is logged: a level, or levels by module, such as `info` or `error,coppice::api=debug`. Modules that are not named log at the level that
+/// What is logged: a level, or levels by module, such as `info` or `error,control::api=debug`. Modules that are not named log at the level that
 /// stands alone, or else at `warn`.
 #[derive(Clone, Debug)]
 pub struct LogFilter(Targets);
@@ -292,9 +292,9 @@ mod tests {
     #[test]
     fn a_level_and_a_module_say_what_is_logged() {
         let some = || {
-            tracing::info!(target: "coppice::api", "from the module");
+            tracing::info!(target: "control::api", "from the module");
             tracing::error!(target: "storage", "from elsewhere");
-            tracing::debug!(target: "coppice::api", "too much");
+            tracing::debug!(target: "control::api", "too much");
         };
         let text = logged(LogFormat::Text, LoggerConfig::default(), some);
         assert!(
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn filters_are_levels_or_modules_with_levels() {
-        for good in ["info", "OFF", "warn,coppice::api=debug", "storage=trace"] {
+        for good in ["info", "OFF", "warn,control::api=debug", "storage=trace"] {
             LogFilter::from_str(good).expect(good);
         }
         for bad in ["", "loud", "a=b", "coppice=info=debug"] {
