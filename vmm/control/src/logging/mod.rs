@@ -301,7 +301,7 @@ mod tests {
             text.contains("from elsewhere") && !text.contains("from the module"),
             "{text}"
         );
-        let module = Some("coppice".to_owned());
+        let module = Some("control".to_owned());
         let text = logged(
             LogFormat::Text,
             LoggerConfig {
