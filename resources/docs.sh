@@ -27,7 +27,7 @@ check() {
 build() {
     local mdbook=0.5.4
     if [ "$(mdbook --version 2>/dev/null)" != "mdbook v$mdbook" ]; then
-        echo "docs: installing mdbook $mdbook, which takes some minutes"
+        echo "docs: installing mdbook $mdbook, which takes a minute or two"
         # Unoptimised, as the book is small and compiling is not.
         CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=64 \
             cargo install --locked --force "mdbook@$mdbook" --no-default-features --features search

@@ -4,6 +4,7 @@
 //! all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
 //! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `pages`, `space` and `flights` are what
 //! they share. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot` and `check` are operations on whole disks.
+//!
 #![doc = include_str!("../../../docs/design/vhdx.md")]
 
 mod amend;
