@@ -22,6 +22,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+use crate::lifecycle::Device;
 
 /// What every device offers: virtio 1, and the ring features that the queues here have.
 pub const RING_FEATURES: u64 =
@@ -160,30 +161,45 @@ pub struct Activation {
     pub features: u64,
 }
 
-/// Refuses rings of which buffers are under way: a device that keeps none has answered all of them before it was saved, and a driver that
-/// has just set them up has yet to offer any.
-fn check_nothing_is_held<'a>(
+/// Refuses rings with requests in flight: a device has ended all of them before it was saved, and a driver that has just set the rings up
+/// has yet to offer any.
+fn check_none_in_flight<'a>(
     mut queues: impl Iterator<Item = &'a Queue>,
 ) -> Result<(), ActivateError> {
-    if queues.any(|queue| RingPosition::of(queue).held() != 0) {
-        return Err(ActivateError("requests are under way already".into()));
+    if queues.any(|queue| RingPosition::of(queue).in_flight() != 0) {
+        return Err(ActivateError::InFlight);
     }
     Ok(())
 }
 
 /// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
 #[derive(Debug, thiserror::Error)]
-#[error("virtio device cannot start: {0}")]
-pub struct ActivateError(pub String);
+pub enum ActivateError {
+    /// The driver has set up none of the queues, or not those that the device cannot do without.
+    #[error("a queue that it needs is not ready")]
+    NotReady,
+    /// A ring is outside guest memory, or not aligned.
+    #[error("a ring is not where one can be")]
+    Ring(#[source] virtio_queue::Error),
+    /// The rings say that the device has buffers of which it knows nothing.
+    #[error("requests are in flight already")]
+    InFlight,
+    /// The rings of a balloon say that the device keeps a statistics buffer, and its state does not say which.
+    #[error("its statistics buffer is missing")]
+    NoStatisticsBuffer,
+    /// The state of a balloon says that the device keeps a buffer, and its rings do not.
+    #[error("it has a buffer of no queue")]
+    StrayBuffer,
+}
 
 /// A virtio device behind a transport.
 ///
 /// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues on the device
-/// thread, when their kicks become readable; `reset` returns only when no request of the device touches guest
-/// memory any more. A kick of a device that is not active means nothing.
+/// thread, when their kicks become readable. A kick of a device that is not active means nothing. The driver's write of 0 to `Status` is a
+/// [`Device::reset`]: the device forgets its queues.
 ///
 /// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where the saved device was.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Device {
     /// The device ID (VIRTIO 1.2, chapter 5).
     fn device_id(&self) -> u32;
 
@@ -236,7 +252,4 @@ pub trait VirtioDevice: Send {
         let _ = (address, len);
         false
     }
-
-    /// The driver wrote 0 to `Status`: stops, waits for requests in flight, and forgets the queues.
-    fn reset(&mut self);
 }

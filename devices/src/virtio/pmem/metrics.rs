@@ -1,6 +1,8 @@
 //! What a pmem device has done.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+
+use crate::metrics::{Metric, Unit};
 
 /// Counters since the device was made; only ever added to, and read from any thread.
 #[derive(Debug, Default)]
@@ -15,7 +17,31 @@ pub struct PmemMetrics {
     pub failures: AtomicU64,
 }
 
-/// Counters are independent of each other: nothing is ordered by them.
-pub(super) fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
+impl PmemMetrics {
+    /// The values at this moment.
+    pub fn describe(&self) -> Vec<Metric> {
+        vec![
+            Metric::counter("pmem_flushes", "Flushes that succeeded", &self.flushes)
+                .field("flush_count"),
+            Metric::counter(
+                "pmem_written",
+                "What they wrote to the disk",
+                &self.written_bytes,
+            )
+            .unit(Unit::Bytes)
+            .field("flush_bytes"),
+            Metric::counter(
+                "pmem_errors",
+                "Flushes that failed, and requests that asked for something else",
+                &self.errors,
+            )
+            .field("flush_fails"),
+            Metric::counter(
+                "pmem_failures",
+                "Times that the driver broke the ring",
+                &self.failures,
+            )
+            .field("event_fails"),
+        ]
+    }
 }

@@ -34,7 +34,6 @@ use zerocopy::{Immutable, IntoBytes};
 pub use self::flusher::{Backing, FlushError};
 use self::flusher::{Flusher, Outcome};
 pub use self::metrics::PmemMetrics;
-use self::metrics::add;
 pub use self::persist::PmemState;
 use self::request::{Answer, Command, Response};
 use super::chain::{self, Chain};
@@ -43,10 +42,19 @@ use super::{
     read_config_bytes,
 };
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
 const QUEUE_SIZE: u16 = 64;
-/// In errors.
-pub(super) const NAME: &str = "virtio-pmem";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-pmem",
+    state: StateKey::ById("pmem"),
+    metrics: Some(MetricsGroup {
+        name: "pmem",
+        label: Some("pmem"),
+    }),
+};
 
 /// What a pmem device is made of.
 #[derive(Clone)]
@@ -136,24 +144,6 @@ impl VirtioPmem {
             paused: false,
             metrics: Arc::default(),
         })
-    }
-
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<PmemMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Answers every request that was taken, waiting for their flushes; serves nothing more until [`VirtioPmem::resume`].
-    pub fn pause(&mut self) {
-        self.paused = true;
-        self.drain();
-    }
-
-    /// Serves what has come in while the device was paused, and goes on.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        self.kick();
-        self.interrupt.raise_restored();
     }
 
     /// Makes the device thread look at the queue.
@@ -308,6 +298,29 @@ enum RingFault {
     NoResponse,
 }
 
+impl Device for VirtioPmem {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.drain();
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.kick();
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
+    }
+}
+
 impl VirtioDevice for VirtioPmem {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_PMEM
@@ -337,9 +350,9 @@ impl VirtioDevice for VirtioPmem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Some(queue) = activation.queues.into_iter().next().flatten() else {
-            return Err(ActivateError("its queue is not ready".into()));
+            return Err(ActivateError::NotReady);
         };
-        super::check_nothing_is_held(std::iter::once(&queue))?;
+        super::check_none_in_flight(std::iter::once(&queue))?;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
@@ -351,9 +364,5 @@ impl VirtioDevice for VirtioPmem {
     fn ring_positions(&self) -> Vec<Option<RingPosition>> {
         let position = |active: &Active| RingPosition::of(&active.queue);
         vec![self.active.as_ref().map(position)]
-    }
-
-    fn reset(&mut self) {
-        self.stop();
     }
 }
