@@ -27,7 +27,7 @@ pub enum Value {
     /// It goes up and down.
     Gauge(u64),
     /// How long requests took.
-    Latencies(LatencyReading),
+    Latencies(Box<LatencyReading>),
 }
 
 /// A value and how it is called.
@@ -71,7 +71,7 @@ impl Metric {
 
     /// How long requests took.
     pub fn latencies(name: &'static str, help: &'static str, latencies: &Latencies) -> Self {
-        let reading = Value::Latencies(latencies.read());
+        let reading = Value::Latencies(Box::new(latencies.read()));
         Self::new(name, help, reading).unit(Unit::Seconds)
     }
 

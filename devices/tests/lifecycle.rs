@@ -1,5 +1,10 @@
 //! What holds of every kind of device, by the contract of `Device`.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends where something is not as it should be"
+)]
+
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -57,7 +62,7 @@ fn serial() -> devices::legacy::SerialConsole {
 
 fn block() -> VirtioBlock {
     let mut file = tempfile::NamedTempFile::new().unwrap();
-    file.write_all(&[0; 1 << 16]).unwrap();
+    file.write_all(&vec![0; 1 << 16]).unwrap();
     let options = OpenOptions {
         format: Some(Format::Raw),
         ..OpenOptions::default()

@@ -1,5 +1,6 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
+pub(crate) mod activate_error;
 pub mod balloon;
 pub mod block;
 pub mod chain;
@@ -14,6 +15,7 @@ pub mod vsock;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+pub use activate_error::ActivateError;
 pub use ring_position::RingPosition;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -170,26 +172,6 @@ fn check_none_in_flight<'a>(
         return Err(ActivateError::InFlight);
     }
     Ok(())
-}
-
-/// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
-#[derive(Debug, thiserror::Error)]
-pub enum ActivateError {
-    /// The driver has set up none of the queues, or not those that the device cannot do without.
-    #[error("a queue that it needs is not ready")]
-    NotReady,
-    /// A ring is outside guest memory, or not aligned.
-    #[error("a ring is not where one can be")]
-    Ring(#[source] virtio_queue::Error),
-    /// The rings say that the device has buffers of which it knows nothing.
-    #[error("requests are in flight already")]
-    InFlight,
-    /// The rings of a balloon say that the device keeps a statistics buffer, and its state does not say which.
-    #[error("its statistics buffer is missing")]
-    NoStatisticsBuffer,
-    /// The state of a balloon says that the device keeps a buffer, and its rings do not.
-    #[error("it has a buffer of no queue")]
-    StrayBuffer,
 }
 
 /// A virtio device behind a transport.

@@ -405,7 +405,7 @@ impl Mapper<'_> {
                 offset: run.file_offset,
                 state: PageState::Mapped {
                     since: 0,
-                    strikes: 0,
+                    early_writes: 0,
                 },
             },
         });
