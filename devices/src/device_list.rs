@@ -14,7 +14,7 @@ use crate::persist::RestoreError;
 /// A device of a machine.
 #[derive(Clone)]
 pub struct DeviceEntry {
-    /// Its name among those of its kind; of a kind of which there is one, that of the kind.
+    /// Its name among those of its kind; without a meaning for a kind of which there is one.
     pub id: String,
     /// Its kind.
     pub kind: &'static DeviceKind,

@@ -5,7 +5,7 @@ use crate::lifecycle::DeviceKind;
 use crate::virtio::{balloon, block, mmio, pmem, rng, vsock};
 use crate::vmgenid;
 
-/// All kinds. A device that is not in this table cannot be missed in a snapshot.
+/// All kinds. A snapshot with a state of a kind that is not here is refused.
 pub const KINDS: [&DeviceKind; 13] = [
     &acpi_pm::KIND,
     &balloon::KIND,

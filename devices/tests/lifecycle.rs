@@ -21,7 +21,7 @@ use devices::metrics::Value;
 use devices::virtio::balloon::{BalloonConfig, VirtioBalloon};
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 use devices::virtio::mmio::MmioTransport;
-use devices::virtio::pmem::{PmemConfig, VirtioPmem};
+use devices::virtio::pmem::{MappingFigures, PmemConfig, VirtioPmem};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::vsock::{Service, Session, VirtioVsock, VsockConfig};
 use devices::virtio::{Interrupt, VirtioDevice};
@@ -82,6 +82,7 @@ fn pmem() -> VirtioPmem {
         start: 4 << 30,
         size: 2 << 20,
         backing: None,
+        mapping: MappingFigures::default(),
     };
     VirtioPmem::new(config, interrupt()).unwrap()
 }

@@ -10,7 +10,7 @@ use devices::persist::RestoreError;
 use devices::virtio::balloon::{BalloonConfig, VirtioBalloon};
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use devices::virtio::pmem::{Backing, FlushError, PmemConfig, VirtioPmem};
+use devices::virtio::pmem::{Backing, FlushError, MappingFigures, PmemConfig, VirtioPmem};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::{Interrupt, VirtioDevice};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
@@ -212,6 +212,7 @@ impl Subject for VirtioPmem {
             start: 4 << 30,
             size: 2 << 20,
             backing: Some(Arc::new(Nothing)),
+            mapping: MappingFigures::default(),
         };
         Self::new(config, interrupt).unwrap()
     }

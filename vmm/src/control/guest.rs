@@ -7,8 +7,8 @@ use devices::virtio::balloon::VirtioBalloon;
 
 use crate::config::{DriveConfig, VmConfig};
 use crate::machine::{
-    Address, DeviceMetrics, DriveParent, DriveTask, FilePage, FilePageReport, JobStatus, Machine,
-    MachineError, PageReport, SharingReport, StartError,
+    Address, DriveParent, DriveTask, FilePage, FilePageReport, JobStatus, Machine, MachineError,
+    MachineMetrics, PageReport, SharingReport, StartError,
 };
 use crate::snapshot::{CreateSnapshot, Loading, SnapshotError};
 
@@ -95,7 +95,7 @@ pub trait Guest: Send {
         config: &VmConfig,
     ) -> Result<(), SnapshotError>;
     /// The counters of its devices.
-    fn metrics(&self) -> DeviceMetrics;
+    fn metrics(&self) -> MachineMetrics;
     /// Stops it for good and closes its disks.
     fn shutdown(self: Box<Self>);
 }
@@ -170,7 +170,7 @@ impl Guest for Machine {
         Machine::snapshot(self, request, config)
     }
 
-    fn metrics(&self) -> DeviceMetrics {
+    fn metrics(&self) -> MachineMetrics {
         Machine::metrics(self)
     }
 

@@ -1,154 +1,13 @@
-//! Saves a machine that stands still, and gives the devices of another their state.
+//! Saves a machine that stands still.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
-
-use devices::legacy::{CmosRtc, I8042, I8042State, RtcState, SerialConsole, SerialState};
-use devices::persist::RestoreError;
-use devices::virtio::balloon::{BalloonDeviceState, VirtioBalloon};
-use devices::virtio::block::{BlockState, VirtioBlock};
-use devices::virtio::mmio::{MmioTransport, TransportState};
-use devices::virtio::pmem::PmemState;
-use devices::virtio::rng::{RngState, VirtioRng};
-use devices::virtio::vsock::{VirtioVsock, VsockState};
-use devices::vmgenid::{VmGenId, VmGenIdState};
-use serde::{Deserialize, Serialize};
 
 use super::{Machine, lock};
 use crate::config::VmConfig;
-use crate::pmem::Pmem;
 use crate::snapshot::{
     self, CreateSnapshot, DiskIdentity, DiskOf, DriveState, GuestState, MemoryState, SnapshotError,
     SnapshotType,
 };
-
-/// What the devices of a guest remember, but for the disks of its drives.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DevicesState {
-    serial: SerialState,
-    keyboard: I8042State,
-    rtc: RtcState,
-    generation: VmGenIdState,
-    drives: BTreeMap<String, BlockState>,
-    pmem: BTreeMap<String, PmemState>,
-    entropy: Option<RngState>,
-    balloon: Option<BalloonDeviceState>,
-    /// Of none that was saved before there were such devices.
-    #[serde(default)]
-    vsock: Option<VsockState>,
-    /// Of the virtio devices, by address.
-    transports: Vec<TransportState>,
-}
-
-/// The devices that a state is of.
-pub(super) struct Devices<'a> {
-    pub(super) serial: &'a SerialConsole,
-    pub(super) keyboard: &'a Mutex<I8042>,
-    pub(super) rtc: &'a Mutex<CmosRtc>,
-    pub(super) generation: &'a mut VmGenId,
-    pub(super) drives: &'a BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
-    pub(super) pmem: BTreeMap<&'a str, &'a Pmem>,
-    pub(super) entropy: Option<&'a Mutex<VirtioRng>>,
-    pub(super) balloon: Option<&'a Mutex<VirtioBalloon>>,
-    pub(super) vsock: Option<&'a Mutex<VirtioVsock>>,
-    pub(super) transports: &'a [Arc<Mutex<MmioTransport>>],
-}
-
-/// Why a saved set of devices is not the present one.
-fn differ(what: &str) -> SnapshotError {
-    SnapshotError::Contradiction(format!(
-        "the devices are others than those configured: {what}"
-    ))
-}
-
-/// Gives the members of one set the states of the members with the same names in another.
-fn restore_each<S, D: ?Sized>(
-    what: &str,
-    saved: &BTreeMap<String, S>,
-    present: impl ExactSizeIterator<Item = (String, impl std::ops::Deref<Target = D>)>,
-    restore: impl Fn(&D, &S) -> Result<(), RestoreError>,
-) -> Result<(), super::StartError> {
-    if saved.len() != present.len() {
-        return Err(differ(what).into());
-    }
-    for (id, device) in present {
-        let state = saved.get(&id).ok_or_else(|| differ(what))?;
-        restore(&device, state)?;
-    }
-    Ok(())
-}
-
-impl DevicesState {
-    /// Of a machine that is paused.
-    fn of(machine: &Machine) -> Self {
-        let drives = machine.drives.iter();
-        let pmem = machine.pmem.iter();
-        Self {
-            serial: machine.console.save(),
-            keyboard: lock(&machine.keyboard).save(),
-            rtc: lock(&machine.rtc).save(),
-            generation: machine.generation.save(),
-            drives: drives
-                .map(|(id, drive)| (id.clone(), lock(drive).save()))
-                .collect(),
-            pmem: pmem
-                .map(|(id, pmem)| (id.clone(), lock(pmem.device()).save()))
-                .collect(),
-            entropy: machine.entropy.as_ref().map(|device| lock(device).save()),
-            balloon: machine.balloon.as_ref().map(|device| lock(device).save()),
-            vsock: machine
-                .vsock
-                .as_ref()
-                .map(|vsock| lock(&vsock.device).save()),
-            transports: machine.transports.iter().map(|t| lock(t).save()).collect(),
-        }
-    }
-
-    /// Gives devices that have just been made their state; they are paused then.
-    pub(super) fn restore(&self, devices: &mut Devices<'_>) -> Result<(), super::StartError> {
-        devices.serial.restore(&self.serial)?;
-        lock(devices.keyboard).restore(&self.keyboard)?;
-        lock(devices.rtc).restore(&self.rtc)?;
-        devices.generation.restore(&self.generation)?;
-        let drives = devices
-            .drives
-            .iter()
-            .map(|(id, drive)| (id.clone(), &**drive));
-        restore_each("drives", &self.drives, drives, |drive, state| {
-            lock(drive).restore(state)
-        })?;
-        let pmem = devices
-            .pmem
-            .iter()
-            .map(|(id, pmem)| ((*id).to_owned(), *pmem));
-        restore_each("pmem", &self.pmem, pmem, |pmem, state| {
-            lock(pmem.device()).restore(state)
-        })?;
-        match (devices.entropy, &self.entropy) {
-            (Some(device), Some(state)) => lock(device).restore(state)?,
-            (None, None) => {}
-            (Some(_), None) | (None, Some(_)) => return Err(differ("entropy").into()),
-        }
-        match (devices.balloon, &self.balloon) {
-            (Some(device), Some(state)) => lock(device).restore(state)?,
-            (None, None) => {}
-            (Some(_), None) | (None, Some(_)) => return Err(differ("balloon").into()),
-        }
-        match (devices.vsock, &self.vsock) {
-            (Some(device), Some(state)) => lock(device).restore(state)?,
-            (None, None) => {}
-            (Some(_), None) | (None, Some(_)) => return Err(differ("vsock").into()),
-        }
-        if devices.transports.len() != self.transports.len() {
-            return Err(differ("virtio transports").into());
-        }
-        for (transport, state) in devices.transports.iter().zip(&self.transports) {
-            lock(transport).restore(state)?;
-        }
-        Ok(())
-    }
-}
 
 impl Machine {
     /// Saves the guest, which is paused and was started with `config`.
@@ -174,7 +33,7 @@ impl Machine {
         }
         let (drives, pmem) = self.identify_disks()?;
         let (vm, vcpus) = self.vcpus.save()?;
-        let devices = DevicesState::of(self);
+        let devices = self.devices.save()?;
         let windows = self.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
         let ram = self.shared_memory();
         let (memory, file) = snapshot::write_memory(ram, windows, request, self.base.as_ref())?;
@@ -235,12 +94,5 @@ impl Machine {
         // No page is left that another process gives.
         self.served = None;
         Ok(())
-    }
-
-    /// Raises what was pending in a state from a snapshot, and tells the guest that it is another now.
-    pub(super) fn raise_pending(&self) {
-        self.console.raise_pending();
-        lock(&self.keyboard).raise_pending();
-        self.generation.notify();
     }
 }

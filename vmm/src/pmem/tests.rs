@@ -2,13 +2,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use devices::virtio::pmem::PmemMetrics;
 use memshare::PageKind;
 use storage::vhdx::{ChildOptions, CreateOptions, Vhdx};
 use storage::{
     ByteRange, Disk, DiskError, Extent, Format, Geometry, Mapping, SectorSize, Ticket, blocking,
 };
 
-use super::map::{Figures, MapBudget, MapError, MappedDisk};
+use super::map::{MapBudget, MapError, MappedDisk};
 use super::writeback::{DirtyPages, Writeback, WritebackError, runs};
 use super::*;
 
@@ -435,19 +436,17 @@ fn what_a_failed_flush_did_not_keep_is_tried_again_by_the_next() {
 
 #[test]
 fn the_counters_of_a_device_are_told_by_its_name() {
-    let device = Arc::<PmemMetrics>::default();
+    let device = PmemMetrics::default();
     device.flushes.store(3, Ordering::Relaxed);
-    let mapping = Figures {
+    let mapping = MappingFigures {
         mappings: 7,
         mapped: 5,
         copied: 1,
     };
-    let devices = crate::machine::DeviceMetrics {
-        drives: std::collections::BTreeMap::new(),
-        pmem: [("root".to_owned(), PmemCounters { device, mapping })].into(),
-        entropy: None,
-        balloon: None,
-        vsock: None,
+    let mut described = device.describe();
+    described.extend(mapping.describe());
+    let devices = crate::machine::MachineMetrics {
+        devices: vec![crate::metrics::of_kind("virtio-pmem", "root", described)],
         exits: Vec::new(),
         booted: None,
     };
@@ -494,7 +493,7 @@ fn the_budget_is_half_of_what_the_host_lets_a_process_have() {
     let path = folder.raw("raw", &[0; 4096]);
     let mut budget = MapBudget::of_host();
     let first = MappedDisk::new(&open(&path, true), &mut budget).unwrap();
-    let expected = Figures {
+    let expected = MappingFigures {
         mappings: 2,
         mapped: 1,
         copied: 0,

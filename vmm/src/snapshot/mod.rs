@@ -20,12 +20,13 @@ mod uffd;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use devices::device_list::DeviceStates;
 use memshare::SharedMemory;
 use serde::{Deserialize, Serialize};
 use storage::vhdx::{ChildOptions, Vhdx};
 
 use crate::config::{DriveConfig, VmConfig};
-use crate::machine::{DevicesState, open_disk};
+use crate::machine::open_disk;
 use crate::pmem::PmemMemory;
 use crate::vm::{VcpuState, VmState};
 
@@ -171,7 +172,7 @@ pub(crate) struct GuestState {
     pub config: VmConfig,
     pub vm: VmState,
     pub vcpus: Vec<VcpuState>,
-    pub devices: DevicesState,
+    pub devices: DeviceStates,
     pub drives: Vec<DriveState>,
     /// By id; of none that was saved before these were noted.
     #[serde(default)]

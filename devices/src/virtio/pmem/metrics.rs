@@ -17,6 +17,45 @@ pub struct PmemMetrics {
     pub failures: AtomicU64,
 }
 
+/// What the memory of a pmem device is made of, from when it was mapped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MappingFigures {
+    /// Mappings in the process, fresh memory among them.
+    pub mappings: usize,
+    /// Pages that are mapped from files.
+    pub mapped: u64,
+    /// Pages that had to be copied.
+    pub copied: u64,
+}
+
+impl MappingFigures {
+    /// The values.
+    pub fn describe(&self) -> [Metric; 3] {
+        [
+            Metric::gauge(
+                "pmem_mappings",
+                "Mappings that the disk takes of the process",
+                self.mappings as u64,
+            )
+            .field("mappings"),
+            Metric::gauge(
+                "pmem_mapped",
+                "Pages of the disk that are mapped from its files",
+                self.mapped,
+            )
+            .unit(Unit::Pages)
+            .field("pages_mapped"),
+            Metric::gauge(
+                "pmem_copied",
+                "Pages of the disk that had to be copied",
+                self.copied,
+            )
+            .unit(Unit::Pages)
+            .field("pages_copied"),
+        ]
+    }
+}
+
 impl PmemMetrics {
     /// The values at this moment.
     pub fn describe(&self) -> Vec<Metric> {

@@ -33,7 +33,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 pub use self::flusher::{Backing, FlushError};
 use self::flusher::{Flusher, Outcome};
-pub use self::metrics::PmemMetrics;
+pub use self::metrics::{MappingFigures, PmemMetrics};
 pub use self::persist::PmemState;
 use self::request::{Answer, Command, Response};
 use super::chain::{self, Chain};
@@ -65,6 +65,8 @@ pub struct PmemConfig {
     pub size: u64,
     /// Who makes durable what the guest writes; nobody, where that is forgotten at the end.
     pub backing: Option<Arc<dyn Backing>>,
+    /// What the memory is made of.
+    pub mapping: MappingFigures,
 }
 
 /// `struct virtio_pmem_config` (5.19.4).
@@ -115,6 +117,7 @@ pub struct VirtioPmem {
     /// Whether a look for more was put off because of those two.
     stalled: bool,
     paused: bool,
+    mapping: MappingFigures,
     metrics: Arc<PmemMetrics>,
 }
 
@@ -128,6 +131,7 @@ impl VirtioPmem {
             start,
             size,
             backing,
+            mapping,
         } = config;
         Ok(Self {
             interrupt,
@@ -142,6 +146,7 @@ impl VirtioPmem {
             covered: Vec::new(),
             stalled: false,
             paused: false,
+            mapping,
             metrics: Arc::default(),
         })
     }
@@ -317,7 +322,9 @@ impl Device for VirtioPmem {
     }
 
     fn metrics(&self) -> Vec<Metric> {
-        self.metrics.describe()
+        let mut metrics = self.metrics.describe();
+        metrics.extend(self.mapping.describe());
+        metrics
     }
 }
 

@@ -65,6 +65,7 @@ pub(super) fn device(backing: Option<Arc<dyn Backing>>) -> VirtioPmem {
         start: START,
         size: SIZE,
         backing,
+        mapping: MappingFigures::default(),
     };
     VirtioPmem::new(config, Arc::new(Interrupt::new(irqfd))).unwrap()
 }
