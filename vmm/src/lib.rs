@@ -37,6 +37,7 @@ pub mod pmem;
 pub mod procfs;
 pub mod reference;
 pub mod remote;
+pub mod report;
 pub mod run;
 pub mod serve;
 pub mod signals;

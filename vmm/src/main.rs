@@ -1,5 +1,6 @@
 //! The `coppice` command.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -8,10 +9,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use coppice::cli::{
     BenchCommand, Cli, Command, DensityArguments, DensityTask, ImageCommand, RunArguments,
-    ServeArguments, VmArguments,
+    ServeArguments, VmArguments, VmCommand,
 };
 use coppice::logging::{Log, LogFilter, LogFormat};
 use coppice::reference::{self, WarmRequest, Warmed};
+use coppice::report::chain;
 use coppice::{bench, cli, disk_tool, doctor, exit, heap, remote, run, serve, top, zygote};
 
 fn main() -> ExitCode {
@@ -28,13 +30,13 @@ fn carry_out(command: Command) -> ExitCode {
         Command::Serve(arguments) => serve_guests(*arguments),
         Command::Zygote { .. } => match zygote::serve() {
             Ok(None) => ExitCode::SUCCESS,
-            Ok(Some(newborn)) => {
-                match parse(newborn.args.into_iter().map(OsString::from).collect()) {
+            Ok(Some(spawned)) => {
+                match parse(spawned.args.into_iter().map(OsString::from).collect()) {
                     Ok(command) => carry_out(command),
                     Err(code) => code,
                 }
             }
-            Err(error) => fail(exit::FAILURE, format_args!("zygote: {error}")),
+            Err(error) => fail(exit::FAILURE, format_args!("zygote: {}", chain(&error))),
         },
         Command::Vm(arguments) => use_guests(*arguments),
         Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
@@ -64,15 +66,20 @@ fn parse(args: Vec<OsString>) -> Result<Command, ExitCode> {
         Ok(Err(error)) => Err(told_by_parser(&error)),
         Err(error) => Err(fail(
             exit::FAILURE,
-            format_args!("parser of arguments: {error}"),
+            format_args!("parser of arguments: {}", chain(&error)),
         )),
     }
 }
 
-fn fail(code: u8, error: impl Display) -> ExitCode {
-    // Standard error may be a file on a full disk. The code is told all the same.
-    let _ = writeln!(io::stderr(), "coppice: {error}");
+fn fail(code: u8, text: impl Display) -> ExitCode {
+    // Standard error may be a file on a full disk. The exit code says what it can all the same.
+    let _ = writeln!(io::stderr(), "coppice: {text}");
     ExitCode::from(code)
+}
+
+/// Shows an error with its sources, and gives the exit code.
+fn fail_with(code: u8, error: &dyn Error) -> ExitCode {
+    fail(code, chain(error))
 }
 
 /// Help and version go to standard output; what is wrong is said in one line like everything else.
@@ -80,7 +87,7 @@ fn told_by_parser(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(exit::FAILURE, error),
+            Err(error) => fail_with(exit::FAILURE, &error),
         };
     }
     let text = error.to_string();
@@ -107,7 +114,7 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
         arguments.log_format,
     );
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     let end_file = arguments.end_file.clone();
     let options = match arguments.into_options() {
@@ -118,54 +125,61 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
                 ..exit::EndReport::failed(&error)
             };
             if let Some(Err(error)) = end_file.map(|path| end.write(&path)) {
-                tracing::error!(%error, "why the guest ended cannot be written");
+                tracing::error!(error = %chain(&error), "why the guest ended cannot be written");
             }
-            return fail(exit::USAGE, error);
+            return fail_with(exit::USAGE, &error);
         }
     };
     match run::run(options, log) {
         Ok(reason) => ExitCode::from(&reason),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn serve_guests(arguments: ServeArguments) -> ExitCode {
     let (_, subscriber) = Log::new(arguments.log.clone(), arguments.log_format);
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     let options = match arguments.into_options() {
         Ok(options) => options,
-        Err(error) => return fail(exit::FAILURE, error),
+        Err(error) => return fail_with(exit::FAILURE, &error),
     };
     match serve::run(options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn outcome(done: Result<(), remote::RemoteError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(error.code(), error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn use_guests(arguments: VmArguments) -> ExitCode {
-    outcome(remote::run(arguments))
+    let (socket, json) = (arguments.connection.socket(), arguments.connection.json);
+    match arguments.command {
+        VmCommand::Create(create) => match create.into_body() {
+            Ok(body) => outcome(remote::create(&socket, json, &body)),
+            Err(error) => fail_with(exit::USAGE, &error),
+        },
+        VmCommand::Use(command) => outcome(remote::run(&socket, json, command)),
+    }
 }
 
 fn pages(done: Result<(), cli::PagesError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {
     let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     match disk_tool::run(command) {
         Ok(code) => ExitCode::from(code),
@@ -173,14 +187,14 @@ fn use_disk(command: &disk_tool::DiskCommand) -> ExitCode {
             exit::SIGNAL_BASE + signal,
             "interrupted; no file was left half-made",
         ),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn measure_density(arguments: DensityArguments) -> ExitCode {
     let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     let json = arguments.json();
     let measured = match arguments.into_task() {
@@ -205,12 +219,12 @@ fn measure_density(arguments: DensityArguments) -> ExitCode {
             println!("{text}");
             ExitCode::SUCCESS
         }
-        Ok(Err(error)) => fail(exit::FAILURE, error),
+        Ok(Err(error)) => fail_with(exit::FAILURE, &error),
         Err(bench::BenchError::Cancelled(signal)) => fail(
             exit::SIGNAL_BASE + signal,
             "interrupted; all guests are stopped",
         ),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
@@ -230,14 +244,14 @@ fn show_guests(options: &top::Options) -> ExitCode {
     match top::run(options) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(signal)) => ExitCode::from(exit::SIGNAL_BASE + signal),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn make_image(command: ImageCommand) -> ExitCode {
     let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     let warmed = match command {
         ImageCommand::Warm {
@@ -262,7 +276,7 @@ fn make_image(command: ImageCommand) -> ExitCode {
         Ok(Some(Warmed::Kept(path))) => println!("{} is there", path.display()),
         Ok(Some(Warmed::Made { path, pages })) => println!("{}: {pages} pages", path.display()),
         Ok(None) => {}
-        Err(error) => return fail(exit::FAILURE, error),
+        Err(error) => return fail_with(exit::FAILURE, &error),
     }
     ExitCode::SUCCESS
 }
@@ -272,7 +286,7 @@ fn examine_host(json: bool) -> ExitCode {
     if json {
         match serde_json::to_string_pretty(&report) {
             Ok(text) => println!("{text}"),
-            Err(error) => return fail(exit::FAILURE, error),
+            Err(error) => return fail_with(exit::FAILURE, &error),
         }
     } else {
         println!("{report}");

@@ -17,6 +17,7 @@ use super::{Context, operations};
 use crate::control::{Control, ControlError};
 use crate::machine::PageNameError;
 use crate::metrics::{self, count};
+use crate::report::chain;
 
 /// Longest body of a request in bytes; Firecracker's default.
 pub const MAX_BODY: usize = 51200;
@@ -115,10 +116,10 @@ pub(super) async fn answer(context: &Context, request: Request<Incoming>) -> Res
         }
         Err(fault) => {
             count(&counters.failures);
-            tracing::info!(method = %head.method, path, %fault, "REST request refused");
+            tracing::info!(method = %head.method, path, fault = %chain(&fault), "REST request refused");
             response(
                 fault.status(),
-                Answer::Json(json!({"fault_message": fault.to_string()})),
+                Answer::Json(json!({"fault_message": chain(&fault).to_string()})),
             )
         }
     }

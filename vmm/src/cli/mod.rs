@@ -21,7 +21,7 @@ use memshare::ShareMode;
 
 use crate::config::{
     BootSourceConfig, ConfigError, HugePageConfig, MetricsConfig, SerialConfig, SharingConfig,
-    VmConfig,
+    VmConfig, is_guest_id,
 };
 use crate::disk_tool::{self, DiskCommand};
 use crate::jail::{Confinement, SeccompMode};
@@ -41,7 +41,7 @@ pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use serve_jail::{ServeJailArgument, ServeJailError};
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
-pub use vm::{Connection, CreateArguments, TemplateCommand, VmArguments, VmCommand};
+pub use vm::{Connection, CreateArguments, VmArguments, VmCommand};
 pub use vsock::{VsockArgument, VsockArgumentError};
 
 /// A virtual machine monitor for many small guests.
@@ -382,12 +382,6 @@ fn guest_id(text: &str) -> Result<String, String> {
     } else {
         Err("not 1 to 63 lower case letters, digits and dashes".to_owned())
     }
-}
-
-/// Whether `text` can be the name of a guest.
-pub fn is_guest_id(text: &str) -> bool {
-    let word = |c: u8| c == b'-' || c.is_ascii_digit() || c.is_ascii_lowercase();
-    (1..=63).contains(&text.len()) && text.bytes().all(word)
 }
 
 /// A name becomes a folder.

@@ -17,6 +17,7 @@ mod balloon;
 mod boot_source;
 mod drive;
 mod error;
+mod id;
 mod machine;
 mod output;
 mod pmem;
@@ -36,6 +37,7 @@ pub use balloon::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, Hinting
 pub use boot_source::{BootProtocol, BootSourceConfig};
 pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
 pub use error::ConfigError;
+pub use id::is_guest_id;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
