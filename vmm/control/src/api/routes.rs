@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::{Context, operations};
 use config::limits::MAX_BODY;
+use host::report::chain;
 
 use crate::control::{Control, ControlError};
 use crate::metrics::{self, count};
@@ -114,10 +115,10 @@ pub(super) async fn answer(context: &Context, request: Request<Incoming>) -> Res
         }
         Err(fault) => {
             count(&counters.failures);
-            tracing::info!(method = %head.method, path, %fault, "REST request refused");
+            tracing::info!(method = %head.method, path, fault = %chain(&fault), "REST request refused");
             response(
                 fault.status(),
-                Answer::Json(json!({"fault_message": fault.to_string()})),
+                Answer::Json(json!({"fault_message": chain(&fault).to_string()})),
             )
         }
     }

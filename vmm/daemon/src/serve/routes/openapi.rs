@@ -1,9 +1,13 @@
 //! The `OpenAPI` document, made from the code.
 
+use axum::http::header::{CONTENT_TYPE, HeaderValue};
+use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
-use super::guest_api as guest;
-use super::routes::{console, daemon, images, sharers, templates, vms};
+use super::request::Handled;
+use super::{console, daemon, images, sharers, templates, vms};
+use crate::serve::fault::Fault;
+use crate::serve::guest_api as guest;
 
 /// The document of all that the socket serves.
 #[derive(OpenApi)]
@@ -81,17 +85,22 @@ use super::routes::{console, daemon, images, sharers, templates, vms};
         daemon::metrics,
         sharers::sharers,
         daemon::health,
-        daemon::openapi_json,
+        openapi_json,
     )
 )]
 struct Document;
 
 /// The document, as JSON.
-///
-/// # Errors
-/// Where it cannot be JSON.
-pub fn document() -> serde_json::Result<String> {
+fn document() -> serde_json::Result<String> {
     Document::openapi().to_json()
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, body = Object)))]
+pub(in crate::serve) async fn openapi_json() -> Handled<Response> {
+    let text = document().map_err(Fault::Json)?;
+    let content = [(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    Ok((content, text).into_response())
 }
 
 #[cfg(test)]

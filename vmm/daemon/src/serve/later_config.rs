@@ -1,62 +1,36 @@
-//! What a guest was told over its own API that is to outlive its process: its configuration, and its metadata.
+//! The later configuration of a guest: what the operator has changed over the guest's own API, as far as it is to outlive the guest's process. That is the
+//! guest's configuration and its metadata.
 //!
 //! ```text
-//! request ── passed on ──> the guest's process ── done ──> asked for all that it knows ──> vm.json ──> answered
+//! request ── passed on ──> the guest's process ── done ──> asked for its whole configuration ──> vm.json ──> response to the caller
 //! ```
 //!
-//! So what its API has answered to is what the guest is started with from then on, in whichever process. Which change means what is the process's to
-//! say, and is not told twice. What only the process itself can be asked to do (to pause, to save, to work on a disk) is not kept; which
-//! disks a guest has come to by that is noted by `pending` and `commits`, which know more of it.
+//! So every change that a caller was told is done is in the configuration that the guest is started with from then on, in whichever process. Only the
+//! process knows what a change comes to, so the daemon asks it for the outcome, and does not work that out again. Actions of the process (to pause, to
+//! save, to work on a disk) are not kept; the disks that a guest has after those are recorded by `pending` and `commits`.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::Method;
-use hyper::body::Bytes;
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tokio::time::sleep;
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::fault::Fault;
 use super::identity::OWN_PART;
-use super::lifecycle::blocking;
 use super::proxy;
 use super::store;
+use super::task::blocking;
 use super::vm::Vm;
 use config::VmConfig;
+use host::report::chain;
 
-/// Between looks at a process that does not answer.
-const LATER: Duration = Duration::from_secs(5);
+/// Between two requests to a process that does not answer.
+const RETRY: Duration = Duration::from_secs(5);
 
-/// What a guest was told over its own API.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Told {
-    /// In place of the configuration that it was made with. Images have their names here, too.
-    #[serde(default)]
-    pub config: Option<Box<VmConfig>>,
-    /// In place of the metadata that it was made with, without the daemon's own part.
-    #[serde(default)]
-    pub metadata: Option<Map<String, Value>>,
-}
-
-impl Told {
-    /// The socket of the vsock device, from the guest's folder.
-    pub fn socket(&self) -> Option<&Path> {
-        let vsock = self.config.as_ref()?.vsock.as_ref()?;
-        vsock.uds_path.as_deref()
-    }
-
-    /// The configuration, as it is shown.
-    pub fn shown(&self) -> Option<Value> {
-        serde_json::to_value(self.config.as_ref()?).ok()
-    }
-}
-
-/// Whether a change of the guest's API at `place`, its path without slashes around it, is kept.
+/// Whether what a request to the guest's API changes at `place`, its path without slashes around it, is kept over restarts of the process.
 pub fn is_kept(place: &str) -> bool {
     let mut segments = place.split('/');
     match (segments.next(), segments.next(), segments.next()) {
@@ -75,7 +49,7 @@ pub fn is_kept(place: &str) -> bool {
     }
 }
 
-/// The files of a configuration that may be images, by what they are for.
+/// The files of a configuration that may be images, by their use.
 fn files(config: &mut VmConfig) -> Vec<((&'static str, String), &mut PathBuf)> {
     let mut files = Vec::new();
     if let Some(source) = &mut config.boot_source {
@@ -93,7 +67,8 @@ fn files(config: &mut VmConfig) -> Vec<((&'static str, String), &mut PathBuf)> {
     files
 }
 
-/// Gives the files of `config` that are those of `given` the names of images that they have in `named`. Tells the names.
+/// Replaces files in `config` by the names of images that they have in `named`, as far as they still are the files of `given`, the same configuration with
+/// paths. Gives the names.
 fn name_images(config: &mut VmConfig, mut given: VmConfig, mut named: VmConfig) -> Vec<String> {
     let (given, named) = (files(&mut given), files(&mut named));
     let mut names = BTreeSet::new();
@@ -114,46 +89,37 @@ fn name_images(config: &mut VmConfig, mut given: VmConfig, mut named: VmConfig) 
     names.into_iter().collect()
 }
 
-/// What a process answers to a `GET`, as a `T`; its refusal is an error.
-pub(super) async fn answered<T: DeserializeOwned>(vm: &Vm, path: &str) -> Result<T, Fault> {
-    let told = proxy::ask(vm, Method::GET, path, Bytes::new(), proxy::LOOK).await?;
-    if !told.status.is_success() {
-        return Err(proxy::refusal(&told));
-    }
-    Ok(serde_json::from_slice(&told.body)?)
-}
-
 impl Daemon {
-    /// Notes what the process of a guest was told. What it is told meanwhile waits: `telling` is held.
+    /// Asks the process of a guest for the guest's configuration, and records it. The caller has locked `reconfiguring`, so that it does not change meanwhile.
     ///
     /// # Errors
-    /// Where the process does not say; `Store`.
-    pub(super) async fn note_told(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
-        // Which disks those are is not the process's alone to say.
+    /// Where the process does not answer; `Store`.
+    pub async fn record_later_config(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+        // The disks of these drives are recorded where their operations end.
         let mut under_way: BTreeSet<String> = vm.now().pending.disks().cloned().collect();
-        let mut config: VmConfig = answered(vm, "/vm/config").await?;
-        let mut metadata: Map<String, Value> = answered(vm, "/mmds").await?;
+        let mut config: VmConfig = proxy::get(vm, "/vm/config").await?;
+        let mut metadata: Map<String, Value> = proxy::get(vm, "/mmds").await?;
         metadata.remove(OWN_PART);
         let path = vm.folder.join("config.json");
         let given = blocking(move || store::read::<VmConfig>(&path)).await?;
         let given = given.map_err(Fault::Store)?.unwrap_or_default();
         let paths = config.clone();
         let is_as_given = config == given;
-        let named = match (&vm.now().told.config, &vm.spec.config) {
-            (Some(told), _) => (**told).clone(),
+        let named = match (&vm.now().later.config, &vm.spec.config) {
+            (Some(later), _) => (**later).clone(),
             (None, Some(config)) => serde_json::from_value(config.clone())?,
             (None, None) => VmConfig::default(),
         };
         let images = name_images(&mut config, given, named);
         let is_changed = vm.change(|now| {
-            let before = (now.told.clone(), now.disks.clone());
-            if now.told.config.is_some() || !is_as_given {
-                now.told.config = Some(Box::new(config));
+            let before = (now.later.clone(), now.disks.clone());
+            if now.later.config.is_some() || !is_as_given {
+                now.later.config = Some(Box::new(config));
                 now.images = images;
             }
             let as_made = vm.spec.metadata.clone().unwrap_or_default();
-            if now.told.metadata.is_some() || metadata != as_made {
-                now.told.metadata = Some(metadata);
+            if now.later.metadata.is_some() || metadata != as_made {
+                now.later.metadata = Some(metadata);
             }
             under_way.extend(now.pending.disks().cloned());
             let mut paths = paths;
@@ -165,7 +131,7 @@ impl Daemon {
             if let Some(vsock) = &paths.vsock {
                 now.cid = vsock.guest_cid.or(now.cid).or(Some(vsock.cid()));
             }
-            before != (now.told.clone(), now.disks.clone())
+            before != (now.later.clone(), now.disks.clone())
         });
         if is_changed {
             self.try_save(vm).await?;
@@ -173,18 +139,19 @@ impl Daemon {
         Ok(())
     }
 
-    /// As [`Daemon::note_told`], of a change that was made, or may have been; again where that fails, as long as there is a process to ask.
-    pub(super) async fn keep_told(self: &Arc<Self>, vm: &Arc<Vm>) {
-        let Err(fault) = self.note_told(vm).await else {
+    /// As [`Daemon::record_later_config`], after a change that was made, or may have been. Where it fails, it is tried again as long as the guest has a
+    /// process.
+    pub async fn keep_later_config(self: &Arc<Self>, vm: &Arc<Vm>) {
+        let Err(fault) = self.record_later_config(vm).await else {
             return;
         };
-        tracing::warn!(vm = %vm.id, %fault, "what a guest was told is not in its record yet");
+        tracing::warn!(vm = %vm.id, fault = %chain(&fault), "a change of a guest's configuration is not in its record yet");
         let (daemon, vm) = (self.clone(), vm.clone());
         tokio::spawn(async move {
             loop {
-                sleep(LATER).await;
-                let _telling = vm.telling.lock().await;
-                if vm.now().process.is_none() || daemon.note_told(&vm).await.is_ok() {
+                sleep(RETRY).await;
+                let _reconfiguring = vm.reconfiguring.lock().await;
+                if vm.now().process.is_none() || daemon.record_later_config(&vm).await.is_ok() {
                     return;
                 }
             }
