@@ -59,7 +59,9 @@ fn a_device_that_the_host_has_no_descriptors_for_says_so() {
     let generation = VmGenId::new(GuestAddress(0x1000)).unwrap_err();
     assert!(matches!(generation, VmGenIdError::Event(_)));
     assert_eq!(errno(&generation), Some(libc::EMFILE));
-    let block = VirtioBlock::new(config.clone(), first).err().unwrap();
+    let block = VirtioBlock::new(config.clone(), first.clone())
+        .err()
+        .unwrap();
     assert!(matches!(block, BlockError::Event(_)));
     assert_eq!(errno(&block), Some(libc::EMFILE));
     // Enough for the event of the queue, and for none of the engine.
