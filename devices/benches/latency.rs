@@ -1,4 +1,5 @@
-//! What each request of a drive pays for being in the histograms: two looks at the clock and a record. Unit: time a request.
+//! What each request of a drive pays for being in the histograms: two looks at the clock and a record. Unit: time a
+//! request.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -27,7 +27,7 @@ pub struct BusRangeError {
     pub len: u64,
 }
 
-/// First address, length in bytes, and who answers.
+/// First address, length in bytes, and the device.
 type Mapped = (u64, u64, Arc<Mutex<dyn BusDevice>>);
 
 /// A set of devices by address range; filled before the guest starts and not changed after.

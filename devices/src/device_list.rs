@@ -37,7 +37,7 @@ pub struct DeviceMetrics {
 #[derive(Clone, Default)]
 pub struct DeviceList(Vec<DeviceEntry>);
 
-/// What the devices of a guest remember: by the names of [`StateKey`], what that says.
+/// The states of a guest's devices, by the names and in the form that [`StateKey`] gives them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DeviceStates(BTreeMap<String, DeviceState>);
@@ -169,7 +169,8 @@ impl DeviceStates {
         }
     }
 
-    /// Refuses states that are left, as devices that the saved guest had are missing. What is named though there was none is `null`, or empty.
+    /// Refuses states that are left, as devices that the saved guest had are missing. What is named though there was
+    /// none is `null`, or empty.
     fn check_all_taken(&self) -> Result<(), RestoreError> {
         match self.0.iter().find(|(key, state)| !is_none(key, state)) {
             Some((key, _)) => Err(other_devices(key)),

@@ -7,12 +7,12 @@
 //! shutdown:  the vCPUs have ended ─> reset, of each ─> the machine closes what is behind the devices
 //! ```
 //!
-//! A machine keeps its devices in one [`DeviceList`](crate::device_list::DeviceList), which goes through them in the order in which they were added:
-//! a device before its transport. To add a kind of device is to implement [`Device`] and its [`DeviceKind`] in a folder of its own; what prints counters
-//! or writes snapshots knows neither.
+//! A machine keeps its devices in one [`DeviceList`](crate::device_list::DeviceList), which goes through them in the
+//! order in which they were added: a device before its transport. To add a kind of device is to implement [`Device`]
+//! and its [`DeviceKind`] in a folder of its own; what prints counters or writes snapshots knows neither.
 //!
-//! A device that only does what the access of a vCPU makes it do (those of [`legacy`](crate::legacy)) stands still with the vCPUs. One that serves queues works
-//! on the device thread as well, so that it needs a pause of its own.
+//! A device that only does what the access of a vCPU makes it do (those of [`legacy`](crate::legacy)) stands still with
+//! the vCPUs. One that serves queues works on the device thread as well, so that it needs a pause of its own.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -20,7 +20,8 @@ use serde::de::DeserializeOwned;
 use crate::metrics::Metric;
 use crate::persist::RestoreError;
 
-/// The state of a device: a JSON value that a type of the device's module `persist` describes. A device without a state has `null`.
+/// The state of a device: a JSON value that a type of the device's module `persist` describes. A device without a state
+/// has `null`.
 pub type DeviceState = serde_json::Value;
 
 /// Where a snapshot keeps the states of a kind of device. The names are part of the format of snapshots.
@@ -80,35 +81,39 @@ pub struct SaveError {
 
 /// A device of a machine.
 ///
-/// The machine calls all of these on one thread at a time, under the device's mutex. None may be called on the device thread while it holds that
-/// mutex. The order of the calls is that of the [module's picture](self).
+/// The machine calls all of these on one thread at a time, under the device's mutex. None may be called on the device
+/// thread while it holds that mutex. The order of the calls is that of the [module's picture](self).
 pub trait Device: Send {
     /// Which kind of device it is.
     fn kind(&self) -> &'static DeviceKind;
 
-    /// Comes to a standstill: no vCPU runs. Waits for the requests in flight and tells the driver of them, which may write to guest memory and raise
-    /// interrupts. When it returns, the device touches no guest memory and raises no interrupt until [`Device::resume`]; what the driver has offered and
-    /// the device has not taken stays in guest memory. A device that is paused already stays so.
+    /// Comes to a standstill: no vCPU runs. Waits for the requests in flight and gives them back to the driver, which
+    /// may write to guest memory and raise interrupts. When it returns, the device touches no guest memory and raises
+    /// no interrupt until [`Device::resume`]; what the driver has offered and the device has not taken stays in guest
+    /// memory. A device that is paused already stays so.
     fn pause(&mut self) {}
 
-    /// Goes on, before the vCPUs do. The device looks at everything that it may have missed, since a notification may have been lost, and after a
-    /// [`Device::restore`] raises the interrupt that was pending: the interrupt controllers of the VM have their state by now.
+    /// Goes on, before the vCPUs do. The device looks at everything that it may have missed, since a notification may
+    /// have been lost, and after a [`Device::restore`] raises the interrupt that was pending: the interrupt controllers
+    /// of the VM have their state by now.
     fn resume(&mut self);
 
-    /// What the guest can see of the device or has set in it, and nothing of the host: no files, no counters. The device is paused.
+    /// What the guest can see of the device or has set in it, and nothing of the host: no files, no counters. The
+    /// device is paused.
     ///
     /// # Errors
     /// [`SaveError`].
     fn save(&self) -> Result<DeviceState, SaveError>;
 
-    /// Takes over the state of a device that was made of the same configuration; this one was just made, and is paused from then on. It touches no guest
-    /// memory and raises no interrupt. The state is hostile: all of it is checked.
+    /// Takes over the state of a device that was made of the same configuration; this one was just made, and is paused
+    /// from then on. It touches no guest memory and raises no interrupt. The state is hostile: all of it is checked.
     ///
     /// # Errors
     /// [`RestoreError`]; the device is of no use then.
     fn restore(&mut self, state: &DeviceState) -> Result<(), RestoreError>;
 
-    /// Becomes as it was made: the driver resets it through its transport, or the machine ends. Waits until no request of the device touches guest memory any more.
+    /// Becomes as it was made: the driver resets it through its transport, or the machine ends. Waits until no request
+    /// of the device touches guest memory any more.
     fn reset(&mut self);
 
     /// What the device has done, in numbers. At any time; it waits for nothing.
@@ -133,7 +138,8 @@ pub(crate) fn decode<T: DeserializeOwned>(
     T::deserialize(state).map_err(|source| RestoreError::Malformed { device, source })
 }
 
-/// Implements the part of [`Device`] that is the same for each: its kind, and its state by `save_state` and `restore_state`.
+/// Implements the part of [`Device`] that is the same for each: its kind, and its state by `save_state` and
+/// `restore_state`.
 macro_rules! persist_by_type {
     ($kind:expr) => {
         fn kind(&self) -> &'static $crate::lifecycle::DeviceKind {

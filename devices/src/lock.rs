@@ -4,7 +4,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks a device. One whose holder has panicked is used on: the program aborts where a panic is to be the end of the guest.
+/// Locks a device, also after a thread has panicked while it held the lock: the release build aborts on a panic, and
+/// tests go on.
 pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,8 @@
-//! What a device has done, in numbers that whoever prints them need not know the device for.
+//! Counters of a device, with all that is needed to print them without knowing the device.
 //!
-//! A [`Metric`] has the names under which it is printed: that of a family of Prometheus (without the prefix of the program; base units, the unit behind
-//! the name) and the field in the device's object of a line of the metrics file, where it has one. The device's own label comes from its
-//! [`MetricsGroup`](crate::lifecycle::MetricsGroup).
+//! A [`Metric`] has the names under which it is printed: that of a family of Prometheus (without the prefix of the
+//! program; base units, the unit behind the name) and the field in the device's object of a line of the metrics file,
+//! where it has one. The device's own label comes from its [`MetricsGroup`](crate::lifecycle::MetricsGroup).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -39,7 +39,7 @@ pub struct Metric {
     pub unit: Option<Unit>,
     /// What it is, in words. The same for each of a family.
     pub help: &'static str,
-    /// What tells it from the others of its family, beside the device.
+    /// The label that distinguishes it within its family, beside the one of the device.
     pub label: Option<(&'static str, &'static str)>,
     /// The value.
     pub value: Value,

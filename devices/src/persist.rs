@@ -5,23 +5,23 @@
 //!   (vCPUs stand)                 (a device made as the saved one was, of the same configuration)
 //! ```
 //!
-//! A state holds what the guest can see or has set, and nothing of the host: neither files nor counters. Each device has its own in its
-//! module `persist`; `AcpiPm`, `BootTimer` and `Pvpanic` have none, as they remember nothing.
+//! A state holds what the guest can see or has set, and nothing of the host: neither files nor counters. Each device
+//! has its own in its module `persist`; `AcpiPm`, `BootTimer` and `Pvpanic` have none, as they remember nothing.
 //!
 //! **Saving** is for a guest that is paused: its vCPUs stand, and the devices have been paused after them. A pause waits for every request in
-//! flight and tells the driver of it, so that there is nothing to save of requests; what the driver has put into a ring and the device has
-//! not taken stays in guest memory. A pause may write to guest memory and raise interrupts, so memory and the interrupt
-//! controllers of the VM are saved after it.
+//! flight and gives it back to the driver, so that there is nothing to save of requests; what the driver has put into a
+//! ring and the device has not taken stays in guest memory. A pause may write to guest memory and raise interrupts, so
+//! memory and the interrupt controllers of the VM are saved after it.
 //!
 //! **Restoring** goes in the order of the picture: first the device, which compares itself with the saved one and is paused from then on; then
-//! its transport, which activates it if the driver had. Neither touches guest memory or raises an interrupt. That is for
-//! `resume`, once all of the VM is there: the device looks at each of its queues, since a kick may have been lost, and
-//! raises its line if an interrupt was pending, since that may have been lost too. The calls and their order are those of
-//! [`lifecycle`](crate::lifecycle).
+//! its transport, which activates it if the driver had. Neither touches guest memory or raises an interrupt. That is
+//! for `resume`, once all of the VM is there: the device looks at each of its queues, since a kick may have been lost,
+//! and raises its line if an interrupt was pending, since that may have been lost too. The calls and their order are
+//! those of [`lifecycle`](crate::lifecycle).
 //!
-//! A state is hostile: whoever could write to the file can have put anything there. All of it is checked, and refused with a
-//! [`RestoreError`]; after that the device is of no use. What passes can do no more than the guest itself could have done: the contents of
-//! rings are looked at when they are served, as ever.
+//! A state is hostile: whoever could write to the file can have put anything there. All of it is checked, and refused
+//! with a [`RestoreError`]; after that the device is of no use. What passes can do no more than the guest itself could
+//! have done: the contents of rings are looked at when they are served, as ever.
 
 use crate::virtio::activate_error::ActivateError;
 
@@ -71,6 +71,17 @@ pub enum RestoreError {
         value: u64,
         /// The rule that it breaks.
         reason: &'static str,
+    },
+    /// The ring of a queue cannot be where the state has it.
+    #[error("{device}: the ring of queue {queue} is not where one can be")]
+    Ring {
+        /// Which device.
+        device: &'static str,
+        /// The queue's index.
+        queue: usize,
+        /// What is wrong with it.
+        #[source]
+        source: virtio_queue::Error,
     },
     /// The state is none of a device of this kind.
     #[error("{device}: its state cannot be read")]

@@ -1,17 +1,19 @@
-//! The generation ID of a VM: tells a guest that it goes on from a snapshot, perhaps not alone (Microsoft, "Virtual Machine Generation ID";
-//! Linux, `drivers/virt/vmgenid.c`).
+//! The generation ID of a VM, by which a guest learns that it goes on from a snapshot, perhaps as one of several
+//! (Microsoft, "Virtual Machine Generation ID"; Linux, `drivers/virt/vmgenid.c`).
 //!
-//! It is 16 bytes in guest memory, at an address that a device in the ACPI tables names in its `ADDR` object, and a notification (0x80) of that
-//! device when they have changed. A guest then makes its random numbers anew, which without that would be the same in each clone.
+//! It is 16 bytes in guest memory, at an address that a device in the ACPI tables names in its `ADDR` object, and a
+//! notification (0x80) of that device when they have changed. A guest then makes its random numbers anew, which without
+//! that would be the same in each clone.
 //!
 //! ```text
 //! boot:     new ─> write
 //! restore:  new ─> restore ─> renew ─> resume, which notifies ─> the vCPUs run
 //! ```
 //!
-//! QEMU has its firmware put a page of its own, which the memory map calls reserved, into guest memory, with the ID 40 bytes into it, and raises a
-//! GPE whose method notifies the device. Firecracker, like the device here, has no firmware: it puts the 16 bytes at the end of the memory it keeps for
-//! its tables, outside what the E820 map calls usable, and has the interrupt of a Generic Event Device notify.
+//! QEMU has its firmware put a page of its own, which the memory map calls reserved, into guest memory, with the ID 40
+//! bytes into it, and raises a GPE whose method notifies the device. Firecracker, like the device here, has no
+//! firmware: it puts the 16 bytes at the end of the memory it keeps for its tables, outside what the E820 map calls
+//! usable, and has the interrupt of a Generic Event Device notify.
 
 use std::io;
 
@@ -44,15 +46,18 @@ pub enum VmGenIdError {
     /// The specification wants the ID on 8 bytes.
     #[error("a VM generation ID at {0:#x}, which is not a multiple of 8")]
     Alignment(u64),
-    /// The host has no random numbers, or no file descriptor left.
-    #[error("the host refuses what a VM generation ID needs")]
-    Host(#[from] io::Error),
+    /// The host gives no random bytes.
+    #[error("no random bytes for a VM generation ID")]
+    Random(#[source] io::Error),
+    /// The host has no event: mostly no file descriptor is left.
+    #[error("no event for the interrupt of a VM generation ID")]
+    Event(#[source] io::Error),
     /// It does not lie in guest memory.
     #[error("the VM generation ID at {address:#x} does not lie in guest memory")]
     Memory {
         /// Where it is to be.
         address: u64,
-        /// What the memory says.
+        /// The error of the memory.
         source: GuestMemoryError,
     },
 }
@@ -67,7 +72,8 @@ pub struct VmGenIdState {
     pub id: [u8; VmGenId::SIZE],
 }
 
-/// Random, which all the specification asks for; it is compared and never read as a number or as a UUID of some version.
+/// Random, which all the specification asks for; it is compared and never read as a number or as a UUID of some
+/// version.
 fn random_id() -> io::Result<[u8; VmGenId::SIZE]> {
     let mut id = [0; VmGenId::SIZE];
     // The kernel gives up to 256 bytes whole.
@@ -86,15 +92,16 @@ impl VmGenId {
     /// A new ID, to be at `address`, guest physical: in memory that the guest's memory map does not call usable.
     ///
     /// # Errors
-    /// `Alignment`, `Host`.
+    /// `Alignment`, `Random`, `Event`.
     pub fn new(address: GuestAddress) -> Result<Self, VmGenIdError> {
         if !address.0.is_multiple_of(8) {
             return Err(VmGenIdError::Alignment(address.0));
         }
         Ok(Self {
             address,
-            id: random_id()?,
-            irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            id: random_id().map_err(VmGenIdError::Random)?,
+            irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(VmGenIdError::Event)?,
             restored: false,
         })
     }
@@ -127,12 +134,13 @@ impl VmGenId {
             })
     }
 
-    /// Begins a new generation, between [`Device::restore`] and [`Device::resume`], which notifies the guest: draws another ID and writes it.
+    /// Begins a new generation, between [`Device::restore`] and [`Device::resume`], which notifies the guest: draws
+    /// another ID and writes it.
     ///
     /// # Errors
-    /// `Host`, `Memory`.
+    /// `Random`, `Memory`.
     pub fn renew(&mut self, memory: &GuestMemory) -> Result<(), VmGenIdError> {
-        self.id = random_id()?;
+        self.id = random_id().map_err(VmGenIdError::Random)?;
         self.write(memory)
     }
 

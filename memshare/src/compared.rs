@@ -1,13 +1,17 @@
-//! Files that a guest's own pages are compared with, though no device has read them: what the guest has made itself, and the file holds all the same.
+//! Files that a guest's own pages are compared with, though no device has read them: what the guest has made itself,
+//! and the file holds all the same.
 //!
-//! There are two kinds. A *reference* is the memory of a guest that has booted the same kernel before, page for page at its address. A file that the guest
-//! was given and *unpacks*, its initrd, becomes pages of the guest's choice, so that neither a device nor an address tells which are which.
+//! There are two kinds. A *reference* is the memory of a guest that has booted the same kernel before, page for page at
+//! its address. A file that the guest was given and *unpacks*, its initrd, becomes pages of the guest's choice, so that
+//! neither a device nor an address shows which are which.
 //!
-//! What a page may be is known from a sample of its bytes, taken of all pages of the file once; whether it is, the merger finds out as for any candidate. A
-//! reference is of a guest in which nothing ran, and the other file the guest has: that a page is equal tells a guest nothing of anybody else.
+//! What a page may be is known from a sample of its bytes, taken of all pages of the file once; whether it is, the
+//! merger finds out as for any candidate. A reference is of a guest in which nothing ran, and the other file the guest
+//! has: that a page is equal tells a guest nothing of anybody else.
 //!
-//! A guest that was loaded from a snapshot has pages of its own that are as they were there: a processor that walks the guest's page tables has written to
-//! each of them for KVM, and much of what a kernel changes it changes back. It is compared with that snapshot, by the table of what was mapped.
+//! A guest that was loaded from a snapshot has pages of its own that are as they were there: a processor that walks the
+//! guest's page tables has written to each of them for KVM, and much of what a kernel changes it changes back. It is
+//! compared with that snapshot, by the table of what was mapped.
 
 use std::fs::File;
 use std::io;
@@ -20,8 +24,9 @@ use crate::table::{Backing, MAX_EARLY_WRITES, PageState, Run};
 use crate::window::{PAGE_SIZE, PageKind};
 
 impl SharedMemory {
-    /// Gives the merger the memory of a guest that has booted the same kernel, in which offsets are guest physical addresses: pages of the guest are replaced
-    /// by the file's at the same address where they are equal, while the guest boots and soon after. What is a hole there is nothing to the guest.
+    /// Gives the merger the memory of a guest that has booted the same kernel, in which offsets are guest physical
+    /// addresses: pages of the guest are replaced by the file's at the same address where they are equal, while the
+    /// guest boots and soon after. What is a hole there is nothing to the guest.
     ///
     /// # Errors
     /// Place the file cannot be examined, or its [domain](crate::FileRegistry::admit_by) is another.
@@ -29,8 +34,8 @@ impl SharedMemory {
         self.add_compared(file, Place::AtAddress)
     }
 
-    /// Gives the merger a file whose pages the guest may have anywhere in its memory: those that are equal are replaced by the file's, while the guest boots
-    /// and soon after.
+    /// Gives the merger a file whose pages the guest may have anywhere in its memory: those that are equal are replaced
+    /// by the file's, while the guest boots and soon after.
     ///
     /// # Errors
     /// As [`SharedMemory::add_reference`].

@@ -48,7 +48,7 @@ pub enum FileChange {
     /// It was written to.
     #[error("it was written to")]
     Written,
-    /// It does not answer.
+    /// It cannot be examined: its file system is gone, or does not respond.
     #[error("it cannot be examined")]
     Gone,
 }
@@ -145,7 +145,7 @@ pub enum ShareError {
     /// It cannot be examined.
     #[error(transparent)]
     Host(#[from] io::Error),
-    /// Whoever runs the guest says no.
+    /// The guest may not share it: the [admission](FileRegistry::admit_by) refuses.
     #[error("guests that this one shares nothing with have the file")]
     Foreign,
 }
@@ -159,10 +159,12 @@ impl From<ShareError> for io::Error {
     }
 }
 
-/// Says whether the pages of a file may be shared at all; asked often of a file that may not, and seldom of one that may.
+/// Whether the pages of a file may be shared at all. It is called often for a file that may not, and seldom for one
+/// that may.
 pub type Admission = dyn Fn(&Arc<File>) -> bool + Send + Sync;
 
-/// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its locks.
+/// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its
+/// locks.
 #[derive(Default)]
 pub struct FileRegistry {
     files: Mutex<Vec<Weak<SharedFile>>>,
@@ -176,10 +178,10 @@ impl fmt::Debug for FileRegistry {
 }
 
 impl FileRegistry {
-    /// Has `admits` asked of each file before it is shared. Only the first call counts.
+    /// Has `admits` called for each file before it is shared. Only the first call of this counts.
     pub fn admit_by(&self, admits: Box<Admission>) {
         if self.admission.set(admits).is_err() {
-            tracing::debug!("somebody is asked about files already");
+            tracing::debug!("an admission is set already");
         }
     }
 
@@ -228,7 +230,7 @@ impl FileRegistry {
 /// The first bytes of `file` in `at..end` that are no hole; `None` where there are none.
 ///
 /// # Errors
-/// What the host says.
+/// The error of the host.
 pub fn data_range(file: &File, at: u64, end: u64) -> io::Result<Option<Range<u64>>> {
     use rustix::fs::{SeekFrom, seek};
     if at >= end {

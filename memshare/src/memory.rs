@@ -7,9 +7,9 @@
 //!   └── give_back, unshare ────────┴──> Copied
 //! ```
 //!
-//! Two tables say what was last done to a page: one of what is mapped there, one of the candidates. [`Window`] does it. All change together,
-//! under one lock. Who writes
-//! to guest memory from outside (a device, on behalf of a request) is kept from doing so by [`StandStill`] where a page is exchanged.
+//! Two tables record what was last done to a page: one what is mapped there, one the candidates. A [`Window`] changes
+//! the mappings. All change together, under one lock. [`StandStill`] keeps devices from writing to guest memory on
+//! behalf of a request while a page is exchanged.
 
 use std::fmt;
 use std::fs::File;
@@ -46,23 +46,25 @@ impl Region {
     }
 }
 
-/// Whether a request that a device has under way will write to a range of guest physical memory: first address, length in bytes.
+/// Whether a request that a device has under way will write to a range of guest physical memory: first address, length
+/// in bytes.
 pub type IsBusy<'a> = dyn Fn(u64, u64) -> bool + 'a;
 
 /// Brings the guest to a standstill: no vCPU runs, and no device writes to guest memory.
 pub trait StandStill: Send + Sync {
-    /// Calls `work` meanwhile. False, without a call, where that cannot be had at this moment. `work` takes the time that the guest
-    /// loses.
+    /// Calls `work` meanwhile. False, without a call, where that cannot be had at this moment. `work` takes the time
+    /// that the guest loses.
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool;
 
     /// CPU time that the guest's vCPUs have used so far: by that the merger knows when the guest rests.
     fn cpu_time(&self) -> Duration;
 
-    /// The merger has scanned the guest's memory for the last time: what the scans have taken of the heap can be given back.
+    /// The merger has scanned the guest's memory for the last time: what the scans have taken of the heap can be given
+    /// back.
     fn scans_done(&self) {}
 }
 
-/// What pages are that nobody has touched.
+/// What pages hold that were never touched.
 #[derive(Debug, Default)]
 pub(crate) enum Base {
     /// Zeros.
@@ -277,10 +279,11 @@ impl SharedMemory {
         })
     }
 
-    /// Maps the pages of a file at the guest physical `address`; all are multiples of the page size. The guest does not run yet.
+    /// Maps the pages of a file at the guest physical `address`; all are multiples of the page size. The guest does not
+    /// run yet.
     ///
     /// # Errors
-    /// `InvalidInput` where that is not guest memory, or not inside the file; else what the host says.
+    /// `InvalidInput` where that is not guest memory, or not inside the file; else the error of the host.
     pub fn map(
         &self,
         address: u64,
@@ -293,7 +296,8 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// As [`SharedMemory::map`], also of a guest that stands still: whatever was known of the pages is forgotten. Returns the run of them.
+    /// As [`SharedMemory::map`], also of a guest that stands still: whatever was known of the pages is forgotten.
+    /// Returns the run of them.
     pub(crate) fn map_locked(
         &self,
         state: &mut State,
@@ -324,8 +328,8 @@ impl SharedMemory {
         Ok(run)
     }
 
-    /// Notes that a read has filled guest memory with bytes of a file that does not change. Only whole pages, at the same place within their
-    /// pages on both sides, can come to be shared.
+    /// Notes that a read has filled guest memory with bytes of a file that does not change. Only whole pages, at the
+    /// same place within their pages on both sides, can come to be shared.
     pub fn note_read(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) {
         if address % PAGE_SIZE != offset % PAGE_SIZE {
             return self
@@ -375,8 +379,9 @@ impl SharedMemory {
         }
     }
 
-    /// Puts a file's pages where a read wants its bytes, without moving any: guest physical `address` and `offset` in the file are
-    /// multiples of the page size, and so is `len`. False, with nothing changed, where that cannot be, so that the bytes have to be read.
+    /// Puts a file's pages where a read wants its bytes, without moving any: guest physical `address` and `offset` in
+    /// the file are multiples of the page size, and so is `len`. False, with nothing changed, where that cannot be, so
+    /// that the bytes have to be read.
     ///
     /// The guest has given the memory away until its request ends: it is not held.
     pub fn place(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) -> bool {
@@ -415,8 +420,8 @@ impl SharedMemory {
         true
     }
 
-    /// Makes whole pages of a range that a read is to fill with zeros read as zeros, without memory; returns the pages' range of guest physical
-    /// addresses. The guest has given the memory away until its request ends.
+    /// Makes whole pages of a range that a read is to fill with zeros read as zeros, without memory; returns the pages'
+    /// range of guest physical addresses. The guest has given the memory away until its request ends.
     pub fn zero(&self, address: u64, len: u64) -> Range<u64> {
         let pages = whole_pages(address, len);
         let count = pages.end - pages.start;
@@ -427,11 +432,11 @@ impl SharedMemory {
         pages.start * PAGE_SIZE..pages.end * PAGE_SIZE
     }
 
-    /// Gives the memory of the whole pages of a range back to the host, as the guest has no use for it: what it reads there next is of no
-    /// meaning to it. What of the range is no guest memory is left out.
+    /// Gives the memory of the whole pages of a range back to the host, as the guest has no use for it: what it reads
+    /// there next is of no meaning to it. What of the range is no guest memory is left out.
     ///
     /// # Errors
-    /// What the host says.
+    /// The error of the host.
     pub fn give_back(&self, address: u64, len: u64) -> io::Result<()> {
         for pages in self.in_memory(whole_pages(address, len)) {
             self.clear(&pages)?;
@@ -482,10 +487,11 @@ impl SharedMemory {
         }
     }
 
-    /// Makes every page of a file the guest's own, as the file is about to change, and forgets the file. The guest is held meanwhile.
+    /// Makes every page of a file the guest's own, as the file is about to change, and forgets the file. The guest is
+    /// held meanwhile.
     ///
     /// # Errors
-    /// What the host says; then some pages are still the file's. `WouldBlock` where the guest cannot be held.
+    /// The error of the host; then some pages are still the file's. `WouldBlock` where the guest cannot be held.
     pub fn unshare(&self, file: FileIdentity, still: &dyn StandStill) -> io::Result<()> {
         let mut done = Ok(());
         let held = still.hold(&mut |_| done = self.unshare_held(file));
@@ -517,7 +523,8 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// Finds out which of the files' pages the guest has written to since, and forgets when what was mapped long ago was mapped.
+    /// Finds out which of the files' pages the guest has written to since, and forgets when what was mapped long ago
+    /// was mapped.
     pub fn refresh(&self) {
         let now = self.now();
         let mut state = self.state();
@@ -622,7 +629,8 @@ impl SharedMemory {
         Ok(usage)
     }
 
-    /// Tells of each page of a range that is the guest's own, and not a file's: its guest physical address and its bytes. The guest stands still.
+    /// Calls `tell` for each page of a range that is the guest's own, and not a file's: its guest physical address and
+    /// its bytes. The guest stands still.
     ///
     /// # Errors
     /// `InvalidInput` where the range is not guest memory; else where `/proc` is not to be had.
@@ -645,11 +653,12 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// Makes the pages of a range the guest's own now, as it is known that it will write to them: each that is a file's is copied, for less than the fault
-    /// costs that would do it later. What of the range is no guest memory is left out.
+    /// Makes the pages of a range the guest's own now, as it is known that it will write to them: each that is a file's
+    /// is copied, for less than the fault costs that would do it later. What of the range is no guest memory is left
+    /// out.
     ///
     /// # Errors
-    /// What the host says; pages that were not copied are copied when they are written to.
+    /// The error of the host; pages that were not copied are copied when they are written to.
     pub fn copy_ahead(&self, address: u64, len: u64) -> io::Result<()> {
         for pages in self.in_memory(whole_pages(address, len)) {
             if let Some((window, at)) = self.locate(&pages) {

@@ -1,8 +1,8 @@
 //! Candidates become shared: compared with the file, compared again while the guest stands still, and exchanged.
 //!
-//! Check and exchange are one step for the guest, as no vCPU runs and no device writes between them. What can be found out before is:
-//! the file is read, and what differs is sorted out, while the guest runs, so that it is held for little more than the second
-//! comparison. Long runs come before short ones: they take fewer mappings for the same gain.
+//! Check and exchange are one step for the guest, as no vCPU runs and no device writes between them. What can be found
+//! out before is: the file is read, and what differs is sorted out, while the guest runs, so that it is held for little
+//! more than the second comparison. Long runs come before short ones: they take fewer mappings for the same gain.
 
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -24,7 +24,8 @@ pub(crate) const LONGEST_HOLD: Duration = Duration::from_millis(2);
 const SHORT: u64 = 4;
 /// Pages of a huge page.
 const HUGE: u64 = 512;
-/// How long a copy is left alone before it is compared, in tenths of a second: a page that is soon overwritten is not worth the work.
+/// How long a copy is left alone before it is compared, in tenths of a second: a page that is soon overwritten is not
+/// worth the work.
 const MIN_AGE: u32 = 2;
 
 /// How far a [`SharedMemory::merge`] got.
@@ -57,7 +58,8 @@ impl Read<'_> {
 }
 
 impl SharedMemory {
-    /// Candidates that are old enough, joined where they touch, the longest first; and how long the first of the others has yet to wait.
+    /// Candidates that are old enough, joined where they touch, the longest first; and how long the first of the others
+    /// has yet to wait.
     fn ready(&self) -> (Vec<Run>, Option<Duration>) {
         let now = self.now();
         let (mut ready, mut others): (Vec<Run>, Option<u32>) = (Vec::new(), None);
@@ -90,7 +92,7 @@ impl SharedMemory {
         (ready, others.map(tenths))
     }
 
-    /// Exchanges what can be, until nothing is left or `enough` says so; that is asked between batches.
+    /// Exchanges what can be, until nothing is left or `enough` is true; it is called between batches.
     pub(crate) fn merge(
         &self,
         still: &dyn StandStill,
@@ -179,7 +181,7 @@ impl SharedMemory {
         let file = &run.backing.file;
         if *checked != Some(file.identity()) {
             file.check().map_err(|change| {
-                self.tell_change(file, change);
+                self.report_change(file, change);
                 Refusal::FileChanged
             })?;
             *checked = Some(file.identity());
@@ -209,7 +211,8 @@ impl SharedMemory {
         }
     }
 
-    /// The second half: with the guest at a standstill. False where a device is at work on the pages, which then are as they were.
+    /// The second half: with the guest at a standstill. False where a device is at work on the pages, which then are as
+    /// they were.
     fn exchange(&self, read: &Read<'_>, is_busy: &IsBusy<'_>) -> bool {
         let Some((window, at)) = self.locate(&read.run.gfns()) else {
             return true;

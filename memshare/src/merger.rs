@@ -1,8 +1,9 @@
 //! The thread that merges, and how much of the CPU it takes.
 //!
-//! Where there is nothing to do it sleeps, and looks at the files every few seconds. While the guest is at work, what there is to do waits for some time, as each exchange costs
-//! the guest a moment at a standstill and a fault when it comes back to the page. Its CPU time is a token bucket: full at the start, so that what a guest has read while it booted is
-//! shared soon, and then filled with a share of the time that goes by.
+//! Where there is nothing to do it sleeps, and looks at the files every few seconds. While the guest is at work, what
+//! there is to do waits for some time, as each exchange costs the guest a moment at a standstill and a fault when it
+//! comes back to the page. Its CPU time is a token bucket: full at the start, so that what a guest has read while it
+//! booted is shared soon, and then filled with a share of the time that goes by.
 
 use std::io;
 use std::sync::Arc;
@@ -19,13 +20,13 @@ use crate::stats::add;
 const STACK_SIZE: usize = 64 << 10;
 /// The least time between two looks, and the least age of a copy that is compared.
 const PACE: Duration = Duration::from_millis(200);
-/// When the guest's own pages are compared with files, and zeros are looked for, in seconds after the start: often while it boots and soon after,
-/// as nobody says when that is over, and then never again.
+/// When the guest's own pages are compared with files, and zeros are looked for, in seconds after the start: often
+/// while it boots and soon after, as it is not known when that is over, and then never again.
 const LOOKS: [u64; 20] = [
     1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 45, 60,
 ];
 
-/// The same for a guest that goes on from a snapshot: it does at once most of what it does.
+/// The same for a guest that goes on from a snapshot, which changes most of what it will change at once.
 const LOOKS_LOADED: [u64; 4] = [2, 10, 30, 60];
 
 /// A guest whose vCPUs have used less than this CPU time since the last look has changed too little for another.
@@ -36,9 +37,9 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A guest rests while its vCPUs use less than this share of a core, in percent.
 const RESTING: u32 = 25;
 
-/// How often the files are looked at, a `stat` of each, when there is nothing else to do. A vCPU that touches a page that its file has lost may never
-/// tell: KVM takes it for one that is still to come from the disk, and has the vCPU wait and try again without end (`kvm_setup_async_pf` of Linux
-/// 6.1, where the guest has interrupts enabled).
+/// How often the files are looked at, a `stat` of each, when there is nothing else to do. A vCPU that touches a page
+/// that its file has lost may never report it: KVM takes the page for one that is still to come from the disk, and has
+/// the vCPU wait and try again without end (`kvm_setup_async_pf` of Linux 6.1, where the guest has interrupts enabled).
 const FILES: Duration = Duration::from_secs(5);
 
 /// CPU time that the merger may use: a token bucket.
@@ -129,8 +130,8 @@ impl Looks {
         }
     }
 
-    /// Whether the guest is to be looked at, as it is time for it, or as there are more `files` than it was compared with. `cpu_time` is the guest's until
-    /// now.
+    /// Whether the guest is to be looked at, as it is time for it, or as there are more `files` than it was compared
+    /// with. `cpu_time` is the guest's until now.
     fn is_due(&mut self, now: Instant, cpu_time: Duration, files: usize) -> bool {
         if self.left(now) == Some(Duration::ZERO) {
             let used = self.last.map(|before| cpu_time.saturating_sub(before));
@@ -202,7 +203,7 @@ impl Drop for Merger {
     fn drop(&mut self) {
         self.memory.end_merger();
         if let Some(thread) = self.thread.take() {
-            // A merger that has panicked has been told by the panic hook; the guest goes on unshared.
+            // The panic hook has reported a merger that panicked; the guest goes on unshared.
             let _ = thread.join();
         }
     }

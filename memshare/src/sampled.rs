@@ -1,4 +1,5 @@
-//! A file whose pages are known by samples, so that the pages of a guest that may be copies of them are found without a comparison of each with all.
+//! A file whose pages are known by samples, so that the pages of a guest that may be copies of them are found without a
+//! comparison of each with all.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::io;

@@ -1,7 +1,8 @@
 //! What backs each page of a guest: the recorded mapping.
 //!
-//! Pages are numbered (guest frame numbers, GFN). The table holds runs of pages that are the same in everything but their place, and joins what
-//! touches; a page that no run covers is the guest's own. It is a record, and changes no memory by itself.
+//! Pages are numbered (guest frame numbers, GFN). The table holds runs of pages that are the same in everything but
+//! their place, and joins what touches; a page that no run covers is the guest's own. It is a record, and changes no
+//! memory by itself.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -98,7 +99,7 @@ impl Run {
     }
 }
 
-/// The pages of `gfns` as ranges of those that `of_page` says the same of, in order.
+/// The pages of `gfns`, in order, as ranges of pages for which `of_page` returns the same.
 pub(crate) fn alike<T: PartialEq>(
     gfns: Range<u64>,
     of_page: impl Fn(u64) -> T,

@@ -1,5 +1,6 @@
-//! The boot timer: a guest tells that it has booted, by a write to a port, as it does to early Firecracker on x86 (`MAGIC_IOPORT_SIGNAL_GUEST_BOOT_COMPLETE`;
-//! later ones have the same by MMIO). A guest that knows nothing of it writes nothing there.
+//! The boot timer: a guest tells that it has booted, by a write to a port, as it does to early Firecracker on x86
+//! (`MAGIC_IOPORT_SIGNAL_GUEST_BOOT_COMPLETE`; later ones have the same by MMIO). A guest that knows nothing of it
+//! writes nothing there.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;

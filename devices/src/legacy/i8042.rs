@@ -144,7 +144,8 @@ impl I8042 {
             COMMAND_ENABLE_KEYBOARD => self.control &= !CONTROL_KEYBOARD_DISABLED,
             COMMAND_READ_OUTPUT_PORT => self.answer(&[OUTPUT_PORT]),
             COMMAND_RESET_CPU => (self.sink)(PowerEvent::Reset),
-            // Among them all that speak of an auxiliary port: there is none, and silence says so.
+            // Commands for the auxiliary port are among them: there is none, and a controller without one does not
+            // respond.
             _ => {}
         }
     }

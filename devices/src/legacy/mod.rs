@@ -16,7 +16,7 @@ pub use pvpanic::Pvpanic;
 pub use rtc::{CmosRtc, RtcState};
 pub use serial::{SerialConsole, SerialInput, SerialPort, SerialState};
 
-/// What a guest asks for, or tells, through a legacy device.
+/// What a guest asks for, or reports, through a legacy device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
     /// ACPI sleep state S5.
@@ -27,7 +27,7 @@ pub enum PowerEvent {
     Panic,
 }
 
-/// Whom a device tells of a [`PowerEvent`]; called on a vCPU thread, must not block.
+/// Called by a device with each [`PowerEvent`], on a vCPU thread; it must not block.
 pub type PowerSink = Arc<dyn Fn(PowerEvent) + Send + Sync>;
 
 #[cfg(test)]

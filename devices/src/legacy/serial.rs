@@ -1,8 +1,8 @@
 //! COM1, a 16550A, and the host file that shows what the guest writes to it.
 //!
-//! The UART itself is vm-superio's. It sits behind its own lock, apart from the one of the bus, because writing to the host may
-//! block (a terminal that is held, a pipe that nobody reads): the guest's vCPU then waits, as it would for a slow line,
-//! but input, and with it the device thread, does not. [`SerialConsole::hang_up`] ends such a wait for good.
+//! The UART itself is vm-superio's. It sits behind its own lock, apart from the one of the bus, because writing to the
+//! host may block (a terminal that is held, a pipe that nobody reads): the guest's vCPU then waits, as it would for a
+//! slow line, but input, and with it the device thread, does not. [`SerialConsole::hang_up`] ends such a wait for good.
 
 use std::convert::Infallible;
 use std::io;
@@ -41,7 +41,7 @@ impl Trigger for Irqfd {
     }
 }
 
-/// Tells the console that there is room for input again.
+/// Signals to the console that there is room for input again.
 #[derive(Clone)]
 struct Drained(Arc<EventFd>);
 
@@ -66,7 +66,8 @@ pub struct SerialPort {
     hung_up: bool,
 }
 
-/// The host's side of COM1. It is also what a machine pauses and saves: nobody holds it while the guest's side waits for a slow reader.
+/// The host's side of COM1. It is also what a machine pauses and saves: nobody holds it while the guest's side waits
+/// for a slow reader.
 #[derive(Clone)]
 pub struct SerialConsole {
     uart: Arc<Mutex<Uart>>,
@@ -112,7 +113,8 @@ impl SerialPort {
         ))
     }
 
-    /// Writes to the host, waiting where it is slow. Gives up for good where nobody can read any more.
+    /// Writes to the host, and waits where the reader is slow. Drops all further output once there is no reader any
+    /// more.
     fn transmit(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() && !self.hung_up {
             let mut ready = [

@@ -43,7 +43,7 @@ pub struct Interrupt {
     /// `ConfigGeneration`.
     config_generation: AtomicU32,
     needs_reset: AtomicBool,
-    /// The causes are from a saved state: whether the VM knows of them is not certain.
+    /// The causes are from a saved state: whether the VM has delivered their interrupt is not known.
     restored: AtomicBool,
     /// An irqfd of the VM: a write raises the device's GSI.
     irqfd: EventFd,
@@ -109,8 +109,8 @@ impl Interrupt {
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
-    /// Takes over what was saved. The line is raised when the device goes on, not before: the VM may not have its interrupt
-    /// controllers yet.
+    /// Takes over what was saved. The line is raised when the device goes on, not before: the VM may not have its
+    /// interrupt controllers yet.
     fn restore(&self, status: u32, config_generation: u32, needs_reset: bool) {
         self.status.store(status, Ordering::SeqCst);
         self.config_generation
@@ -119,8 +119,8 @@ impl Interrupt {
         self.restored.store(true, Ordering::SeqCst);
     }
 
-    /// Raises the line again for what was pending in a state that was restored. Once: a cause that the VM knew of as well is one
-    /// interrupt more, in which the driver finds what it is for, or nothing.
+    /// Raises the line again, once, for the causes that were pending in a restored state. The VM may have delivered the
+    /// interrupt already; then the driver gets a second one, at which it finds nothing new.
     fn raise_restored(&self) {
         if self.restored.swap(false, Ordering::SeqCst) && self.status() != 0 {
             self.raise_line();
@@ -140,7 +140,8 @@ impl Interrupt {
     }
 }
 
-/// Reads a configuration space that consists of `bytes`: fills `data` with those from `offset`; those past the end are zero.
+/// Reads a configuration space that consists of `bytes`: fills `data` with those from `offset`; those past the end are
+/// zero.
 fn read_config_bytes(bytes: &[u8], offset: u64, data: &mut [u8]) {
     let rest = usize::try_from(offset)
         .ok()
@@ -163,8 +164,8 @@ pub struct Activation {
     pub features: u64,
 }
 
-/// Refuses rings with requests in flight: a device has ended all of them before it was saved, and a driver that has just set the rings up
-/// has yet to offer any.
+/// Refuses rings with requests in flight: a device has ended all of them before it was saved, and a driver that has
+/// just set the rings up has yet to offer any.
 fn check_none_in_flight<'a>(
     mut queues: impl Iterator<Item = &'a Queue>,
 ) -> Result<(), ActivateError> {
@@ -176,11 +177,12 @@ fn check_none_in_flight<'a>(
 
 /// A virtio device behind a transport.
 ///
-/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues on the device
-/// thread, when their kicks become readable. A kick of a device that is not active means nothing. The driver's write of 0 to `Status` is a
-/// [`Device::reset`]: the device forgets its queues.
+/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues
+/// on the device thread, when their kicks become readable. A kick of a device that is not active means nothing. The
+/// driver's write of 0 to `Status` is a [`Device::reset`]: the device forgets its queues.
 ///
-/// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where the saved device was.
+/// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where
+/// the saved device was.
 pub trait VirtioDevice: Device {
     /// The device ID (VIRTIO 1.2, chapter 5).
     fn device_id(&self) -> u32;
@@ -194,8 +196,8 @@ pub trait VirtioDevice: Device {
     /// An ioeventfd for each queue: readable when the driver notifies the queue.
     fn kicks(&self) -> &[EventFd];
 
-    /// Whether the driver's notifications of a queue have to be served before the driver goes on. The queue is then not to have an
-    /// ioeventfd, so that each of them comes to [`VirtioDevice::notified`].
+    /// Whether the driver's notifications of a queue have to be served before the driver goes on. The queue is then not
+    /// to have an ioeventfd, so that each of them comes to [`VirtioDevice::notified`].
     fn is_synchronous(&self, _queue: usize) -> bool {
         false
     }
@@ -224,12 +226,12 @@ pub trait VirtioDevice: Device {
     /// Where the device cannot serve; the device is then as after `reset`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// How far each ring is, by index; `None` for one that the device does not serve. Only of a paused device does this say all there is to say: it
-    /// has no request in flight.
+    /// How far each ring is, by index; `None` for one that the device does not serve. Only of a paused device does this
+    /// say all there is to say: it has no request in flight.
     fn ring_positions(&self) -> Vec<Option<RingPosition>>;
 
-    /// Whether a request under way will write to a range of guest memory: first address, length in bytes. Between calls of the device, nothing
-    /// else of it writes there.
+    /// Whether a request under way will write to a range of guest memory: first address, length in bytes. Between calls
+    /// of the device, nothing else of it writes there.
     fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
         let _ = (address, len);
         false

@@ -133,7 +133,7 @@ fn fill(active: &mut Active, metrics: &RngMetrics) -> Result<Served, virtio_queu
                 continue;
             }
             return Ok(Served {
-                // A kick of an empty ring is no news to the driver.
+                // Where nothing was used, the driver would find nothing at its interrupt.
                 interrupt: used && queue.needs_notification(memory)?,
                 more: false,
             });

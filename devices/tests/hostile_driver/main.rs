@@ -1,7 +1,7 @@
 //! A driver that means harm, at the registers and in the rings, before whole devices.
 //!
-//! Whatever it does, the device does not panic, hang or touch memory that is not its to touch, it answers by the protocol, and after
-//! a reset it serves a driver that behaves.
+//! Whatever it does, the device does not panic, hang or touch memory that is not its to touch, it answers by the
+//! protocol, and after a reset it serves a driver that behaves.
 
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 

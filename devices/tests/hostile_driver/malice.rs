@@ -235,8 +235,8 @@ fn wild_volley() -> impl Strategy<Value = Volley> {
         })
 }
 
-/// Chains of the right shape, a header, data and a status each, so that what is behind the checks of the shape is reached. Their
-/// data may overlap, also with the headers.
+/// Chains of the right shape, a header, data and a status each, so that what is behind the checks of the shape is
+/// reached. Their data may overlap, also with the headers.
 fn well_formed_volley() -> impl Strategy<Value = Volley> {
     let len = prop_oneof![4 => select(vec![512u32, 1024, 4096]), 1 => 0u32..5000];
     // Memory has a hole, and ends: what is in neither is refused.
@@ -260,8 +260,8 @@ fn well_formed_volley() -> impl Strategy<Value = Volley> {
     })
 }
 
-/// Keeps what a device may write apart from the rings and tables, since a device that writes new descriptors into them, as it was
-/// told to, would offer what this test does not know of.
+/// Keeps what a device may write apart from the rings and tables, since a device that writes new descriptors into them,
+/// as it was told to, would offer what this test does not know of.
 fn apart((address, len, flags, next): Buffer) -> Buffer {
     if flags & INDIRECT != 0 {
         (TABLE + address % 16 * 16, len % 512, flags, next)

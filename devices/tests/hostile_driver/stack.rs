@@ -412,7 +412,8 @@ impl<D: Subject> Stack<D> {
 
     /// Gives the device thread turns until nothing is under way.
     pub fn turns(&mut self) {
-        // All but the first turn are for what the one before found no time for, which a hostile driver can make without end.
+        // All but the first turn are for what the one before found no time for, which a hostile driver can make without
+        // end.
         for _ in 0..TURNS {
             self.events.run_with_timeout(0).unwrap();
             let mut device = self.device();

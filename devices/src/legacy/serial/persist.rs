@@ -21,8 +21,8 @@ const NONE_PENDING: u8 = 1 << 0;
 const PENDING_TRANSMITTER_EMPTY: u8 = 1 << 1;
 const PENDING_RECEIVED: u8 = 1 << 2;
 
-/// The registers of the UART, and input that the guest has not read. What the guest has written is not here: it is with the host before the
-/// guest's vCPU goes on.
+/// The registers of the UART, and input that the guest has not read. What the guest has written is not here: it is with
+/// the host before the guest's vCPU goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SerialState {
@@ -78,8 +78,8 @@ impl SerialConsole {
         }
     }
 
-    /// Takes over the state, instead of what the port has been used for before. What is pending may be raised here already; whether the VM hears
-    /// of that is not certain.
+    /// Takes over the state, instead of what the port has been used for before. What is pending may be raised here
+    /// already; whether the VM hears of that is not certain.
     ///
     /// # Errors
     /// [`RestoreError::Invalid`]; the port is then as it was.

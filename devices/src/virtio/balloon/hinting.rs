@@ -66,8 +66,8 @@ impl Hinting {
         };
     }
 
-    /// The driver sent a command. True where that ends the run, so that the driver has to hear of it.
-    pub(super) fn heard(&mut self, command: Command) -> bool {
+    /// The driver sent a command. True where that ends the run, so that the driver has to be notified.
+    pub(super) fn receive(&mut self, command: Command) -> bool {
         let was_in_run = self.takes_blocks();
         self.guest = Some(command);
         let has_ended = match command {
@@ -101,9 +101,9 @@ mod tests {
         run.start(true);
         assert_eq!((u32::from(run.host), run.guest), (2, None));
         assert!(!run.takes_blocks());
-        assert!(!run.heard(Command::Run(2)));
+        assert!(!run.receive(Command::Run(2)));
         assert!(run.takes_blocks());
-        assert!(run.heard(Command::Stop));
+        assert!(run.receive(Command::Stop));
         assert_eq!(run.host, Command::Done);
         assert!(!run.takes_blocks());
     }
@@ -112,8 +112,8 @@ mod tests {
     fn a_stop_that_is_not_acknowledged_leaves_the_blocks_with_the_driver() {
         let mut run = Hinting::default();
         run.start(false);
-        run.heard(Command::Run(2));
-        assert!(!run.heard(Command::Stop));
+        run.receive(Command::Run(2));
+        assert!(!run.receive(Command::Stop));
         assert_eq!(run.host, Command::Run(2));
         assert!(!run.takes_blocks());
     }
@@ -122,12 +122,12 @@ mod tests {
     fn the_end_of_a_run_does_not_end_the_next() {
         let mut run = Hinting::default();
         run.start(true);
-        run.heard(Command::Run(2));
+        run.receive(Command::Run(2));
         run.start(true);
         assert!(!run.takes_blocks());
-        assert!(!run.heard(Command::Stop));
+        assert!(!run.receive(Command::Stop));
         assert_eq!(run.host, Command::Run(3));
-        run.heard(Command::Run(3));
+        run.receive(Command::Run(3));
         assert!(run.takes_blocks());
     }
 

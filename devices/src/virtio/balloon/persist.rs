@@ -1,6 +1,6 @@
 //! A balloon, saved and restored.
 //!
-//! The pages in the balloon are the guest's affair: the device has only their number, as the driver says it.
+//! Which pages are in the balloon only the guest knows: the device has their number, as the driver reports it.
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
@@ -98,8 +98,8 @@ impl VirtioBalloon {
         }
     }
 
-    /// Takes over the state; the target and the interval of the statistics are as they were, whatever this device was made with. It is paused
-    /// from then on, until [`Device::resume`].
+    /// Takes over the state; the target and the interval of the statistics are as they were, whatever this device was
+    /// made with. It is paused from then on, until [`Device::resume`].
     ///
     /// # Errors
     /// [`RestoreError`]; the device is then as it was.
@@ -139,7 +139,8 @@ impl VirtioBalloon {
     }
 }
 
-/// The statistics buffer that a device keeps as it starts: none, but of rings that were in use before the guest was saved.
+/// The statistics buffer that a device keeps as it starts: none, but of rings that were in use before the guest was
+/// saved.
 ///
 /// # Errors
 /// Where the rings say that the device keeps other buffers than it does.

@@ -155,7 +155,8 @@ fn inflated_pages_go_back_in_as_few_ranges_as_there_are_whatever_their_order() {
 fn only_whole_pages_of_ram_go_back() {
     let memory = memory();
     let mut driver = Driver::with_everything(&memory);
-    // The first page behind the second region, one in the hole, the last page of the standard, one far out; the last page of RAM.
+    // The first page behind the second region, one in the hole, the last page of the standard, one far out; the last
+    // page of RAM.
     driver.send_pfns(INFLATE, &[0x180, 0x1ff, u32::MAX, 0x8_0000, 0x17f, 0x200]);
     assert_eq!(driver.given(), [(0x17_f000, 0x1000), (0x20_0000, 0x1000)]);
     let metrics = driver.device.metrics.clone();

@@ -48,8 +48,9 @@ pub(super) struct RequestInFlight {
     pub(super) len: u32,
 }
 
-// SAFETY: the ranges come from `GuestMemory::get_slices`, so they are mapped, readable and writable, as long as `memory` lives. Guest
-// memory is shared with vCPUs anyway: nobody has a Rust reference into it, and any thread may access it.
+// SAFETY: the ranges come from `GuestMemory::get_slices`, so they are mapped, readable and writable, as long as
+// `memory` lives. Guest memory is shared with vCPUs anyway: nobody has a Rust reference into it, and any thread may
+// access it.
 unsafe impl IoBuffer for RequestInFlight {
     fn iovecs(&self) -> &[iovec] {
         &self.iovecs

@@ -4,9 +4,10 @@
 //! vCPU ── kick ──> device thread: ring ─ request ─> storage::io ── completion ──> ring ── interrupt ──> vCPU
 //! ```
 //!
-//! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and so on) run on any
-//! thread, under the device's mutex, and at most wait for what is in flight. From a ring no more requests are taken than
-//! it has descriptors, however often the driver makes one available, so that a guest cannot grow the host's memory.
+//! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and
+//! so on) run on any thread, under the device's mutex, and at most wait for the requests in flight. From a ring no more
+//! requests are taken than it has descriptors, however often the driver makes one available, so that a guest cannot
+//! grow the host's memory.
 
 mod buffer;
 mod config_space;
@@ -78,15 +79,18 @@ pub enum BlockError {
     /// The queue size is none.
     #[error("a block device with queues of {0}: expected a power of two from 4 to 256")]
     QueueSize(u16),
-    /// The host refused an event or the engine that was asked for.
-    #[error("the host refuses the device's disk I/O")]
-    Host(#[from] io::Error),
-    /// The driver was told of another kind of disk.
+    /// The host has no event for a queue: mostly no file descriptor is left.
+    #[error("no event for a queue of the device")]
+    Event(#[source] io::Error),
+    /// The host refused the I/O engine that was asked for.
+    #[error("the device's I/O engine cannot be started")]
+    Engine(#[source] io::Error),
+    /// The driver knows the disk as another kind than the new one is.
     #[error("the new disk {0}, unlike the one it is to replace")]
     Replacement(&'static str),
 }
 
-/// Is told that the host could not reach the guest memory of a request (`EFAULT`).
+/// Called when the host could not reach the guest memory of a request (`EFAULT`).
 pub type OnFault = dyn Fn() + Send + Sync;
 
 /// The device while a driver uses it.
@@ -137,7 +141,8 @@ impl VirtioBlock {
         }
         let kicks = (0..queues)
             .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, _>>()
+            .map_err(BlockError::Event)?;
         let geometry = disk.geometry();
         Ok(Self {
             interrupt,
@@ -146,7 +151,7 @@ impl VirtioBlock {
             config: ConfigSpace::new(&geometry, queues, queue_size),
             features: config_space::features(geometry.read_only, queues),
             serial: padded,
-            disk: DiskQueue::new(disk, engine)?,
+            disk: DiskQueue::new(disk, engine).map_err(BlockError::Engine)?,
             active: None,
             paused: false,
             metrics: Arc::default(),
@@ -155,7 +160,8 @@ impl VirtioBlock {
         })
     }
 
-    /// Lets the guest share what it reads from files that do not change, or from now on no more. Waits for requests in flight.
+    /// Lets the guest share what it reads from files that do not change, or from now on no more. Waits for requests in
+    /// flight.
     pub fn share(&mut self, sharing: Option<Arc<DriveSharing>>) {
         self.disk.drain();
         self.finish();
@@ -167,9 +173,10 @@ impl VirtioBlock {
         self.sharing.as_ref()
     }
 
-    /// Has `tell` told of requests whose guest memory the host cannot reach, before the driver gets to know of the error.
-    pub fn on_fault(&mut self, tell: Arc<OnFault>) {
-        self.on_fault = Some(tell);
+    /// Has `on_fault` called for each request whose guest memory the host cannot reach, before the driver gets the
+    /// error.
+    pub fn on_fault(&mut self, on_fault: Arc<OnFault>) {
+        self.on_fault = Some(on_fault);
     }
 
     /// The disk.
@@ -177,19 +184,19 @@ impl VirtioBlock {
         self.disk.disk()
     }
 
-    /// Goes on with another disk, for example a larger one, and tells the driver. Waits for requests in flight.
+    /// Replaces the disk, for example by a larger one, and notifies the driver. Waits for requests in flight.
     ///
     /// # Errors
     /// `Replacement` where the disk differs in what the driver has been promised: sector size, and being writable.
     pub fn replace_disk(&mut self, disk: Arc<dyn Disk>) -> Result<(), BlockError> {
         let old = self.disk.disk().geometry();
-        self.go_on_with(disk, &old)
+        self.install_disk(disk, &old)
     }
 
-    /// Goes on with a disk that `change` makes of the present one, of which nothing is in flight meanwhile.
+    /// Replaces the disk by one that `change` makes of it, while no request is in flight.
     ///
     /// # Errors
-    /// What `change` says; and as [`VirtioBlock::replace_disk`]. Then the device goes on with the disk it has.
+    /// Those of `change`, and those of [`VirtioBlock::replace_disk`]. Then the device keeps its disk.
     pub fn change_disk<E: From<BlockError>>(
         &mut self,
         change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
@@ -198,10 +205,10 @@ impl VirtioBlock {
         self.disk.drain();
         self.finish();
         let disk = change(self.disk.disk())?;
-        Ok(self.go_on_with(disk, &old)?)
+        Ok(self.install_disk(disk, &old)?)
     }
 
-    fn go_on_with(&mut self, disk: Arc<dyn Disk>, old: &Geometry) -> Result<(), BlockError> {
+    fn install_disk(&mut self, disk: Arc<dyn Disk>, old: &Geometry) -> Result<(), BlockError> {
         let new = disk.geometry();
         if new.logical_sector != old.logical_sector {
             return Err(BlockError::Replacement("has another sector size"));
@@ -267,7 +274,7 @@ impl VirtioBlock {
                 }
                 Next::Empty | Next::Full => return Ok(()),
             };
-            // Without a status byte there is no way to tell the driver of anything.
+            // Without a status byte the device cannot report anything to the driver.
             let status = request::take_status(&mut chain).ok_or(RingFault::NoStatus)?;
             let ended = match request::parse(&active.memory, chain, &rules) {
                 Ok(Command::GetId(segments)) => {
@@ -300,7 +307,7 @@ impl VirtioBlock {
         Ok(())
     }
 
-    /// Tells the driver of what is done.
+    /// Gives back to the driver the requests that the disk has ended.
     fn finish(&mut self) {
         if let Err(error) = self.try_finish() {
             self.fail(&error);
@@ -345,9 +352,9 @@ impl VirtioBlock {
         if let Err(error) = result {
             if let storage::io::IoError::Transfer { source, .. } = &error
                 && source.raw_os_error() == Some(libc::EFAULT)
-                && let Some(tell) = &self.on_fault
+                && let Some(on_fault) = &self.on_fault
             {
-                tell();
+                on_fault();
             }
             let error: &dyn std::error::Error = &error;
             tracing::warn!(error, operation = ?request.operation, "virtio-blk request");
@@ -383,7 +390,8 @@ impl VirtioBlock {
         (VIRTIO_BLK_S_OK as u8, written)
     }
 
-    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no status byte can tell.
+    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no status byte can
+    /// report.
     fn fail(&mut self, error: &RingFault) {
         tracing::warn!(%error, "virtio-blk: the driver broke a ring; the device needs a reset");
         add(&self.metrics.failures, 1);
@@ -391,7 +399,7 @@ impl VirtioBlock {
         self.interrupt.fail();
     }
 
-    /// Lets go of guest memory.
+    /// Gives up guest memory.
     fn stop(&mut self) {
         self.active = None;
         self.disk.drain();

@@ -1,7 +1,8 @@
 //! A block device, saved and restored.
 //!
-//! All that changes while a driver uses it are its rings, which the transport has. What is saved here is what the guest was told of the disk, so that
-//! it does not go on with another one. Whether the disk has the same contents is for whoever keeps the files to know.
+//! All that changes while a driver uses it are its rings, which the transport has. What is saved here is what the guest
+//! was told of the disk, so that it does not go on with another one. Whether the disk has the same contents is checked
+//! by the caller, who has its file.
 
 use serde::{Deserialize, Serialize};
 
@@ -41,7 +42,8 @@ fn printable(serial: &[u8]) -> String {
 }
 
 impl VirtioBlock {
-    /// What the guest was told of the disk. For a device that is paused: no request is in flight then; see [`crate::persist`].
+    /// What the guest was told of the disk. For a device that is paused: no request is in flight then; see
+    /// [`crate::persist`].
     pub(crate) fn save_state(&self) -> BlockState {
         let geometry = self.disk.disk().geometry();
         BlockState {

@@ -15,8 +15,8 @@ use crate::GuestMemory;
 pub(super) enum Next {
     /// A request.
     Chain(InFlight, Chain),
-    /// A request with a buffer outside guest memory, and its status byte. No fault of the driver: memory that is not RAM, such as a file on a
-    /// pmem device, is a good buffer to the programs of the guest.
+    /// A request with a buffer outside guest memory, and its status byte. No fault of the driver: memory that is not
+    /// RAM, such as a file on a pmem device, is a good buffer to the programs of the guest.
     Outside(InFlight, GuestAddress),
     /// Nothing; the driver will kick.
     Empty,
@@ -24,8 +24,9 @@ pub(super) enum Next {
     Full,
 }
 
-/// The place of a request among those in flight, from when it is taken from the ring. [`Ring::finish`] gives the request back to the driver. A request
-/// that is dropped instead, as its driver has reset or broken the device, leaves its place all the same; the driver is not told of it.
+/// The place of a request among those in flight, from when it is taken from the ring. [`Ring::finish`] gives the
+/// request back to the driver. A request that is dropped instead, as its driver has reset or broken the device, leaves
+/// its place all the same; the driver is not told of it.
 #[derive(Debug)]
 pub(super) struct InFlight {
     head: u16,
@@ -78,7 +79,8 @@ impl Ring {
 
     /// Takes the next request; asks for a kick where there is none.
     pub(super) fn next(&mut self, memory: &GuestMemory) -> Result<Next, RingFault> {
-        // An honest driver has no more in flight than descriptors, but nothing keeps it from making one available again and again.
+        // An honest driver has no more in flight than descriptors, but nothing keeps it from making one available again
+        // and again.
         if self.in_flight.load(Ordering::Relaxed) >= self.queue.size() {
             self.stalled = true;
             return Ok(Next::Full);
@@ -120,7 +122,8 @@ impl Ring {
         Ok(())
     }
 
-    /// Like [`Ring::finish`], for a request that the disk has worked on; whether requests may be waiting that there was no room for.
+    /// Like [`Ring::finish`], for a request that the disk has worked on; whether requests may be waiting that there was
+    /// no room for.
     pub(super) fn complete(
         &mut self,
         memory: &GuestMemory,

@@ -103,8 +103,8 @@ impl MmioTransport {
         }
     }
 
-    /// Sets the registers of a new transport, and activates its device if the driver had. The device is to be restored before, which leaves
-    /// it paused; the interrupts that were pending are raised when it is resumed.
+    /// Sets the registers of a new transport, and activates its device if the driver had. The device is to be restored
+    /// before, which leaves it paused; the interrupts that were pending are raised when it is resumed.
     ///
     /// # Errors
     /// [`RestoreError`]; the transport is then as it was.
@@ -221,15 +221,13 @@ impl MmioTransport {
             if registers.ready {
                 self.check_ring(device, index, saved)?;
             }
-            let mut queue =
-                self.ring(registers, state.accepted_features)
-                    .map_err(|_| RestoreError::Queue {
-                        device,
-                        queue: index,
-                        field: "the ring",
-                        value: saved.desc_table,
-                        reason: "it is not where one can be",
-                    })?;
+            let mut queue = self
+                .ring(registers, state.accepted_features)
+                .map_err(|source| RestoreError::Ring {
+                    device,
+                    queue: index,
+                    source,
+                })?;
             if let Some(queue) = &mut queue {
                 saved.position().set(queue);
             }

@@ -19,7 +19,8 @@ pub struct PmemState {
 }
 
 impl VirtioPmem {
-    /// Where the guest knows the memory to be. For a device that is paused: every flush has been answered then; see [`crate::persist`].
+    /// Where the guest knows the memory to be. For a device that is paused: every flush has been answered then; see
+    /// [`crate::persist`].
     pub(crate) fn save_state(&self) -> PmemState {
         PmemState {
             start: self.config.start.get(),
@@ -27,7 +28,8 @@ impl VirtioPmem {
         }
     }
 
-    /// Makes sure that the guest finds the memory where it was. The device is paused from then on, until [`Device::resume`].
+    /// Makes sure that the guest finds the memory where it was. The device is paused from then on, until
+    /// [`Device::resume`].
     ///
     /// # Errors
     /// [`RestoreError`]: `InUse`, `Mismatch`.

@@ -6,8 +6,8 @@ use super::{KIND, VirtioRng};
 use crate::lifecycle::Device;
 use crate::persist::RestoreError;
 
-/// Nothing: the device remembers no more than its ring, which the transport has. What it gave before the guest was saved and what it gives
-/// after is new each time, also to each of several guests that are restored from one state.
+/// Nothing: the device remembers no more than its ring, which the transport has. What it gave before the guest was
+/// saved and what it gives after is new each time, also to each of several guests that are restored from one state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngState {}

@@ -1,5 +1,6 @@
-//! Rings from a driver that means harm: whatever it writes, each buffer of the tx ring comes back or the device is in need of a reset, no byte of
-//! guest memory changes but in used rings and in buffers of the rx and event rings, and what is kept stays within its bounds.
+//! Rings from a driver that means harm: whatever it writes, each buffer of the tx ring comes back or the device is in
+//! need of a reset, no byte of guest memory changes but in used rings and in buffers of the rx and event rings, and
+//! what is kept stays within its bounds.
 
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -6,14 +6,17 @@
 //!          <── rx ring ──                      └── Service: answered here
 //! ```
 //!
-//! There are stream sockets. A packet of the guest is looked at as a whole, in however many buffers it lies, and either belongs to a connection or
-//! is answered with a reset; what of it the host does not take is kept, as far as the guest was given room. To the guest goes what it has room for,
-//! read from the host's sockets just then, so nothing is kept in that direction.
+//! There are stream sockets. A packet of the guest is looked at as a whole, in however many buffers it lies, and either
+//! belongs to a connection or is answered with a reset; what of it the host does not take is kept, as far as the guest
+//! was given room. To the guest goes what it has room for, read from the host's sockets just then, so nothing is kept
+//! in that direction.
 //!
-//! What a guest can have this process keep is bounded: by the pool of the table, and by the number of resets that wait for room in the rx ring. Where
-//! those are too many, no further packet is taken off the tx ring until the guest has given room (5.10.6.1.2 allows that).
+//! What a guest can have this process keep is bounded: by the pool of the table, and by the number of resets that wait
+//! for room in the rx ring. Where those are too many, no further packet is taken off the tx ring until the guest has
+//! given room (5.10.6.1.2 allows that).
 //!
-//! Buffers of the rings are parsed here, and not by the crate `virtio-vsock`: that takes a packet's payload for one buffer, and Linux sends more.
+//! Buffers of the rings are parsed here, and not by the crate `virtio-vsock`: that takes a packet's payload for one
+//! buffer, and Linux sends more.
 
 mod connection;
 mod event_handler;

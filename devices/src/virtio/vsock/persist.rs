@@ -6,8 +6,8 @@ use super::{KIND, VirtioVsock};
 use crate::lifecycle::Device;
 use crate::persist::RestoreError;
 
-/// Nothing: connections are of the process that has them, and a guest that goes on elsewhere is told that they are gone. Its context identifier is
-/// what its new device is made with, and may be another.
+/// Nothing: connections are of the process that has them, and a guest that goes on elsewhere is told that they are
+/// gone. Its context identifier is what its new device is made with, and may be another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockState {}
@@ -22,8 +22,8 @@ impl VirtioVsock {
         VsockState {}
     }
 
-    /// The device is paused from then on, until [`Device::resume`]; then it tells the driver that its connections are gone (VIRTIO 1.2,
-    /// 5.10.6.7), at which the driver asks for its context identifier again.
+    /// The device is paused from then on, until [`Device::resume`]; then it tells the driver that its connections are
+    /// gone (VIRTIO 1.2, 5.10.6.7), at which the driver asks for its context identifier again.
     ///
     /// # Errors
     /// `InUse`.

@@ -29,7 +29,7 @@ pub(super) struct Table {
     /// What of the pool no connection has.
     left: u32,
     next_port: u32,
-    /// Whose turn was the last.
+    /// The connection that had the last turn.
     last: Key,
     metrics: Arc<VsockMetrics>,
 }
