@@ -25,7 +25,6 @@ use config::VmConfig;
 use host::socket::ApiSocket;
 
 pub use client::{ClientError, get};
-pub use operations::all as operations;
 pub use routes::parse_object;
 
 /// What a client of the host daemon asks to upgrade to (`Upgrade:`), for its connection to become the line of a guest's serial console.

@@ -30,25 +30,6 @@ use host::report::chain;
 /// Between two requests to a process that does not answer.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Whether what a request to the guest's API changes at `place`, its path without slashes around it, is kept over restarts of the process.
-pub fn is_kept(place: &str) -> bool {
-    let mut segments = place.split('/');
-    match (segments.next(), segments.next(), segments.next()) {
-        (Some("drives" | "pmem"), Some(_), None)
-        | (Some("balloon"), Some("statistics") | None, None)
-        | (Some("mmds"), Some("config") | None, None)
-        | (
-            Some(
-                "boot-source" | "machine-config" | "sharing" | "entropy" | "vsock" | "serial"
-                | "logger" | "metrics",
-            ),
-            None,
-            None,
-        ) => true,
-        (_, _, _) => false,
-    }
-}
-
 /// The files of a configuration that may be images, by their use.
 fn files(config: &mut VmConfig) -> Vec<((&'static str, String), &mut PathBuf)> {
     let mut files = Vec::new();
@@ -182,15 +163,5 @@ mod tests {
         expected.set_drive(DriveConfig::new("new", "/d"));
         assert_eq!(name_images(&mut config, given, named), ["debian"]);
         assert_eq!(config, expected);
-    }
-
-    #[test]
-    fn what_configures_a_guest_is_kept_and_what_it_is_to_do_is_not() {
-        for place in ["drives/a", "balloon/statistics", "mmds", "mmds/config"] {
-            assert!(is_kept(place), "{place}");
-        }
-        for place in ["drives/a/commit", "balloon/hinting/start", "vm", "actions"] {
-            assert!(!is_kept(place), "{place}");
-        }
     }
 }

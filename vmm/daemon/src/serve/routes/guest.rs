@@ -15,16 +15,13 @@ use serde_json::Value;
 use super::request::{Context, Handled, raw};
 use crate::serve::daemon::Daemon;
 use crate::serve::fault::Fault;
-use crate::serve::later_config::is_kept;
 use crate::serve::proxy;
 use crate::serve::record::State;
 use crate::serve::task::detached;
 use crate::serve::template_creation::expect_own_name;
 use crate::serve::vm::Vm;
 use config::MachineConfig;
-
-/// The beginnings of the paths of requests about disks.
-const DISKS: [&str; 2] = ["drives/", "pmem/"];
+use config::operations::{DiskEffect, GuestOperation, OperationKind, Reservation};
 
 /// The RAM and vCPUs that a guest would have after a request to its own API.
 fn sizes(vm: &Vm, body: &[u8]) -> (u32, u8) {
@@ -71,36 +68,40 @@ async fn pass_on(
     mut body: Bytes,
 ) -> Handled<Response> {
     let changes = method != Method::GET;
-    let place = path.split('?').next().unwrap_or_default().trim_matches('/');
-    if changes && place == "snapshot/load" {
+    let place = path.split('?').next().unwrap_or_default();
+    // What is no operation changes nothing: the guest's process refuses it.
+    let operation = GuestOperation::find(method.as_str(), place);
+    let is = |kind| operation.is_some_and(|(operation, _)| operation.kind == kind);
+    if is(OperationKind::LoadSnapshot) {
         return Err(Fault::LoadsTemplates);
     }
     let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
     let word = |field| asked.get(field).and_then(Value::as_str);
-    let is_start = method == Method::PUT
-        && place == "actions"
+    let is_start = is(OperationKind::Act)
         && word("action_type") == Some("InstanceStart")
         && matches!(vm.state(), State::NotStarted | State::Starting);
     if is_start && daemon.start_if_waiting(&vm).await? {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let is_kept = changes && is_kept(place);
-    let _reconfiguring = if is_kept || changes && DISKS.iter().any(|kind| place.starts_with(kind)) {
+    let is_kept = operation.is_some_and(|(operation, _)| operation.is_kept);
+    let disk = operation.map_or(DiskEffect::None, |(operation, _)| operation.disk);
+    let _reconfiguring = if is_kept || disk != DiskEffect::None {
         Some(vm.reconfiguring.lock().await)
     } else {
         None
     };
-    let waits = changes && vm.state() == State::NotStarted;
+    let reservation = operation
+        .map(|(operation, _)| operation.reservation)
+        .filter(|_| vm.state() == State::NotStarted);
     // The daemon gives out the CIDs, as no two guests may have the same.
-    let cid_before = (waits && place == "vsock").then(|| vm.now().cid);
+    let cid_before = (reservation == Some(Reservation::Cid)).then(|| vm.now().cid);
     if cid_before.is_some()
-        && method == Method::PUT
         && let Some(completed) = daemon.complete_vsock(&vm, &body)?
     {
         body = completed.into();
     }
     // More RAM is admitted before the guest gets it, and given back where it does not.
-    let before = (waits && place == "machine-config").then(|| {
+    let before = (reservation == Some(Reservation::Memory)).then(|| {
         let now = vm.now();
         (now.ram_mib, now.vcpus)
     });
@@ -118,7 +119,7 @@ async fn pass_on(
     let request = Request {
         method,
         path: &path,
-        place,
+        operation,
         body,
     };
     let passed_on = pass_on_with_disks(&daemon, &vm, request, child).await;
@@ -139,12 +140,12 @@ async fn pass_on(
         daemon.keep_later_config(&vm).await;
     }
     let response = passed_on?;
-    let state = match (place, word("state")) {
-        ("vm", Some("Paused")) => Some(State::Paused),
-        ("vm", Some("Resumed")) => Some(State::Running),
+    let state = match word("state") {
+        Some("Paused") => Some(State::Paused),
+        Some("Resumed") => Some(State::Running),
         _ => None,
     };
-    if let Some(state) = state.filter(|_| done && changes) {
+    if let Some(state) = state.filter(|_| done && is(OperationKind::UpdateState)) {
         daemon.observe(&vm, state);
         daemon.save(&vm).await;
     }
@@ -160,8 +161,8 @@ async fn pass_on(
 struct Request<'a> {
     method: Method,
     path: &'a str,
-    /// The path, without slashes around it and without a query.
-    place: &'a str,
+    /// What is asked, if that is known, and the name in the path.
+    operation: Option<(&'static GuestOperation, &'a str)>,
     body: Bytes,
 }
 
@@ -175,26 +176,26 @@ async fn pass_on_with_disks(
     let Request {
         method,
         path,
-        place,
+        operation,
         body,
     } = request;
     let changes = method != Method::GET;
     // The guest's disk becomes the parent of the child, and must not be written to when the guest boots again.
-    let mut kinds = DISKS.iter();
-    let drive = kinds.find_map(|kind| place.strip_prefix(kind)?.strip_suffix("/snapshot"));
-    let child = drive.filter(|_| changes).zip(child);
+    let of_disk = |effect| {
+        let wanted = operation.filter(|(operation, _)| operation.disk == effect);
+        wanted.map(|(operation, drive)| (operation.kind, drive))
+    };
+    let goes_on = of_disk(DiskEffect::Child);
+    let child = goes_on.map(|(_, drive)| drive).zip(child);
     if let Some((pmem, _)) = &child
-        && place.starts_with("pmem/")
+        && let Some((OperationKind::SnapshotPmem, _)) = goes_on
     {
         expect_own_name(vm, pmem).await?;
     }
     if let Some((drive, path)) = &child {
         daemon.begin_child(vm, drive, path).await?;
     }
-    let committed = place
-        .strip_prefix("drives/")
-        .and_then(|rest| rest.strip_suffix("/commit"))
-        .filter(|_| changes);
+    let committed = of_disk(DiskEffect::Merge).map(|(_, drive)| drive);
     let before_commit = match committed {
         Some(drive) => daemon.begin_commit(vm, drive).await?,
         None => None,
