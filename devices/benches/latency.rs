@@ -1,10 +1,11 @@
-//! What each request of a drive pays for being in the histograms: two looks at the clock and a record. Unit: time a request.
+//! What each request of a drive pays for being in the histograms: two looks at the clock and a record. Unit: time a
+//! request.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use devices::virtio::block::Latencies;
+use devices::latency::Latencies;
 
 fn latencies(criterion: &mut Criterion) {
     let latencies = Latencies::default();

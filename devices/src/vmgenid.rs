@@ -1,17 +1,19 @@
-//! The generation ID of a VM: tells a guest that it goes on from a snapshot, perhaps not alone (Microsoft, "Virtual Machine Generation ID";
-//! Linux, `drivers/virt/vmgenid.c`).
+//! The generation ID of a VM, by which a guest learns that it goes on from a snapshot, perhaps as one of several
+//! (Microsoft, "Virtual Machine Generation ID"; Linux, `drivers/virt/vmgenid.c`).
 //!
-//! It is 16 bytes in guest memory, at an address that a device in the ACPI tables names in its `ADDR` object, and a notification (0x80) of that
-//! device when they have changed. A guest then makes its random numbers anew, which without that would be the same in each clone.
+//! It is 16 bytes in guest memory, at an address that a device in the ACPI tables names in its `ADDR` object, and a
+//! notification (0x80) of that device when they have changed. A guest then makes its random numbers anew, which without
+//! that would be the same in each clone.
 //!
 //! ```text
 //! boot:     new ─> write
-//! restore:  new ─> restore ─> renew ─> the vCPUs run ─> notify
+//! restore:  new ─> restore ─> renew ─> resume, which notifies ─> the vCPUs run
 //! ```
 //!
-//! QEMU has its firmware put a page of its own, which the memory map calls reserved, into guest memory, with the ID 40 bytes into it, and raises a
-//! GPE whose method notifies the device. Firecracker, like the device here, has no firmware: it puts the 16 bytes at the end of the memory it keeps for
-//! its tables, outside what the E820 map calls usable, and has the interrupt of a Generic Event Device notify.
+//! QEMU has its firmware put a page of its own, which the memory map calls reserved, into guest memory, with the ID 40
+//! bytes into it, and raises a GPE whose method notifies the device. Firecracker, like the device here, has no
+//! firmware: it puts the 16 bytes at the end of the memory it keeps for its tables, outside what the E820 map calls
+//! usable, and has the interrupt of a Generic Event Device notify.
 
 use std::io;
 
@@ -21,10 +23,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
 use crate::persist::{RestoreError, check_same};
 
-/// In errors.
-const NAME: &str = "VM generation ID";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind =
+    DeviceKind::unmetered("VM generation ID", StateKey::One("generation"));
 
 /// The device. Its ID is new with each that is made.
 #[derive(Debug)]
@@ -32,6 +36,8 @@ pub struct VmGenId {
     address: GuestAddress,
     id: [u8; Self::SIZE],
     irqfd: EventFd,
+    /// The guest has yet to be notified of the ID: it is from a saved state, or new since.
+    restored: bool,
 }
 
 /// A generation ID cannot be made or written.
@@ -40,15 +46,18 @@ pub enum VmGenIdError {
     /// The specification wants the ID on 8 bytes.
     #[error("a VM generation ID at {0:#x}, which is not a multiple of 8")]
     Alignment(u64),
-    /// The host has no random numbers, or no file descriptor left.
-    #[error("the host refuses what a VM generation ID needs")]
-    Host(#[from] io::Error),
+    /// The host gives no random bytes.
+    #[error("no random bytes for a VM generation ID")]
+    Random(#[source] io::Error),
+    /// The host has no event: mostly no file descriptor is left.
+    #[error("no event for the interrupt of a VM generation ID")]
+    Event(#[source] io::Error),
     /// It does not lie in guest memory.
     #[error("the VM generation ID at {address:#x} does not lie in guest memory")]
     Memory {
         /// Where it is to be.
         address: u64,
-        /// What the memory says.
+        /// The error of the memory.
         source: GuestMemoryError,
     },
 }
@@ -63,7 +72,8 @@ pub struct VmGenIdState {
     pub id: [u8; VmGenId::SIZE],
 }
 
-/// Random, which all the specification asks for; it is compared and never read as a number or as a UUID of some version.
+/// Random, which all the specification asks for; it is compared and never read as a number or as a UUID of some
+/// version.
 fn random_id() -> io::Result<[u8; VmGenId::SIZE]> {
     let mut id = [0; VmGenId::SIZE];
     // The kernel gives up to 256 bytes whole.
@@ -82,15 +92,17 @@ impl VmGenId {
     /// A new ID, to be at `address`, guest physical: in memory that the guest's memory map does not call usable.
     ///
     /// # Errors
-    /// `Alignment`, `Host`.
+    /// `Alignment`, `Random`, `Event`.
     pub fn new(address: GuestAddress) -> Result<Self, VmGenIdError> {
         if !address.0.is_multiple_of(8) {
             return Err(VmGenIdError::Alignment(address.0));
         }
         Ok(Self {
             address,
-            id: random_id()?,
-            irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            id: random_id().map_err(VmGenIdError::Random)?,
+            irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                .map_err(VmGenIdError::Event)?,
+            restored: false,
         })
     }
 
@@ -122,24 +134,25 @@ impl VmGenId {
             })
     }
 
-    /// Begins a new generation, while no vCPU runs: draws another ID and writes it. [`VmGenId::notify`] tells the guest.
+    /// Begins a new generation, between [`Device::restore`] and [`Device::resume`], which notifies the guest: draws
+    /// another ID and writes it.
     ///
     /// # Errors
-    /// `Host`, `Memory`.
+    /// `Random`, `Memory`.
     pub fn renew(&mut self, memory: &GuestMemory) -> Result<(), VmGenIdError> {
-        self.id = random_id()?;
+        self.id = random_id().map_err(VmGenIdError::Random)?;
         self.write(memory)
     }
 
-    /// Raises the interrupt at which ACPI notifies the device. Once the interrupt controllers of the VM are there: it is lost else.
-    pub fn notify(&self) {
+    /// Raises the interrupt at which ACPI notifies the device.
+    fn notify(&self) {
         if let Err(error) = self.irqfd.write(1) {
             tracing::debug!(%error, "VM generation ID irqfd write");
         }
     }
 
     /// The present generation.
-    pub fn save(&self) -> VmGenIdState {
+    pub(crate) fn save_state(&self) -> VmGenIdState {
         VmGenIdState {
             address: self.address.0,
             id: self.id,
@@ -150,12 +163,28 @@ impl VmGenId {
     ///
     /// # Errors
     /// `Mismatch` where the guest knows the ID to be elsewhere.
-    pub fn restore(&mut self, state: &VmGenIdState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &VmGenIdState) -> Result<(), RestoreError> {
         let address = |at| format!("{at:#x}");
         let (saved, now) = (address(state.address), address(self.address.0));
-        check_same(NAME, "the address", &saved, &now)?;
+        check_same(KIND.name, "the address", &saved, &now)?;
         self.id = state.id;
+        self.restored = true;
         Ok(())
+    }
+}
+
+impl Device for VmGenId {
+    persist_by_type!(KIND);
+
+    fn resume(&mut self) {
+        if std::mem::take(&mut self.restored) {
+            self.notify();
+        }
+    }
+
+    /// The generation stays: a guest that is reset has not been copied.
+    fn reset(&mut self) {
+        self.restored = false;
     }
 }
 
@@ -178,15 +207,20 @@ mod tests {
         let seen: [u8; 16] = memory.read_obj(AT).unwrap();
         assert_eq!(seen, saved.id());
         let mut restored = VmGenId::new(AT).unwrap();
-        restored.restore(&through_json(&saved.save())).unwrap();
-        assert_eq!(restored.save(), saved.save());
+        restored
+            .restore_state(&through_json(&saved.save_state()))
+            .unwrap();
+        assert_eq!(restored.save_state(), saved.save_state());
         restored.renew(&memory).unwrap();
         let renewed: [u8; 16] = memory.read_obj(AT).unwrap();
         assert_ne!(renewed, seen);
         assert_eq!(renewed, restored.id());
         assert!(restored.irqfd().read().is_err());
-        restored.notify();
+        restored.resume();
         assert_eq!(restored.irqfd().read().unwrap(), 1);
+        restored.pause();
+        restored.resume();
+        assert!(restored.irqfd().read().is_err(), "it is notified once");
     }
 
     #[test]
@@ -211,10 +245,10 @@ mod tests {
         let mut device = VmGenId::new(AT).unwrap();
         let elsewhere = VmGenIdState {
             address: 0,
-            ..device.save()
+            ..device.save_state()
         };
         assert!(matches!(
-            device.restore(&elsewhere),
+            device.restore_state(&elsewhere),
             Err(RestoreError::Mismatch { .. })
         ));
     }

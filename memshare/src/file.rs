@@ -5,8 +5,10 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::{fmt, io};
+
+use parking_lot::Mutex;
 
 /// Which file it is, on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,10 +48,13 @@ pub enum FileChange {
     /// It was written to.
     #[error("it was written to")]
     Written,
-    /// It does not answer.
+    /// It cannot be examined: its file system is gone, or does not respond.
     #[error("it cannot be examined")]
     Gone,
 }
+
+/// Is called with a file that backs guest memory and what has become of it: once for each kind of change.
+pub type OnChange = dyn Fn(&SharedFile, FileChange) + Send + Sync;
 
 /// A file that does not change while its pages are shared.
 pub struct SharedFile {
@@ -57,8 +62,8 @@ pub struct SharedFile {
     path: PathBuf,
     identity: FileIdentity,
     stamp: Stamp,
-    /// Kinds of change that were told of, a bit each.
-    told: AtomicU8,
+    /// Kinds of change that were reported, a bit each.
+    reported: AtomicU8,
 }
 
 impl fmt::Debug for SharedFile {
@@ -121,15 +126,15 @@ impl SharedFile {
         }
     }
 
-    /// Notes that a change is told of: whether it is the first of all, or `None` where one of its kind was told before.
-    pub(crate) fn note(&self, change: FileChange) -> Option<bool> {
+    /// Marks a change as reported: whether it is the first of all, or `None` where one of its kind was reported before.
+    pub(crate) fn mark_reported(&self, change: FileChange) -> Option<bool> {
         let kind = match change {
             FileChange::Written => 1,
             FileChange::Truncated { .. } => 2,
             FileChange::Gone => 4,
         };
         // Nothing else is ordered by it.
-        let before = self.told.fetch_or(kind, Ordering::Relaxed);
+        let before = self.reported.fetch_or(kind, Ordering::Relaxed);
         (before & kind == 0).then_some(before == 0)
     }
 }
@@ -140,7 +145,7 @@ pub enum ShareError {
     /// It cannot be examined.
     #[error(transparent)]
     Host(#[from] io::Error),
-    /// Whoever runs the guest says no.
+    /// The guest may not share it: the [admission](FileRegistry::admit_by) refuses.
     #[error("guests that this one shares nothing with have the file")]
     Foreign,
 }
@@ -154,10 +159,12 @@ impl From<ShareError> for io::Error {
     }
 }
 
-/// Says whether the pages of a file may be shared at all; asked often of a file that may not, and seldom of one that may.
+/// Whether the pages of a file may be shared at all. It is called often for a file that may not, and seldom for one
+/// that may.
 pub type Admission = dyn Fn(&Arc<File>) -> bool + Send + Sync;
 
-/// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its locks.
+/// The files of a process whose pages are shared. A file that nobody refers to any more is forgotten, and with it its
+/// locks.
 #[derive(Default)]
 pub struct FileRegistry {
     files: Mutex<Vec<Weak<SharedFile>>>,
@@ -171,16 +178,16 @@ impl fmt::Debug for FileRegistry {
 }
 
 impl FileRegistry {
-    /// Has `admits` asked of each file before it is shared. Only the first call counts.
+    /// Has `admits` called for each file before it is shared. Only the first call of this counts.
     pub fn admit_by(&self, admits: Box<Admission>) {
         if self.admission.set(admits).is_err() {
-            tracing::debug!("somebody is asked about files already");
+            tracing::debug!("an admission is set already");
         }
     }
 
     /// The files that somebody refers to.
     pub fn known(&self) -> Vec<Arc<SharedFile>> {
-        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = self.files.lock();
         files.iter().filter_map(Weak::upgrade).collect()
     }
 
@@ -190,7 +197,7 @@ impl FileRegistry {
     /// [`ShareError`].
     pub fn share(&self, file: &Arc<File>) -> Result<Arc<SharedFile>, ShareError> {
         use std::os::fd::AsRawFd;
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = self.files.lock();
         let known = files.iter().filter_map(Weak::upgrade);
         // The common case, without a system call.
         if let Some(same) = known.clone().find(|known| Arc::ptr_eq(&known.file, file)) {
@@ -212,7 +219,7 @@ impl FileRegistry {
             path: std::fs::read_link(link).unwrap_or_default(),
             identity,
             stamp,
-            told: AtomicU8::new(0),
+            reported: AtomicU8::new(0),
         });
         files.retain(|known| known.strong_count() > 0);
         files.push(Arc::downgrade(&shared));
@@ -223,7 +230,7 @@ impl FileRegistry {
 /// The first bytes of `file` in `at..end` that are no hole; `None` where there are none.
 ///
 /// # Errors
-/// What the host says.
+/// The error of the host.
 pub fn data_range(file: &File, at: u64, end: u64) -> io::Result<Option<Range<u64>>> {
     use rustix::fs::{SeekFrom, seek};
     if at >= end {
@@ -279,11 +286,7 @@ mod tests {
         registry
             .share(&Arc::new(tempfile::tempfile().unwrap()))
             .unwrap();
-        assert_eq!(
-            registry.files.lock().unwrap().len(),
-            1,
-            "the first is forgotten"
-        );
+        assert_eq!(registry.files.lock().len(), 1, "the first is forgotten");
     }
 
     #[test]

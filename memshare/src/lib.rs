@@ -1,8 +1,9 @@
 //! The memory manager that lets guests share one host page per file page, copied on write.
 //!
-//! A page of a file that does not change is in the host's page cache once. The manager maps that page, privately, where a guest wants its
-//! content: the guests of all processes then have the same page of RAM, and a guest that writes to it gets a copy of its own from the host's kernel.
-//! Nothing looks for pages that happen to be alike, so that no guest learns what another holds.
+//! A page of a file that does not change is in the host's page cache once. The manager maps that page, privately, where
+//! a guest wants its content: the guests of all processes then have the same page of RAM, and a guest that writes to it
+//! gets a copy of its own from the host's kernel. Nothing looks for pages that happen to be alike, so that no guest
+//! learns what another holds.
 //!
 //! ```text
 //!  kernel, initrd ── map ──────────┐
@@ -13,13 +14,16 @@
 //! ```
 //!
 //! - [`Window`] is memory whose mappings can be exchanged: the only module with `unsafe`.
-//! - [`Table`] records, for each page of a guest, the file and the place in it, and whether the guest has written to it since.
-//! - [`FileRegistry`] has one record of each file, and tells when one has changed that should not have.
-//! - [`SharedMemory`] joins them for a guest, and [`Merger`] is the thread that turns copies into shared pages, off the path of any request.
+//! - [`Table`] records, for each page of a guest, the file and the place in it, and whether the guest has written to it
+//!   since.
+//! - [`FileRegistry`] has one record of each file, and finds out when one has changed that should not have.
+//! - [`SharedMemory`] joins them for a guest, and [`Merger`] is the thread that turns copies into shared pages, off the
+//!   path of any request.
 //!
-//! What can go wrong leaves the guest with more memory of its own, never with other bytes: a limit that is reached, a merger that is killed, a
-//! file that changes. A file that is cut under a mapping cannot be helped: who touches the page gets `SIGBUS`, and [`SharedMemory::lost_page`] says
-//! which page that is. [`SharedMemory::on_change`] tells of it before, where the merger finds out first.
+//! What can go wrong leaves the guest with more memory of its own, never with other bytes: a limit that is reached, a
+//! merger that is killed, a file that changes. A file that is cut under a mapping cannot be repaired: an access to the
+//! page raises `SIGBUS`, and [`SharedMemory::lost_page`] finds the page. Where the merger finds out first, it calls
+//! what [`SharedMemory::on_change`] was given.
 //!
 //! The crate knows nothing of KVM or virtio: [`StandStill`] is what it needs of a guest.
 
@@ -29,7 +33,9 @@ mod lost;
 mod memory;
 mod merge;
 mod merger;
+mod page;
 mod policy;
+mod sampled;
 mod snapshot;
 mod stats;
 mod table;
@@ -40,12 +46,12 @@ mod zeros;
 mod tests;
 
 pub use file::{
-    Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile, data_range,
+    Admission, FileChange, FileIdentity, FileRegistry, OnChange, ShareError, SharedFile, data_range,
 };
-pub use lost::{LostPage, OnChange};
+pub use lost::LostPage;
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
-pub use merge::is_zero;
 pub use merger::Merger;
+pub use page::is_zero;
 pub use policy::{Limits, ShareMode, ShareModeError, max_map_count};
 pub use snapshot::Content;
 pub use stats::{Refusal, Stats};

@@ -1,21 +1,18 @@
 //! Files that change under a guest, and the pages that are lost with them.
 //!
-//! A page of a private mapping that nobody has written to is the file's own. Where the file is cut, or does not answer, there is no such page any
-//! more, and nothing to put in its place: whoever runs the guest is told which page it is.
+//! A page of a private mapping that nobody has written to is the file's own. Where the file is cut, or does not answer,
+//! there is no such page any more, and nothing to put in its place: the caller can ask which page it is, for a report.
 
 use std::fmt;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::file::{FileChange, SharedFile};
+use crate::file::{FileChange, OnChange, SharedFile};
 use crate::memory::SharedMemory;
 use crate::stats::add;
 use crate::table::{Run, Table};
 use crate::window::PAGE_SIZE;
-
-/// Is told what has become of a file that backs guest memory: once for each kind of change.
-pub type OnChange = dyn Fn(&SharedFile, FileChange) + Send + Sync;
 
 /// A page of a guest that is a file's, and cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +49,7 @@ impl fmt::Display for LostPage {
 
 /// Whether a page of a file cannot be had as it was when the file was first shared.
 fn is_lost(file: &SharedFile, offset: u64) -> bool {
-    // A file that is cut inside a page leaves zeros there, so the last byte tells.
+    // A file that is cut inside a page leaves zeros there, so the last byte of the page is the one to read.
     let last = (offset + PAGE_SIZE).min(file.len()).saturating_sub(1);
     !matches!(file.file().read_at(&mut [0], last), Ok(1))
 }
@@ -83,10 +80,11 @@ impl SharedMemory {
         self.mapped().iter().find_map(first_lost)
     }
 
-    /// Has `tell` told of files that change under the guest, as it is found out. Only the first call counts.
-    pub fn on_change(&self, tell: Box<OnChange>) {
-        if self.on_change.set(tell).is_err() {
-            tracing::debug!("somebody is told of changed files already");
+    /// Has `on_change` called for each file that is found to have changed under the guest. Only the first call of this
+    /// counts.
+    pub fn on_change(&self, on_change: Box<OnChange>) {
+        if self.on_change.set(on_change).is_err() {
+            tracing::debug!("changes of files are reported already");
         }
     }
 
@@ -115,24 +113,24 @@ impl SharedMemory {
             || state.others.iter().any(|other| Arc::ptr_eq(other, file))
     }
 
-    /// Tells of the files that have changed since somebody last looked: `stat` of each.
+    /// Reports the files that have changed since the last call: `stat` of each.
     pub fn look_at_files(&self) {
         for (file, change) in self.changed_files() {
-            self.tell_change(&file, change);
+            self.report_change(&file, change);
         }
     }
 
-    /// Tells of a change, unless that was done.
-    pub(crate) fn tell_change(&self, file: &SharedFile, change: FileChange) {
-        let Some(is_first) = file.note(change) else {
+    /// Reports a change, unless that was done before.
+    pub(crate) fn report_change(&self, file: &SharedFile, change: FileChange) {
+        let Some(is_first) = file.mark_reported(change) else {
             return;
         };
         if is_first {
             add(&self.stats().changed_files, 1);
         }
         tracing::error!(file = %file.path().display(), %change, "a file that guests share has changed: no more of it is shared");
-        if let Some(tell) = self.on_change.get() {
-            tell(file, change);
+        if let Some(on_change) = self.on_change.get() {
+            on_change(file, change);
         }
     }
 }

@@ -7,29 +7,28 @@
 //!   └── give_back, unshare ────────┴──> Copied
 //! ```
 //!
-//! Two tables say what was last done to a page: one of what is mapped there, one of the candidates. [`Window`] does it. All change together,
-//! under one lock. Who writes
-//! to guest memory from outside (a device, on behalf of a request) is kept from doing so by [`StandStill`] where a page is exchanged.
+//! Two tables record what was last done to a page: one what is mapped there, one the candidates. A [`Window`] changes
+//! the mappings. All change together, under one lock. [`StandStill`] keeps devices from writing to guest memory on
+//! behalf of a request while a page is exchanged.
 
 use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::compared::Compared;
-use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
-use crate::lost::OnChange;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::file::{FileIdentity, FileRegistry, OnChange, ShareError, SharedFile};
 use crate::policy::Limits;
+use crate::sampled::SampledFile;
 use crate::stats::{Refusal, Stats, add};
-use crate::table::{Backing, PageState, Run, Table, alike};
+use crate::table::{Backing, MAX_EARLY_WRITES, PageState, Run, Table, alike};
 use crate::window::{PAGE_SIZE, PageKind, Window};
 
 /// A shared page that is overwritten within this time, in tenths of a second, was not worth it.
 const SOON: u32 = 100;
-/// Pages that were overwritten soon so often are left alone.
-pub(crate) const MOST_STRIKES: u8 = 4;
 
 /// A range of guest memory, in one window.
 #[derive(Debug)]
@@ -47,23 +46,25 @@ impl Region {
     }
 }
 
-/// Whether a request that a device has under way will write to a range of guest physical memory: first address, length in bytes.
+/// Whether a request that a device has under way will write to a range of guest physical memory: first address, length
+/// in bytes.
 pub type IsBusy<'a> = dyn Fn(u64, u64) -> bool + 'a;
 
 /// Brings the guest to a standstill: no vCPU runs, and no device writes to guest memory.
 pub trait StandStill: Send + Sync {
-    /// Calls `work` meanwhile. False, without a call, where that cannot be had at this moment. `work` takes the time that the guest
-    /// loses.
+    /// Calls `work` meanwhile. False, without a call, where that cannot be had at this moment. `work` takes the time
+    /// that the guest loses.
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool;
 
     /// CPU time that the guest's vCPUs have used so far: by that the merger knows when the guest rests.
     fn cpu_time(&self) -> Duration;
 
-    /// The guest will not be looked at any more unasked: what that has taken can go.
-    fn settled(&self) {}
+    /// The merger has scanned the guest's memory for the last time: what the scans have taken of the heap can be given
+    /// back.
+    fn scans_done(&self) {}
 }
 
-/// What pages are that nobody has touched.
+/// What pages hold that were never touched.
 #[derive(Debug, Default)]
 pub(crate) enum Base {
     /// Zeros.
@@ -103,33 +104,41 @@ pub(crate) struct State {
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
     /// Files that the guest's own pages are compared with unasked.
-    pub compared: Vec<Arc<Compared>>,
+    pub compared: Vec<Arc<SampledFile>>,
     pub base: Base,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
-    /// Somebody wants the merger to look, or to end.
-    pub stirred: bool,
+    /// The merger is to look for work.
+    pub woken: bool,
+    /// The merger is to end.
     pub ending: bool,
     /// The host refused another mapping: none is asked for before one has gone.
     pub exhausted: bool,
 }
 
 impl State {
-    /// How often pages like these were shared and soon overwritten, if they are overwritten now.
-    pub(crate) fn strikes(&self, gfns: &Range<u64>, now: u32) -> u8 {
+    /// The count of early writes of these pages, if they are overwritten now.
+    pub(crate) fn early_writes(&self, gfns: &Range<u64>, now: u32) -> u8 {
         let mapped = self.mapped.within(gfns.clone());
         let candidates = self.candidates.within(gfns.clone());
-        let strikes = mapped.chain(candidates).map(|run| match run.backing.state {
-            PageState::Candidate { strikes, .. } => strikes,
-            PageState::Mapped { since, strikes } | PageState::Copied { since, strikes } => {
+        let early_writes = mapped.chain(candidates).map(|run| match run.backing.state {
+            PageState::Candidate { early_writes, .. } => early_writes,
+            PageState::Mapped {
+                since,
+                early_writes,
+            }
+            | PageState::Copied {
+                since,
+                early_writes,
+            } => {
                 if is_recent(since, now) {
-                    strikes + 1
+                    early_writes + 1
                 } else {
                     0
                 }
             }
         });
-        strikes.max().unwrap_or(0)
+        early_writes.max().unwrap_or(0)
     }
 }
 
@@ -152,7 +161,7 @@ pub struct SharedMemory {
     stats: Stats,
     started: Instant,
     state: Mutex<State>,
-    stir: Condvar,
+    wake_up: Condvar,
     pub(crate) on_change: OnceLock<Box<OnChange>>,
 }
 
@@ -187,7 +196,7 @@ impl SharedMemory {
             stats: Stats::default(),
             started: Instant::now(),
             state: Mutex::default(),
-            stir: Condvar::new(),
+            wake_up: Condvar::new(),
             on_change: OnceLock::new(),
         }
     }
@@ -218,30 +227,33 @@ impl SharedMemory {
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
-    /// Waits for somebody to [`SharedMemory::stir`] the merger, at most so long; whether somebody has.
-    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: Duration) -> bool {
-        let idle = |state: &mut State| !state.stirred && !state.ending;
-        let waited = self.stir.wait_timeout_while(state, at_most, idle);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        std::mem::take(&mut state.stirred)
+    /// The merger waits for its [wake-up](SharedMemory::wake_merger), at most so long; whether there was one.
+    pub(crate) fn wait(&self, mut state: MutexGuard<'_, State>, at_most: Duration) -> bool {
+        let idle = |state: &mut State| !state.woken && !state.ending;
+        self.wake_up.wait_while_for(&mut state, idle, at_most);
+        std::mem::take(&mut state.woken)
     }
 
-    /// Waits for so long, or until the merger is to end.
+    /// The merger waits for so long, or until it is to end.
     pub(crate) fn rest(&self, time: Duration) {
         let resting = |state: &mut State| !state.ending;
-        let waited = self.stir.wait_timeout_while(self.state(), time, resting);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        let mut state = self.state();
+        self.wake_up.wait_while_for(&mut state, resting, time);
     }
 
-    /// Makes the merger look at what there is to do.
-    pub(crate) fn stir(&self, end: bool) {
-        let mut state = self.state();
-        state.stirred = true;
-        state.ending |= end;
-        self.stir.notify_all();
+    /// Makes the merger look for work.
+    pub(crate) fn wake_merger(&self) {
+        self.state().woken = true;
+        self.wake_up.notify_all();
+    }
+
+    /// Makes the merger end.
+    pub(crate) fn end_merger(&self) {
+        self.state().ending = true;
+        self.wake_up.notify_all();
     }
 
     /// The manager's clock, in tenths of a second.
@@ -267,10 +279,11 @@ impl SharedMemory {
         })
     }
 
-    /// Maps the pages of a file at the guest physical `address`; all are multiples of the page size. The guest does not run yet.
+    /// Maps the pages of a file at the guest physical `address`; all are multiples of the page size. The guest does not
+    /// run yet.
     ///
     /// # Errors
-    /// `InvalidInput` where that is not guest memory, or not inside the file; else what the host says.
+    /// `InvalidInput` where that is not guest memory, or not inside the file; else the error of the host.
     pub fn map(
         &self,
         address: u64,
@@ -283,7 +296,8 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// As [`SharedMemory::map`], also of a guest that stands still: whatever was known of the pages is forgotten. Returns the run of them.
+    /// As [`SharedMemory::map`], also of a guest that stands still: whatever was known of the pages is forgotten.
+    /// Returns the run of them.
     pub(crate) fn map_locked(
         &self,
         state: &mut State,
@@ -304,7 +318,7 @@ impl SharedMemory {
                 offset,
                 state: PageState::Mapped {
                     since: 0,
-                    strikes: 0,
+                    early_writes: 0,
                 },
             },
         };
@@ -314,8 +328,8 @@ impl SharedMemory {
         Ok(run)
     }
 
-    /// Notes that a read has filled guest memory with bytes of a file that does not change. Only whole pages, at the same place within their
-    /// pages on both sides, can come to be shared.
+    /// Notes that a read has filled guest memory with bytes of a file that does not change. Only whole pages, at the
+    /// same place within their pages on both sides, can come to be shared.
     pub fn note_read(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) {
         if address % PAGE_SIZE != offset % PAGE_SIZE {
             return self
@@ -339,8 +353,8 @@ impl SharedMemory {
         };
         let now = self.now();
         let mut state = self.state();
-        let strikes = state.strikes(&pages, now);
-        if strikes > MOST_STRIKES {
+        let early_writes = state.early_writes(&pages, now);
+        if early_writes > MAX_EARLY_WRITES {
             drop(state.candidates.remove(pages));
             return self.stats.refuse(Refusal::Rewritten, count);
         }
@@ -354,20 +368,20 @@ impl SharedMemory {
                 offset: first_offset,
                 state: PageState::Candidate {
                     since: now,
-                    strikes,
+                    early_writes,
                 },
             },
         });
-        let wake = !state.stirred;
-        state.stirred = true;
+        let is_first = !std::mem::replace(&mut state.woken, true);
         drop(state);
-        if wake {
-            self.stir.notify_all();
+        if is_first {
+            self.wake_up.notify_all();
         }
     }
 
-    /// Puts a file's pages where a read wants its bytes, without moving any: guest physical `address` and `offset` in the file are
-    /// multiples of the page size, and so is `len`. False, with nothing changed, where that cannot be, so that the bytes have to be read.
+    /// Puts a file's pages where a read wants its bytes, without moving any: guest physical `address` and `offset` in
+    /// the file are multiples of the page size, and so is `len`. False, with nothing changed, where that cannot be, so
+    /// that the bytes have to be read.
     ///
     /// The guest has given the memory away until its request ends: it is not held.
     pub fn place(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) -> bool {
@@ -397,14 +411,17 @@ impl SharedMemory {
             backing: Backing {
                 file,
                 offset,
-                state: PageState::Mapped { since, strikes: 0 },
+                state: PageState::Mapped {
+                    since,
+                    early_writes: 0,
+                },
             },
         });
         true
     }
 
-    /// Makes whole pages of a range that a read is to fill with zeros read as zeros, without memory; returns the pages' range of guest physical
-    /// addresses. The guest has given the memory away until its request ends.
+    /// Makes whole pages of a range that a read is to fill with zeros read as zeros, without memory; returns the pages'
+    /// range of guest physical addresses. The guest has given the memory away until its request ends.
     pub fn zero(&self, address: u64, len: u64) -> Range<u64> {
         let pages = whole_pages(address, len);
         let count = pages.end - pages.start;
@@ -415,11 +432,11 @@ impl SharedMemory {
         pages.start * PAGE_SIZE..pages.end * PAGE_SIZE
     }
 
-    /// Gives the memory of the whole pages of a range back to the host, as the guest has no use for it: what it reads there next is of no
-    /// meaning to it. What of the range is no guest memory is left out.
+    /// Gives the memory of the whole pages of a range back to the host, as the guest has no use for it: what it reads
+    /// there next is of no meaning to it. What of the range is no guest memory is left out.
     ///
     /// # Errors
-    /// What the host says.
+    /// The error of the host.
     pub fn give_back(&self, address: u64, len: u64) -> io::Result<()> {
         for pages in self.in_memory(whole_pages(address, len)) {
             self.clear(&pages)?;
@@ -470,10 +487,11 @@ impl SharedMemory {
         }
     }
 
-    /// Makes every page of a file the guest's own, as the file is about to change, and forgets the file. The guest is held meanwhile.
+    /// Makes every page of a file the guest's own, as the file is about to change, and forgets the file. The guest is
+    /// held meanwhile.
     ///
     /// # Errors
-    /// What the host says; then some pages are still the file's. `WouldBlock` where the guest cannot be held.
+    /// The error of the host; then some pages are still the file's. `WouldBlock` where the guest cannot be held.
     pub fn unshare(&self, file: FileIdentity, still: &dyn StandStill) -> io::Result<()> {
         let mut done = Ok(());
         let held = still.hold(&mut |_| done = self.unshare_held(file));
@@ -486,7 +504,7 @@ impl SharedMemory {
 
     fn unshare_held(&self, file: FileIdentity) -> io::Result<()> {
         let mut state = self.state();
-        state.compared.retain(|compared| !compared.is_with(file));
+        state.compared.retain(|compared| !compared.is_of(file));
         let of_file = |run: &Run| run.backing.file.identity() == file;
         let candidates: Vec<Run> = state.candidates.runs().filter(of_file).collect();
         for run in candidates {
@@ -505,7 +523,8 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// Finds out which of the files' pages the guest has written to since, and forgets when what was mapped long ago was mapped.
+    /// Finds out which of the files' pages the guest has written to since, and forgets when what was mapped long ago
+    /// was mapped.
     pub fn refresh(&self) {
         let now = self.now();
         let mut state = self.state();
@@ -537,21 +556,31 @@ impl SharedMemory {
         now: u32,
         is_private: impl Fn(u64) -> bool,
     ) {
-        let settled = match run.backing.state {
+        let aged = match run.backing.state {
             PageState::Mapped { since, .. } if !is_recent(since, now) => PageState::Mapped {
                 since: 0,
-                strikes: 0,
+                early_writes: 0,
             },
             state => state,
         };
-        if settled != run.backing.state {
-            state.mapped.set_state(run.clone(), settled);
+        if aged != run.backing.state {
+            state.mapped.set_state(run.clone(), aged);
         }
         let private = alike(run.gfns(), is_private).into_iter();
         for (gfns, _) in private.filter(|(_, is_private)| *is_private) {
-            if let (PageState::Mapped { since, strikes }, Some(part)) = (settled, run.cut(&gfns)) {
+            if let (
+                PageState::Mapped {
+                    since,
+                    early_writes,
+                },
+                Some(part),
+            ) = (aged, run.cut(&gfns))
+            {
                 add(&self.stats.copied, part.pages);
-                let copied = PageState::Copied { since, strikes };
+                let copied = PageState::Copied {
+                    since,
+                    early_writes,
+                };
                 state.mapped.set_state(part, copied);
             }
         }
@@ -600,7 +629,8 @@ impl SharedMemory {
         Ok(usage)
     }
 
-    /// Tells of each page of a range that is the guest's own, and not a file's: its guest physical address and its bytes. The guest stands still.
+    /// Calls `tell` for each page of a range that is the guest's own, and not a file's: its guest physical address and
+    /// its bytes. The guest stands still.
     ///
     /// # Errors
     /// `InvalidInput` where the range is not guest memory; else where `/proc` is not to be had.
@@ -623,11 +653,12 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// Makes the pages of a range the guest's own now, as it is known that it will write to them: each that is a file's is copied, for less than the fault
-    /// costs that would do it later. What of the range is no guest memory is left out.
+    /// Makes the pages of a range the guest's own now, as it is known that it will write to them: each that is a file's
+    /// is copied, for less than the fault costs that would do it later. What of the range is no guest memory is left
+    /// out.
     ///
     /// # Errors
-    /// What the host says; pages that were not copied are copied when they are written to.
+    /// The error of the host; pages that were not copied are copied when they are written to.
     pub fn copy_ahead(&self, address: u64, len: u64) -> io::Result<()> {
         for pages in self.in_memory(whole_pages(address, len)) {
             if let Some((window, at)) = self.locate(&pages) {

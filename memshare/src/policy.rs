@@ -17,7 +17,8 @@ pub enum ShareMode {
     Boot,
     /// What the guest reads from files that do not change, too.
     Read,
-    /// What its kernel makes of memory while it boots, too, by a reference image, and what the guest unpacks of its initrd.
+    /// What its kernel makes of memory while it boots, too, by a reference image, and what the guest unpacks of its
+    /// initrd.
     #[default]
     All,
 }
@@ -86,7 +87,8 @@ pub fn max_map_count() -> usize {
 }
 
 impl Limits {
-    /// The default: 5 % of a core, a burst of two seconds, and a quarter of the mappings that the host allows a process as runs.
+    /// The default: 5 % of a core, a burst of two seconds, and a quarter of the mappings that the host allows a process
+    /// as runs.
     pub fn of_host(cpu_percent: u8, huge_pages: bool) -> Self {
         Self {
             cpu_percent,

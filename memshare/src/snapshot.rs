@@ -1,7 +1,8 @@
 //! What of a guest's memory a snapshot has to hold, and memory that begins as that of one.
 //!
-//! The *base* is what the memory was when the guest was last the same as its snapshot: each page was that of a file, or zeros. A page that still is needs
-//! not be saved again; the host's page tables tell, so that nothing has to be logged while the guest runs.
+//! The *base* is what the memory was when the guest was last the same as its snapshot: each page was that of a file, or
+//! zeros. A page that still is needs not be saved again; the page tables of the host show which those are, so that
+//! nothing has to be logged while the guest runs.
 
 use std::io;
 use std::ops::Range;
@@ -40,8 +41,8 @@ fn contents(state: &State, base: Option<&Table>, region: &Region) -> io::Result<
             pages.fill(content);
         }
     };
-    // Where the base has a page that is not mapped any more, the guest gave it back: a reader would take a hole for the base's page, so that these
-    // zeros have to be there.
+    // Where the base has a page that is not mapped any more, the guest gave it back: a reader would take a hole for the
+    // base's page, so that these zeros have to be there.
     for run in base.into_iter().flat_map(|base| base.within(gfns.clone())) {
         fill(run.gfns(), Content::Bytes);
     }
@@ -82,14 +83,14 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// Says that pages which nobody has touched are not zeros: another process gives them when they are (`userfaultfd`). So they are read for a
-    /// snapshot.
+    /// Declares that pages which were never touched are not zeros: another process gives them when they are
+    /// (`userfaultfd`). So they are read for a snapshot.
     pub fn untouched_is_unknown(&self) {
         self.state().base = Base::Unknown;
     }
 
-    /// Puts the pages of `file`, which holds the regions of the memory one behind the other just as they are, in place of all pages, and makes them the
-    /// base. The guest stands still, and no device writes to its memory.
+    /// Puts the pages of `file`, which holds the regions of the memory one behind the other just as they are, in place
+    /// of all pages, and makes them the base. The guest stands still, and no device writes to its memory.
     ///
     /// # Errors
     /// As [`SharedMemory::map`]; then some regions may be mapped, with the same bytes as before.
@@ -98,7 +99,7 @@ impl SharedMemory {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let mut offset = 0;
-        // All of it under the lock: nobody exchanges a page meanwhile.
+        // All of it under the lock, so that the merger exchanges no page meanwhile.
         let mut state = self.state();
         for region in &self.regions {
             let len = region.window.len();
@@ -110,8 +111,8 @@ impl SharedMemory {
         Ok(())
     }
 
-    /// What the pages of a region are: offsets in bytes from its start, in order, without gaps. Beside `against_base`, no page is [`Content::Base`]. The
-    /// guest stands still.
+    /// What the pages of a region are: offsets in bytes from its start, in order, without gaps. Beside `against_base`,
+    /// no page is [`Content::Base`]. The guest stands still.
     ///
     /// # Errors
     /// Where `/proc` is not to be had.
@@ -195,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn against_a_base_only_news_are_bytes_and_what_was_given_back_is_news() {
+    fn against_a_base_only_changes_are_bytes_and_what_was_given_back_is_a_change() {
         let memory = memory(8);
         let base = file(&memory, &[1; 6]);
         memory.map_base(0, 6 * PAGE_SIZE, &base, 0).unwrap();
@@ -204,7 +205,7 @@ mod tests {
         window.write(PAGE_SIZE, &[9]);
         window.write(7 * PAGE_SIZE, &[9]);
         memory.give_back(3 * PAGE_SIZE, PAGE_SIZE).unwrap();
-        // Another file's page is news; the base's own page in another place is, too.
+        // Another file's page is a change; the base's own page in another place is one, too.
         memory
             .map(4 * PAGE_SIZE, PAGE_SIZE, &file(&memory, &[2]), 0)
             .unwrap();

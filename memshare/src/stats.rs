@@ -10,7 +10,8 @@ pub enum Refusal {
     Unaligned,
     /// A read, or a part of it, of less than a page.
     Partial,
-    /// The bytes of one page come from several places, as where a sector bitmap splits a block over layers; counted for each seam.
+    /// The bytes of one page come from several places, as where a sector bitmap splits a block over layers; counted for
+    /// each seam.
     Split,
     /// The file is one that is written to.
     Mutable,

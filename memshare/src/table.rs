@@ -1,7 +1,8 @@
 //! What backs each page of a guest: the recorded mapping.
 //!
-//! Pages are numbered (guest frame numbers, GFN). The table holds runs of pages that are the same in everything but their place, and joins what
-//! touches; a page that no run covers is the guest's own. It is a record, and changes no memory by itself.
+//! Pages are numbered (guest frame numbers, GFN). The table holds runs of pages that are the same in everything but
+//! their place, and joins what touches; a page that no run covers is the guest's own. It is a record, and changes no
+//! memory by itself.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -10,6 +11,9 @@ use std::sync::Arc;
 use crate::file::{FileIdentity, SharedFile};
 use crate::window::PAGE_SIZE;
 
+/// Pages that were overwritten soon after they were shared so often are left alone.
+pub(crate) const MAX_EARLY_WRITES: u8 = 4;
+
 /// What is known of the pages of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageState {
@@ -17,22 +21,22 @@ pub enum PageState {
     Candidate {
         /// When, in tenths of a second of the manager's clock.
         since: u32,
-        /// How often such a page was shared and soon overwritten.
-        strikes: u8,
+        /// How often the page was shared and soon overwritten, up to now without a break.
+        early_writes: u8,
     },
     /// The page is the file's, unless the guest has written to it since the host was last asked.
     Mapped {
         /// When it was mapped, in tenths of a second of the manager's clock.
         since: u32,
         /// As before.
-        strikes: u8,
+        early_writes: u8,
     },
     /// The page was the file's, and the guest has written to it.
     Copied {
         /// As before.
         since: u32,
         /// As before.
-        strikes: u8,
+        early_writes: u8,
     },
 }
 
@@ -95,7 +99,7 @@ impl Run {
     }
 }
 
-/// The pages of `gfns` as ranges of those that `of_page` says the same of, in order.
+/// The pages of `gfns`, in order, as ranges of pages for which `of_page` returns the same.
 pub(crate) fn alike<T: PartialEq>(
     gfns: Range<u64>,
     of_page: impl Fn(u64) -> T,
@@ -248,15 +252,15 @@ mod tests {
         match number % 3 {
             0 => PageState::Candidate {
                 since: 0,
-                strikes: 0,
+                early_writes: 0,
             },
             1 => PageState::Mapped {
                 since: 1,
-                strikes: 0,
+                early_writes: 0,
             },
             _ => PageState::Copied {
                 since: 1,
-                strikes: 0,
+                early_writes: 0,
             },
         }
     }

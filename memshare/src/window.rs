@@ -1,7 +1,7 @@
 //! A range of this process's memory whose pages come from files, and the calls that change where they come from.
 //!
-//! All of the crate's `unsafe` is here. A window is memory that a guest may write to at any time: it is only ever accessed through
-//! raw, volatile accesses, and no Rust reference into it exists.
+//! All of the crate's `unsafe` is here. A window is memory that a guest may write to at any time: it is only ever
+//! accessed through raw, volatile accesses, and no Rust reference into it exists.
 
 use std::any::Any;
 use std::fs::File;
@@ -17,7 +17,8 @@ use rustix::mm::{
 /// Bytes of a page of the host and of a guest.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Bytes before and behind reserved memory that nobody can touch: what runs past it faults, and no mapping of others grows together with it.
+/// Inaccessible bytes before and behind reserved memory: an access that runs past its end faults, and the kernel merges
+/// it with no other mapping.
 const GUARD: usize = PAGE_SIZE as usize;
 
 /// Where the memory of a page is, as the host's kernel has it.
@@ -64,7 +65,8 @@ unsafe impl Sync for Reservation {}
 
 impl Drop for Reservation {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's own, whoever could reach it has borrowed or owned the value, and so is gone.
+        // SAFETY: the mapping is this value's own; it is only reached through a borrow or an owner of the value, and
+        // none is left in `drop`.
         if let Err(error) = unsafe { munmap(self.base.cast(), self.len) } {
             tracing::warn!(%error, "munmap");
         }
@@ -106,7 +108,7 @@ impl Window {
     /// New memory of `len` bytes, which reads as zeros and takes nothing from the host until it is touched.
     ///
     /// # Errors
-    /// What the host says.
+    /// The error of the host.
     pub fn reserve(len: u64) -> io::Result<Self> {
         Self::reserve_between(len, GUARD)
     }
@@ -142,8 +144,9 @@ impl Window {
     /// A window over memory that exists.
     ///
     /// # Safety
-    /// The `len` bytes from `base`, both multiples of the page size, are private memory, readable and writable, mapped as long as `owner` lives. Nobody
-    /// holds a Rust reference into it, and nobody minds that its mappings are replaced.
+    /// The `len` bytes from `base`, both multiples of the page size, are private memory, readable and writable, mapped
+    /// as long as `owner` lives. Nobody holds a Rust reference into it, and nobody minds that its mappings are
+    /// replaced.
     pub unsafe fn over(base: *mut u8, len: u64, owner: Arc<dyn Any + Send + Sync>) -> Self {
         Self {
             base,
@@ -177,21 +180,21 @@ impl Window {
         Ok((self.base.wrapping_add(offset as usize).cast(), len as usize))
     }
 
-    /// Puts the pages of `file` from `file_offset` in place of those at `offset`: shared with all who map them, and copied when they are
-    /// written to. The file stays open, and locked as it is, until its last page here is replaced.
+    /// Puts the pages of `file` from `file_offset` in place of those at `offset`: shared with all who map them, and
+    /// copied when they are written to. The file stays open, and locked as it is, until its last page here is replaced.
     ///
     /// The part of the file has to exist: a page past its end raises `SIGBUS` when it is touched.
     ///
     /// # Errors
-    /// `InvalidInput` where the range is outside the window or not made of whole pages; else what the host says, `ENOMEM` among it where
-    /// the process has too many mappings (`vm.max_map_count`). Then the pages are as they were.
+    /// `InvalidInput` where the range is outside the window or not made of whole pages; else the error of the host,
+    /// `ENOMEM` where the process has too many mappings (`vm.max_map_count`). Then the pages are as they were.
     pub fn map_file(&self, offset: u64, len: u64, file: &File, file_offset: u64) -> io::Result<()> {
         let (address, size) = self.pages(offset, len)?;
         if size == 0 {
             return Ok(());
         }
-        // SAFETY: the range lies in the window, which is memory that nobody holds references into and whose mappings may be replaced, by
-        // the contract of `over` or because it is reserved.
+        // SAFETY: the range lies in the window, which is memory that nobody holds references into and whose mappings
+        // may be replaced, by the contract of `over` or because it is reserved.
         let mapped = unsafe {
             mmap(
                 address,
@@ -206,7 +209,8 @@ impl Window {
         Ok(())
     }
 
-    /// Puts fresh memory in place of the pages at `offset`: it reads as zeros, and takes nothing from the host until it is touched.
+    /// Puts fresh memory in place of the pages at `offset`: it reads as zeros, and takes nothing from the host until it
+    /// is touched.
     ///
     /// # Errors
     /// As [`Window::map_file`].
@@ -228,8 +232,8 @@ impl Window {
         Ok(())
     }
 
-    /// Puts a private copy of the pages at `offset` in their place, so that no file is behind them any more. Whoever looks meanwhile sees the same
-    /// bytes; what is written meanwhile may be lost.
+    /// Puts a private copy of the pages at `offset` in their place, so that no file is behind them any more. A reader
+    /// sees the same bytes meanwhile; what is written meanwhile may be lost.
     ///
     /// # Errors
     /// As [`Window::map_file`].
@@ -244,7 +248,8 @@ impl Window {
             self.read(offset + at, &mut page);
             copy.write(at, &page);
         }
-        // SAFETY: `copy` is a mapping of this function's own, to which no reference exists; where it goes is as in `map_file`.
+        // SAFETY: `copy` is a mapping of this function's own, to which no reference exists; where it goes is as in
+        // `map_file`.
         let moved =
             unsafe { mremap_fixed(copy.base.cast(), size, size, MremapFlags::MAYMOVE, address) };
         moved?;
@@ -253,8 +258,8 @@ impl Window {
         Ok(())
     }
 
-    /// Gives the private memory of the pages back to the host. They read as they would have if nobody had ever written to them: as zeros, or as the
-    /// file that is mapped there.
+    /// Gives the private memory of the pages back to the host. They read as they would have if nobody had ever written
+    /// to them: as zeros, or as the file that is mapped there.
     ///
     /// # Errors
     /// As [`Window::map_file`].
@@ -270,7 +275,8 @@ impl Window {
         self.advise(offset, len, Advice::LinuxNoHugepage)
     }
 
-    /// Gives each page of the range that is a file's a private copy now, as a write to it would. Nothing that is read there changes.
+    /// Gives each page of the range that is a file's a private copy now, as a write to it would. Nothing that is read
+    /// there changes.
     ///
     /// # Errors
     /// As [`Window::map_file`]; `InvalidInput` also before Linux 5.14 (`MADV_POPULATE_WRITE`).
@@ -280,8 +286,8 @@ impl Window {
 
     fn advise(&self, offset: u64, len: u64, advice: Advice) -> io::Result<()> {
         let (address, size) = self.pages(offset, len)?;
-        // SAFETY: the range lies in the window; none of the pieces of advice that are given here unmaps anything, and that the content may change is
-        // in the window's contract.
+        // SAFETY: the range lies in the window; none of the pieces of advice that are given here unmaps anything, and
+        // that the content may change is in the window's contract.
         unsafe { madvise(address, size, advice) }?;
         Ok(())
     }
@@ -295,7 +301,8 @@ impl Window {
         let (words, rest) = bytes.as_chunks::<8>();
         let same = |(index, word): (usize, &[u8; 8])| {
             let at = start.wrapping_add(index * 8).cast::<[u8; 8]>();
-            // SAFETY: the 8 bytes lie in the window; an array of bytes has no alignment, and any bits are a value of it.
+            // SAFETY: the 8 bytes lie in the window; an array of bytes has no alignment, and any bits are a value of
+            // it.
             unsafe { at.read_volatile() == *word }
         };
         let tail = start.wrapping_add(words.len() * 8);

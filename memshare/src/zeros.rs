@@ -1,8 +1,8 @@
 //! Pages of zeros that a guest holds after boot, given back.
 //!
-//! A kernel clears memory that it never writes to: lists of free pages that a CPU keeps, tables that stay empty. Whether a page is zero is known from
-//! its first word for all but few, so that it is cheap to look, a few times while a guest boots and soon after. A page of zeros says nothing of
-//! anybody, so nothing can be learnt from its being exchanged.
+//! A kernel clears memory that it never writes to: lists of free pages that a CPU keeps, tables that stay empty.
+//! Whether a page is zero is known from its first word for all but few, so that it is cheap to look, a few times while
+//! a guest boots and soon after. A page of zeros is no secret, so nothing can be learnt from its being exchanged.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -40,8 +40,8 @@ impl SharedMemory {
         runs
     }
 
-    /// Gives back the pages of zeros that the guest holds, until `enough` says so; that is asked between batches. What cannot be done at once stays as
-    /// it is, for another look.
+    /// Gives back the pages of zeros that the guest holds, until `enough` is true; it is called between batches. What
+    /// cannot be done at once stays as it is, for another look.
     pub(crate) fn give_zeros_back(&self, still: &dyn StandStill, mut enough: impl FnMut() -> bool) {
         let mut runs = self.zero_runs().into_iter().peekable();
         while runs.peek().is_some() && !enough() {

@@ -1,10 +1,15 @@
-//! The boot timer: a guest tells that it has booted, by a write to a port, as it does to early Firecracker on x86 (`MAGIC_IOPORT_SIGNAL_GUEST_BOOT_COMPLETE`;
-//! later ones have the same by MMIO). A guest that knows nothing of it writes nothing there.
+//! The boot timer: a guest tells that it has booted, by a write to a port, as it does to early Firecracker on x86
+//! (`MAGIC_IOPORT_SIGNAL_GUEST_BOOT_COMPLETE`; later ones have the same by MMIO). A guest that knows nothing of it
+//! writes nothing there.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::bus::BusDevice;
+use crate::lifecycle::{DeviceKind, StateKey, stateless};
+
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("boot timer", StateKey::Nothing);
 
 /// `MAGIC_VALUE_SIGNAL_GUEST_BOOT_COMPLETE`.
 const BOOTED: u8 = 123;
@@ -24,6 +29,8 @@ impl BootTimer {
         self.mark.clone()
     }
 }
+
+stateless!(BootTimer, KIND);
 
 impl BusDevice for BootTimer {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-mod acpi_pm;
-mod boot_timer;
-mod i8042;
-mod pvpanic;
-mod rtc;
-mod serial;
+pub(crate) mod acpi_pm;
+pub(crate) mod boot_timer;
+pub(crate) mod i8042;
+pub(crate) mod pvpanic;
+pub(crate) mod rtc;
+pub(crate) mod serial;
 
 pub use acpi_pm::{AcpiPm, RESET_VALUE, S5_SLEEP_TYPE};
 pub use boot_timer::{BootMark, BootTimer};
@@ -16,7 +16,7 @@ pub use pvpanic::Pvpanic;
 pub use rtc::{CmosRtc, RtcState};
 pub use serial::{SerialConsole, SerialInput, SerialPort, SerialState};
 
-/// What a guest asks for, or tells, through a legacy device.
+/// What a guest asks for, or reports, through a legacy device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PowerEvent {
     /// ACPI sleep state S5.
@@ -27,7 +27,7 @@ pub enum PowerEvent {
     Panic,
 }
 
-/// Whom a device tells of a [`PowerEvent`]; called on a vCPU thread, must not block.
+/// Called by a device with each [`PowerEvent`], on a vCPU thread; it must not block.
 pub type PowerSink = Arc<dyn Fn(PowerEvent) + Send + Sync>;
 
 #[cfg(test)]

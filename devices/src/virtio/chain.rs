@@ -88,8 +88,8 @@ impl Chain {
     }
 }
 
-/// The last byte of a chain that the device may write, whatever its other buffers are: where a device says that it refuses those. `None` where
-/// that byte, or the chain's end, is not to be had.
+/// The last byte of a chain that the device may write, whatever its other buffers are: where a device reports that it
+/// refuses those. `None` where that byte, or the chain's end, is not to be had.
 pub fn last_writable_byte(
     descriptors: &DescriptorChain<&GuestMemory>,
     queue_size: u16,

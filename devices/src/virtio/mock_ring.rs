@@ -79,7 +79,8 @@ pub(super) type RawBuffer = (u64, u32, u16, u16);
 /// The flag of a descriptor that stands for a table of others (VIRTIO 1.2, 2.7.5.3).
 pub(super) const INDIRECT: u16 = 4;
 
-/// What the driver of one queue does that means harm: its descriptors, the heads it offers, and by how much its index lies.
+/// What the driver of one queue does that means harm: its descriptors, the heads it offers, and by how much its index
+/// lies.
 #[derive(Clone, Debug)]
 pub(super) struct Volley {
     table: Vec<RawBuffer>,

@@ -1,5 +1,6 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
+pub(crate) mod activate_error;
 pub mod balloon;
 pub mod block;
 pub mod chain;
@@ -14,6 +15,7 @@ pub mod vsock;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+pub use activate_error::ActivateError;
 pub use ring_position::RingPosition;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -22,6 +24,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+use crate::lifecycle::Device;
 
 /// What every device offers: virtio 1, and the ring features that the queues here have.
 pub const RING_FEATURES: u64 =
@@ -40,7 +43,7 @@ pub struct Interrupt {
     /// `ConfigGeneration`.
     config_generation: AtomicU32,
     needs_reset: AtomicBool,
-    /// The causes are from a saved state: whether the VM knows of them is not certain.
+    /// The causes are from a saved state: whether the VM has delivered their interrupt is not known.
     restored: AtomicBool,
     /// An irqfd of the VM: a write raises the device's GSI.
     irqfd: EventFd,
@@ -106,8 +109,8 @@ impl Interrupt {
         self.raise(INTERRUPT_CONFIG_CHANGE);
     }
 
-    /// Takes over what was saved. The line is raised when the device goes on, not before: the VM may not have its interrupt
-    /// controllers yet.
+    /// Takes over what was saved. The line is raised when the device goes on, not before: the VM may not have its
+    /// interrupt controllers yet.
     fn restore(&self, status: u32, config_generation: u32, needs_reset: bool) {
         self.status.store(status, Ordering::SeqCst);
         self.config_generation
@@ -116,8 +119,8 @@ impl Interrupt {
         self.restored.store(true, Ordering::SeqCst);
     }
 
-    /// Raises the line again for what was pending in a state that was restored. Once: a cause that the VM knew of as well is one
-    /// interrupt more, in which the driver finds what it is for, or nothing.
+    /// Raises the line again, once, for the causes that were pending in a restored state. The VM may have delivered the
+    /// interrupt already; then the driver gets a second one, at which it finds nothing new.
     fn raise_restored(&self) {
         if self.restored.swap(false, Ordering::SeqCst) && self.status() != 0 {
             self.raise_line();
@@ -137,7 +140,8 @@ impl Interrupt {
     }
 }
 
-/// Reads a configuration space that consists of `bytes`: fills `data` with those from `offset`; those past the end are zero.
+/// Reads a configuration space that consists of `bytes`: fills `data` with those from `offset`; those past the end are
+/// zero.
 fn read_config_bytes(bytes: &[u8], offset: u64, data: &mut [u8]) {
     let rest = usize::try_from(offset)
         .ok()
@@ -160,30 +164,26 @@ pub struct Activation {
     pub features: u64,
 }
 
-/// Refuses rings of which buffers are under way: a device that keeps none has answered all of them before it was saved, and a driver that
-/// has just set them up has yet to offer any.
-fn check_nothing_is_held<'a>(
+/// Refuses rings with requests in flight: a device has ended all of them before it was saved, and a driver that has
+/// just set the rings up has yet to offer any.
+fn check_none_in_flight<'a>(
     mut queues: impl Iterator<Item = &'a Queue>,
 ) -> Result<(), ActivateError> {
-    if queues.any(|queue| RingPosition::of(queue).held() != 0) {
-        return Err(ActivateError("requests are under way already".into()));
+    if queues.any(|queue| RingPosition::of(queue).in_flight() != 0) {
+        return Err(ActivateError::InFlight);
     }
     Ok(())
 }
 
-/// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
-#[derive(Debug, thiserror::Error)]
-#[error("virtio device cannot start: {0}")]
-pub struct ActivateError(pub String);
-
 /// A virtio device behind a transport.
 ///
-/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues on the device
-/// thread, when their kicks become readable; `reset` returns only when no request of the device touches guest
-/// memory any more. A kick of a device that is not active means nothing.
+/// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues
+/// on the device thread, when their kicks become readable. A kick of a device that is not active means nothing. The
+/// driver's write of 0 to `Status` is a [`Device::reset`]: the device forgets its queues.
 ///
-/// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where the saved device was.
-pub trait VirtioDevice: Send {
+/// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where
+/// the saved device was.
+pub trait VirtioDevice: Device {
     /// The device ID (VIRTIO 1.2, chapter 5).
     fn device_id(&self) -> u32;
 
@@ -196,8 +196,8 @@ pub trait VirtioDevice: Send {
     /// An ioeventfd for each queue: readable when the driver notifies the queue.
     fn kicks(&self) -> &[EventFd];
 
-    /// Whether the driver's notifications of a queue have to be served before the driver goes on. The queue is then not to have an
-    /// ioeventfd, so that each of them comes to [`VirtioDevice::notified`].
+    /// Whether the driver's notifications of a queue have to be served before the driver goes on. The queue is then not
+    /// to have an ioeventfd, so that each of them comes to [`VirtioDevice::notified`].
     fn is_synchronous(&self, _queue: usize) -> bool {
         false
     }
@@ -226,17 +226,14 @@ pub trait VirtioDevice: Send {
     /// Where the device cannot serve; the device is then as after `reset`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// How far each ring is, by index; `None` for one that the device does not serve. Only of a paused device does this say all there is to say: it
-    /// has no request in flight.
+    /// How far each ring is, by index; `None` for one that the device does not serve. Only of a paused device does this
+    /// say all there is to say: it has no request in flight.
     fn ring_positions(&self) -> Vec<Option<RingPosition>>;
 
-    /// Whether a request under way will write to a range of guest memory: first address, length in bytes. Between calls of the device, nothing
-    /// else of it writes there.
+    /// Whether a request under way will write to a range of guest memory: first address, length in bytes. Between calls
+    /// of the device, nothing else of it writes there.
     fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
         let _ = (address, len);
         false
     }
-
-    /// The driver wrote 0 to `Status`: stops, waits for requests in flight, and forgets the queues.
-    fn reset(&mut self);
 }

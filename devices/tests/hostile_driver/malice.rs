@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::stack::{
-    Buffer, DRIVER_OK, Device, EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, Rings, Stack, VERSION_1,
+    Buffer, DRIVER_OK, EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, Rings, Stack, Subject, VERSION_1,
     WRITE, register,
 };
 
@@ -132,7 +132,7 @@ pub fn action() -> impl Strategy<Value = Action> {
     ]
 }
 
-pub fn perform<D: Device>(stack: &mut Stack<D>, action: Action) {
+pub fn perform<D: Subject>(stack: &mut Stack<D>, action: Action) {
     match action {
         Action::Access {
             offset,
@@ -178,7 +178,7 @@ pub struct Volley {
 
 impl Volley {
     /// Puts it into memory, behind available index `first`; the new index, and what is offered for writing.
-    pub fn load<D: Device>(
+    pub fn load<D: Subject>(
         &self,
         stack: &Stack<D>,
         rings: Rings,
@@ -235,8 +235,8 @@ fn wild_volley() -> impl Strategy<Value = Volley> {
         })
 }
 
-/// Chains of the right shape, a header, data and a status each, so that what is behind the checks of the shape is reached. Their
-/// data may overlap, also with the headers.
+/// Chains of the right shape, a header, data and a status each, so that what is behind the checks of the shape is
+/// reached. Their data may overlap, also with the headers.
 fn well_formed_volley() -> impl Strategy<Value = Volley> {
     let len = prop_oneof![4 => select(vec![512u32, 1024, 4096]), 1 => 0u32..5000];
     // Memory has a hole, and ends: what is in neither is refused.
@@ -260,8 +260,8 @@ fn well_formed_volley() -> impl Strategy<Value = Volley> {
     })
 }
 
-/// Keeps what a device may write apart from the rings and tables, since a device that writes new descriptors into them, as it was
-/// told to, would offer what this test does not know of.
+/// Keeps what a device may write apart from the rings and tables, since a device that writes new descriptors into them,
+/// as it was told to, would offer what this test does not know of.
 fn apart((address, len, flags, next): Buffer) -> Buffer {
     if flags & INDIRECT != 0 {
         (TABLE + address % 16 * 16, len % 512, flags, next)

@@ -1,4 +1,4 @@
-//! The command line of `coppice`: what it takes, what that asks for, and the client of the host daemon ([`remote`]).
+//! The command line of `coppice`: what it takes, what that asks for.
 //!
 //! What [`Command`] names a tool is parsed by another program: see [`ToolArguments`].
 
@@ -6,7 +6,6 @@ mod balloon;
 mod disk;
 mod jail;
 mod pmem;
-pub mod remote;
 mod restore;
 mod run_options;
 mod serve;
@@ -38,7 +37,7 @@ pub use restore::{RestoreArgument, RestoreError};
 pub use run_options::RunOptions;
 pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use serve_jail::{ServeJailArgument, ServeJailError};
-pub use vm::{Connection, CreateArguments, TemplateCommand, VmArguments, VmCommand};
+pub use vm::{Connection, CreateArguments, VmArguments, VmCommand};
 pub use vsock::{VsockArgument, VsockArgumentError};
 
 /// A virtual machine monitor for many small guests.

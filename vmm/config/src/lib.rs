@@ -21,6 +21,7 @@ mod error;
 mod id;
 pub mod limits;
 mod machine;
+pub mod operations;
 mod output;
 mod pmem;
 mod sharing;

@@ -1,5 +1,6 @@
 //! How the programs of Coppice read their command line, and end where they cannot go on.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -8,6 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use control::logging::{Log, LogFilter, LogFormat};
 use host::exit;
+use host::report::chain;
 
 /// Bytes of the parser's stack: enough for a build without optimization, and too few for the host to make a huge page of them.
 const PARSER_STACK: usize = 1 << 20;
@@ -25,16 +27,21 @@ pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitC
         Ok(Err(error)) => Err(told_by_parser(&error)),
         Err(error) => Err(fail(
             exit::FAILURE,
-            format_args!("parser of arguments: {error}"),
+            format_args!("parser of arguments: {}", chain(&error)),
         )),
     }
 }
 
 /// Says on standard error what is wrong, and gives the code to end with.
-pub fn fail(code: u8, error: impl Display) -> ExitCode {
-    // Standard error may be a file on a full disk. The code is told all the same.
-    let _ = writeln!(io::stderr(), "coppice: {error}");
+pub fn fail(code: u8, text: impl Display) -> ExitCode {
+    // Standard error may be a file on a full disk. The exit code says what it can all the same.
+    let _ = writeln!(io::stderr(), "coppice: {text}");
     ExitCode::from(code)
+}
+
+/// Shows an error with its sources on standard error, and gives the code to end with.
+pub fn fail_with(code: u8, error: &dyn Error) -> ExitCode {
+    fail(code, chain(error))
 }
 
 /// Help and version go to standard output; what is wrong is said in one line like everything else.
@@ -42,7 +49,7 @@ fn told_by_parser(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
             Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(exit::FAILURE, error),
+            Err(error) => fail_with(exit::FAILURE, &error),
         };
     }
     let text = error.to_string();
@@ -69,5 +76,6 @@ fn told_by_parser(error: &clap::Error) -> ExitCode {
 /// Where something else logs already: the code to end with.
 pub fn log_warnings() -> Result<(), ExitCode> {
     let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
-    tracing::subscriber::set_global_default(subscriber).map_err(|error| fail(exit::FAILURE, error))
+    tracing::subscriber::set_global_default(subscriber)
+        .map_err(|error| fail_with(exit::FAILURE, &error))
 }

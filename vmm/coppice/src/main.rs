@@ -6,12 +6,13 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{self, ExitCode};
 
-use cli::{Cli, Command, ImageCommand, RunArguments, ServeArguments, VmArguments, remote};
+use cli::{Cli, Command, ImageCommand, RunArguments, ServeArguments, VmArguments, VmCommand};
 use control::logging::Log;
-use coppice::command_line::{fail, log_warnings, parse};
+use coppice::command_line::{fail, fail_with, log_warnings, parse};
 use coppice::run;
 use coppice::warm::{self, Warmed};
-use daemon::{serve, zygote};
+use daemon::{remote, serve, zygote};
+use host::report::chain;
 use host::{exit, heap, program};
 use machine::reference::{Size, WarmRequest};
 
@@ -33,8 +34,8 @@ fn carry_out(command: Command) -> ExitCode {
         Command::Serve(arguments) => serve_guests(*arguments),
         Command::Zygote { .. } => match zygote::serve() {
             Ok(None) => ExitCode::SUCCESS,
-            Ok(Some(newborn)) => begin(newborn.args.into_iter().map(OsString::from).collect()),
-            Err(error) => fail(exit::FAILURE, format_args!("zygote: {error}")),
+            Ok(Some(spawned)) => begin(spawned.args.into_iter().map(OsString::from).collect()),
+            Err(error) => fail(exit::FAILURE, format_args!("zygote: {}", chain(&error))),
         },
         Command::Vm(arguments) => use_guests(*arguments),
         Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
@@ -73,7 +74,7 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
         arguments.log_format,
     );
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     let end_file = arguments.end_file.clone();
     let options = match arguments.into_options() {
@@ -84,41 +85,48 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
                 ..exit::EndReport::failed(&error)
             };
             if let Some(Err(error)) = end_file.map(|path| end.write(&path)) {
-                tracing::error!(%error, "why the guest ended cannot be written");
+                tracing::error!(error = %chain(&error), "why the guest ended cannot be written");
             }
-            return fail(exit::USAGE, error);
+            return fail_with(exit::USAGE, &error);
         }
     };
     match run::run(options, log) {
         Ok(reason) => ExitCode::from(&reason),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn serve_guests(arguments: ServeArguments) -> ExitCode {
     let (_, subscriber) = Log::new(arguments.log.clone(), arguments.log_format);
     if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
-        return fail(exit::FAILURE, error);
+        return fail_with(exit::FAILURE, &error);
     }
     let options = match arguments.into_options() {
         Ok(options) => options,
-        Err(error) => return fail(exit::FAILURE, error),
+        Err(error) => return fail_with(exit::FAILURE, &error),
     };
     match serve::run(options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn outcome(done: Result<(), remote::RemoteError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(error.code(), error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
 fn use_guests(arguments: VmArguments) -> ExitCode {
-    outcome(remote::run(arguments))
+    let (socket, json) = (arguments.connection.socket(), arguments.connection.json);
+    match arguments.command {
+        VmCommand::Create(create) => match create.into_body() {
+            Ok(body) => outcome(remote::create(&socket, json, &body)),
+            Err(error) => fail_with(exit::USAGE, &error),
+        },
+        VmCommand::Use(command) => outcome(remote::run(&socket, json, command)),
+    }
 }
 
 fn make_image(command: ImageCommand) -> ExitCode {
@@ -148,7 +156,7 @@ fn make_image(command: ImageCommand) -> ExitCode {
         Ok(Some(Warmed::Kept(path))) => println!("{} is there", path.display()),
         Ok(Some(Warmed::Made { path, pages })) => println!("{}: {pages} pages", path.display()),
         Ok(None) => {}
-        Err(error) => return fail(exit::FAILURE, error),
+        Err(error) => return fail_with(exit::FAILURE, &error),
     }
     ExitCode::SUCCESS
 }

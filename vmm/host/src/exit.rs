@@ -1,12 +1,14 @@
 //! How `coppice` ends, and what its exit code, and the file of `--end-file`, say about that.
 
-use std::fmt::Display;
+use std::error::Error;
 use std::fs;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use serde::{Deserialize, Serialize};
+
+use crate::report::chain;
 
 /// How a guest came to its end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,11 +123,16 @@ pub struct EndReport {
 }
 
 impl EndReport {
-    /// A guest that could not be run.
-    pub fn failed(error: &impl Display) -> Self {
+    /// A guest that could not be run, with the error and its sources.
+    pub fn failed(error: &dyn Error) -> Self {
+        Self::failed_because(chain(error).to_string())
+    }
+
+    /// A guest that could not be run, where there is no error but a text.
+    pub fn failed_because(text: impl Into<String>) -> Self {
         Self {
             kind: EndKind::Failed,
-            text: error.to_string(),
+            text: text.into(),
             code: Some(FAILURE),
         }
     }

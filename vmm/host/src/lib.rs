@@ -8,6 +8,7 @@ pub mod heap;
 pub mod output;
 pub mod procfs;
 pub mod program;
+pub mod report;
 pub mod signals;
 pub mod socket;
 pub mod stack;

@@ -52,12 +52,12 @@ impl ConfigSpace {
 
 /// What a device offers.
 ///
-/// `VIRTIO_BALLOON_F_PAGE_POISON` is not among it: what was given back reads as zeros, or as a file that is mapped there, so no
-/// device here could promise a guest that a page comes back as the guest has filled it. A Linux guest that fills its free pages, with a
-/// pattern or with zeros, does not report them then, and rightly so.
+/// `VIRTIO_BALLOON_F_PAGE_POISON` is not among it: what was given back reads as zeros, or as a file that is mapped
+/// there, so no device here could promise a guest that a page comes back as the guest has filled it. A Linux guest that
+/// fills its free pages, with a pattern or with zeros, does not report them then, and rightly so.
 ///
-/// Neither is `VIRTIO_BALLOON_F_MUST_TELL_HOST`: a page is given back before the driver hears that it is in the balloon, and may be
-/// used again at any time after that.
+/// Neither is `VIRTIO_BALLOON_F_MUST_TELL_HOST`: a page is given back before the driver hears that it is in the
+/// balloon, and may be used again at any time after that.
 pub(super) fn features(config: &BalloonConfig) -> u64 {
     let optional = [
         (config.statistics_interval > 0, F_STATS_VQ),

@@ -16,8 +16,8 @@ impl MutEventSubscriber for VirtioBalloon {
         }
         let queue = events.data() as usize;
         if let Some(kick) = self.kicks.get(queue) {
-            // The counter says only that there was a kick. One that comes while the device is not active means nothing, and one
-            // while it is paused is made up for by `resume`.
+            // The counter says only that there was a kick. One that comes while the device is not active means nothing,
+            // and one while it is paused is made up for by `resume`.
             let _ = kick.read();
             self.serve(queue);
         }

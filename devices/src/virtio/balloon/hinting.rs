@@ -5,10 +5,6 @@
 //! driver:        Run(n), blocks it has taken, ..., Stop        it frees its blocks
 //! ```
 
-use super::NAME;
-use super::persist::HintingState;
-use crate::persist::{RestoreError, invalid};
-
 /// What the host asks for in `free_page_hint_cmd_id`, and what the driver sends before and after its blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Command {
@@ -45,13 +41,13 @@ impl From<Command> for u32 {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Hinting {
     /// The last run's number.
-    last: u32,
+    pub(super) last: u32,
     /// What the host wants.
     pub(super) host: Command,
     /// What the driver sent last.
     pub(super) guest: Option<Command>,
     /// Whether the driver may free its blocks as soon as it has sent all.
-    acknowledge: bool,
+    pub(super) acknowledge: bool,
 }
 
 impl Hinting {
@@ -62,37 +58,6 @@ impl Hinting {
         self.acknowledge = acknowledge;
     }
 
-    pub(super) fn save(&self) -> HintingState {
-        HintingState {
-            last: self.last,
-            host: self.host.into(),
-            guest: self.guest.map(u32::from),
-            acknowledge: self.acknowledge,
-        }
-    }
-
-    /// # Errors
-    /// Where the run that the host wants is not the last, or has a number that no run has.
-    pub(super) fn restore(state: &HintingState) -> Result<Self, RestoreError> {
-        let host = Command::from(state.host);
-        if state.last == 1 {
-            let reason = "no run has this number";
-            return Err(invalid(NAME, "the last run of hinting", state.last, reason));
-        }
-        match host {
-            Command::Run(run) if run != state.last => {
-                let reason = "it is not the last run";
-                Err(invalid(NAME, "the run of hinting", run, reason))
-            }
-            Command::Run(_) | Command::Stop | Command::Done => Ok(Self {
-                last: state.last,
-                host,
-                guest: state.guest.map(Command::from),
-                acknowledge: state.acknowledge,
-            }),
-        }
-    }
-
     /// The driver was reset. Numbers are not used again.
     pub(super) fn reset(&mut self) {
         *self = Self {
@@ -101,8 +66,8 @@ impl Hinting {
         };
     }
 
-    /// The driver sent a command. True where that ends the run, so that the driver has to hear of it.
-    pub(super) fn heard(&mut self, command: Command) -> bool {
+    /// The driver sent a command. True where that ends the run, so that the driver has to be notified.
+    pub(super) fn receive(&mut self, command: Command) -> bool {
         let was_in_run = self.takes_blocks();
         self.guest = Some(command);
         let has_ended = match command {
@@ -136,9 +101,9 @@ mod tests {
         run.start(true);
         assert_eq!((u32::from(run.host), run.guest), (2, None));
         assert!(!run.takes_blocks());
-        assert!(!run.heard(Command::Run(2)));
+        assert!(!run.receive(Command::Run(2)));
         assert!(run.takes_blocks());
-        assert!(run.heard(Command::Stop));
+        assert!(run.receive(Command::Stop));
         assert_eq!(run.host, Command::Done);
         assert!(!run.takes_blocks());
     }
@@ -147,8 +112,8 @@ mod tests {
     fn a_stop_that_is_not_acknowledged_leaves_the_blocks_with_the_driver() {
         let mut run = Hinting::default();
         run.start(false);
-        run.heard(Command::Run(2));
-        assert!(!run.heard(Command::Stop));
+        run.receive(Command::Run(2));
+        assert!(!run.receive(Command::Stop));
         assert_eq!(run.host, Command::Run(2));
         assert!(!run.takes_blocks());
     }
@@ -157,12 +122,12 @@ mod tests {
     fn the_end_of_a_run_does_not_end_the_next() {
         let mut run = Hinting::default();
         run.start(true);
-        run.heard(Command::Run(2));
+        run.receive(Command::Run(2));
         run.start(true);
         assert!(!run.takes_blocks());
-        assert!(!run.heard(Command::Stop));
+        assert!(!run.receive(Command::Stop));
         assert_eq!(run.host, Command::Run(3));
-        run.heard(Command::Run(3));
+        run.receive(Command::Run(3));
         assert!(run.takes_blocks());
     }
 

@@ -1,5 +1,5 @@
-//! Rings from a driver that means harm: whatever it writes, each buffer comes back or the device is in need of a reset, no byte of guest
-//! memory changes but in the used rings, and only whole pages of RAM are given back.
+//! Rings from a driver that means harm: whatever it writes, each buffer comes back or the device is in need of a reset,
+//! no byte of guest memory changes but in the used rings, and only whole pages of RAM are given back.
 
 use proptest::collection::vec;
 use proptest::prelude::*;

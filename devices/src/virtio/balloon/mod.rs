@@ -4,14 +4,15 @@
 //! inflated, hinted or reported pages ── ring ──> VirtioBalloon ── GiveBack ──> the host has them again
 //! ```
 //!
-//! The balloon itself is pages that the guest has set aside because the host asked for so many. Hints are free pages of one moment, which
-//! the host asks for too; reports are free pages that the driver tells of all the time. All go back at once. To take a page again, the
-//! guest only has to touch it, so deflating is nothing but an answer.
+//! The balloon itself is pages that the guest has set aside because the host asked for so many. Hints are free pages of
+//! one moment, which the host asks for too; reports are free pages that the driver names all the time. All go back at
+//! once. To take a page again, the guest only has to touch it, so a buffer of pages to deflate is given back as it
+//! came.
 //!
-//! A guest keeps off pages that it inflates or reports until the device has used the buffer, so those are served by the device
-//! thread. A hinted page it may use again at any time (5.5.6.5.1), and giving it back then would destroy what is in it. Linux
-//! lets go of a hinted block after it has notified the device, not before; so the notifications of the hinting queue have no
-//! ioeventfd, and a block is given back while the vCPU that hints it stands in its notification.
+//! A guest keeps off pages that it inflates or reports until the device has used the buffer, so those are served by the
+//! device thread. A hinted page it may use again at any time (5.5.6.5.1), and giving it back then would destroy what is
+//! in it. Linux lets go of a hinted block after it has notified the device, not before; so the notifications of the
+//! hinting queue have no ioeventfd, and a block is given back while the vCPU that hints it stands in its notification.
 
 mod config_space;
 mod event_handler;
@@ -38,7 +39,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::config_space::{ConfigSpace, F_FREE_PAGE_HINT, bit};
 use self::hinting::{Command, Hinting};
-use self::metrics::add;
 pub use self::metrics::{BalloonMetrics, Returned};
 pub use self::pages::GiveBack;
 pub use self::persist::{BalloonDeviceState, HintingState};
@@ -47,11 +47,20 @@ use self::statistics::Timer;
 pub use self::statistics::{STATISTICS, Values};
 use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
 /// Linux reports up to 32 pages in one chain, and needs a descriptor for each.
 const QUEUE_SIZE: u16 = 64;
-/// In errors.
-pub(super) const NAME: &str = "virtio-balloon";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-balloon",
+    state: StateKey::One("balloon"),
+    metrics: Some(MetricsGroup {
+        name: "balloon",
+        label: None,
+    }),
+};
 
 /// What a balloon device is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,7 +83,7 @@ pub enum BalloonError {
     /// It was made without statistics.
     #[error("the balloon has no statistics: it was set up with stats_polling_interval_s 0")]
     StatisticsOff,
-    /// The driver was told at its start whether there are statistics.
+    /// The driver has learned at its start whether there are statistics.
     #[error("statistics of the balloon cannot be turned on or off after the start")]
     StatisticsSwitch,
     /// It was made without hinting.
@@ -125,7 +134,7 @@ pub struct VirtioBalloon {
     statistics_interval: u16,
     values: Values,
     hinting: Hinting,
-    /// The statistics buffer that a saved device kept, until this one has the ring that it is of.
+    /// The statistics buffer that a saved device kept, until this device is activated with the ring of that buffer.
     restored_buffer: Option<u16>,
     active: Option<Active>,
     paused: bool,
@@ -163,23 +172,6 @@ impl VirtioBalloon {
             paused: false,
             metrics: Arc::default(),
         })
-    }
-
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<BalloonMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Serves nothing until [`VirtioBalloon::resume`]. Kicks are kept.
-    pub fn pause(&mut self) {
-        self.paused = true;
-    }
-
-    /// Goes on, with what has come in while the device was paused.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        (0..QUEUES).for_each(|queue| self.kick(queue));
-        self.interrupt.raise_restored();
     }
 
     /// Asks the guest for a balloon of so many pages of 4 KiB. A driver that starts later finds it.
@@ -220,15 +212,15 @@ impl VirtioBalloon {
         Ok(())
     }
 
-    /// Begins a run of hinting. With `acknowledge`, the driver may use again what it has hinted as soon as it has hinted all; else only after
-    /// [`VirtioBalloon::stop_hinting`].
+    /// Begins a run of hinting. With `acknowledge`, the driver may use again what it has hinted as soon as it has
+    /// hinted all; else only after [`VirtioBalloon::stop_hinting`].
     ///
     /// # Errors
     /// `HintingOff`, `NoDriver`.
     pub fn start_hinting(&mut self, acknowledge: bool) -> Result<(), BalloonError> {
         self.check_hinting()?;
         self.hinting.start(acknowledge);
-        self.tell_hinting();
+        self.publish_hinting();
         Ok(())
     }
 
@@ -239,7 +231,7 @@ impl VirtioBalloon {
     pub fn stop_hinting(&mut self) -> Result<(), BalloonError> {
         self.check_hinting()?;
         self.hinting.host = Command::Done;
-        self.tell_hinting();
+        self.publish_hinting();
         Ok(())
     }
 
@@ -271,8 +263,8 @@ impl VirtioBalloon {
         }
     }
 
-    /// Lets the driver see what the host wants of it.
-    fn tell_hinting(&mut self) {
+    /// Shows the driver in its configuration space what the host wants of it, and interrupts it.
+    fn publish_hinting(&mut self) {
         self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
         self.interrupt.signal_config_change();
     }
@@ -307,6 +299,34 @@ impl VirtioBalloon {
         self.active = None;
         self.set_timer();
         self.interrupt.fail();
+    }
+}
+
+impl Device for VirtioBalloon {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        (0..QUEUES).for_each(|queue| self.kick(queue));
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.restored_buffer = None;
+        self.set_timer();
+        self.config.actual = 0.into();
+        self.values = Values::default();
+        self.hinting.reset();
+        self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
     }
 }
 
@@ -365,7 +385,7 @@ impl VirtioDevice for VirtioBalloon {
             features,
         } = activation;
         if queues.iter().all(Option::is_none) {
-            return Err(ActivateError("no queue is ready".into()));
+            return Err(ActivateError::NotReady);
         }
         let mut ready = queues.into_iter();
         let mut ready: [Option<Queue>; QUEUES] = std::array::from_fn(|_| ready.next().flatten());
@@ -393,15 +413,5 @@ impl VirtioDevice for VirtioBalloon {
         queues
             .map(|queue| queue.as_ref().map(|(_, queue)| RingPosition::of(queue)))
             .collect()
-    }
-
-    fn reset(&mut self) {
-        self.active = None;
-        self.restored_buffer = None;
-        self.set_timer();
-        self.config.actual = 0.into();
-        self.values = Values::default();
-        self.hinting.reset();
-        self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
     }
 }

@@ -7,18 +7,20 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::super::chain::{self, Segment};
-use super::metrics::{Returned, add};
+use super::metrics::Returned;
 use crate::GuestMemory;
+use crate::metrics::add;
 
 /// Gives a range of whole pages inside guest RAM back to the host, at once: its address and its length in bytes.
 ///
-/// What the pages hold afterwards is the host's business; the guest does not rely on it. Called on the device thread, and on the threads of
-/// vCPUs, one call at a time for each device.
+/// What the pages hold afterwards is not defined, and the guest does not rely on it. Called on the device thread, and
+/// on the threads of vCPUs, one call at a time for each device.
 pub type GiveBack = Arc<dyn Fn(GuestAddress, u64) -> io::Result<()> + Send + Sync>;
 
 /// Bytes of a page, whatever the guest's own pages are (5.5.6).
 pub(super) const PAGE: u64 = 4096;
-/// Most page numbers that are taken from one buffer. Linux sends at most 256; of a longer buffer the rest stays with the guest's RAM.
+/// Most page numbers that are taken from one buffer. Linux sends at most 256; of a longer buffer the rest stays with
+/// the guest's RAM.
 pub(super) const MAX_PFNS: usize = 1024;
 /// A range of this many bytes counts as much work as a page does: a page table of the host.
 const TABLE: u64 = 2 << 20;

@@ -42,8 +42,9 @@ fn feature(role: Role) -> Option<u32> {
 
 /// The role of each queue for a driver that accepted `features` and made queues ready.
 ///
-/// By the standard each role has its number, also where a lower one is not used. Linux (since 5.1), and the devices it grew up with,
-/// number the queues that are used without a gap. Both are the same where there is no gap; else the queues that are ready tell.
+/// By the standard each role has its number, also where a lower one is not used. Linux (since 5.1), and the devices it
+/// grew up with, number the queues that are used without a gap. Both are the same where there is no gap; else the
+/// queues that are ready show which numbering it is.
 pub(super) fn roles(features: u64, is_ready: impl Fn(usize) -> bool) -> [Option<Role>; QUEUES] {
     let agreed = |role: Role| feature(role).is_none_or(|feature| features & bit(feature) != 0);
     let standard = ROLES.map(|role| agreed(role).then_some(role));

@@ -4,10 +4,10 @@ use virtio_queue::{QueueOwnedT, QueueT};
 
 use super::super::chain::{self, Chain, Segment};
 use super::hinting::Command;
-use super::metrics::add;
 use super::queues::Role;
 use super::{VirtioBalloon, pages};
 use crate::GuestMemory;
+use crate::metrics::add;
 
 /// A turn of the device thread ends with the buffer that makes its work this much, in pages.
 pub(super) const TURN: u64 = 4096;
@@ -15,7 +15,7 @@ pub(super) const TURN: u64 = 4096;
 /// How a turn has ended.
 #[derive(Default)]
 struct Turn {
-    /// The driver wants to hear of the buffers it has got back.
+    /// The driver wants an interrupt for the buffers that it has got back.
     interrupt: bool,
     /// There may be more: the turn was over.
     more: bool,
@@ -64,7 +64,8 @@ impl VirtioBalloon {
                 let mut ended = Some(descriptors.head_index());
                 work += self.handle(*role, memory, chain.ok().as_ref());
                 if *role == Role::Statistics {
-                    // It stays here until the next are wanted. A driver has one; if there are more, the others are of no use.
+                    // It stays here until the next are wanted. A driver has one; if there are more, the others are of
+                    // no use.
                     ended = std::mem::replace(&mut active.statistics_buffer, ended);
                 }
                 if let Some(head) = ended {
@@ -75,14 +76,15 @@ impl VirtioBalloon {
                     break;
                 }
             }
-            // A kick of an empty ring is no news to the driver.
+            // Where nothing was used, the driver would find nothing at its interrupt.
             turn.interrupt = used && queue.needs_notification(memory)?;
         }
         self.active = Some(active);
         Ok(turn)
     }
 
-    /// Does what a buffer asks for; `None` is one that cannot be understood, which goes back as it came. Returns how much work it was.
+    /// Does what a buffer asks for; `None` is one that cannot be understood, which goes back as it came. Returns how
+    /// much work it was.
     fn handle(&mut self, role: Role, memory: &GuestMemory, chain: Option<&Chain>) -> u64 {
         let metrics = &self.metrics;
         match (role, chain) {
@@ -123,7 +125,7 @@ impl VirtioBalloon {
     fn hint(&mut self, memory: &GuestMemory, chain: &Chain) -> u64 {
         if !chain.readable.is_empty() {
             match command(memory, &chain.readable) {
-                Some(command) if self.hinting.heard(command) => self.tell_hinting(),
+                Some(command) if self.hinting.receive(command) => self.publish_hinting(),
                 Some(_) => {}
                 None => add(&self.metrics.hinted.failures, 1),
             }
@@ -135,7 +137,8 @@ impl VirtioBalloon {
         }
     }
 
-    /// Gives the driver its statistics buffer back, upon which it sends another. Without a buffer, it has not answered yet.
+    /// Gives the driver its statistics buffer back, upon which it sends another. Without a buffer here, the driver has
+    /// yet to send one.
     pub(super) fn ask_for_statistics(&mut self) {
         if self.paused {
             return;

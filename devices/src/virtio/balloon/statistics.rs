@@ -49,7 +49,8 @@ struct Entry {
 pub struct Values(pub [Option<u64>; STATISTICS.len()]);
 
 impl Values {
-    /// Takes what is known of the entries in `segments`; what is not there stays as it was. False where that is not made of entries.
+    /// Takes what is known of the entries in `segments`; what is not there stays as it was. False where that is not
+    /// made of entries.
     pub(super) fn update(&mut self, memory: &GuestMemory, segments: &[Segment]) -> bool {
         let size = size_of::<Entry>();
         let len = chain::total_len(segments);

@@ -87,8 +87,8 @@ impl ConfigSpace {
     }
 }
 
-/// What a device on such a disk offers. Without `VIRTIO_BLK_F_CONFIG_WCE` the driver chooses the cache's mode by accepting
-/// `VIRTIO_BLK_F_FLUSH` or not (5.2.6.2).
+/// What a device on such a disk offers. Without `VIRTIO_BLK_F_CONFIG_WCE` the driver chooses the cache's mode by
+/// accepting `VIRTIO_BLK_F_FLUSH` or not (5.2.6.2).
 pub(super) fn features(read_only: bool, queues: u16) -> u64 {
     let mut features = RING_FEATURES
         | bit(VIRTIO_BLK_F_SIZE_MAX)

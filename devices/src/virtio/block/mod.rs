@@ -4,16 +4,16 @@
 //! vCPU ── kick ──> device thread: ring ─ request ─> storage::io ── completion ──> ring ── interrupt ──> vCPU
 //! ```
 //!
-//! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and so on) run on any
-//! thread, under the device's mutex, and at most wait for what is in flight. From a ring no more requests are taken than
-//! it has descriptors, however often the driver makes one available, so that a guest cannot grow the host's memory.
+//! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and
+//! so on) run on any thread, under the device's mutex, and at most wait for the requests in flight. From a ring no more
+//! requests are taken than it has descriptors, however often the driver makes one available, so that a guest cannot
+//! grow the host's memory.
 
 mod buffer;
 mod config_space;
 mod event_handler;
 #[cfg(test)]
 mod hostile;
-mod latency;
 mod metrics;
 mod persist;
 mod request;
@@ -32,11 +32,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::buffer::{Operation, Ticket};
+use self::buffer::{Operation, RequestInFlight};
 use self::config_space::{ConfigSpace, bit};
-pub use self::latency::{Latencies, LatencyReading};
 pub use self::metrics::BlockMetrics;
-use self::metrics::add;
 pub use self::persist::BlockState;
 use self::request::{Command, ID_LEN, Rules};
 use self::ring::{Next, Ring};
@@ -44,9 +42,18 @@ pub use self::sharing::DriveSharing;
 use super::chain;
 use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
-/// In errors.
-pub(super) const NAME: &str = "virtio-blk";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-blk",
+    state: StateKey::ById("drives"),
+    metrics: Some(MetricsGroup {
+        name: "block",
+        label: Some("drive"),
+    }),
+};
 
 /// What a block device is made of.
 #[derive(Clone, Debug)]
@@ -72,15 +79,18 @@ pub enum BlockError {
     /// The queue size is none.
     #[error("a block device with queues of {0}: expected a power of two from 4 to 256")]
     QueueSize(u16),
-    /// The host refused an event or the engine that was asked for.
-    #[error("the host refuses the device's disk I/O")]
-    Host(#[from] io::Error),
-    /// The driver was told of another kind of disk.
+    /// The host has no event for a queue: mostly no file descriptor is left.
+    #[error("no event for a queue of the device")]
+    Event(#[source] io::Error),
+    /// The host refused the I/O engine that was asked for.
+    #[error("the device's I/O engine cannot be started")]
+    Engine(#[source] io::Error),
+    /// The driver knows the disk as another kind than the new one is.
     #[error("the new disk {0}, unlike the one it is to replace")]
     Replacement(&'static str),
 }
 
-/// Is told that the host could not reach the guest memory of a request (`EFAULT`).
+/// Called when the host could not reach the guest memory of a request (`EFAULT`).
 pub type OnFault = dyn Fn() + Send + Sync;
 
 /// The device while a driver uses it.
@@ -98,7 +108,7 @@ pub struct VirtioBlock {
     config: ConfigSpace,
     features: u64,
     serial: [u8; ID_LEN],
-    disk: DiskQueue<Ticket>,
+    disk: DiskQueue<RequestInFlight>,
     active: Option<Active>,
     paused: bool,
     metrics: Arc<BlockMetrics>,
@@ -131,7 +141,8 @@ impl VirtioBlock {
         }
         let kicks = (0..queues)
             .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<_, _>>()
+            .map_err(BlockError::Event)?;
         let geometry = disk.geometry();
         Ok(Self {
             interrupt,
@@ -140,7 +151,7 @@ impl VirtioBlock {
             config: ConfigSpace::new(&geometry, queues, queue_size),
             features: config_space::features(geometry.read_only, queues),
             serial: padded,
-            disk: DiskQueue::new(disk, engine)?,
+            disk: DiskQueue::new(disk, engine).map_err(BlockError::Engine)?,
             active: None,
             paused: false,
             metrics: Arc::default(),
@@ -149,12 +160,8 @@ impl VirtioBlock {
         })
     }
 
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<BlockMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Lets the guest share what it reads from files that do not change, or from now on no more. Waits for requests in flight.
+    /// Lets the guest share what it reads from files that do not change, or from now on no more. Waits for requests in
+    /// flight.
     pub fn share(&mut self, sharing: Option<Arc<DriveSharing>>) {
         self.disk.drain();
         self.finish();
@@ -166,9 +173,10 @@ impl VirtioBlock {
         self.sharing.as_ref()
     }
 
-    /// Has `tell` told of requests whose guest memory the host cannot reach, before the driver gets to know of the error.
-    pub fn on_fault(&mut self, tell: Arc<OnFault>) {
-        self.on_fault = Some(tell);
+    /// Has `on_fault` called for each request whose guest memory the host cannot reach, before the driver gets the
+    /// error.
+    pub fn on_fault(&mut self, on_fault: Arc<OnFault>) {
+        self.on_fault = Some(on_fault);
     }
 
     /// The disk.
@@ -176,34 +184,19 @@ impl VirtioBlock {
         self.disk.disk()
     }
 
-    /// Waits for the requests in flight and tells the driver of them; serves nothing more until [`VirtioBlock::resume`]. Kicks are kept.
-    pub fn pause(&mut self) {
-        self.paused = true;
-        self.disk.drain();
-        self.finish();
-    }
-
-    /// Goes on, with what has come in while the device was paused.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        // Served by the device thread: the kernel ends the I/O of a thread that ends.
-        (0..self.kicks.len()).for_each(|queue| self.kick(queue));
-        self.interrupt.raise_restored();
-    }
-
-    /// Goes on with another disk, for example a larger one, and tells the driver. Waits for requests in flight.
+    /// Replaces the disk, for example by a larger one, and notifies the driver. Waits for requests in flight.
     ///
     /// # Errors
     /// `Replacement` where the disk differs in what the driver has been promised: sector size, and being writable.
     pub fn replace_disk(&mut self, disk: Arc<dyn Disk>) -> Result<(), BlockError> {
         let old = self.disk.disk().geometry();
-        self.go_on_with(disk, &old)
+        self.install_disk(disk, &old)
     }
 
-    /// Goes on with a disk that `change` makes of the present one, of which nothing is in flight meanwhile.
+    /// Replaces the disk by one that `change` makes of it, while no request is in flight.
     ///
     /// # Errors
-    /// What `change` says; and as [`VirtioBlock::replace_disk`]. Then the device goes on with the disk it has.
+    /// Those of `change`, and those of [`VirtioBlock::replace_disk`]. Then the device keeps its disk.
     pub fn change_disk<E: From<BlockError>>(
         &mut self,
         change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
@@ -212,10 +205,10 @@ impl VirtioBlock {
         self.disk.drain();
         self.finish();
         let disk = change(self.disk.disk())?;
-        Ok(self.go_on_with(disk, &old)?)
+        Ok(self.install_disk(disk, &old)?)
     }
 
-    fn go_on_with(&mut self, disk: Arc<dyn Disk>, old: &Geometry) -> Result<(), BlockError> {
+    fn install_disk(&mut self, disk: Arc<dyn Disk>, old: &Geometry) -> Result<(), BlockError> {
         let new = disk.geometry();
         if new.logical_sector != old.logical_sector {
             return Err(BlockError::Replacement("has another sector size"));
@@ -272,17 +265,16 @@ impl VirtioBlock {
             write_through: active.write_through,
         };
         for _ in 0..ring.size() {
-            let mut chain = match ring.next(&active.memory)? {
-                Next::Chain(chain) => chain,
-                Next::Outside { head, status } => {
+            let (place, mut chain) = match ring.next(&active.memory)? {
+                Next::Chain(place, chain) => (place, chain),
+                Next::Outside(place, status) => {
                     add(&self.metrics.errors, 1);
-                    ring.finish(&active.memory, head, status, (VIRTIO_BLK_S_IOERR as u8, 0))?;
+                    ring.finish(&active.memory, place, status, (VIRTIO_BLK_S_IOERR as u8, 0))?;
                     continue;
                 }
                 Next::Empty | Next::Full => return Ok(()),
             };
-            let head = chain.head;
-            // Without a status byte there is no way to tell the driver of anything.
+            // Without a status byte the device cannot report anything to the driver.
             let status = request::take_status(&mut chain).ok_or(RingFault::NoStatus)?;
             let ended = match request::parse(&active.memory, chain, &rules) {
                 Ok(Command::GetId(segments)) => {
@@ -296,10 +288,11 @@ impl VirtioBlock {
                     operation,
                     data,
                 }) => {
-                    let origin = (queue, head);
-                    let ticket = Ticket::new(&active.memory, data, origin, status, operation)?;
-                    let ticket = ticket.shared_by(self.sharing.as_ref());
-                    self.disk.submit(request, ticket);
+                    let origin = (queue, place);
+                    let in_flight =
+                        RequestInFlight::new(&active.memory, data, origin, status, operation)?;
+                    let in_flight = in_flight.shared_by(self.sharing.as_ref());
+                    self.disk.submit(request, in_flight);
                     continue;
                 }
                 Err(refusal) => {
@@ -307,14 +300,14 @@ impl VirtioBlock {
                     (refusal.status(), 0)
                 }
             };
-            ring.finish(&active.memory, head, status, ended)?;
+            ring.finish(&active.memory, place, status, ended)?;
         }
         // The turn is over, and there may be more.
         self.kick(queue);
         Ok(())
     }
 
-    /// Tells the driver of what is done.
+    /// Gives back to the driver the requests that the disk has ended.
     fn finish(&mut self) {
         if let Err(error) = self.try_finish() {
             self.fail(&error);
@@ -323,16 +316,16 @@ impl VirtioBlock {
 
     fn try_finish(&mut self) -> Result<(), RingFault> {
         while let Some(Completion { buffer, result }) = self.disk.completion() {
-            let ended = self.ended(&buffer, result);
+            let (queue, ended) = (buffer.queue, self.ended(&buffer, result));
             let Some(active) = &mut self.active else {
                 continue;
             };
-            let Some(ring) = active.rings.get_mut(buffer.queue).and_then(Option::as_mut) else {
+            let Some(ring) = active.rings.get_mut(queue).and_then(Option::as_mut) else {
                 continue;
             };
-            if ring.complete(buffer.memory(), buffer.head, buffer.status, ended)? {
+            if buffer.complete(ring, ended)? {
                 // There was no room for more; now there is.
-                self.kick(buffer.queue);
+                self.kick(queue);
             }
         }
         let Some(active) = &mut self.active else {
@@ -349,40 +342,44 @@ impl VirtioBlock {
     }
 
     /// The status byte and the count of bytes written for a request that the disk has ended.
-    fn ended(&self, ticket: &Ticket, result: Result<(), storage::io::IoError>) -> (u8, u32) {
+    fn ended(
+        &self,
+        request: &RequestInFlight,
+        result: Result<(), storage::io::IoError>,
+    ) -> (u8, u32) {
         let metrics = &self.metrics;
-        let len = u64::from(ticket.len);
+        let len = u64::from(request.len);
         if let Err(error) = result {
             if let storage::io::IoError::Transfer { source, .. } = &error
                 && source.raw_os_error() == Some(libc::EFAULT)
-                && let Some(tell) = &self.on_fault
+                && let Some(on_fault) = &self.on_fault
             {
-                tell();
+                on_fault();
             }
             let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, operation = ?ticket.operation, "virtio-blk request");
+            tracing::warn!(error, operation = ?request.operation, "virtio-blk request");
             add(&metrics.errors, 1);
             // Of a read it is unknown how much was written; the driver may rely on what is counted (2.7.8.2).
-            let written = u32::from(ticket.operation != Operation::Read);
+            let written = u32::from(request.operation != Operation::Read);
             return (VIRTIO_BLK_S_IOERR as u8, written);
         }
-        let written = match ticket.operation {
+        let written = match request.operation {
             Operation::Read => {
-                ticket.note_copies();
+                request.note_copies();
                 add(&metrics.reads, 1);
                 add(&metrics.read_bytes, len);
-                metrics.read_latency.record(ticket.begun.elapsed());
-                ticket.len.saturating_add(1)
+                metrics.read_latency.record(request.begun.elapsed());
+                request.len.saturating_add(1)
             }
             Operation::Write => {
                 add(&metrics.writes, 1);
                 add(&metrics.written_bytes, len);
-                metrics.write_latency.record(ticket.begun.elapsed());
+                metrics.write_latency.record(request.begun.elapsed());
                 1
             }
             Operation::Flush => {
                 add(&metrics.flushes, 1);
-                metrics.flush_latency.record(ticket.begun.elapsed());
+                metrics.flush_latency.record(request.begun.elapsed());
                 1
             }
             Operation::Discard => {
@@ -393,7 +390,8 @@ impl VirtioBlock {
         (VIRTIO_BLK_S_OK as u8, written)
     }
 
-    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no status byte can tell.
+    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no status byte can
+    /// report.
     fn fail(&mut self, error: &RingFault) {
         tracing::warn!(%error, "virtio-blk: the driver broke a ring; the device needs a reset");
         add(&self.metrics.failures, 1);
@@ -401,7 +399,7 @@ impl VirtioBlock {
         self.interrupt.fail();
     }
 
-    /// Lets go of guest memory.
+    /// Gives up guest memory.
     fn stop(&mut self) {
         self.active = None;
         self.disk.drain();
@@ -418,6 +416,31 @@ enum RingFault {
     Chain(#[from] chain::ChainError),
     #[error("a request without a status byte")]
     NoStatus,
+}
+
+impl Device for VirtioBlock {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.disk.drain();
+        self.finish();
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        // Served by the device thread: the kernel ends the I/O of a thread that ends.
+        (0..self.kicks.len()).for_each(|queue| self.kick(queue));
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
+    }
 }
 
 impl VirtioDevice for VirtioBlock {
@@ -454,9 +477,9 @@ impl VirtioDevice for VirtioBlock {
             features,
         } = activation;
         if queues.iter().all(Option::is_none) {
-            return Err(ActivateError("no queue is ready".into()));
+            return Err(ActivateError::NotReady);
         }
-        super::check_nothing_is_held(queues.iter().flatten())?;
+        super::check_none_in_flight(queues.iter().flatten())?;
         self.active = Some(Active {
             memory: Arc::new(memory),
             rings: queues
@@ -478,10 +501,6 @@ impl VirtioDevice for VirtioBlock {
     fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
         self.disk
             .in_flight()
-            .any(|ticket| ticket.is_writing(address, len))
-    }
-
-    fn reset(&mut self) {
-        self.stop();
+            .any(|request| request.is_writing(address, len))
     }
 }

@@ -1,4 +1,5 @@
-//! Requests as the driver frames them (VIRTIO 1.2, 5.2.6): a header, data, and a status byte, cut into descriptors in any way.
+//! Requests as the driver frames them (VIRTIO 1.2, 5.2.6): a header, data, and a status byte, cut into descriptors in
+//! any way.
 
 use storage::io::Request;
 use storage::{ByteRange, Geometry};
@@ -190,7 +191,8 @@ fn range(sector: u64, len: u64, rules: &Rules<'_>) -> Result<ByteRange, Refusal>
     Ok(range)
 }
 
-/// The ranges of a discard or write-zeroes request, and the flags of them all; an unmap of some alone is no unmap, which is allowed.
+/// The ranges of a discard or write-zeroes request, and the flags of them all; an unmap of some alone is no unmap,
+/// which is allowed.
 fn ranges(
     memory: &GuestMemory,
     data: &[Segment],

@@ -1,7 +1,7 @@
 //! Reads whose bytes guests can share.
 //!
-//! A read is moved as ever, and the memory manager is told which pages are now copies of which file's; zeros are not moved at all. A long read can
-//! also be put in place by the manager, without a copy.
+//! A read is moved as ever, and the memory manager is told which pages are now copies of which file's; zeros are not
+//! moved at all. A long read can also be put in place by the manager, without a copy.
 
 use std::fs::File;
 use std::ops::Range;
@@ -33,7 +33,8 @@ pub(super) struct Copied {
 }
 
 impl DriveSharing {
-    /// Sees to a part of a read that comes from one place; true where nothing is left to be read.
+    /// Fills a part of a read that comes from one place, where that can be done without a transfer; false where the
+    /// bytes have to be read.
     pub(super) fn fill(
         &self,
         memory: &GuestMemory,
@@ -107,7 +108,8 @@ impl DriveSharing {
         edges.into_iter().all(|edge| write_zeros(memory, edge))
     }
 
-    /// Tells of the copies that a read has made. Pages whose bytes come from two of them are counted, and left alone.
+    /// Has the memory manager note the copies that a read has made. Pages whose bytes come from two of them are
+    /// counted, and left alone.
     pub(super) fn note(&self, copied: &[Copied]) {
         let mut seam = None;
         for (index, piece) in copied.iter().enumerate() {

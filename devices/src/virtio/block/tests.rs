@@ -619,7 +619,8 @@ fn a_request_on_memory_whose_file_was_cut_fails_and_is_told_of() {
         let memory = memory();
         let region = memory.iter().next().unwrap();
         let owner = Arc::new(memory.clone());
-        // SAFETY: whole pages at the start of a region, private and mapped as long as `owner` lives, which nobody holds references into.
+        // SAFETY: whole pages at the start of a region, private and mapped as long as `owner` lives, which nobody holds
+        // references into.
         let window = unsafe { memshare::Window::over(region.as_ptr(), 0x2_0000, owner) };
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();

@@ -11,7 +11,7 @@ const FLUSHED: u32 = 1;
 impl MutEventSubscriber for VirtioPmem {
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
         if events.data() == FLUSHED {
-            // It may have been waited for, and told, before.
+            // A pause may have waited for this flush, and ended its requests.
             if let Some(outcome) = self.flusher.as_mut().and_then(Flusher::reap) {
                 self.finish(outcome);
                 self.start_flush();

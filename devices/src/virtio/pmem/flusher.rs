@@ -1,4 +1,4 @@
-//! The thread that waits for flushes, and who does them.
+//! The thread that calls the backing of the memory, one flush at a time.
 
 use std::io;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ pub type FlushError = Box<dyn std::error::Error + Send + Sync>;
 /// What a flush came to: bytes written.
 pub(super) type Outcome = Result<u64, FlushError>;
 
-/// Who keeps what a guest writes to the memory.
+/// Keeps what a guest writes to the memory.
 pub trait Backing: Send + Sync {
     /// Makes durable all that the guest had written when this was called; returns how many bytes that took. Blocks.
     ///

@@ -1,5 +1,5 @@
-//! Rings from a driver that means harm: each request ends in a response or the device in need of a reset, and no byte of
-//! guest memory changes that the driver did not offer for writing.
+//! Rings from a driver that means harm: each request ends in a response or the device in need of a reset, and no byte
+//! of guest memory changes that the driver did not offer for writing.
 
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -4,13 +4,14 @@
 //! vCPU ── kick ──> device thread: ring ─ flush ─> flusher thread ── event ──> ring ── interrupt ──> vCPU
 //! ```
 //!
-//! The guest reads and writes the memory itself, without this device: here it only learns where that lies, and asks for what it
-//! wrote to be made durable. Who does that is a [`Backing`]; memory that keeps nothing has none, and a flush of it succeeds at once.
+//! The guest reads and writes the memory itself, without this device: here it only learns where that lies, and asks for
+//! what it wrote to be made durable. A [`Backing`] does that; memory that keeps nothing has none, and a flush of it
+//! succeeds at once.
 //!
-//! A flush blocks, so it runs on a thread of its own, one at a time. Requests that come in meanwhile wait for the next one, which they
-//! share: what they ask for may have been written after the present one looked. The device thread alone takes requests from the ring, never
-//! more than it has descriptors; the others (`activate`, `reset`, [`VirtioPmem::pause`] and so on) run on any thread, under the
-//! device's mutex.
+//! A flush blocks, so it runs on a thread of its own, one at a time. Requests that come in meanwhile wait for the next
+//! one, which they share: what they ask for may have been written after the present one looked. The device thread alone
+//! takes requests from the ring, never more than it has descriptors; the others (`activate`, `reset`,
+//! [`VirtioPmem::pause`] and so on) run on any thread, under the device's mutex.
 
 mod event_handler;
 mod flusher;
@@ -33,20 +34,28 @@ use zerocopy::{Immutable, IntoBytes};
 
 pub use self::flusher::{Backing, FlushError};
 use self::flusher::{Flusher, Outcome};
-pub use self::metrics::PmemMetrics;
-use self::metrics::add;
+pub use self::metrics::{MappingFigures, PmemMetrics};
 pub use self::persist::PmemState;
-use self::request::{Answer, Command, Response};
+use self::request::{Command, Response, ResponseCode};
 use super::chain::{self, Chain};
 use super::{
     ActivateError, Activation, Interrupt, RING_FEATURES, RingPosition, VirtioDevice,
     read_config_bytes,
 };
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
 const QUEUE_SIZE: u16 = 64;
-/// In errors.
-pub(super) const NAME: &str = "virtio-pmem";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-pmem",
+    state: StateKey::ById("pmem"),
+    metrics: Some(MetricsGroup {
+        name: "pmem",
+        label: Some("pmem"),
+    }),
+};
 
 /// What a pmem device is made of.
 #[derive(Clone)]
@@ -55,8 +64,10 @@ pub struct PmemConfig {
     pub start: u64,
     /// Its length in bytes.
     pub size: u64,
-    /// Who makes durable what the guest writes; nobody, where that is forgotten at the end.
+    /// What makes durable what the guest writes; `None` where the memory is forgotten at the end.
     pub backing: Option<Arc<dyn Backing>>,
+    /// What the memory is made of.
+    pub mapping: MappingFigures,
 }
 
 /// `struct virtio_pmem_config` (5.19.4).
@@ -76,15 +87,15 @@ struct Active {
 }
 
 impl Active {
-    fn answer(&mut self, response: &Response, answer: Answer) -> Result<(), RingFault> {
-        let written = response.write(&self.memory, answer)?;
+    fn respond(&mut self, response: &Response, code: ResponseCode) -> Result<(), RingFault> {
+        let written = response.write(&self.memory, code)?;
         self.queue
             .add_used(&self.memory, response.head(), written)?;
         self.used = true;
         Ok(())
     }
 
-    /// Whether the driver wants to hear of what was given back since the last call.
+    /// Whether the driver wants an interrupt for what was given back since the last call.
     fn take_interrupt(&mut self) -> Result<bool, RingFault> {
         if !std::mem::take(&mut self.used) {
             return Ok(false);
@@ -102,11 +113,12 @@ pub struct VirtioPmem {
     active: Option<Active>,
     /// Requests for which a flush has yet to begin.
     waiting: Vec<Response>,
-    /// Requests that the flush under way answers.
+    /// Requests that are responded to when the flush in progress ends.
     covered: Vec<Response>,
     /// Whether a look for more was put off because of those two.
     stalled: bool,
     paused: bool,
+    mapping: MappingFigures,
     metrics: Arc<PmemMetrics>,
 }
 
@@ -120,6 +132,7 @@ impl VirtioPmem {
             start,
             size,
             backing,
+            mapping,
         } = config;
         Ok(Self {
             interrupt,
@@ -134,26 +147,9 @@ impl VirtioPmem {
             covered: Vec::new(),
             stalled: false,
             paused: false,
+            mapping,
             metrics: Arc::default(),
         })
-    }
-
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<PmemMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Answers every request that was taken, waiting for their flushes; serves nothing more until [`VirtioPmem::resume`].
-    pub fn pause(&mut self) {
-        self.paused = true;
-        self.drain();
-    }
-
-    /// Serves what has come in while the device was paused, and goes on.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        self.kick();
-        self.interrupt.raise_restored();
     }
 
     /// Makes the device thread look at the queue.
@@ -181,7 +177,8 @@ impl VirtioPmem {
         };
         let size = active.queue.size();
         for _ in 0..size {
-            // An honest driver has no more under way than descriptors, but nothing keeps it from making one available again and again.
+            // An honest driver has no more in flight than descriptors, but nothing keeps it from making one available
+            // again and again.
             if self.waiting.len() + self.covered.len() >= usize::from(size) {
                 self.stalled = true;
                 return Ok(());
@@ -200,11 +197,11 @@ impl VirtioPmem {
                 Command::Flush if self.flusher.is_some() => self.waiting.push(response),
                 Command::Flush => {
                     add(&self.metrics.flushes, 1);
-                    active.answer(&response, Answer::Done)?;
+                    active.respond(&response, ResponseCode::Done)?;
                 }
                 Command::Unknown => {
                     add(&self.metrics.errors, 1);
-                    active.answer(&response, Answer::Failed)?;
+                    active.respond(&response, ResponseCode::Failed)?;
                 }
             }
         }
@@ -213,7 +210,7 @@ impl VirtioPmem {
         Ok(())
     }
 
-    /// Begins a flush for the requests that wait for one, unless one is under way.
+    /// Begins a flush for the requests that wait for one, unless one is in progress.
     fn start_flush(&mut self) {
         let Some(flusher) = &mut self.flusher else {
             return;
@@ -227,19 +224,19 @@ impl VirtioPmem {
         }
     }
 
-    /// The flush under way has come to its end.
+    /// The flush in progress has ended.
     fn finish(&mut self, outcome: Outcome) {
-        let answer = match outcome {
+        let code = match outcome {
             Ok(bytes) => {
                 add(&self.metrics.flushes, 1);
                 add(&self.metrics.written_bytes, bytes);
-                Answer::Done
+                ResponseCode::Done
             }
             Err(error) => {
                 let error: &dyn std::error::Error = &*error;
                 tracing::warn!(error, "virtio-pmem flush");
                 add(&self.metrics.errors, 1);
-                Answer::Failed
+                ResponseCode::Failed
             }
         };
         let covered = std::mem::take(&mut self.covered);
@@ -247,7 +244,7 @@ impl VirtioPmem {
         if let Some(active) = &mut self.active
             && let Err(error) = covered
                 .iter()
-                .try_for_each(|response| active.answer(response, answer))
+                .try_for_each(|response| active.respond(response, code))
         {
             return self.fail(&error);
         }
@@ -259,7 +256,7 @@ impl VirtioPmem {
         }
     }
 
-    /// Tells the driver of what was given back.
+    /// Interrupts the driver for what was given back.
     fn notify(&mut self) -> Result<(), RingFault> {
         if let Some(active) = &mut self.active
             && active.take_interrupt()?
@@ -269,7 +266,7 @@ impl VirtioPmem {
         Ok(())
     }
 
-    /// Waits for the flush under way, and for the one that requests wait for.
+    /// Waits for the flush in progress, and for the one that requests wait for.
     fn drain(&mut self) {
         loop {
             self.start_flush();
@@ -280,7 +277,8 @@ impl VirtioPmem {
         }
     }
 
-    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no response can tell.
+    /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no response can
+    /// report.
     fn fail(&mut self, error: &RingFault) {
         tracing::warn!(%error, "virtio-pmem: the driver broke the ring; the device needs a reset");
         add(&self.metrics.failures, 1);
@@ -288,7 +286,8 @@ impl VirtioPmem {
         self.interrupt.fail();
     }
 
-    /// Lets go of guest memory. A flush under way goes on, and answers nobody: it knows nothing of the ring.
+    /// Gives up guest memory. A flush in progress ends, but no request waits for it any more; the flusher has no access
+    /// to the ring.
     fn stop(&mut self) {
         self.active = None;
         self.waiting.clear();
@@ -306,6 +305,31 @@ enum RingFault {
     Chain(#[from] chain::ChainError),
     #[error("a request without room for a response")]
     NoResponse,
+}
+
+impl Device for VirtioPmem {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.drain();
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.kick();
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        let mut metrics = self.metrics.describe();
+        metrics.extend(self.mapping.describe());
+        metrics
+    }
 }
 
 impl VirtioDevice for VirtioPmem {
@@ -337,9 +361,9 @@ impl VirtioDevice for VirtioPmem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Some(queue) = activation.queues.into_iter().next().flatten() else {
-            return Err(ActivateError("its queue is not ready".into()));
+            return Err(ActivateError::NotReady);
         };
-        super::check_nothing_is_held(std::iter::once(&queue))?;
+        super::check_none_in_flight(std::iter::once(&queue))?;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
@@ -351,9 +375,5 @@ impl VirtioDevice for VirtioPmem {
     fn ring_positions(&self) -> Vec<Option<RingPosition>> {
         let position = |active: &Active| RingPosition::of(&active.queue);
         vec![self.active.as_ref().map(position)]
-    }
-
-    fn reset(&mut self) {
-        self.stop();
     }
 }

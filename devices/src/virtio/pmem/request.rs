@@ -1,4 +1,5 @@
-//! Requests as the driver frames them (VIRTIO 1.2, 5.19.6): a type and room for a response, cut into descriptors in any way.
+//! Requests as the driver frames them (VIRTIO 1.2, 5.19.6): a type and room for a response, cut into descriptors in any
+//! way.
 
 use super::super::chain::{self, Chain, Segment};
 use super::RingFault;
@@ -18,15 +19,15 @@ pub(super) enum Command {
     Unknown,
 }
 
-/// What the driver is told (5.19.7.2).
+/// The `ret` of a response (5.19.7.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Answer {
+pub(super) enum ResponseCode {
     Done,
     Failed,
 }
 
-impl Answer {
-    pub(super) const fn code(self) -> u32 {
+impl ResponseCode {
+    pub(super) const fn value(self) -> u32 {
         match self {
             Self::Done => 0,
             // -1: to a driver all but 0 is a failure.
@@ -49,8 +50,8 @@ impl Response {
     }
 
     /// Writes the response; returns its length.
-    pub(super) fn write(&self, memory: &GuestMemory, answer: Answer) -> Result<u32, RingFault> {
-        let code = answer.code().to_le_bytes();
+    pub(super) fn write(&self, memory: &GuestMemory, code: ResponseCode) -> Result<u32, RingFault> {
+        let code = code.value().to_le_bytes();
         Ok(chain::write(memory, &self.segments, &code)?)
     }
 }
@@ -58,7 +59,7 @@ impl Response {
 /// Parses a chain.
 ///
 /// # Errors
-/// `NoResponse`: without room for it there is no way to tell the driver of anything.
+/// `NoResponse`: without room for a response the device cannot report anything to the driver.
 pub(super) fn parse(
     memory: &GuestMemory,
     mut chain: Chain,

@@ -65,6 +65,7 @@ pub(super) fn device(backing: Option<Arc<dyn Backing>>) -> VirtioPmem {
         start: START,
         size: SIZE,
         backing,
+        mapping: MappingFigures::default(),
     };
     VirtioPmem::new(config, Arc::new(Interrupt::new(irqfd))).unwrap()
 }
@@ -184,15 +185,15 @@ fn a_request_is_answered_when_its_flush_is_over_and_says_whether_it_failed() {
     let backing = Arc::new(Counting::default());
     let mut driver = Driver::new(&memory, device(Some(backing.clone())));
     backing.failures.store(1, Ordering::SeqCst);
-    for (number, expected) in [(0, Answer::Failed), (1, Answer::Done)] {
+    for (number, expected) in [(0, ResponseCode::Failed), (1, ResponseCode::Done)] {
         driver.request(number, 0);
         driver.turn();
         driver.device().drain();
-        assert_eq!(driver.response(number), expected.code());
+        assert_eq!(driver.response(number), expected.value());
     }
     assert_eq!(driver.used(), 2);
     assert_eq!(backing.flushes.load(Ordering::SeqCst), 2);
-    let metrics = driver.device().metrics();
+    let metrics = driver.device().metrics.clone();
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     assert_eq!((count(&metrics.flushes), count(&metrics.errors)), (1, 1));
     assert_eq!(count(&metrics.written_bytes), 4096);
@@ -303,8 +304,8 @@ fn a_type_or_response_in_pieces_is_one_and_other_types_fail() {
     driver.request(2, 1);
     driver.offer(6, &[(REQUESTS, 3, 0), (RESPONSES + 12, 4, WRITE)]);
     driver.turn();
-    assert_eq!(driver.response(2), Answer::Failed.code());
-    assert_eq!(driver.response(3), Answer::Failed.code());
+    assert_eq!(driver.response(2), ResponseCode::Failed.value());
+    assert_eq!(driver.response(3), ResponseCode::Failed.value());
     assert_eq!(driver.used(), 3);
 }
 

@@ -5,7 +5,8 @@
 //! guest <── packets ── socket: read when the guest has room, and not before
 //! ```
 //!
-//! The buffer is no longer than the room that the guest is told of (`buf_alloc`), and there is none while the socket takes what comes.
+//! The buffer is no longer than the room that the guest is told of (`buf_alloc`), and there is none while the socket
+//! takes what comes.
 
 use std::collections::VecDeque;
 use std::os::unix::net::UnixStream;
@@ -24,7 +25,7 @@ pub(super) enum Peer {
     Service(Box<dyn Session>),
 }
 
-/// The connection cannot go on: both sides are told.
+/// The connection is broken: it is closed on both sides.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Broken;
 
@@ -88,7 +89,7 @@ pub(super) struct Connection {
     stage: Stage,
     /// What the host has not taken yet.
     buffer: VecDeque<u8>,
-    /// Room that the guest is told of.
+    /// The room that the guest is granted (`buf_alloc`).
     buf_alloc: u32,
     /// Bytes that the host has taken, and how many of them the guest knows of; modulo 2^32.
     fwd_cnt: u32,
@@ -101,7 +102,7 @@ pub(super) struct Connection {
     readable: bool,
     /// The host sends no more, and takes no more.
     host_done: u32,
-    /// What of that the guest was told.
+    /// The value that the guest has been sent.
     told: u32,
     /// What the guest does no more.
     guest_done: u32,
@@ -149,7 +150,8 @@ impl Connection {
         self.guest_done == SHUTDOWN_RECEIVE | SHUTDOWN_SEND && self.buffer.is_empty()
     }
 
-    /// The guest takes the connection: so the host's client is told, with the port that the connection has on this side.
+    /// The guest takes the connection: so the host's client is told, with the port that the connection has on this
+    /// side.
     pub(super) fn accepted(&mut self, port: u32) -> Result<(), Broken> {
         self.stage = Stage::Open;
         let told = format!("OK {port}\n");
@@ -168,7 +170,7 @@ impl Connection {
         }
     }
 
-    /// What a packet of the guest says of its room.
+    /// Takes over the room that a packet of the guest grants.
     pub(super) fn note_credit(&mut self, header: &Header) {
         self.guest_alloc = header.buf_alloc.get();
         self.guest_fwd = header.fwd_cnt.get();
@@ -240,7 +242,7 @@ impl Connection {
         self.credit_due = true;
     }
 
-    /// The guest does no more what `flags` says.
+    /// The guest has shut down the directions in `flags`.
     pub(super) fn guest_shuts(&mut self, flags: u32) {
         self.guest_done |= flags & (SHUTDOWN_RECEIVE | SHUTDOWN_SEND);
         self.pass_on_shutdown();
@@ -265,9 +267,10 @@ impl Connection {
             && self.guest_done & SHUTDOWN_RECEIVE == 0
     }
 
-    /// The flags that the guest is to be told, beyond what it was.
+    /// The shutdown flags that the guest has yet to be sent.
     fn shutdown_due(&self) -> Option<u32> {
-        // That the host takes no more is news once all that it sent has been read: a guest would not read on.
+        // The guest learns that the host takes no more only after it has read all that the host sent: it would not read
+        // on.
         let done = if self.host_done & SHUTDOWN_SEND == 0 {
             0
         } else {
@@ -354,7 +357,7 @@ impl Connection {
                 }
                 Ok(None)
             }
-            // A service that says more than there is has said that.
+            // A service that reports more bytes than there is room for has filled the room.
             Some(len) => Ok(Some(len.min(buffer.len()))),
             None => {
                 self.readable = false;

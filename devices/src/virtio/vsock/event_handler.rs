@@ -12,8 +12,8 @@ impl MutEventSubscriber for VirtioVsock {
         if events.data() == SOCKETS {
             self.poll();
         } else if let Some(kick) = self.kicks.get(events.data() as usize) {
-            // The counter says only that there was a kick. One that comes while the device is not active means nothing, and one
-            // while it is paused is made up for by `resume`.
+            // The counter says only that there was a kick. One that comes while the device is not active means nothing,
+            // and one while it is paused is made up for by `resume`.
             let _ = kick.read();
         }
         self.serve();

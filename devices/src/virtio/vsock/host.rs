@@ -1,12 +1,14 @@
-//! The host's sockets: the one that programs of the host connect to, those that they are reached at, and what wakes the device for them.
+//! The host's sockets: the one that programs of the host connect to, those that they are reached at, and what wakes the
+//! device for them.
 //!
 //! ```text
 //! program ── connect(PATH), "CONNECT port\n" ──> Caller ── the guest accepts ──> "OK port\n"
 //! guest ── connects to port N of the host ──> connect(PATH_N)
 //! ```
 //!
-//! The protocol is that of Firecracker's vsock device. All sockets are watched by an epoll instance of the device's own, so that they can go at any
-//! time and on any thread; of each the device is told once when it becomes ready (`EPOLLET`), and remembers it.
+//! The protocol is that of Firecracker's vsock device. All sockets are watched by an epoll instance of the device's
+//! own, so that they can go at any time and on any thread; of each the device is told once when it becomes ready
+//! (`EPOLLET`), and remembers it.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -23,7 +25,8 @@ use rustix::net::{
 
 use super::packet::Key;
 
-/// Programs of the host that have connected and not said yet to which port, at the same time. Further ones are turned away.
+/// Programs of the host that have connected and not said yet to which port, at the same time. Further ones are turned
+/// away.
 const MAX_CALLERS: usize = 8;
 /// Longest line of a caller: `CONNECT 4294967295\r\n`.
 const LONGEST_CALL: usize = 20;
@@ -34,7 +37,7 @@ const LISTENER: Key = Key {
     host: ANY,
 };
 
-/// Who has connected, and has not said to what.
+/// A client of the host that has connected and has not sent the port that it wants.
 struct Caller {
     number: u32,
     stream: UnixStream,
@@ -124,12 +127,12 @@ impl Host {
         })
     }
 
-    /// Readable when [`Host::poll`] has something to tell.
+    /// Readable when [`Host::poll`] has an event.
     pub(super) fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }
 
-    /// Has the device told of a connection, also of what has happened to it before.
+    /// Watches a connection; an event that is pending already is reported too.
     pub(super) fn watch(&self, stream: &UnixStream, key: Key) -> io::Result<()> {
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         Ok(epoll::add(&self.epoll, stream, word(key), flags)?)
@@ -219,7 +222,7 @@ impl Host {
         }
     }
 
-    /// Connects to the program of the host that listens for `port`. Waits for nobody.
+    /// Connects to the program of the host that listens for `port`. Does not wait.
     pub(super) fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{port}"));

@@ -1,5 +1,6 @@
-//! Rings from a driver that means harm: whatever it writes, each buffer of the tx ring comes back or the device is in need of a reset, no byte of
-//! guest memory changes but in used rings and in buffers of the rx and event rings, and what is kept stays within its bounds.
+//! Rings from a driver that means harm: whatever it writes, each buffer of the tx ring comes back or the device is in
+//! need of a reset, no byte of guest memory changes but in used rings and in buffers of the rx and event rings, and
+//! what is kept stays within its bounds.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -98,7 +99,7 @@ proptest! {
             .map(|port| UnixListener::bind(folder.path().join(format!("v_{port}"))).unwrap())
             .collect();
         if restored {
-            device.restore(&VsockState {}).unwrap();
+            device.restore_state(&VsockState {}).unwrap();
         }
         for (slot, header) in (0..).zip(&headers) {
             memory.write_slice(header.as_bytes(), GuestAddress(DATA + 64 * slot)).unwrap();

@@ -92,7 +92,7 @@ impl Header {
         }
     }
 
-    /// What is to be done; `None` where nobody knows.
+    /// The operation; `None` for one that the specification does not define.
     pub(super) fn op(&self) -> Option<Op> {
         Op::new(self.op.get())
     }
@@ -110,7 +110,7 @@ impl Header {
         }
     }
 
-    /// Refuses a packet of the guest, whoever it is to.
+    /// The reset that refuses a packet of the guest, whatever its destination.
     pub(super) fn refuse(packet: &Self) -> Self {
         Self {
             src_cid: packet.dst_cid,
@@ -146,7 +146,8 @@ pub(super) struct Room {
 }
 
 impl Room {
-    /// In the buffers of a chain; `None` where a header and a byte have no place there: such a buffer would never do for what is to be sent.
+    /// In the buffers of a chain; `None` where a header and a byte have no place there: such a buffer would never do
+    /// for what is to be sent.
     pub(super) fn new(mut writable: Vec<Segment>) -> Option<Self> {
         let header = chain::split_front(&mut writable, HEADER)?;
         (!writable.is_empty()).then_some(Self {
@@ -172,7 +173,8 @@ impl Room {
     }
 }
 
-/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone, and the guest may have another identifier (5.10.6.7).
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone, and the guest may have another identifier
+/// (5.10.6.7).
 pub(super) const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 
 /// Bytes of `segments`, a piece at a time.

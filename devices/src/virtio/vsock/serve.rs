@@ -5,10 +5,10 @@ use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use super::super::chain::{self, Chain, Segment};
 use super::connection::{Broken, Connection, Peer, Stage};
 use super::host::Happened;
-use super::metrics::add;
 use super::packet::{self, HOST_CID, Header, Key, Op, Room, STREAM, TRANSPORT_RESET};
 use super::{Active, VirtioVsock};
 use crate::GuestMemory;
+use crate::metrics::add;
 
 /// Resets that wait for room in the rx ring. With more of them, the tx ring waits too.
 const MAX_REPLIES: usize = 64;
@@ -191,7 +191,7 @@ impl VirtioVsock {
     fn receive(&mut self, memory: &GuestMemory, header: &Header, payload: &[Segment]) {
         add(&self.metrics.sent_packets, 1);
         if header.src_cid.get() != self.guest_cid {
-            // It is nobody's, or is left from before the guest had this identifier.
+            // The packet belongs to no connection, or the guest sent it before it had this identifier.
             add(&self.metrics.failures, 1);
             return;
         }
@@ -291,7 +291,8 @@ impl VirtioVsock {
         self.reply(Header::refuse(header));
     }
 
-    /// Sends a packet that belongs to no connection. There are no more of them than packets taken since there was room, and connections.
+    /// Sends a packet that belongs to no connection. There are no more of them than packets taken since there was room,
+    /// and connections.
     fn reply(&mut self, header: Header) {
         self.replies.push_back(header);
     }

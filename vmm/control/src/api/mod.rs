@@ -25,9 +25,10 @@ use config::VmConfig;
 use host::socket::ApiSocket;
 
 pub use client::{ClientError, get};
-pub use operations::all as operations;
 pub use routes::parse_object;
 
+/// What a client of the host daemon asks to upgrade to (`Upgrade:`), for its connection to become the line of a guest's serial console.
+pub const CONSOLE_PROTOCOL: &str = "coppice-console";
 /// Connections that are served at the same time.
 const MAX_CONNECTIONS: usize = 8;
 /// Stack of a thread here in bytes: the state of a snapshot is read there, which takes more than 256 KiB where nothing is optimized. Only what is

@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 
 use super::{Context, operations};
 use config::limits::MAX_BODY;
+use config::operations::{GuestOperation, OperationKind, RequestBody, segments_of};
+use host::report::chain;
 
 use crate::control::{Control, ControlError};
 use crate::metrics::{self, count};
@@ -37,6 +39,8 @@ pub(super) enum Fault {
     Json(#[from] serde_json::Error),
     #[error("The metrics cannot be written: {0}.")]
     Metrics(#[from] std::fmt::Error),
+    #[error("{0:?} has no handler: this is a defect of Coppice.")]
+    NoHandler(OperationKind),
     #[error("The ID cannot be empty.")]
     NoId,
     #[error("The id from the path does not match the id from the body!")]
@@ -57,6 +61,7 @@ impl Fault {
             | Self::NoBody(_)
             | Self::Json(_)
             | Self::Metrics(_)
+            | Self::NoHandler(_)
             | Self::NoId
             | Self::OtherId
             | Self::Page(_)
@@ -114,10 +119,10 @@ pub(super) async fn answer(context: &Context, request: Request<Incoming>) -> Res
         }
         Err(fault) => {
             count(&counters.failures);
-            tracing::info!(method = %head.method, path, %fault, "REST request refused");
+            tracing::info!(method = %head.method, path, fault = %chain(&fault), "REST request refused");
             response(
                 fault.status(),
-                Answer::Json(json!({"fault_message": fault.to_string()})),
+                Answer::Json(json!({"fault_message": chain(&fault).to_string()})),
             )
         }
     }
@@ -164,9 +169,8 @@ pub(super) fn control(context: &Context) -> MutexGuard<'_, Control> {
 }
 
 fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<Answer, Fault> {
-    let segments: Vec<&str> = operations::segments_of(path).collect();
-    let found = operations::find(method, &segments);
-    let needs_body = found.is_none_or(|(operation, _)| operation.needs_body);
+    let found = GuestOperation::find(method.as_str(), path);
+    let needs_body = found.is_none_or(|(operation, _)| operation.body == RequestBody::Required);
     match *method {
         Method::GET if !body.is_empty() => return Err(Fault::NeedlessBody(method.clone())),
         Method::PUT | Method::PATCH if body.is_empty() && needs_body => {
@@ -174,11 +178,12 @@ fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<
         }
         _ => {}
     }
-    match (found, &segments[..]) {
-        (Some((operation, id)), _) => (operation.run)(context, id, body),
-        (None, ["drives" | "pmem"]) if matches!(*method, Method::PUT | Method::PATCH) => {
-            Err(Fault::NoId)
-        }
-        (None, _) => Err(Fault::Unknown(method.clone(), path.to_owned())),
+    if let Some((operation, id)) = found {
+        return operations::carry_out(operation.kind, context, id, body);
+    }
+    let segments: Vec<&str> = segments_of(path).collect();
+    match segments[..] {
+        ["drives" | "pmem"] if matches!(*method, Method::PUT | Method::PATCH) => Err(Fault::NoId),
+        _ => Err(Fault::Unknown(method.clone(), path.to_owned())),
     }
 }

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use bench::{BenchCommand, DensityArguments, DensityTask};
 use clap::{CommandFactory, Parser, Subcommand};
-use coppice::command_line::{fail, log_warnings, parse};
+use coppice::command_line::{fail, fail_with, log_warnings, parse};
 use host::exit;
 use tools::disk_tool::{self, DiskCommand};
 use tools::top::{self, TopArguments};
@@ -89,7 +89,7 @@ fn whole_command() -> clap::Command {
 fn written(done: Result<(), pages::PagesError>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
@@ -103,7 +103,7 @@ fn use_disk(command: &DiskCommand) -> ExitCode {
             exit::SIGNAL_BASE + signal,
             "interrupted; no file was left half-made",
         ),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
@@ -134,12 +134,12 @@ fn measure_density(arguments: DensityArguments) -> ExitCode {
             println!("{text}");
             ExitCode::SUCCESS
         }
-        Ok(Err(error)) => fail(exit::FAILURE, error),
+        Ok(Err(error)) => fail_with(exit::FAILURE, &error),
         Err(bench::BenchError::Cancelled(signal)) => fail(
             exit::SIGNAL_BASE + signal,
             "interrupted; all guests are stopped",
         ),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
@@ -159,7 +159,7 @@ fn show_guests(options: &top::Options) -> ExitCode {
     match top::run(options) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(signal)) => ExitCode::from(exit::SIGNAL_BASE + signal),
-        Err(error) => fail(exit::FAILURE, error),
+        Err(error) => fail_with(exit::FAILURE, &error),
     }
 }
 
@@ -168,7 +168,7 @@ fn examine_host(json: bool) -> ExitCode {
     if json {
         match serde_json::to_string_pretty(&report) {
             Ok(text) => println!("{text}"),
-            Err(error) => return fail(exit::FAILURE, error),
+            Err(error) => return fail_with(exit::FAILURE, &error),
         }
     } else {
         println!("{report}");

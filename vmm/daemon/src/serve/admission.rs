@@ -1,15 +1,17 @@
-//! Whether the host has room for one more guest.
+//! Admission: whether the host has room for one more guest.
 //!
-//! The rule: every guest counts what it holds now, shared pages divided by those that share them, and a part of the RAM that it has not
-//! touched yet, that part being 1/R. A new guest has touched nothing. The sum has to be at most the host's memory. With R = 1
+//! The rule: every guest counts the memory that it holds now, each shared page divided by the number of its sharers, and 1/R of the RAM that it has not
+//! touched yet. A new guest has touched nothing. The sum has to be at most the host's memory. With R = 1
 //! every guest is promised all its RAM; with more, the host bets that guests do not all touch the rest of theirs at the same time.
 //!
 //! A guest that shares holds little, and much of its RAM is touched already (what it shares counts as touched), so that there is room
 //! for more of them: that is how sharing counts.
 
+use std::io;
+
 use super::status::MemorySplit;
 
-/// What a process takes beside its guest's RAM, at most.
+/// Most memory that a process takes beside its guest's RAM.
 const OVERHEAD_KIB: u64 = 1024;
 
 /// The rule as `--help` shows it.
@@ -38,7 +40,7 @@ pub struct Limits {
 /// What a guest counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Whose it is.
+    /// The user who made it.
     pub uid: u32,
     /// Whether it has a process, or is getting one.
     pub live: bool,
@@ -46,7 +48,7 @@ pub struct Load {
     pub ram_mib: u32,
     /// vCPUs.
     pub vcpus: u8,
-    /// What its process holds, where that is known.
+    /// Memory that its process holds, where that was measured.
     pub memory: Option<MemorySplit>,
 }
 
@@ -62,27 +64,27 @@ pub enum Refusal {
     Memory {
         /// Guests with a process.
         guests: usize,
-        /// What they hold.
+        /// Memory that they hold.
         held_mib: u64,
-        /// The part of the rest.
+        /// The counted part of the RAM that they have not touched.
         promised_mib: u64,
         /// R.
         ratio: f64,
         /// RAM of the new one.
         ram_mib: u32,
-        /// What that counts.
+        /// What the new one counts.
         wanted_mib: u64,
-        /// All there is.
+        /// Memory of the host.
         host_mib: u64,
     },
-    /// A quota.
+    /// A quota would be exceeded.
     #[error("{flag} is {limit}, and there would be {wanted}")]
     Quota {
-        /// Which.
+        /// The option that sets it.
         flag: &'static str,
-        /// How much.
+        /// The quota.
         limit: u64,
-        /// How much it would be.
+        /// What there would be with the new guest.
         wanted: u64,
     },
 }
@@ -97,7 +99,7 @@ fn part(kib: u64, ratio: f64) -> u64 {
     (kib as f64 / ratio) as u64
 }
 
-/// What a guest holds, and the part of the rest that counts, in KiB.
+/// The memory that a guest holds, and the part of the rest of its RAM that counts, in KiB.
 fn counted(load: &Load, ratio: f64) -> (u64, u64) {
     let ram = u64::from(load.ram_mib) << 10;
     let memory = load.memory.unwrap_or(MemorySplit {
@@ -112,8 +114,19 @@ fn counted(load: &Load, ratio: f64) -> (u64, u64) {
     )
 }
 
+/// Memory of the host in KiB.
+///
+/// # Errors
+/// The host's error.
+pub fn host_memory_kib() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    let number = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok());
+    number.ok_or_else(|| io::Error::other("/proc/meminfo does not tell MemTotal"))
+}
+
 impl Limits {
-    /// Says whether `new` has room beside `others`.
+    /// Checks that there is room for `new` beside `others`.
     ///
     /// # Errors
     /// `Memory`, `Quota`.

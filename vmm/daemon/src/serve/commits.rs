@@ -1,11 +1,11 @@
-//! Commits of guests' disks into what they stand on, which take their time: which disk a guest has is told by its record all the while.
+//! Commits: guests' disks that are merged into their parents. That takes long, and the record of the guest says which disk the guest has all the while.
 //!
 //! ```text
-//! noted with the disk and its parent ──> the guest's process merges ──> over: the disk that the guest has then is noted, and the commit struck off
+//! disk and parent recorded ──> the guest's process merges ──> over: the disk that the guest has then is recorded, and the commit removed from the record
 //! ```
 //!
-//! As long as the process is there, it says which disk that is. Afterwards the files do, see [`DriveTask::Commit`]: a disk that was merged must never be
-//! written to again, as what the guest wrote since is not in it.
+//! While the process runs, it is asked which disk that is. After its end the files tell, see [`DriveTask::Commit`]: a disk that was merged must never be
+//! written to again, as it lacks what the guest has written since.
 //!
 //! [`DriveTask::Commit`]: machine::DriveTask::Commit
 
@@ -17,65 +17,54 @@ use std::time::Duration;
 
 use axum::http::{Method, StatusCode};
 use hyper::body::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio::time::sleep;
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::fault::Fault;
-use super::lifecycle::blocking;
-use super::pending::{ask, is_missing, is_whole};
-use super::proxy;
-use super::templates::configuration;
-use super::told::answered;
+use super::own_disks::is_whole;
+use super::proxy::{self, ask_until_answered, configuration};
+use super::record::PendingCommit;
+use super::store::is_missing;
+use super::task::blocking;
 use super::vm::Vm;
 use config::VmConfig;
+use host::report::chain;
 use machine::{DriveParent, JobState, commit_child};
 
-/// Between looks at a commit: soon at first, as most are short.
+/// Between two questions how far a commit is: the first comes soon, as most commits are short.
 const SOON: Duration = Duration::from_millis(50);
 const LATE: Duration = Duration::from_secs(5);
 
-/// A disk that is being merged into its parent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Commit {
-    /// The file that the drive had when that began.
-    pub top: PathBuf,
-    /// The file of the parent, where it has one.
-    #[serde(default)]
-    pub base: Option<PathBuf>,
-}
-
-/// What the process says of the last job of a drive.
+/// The report of a guest's process on the last job of a drive.
 #[derive(Deserialize)]
 struct Job {
     operation: String,
     state: JobState,
 }
 
-/// Where a commit is.
+/// How far a commit is.
 enum Progress {
-    /// At work.
+    /// Not over.
     Running,
     /// Over; the drive has this file.
     Over(Option<PathBuf>),
 }
 
-impl Commit {
-    /// The disk of a drive whose process is gone. What is half made goes, if it `may_remove` that.
-    fn left(&self, may_remove: bool) -> io::Result<Option<PathBuf>> {
-        let child = commit_child(&self.top);
-        if is_whole(&child) {
-            return Ok(Some(child));
-        }
-        if !is_missing(&self.top)? {
-            if may_remove {
-                // It was not even begun, most likely.
-                let _ = fs::remove_file(&child);
-            }
-            return Ok(Some(self.top.clone()));
-        }
-        Ok(self.base.clone())
+/// The disk of a drive after a commit whose process has ended, as the files tell it. A half-made child is removed, if `may_remove`.
+fn disk_after(commit: &PendingCommit, may_remove: bool) -> io::Result<Option<PathBuf>> {
+    let child = commit_child(&commit.top);
+    if is_whole(&child) {
+        return Ok(Some(child));
     }
+    if !is_missing(&commit.top)? {
+        if may_remove {
+            // Most often there is none.
+            let _ = fs::remove_file(&child);
+        }
+        return Ok(Some(commit.top.clone()));
+    }
+    Ok(commit.base.clone())
 }
 
 /// The file of a drive, where the guest works in `folder`.
@@ -84,10 +73,10 @@ fn path_of(config: &VmConfig, drive: &str, folder: &Path) -> Option<PathBuf> {
     Some(folder.join(&drive.path_on_host))
 }
 
-/// What the disk of a drive stands on; `None` where the process says that it has no parent, for which it refuses the commit, too.
+/// The parent of a drive's disk; `None` where the process says that there is none, for which it will refuse the commit, too.
 async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
     let path = format!("/drives/{drive}/parent");
-    match answered::<DriveParent>(vm, &path).await {
+    match proxy::get::<DriveParent>(vm, &path).await {
         Ok(parent) => Ok(Some(vm.folder.join(parent.path_on_host))),
         Err(Fault::Guest(StatusCode::BAD_REQUEST, _)) => Ok(None),
         Err(fault) => Err(fault),
@@ -95,31 +84,31 @@ async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
 }
 
 impl Daemon {
-    /// Notes that the disk of a drive is about to be committed; gives what was noted of the drive before.
+    /// Records that the disk of a drive is about to be committed; gives the commit of the drive that was on record before.
     ///
     /// # Errors
-    /// `OnTemplate`, `Store`, and what the process answers.
-    pub(super) async fn begin_commit(
+    /// `OnTemplate`, `Store`, and those of [`configuration`].
+    pub async fn begin_commit(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
         drive: &str,
-    ) -> Result<Option<Commit>, Fault> {
+    ) -> Result<Option<PendingCommit>, Fault> {
         let config = configuration(vm).await?;
         let before = vm.now().pending.commits.get(drive).cloned();
         let Some(top) = path_of(&config, drive, &vm.folder) else {
-            // For the guest to refuse.
+            // There is no such drive, for which the guest's process refuses the request.
             return Ok(before);
         };
-        if let Some(template) = self.templates().below(vm, drive, &top) {
+        if let Some(template) = self.templates().parent_of(vm, drive, &top) {
             return Err(Fault::OnTemplate {
                 drive: drive.to_owned(),
                 template: template.to_owned(),
             });
         }
         if before.as_ref().is_none_or(|commit| commit.top != top) {
-            // Now, as a process that is killed amid it tells nothing any more.
+            // Asked now, as a process that is killed while it merges cannot be asked any more.
             let base = parent(vm, drive).await?;
-            let commit = Commit { top, base };
+            let commit = PendingCommit { top, base };
             self.begin(vm, |pending| {
                 pending.commits.insert(drive.to_owned(), commit);
             })
@@ -128,12 +117,12 @@ impl Daemon {
         Ok(before)
     }
 
-    /// Looks after a commit whose request was answered, or was not; `before` is noted again where it was refused.
-    pub(super) async fn follow_commit(
+    /// Follows a commit after its request: `accepted` is `None` where the process did not answer. Where it was refused, the record is as `before` again.
+    pub async fn follow_commit(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
         drive: &str,
-        before: Option<Commit>,
+        before: Option<PendingCommit>,
         accepted: Option<bool>,
     ) {
         if accepted == Some(false) {
@@ -145,15 +134,15 @@ impl Daemon {
             self.follow_commits(vm);
             return;
         }
-        // Where it ends, as long as the process can be asked.
+        // A short commit may be over already.
         if let Err(fault) = self.find_commits(vm).await {
-            tracing::warn!(vm = %vm.id, %fault, "it is not known where a commit is");
+            tracing::warn!(vm = %vm.id, fault = %chain(&fault), "it is not known how far a commit is");
         }
         self.follow_commits(vm);
     }
 
-    /// Looks after the commits of a guest until all are over, if nobody does already.
-    pub(super) fn follow_commits(self: &Arc<Self>, vm: &Arc<Vm>) {
+    /// Starts a task that follows the commits of a guest until all are over, if there is none yet.
+    pub fn follow_commits(self: &Arc<Self>, vm: &Arc<Vm>) {
         let is_needed = vm.change(|now| {
             !now.pending.commits.is_empty() && !std::mem::replace(&mut now.is_followed, true)
         });
@@ -167,12 +156,12 @@ impl Daemon {
                 sleep(pause).await;
                 pause = (pause * 2).min(LATE);
                 let _operation = vm.operation.lock().await;
-                // A request for a commit that is under way is noted before the process knows of it.
-                let _telling = vm.telling.lock().await;
-                // Another guest of that name may be there, with files of the same names.
+                // Without this lock, a commit could be on record whose request the process has not received, and look as if it were over.
+                let _reconfiguring = vm.reconfiguring.lock().await;
+                // Where the guest was deleted, another guest of that name may have files of the same names.
                 let is_there = daemon.knows(&vm);
                 if is_there && let Err(fault) = daemon.find_commits(&vm).await {
-                    tracing::warn!(vm = %vm.id, %fault, "it is not known where a commit is");
+                    tracing::warn!(vm = %vm.id, fault = %chain(&fault), "it is not known how far a commit is");
                 }
                 let is_over = vm.change(|now| {
                     let is_over = !is_there || now.pending.commits.is_empty();
@@ -186,14 +175,14 @@ impl Daemon {
         });
     }
 
-    /// Finds out which disks a guest has that were being committed, and notes it.
-    pub(super) async fn find_commits(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+    /// Finds out which commits of a guest are over, and records the disks that the guest has then.
+    pub async fn find_commits(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let commits = vm.now().pending.commits.clone();
         for (drive, commit) in commits {
             let is_changed = match Self::look_at_commit(vm, &drive, &commit).await? {
                 Progress::Running => false,
                 Progress::Over(disk) => vm.change(|now| {
-                    // Another may have begun since.
+                    // Another commit of the drive may have begun since.
                     let known = now.pending.commits.get(&drive);
                     if known.is_none_or(|known| known.top != commit.top) {
                         return false;
@@ -212,20 +201,25 @@ impl Daemon {
         Ok(())
     }
 
-    async fn look_at_commit(vm: &Vm, drive: &str, commit: &Commit) -> Result<Progress, Fault> {
+    async fn look_at_commit(
+        vm: &Vm,
+        drive: &str,
+        commit: &PendingCommit,
+    ) -> Result<Progress, Fault> {
         let path = format!("/drives/{drive}/job");
-        if let Some(told) = ask(vm, Method::GET, &path, &Bytes::new()).await? {
-            if told.status.is_success() {
-                let job: Job = serde_json::from_slice(&told.body)?;
+        if let Some(response) = ask_until_answered(vm, Method::GET, &path, Bytes::new()).await? {
+            if response.status.is_success() {
+                let job: Job = serde_json::from_slice(&response.body)?;
                 if job.operation == "commit" && job.state == JobState::Running {
                     return Ok(Progress::Running);
                 }
-            } else if told.status != StatusCode::BAD_REQUEST {
-                return Err(proxy::refusal(&told));
+            } else if response.status != StatusCode::BAD_REQUEST {
+                return Err(proxy::refusal(&response));
             }
-            // No commit is at work, so that the configuration has its outcome.
-            if let Some(told) = ask(vm, Method::GET, "/vm/config", &Bytes::new()).await? {
-                let config: VmConfig = serde_json::from_slice(&told.body)?;
+            // The commit is over, so the configuration has the disk that it has left.
+            let config = ask_until_answered(vm, Method::GET, "/vm/config", Bytes::new());
+            if let Some(response) = config.await? {
+                let config: VmConfig = serde_json::from_slice(&response.body)?;
                 return Ok(Progress::Over(path_of(&config, drive, &vm.folder)));
             }
         }
@@ -233,14 +227,14 @@ impl Daemon {
             // It is about to be deleted.
             return Ok(Progress::Running);
         }
-        // A guest in a jail may have put anything in the place of a folder but its own.
+        // A guest in a jail may have replaced any folder that it may write to, except its own, by a link: nothing is removed there.
         let is_own = commit.top.parent() == Some(&*vm.folder);
         let may_remove = is_own || vm.now().jail.is_none();
-        let (left, top) = (commit.clone(), commit.top.clone());
-        let disk = blocking(move || left.left(may_remove)).await?;
+        let (ended, top) = (commit.clone(), commit.top.clone());
+        let disk = blocking(move || disk_after(&ended, may_remove)).await?;
         let disk = disk.map_err(Fault::Store)?;
         if disk.is_none() {
-            tracing::error!(vm = %vm.id, drive, top = %top.display(), "what this disk was merged into is not known");
+            tracing::error!(vm = %vm.id, drive, top = %top.display(), "the disk that this one was merged into is not known");
         }
         Ok(Progress::Over(disk))
     }
@@ -255,14 +249,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let (top, child, base) = (path("d"), path("d.commit"), path("base"));
-        let commit = Commit {
+        let commit = PendingCommit {
             top: top.clone(),
             base: Some(base.clone()),
         };
-        let left = || commit.left(true).unwrap();
+        let left = || disk_after(&commit, true).unwrap();
         fs::write(&top, "vhdxfile").unwrap();
         assert_eq!(left(), Some(top.clone()));
-        // Half made, and what the guest has had since it was whole.
+        // A half-made child, and then a whole one, which the guest has used since.
         fs::write(&child, [0; 64]).unwrap();
         assert_eq!(left(), Some(top.clone()));
         assert!(!child.exists());

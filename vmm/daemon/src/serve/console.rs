@@ -1,7 +1,7 @@
 //! The serial console of a guest over HTTP.
 //!
 //! `GET` streams the output: the last of it, and then what comes. `PUT` gives the guest its body to read. `GET` with `Upgrade: coppice-console`
-//! makes the connection the line itself, both ways. The bytes are the guest's: they are passed on, and never looked at.
+//! makes the connection the serial line, in both directions. The bytes are the guest's: they are passed on, and never interpreted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,9 +20,10 @@ use tokio::time::timeout;
 use super::fault::Fault;
 use super::proxy;
 use super::vm::Vm;
+use control::api::CONSOLE_PROTOCOL as PROTOCOL;
+use host::report::chain;
 
-/// What a client asks to upgrade to.
-pub const PROTOCOL: &str = "coppice-console";
+/// Longest piece of output that is sent at once, in bytes.
 const CHUNK: usize = 4096;
 /// How long the guest's process may take to read its input.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -41,13 +42,16 @@ async fn connect(vm: &Vm) -> Result<UnixStream, Fault> {
     }
     match timeout(proxy::LOOK, proxy::connect(&vm.console_socket())).await {
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(Fault::Unreachable(vm.id.clone(), error.to_string())),
+        Ok(Err(error)) => Err(Fault::Unreachable {
+            id: vm.id.clone(),
+            source: error.into(),
+        }),
         Err(_) => Err(Fault::Silent(vm.id.clone())),
     }
 }
 
-/// The line to the process `pid` of a guest. Where it ends as the guest goes from the process that it was configured in to the one that it runs in, it is
-/// the line to that one.
+/// The serial line of a guest, by its process `pid`. When a guest starts, the process that it was configured in is replaced by another; the line then
+/// continues with that one.
 struct Line {
     vm: Arc<Vm>,
     pid: Option<u32>,
@@ -65,10 +69,10 @@ impl Line {
         Ok(Self { vm, pid, stream })
     }
 
-    /// Whether it goes on, when it has ended.
-    async fn goes_on(&mut self) -> bool {
-        let changes = self.vm.now().pending.start;
-        if !changes && pid(&self.vm) == self.pid {
+    /// Called when the connection has ended: connects to the process that has taken the place of the former one. `false` where there is none.
+    async fn reconnect(&mut self) -> bool {
+        let is_replaced = self.vm.now().pending.start;
+        if !is_replaced && pid(&self.vm) == self.pid {
             return false;
         }
         self.vm.until(|now| !now.pending.start).await;
@@ -83,28 +87,28 @@ impl Line {
     }
 }
 
-/// The line itself, on a connection that is no HTTP any more.
+/// Joins the serial line to a connection that is not HTTP any more.
 async fn attach(upgrade: OnUpgrade, mut line: Line) {
     let client = match upgrade.await {
         Ok(upgraded) => TokioIo::new(upgraded),
         Err(error) => {
-            tracing::debug!(%error, "a console client left");
+            tracing::debug!(error = %chain(&error), "a console client left");
             return;
         }
     };
     let (mut from_client, mut to_client) = split(client);
     loop {
         let (mut from_guest, mut to_guest) = line.stream.split();
-        // It ends when the guest does, or the client has gone.
+        // Ends when the guest's process does, or when the client has closed the connection.
         let has_left = tokio::select! {
             read = copy(&mut from_guest, &mut to_client) => read.is_err(),
             written = copy(&mut from_client, &mut to_guest) => written.is_ok(),
         };
-        if has_left || !line.goes_on().await {
+        if has_left || !line.reconnect().await {
             break;
         }
     }
-    // Whoever reads it is told that it is over.
+    // So that the client sees the end.
     let _ = to_client.shutdown().await;
 }
 
@@ -130,7 +134,7 @@ pub async fn output(
         let mut chunk = vec![0; CHUNK];
         loop {
             match line.stream.read(&mut chunk).await {
-                Ok(0) if line.goes_on().await => {}
+                Ok(0) if line.reconnect().await => {}
                 Ok(0) => return None,
                 Ok(len) => {
                     chunk.truncate(len);
@@ -153,7 +157,7 @@ pub async fn input(vm: Arc<Vm>, bytes: Bytes) -> Result<(), Fault> {
     let given = async {
         let (mut from_guest, mut to_guest) = guest.split();
         let reading = async {
-            // It closes the line when it has read all.
+            // The guest's process closes the connection when it has read all.
             copy(&mut from_guest, &mut sink()).await
         };
         let writing = async {
@@ -165,7 +169,10 @@ pub async fn input(vm: Arc<Vm>, bytes: Bytes) -> Result<(), Fault> {
     };
     match timeout(PATIENCE, given).await {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(Fault::Unreachable(vm.id.clone(), error.to_string())),
+        Ok(Err(error)) => Err(Fault::Unreachable {
+            id: vm.id.clone(),
+            source: error.into(),
+        }),
         Err(_) => Err(Fault::Silent(vm.id.clone())),
     }
 }

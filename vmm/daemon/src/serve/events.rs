@@ -1,17 +1,17 @@
-//! What has happened: kept for a while, and told to whoever listens.
+//! Events: what has happened is kept for a while, and sent to all listeners.
 //!
 //! The numbers of events grow from one daemon to the next, so that a listener can say what it has seen last (`Last-Event-ID`).
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::sync::broadcast;
 use utoipa::ToSchema;
 
 use super::status::now_ms;
 
-/// Events that are kept for those who come later, and that a listener may be behind.
+/// Events that are kept for later listeners, and most events that a listener may be behind.
 const KEPT: usize = 256;
 
 /// What has happened.
@@ -115,7 +115,7 @@ impl Default for Events {
     fn default() -> Self {
         let history = History {
             events: VecDeque::new(),
-            // Higher than any number of the daemon before, unless that told a thousand a millisecond.
+            // Higher than any number of the daemon before, unless that had a thousand events a millisecond.
             next: now_ms().saturating_mul(1000),
         };
         Self {
@@ -126,14 +126,10 @@ impl Default for Events {
 }
 
 impl Events {
-    fn history(&self) -> MutexGuard<'_, History> {
-        self.history.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Tells what has happened.
     pub fn tell(&self, kind: EventKind, vm: Option<&str>, reason: Option<String>) {
         tracing::info!(vm, event = kind.name(), reason, "event");
-        let mut history = self.history();
+        let mut history = self.history.lock();
         let event = Event {
             id: history.next,
             time_ms: now_ms(),
@@ -146,13 +142,13 @@ impl Events {
             history.events.pop_front();
         }
         history.events.push_back(event.clone());
-        // Under the lock, so that events are told in their order. Nobody need listen.
+        // Sent under the lock, so that events arrive in their order. It fails where there is no listener, which is fine.
         let _ = self.listeners.send(event);
     }
 
     /// Those that are kept after number `last`, and all that come. A listener that is too far behind is told `Lagged`.
     pub fn listen(&self, last: Option<u64>) -> (Vec<Event>, broadcast::Receiver<Event>) {
-        let history = self.history();
+        let history = self.history.lock();
         let kept = match last {
             Some(last) => history
                 .events

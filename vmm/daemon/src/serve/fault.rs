@@ -1,4 +1,4 @@
-//! Why a request is not done, and how that is said: the status code, and a `fault_message` as the guests' own API has it.
+//! Why a request is refused or has failed, and its response: the status code, and a `fault_message` as the guests' own API has it.
 
 use std::io;
 
@@ -9,14 +9,18 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::admission::Refusal;
-use super::status::State;
+use super::record::State;
 use config::ConfigError;
+use host::report::chain;
 
-/// A request that is not done.
+/// The error of a library, or a text.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// A request that is refused or has failed. `Display` leaves the source out: see [`chain`].
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The body is not of the expected shape.
-    #[error("the body of the request: {0}")]
+    #[error("the body of the request")]
     Json(#[from] serde_json::Error),
     /// The body cannot be read, or is too long.
     #[error("the body of the request: {1}")]
@@ -24,17 +28,25 @@ pub enum Fault {
     /// The query is not of the expected shape.
     #[error("the query of the request: {0}")]
     Query(String),
-    /// The guest's configuration cannot be.
+    /// A file that the query names cannot be looked at.
+    #[error("the query of the request: path: {name}")]
+    QueryFile {
+        /// Its name.
+        name: String,
+        /// The host's error.
+        source: io::Error,
+    },
+    /// The guest's configuration is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A value cannot be.
+    /// A value is wrong.
     #[error("{field}: {value:.80?} is not {expected}")]
     Invalid {
         /// The field.
         field: &'static str,
         /// Its value.
         value: String,
-        /// What it may be.
+        /// What would be right.
         expected: &'static str,
     },
     /// The path of a socket would be longer than the host allows.
@@ -45,10 +57,10 @@ pub enum Fault {
     /// The guest ended before it had begun.
     #[error("the guest could not start: {0}")]
     DidNotStart(String),
-    /// The caller may not.
+    /// The caller may not call the daemon.
     #[error("user {0} may not call this daemon; see --allow-uid and --socket-group")]
     Forbidden(u32),
-    /// Only to be read here.
+    /// The address for reading does not change anything.
     #[error("this address is for reading alone: use the socket")]
     ReadOnly,
     /// No such guest.
@@ -57,7 +69,7 @@ pub enum Fault {
     /// No such image.
     #[error("there is no image {0:.80}")]
     NoImage(String),
-    /// A snapshot that nobody has made room for.
+    /// The daemon admits no guest that is loaded from a snapshot by way of its own API.
     #[error(
         "a guest of the daemon goes on from a template: POST /vms with \"template\" makes it, or use coppice run --restore"
     )]
@@ -76,7 +88,7 @@ pub enum Fault {
         /// What uses it.
         by: String,
     },
-    /// What a disk would be merged into is a template's.
+    /// The disk that a disk would be merged into is a template's.
     #[error(
         "the disk of {drive} stands on that of template {template}, which its clones need as it is: delete the template first"
     )]
@@ -86,10 +98,10 @@ pub enum Fault {
         /// The template.
         template: String,
     },
-    /// No such thing.
+    /// No such path.
     #[error("there is nothing at {1:.200} for {0}")]
     NoPath(Method, String),
-    /// Not for that method.
+    /// The path does not have that method.
     #[error("{0} is not for {1:.200}")]
     Method(Method, String),
     /// The name is taken.
@@ -128,17 +140,22 @@ pub enum Fault {
     #[error("vsock.guest_cid: another guest has {0}: leave it out, and one is made up")]
     CidTaken(u32),
     /// The state folder.
-    #[error("the state folder: {0}")]
-    Store(io::Error),
+    #[error("the state folder")]
+    Store(#[source] io::Error),
     /// The host starts no process.
-    #[error("the process of the guest cannot be started: {0}")]
-    Spawn(io::Error),
+    #[error("the process of the guest cannot be started")]
+    Spawn(#[source] io::Error),
     /// The guest's process has too many requests in hand.
     #[error("guest {0} has too many requests in hand: try again")]
     Busy(String),
-    /// The guest's process does not answer.
-    #[error("the process of guest {0} cannot be asked: {1}")]
-    Unreachable(String, String),
+    /// The guest's process cannot be reached, or its response cannot be understood.
+    #[error("the process of guest {id} cannot be asked")]
+    Unreachable {
+        /// The guest.
+        id: String,
+        /// Why.
+        source: Failure,
+    },
     /// The guest's process does not answer in time.
     #[error("the process of guest {0} does not answer")]
     Silent(String),
@@ -149,11 +166,11 @@ pub enum Fault {
     #[error("{1}")]
     Guest(StatusCode, String),
     /// The daemon itself.
-    #[error("the daemon failed: {0}")]
-    Internal(String),
+    #[error("the daemon failed")]
+    Internal(#[source] Failure),
 }
 
-/// What a refused request is answered.
+/// The body of the response to a request that is refused or has failed.
 #[derive(Debug, Serialize, ToSchema)]
 pub struct FaultBody {
     /// Why, for people.
@@ -167,6 +184,7 @@ impl Fault {
             Self::Body(status, _) | Self::Guest(status, _) => *status,
             Self::Json(_)
             | Self::Query(_)
+            | Self::QueryFile { .. }
             | Self::Config(_)
             | Self::Invalid { .. }
             | Self::LongPath(_) => StatusCode::BAD_REQUEST,
@@ -192,7 +210,7 @@ impl Fault {
             }
             Self::Store(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Spawn(_) | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Unreachable(..) => StatusCode::BAD_GATEWAY,
+            Self::Unreachable { .. } => StatusCode::BAD_GATEWAY,
             Self::Silent(_) | Self::Unkillable(_) => StatusCode::GATEWAY_TIMEOUT,
         }
     }
@@ -202,12 +220,12 @@ impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         let status = self.status();
         if status.is_server_error() && !matches!(self, Self::Refused(_) | Self::NoUser { .. }) {
-            tracing::warn!(fault = %self, "a request failed");
+            tracing::warn!(fault = %chain(&self), "a request failed");
         } else {
-            tracing::debug!(fault = %self, "a request is refused");
+            tracing::debug!(fault = %chain(&self), "a request is refused");
         }
         let body = FaultBody {
-            fault_message: self.to_string(),
+            fault_message: chain(&self).to_string(),
         };
         (status, Json(body)).into_response()
     }

@@ -1,6 +1,6 @@
-//! The guest's own API below `/vms/{id}/`, as the `OpenAPI` document shows it. These requests are passed on (`routes`), and done by the
-//! guest's process ([`control::api`]): here is only what they look like, with the types that the process reads. That none is left out, a test of
-//! `openapi` sees to.
+//! The guest's own API below `/vms/{id}/`, as the `OpenAPI` document shows it. The daemon passes these requests on (`routes`), and the
+//! guest's process carries them out ([`control::api`]). This module only describes them, with the types that the process reads. A test of `routes::openapi` checks
+//! that none is left out.
 
 #![allow(
     dead_code,

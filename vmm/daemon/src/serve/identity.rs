@@ -1,10 +1,10 @@
-//! Who a guest is: the identifier that no other guest of the daemon has, the socket in its folder, and what it is told of itself.
+//! The identity of a guest: the context identifier (CID) of its vsock device, which no other guest of the daemon has, and its metadata.
 //!
 //! ```text
 //! vm.json has the CID ──> config.json, or --restore, has it too ──> metadata.json written at each start ──> process
 //! ```
 //!
-//! A clone is loaded as a guest with another identifier. It learns so by its vsock device (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and what it is called
+//! A clone is loaded as a guest with another CID. It learns that by its vsock device (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and its name
 //! by its metadata, in which each start of a process has a `generation` of its own.
 
 use std::collections::BTreeSet;
@@ -12,50 +12,19 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use serde::Serialize;
 use serde_json::{Map, Value, json};
-use utoipa::ToSchema;
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::fault::Fault;
-use super::spec::VmSpec;
-use super::store;
+use super::record::VmSpec;
+use super::store::{self, METADATA, VSOCK_SOCKET};
 use super::vm::Vm;
 use config::limits::MAX_BODY;
 use config::{FIRST_CID, VmConfig, VsockConfig};
-use control::api;
+use control::api::{self};
 
-/// The socket of the vsock device, in the folder that the process works in.
-pub const SOCKET: &str = "vsock.sock";
-/// What the guest is told of itself, in the same folder.
-pub const METADATA: &str = "metadata.json";
 /// The part of the metadata that the daemon writes.
 pub const OWN_PART: &str = "coppice";
-
-/// The vsock device of a guest, as its status tells it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
-pub struct VsockStatus {
-    /// Its context identifier, which no other guest of the daemon has.
-    pub guest_cid: u32,
-    /// The socket that programs of the host connect to; those that the guest connects to lie beside it.
-    pub uds_path: String,
-}
-
-/// Has the device of a guest listen in the guest's folder.
-///
-/// # Errors
-/// `Invalid` where it was to be elsewhere.
-pub fn place(vsock: &mut VsockConfig) -> Result<(), Fault> {
-    if let Some(path) = &vsock.uds_path {
-        return Err(Fault::Invalid {
-            field: "vsock.uds_path",
-            value: path.display().to_string(),
-            expected: "left out: the socket is vsock.sock in the guest's folder",
-        });
-    }
-    vsock.uds_path = Some(SOCKET.into());
-    Ok(())
-}
 
 /// Gives the device of a guest the identifier that the guest has.
 pub fn identify(config: &mut VmConfig, cid: Option<u32>) {
@@ -67,23 +36,23 @@ pub fn identify(config: &mut VmConfig, cid: Option<u32>) {
 /// A number that no other start of a guest has.
 fn generation() -> String {
     let mut bytes = [0u8; 16];
-    // The kernel's generator does not fail where it is asked for a few bytes.
+    // The kernel's generator does not fail where it is asked for up to 256 bytes (getrandom(2)).
     let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
     format!("{:032x}", u128::from_ne_bytes(bytes))
 }
 
-/// What a guest is told of itself from its next start on. The daemon's part is left out where there is no room for it.
+/// The metadata of a guest from its next start on: what the operator gave, and the daemon's part, unless there is no room for that.
 fn metadata(id: &str, cid: Option<u32>, asked: Option<&Map<String, Value>>) -> Map<String, Value> {
     let mut metadata = asked.cloned().unwrap_or_default();
     if let Some(cid) = cid {
         let own = json!({"id": id, "hostname": id, "cid": cid, "generation": generation()});
         metadata.insert(OWN_PART.to_owned(), own);
-        // An object of JSON always has a text.
+        // An object of JSON can always be written.
         let len = serde_json::to_vec(&metadata).map_or(usize::MAX, |text| text.len());
         if len > MAX_BODY {
             tracing::warn!(
                 vm = id,
-                "its metadata leave no room for those of the daemon"
+                "the metadata of a guest leave no room for those of the daemon"
             );
             metadata.remove(OWN_PART);
         }
@@ -91,10 +60,10 @@ fn metadata(id: &str, cid: Option<u32>, asked: Option<&Map<String, Value>>) -> M
     metadata
 }
 
-/// Writes what a guest is told of itself, if it has a device to ask by, or was told anything; says whether there is something.
+/// Writes the metadata of a guest, if it has a vsock device to ask for them by, or was given any; says whether there are some.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn write(
     folder: &Path,
     id: &str,
@@ -108,7 +77,7 @@ pub fn write(
     Ok(true)
 }
 
-/// The identifier that is asked for, or the first that none of the others has.
+/// The CID that is asked for, or the first that none of the others has.
 fn free_cid<'a>(
     asked: Option<u32>,
     others: impl Iterator<Item = &'a Arc<Vm>>,
@@ -117,17 +86,17 @@ fn free_cid<'a>(
     match asked {
         Some(cid) if taken.contains(&cid) => Err(Fault::CidTaken(cid)),
         Some(cid) => Ok(Some(cid)),
-        // There are fewer guests than identifiers.
+        // One is found, as there are fewer guests than CIDs.
         None => Ok((FIRST_CID..u32::MAX).find(|cid| !taken.contains(cid))),
     }
 }
 
 impl Daemon {
-    /// The identifier of a guest with a vsock device, while its name is being claimed: the one that it asks for, or the first that no other has.
+    /// The CID of a new guest with a vsock device: the one that it asks for, or the first that no other has. The registry of guests is locked meanwhile.
     ///
     /// # Errors
-    /// `CidTaken`; `Invalid` where a guest without such a device is to be told something.
-    pub(super) fn cid_for<'a>(
+    /// `CidTaken`; `Invalid` where a guest without such a device is to have metadata.
+    pub fn cid_for<'a>(
         spec: &VmSpec,
         config: &VmConfig,
         others: impl Iterator<Item = &'a Arc<Vm>>,
@@ -145,16 +114,16 @@ impl Daemon {
         free_cid(vsock.guest_cid, others)
     }
 
-    /// Makes the body of `PUT /vsock` name what a guest of the daemon has where it leaves that out: the socket in its folder, and an identifier that
-    /// no other guest has. The guest has the identifier from then on. A body that cannot be is the process's to refuse.
+    /// Fills in what a body of `PUT /vsock` leaves out: the socket in the guest's folder, and a CID that no other guest has, which the guest has from
+    /// then on. `None` where the body is wrong, for the guest's process to refuse it.
     ///
     /// # Errors
     /// `CidTaken`.
-    pub(super) fn complete_vsock(&self, vm: &Vm, body: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
+    pub fn complete_vsock(&self, vm: &Vm, body: &[u8]) -> Result<Option<Vec<u8>>, Fault> {
         let Ok(mut vsock) = api::parse_object::<VsockConfig>(body) else {
             return Ok(None);
         };
-        vsock.uds_path.get_or_insert_with(|| SOCKET.into());
+        vsock.uds_path.get_or_insert_with(|| VSOCK_SOCKET.into());
         let vms = self.vms();
         let asked = vsock.guest_cid.or(vm.now().cid);
         vsock.guest_cid = free_cid(asked, vms.values().filter(|other| other.id != vm.id))?;
@@ -186,14 +155,5 @@ mod tests {
             second["coppice"]["generation"]
         );
         assert!(!write(folder.path(), "a", None, None).unwrap());
-    }
-
-    #[test]
-    fn a_socket_lies_in_the_folder_of_its_guest_and_nowhere_else() {
-        let mut elsewhere = VsockConfig::new(None, "/tmp/v");
-        place(&mut elsewhere).unwrap_err();
-        elsewhere.uds_path = None;
-        place(&mut elsewhere).unwrap();
-        assert_eq!(elsewhere.path(), Path::new(SOCKET));
     }
 }

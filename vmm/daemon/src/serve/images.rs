@@ -87,7 +87,7 @@ impl Images {
     /// Those of a state folder.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn load(path: &Path) -> io::Result<Self> {
         store::remove_unfinished(path);
         Ok(store::read(path)?.unwrap_or_default())

@@ -1,15 +1,15 @@
-//! The jails of guests' processes: who they are on the host, which control group they are in, and what they may write to.
+//! The jails of guests' processes: which users of the host they are, which control group they are in, and which files they may write to.
 //!
 //! ```text
-//! vm.json has the user and the group ──> about to run: control group made ──> folder given ──> process held, joins, is jailed
-//! process gone ──> control group removed ──> folder removed
+//! vm.json names user and group ──> control group made ──> folder given to the user ──> process spawned, joins the group, is jailed
+//! process ended ──> control group removed ──> folder removed
 //! ```
 //!
-//! So whatever a jail takes of the host is told by a folder that is there as long: the next daemon finds and removes it.
+//! So whatever a jail takes of the host is named by the record in a folder that exists for as long, where the next daemon finds and removes it.
 //!
 //! A guest's folder belongs to the daemon, and to the group of the guest; it is sticky. The process makes and removes files of its own there, and can
-//! neither read, nor replace, nor remove the daemon's records beside them. Nothing that lies in that folder under another name is followed or
-//! trusted: see `store`, `proxy`.
+//! neither read, nor replace, nor remove the daemon's records beside them. The daemon follows no link in that folder, and trusts no other file there:
+//! see `store`, `proxy`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,20 +19,19 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use parking_lot::Mutex;
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, open, openat,
 };
 use rustix::process::geteuid;
 use rustix::thread::{CapabilitySet, capabilities};
-use serde::{Deserialize, Serialize};
 
-use super::Daemon;
 use super::fault::Fault;
-use super::pending::is_whole;
+use super::own_disks::own_disks;
+use super::record::JailResources;
 use super::store::named;
-use super::vm::Vm;
+use host::report::chain;
 use jail::{CgroupConfig, cgroup_root};
 
 /// Users of guests where none are named: numbers that neither distributions, nor systemd, nor containers hand out
@@ -41,7 +40,7 @@ pub const UIDS: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
 /// Memory of a guest's group beyond its RAM: a part of that for page tables, and this for the process and the disks' pages in the cache.
 const MARGIN: u64 = 64 << 20;
 const MARGIN_PART: u64 = 16;
-/// Files of a guest's folder that are the daemon's own, also under the names that they are written by.
+/// Files of a guest's folder that are the daemon's own, also with an ending that they have while they are written.
 const RECORDS: [&str; 5] = ["vm.json", "config.json", "pid.json", "metadata.json", "log"];
 
 /// How guests are jailed: `coppice serve --jail`.
@@ -57,30 +56,8 @@ pub struct JailPolicy {
     pub pids: Option<u32>,
     /// Files and folders that all guests may open and write to, as far as their users may.
     pub allow: Vec<PathBuf>,
-    /// A layer that cannot be had is an error.
+    /// A layer that the host does not have is an error.
     pub require_all: bool,
-}
-
-/// What the jail of a guest takes of the host, from its making to its deletion.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Jailed {
-    /// The user and group of the process; the daemon's where absent.
-    #[serde(default)]
-    pub uid: Option<u32>,
-    /// Its control group, below the root of the hierarchy.
-    #[serde(default)]
-    pub cgroup: Option<PathBuf>,
-}
-
-impl Jailed {
-    /// Its control group, if it has one, without the limits.
-    pub fn cgroup(&self) -> Option<CgroupConfig> {
-        let name = self.cgroup.clone()?;
-        Some(CgroupConfig {
-            name,
-            ..CgroupConfig::default()
-        })
-    }
 }
 
 /// The jails of all guests.
@@ -89,13 +66,13 @@ pub struct Jails {
     policy: Option<JailPolicy>,
     /// Whether groups can limit memory here.
     limits_memory: bool,
-    /// Users of guests that are there, but cannot be understood.
+    /// Users of guests whose records cannot be read.
     reserved: Mutex<BTreeSet<u32>>,
 }
 
-/// Where a guest of this name begins to look for a user, 0 to `last`: at the same one each time, so that its disks can be made that user's before it is
-/// made, or made again. (FNV-1a, which stays the same.)
-fn place(id: &str, last: u32) -> u32 {
+/// The place in the range of users, 0 to `last`, from which on a user is looked for: always the same one for a name, so that disks can be given to that
+/// user before the guest is made, or made again. (FNV-1a, which never changes.)
+fn first_place(id: &str, last: u32) -> u32 {
     let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     });
@@ -115,10 +92,10 @@ fn maps(map: &str, wanted: &RangeInclusive<u32>) -> bool {
     })
 }
 
-/// Whether root may have processes be these users here.
+/// Checks that root may start processes of these users here.
 ///
 /// # Errors
-/// Why not.
+/// What is in the way.
 fn has_users(wanted: &RangeInclusive<u32>) -> io::Result<()> {
     let (first, last) = (wanted.start(), wanted.end());
     for path in ["/proc/self/uid_map", "/proc/self/gid_map"] {
@@ -143,9 +120,9 @@ fn own_group() -> Option<PathBuf> {
     Some(path.into())
 }
 
-/// A group with processes in it hands no limits on to those below it. Where the daemon is in one above its guests', as a service with a delegated group
-/// is, it moves into one beside theirs.
-fn make_way(root: &Path, parent: &Path) -> io::Result<()> {
+/// Moves the daemon out of its control group where that is above the guests', as it is for a service with a delegated group, into one beside theirs: a group
+/// with processes in it cannot limit the groups below it (cgroups(7), no internal processes).
+fn leave_parent_group(root: &Path, parent: &Path) -> io::Result<()> {
     let Some(own) = own_group().filter(|own| !own.as_os_str().is_empty()) else {
         return Ok(());
     };
@@ -165,7 +142,7 @@ impl Jails {
     /// Makes what the jails of guests have in common.
     ///
     /// # Errors
-    /// What the host says; where `uids=` is asked for by a user who cannot become others.
+    /// The host's error; where `uids=` is asked for by a user who cannot become others.
     pub fn open(policy: Option<JailPolicy>) -> io::Result<Self> {
         let mut jails = Self {
             policy,
@@ -183,9 +160,9 @@ impl Jails {
             match has_users(&UIDS) {
                 Ok(()) => policy.uids = Some(UIDS),
                 Err(why) if policy.require_all => return Err(why),
-                // In a container, say.
+                // As in a container without these users.
                 Err(why) => {
-                    tracing::warn!(%why, "guests run as the daemon's user, in jails without users of their own");
+                    tracing::warn!(why = %chain(&why), "guests run as the daemon's user, in jails without users of their own");
                 }
             }
         }
@@ -194,8 +171,8 @@ impl Jails {
         }
         if let Some(parent) = &policy.cgroup {
             let root = cgroup_root()?;
-            if let Err(error) = make_way(&root, parent) {
-                tracing::warn!(%error, "the daemon stays in its control group, which may keep guests from having limits");
+            if let Err(error) = leave_parent_group(&root, parent) {
+                tracing::warn!(error = %chain(&error), "the daemon stays in its control group, which may keep guests from having limits");
             }
             let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
             jails.limits_memory = controllers.split_whitespace().any(|name| name == "memory");
@@ -210,41 +187,37 @@ impl Jails {
         Ok(jails)
     }
 
-    fn reserved(&self) -> MutexGuard<'_, BTreeSet<u32>> {
-        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Hands out what the jail of a new guest takes, if it is to be in one, beside what others have.
+    /// Gives a new guest a user that is not one of `taken`, and a control group, if guests are to be in jails.
     ///
     /// # Errors
     /// `NoUser`.
-    fn assign(&self, id: &str, taken: &BTreeSet<u32>) -> Result<Option<Jailed>, Fault> {
+    pub fn assign(&self, id: &str, taken: &BTreeSet<u32>) -> Result<Option<JailResources>, Fault> {
         let Some(policy) = &self.policy else {
             return Ok(None);
         };
         let uid = policy.uids.as_ref().map(|uids| {
-            let reserved = self.reserved();
+            let reserved = self.reserved.lock();
             let (first, last) = (*uids.start(), *uids.end());
-            let begin = first + place(id, last - first);
+            let begin = first + first_place(id, last - first);
             let mut turn = (begin..=last).chain(first..begin);
             let free = turn.find(|uid| !taken.contains(uid) && !reserved.contains(uid));
             free.ok_or(Fault::NoUser { first, last })
         });
-        Ok(Some(Jailed {
+        Ok(Some(JailResources {
             uid: uid.transpose()?,
             cgroup: policy.cgroup.as_ref().map(|parent| parent.join(id)),
         }))
     }
 
-    /// Keeps the user of a guest from others that is there, but cannot be understood.
+    /// Keeps other guests from getting the user of a guest whose record cannot be read: the folder has its group.
     pub fn reserve(&self, folder: &Path) {
         use std::os::unix::fs::MetadataExt;
         if let Ok(metadata) = fs::symlink_metadata(folder) {
-            self.reserved().insert(metadata.gid());
+            self.reserved.lock().insert(metadata.gid());
         }
     }
 
-    fn group(&self, jailed: &Jailed, ram_mib: u32) -> Option<CgroupConfig> {
+    fn group(&self, jailed: &JailResources, ram_mib: u32) -> Option<CgroupConfig> {
         let policy = self.policy.as_ref()?;
         let ram = u64::from(ram_mib) << 20;
         Some(CgroupConfig {
@@ -261,21 +234,21 @@ impl Jails {
     /// Makes the group of a guest of `ram_mib`, or gives it other limits.
     ///
     /// # Errors
-    /// What the host says.
-    fn limit(&self, jailed: &Jailed, ram_mib: u32) -> io::Result<()> {
+    /// The host's error.
+    fn limit(&self, jailed: &JailResources, ram_mib: u32) -> io::Result<()> {
         match self.group(jailed, ram_mib) {
             Some(group) => group.make(&cgroup_root()?).map(|_| ()),
             None => Ok(()),
         }
     }
 
-    /// Makes what the process of a guest is to find, before it begins; the value of its `--jail`, if it is to be in one.
+    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives the value of its `--jail`, if it is to be in one.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn prepare(
         &self,
-        jailed: Option<&Jailed>,
+        jailed: Option<&JailResources>,
         folder: &Path,
         ram_mib: u32,
     ) -> io::Result<Option<String>> {
@@ -291,25 +264,8 @@ impl Jails {
     }
 }
 
-/// The VHDX files in a guest's folder that are nobody else's, from there: where one is the parent of a disk, the guest may merge the disk into it. A
-/// template's has a second name.
-fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
-    use std::os::unix::fs::MetadataExt;
-    let mut own = Vec::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = Path::new(".").join(entry.file_name());
-        let is_alone = entry.metadata()?.nlink() == 1;
-        if is_alone && name.to_str().is_some() && is_whole(&entry.path()) {
-            own.push(name);
-        }
-    }
-    own.sort();
-    Ok(own)
-}
-
 /// The value of `--jail` for the process of a guest, which works in its folder and has the files `own` there.
-fn argument(policy: &JailPolicy, jailed: &Jailed, own: &[PathBuf]) -> io::Result<String> {
+fn argument(policy: &JailPolicy, jailed: &JailResources, own: &[PathBuf]) -> io::Result<String> {
     let mut options = Vec::new();
     if let Some(uid) = jailed.uid {
         options.extend([format!("uid={uid}"), format!("gid={uid}")]);
@@ -332,19 +288,19 @@ fn argument(policy: &JailPolicy, jailed: &Jailed, own: &[PathBuf]) -> io::Result
     Ok(options.join(","))
 }
 
-/// Removes what the jail of a guest has of the host beside its folder; its process is gone.
+/// Removes the control group of a guest whose process has ended.
 ///
 /// # Errors
-/// What the host says.
-pub fn release(jailed: Option<&Jailed>) -> io::Result<()> {
-    match jailed.and_then(Jailed::cgroup) {
+/// The host's error.
+pub fn release(jailed: Option<&JailResources>) -> io::Result<()> {
+    match jailed.and_then(JailResources::cgroup) {
         Some(group) => group.remove(&cgroup_root()?),
         None => Ok(()),
     }
 }
 
-/// Gives a guest's folder to its user, as far as that is for it to write to, and the files in it that the daemon has made for it: disks, say.
-/// The guest has no process. What it has left there may be anything, and is not followed.
+/// Lets a guest's user write to the guest's folder, and gives that user the files in it that the daemon has made for the guest, such as disks. The guest has no
+/// process. An earlier one may have put links there, which are not followed.
 fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
     let folder = open(
         path,
@@ -364,7 +320,7 @@ fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&folder, &*name, flags, Mode::empty())?;
         let stat = fstat(&file)?;
-        // A second name may be that of a record.
+        // A file with a second name may be one of the daemon's records.
         let is_new = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
             && stat.st_nlink == 1
             && stat.st_uid == geteuid().as_raw();
@@ -379,8 +335,8 @@ fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
 /// Makes a new folder in a guest's, for the guest to write to.
 ///
 /// # Errors
-/// What the host says.
-pub fn make_folder(path: &Path, jailed: Option<&Jailed>) -> io::Result<()> {
+/// The host's error.
+pub fn make_folder(path: &Path, jailed: Option<&JailResources>) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.mode(0o700).create(path).map_err(named(path))?;
     match jailed.and_then(|jailed| jailed.uid) {
@@ -389,12 +345,12 @@ pub fn make_folder(path: &Path, jailed: Option<&Jailed>) -> io::Result<()> {
     }
 }
 
-/// Takes back a folder that a guest has written to: what is in it is the daemon's from now on. The files that others are to have under
-/// their own users, `shared` by the beginnings of their names, can be read by them, and the rest by the daemon alone.
+/// Takes back a folder that a guest has written to: it and its files are the daemon's from now on. Files whose names begin with `shared` can be read by every
+/// user, as other guests are to open them, and all others by the daemon alone.
 ///
 /// # Errors
-/// What the host says; where there is anything but files.
-pub fn take_back(path: &Path, jailed: Option<&Jailed>, shared: &str) -> io::Result<()> {
+/// The host's error; where there is anything but regular files.
+pub fn take_back(path: &Path, jailed: Option<&JailResources>, shared: &str) -> io::Result<()> {
     if jailed.is_none_or(|jailed| jailed.uid.is_none()) {
         return Ok(());
     }
@@ -402,17 +358,14 @@ pub fn take_back(path: &Path, jailed: Option<&Jailed>, shared: &str) -> io::Resu
     let folder = open(path, flags | OFlags::DIRECTORY, Mode::empty())?;
     let owner = Some((geteuid(), rustix::process::getegid()));
     let (uid, gid) = owner.unzip();
-    // First the folder: the guest gets nothing more into it.
+    // The folder first, so that the guest can add nothing to it any more.
     fchown(&folder, uid, gid)?;
     fchmod(&folder, Mode::from_raw_mode(0o755))?;
     for entry in fs::read_dir(path)? {
         let name = entry?.file_name();
         let file = openat(&folder, &*name, flags | OFlags::RDONLY, Mode::empty())?;
         if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
-            return Err(io::Error::other(format!(
-                "{} is no file",
-                path.join(&name).display()
-            )));
+            return Err(named(&path.join(&name))(io::Error::other("it is no file")));
         }
         let is_shared = name.as_bytes().starts_with(shared.as_bytes());
         fchown(&file, uid, gid)?;
@@ -422,30 +375,6 @@ pub fn take_back(path: &Path, jailed: Option<&Jailed>, shared: &str) -> io::Resu
         )?;
     }
     Ok(())
-}
-
-impl Daemon {
-    /// What the jail of a guest takes, while its name is being claimed.
-    pub(super) fn jail_for<'a>(
-        &self,
-        id: &str,
-        others: impl Iterator<Item = &'a Arc<Vm>>,
-    ) -> Result<Option<Jailed>, Fault> {
-        let taken = others.filter_map(|vm| vm.now().jail.as_ref()?.uid);
-        self.jails.assign(id, &taken.collect())
-    }
-
-    /// Has a guest in a jail that was made when there were none; whether it was not before.
-    pub(super) fn rejail(&self, vm: &Vm) -> Result<bool, Fault> {
-        let vms = self.vms();
-        if vm.now().jail.is_some() {
-            return Ok(false);
-        }
-        let jail = self.jail_for(&vm.id, vms.values())?;
-        let is_new = jail.is_some();
-        vm.change(|now| now.jail = jail);
-        Ok(is_new)
-    }
 }
 
 #[cfg(test)]
@@ -475,7 +404,7 @@ mod tests {
             cgroup: Some("guests".into()),
             ..JailPolicy::default()
         });
-        jails.reserved().insert(11);
+        jails.reserved.lock().insert(11);
         let mut taken = BTreeSet::new();
         let next = |taken: &BTreeSet<u32>| Some(jails.assign("g", taken).ok()??.uid.unwrap());
         let first = next(&taken);
@@ -499,7 +428,7 @@ mod tests {
             require_all: true,
             ..JailPolicy::default()
         };
-        let jailed = Jailed {
+        let jailed = JailResources {
             uid: Some(7),
             cgroup: Some("guests/g".into()),
         };
@@ -516,14 +445,14 @@ mod tests {
             pids: Some(32),
             ..JailPolicy::default()
         });
-        let jailed = Jailed {
+        let jailed = JailResources {
             uid: None,
             cgroup: Some("g".into()),
         };
         let group = jails.group(&jailed, 128).unwrap();
         assert_eq!(group.memory, Some((128 + 8 + 64) << 20));
         assert_eq!((group.cpu, group.pids), (Some(150), Some(32)));
-        assert_eq!(jails.group(&Jailed::default(), 128), None);
+        assert_eq!(jails.group(&JailResources::default(), 128), None);
     }
 
     #[test]

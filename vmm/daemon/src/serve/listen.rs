@@ -1,4 +1,4 @@
-//! Connections: who they are of, how many there are, and their end.
+//! Connections to the daemon: their callers are identified, their number is limited, and they are closed at the end.
 
 use std::convert::Infallible;
 use std::os::fd::AsFd;
@@ -17,21 +17,22 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::peer::Caller;
+use host::report::chain;
 
 /// Connections at the same time. Further ones wait.
 const MAX_CONNECTIONS: u32 = 512;
-/// How long the head of a request may take, and a connection say nothing.
+/// How long the head of a request may take to arrive, and so how long a connection may be idle.
 const HEAD: Duration = Duration::from_mins(1);
-/// Most bytes of a head, and of what waits to be written.
+/// Most bytes of the head of a request, and most bytes that wait to be written.
 const BUFFER: usize = 16 << 10;
-/// How long the end waits for answers.
+/// How long the end of the daemon waits for responses to be written.
 const FINISH: Duration = Duration::from_secs(3);
 
-/// The places of connections, and the word that it is over.
+/// Limits the number of connections, and closes them when the daemon ends.
 #[derive(Clone)]
 pub struct Connections {
     places: Arc<Semaphore>,
@@ -48,7 +49,7 @@ fn builder() -> http1::Builder {
 }
 
 impl Connections {
-    /// None yet. The sender says when it is over.
+    /// No connections yet. `true` from the sender ends them all.
     pub fn new() -> (Self, watch::Sender<bool>) {
         let (sender, over) = watch::channel(false);
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS as usize));
@@ -63,7 +64,7 @@ impl Connections {
         }
     }
 
-    /// Waits, but not for long, until all have been answered.
+    /// Waits, but not for long, until all requests have their responses.
     pub async fn finish(&self) {
         if timeout(FINISH, self.places.acquire_many(MAX_CONNECTIONS))
             .await
@@ -93,7 +94,7 @@ impl Connections {
                 .with_upgrades();
             let mut connection = std::pin::pin!(connection);
             let over = async move {
-                // Its answer holds a lock.
+                // Dropped, as its value is a lock on the channel.
                 drop(over.wait_for(|over| *over).await);
             };
             let ended = tokio::select! {
@@ -104,12 +105,12 @@ impl Connections {
                 }
             };
             if let Err(error) = ended {
-                tracing::debug!(%error, "a connection ended");
+                tracing::debug!(error = %chain(&error), "a connection ended");
             }
         });
     }
 
-    /// Answers the first request of a caller who may not.
+    /// Refuses the first request of a caller who may not call, and closes the connection.
     fn turn_away(
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         uid: u32,
@@ -123,12 +124,12 @@ impl Connections {
             let connection = builder()
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), refuse);
-            // Who has no business here gets no time either.
+            // With a short deadline, as the connection takes one of the places.
             let _ = timeout(FINISH, connection).await;
         });
     }
 
-    /// Serves the socket, until it is over.
+    /// Serves the socket until the daemon ends.
     pub async fn unix(self, daemon: Arc<Daemon>, listener: UnixListener, router: Router) {
         while let Some(place) = self.place().await {
             let mut over = self.over.clone();
@@ -139,7 +140,7 @@ impl Connections {
             let stream = match accepted {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    out_of_descriptors(&error).await;
+                    pause_after(&error).await;
                     continue;
                 }
             };
@@ -163,12 +164,14 @@ impl Connections {
                         .tell(EventKind::CallerRefused, None, Some(text));
                     Self::turn_away(stream, peer.uid(), place);
                 }
-                Err(error) => tracing::warn!(%error, "a caller cannot be told"),
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "a caller cannot be identified");
+                }
             }
         }
     }
 
-    /// Serves the address for reading, until it is over.
+    /// Serves the address for reading until the daemon ends.
     pub async fn web(self, listener: TcpListener, router: Router) {
         while let Some(place) = self.place().await {
             let mut over = self.over.clone();
@@ -178,14 +181,14 @@ impl Connections {
             };
             match accepted {
                 Ok((stream, _)) => self.serve(stream, router.clone(), Caller::Web, place),
-                Err(error) => out_of_descriptors(&error).await,
+                Err(error) => pause_after(&error).await,
             }
         }
     }
 }
 
-async fn out_of_descriptors(error: &std::io::Error) {
-    tracing::warn!(%error, "a connection cannot be accepted");
-    // Most likely there is no descriptor left: it takes time for one to come back.
+async fn pause_after(error: &std::io::Error) {
+    tracing::warn!(error = %chain(error), "a connection cannot be accepted");
+    // Most likely the daemon is out of descriptors, and only time brings one back: without a pause this would be a busy loop.
     sleep(Duration::from_millis(100)).await;
 }

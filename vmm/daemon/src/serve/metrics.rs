@@ -1,4 +1,4 @@
-//! What the daemon counts, and what it knows of its guests, for Prometheus; and the guests' own counters, with a label that says whose.
+//! Metrics for Prometheus: the daemon's counters, figures of its guests that it knows, and the guests' own counters, each with a label that names the guest.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,11 +18,12 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::proxy;
-use super::status::{State, VmStatus};
+use super::record::State;
+use super::status::VmStatus;
 use super::vm::Vm;
 use host::procfs::Usage;
 
-/// How long a guest's process may take to tell its counters.
+/// How long a guest's process may take to give its counters.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Most lines that are taken of one guest.
 const LINES: usize = 4096;
@@ -30,7 +31,7 @@ const LINES: usize = 4096;
 type Origin = [(&'static str, &'static str); 1];
 type Labels = [(&'static str, String); 2];
 
-/// What the daemon counts.
+/// The daemon's counters.
 pub struct DaemonMetrics {
     requests: Family<Labels, Counter>,
     latency: Histogram,
@@ -55,7 +56,7 @@ impl Default for DaemonMetrics {
             0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
         ];
         let made = Family::new_with_constructor(starts as fn() -> Histogram);
-        // Both are there from the beginning: what shows up at 1 has no rate.
+        // Both are shown from the beginning: Prometheus computes no rate for a counter that first appears as 1.
         for origin in ORIGINS {
             drop(made.get_or_create(&origin));
         }
@@ -80,7 +81,7 @@ impl DaemonMetrics {
             Method::PATCH,
             Method::DELETE,
         ];
-        // Anybody may make up a method.
+        // Unknown methods share one label, as a caller could make up any number of them.
         let method = if known.contains(method) {
             method.as_str()
         } else {
@@ -113,7 +114,7 @@ impl DaemonMetrics {
         self.refused.inc();
     }
 
-    /// All of it, as text.
+    /// All metrics, as text.
     ///
     /// # Errors
     /// Where the encoder refuses a value.
@@ -163,7 +164,7 @@ impl DaemonMetrics {
     }
 }
 
-/// What is known of the guests at one moment.
+/// What the daemon knows of its guests at one moment.
 #[derive(Debug)]
 struct Guests {
     guests: Vec<VmStatus>,
@@ -268,7 +269,7 @@ fn is_name(name: &str) -> bool {
 }
 
 impl Joined {
-    /// Adds what a guest's process has told. It is only believed as far as it has the right form.
+    /// Adds the counters of a guest's process. Lines that do not have the right form are left out, as a guest may have taken over its process.
     pub fn add(&mut self, vm: &str, text: &str) {
         let mut family = None;
         for line in text.lines().take(LINES) {
@@ -310,7 +311,7 @@ impl Joined {
         }
     }
 
-    /// Puts it behind the daemon's own.
+    /// The daemon's own metrics, with these behind.
     pub fn after(self, own: &str) -> String {
         let mut text = own.trim_end().trim_end_matches("# EOF").to_owned();
         for (head, samples) in self.0.into_values() {
@@ -324,11 +325,11 @@ impl Joined {
     }
 }
 
-/// What the process of a guest tells; nothing where it does not, in time.
+/// The counters of a guest's process; `None` where it does not answer in time.
 pub async fn of_guest(vm: Arc<Vm>) -> Option<(String, String)> {
-    let answer = proxy::ask(&vm, Method::GET, "/metrics", Bytes::new(), PATIENCE).await;
-    let answer = answer.ok().filter(|answer| answer.status.is_success())?;
-    let text = String::from_utf8(answer.body.to_vec()).ok()?;
+    let asked = proxy::ask(&vm, Method::GET, "/metrics", Bytes::new(), PATIENCE).await;
+    let response = asked.ok().filter(|response| response.status.is_success())?;
+    let text = String::from_utf8(response.body.to_vec()).ok()?;
     Some((vm.id.clone(), text))
 }
 
@@ -336,7 +337,7 @@ pub async fn of_guest(vm: Arc<Vm>) -> Option<(String, String)> {
 mod tests {
     use expect_test::expect_file;
 
-    use super::super::spec::RestartPolicy;
+    use super::super::record::RestartPolicy;
     use super::super::status::MemorySplit;
     use super::*;
 

@@ -1,23 +1,65 @@
-//! Disks in a guest's folder: those that it was given as children of others, and its own alone.
+//! Disks in a guest's folder, which are children of other disks. The guest's process makes them, so they are found by rules for their names, and what lies
+//! under such a name is checked.
 
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, open, openat2};
 
-use super::pending::is_missing;
-use super::store;
+use super::store::{self, is_missing};
 
-/// The name of a guest's own disk for a drive, in the guest's folder: `of` tells what it is a child of.
+/// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
+const SIGNATURE: &[u8; 8] = b"vhdxfile";
+
+/// Whether the disk that a process has begun to make is complete. The process may have put anything under that name, so no link is followed, and no FIFO
+/// is waited for.
+pub fn is_whole(path: &Path) -> bool {
+    let looked =
+        || -> io::Result<bool> {
+            let mut options = File::options();
+            let options = options
+                .read(true)
+                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+            let mut file = options.open(path)?;
+            let mut found = [0; SIGNATURE.len()];
+            Ok(file.metadata()?.is_file()
+                && file.read_exact(&mut found).is_ok()
+                && found == *SIGNATURE)
+        };
+    looked().unwrap_or(false)
+}
+
+/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. The disk of a template has a second name. Where one of
+/// these is the parent of a disk, the guest may merge the disk into it.
+///
+/// # Errors
+/// The host's error.
+pub fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut own = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = Path::new(".").join(entry.file_name());
+        let is_alone = entry.metadata()?.nlink() == 1;
+        if is_alone && name.to_str().is_some() && is_whole(&entry.path()) {
+            own.push(name);
+        }
+    }
+    own.sort();
+    Ok(own)
+}
+
+/// The path of a guest's own disk for a drive, in the guest's folder. `of` is a part of its name that says what it is a child of.
 pub fn own_disk(folder: &Path, drive: &str, of: &str) -> PathBuf {
     folder.join(format!("disk-{drive}-{of}.vhdx"))
 }
 
-/// Such a name that no file has: a guest may have become a template of that name before.
+/// Such a path that no file has yet: with a number, where the guest has become a template of that name before.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn free_disk(folder: &Path, drive: &str, of: &str) -> io::Result<PathBuf> {
     let mut number = 1;
     loop {
@@ -33,7 +75,7 @@ pub fn free_disk(folder: &Path, drive: &str, of: &str) -> io::Result<PathBuf> {
     }
 }
 
-/// Whether it is such a name, of whichever number.
+/// Whether `path` is such a path, with any number or none.
 pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &str, of: &str) -> bool {
     let name = || {
         let name = path.strip_prefix(folder).ok()?.to_str()?;
@@ -47,10 +89,10 @@ pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &str, of: &str) -> boo
     name().is_some_and(|number| number.is_empty() || is_number(number))
 }
 
-/// Gives the file at `inside` of a guest's folder a second name, and no file that is reached by way of what the guest has put there.
+/// Gives the file at `inside` of a guest's folder a second name. The guest may have put links there, and no file that is reached through one is linked.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn link_inside(folder: &Path, inside: &Path, second: &Path) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let folder = open(folder, flags | OFlags::DIRECTORY, Mode::empty())?;
@@ -63,9 +105,22 @@ pub fn link_inside(folder: &Path, inside: &Path, second: &Path) -> io::Result<()
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
+
+    #[test]
+    fn a_disk_is_whole_when_its_first_bytes_are_there_which_are_written_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("child.vhdx");
+        assert!(is_missing(&path).unwrap() && !is_whole(&path));
+        fs::write(&path, [0; 64]).unwrap();
+        assert!(!is_missing(&path).unwrap() && !is_whole(&path));
+        fs::write(&path, SIGNATURE).unwrap();
+        assert!(is_whole(&path));
+        let link = folder.path().join("link.vhdx");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(!is_missing(&link).unwrap() && !is_whole(&link));
+        assert!(!is_whole(folder.path()));
+    }
 
     #[test]
     fn a_disk_that_goes_on_has_a_name_that_no_file_has() {

@@ -1,7 +1,7 @@
-//! Who is at the other end of the socket, and whether they may call.
+//! Which user is at the other end of the socket, and whether that user may call.
 //!
-//! Root and the user of the daemon may, and who is named by `--allow-uid`, and who is in the group of `--socket-group`. The kernel says who
-//! it is (`SO_PEERCRED`, `SO_PEERGROUPS`; unix(7)); nobody is taken at their word.
+//! Root and the user of the daemon may call, users that `--allow-uid` names, and members of the group of `--socket-group`. Who a caller is comes from the
+//! kernel (`SO_PEERCRED`, `SO_PEERGROUPS`; unix(7)), and never from the request.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -14,12 +14,12 @@ pub struct Allowed {
     pub gid: Option<u32>,
 }
 
-/// Who calls.
+/// The caller of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Caller {
-    /// By the socket.
+    /// A user, by the socket.
     User(u32),
-    /// By the address for reading.
+    /// Anybody, by the address for reading.
     Web,
 }
 

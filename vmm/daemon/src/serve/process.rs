@@ -1,12 +1,13 @@
-//! The process of a guest: started held, known for certain, and watched.
+//! The process of a guest: started behind a gate, identified for certain, and watched.
 //!
 //! ```text
-//! spawn ──> held: waits on its standard input ── pid.json is written ── release ──> runs
+//! spawn ──> gated: waits on its standard input ── pid.json is written ── release ──> runs
 //!              └── the daemon dies: standard input ends, and so does the process
 //! ```
 //!
-//! So there is no process that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next one
-//! finds it by its number, from the host's side of its namespaces, its start and the host's boot, and holds it by a pidfd, which never means another process.
+//! So no process of a guest runs that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next daemon
+//! finds it by its number (as the host sees it, outside of its namespaces), its start and the host's boot, and refers to it by a pidfd, which never
+//! comes to mean another process.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, PipeWriter, Write};
@@ -26,21 +27,22 @@ use rustix::process::{
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
 
-use super::identity;
-use super::store::{self, PidFile};
-use crate::zygote::{Birth, MANAGER, Zygote};
+use super::record::PidFile;
+use super::store;
+use crate::zygote::{MANAGER, SpawnOptions, Zygote};
 use host::procfs;
 
-/// Longest log of a guest, and how often it is looked at.
+/// Longest log of a guest in bytes.
 const LONGEST_LOG: u64 = 4 << 20;
-/// What of the disk is kept for a log that has just begun.
+/// Bytes on the disk that are reserved for a log when it begins.
 const LOG_ROOM: u64 = 4 << 10;
+/// Time from one cut of logs that are too long to the next.
 pub const TRIM: Duration = Duration::from_mins(1);
 
 /// What a process is started for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// To be told of its guest, and nothing else.
+    /// To be configured over the guest's own API; it never runs the guest.
     Configure,
     /// To run the guest of `config.json`.
     Boot,
@@ -48,29 +50,29 @@ pub enum Purpose {
     Restore(String),
 }
 
-/// What `Launch` is started with.
+/// How a process is started.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
     /// The guest.
     pub id: &'a str,
     /// Its folder, which the process works in.
     pub folder: &'a Path,
-    /// What it is for.
+    /// What it is started for.
     pub purpose: &'a Purpose,
     /// Its jail, if it is to be in one.
     pub jail: Option<&'a str>,
-    /// Whether there is a file with what the guest is told of itself.
+    /// Whether the guest has a file with metadata.
     pub metadata: bool,
 }
 
-/// How a process ended, as far as its parent is told.
+/// How a process ended, as far as the daemon can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
     /// By itself.
     Code(u8),
     /// Killed.
     Signal(i32),
-    /// It was another's child.
+    /// It was not a child of this daemon, so that nobody tells it.
     Unseen,
 }
 
@@ -82,8 +84,8 @@ pub struct Process {
     fd: AsyncFd<OwnedFd>,
 }
 
-/// A process that has not begun.
-pub struct Held {
+/// A process that waits at its gate, and has done nothing yet.
+pub struct GatedProcess {
     pid: u32,
     fd: OwnedFd,
     gate: PipeWriter,
@@ -101,14 +103,15 @@ fn start_us(pid: u32) -> io::Result<u64> {
     u64::try_from(start.as_micros()).map_err(io::Error::other)
 }
 
-/// For how long a process has been there.
+/// For how long a process has run.
 pub fn age(pid: u32) -> Duration {
     let now = clock_gettime(ClockId::Boottime);
     let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
     procfs::start_of(pid).map_or(Duration::ZERO, |start| now.saturating_sub(start))
 }
 
-/// A daemon that the kernel is to spare when memory runs out hands that on to its children: guests are to be killed before the host's own services.
+/// Undoes for a guest that the kernel is to spare the daemon when memory runs out, which children inherit: guests are to be killed before the host's own
+/// services.
 fn forgo_oom_score(pid: u32) -> io::Result<()> {
     let path = |process: &str| format!("/proc/{process}/oom_score_adj");
     let own = std::fs::read_to_string(path("self"))?;
@@ -118,11 +121,11 @@ fn forgo_oom_score(pid: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Starts the process of a guest. The one place where its command line is made.
+/// Starts the process of a guest. Its command line is made nowhere else.
 ///
 /// # Errors
-/// What the host says; there is no process then.
-pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
+/// The host's error; there is no process then.
+pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedProcess> {
     store::remove_unfinished(&launch.folder.join("end.json"));
     for left in ["end.json", "pid.json"] {
         match std::fs::remove_file(launch.folder.join(left)) {
@@ -132,18 +135,18 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
     }
     let mut log = OpenOptions::new();
     log.write(true).create(true).truncate(true).mode(0o600);
-    // Each line goes to where the end is then: see `trim_log`.
+    // Appended, so that it goes on at the beginning after `trim_log` has cut it.
     log.custom_flags(libc::O_APPEND | libc::O_NOFOLLOW);
     let path = launch.folder.join("log");
     let log = log.open(&path).map_err(store::named(&path))?;
-    // With a full disk, that is what the process cannot start for, most likely; and it has to be able to say so.
+    // Where the disk is full, the process fails to start for that reason, most likely, and has to have room to log it.
     match fallocate(&log, FallocateFlags::KEEP_SIZE, 0, LOG_ROOM) {
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         Err(error) => return Err(store::named(&path)(error.into())),
     }
     let (stdin, gate) = io::pipe()?;
     let folder = File::open(launch.folder).map_err(store::named(launch.folder))?;
-    let birth = Birth {
+    let options = SpawnOptions {
         args: arguments(launch),
         stdin: stdin.as_fd(),
         stderr: log.as_fd(),
@@ -151,13 +154,13 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
         own_processes: launch.jail.is_some(),
     };
     let pid = match zygote {
-        Some(zygote) => zygote.bear(&birth)?,
-        None => execute(launch, &birth)?,
+        Some(zygote) => zygote.spawn(&options)?,
+        None => execute(launch, &options)?,
     };
-    // A child's number is its own until it has been waited for.
+    // No other process gets the number of a child before the child has been waited for.
     let known = forgo_oom_score(pid).and_then(|()| Ok((start_us(pid)?, opened(pid)?)));
     match known {
-        Ok((start_us, fd)) => Ok(Held {
+        Ok((start_us, fd)) => Ok(GatedProcess {
             pid,
             fd,
             gate,
@@ -165,7 +168,7 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
         }),
         Err(error) => {
             drop(gate);
-            // It ends by itself, as nothing will come on its standard input.
+            // The process ends by itself, as its standard input has ended.
             if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
                 let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
             }
@@ -184,7 +187,7 @@ fn arguments(launch: &Launch<'_>) -> Vec<String> {
         Purpose::Configure => args.extend(["--config", "config.json", "--only-configure"]),
     }
     if launch.metadata {
-        args.extend(["--metadata", identity::METADATA]);
+        args.extend(["--metadata", store::METADATA]);
     }
     if let Some(value) = launch.jail {
         args.extend(["--jail", value]);
@@ -192,19 +195,19 @@ fn arguments(launch: &Launch<'_>) -> Vec<String> {
     args.into_iter().map(str::to_owned).collect()
 }
 
-/// Starts a process as a program of its own; its number.
-fn execute(launch: &Launch<'_>, birth: &Birth<'_>) -> io::Result<u32> {
-    // The program that runs this, whatever has become of its file.
+/// Starts a process by executing the program, where there is no zygote; gives its number.
+fn execute(launch: &Launch<'_>, options: &SpawnOptions<'_>) -> io::Result<u32> {
+    // The program of this daemon, even where its file has been replaced by another version.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0("coppice")
-        .args(birth.args.iter().skip(1))
+        .args(options.args.iter().skip(1))
         .current_dir(launch.folder)
         .env_remove(MANAGER)
-        .stdin(Stdio::from(birth.stdin.try_clone_to_owned()?))
+        .stdin(Stdio::from(options.stdin.try_clone_to_owned()?))
         .stdout(Stdio::null())
-        .stderr(Stdio::from(birth.stderr.try_clone_to_owned()?));
-    let child = if birth.own_processes {
+        .stderr(Stdio::from(options.stderr.try_clone_to_owned()?));
+    let child = if options.own_processes {
         jail::spawn(command)?.child
     } else {
         command.spawn()?
@@ -212,10 +215,10 @@ fn execute(launch: &Launch<'_>, birth: &Birth<'_>) -> io::Result<u32> {
     Ok(child.id())
 }
 
-/// Cuts the log of a guest where it has become too long: the process goes on at its beginning.
+/// Empties the log of a guest where it has become too long. The process goes on logging at its beginning.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn trim_log(folder: &Path) -> io::Result<()> {
     let path = folder.join("log");
     match std::fs::symlink_metadata(&path) {
@@ -228,19 +231,19 @@ pub fn trim_log(folder: &Path) -> io::Result<()> {
     log.open(path)?.set_len(0)
 }
 
-impl Held {
-    /// Notes the process, and lets it begin. It ends where it cannot be noted.
+impl GatedProcess {
+    /// Writes `pid.json`, and lets the process begin. Where that cannot be written, the process is ended.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn release(mut self, folder: &Path) -> io::Result<(u32, OwnedFd)> {
         let file = PidFile {
             pid: self.pid,
             start_us: self.start_us,
             boot_id: store::boot_id()?,
         };
-        let noted = store::write(&folder.join("pid.json"), &file, false);
-        if let Err(error) = noted.and_then(|()| self.gate.write_all(b"\n")) {
+        let written = store::write(&folder.join("pid.json"), &file, false);
+        if let Err(error) = written.and_then(|()| self.gate.write_all(b"\n")) {
             drop(self.gate);
             let _ = pidfd_send_signal(&self.fd, Signal::KILL);
             let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED);
@@ -250,17 +253,17 @@ impl Held {
     }
 }
 
-/// Whether a process has ended: what is left of it may be there until its parent looks.
+/// Whether a process has ended. One that has can still be opened as long as its parent has not waited for it.
 fn has_ended(process: &OwnedFd) -> io::Result<bool> {
-    let mut looked_at = [PollFd::new(process, PollFlags::IN)];
-    let now = Timespec::default();
-    Ok(rustix::io::retry_on_intr(|| poll(&mut looked_at, Some(&now)))? > 0)
+    let mut polled = [PollFd::new(process, PollFlags::IN)];
+    let at_once = Timespec::default();
+    Ok(rustix::io::retry_on_intr(|| poll(&mut polled, Some(&at_once)))? > 0)
 }
 
-/// The process that a guest's folder names, if it is still there.
+/// The process that `pid.json` in a guest's folder names, if it still runs.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
     let Some(file) = store::read::<PidFile>(&folder.join("pid.json"))? else {
         return Ok(None);
@@ -268,7 +271,7 @@ pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
     if file.boot_id != store::boot_id()? {
         return Ok(None);
     }
-    // Opened before it is looked at: what is looked at then is what was opened, or is gone.
+    // Opened before its start is read: either that is the start of the process that was opened, or that process has ended.
     let Ok(fd) = opened(file.pid) else {
         return Ok(None);
     };
@@ -279,17 +282,17 @@ pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
 }
 
 impl Process {
-    /// Watches a process; in the runtime.
+    /// Watches a process; to be called in the runtime.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn new((pid, fd): (u32, OwnedFd)) -> io::Result<Self> {
         // SAFETY: an `OwnedFd` is open, and the same, as long as it lives; it is never taken out again.
         let fd = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)? };
         Ok(Self { pid, fd })
     }
 
-    /// Waits for its end, and for its remains where it is a child.
+    /// Waits until it ends, and reaps it where it is a child.
     pub async fn ended(&self) -> Exit {
         if let Err(error) = self.fd.readable().await {
             tracing::error!(pid = self.pid, %error, "a process cannot be watched");
@@ -305,7 +308,7 @@ impl Process {
         }
     }
 
-    /// Sends a signal. One that has ended takes none.
+    /// Sends a signal, unless it has ended.
     pub fn signal(&self, signal: Signal) {
         if let Err(error) = pidfd_send_signal(self.fd.get_ref(), signal)
             && error != Errno::SRCH

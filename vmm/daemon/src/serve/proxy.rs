@@ -1,13 +1,13 @@
-//! What the daemon asks the process of a guest, over that guest's own socket.
+//! Requests to the process of a guest, over that guest's own socket.
 //!
-//! Each exchange has a connection of its own, a limit on what comes back, and an end: a process that hangs costs its callers their
-//! patience, and nobody else anything.
+//! Each exchange has a connection of its own, a limit on the length of the response, and a deadline: a process that hangs holds up its own callers until
+//! that deadline, and no other guest's.
 
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::http::header::{CONTENT_TYPE, HOST, HeaderValue};
 use axum::http::{Method, Request, StatusCode};
@@ -16,40 +16,41 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use super::fault::Fault;
-use super::status::State;
-use super::vm::Vm;
+use super::fault::{Failure, Fault};
+use super::record::State;
+use super::vm::{Now, Vm};
+use config::VmConfig;
 
-/// Longest answer in bytes.
-const MAX_ANSWER: usize = 4 << 20;
-/// How long an answer may take that needs no more than a look.
+/// Longest response in bytes.
+const MAX_RESPONSE: usize = 4 << 20;
+/// Deadline of a request that only reads.
 pub const LOOK: Duration = Duration::from_secs(5);
-/// How long an answer may take that has the guest do something, such as start.
+/// Deadline of a request that has the guest do something, such as start.
 pub const ACTION: Duration = Duration::from_mins(2);
+/// Between two requests to a process that did not answer the first.
+const RETRY: Duration = Duration::from_millis(50);
 
-/// What came back.
+/// The response of a guest's process.
 #[derive(Debug)]
-pub struct Answer {
+pub struct GuestResponse {
     /// The status code.
     pub status: StatusCode,
-    /// What the body is.
+    /// The type of the body.
     pub content: Option<HeaderValue>,
     /// The body.
     pub body: Bytes,
 }
 
-type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-/// Connects to a socket of a guest, and to no other: the folder is the guest's to write to, and what it has put in the place of the socket is
-/// not followed.
+/// Connects to a socket of a guest, and to no other: the guest may write to its folder, so that a link in the place of the socket is not followed.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub async fn connect(socket: &Path) -> io::Result<UnixStream> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = open(socket, flags, Mode::empty())?;
@@ -64,7 +65,7 @@ async fn exchange(
     method: Method,
     path: &str,
     body: Bytes,
-) -> Result<Answer, Failure> {
+) -> Result<GuestResponse, Failure> {
     let stream = connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     let request = Request::builder()
@@ -72,11 +73,11 @@ async fn exchange(
         .uri(path)
         .header(HOST, "localhost")
         .body(Full::new(body))?;
-    let mut answer = std::pin::pin!(async {
+    let mut exchanged = std::pin::pin!(async {
         let response = sender.send_request(request).await?;
         let (head, body) = response.into_parts();
-        let body = Limited::new(body, MAX_ANSWER).collect().await?;
-        Ok::<_, Failure>(Answer {
+        let body = Limited::new(body, MAX_RESPONSE).collect().await?;
+        Ok::<_, Failure>(GuestResponse {
             status: head.status,
             content: head.headers.get(CONTENT_TYPE).cloned(),
             body: body.to_bytes(),
@@ -84,27 +85,27 @@ async fn exchange(
     });
     tokio::select! {
         biased;
-        answer = &mut answer => answer,
-        // The connection moves the bytes; where it ends first, it has told why to the exchange.
-        _ = connection => answer.await,
+        done = &mut exchanged => done,
+        // The connection moves the bytes. Where it ends first, the exchange fails with the reason for that.
+        _ = connection => exchanged.await,
     }
 }
 
-/// Asks by a socket.
+/// Sends a request to a socket; `None` as the error where the deadline has passed.
 async fn ask_socket(
     socket: &Path,
     method: Method,
     path: &str,
     body: Bytes,
     patience: Duration,
-) -> Result<Answer, Option<Failure>> {
+) -> Result<GuestResponse, Option<Failure>> {
     match timeout(patience, exchange(socket, method, path, body)).await {
-        Ok(answer) => answer.map_err(Some),
+        Ok(done) => done.map_err(Some),
         Err(_) => Err(None),
     }
 }
 
-/// Asks the process of a guest.
+/// Sends a request to the process of a guest, and waits for the response, but not longer than `patience`.
 ///
 /// # Errors
 /// `WrongState` where there is no process, `Busy`, `Silent`, `Unreachable`.
@@ -114,7 +115,7 @@ pub async fn ask(
     path: &str,
     body: Bytes,
     patience: Duration,
-) -> Result<Answer, Fault> {
+) -> Result<GuestResponse, Fault> {
     let no_process = || {
         let now = vm.now();
         now.process.is_none().then_some(now.state)
@@ -132,32 +133,94 @@ pub async fn ask(
     };
     let asked = ask_socket(&vm.api_socket(), method, path, body, patience).await;
     asked.map_err(|failure| match failure {
-        Some(failure) => Fault::Unreachable(vm.id.clone(), failure.to_string()),
+        Some(source) => Fault::Unreachable {
+            id: vm.id.clone(),
+            source,
+        },
         None => Fault::Silent(vm.id.clone()),
     })
 }
 
-/// Guests that are asked at once.
+/// As [`ask`], and again until the process answers; `None` where it has ended, or is about to be ended.
+///
+/// # Errors
+/// Those of [`ask`], where it does not answer for as long as an action may take.
+pub async fn ask_until_answered(
+    vm: &Vm,
+    method: Method,
+    path: &str,
+    body: Bytes,
+) -> Result<Option<GuestResponse>, Fault> {
+    let gone = |now: &Now| now.process.is_none() || now.state == State::Deleting;
+    let begun = Instant::now();
+    loop {
+        let asked = tokio::select! {
+            biased;
+            () = vm.until(gone) => return Ok(None),
+            asked = ask(vm, method.clone(), path, body.clone(), ACTION) => asked,
+        };
+        match asked {
+            Ok(response) => return Ok(Some(response)),
+            Err(fault) if begun.elapsed() >= ACTION => return Err(fault),
+            // It may have been killed a moment ago, and the daemon learns that soon.
+            Err(_) => sleep(RETRY).await,
+        }
+    }
+}
+
+/// The response of a guest's process to a `GET`, as a `T`.
+///
+/// # Errors
+/// `Guest` where it refuses, `Json`, and those of [`ask`].
+pub async fn get<T: DeserializeOwned>(vm: &Vm, path: &str) -> Result<T, Fault> {
+    let response = ask(vm, Method::GET, path, Bytes::new(), LOOK).await?;
+    if !response.status.is_success() {
+        return Err(refusal(&response));
+    }
+    Ok(serde_json::from_slice(&response.body)?)
+}
+
+/// The configuration that the process of a guest has now, with the whole paths of its disks.
+///
+/// # Errors
+/// Those of [`get`].
+pub async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
+    let mut config: VmConfig = get(vm, "/vm/config").await?;
+    // They are relative to the folder that the process works in.
+    for path in config
+        .drives
+        .iter_mut()
+        .map(|drive| &mut drive.path_on_host)
+    {
+        *path = vm.folder.join(&path);
+    }
+    for path in config.pmem.iter_mut().map(|pmem| &mut pmem.path_on_host) {
+        *path = vm.folder.join(&path);
+    }
+    Ok(config)
+}
+
+/// Guests that are asked at the same time.
 const AT_ONCE: usize = 16;
 
-/// What many guests answer, few at a time and in no order; none of those that do not.
+/// Asks many guests, a few at a time, and gives their responses in no order; nothing of those that do not answer.
 pub async fn ask_each<T, F>(vms: Vec<Arc<Vm>>, ask: impl Fn(Arc<Vm>) -> F) -> Vec<T>
 where
     T: Send + 'static,
     F: Future<Output = Option<T>> + Send + 'static,
 {
-    let (mut waiting, mut told) = (vms.into_iter(), Vec::new());
+    let (mut waiting, mut answered) = (vms.into_iter(), Vec::new());
     let mut tasks: JoinSet<_> = waiting.by_ref().take(AT_ONCE).map(&ask).collect();
     while let Some(done) = tasks.join_next().await {
-        told.extend(done.ok().flatten());
+        answered.extend(done.ok().flatten());
         if let Some(vm) = waiting.next() {
             tasks.spawn(ask(vm));
         }
     }
-    told
+    answered
 }
 
-/// What a guest's process says of the guest.
+/// The state of the guest that its process reports.
 pub async fn state(socket: &Path, patience: Duration) -> Option<State> {
     let asked = ask_socket(socket, Method::GET, "/", Bytes::new(), patience).await;
     let info: Value = serde_json::from_slice(&asked.ok()?.body).ok()?;
@@ -169,25 +232,25 @@ pub async fn state(socket: &Path, patience: Duration) -> Option<State> {
     }
 }
 
-/// Has a guest do something, where all there is to say is that it is done.
+/// Has a guest do something that has no result but that it is done.
 ///
 /// # Errors
 /// `Guest` where it refuses, and those of [`ask`].
 pub async fn act(vm: &Vm, method: Method, path: &str, body: &Value) -> Result<(), Fault> {
     let body = Bytes::from(body.to_string());
-    let answer = ask(vm, method, path, body, ACTION).await?;
-    if answer.status.is_success() {
+    let response = ask(vm, method, path, body, ACTION).await?;
+    if response.status.is_success() {
         return Ok(());
     }
-    Err(refusal(&answer))
+    Err(refusal(&response))
 }
 
-/// What a guest's process says against a request.
-pub fn refusal(answer: &Answer) -> Fault {
-    let told = serde_json::from_slice::<Value>(&answer.body).ok();
-    let message = told
+/// The reason of a guest's process for refusing a request.
+pub fn refusal(response: &GuestResponse) -> Fault {
+    let body = serde_json::from_slice::<Value>(&response.body).ok();
+    let message = body
         .as_ref()
-        .and_then(|told| told.get("fault_message")?.as_str())
+        .and_then(|body| body.get("fault_message")?.as_str())
         .unwrap_or("the guest's process refuses");
-    Fault::Guest(answer.status, message.to_owned())
+    Fault::Guest(response.status, message.to_owned())
 }

@@ -1,34 +1,35 @@
-//! What a daemon finds that comes after another: guests that go on, guests that have ended meanwhile, and what was half done.
+//! What a daemon finds of an earlier one: guests that still run, guests that have ended meanwhile, and operations that were half done.
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::Signal;
 use tokio::time::timeout;
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::events::EventKind;
-use super::jail::{self, Jailed};
+use super::jail;
 use super::process::{self, Exit, Process};
 use super::proxy;
-use super::status::State;
+use super::record::{Phase, Record, State};
 use super::stopping::KILL;
-use super::store::{self, Phase, Record};
+use super::store;
 use super::vm::Vm;
 use ::jail::LimitHits;
 use config::VmConfig;
+use host::report::chain;
 
 impl Daemon {
-    /// Finds the guests of the daemon before.
+    /// Finds the guests of earlier daemons in the state folder.
     ///
     /// # Errors
-    /// Where the state folder cannot be read. A guest whose folder is damaged is left alone.
+    /// Where the state folder cannot be read. A guest whose record is damaged is left alone.
     pub async fn recover(self: &Arc<Self>) -> io::Result<()> {
         for id in self.store.ids()? {
             if let Err(error) = self.recover_vm(&id).await {
                 self.jails.reserve(&self.store.vm(&id));
-                tracing::error!(vm = %id, %error, "what is left of a guest cannot be understood, and stays as it is");
+                tracing::error!(vm = %id, error = %chain(&error), "the record of a guest cannot be read, and the guest stays as it is");
             }
         }
         Ok(())
@@ -41,7 +42,7 @@ impl Daemon {
         let record = match record {
             Some(record) if record.phase == Phase::Present => record,
             half => {
-                // Half made or half deleted. Whoever asked for it has been told nothing.
+                // It is half made or half deleted. Its caller got no response, so it can be removed.
                 if let Some(process) = found {
                     process.signal(Signal::KILL);
                     let _ = timeout(KILL, process.ended()).await;
@@ -52,8 +53,8 @@ impl Daemon {
             }
         };
         self.store.tidy(id);
-        let config = match &record.told.config {
-            Some(told) => (**told).clone(),
+        let config = match &record.later.config {
+            Some(later) => (**later).clone(),
             None => store::read::<VmConfig>(&folder.join("config.json"))?.unwrap_or_default(),
         };
         let (state, starts) = (record.state, record.pending.start);
@@ -61,7 +62,7 @@ impl Daemon {
         self.vms().insert(id.to_owned(), vm.clone());
         if found.is_none() {
             let _operation = vm.operation.lock().await;
-            self.mend(&vm).await;
+            self.reconcile(&vm).await;
         }
         match (found, state) {
             (found, _) if starts => self.resume_start(&vm, found),
@@ -80,38 +81,25 @@ impl Daemon {
         Ok(())
     }
 
-    /// Takes a process that is there as that of a guest.
-    pub(super) fn hold(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
-        let process = Arc::new(process);
-        vm.change(|now| {
-            now.since = Instant::now().checked_sub(process::age(process.pid));
-            now.process = Some(process.clone());
-            now.end = None;
-        });
-        let group = vm.now().jail.as_ref().and_then(Jailed::cgroup);
-        let before = group.map(|group| group.hits()).unwrap_or_default();
-        self.watch(vm, &process, before);
-    }
-
     fn attach(self: &Arc<Self>, vm: &Arc<Vm>, process: Process) {
-        self.hold(vm, process);
+        self.adopt(vm, process);
         vm.change(|now| {
             if !matches!(now.state, State::NotStarted | State::Paused) {
                 now.state = State::Running;
             }
         });
         self.events.tell(EventKind::Attached, Some(&vm.id), None);
-        // Nobody does anything with it before what was begun is ended.
+        // Locked here, and not in the task, so that no other operation comes before its pending ones are reconciled.
         let operation = vm.operation.clone().try_lock_owned();
         let (daemon, vm) = (self.clone(), vm.clone());
         tokio::spawn(async move {
-            let telling = vm.telling.lock().await;
-            daemon.mend(&vm).await;
-            // What it was told last may have been answered to nobody. A clone that goes on has its template's.
+            let reconfiguring = vm.reconfiguring.lock().await;
+            daemon.reconcile(&vm).await;
+            // The earlier daemon may have been killed before it recorded the last change. A clone that has not booted has its template's configuration.
             if !vm.now().loaded {
-                daemon.keep_told(&vm).await;
+                daemon.keep_later_config(&vm).await;
             }
-            drop(telling);
+            drop(reconfiguring);
             drop(operation);
             if let Some(state) = proxy::state(&vm.api_socket(), proxy::LOOK).await {
                 vm.change(|now| {

@@ -1,77 +1,22 @@
-//! What a guest is to be, as `POST /vms` is told.
+//! The checks of what `POST /vms` asks for, and the configuration that comes of it: images and templates have their names replaced by files.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::iter::once;
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use utoipa::ToSchema;
-
 use super::fault::Fault;
-use super::identity;
 use super::images::Images;
+use super::record::{LaterConfig, VmSpec};
+use super::store::VSOCK_SOCKET;
 use super::templates::Templates;
-use super::told::Told;
-use config::VmConfig;
-use config::bodies::Metadata;
-use config::is_guest_id;
 use config::limits::MAX_BODY;
+use config::{VmConfig, VsockConfig, is_guest_id};
 
 /// Most labels, and most bytes of a label's name and value.
 const LABELS: usize = 32;
 const LABEL: usize = 256;
-/// What the daemon's own part of the metadata takes of their limit, in bytes.
+/// Bytes of the metadata's limit that are kept for the daemon's own part.
 const OWN_METADATA: usize = 512;
-
-/// A guest that is to be made.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct VmSpec {
-    /// Its name: 1 to 63 lower case letters, digits and dashes. One is made up where absent.
-    #[serde(default)]
-    #[schema(pattern = "^[a-z0-9-]{1,63}$")]
-    pub id: Option<String>,
-    /// The guest, as `coppice run --config` takes it (Firecracker's configuration file). Paths are absolute, or `image:NAME`.
-    #[serde(default)]
-    #[schema(value_type = Option<VmConfig>)]
-    pub config: Option<Value>,
-    /// The template that it is a clone of, instead of `config`.
-    #[serde(default)]
-    pub template: Option<String>,
-    /// What the guest is told of itself over its vsock device, beside what the daemon tells it: `{"coppice": {"id", "hostname", "cid", "generation"}}`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Metadata>)]
-    pub metadata: Option<Map<String, Value>>,
-    /// Whether it starts at once.
-    #[serde(default = "yes")]
-    pub start: bool,
-    /// Whether it is started again when it has failed.
-    #[serde(default)]
-    pub restart: RestartPolicy,
-    /// Words to find it by.
-    #[serde(default)]
-    pub labels: BTreeMap<String, String>,
-}
-
-const fn yes() -> bool {
-    true
-}
-
-/// Whether a guest that has run is started again.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "kebab-case")]
-pub enum RestartPolicy {
-    /// It stays as it ended.
-    #[default]
-    Never,
-    /// When it has reset itself, panicked, crashed, or was killed: after 1 s, then 2 s, and so on; not again after five failures that
-    /// came within a minute of the start each.
-    OnFailure,
-    /// Whenever it has ended and nobody has stopped it, in the same way: also when it has powered off, and when the host was shut down, or the daemon
-    /// told to stop its guests, by the next daemon.
-    Always,
-}
 
 /// A configuration that can be run, and the images in it.
 #[derive(Clone, Debug)]
@@ -120,7 +65,23 @@ fn absolute(field: &'static str, path: &Path) -> Result<(), Fault> {
     })
 }
 
-/// Checks that all paths mean the same in any folder.
+/// Has the vsock device of a guest listen in the guest's folder.
+///
+/// # Errors
+/// `Invalid` where another place was asked for.
+fn place_vsock(vsock: &mut VsockConfig) -> Result<(), Fault> {
+    if let Some(path) = &vsock.uds_path {
+        return Err(Fault::Invalid {
+            field: "vsock.uds_path",
+            value: path.display().to_string(),
+            expected: "left out: the socket is vsock.sock in the guest's folder",
+        });
+    }
+    vsock.uds_path = Some(VSOCK_SOCKET.into());
+    Ok(())
+}
+
+/// Checks that all paths are absolute, as the guest's process works in another folder than the caller.
 fn all_absolute(config: &VmConfig) -> Result<(), Fault> {
     if let Some(source) = &config.boot_source {
         absolute("boot-source.kernel_image_path", &source.kernel_image_path)?;
@@ -200,19 +161,20 @@ impl VmSpec {
         Ok(())
     }
 
-    /// The configuration, with the paths of images: that which the guest was told, or was made with; that of a clone in `folder` is its template's.
+    /// The configuration that the guest, which has `folder`, is to be started with, with the paths of images: the later one where there is one, else its
+    /// template's, else the one that it was made with.
     ///
     /// # Errors
     /// `Json`, `Config`, `Invalid`, `NoImage`, `NoTemplate`.
     pub fn resolved(
         &self,
-        told: &Told,
+        later: &LaterConfig,
         images: &Images,
         templates: &Templates,
         folder: &Path,
     ) -> Result<Resolved, Fault> {
-        if let Some(config) = &told.config {
-            // Its process has had it, in the same folder.
+        if let Some(config) = &later.config {
+            // A process of the guest has accepted it already, in the same folder.
             return with_images((**config).clone(), images);
         }
         if let Some(template) = &self.template {
@@ -226,7 +188,7 @@ impl VmSpec {
             None => VmConfig::default(),
         };
         if let Some(vsock) = &mut config.vsock {
-            identity::place(vsock)?;
+            place_vsock(vsock)?;
         }
         config.validate()?;
         if config.boot_source.is_none() && self.start {
@@ -239,5 +201,19 @@ impl VmSpec {
         let resolved = with_images(config, images)?;
         all_absolute(&resolved.config)?;
         Ok(resolved)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_lies_in_the_folder_of_its_guest_and_nowhere_else() {
+        let mut elsewhere = VsockConfig::new(None, "/tmp/v");
+        place_vsock(&mut elsewhere).unwrap_err();
+        elsewhere.uds_path = None;
+        place_vsock(&mut elsewhere).unwrap();
+        assert_eq!(elsewhere.path(), Path::new(VSOCK_SOCKET));
     }
 }

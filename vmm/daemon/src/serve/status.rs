@@ -1,88 +1,13 @@
-//! What is told of a guest.
+//! The status of a guest, as the REST API shows it.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
 
-use super::identity::VsockStatus;
-use super::spec::RestartPolicy;
-use host::exit::EndReport;
-
-/// Where a guest is in its life.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
-)]
-#[serde(rename_all = "snake_case")]
-pub enum State {
-    /// It is being made.
-    Creating,
-    /// Its process has just begun.
-    Starting,
-    /// Its process waits to be configured and started.
-    NotStarted,
-    /// Its vCPUs run.
-    Running,
-    /// Its vCPUs stand still.
-    Paused,
-    /// It has ended in good order, and has no process.
-    Stopped,
-    /// It has failed, and has no process.
-    Failed,
-    /// It has ended, and will be started again.
-    Restarting,
-    /// It is being deleted.
-    Deleting,
-}
-
-impl State {
-    /// All of them.
-    pub const ALL: [Self; 9] = [
-        Self::Creating,
-        Self::Starting,
-        Self::NotStarted,
-        Self::Running,
-        Self::Paused,
-        Self::Stopped,
-        Self::Failed,
-        Self::Restarting,
-        Self::Deleting,
-    ];
-
-    /// The word for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Creating => "creating",
-            Self::Starting => "starting",
-            Self::NotStarted => "not_started",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Stopped => "stopped",
-            Self::Failed => "failed",
-            Self::Restarting => "restarting",
-            Self::Deleting => "deleting",
-        }
-    }
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// How a guest ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Ended {
-    /// Why.
-    #[serde(flatten)]
-    pub report: EndReport,
-    /// When the daemon learnt of it, in ms since 1970.
-    pub time_ms: u64,
-}
+use super::record::{Ended, RestartPolicy, State};
 
 /// Memory of a guest's process (`smaps_rollup`), in KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
@@ -91,12 +16,21 @@ pub struct Ended {
     reason = "the unit is a part of the name in JSON"
 )]
 pub struct MemorySplit {
-    /// Nobody else's.
+    /// Pages that no other process maps.
     pub private_kib: u64,
-    /// Others map it as well.
+    /// Pages that other processes map as well.
     pub shared_kib: u64,
-    /// What is shared divided by those that map it.
+    /// All its pages, each shared one divided by the number of processes that map it.
     pub proportional_kib: u64,
+}
+
+/// The vsock device of a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct VsockStatus {
+    /// Its context identifier, which no other guest of the daemon has.
+    pub guest_cid: u32,
+    /// The socket that programs of the host connect to; those that the guest connects to lie beside it.
+    pub uds_path: String,
 }
 
 /// A guest.
@@ -143,7 +77,7 @@ pub struct VmStatus {
     /// The user of the host that it runs as, in a jail with a user of its own: its disks have to be open to that one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_uid: Option<u32>,
-    /// Its configuration, as it was made, or as it was told since over its own API: of one guest alone.
+    /// Its configuration, as it was made, or as it was changed since over its own API. Only where one guest is asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<config::VmConfig>)]
     pub config: Option<Value>,

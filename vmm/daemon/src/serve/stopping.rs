@@ -1,4 +1,5 @@
-//! How a guest is stopped, and deleted: it is asked to end, then its process is, and then that is killed.
+//! How a guest is stopped, and deleted. The guest is asked to shut down, and has a grace period for that; then its process is asked to end by `SIGTERM`, and
+//! then killed by `SIGKILL`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,34 +9,27 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::timeout;
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::jail;
-use super::lifecycle::blocking;
 use super::process::Process;
 use super::proxy;
-use super::status::State;
-use super::store::{self, Phase};
+use super::record::{Phase, State};
+use super::store;
+use super::task::blocking;
 use super::vm::Vm;
 
 /// How long a process may take to end after `SIGTERM`, with its disks closed.
 const TERM: Duration = Duration::from_secs(5);
 /// How long a process may take to end after `SIGKILL`.
-pub(super) const KILL: Duration = Duration::from_secs(10);
+pub const KILL: Duration = Duration::from_secs(10);
 
-/// How a stop is to go.
-#[derive(Clone, Copy, Debug)]
-pub struct Manner {
-    /// For how long the guest may take to shut down by itself.
-    pub patience: Duration,
-}
-
-/// Ends the process of a guest, and waits until that is known.
+/// Ends the process of a guest, and waits until the daemon has learnt of its end.
 ///
 /// # Errors
 /// `Unkillable`.
-pub(super) async fn end_by_signals(vm: &Vm, process: &Process) -> Result<(), Fault> {
+pub async fn end_by_signals(vm: &Vm, process: &Process) -> Result<(), Fault> {
     let gone = |patience| timeout(patience, vm.until(|now| now.process.is_none()));
     process.signal(Signal::TERM);
     if gone(TERM).await.is_ok() {
@@ -49,23 +43,23 @@ pub(super) async fn end_by_signals(vm: &Vm, process: &Process) -> Result<(), Fau
 }
 
 impl Daemon {
-    /// Ends a guest: it is asked to, then its process is, then that is killed. One that has ended stays as it is.
+    /// Stops a guest, which has `grace` to shut down by itself. One that has ended stays as it is.
     ///
     /// # Errors
-    /// Whatever is in the way.
-    pub async fn stop(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<Arc<Vm>, Fault> {
+    /// `Unkillable`.
+    pub async fn stop(self: Arc<Self>, vm: Arc<Vm>, grace: Duration) -> Result<Arc<Vm>, Fault> {
         let _operation = vm.operation.clone().lock_owned().await;
         if vm.state() == State::Restarting {
             vm.change(|now| now.state = State::Stopped);
             self.events.tell(EventKind::Stopped, Some(&vm.id), None);
         } else {
-            self.end_process(&vm, manner).await?;
+            self.end_process(&vm, grace).await?;
         }
         self.save(&vm).await;
         Ok(vm)
     }
 
-    async fn end_process(&self, vm: &Vm, manner: Manner) -> Result<(), Fault> {
+    async fn end_process(&self, vm: &Vm, grace: Duration) -> Result<(), Fault> {
         let Some((process, state)) = vm.change(|now| {
             now.stopping = true;
             Some((now.process.clone()?, now.state))
@@ -73,28 +67,25 @@ impl Daemon {
             return Ok(());
         };
         self.events.tell(EventKind::Stopping, Some(&vm.id), None);
-        if state == State::Running && !manner.patience.is_zero() {
+        if state == State::Running && !grace.is_zero() {
             let body = json!({"action_type": "SendCtrlAltDel"}).to_string();
-            let asked = proxy::ask(vm, Method::PUT, "/actions", body.into(), manner.patience).await;
-            let heard = asked.is_ok_and(|answer| answer.status.is_success());
+            let asked = proxy::ask(vm, Method::PUT, "/actions", body.into(), grace).await;
+            let is_asked = asked.is_ok_and(|response| response.status.is_success());
             let shut_down = vm.until(|now| now.process.is_none() || now.state == State::Deleting);
-            if heard
-                && timeout(manner.patience, shut_down).await.is_ok()
-                && vm.now().process.is_none()
-            {
+            if is_asked && timeout(grace, shut_down).await.is_ok() && vm.now().process.is_none() {
                 return Ok(());
             }
         }
         end_by_signals(vm, &process).await
     }
 
-    /// Ends a guest, and removes all of it.
+    /// Stops a guest, and removes all of it.
     ///
     /// # Errors
-    /// Whatever is in the way; it can be deleted again then.
-    pub async fn delete(self: Arc<Self>, vm: Arc<Vm>, manner: Manner) -> Result<(), Fault> {
-        if manner.patience.is_zero() {
-            // Whoever waits for its end does not any more.
+    /// `Unkillable`, `Store`; it can be deleted again then.
+    pub async fn delete(self: Arc<Self>, vm: Arc<Vm>, grace: Duration) -> Result<(), Fault> {
+        if grace.is_zero() {
+            // An operation that waits for the guest to shut down stops to wait.
             vm.change(|now| {
                 if now.state != State::Creating {
                     now.state = State::Deleting;
@@ -105,8 +96,8 @@ impl Daemon {
         if !self.knows(&vm) {
             return Ok(());
         }
-        if !manner.patience.is_zero() {
-            self.end_process(&vm, manner).await?;
+        if !grace.is_zero() {
+            self.end_process(&vm, grace).await?;
         }
         vm.change(|now| (now.state, now.phase) = (State::Deleting, Phase::Deleting));
         self.save(&vm).await;
@@ -115,13 +106,14 @@ impl Daemon {
         Ok(())
     }
 
-    pub(super) async fn tear_down(&self, vm: &Vm) -> Result<(), Fault> {
+    /// Ends the process of a guest at once, and removes all of the guest. The caller has locked `operation`.
+    ///
+    /// # Errors
+    /// `Unkillable`, `Store`.
+    pub async fn tear_down(&self, vm: &Vm) -> Result<(), Fault> {
         vm.change(|now| (now.state, now.phase) = (State::Deleting, Phase::Deleting));
-        let manner = Manner {
-            patience: Duration::ZERO,
-        };
         if vm.now().process.is_some() {
-            self.end_process(vm, manner).await?;
+            self.end_process(vm, Duration::ZERO).await?;
         }
         let _saving = vm.saving.lock().await;
         let (folder, jail) = (vm.folder.clone(), vm.now().jail.clone());

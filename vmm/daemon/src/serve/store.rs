@@ -1,111 +1,43 @@
-//! What outlives the daemon: a folder for each guest.
+//! The state folder, which outlives the daemon: it has a folder for each guest.
 //!
 //! ```text
-//! DIR/lock               held by the one daemon of this folder
-//! DIR/images.json        images by name
-//! DIR/templates/NAME   see `templates`
-//! DIR/vms/ID/vm.json     what was asked for, and how far it has come
-//!           /config.json what the process is given
-//!           /pid.json    the process: number, start, boot
-//!           /end.json    why the process ended, written by itself
-//!           /log         what the process logs
-//!           /metadata.json what the guest is told of itself, see `identity`
+//! DIR/lock                 locked by the one daemon of this folder
+//! DIR/images.json          images by name
+//! DIR/templates/NAME       see `templates`
+//! DIR/vms/ID/vm.json       what was asked for, and how far its creation or deletion has come
+//!           /config.json   the configuration that the process starts with
+//!           /pid.json      the process: number, start, boot
+//!           /end.json      why the process ended, written by itself
+//!           /log           the log of the process
+//!           /metadata.json the guest's metadata, see `identity`
 //!           /api.sock, /console.sock, /vsock.sock
 //! ```
 //!
-//! A file is written under another name, and renamed when it is complete. The order makes a crash at any step harmless: the folder is
-//! there before the process, with `vm.json` saying `creating`; the process does nothing before its number is in `pid.json` (see
-//! `process`); `vm.json` says `present` when the guest is as it was asked for, and `deleting` before anything of it goes. What the next
-//! daemon finds as `creating` or `deleting` it removes.
+//! A file is written under another name, and renamed when it is complete. The order makes a crash at any step harmless: the folder exists
+//! before the process, with `vm.json` saying `creating`; the process does nothing before its number is in `pid.json` (see
+//! `process`); `vm.json` says `present` when the guest is as it was asked for, and `deleting` before anything of it is removed. The next
+//! daemon removes every guest that it finds as `creating` or `deleting`.
 
-use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
-use super::jail::Jailed;
-use super::pending::Pending;
-use super::spec::VmSpec;
-use super::status::{Ended, State};
-use super::told::Told;
+use super::record::Record;
 
-/// Longest file that is read, in bytes: a process of a guest may have written it.
+/// The socket of a guest's vsock device, in the guest's folder.
+pub const VSOCK_SOCKET: &str = "vsock.sock";
+/// The file with the guest's metadata, in the same folder.
+pub const METADATA: &str = "metadata.json";
+
+/// Longest file that is read, in bytes: the process of a guest may have written it.
 const LONGEST: u64 = 4 << 20;
 /// Longest path of a socket (unix(7)), without its zero byte.
 const SOCKET_PATH: usize = 107;
-
-/// How far a guest has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// Its creation has begun.
-    Creating,
-    /// It is there.
-    Present,
-    /// Its deletion has begun.
-    Deleting,
-}
-
-/// `vm.json`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Record {
-    /// What was asked for; with its id.
-    pub spec: VmSpec,
-    /// Who asked.
-    pub uid: u32,
-    /// When, in ms since 1970.
-    pub created_ms: u64,
-    /// How far it has come.
-    pub phase: Phase,
-    /// Its state when this was written.
-    pub state: State,
-    /// What its jail takes of the host.
-    #[serde(default)]
-    pub jail: Option<Jailed>,
-    /// Images that it uses.
-    #[serde(default)]
-    pub images: Vec<String>,
-    /// Whether it goes on from its template, and has not started anew since.
-    #[serde(default)]
-    pub loaded: bool,
-    /// The identifier of its vsock device, if it has one.
-    #[serde(default)]
-    pub cid: Option<u32>,
-    /// Disks that have taken the place of those that it was made with, by drive.
-    #[serde(default)]
-    pub disks: BTreeMap<String, PathBuf>,
-    /// What it was told over its own API.
-    #[serde(default)]
-    pub told: Told,
-    /// What is under way with it.
-    #[serde(default)]
-    pub pending: Pending,
-    /// How often it was started again.
-    #[serde(default)]
-    pub restarts: u32,
-    /// Of those, how often without having run for long.
-    #[serde(default)]
-    pub failures: u32,
-    /// How it ended the last time.
-    #[serde(default)]
-    pub end: Option<Ended>,
-}
-
-/// `pid.json`. A number is used again; with the start and the boot, it is one process for good.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PidFile {
-    /// Its number.
-    pub pid: u32,
-    /// When it started, in µs since boot.
-    pub start_us: u64,
-    /// The boot of the host.
-    pub boot_id: String,
-}
 
 /// The state folder. There is one daemon for it as long as this lives.
 #[derive(Debug)]
@@ -124,26 +56,54 @@ fn make_folder(path: &Path) -> io::Result<()> {
 /// The host's boot.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn boot_id() -> io::Result<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     Ok(id.trim_end().to_owned())
 }
 
-/// Has an error name the file that it is about.
+/// The file that an error is about.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", path.display())]
+struct FileError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Has an error name the file that it is about; its kind stays.
 pub fn named(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
-    move |error| io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+    move |source| {
+        let path = path.to_owned();
+        io::Error::new(source.kind(), FileError { path, source })
+    }
+}
+
+/// Whether no file has that name.
+///
+/// # Errors
+/// Where the host does not say.
+pub fn is_missing(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(error),
+    }
 }
 
 /// Removes a folder and all in it, if it is there.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn remove_folder(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
     }
+}
+
+/// The folder that a template is made in: inside the guest's own, as the guest's process may see no other.
+pub fn unfinished_template(folder: &Path, template: &str) -> PathBuf {
+    folder.join(format!("template-{template}"))
 }
 
 /// The name of a file until it is complete.
@@ -153,19 +113,19 @@ fn unfinished(path: &Path) -> PathBuf {
     new.into()
 }
 
-/// Removes what a process has left that was killed while it wrote `path`. A folder of that name is no such thing.
+/// Removes the half-written file that a process leaves when it is killed while it writes `path`. A folder of that name is left alone.
 pub fn remove_unfinished(path: &Path) {
-    // Most often there is nothing; and what stays does no harm.
+    // Most often there is no such file; and one that cannot be removed does no harm.
     let _ = fs::remove_file(unfinished(path));
 }
 
 /// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<()> {
     let new = unfinished(path);
-    // A process in a jail may have left something of that name: it is no way to elsewhere, and where it is a folder the file is not written.
+    // A process in a jail may have put a link of that name there, which must not be written through. A folder of that name makes `create_new` fail.
     let _ = fs::remove_file(&new);
     let written = || {
         let mut options = OpenOptions::new();
@@ -179,7 +139,7 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
     };
     let done = written();
     if done.is_err() {
-        // The disk is full, most likely. What is not there yet does no harm.
+        // The disk is full, most likely. Where the file does not exist yet, its removal fails, which does no harm.
         let _ = fs::remove_file(&new);
     } else if durable && let Some(folder) = path.parent() {
         sync_folder(folder)?;
@@ -187,19 +147,19 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
     done.map_err(named(path))
 }
 
-/// Makes durable which names a folder has.
+/// Makes the names in a folder durable.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     let synced = File::open(folder).and_then(|folder| folder.sync_all());
     synced.map_err(named(folder))
 }
 
-/// Moves a folder to another, where it is after a power cut, too, with the names in it.
+/// Renames a folder durably, with the names in it: after a power cut it is found under the new name.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     sync_folder(from)?;
     fs::rename(from, to)?;
@@ -212,9 +172,9 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// Reads JSON; `None` where there is no such file.
 ///
 /// # Errors
-/// What the host says, or what is wrong with the JSON.
+/// The host's error, or what is wrong with the JSON.
 pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    // No link is followed, and nothing waited for.
+    // A process in a jail may have put anything under that name, so no link is followed, and no FIFO is waited for.
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
     let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
     let file = match opened {
@@ -223,7 +183,7 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
         Err(error) => return Err(error),
     };
     if !file.metadata()?.is_file() {
-        return Err(io::Error::other(format!("{} is no file", path.display())));
+        return Err(named(path)(io::Error::other("it is no file")));
     }
     let mut text = Vec::new();
     file.take(LONGEST).read_to_end(&mut text)?;
@@ -235,7 +195,7 @@ impl Store {
     /// Opens, or makes, the folder; `None` where another daemon has it.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn open(folder: &Path) -> io::Result<Option<Self>> {
         make_folder(&folder.join("vms"))?;
         make_folder(&folder.join("templates"))?;
@@ -244,7 +204,7 @@ impl Store {
         let lock = options.mode(0o600).open(folder.join("lock"))?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Some(Self {
-                // Guests are given paths, and run in another folder.
+                // Absolute, as paths in it are handed to guests' processes, which work in other folders.
                 folder: fs::canonicalize(folder)?,
                 _lock: lock,
             })),
@@ -281,17 +241,17 @@ impl Store {
     /// The guests that have a folder.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn ids(&self) -> io::Result<Vec<String>> {
         let entries = fs::read_dir(self.folder.join("vms"))?;
         let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
         names.filter_map(Result::transpose).collect()
     }
 
-    /// Makes the folder of a new guest. What is left of another of that name goes.
+    /// Makes the folder of a new guest. What is left of an earlier guest of that name is removed.
     ///
     /// # Errors
-    /// What the host says. Nothing of the folder stays then.
+    /// The host's error. Nothing of the folder stays then.
     pub fn create(&self, id: &str, record: &Record, config: &impl Serialize) -> io::Result<()> {
         let folder = self.vm(id);
         self.remove(id)?;
@@ -318,14 +278,14 @@ impl Store {
     /// Writes `vm.json`.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn save(&self, id: &str, record: &Record) -> io::Result<()> {
         write(&self.vm(id).join("vm.json"), record, true)
     }
 
-    /// Removes what was half written in the folder of a guest that has no writer.
+    /// Removes half-written files from the folder of a guest that nobody writes to.
     pub fn tidy(&self, id: &str) {
-        for name in ["vm.json", "config.json", "pid.json", "metadata.json"] {
+        for name in ["vm.json", "config.json", "pid.json", METADATA] {
             remove_unfinished(&self.vm(id).join(name));
         }
     }
@@ -333,7 +293,7 @@ impl Store {
     /// Removes the folder of a guest, if there is one.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn remove(&self, id: &str) -> io::Result<()> {
         remove_folder(&self.vm(id))
     }

@@ -1,27 +1,24 @@
 //! A guest as the daemon knows it.
 //!
-//! What changes is behind one lock that is held for lines alone. Whatever takes longer, such as to start it or to delete it, is one
-//! operation at a time (`operation`); who waits for a state waits for `changed`.
+//! What changes of it is behind one lock that is held for a few lines at a time. Longer work, such as a start or a deletion, takes the lock `operation`,
+//! so that there is one at a time. A task that waits for a state waits for `changed`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
-use super::identity::{SOCKET, VsockStatus};
-use super::jail::Jailed;
-use super::pending::Pending;
 use super::process::Process;
-use super::spec::VmSpec;
-use super::status::{Ended, MemorySplit, State, VmStatus};
-use super::store::{Phase, Record};
-use super::told::Told;
+use super::record::{Ended, JailResources, LaterConfig, Pending, Phase, Record, State, VmSpec};
+use super::status::{MemorySplit, VmStatus, VsockStatus};
+use super::store::VSOCK_SOCKET;
 use config::VmConfig;
 
-/// Requests to a guest's process at the same time. It serves twice as many.
+/// Requests to a guest's process at the same time. The process serves twice as many, so that its other clients are not kept out.
 const REQUESTS: usize = 4;
 
 /// What was measured of a process.
@@ -40,11 +37,11 @@ pub struct Measured {
 pub struct Now {
     /// Where it is in its life.
     pub state: State,
-    /// How far its folder has come.
+    /// How far its creation or deletion has come.
     pub phase: Phase,
     /// Its process.
     pub process: Option<Arc<Process>>,
-    /// Since when.
+    /// When its process started.
     pub since: Option<Instant>,
     /// Whether it was asked to end.
     pub stopping: bool,
@@ -63,20 +60,20 @@ pub struct Now {
     /// The last look at the process.
     pub measured: Option<Measured>,
     /// What its jail takes of the host.
-    pub jail: Option<Jailed>,
+    pub jail: Option<JailResources>,
     /// Images that it uses.
     pub images: Vec<String>,
-    /// Whether it goes on from its template, and has not started anew since.
+    /// Whether it still is the guest that was loaded from its template, and has not booted since.
     pub loaded: bool,
     /// The identifier of its vsock device, if it has one.
     pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
     pub disks: BTreeMap<String, PathBuf>,
-    /// What it was told over its own API.
-    pub told: Told,
-    /// What is under way with it.
+    /// What it was configured to over its own API.
+    pub later: LaterConfig,
+    /// The operations on it that are not complete.
     pub pending: Pending,
-    /// Whether somebody looks after its commits.
+    /// Whether a task follows its commits.
     pub is_followed: bool,
 }
 
@@ -101,26 +98,26 @@ pub struct Vm {
     pub id: String,
     /// What was asked for.
     pub spec: VmSpec,
-    /// Who asked.
+    /// The user who asked.
     pub uid: u32,
-    /// When, in ms since 1970.
+    /// When it was made, in ms since 1970.
     pub created_ms: u64,
     /// Its folder.
     pub folder: PathBuf,
-    /// Held by what takes long.
+    /// Locked by an operation that takes long, such as a start or a deletion.
     pub operation: Arc<AsyncMutex<()>>,
-    /// Held while it is told something over its own API that outlives its process, until that is in `told`. Taken after `operation`.
-    pub telling: AsyncMutex<()>,
-    /// Held while `vm.json` is written.
+    /// Locked from a request over the guest's own API that changes its lasting configuration until that is in `later`. Taken after `operation`.
+    pub reconfiguring: AsyncMutex<()>,
+    /// Locked while `vm.json` is written.
     pub saving: AsyncMutex<()>,
-    /// Places for requests to its process.
+    /// Limits the requests to its process.
     pub requests: Arc<Semaphore>,
     now: Mutex<Now>,
     changed: Notify,
 }
 
 impl Vm {
-    /// A guest as its record says, which is started with `config`.
+    /// The guest of a record, which is started with `config`.
     pub fn new(id: String, folder: PathBuf, record: Record, config: &VmConfig) -> Self {
         let machine = &config.machine_config;
         Self {
@@ -130,7 +127,7 @@ impl Vm {
             created_ms: record.created_ms,
             folder,
             operation: Arc::default(),
-            telling: AsyncMutex::default(),
+            reconfiguring: AsyncMutex::default(),
             saving: AsyncMutex::default(),
             requests: Arc::new(Semaphore::new(REQUESTS)),
             now: Mutex::new(Now {
@@ -151,7 +148,7 @@ impl Vm {
                 loaded: record.loaded,
                 cid: record.cid,
                 disks: record.disks,
-                told: record.told,
+                later: record.later,
                 pending: record.pending,
                 is_followed: false,
             }),
@@ -159,12 +156,12 @@ impl Vm {
         }
     }
 
-    /// What changes.
+    /// What changes of it, locked.
     pub fn now(&self) -> MutexGuard<'_, Now> {
-        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+        self.now.lock()
     }
 
-    /// Changes it, and wakes those who wait.
+    /// Changes it, and wakes the tasks that wait for a change.
     pub fn change<T>(&self, change: impl FnOnce(&mut Now) -> T) -> T {
         let done = change(&mut self.now());
         self.changed.notify_waiters();
@@ -176,11 +173,11 @@ impl Vm {
         self.now().state
     }
 
-    /// Waits until `wanted`.
+    /// Waits until `wanted` is true.
     pub async fn until(&self, wanted: impl Fn(&Now) -> bool) {
         loop {
             let mut changed = std::pin::pin!(self.changed.notified());
-            // Before it is looked at, so that no change falls between.
+            // Enabled before the check, so that a change between the check and the wait is not missed.
             changed.as_mut().enable();
             if wanted(&self.now()) {
                 return;
@@ -199,7 +196,7 @@ impl Vm {
         self.folder.join("console.sock")
     }
 
-    /// What `vm.json` is to say.
+    /// Its record, for `vm.json`.
     pub fn record(&self) -> Record {
         let now = self.now();
         Record {
@@ -213,7 +210,7 @@ impl Vm {
             loaded: now.loaded,
             cid: now.cid,
             disks: now.disks.clone(),
-            told: now.told.clone(),
+            later: now.later.clone(),
             pending: now.pending.clone(),
             restarts: now.restarts,
             failures: now.failures,
@@ -221,7 +218,7 @@ impl Vm {
         }
     }
 
-    /// What it counts when another is to be admitted.
+    /// What it counts for the admission of another guest.
     pub fn load(&self) -> Load {
         let now = self.now();
         let live = match now.state {
@@ -242,7 +239,7 @@ impl Vm {
         }
     }
 
-    /// What is told of it.
+    /// Its status, as the REST API shows it.
     pub fn status(&self, stats: bool, config: bool) -> VmStatus {
         let now = self.now();
         let measured = now.measured.filter(|_| stats);
@@ -267,13 +264,13 @@ impl Vm {
                 guest_cid,
                 uds_path: self
                     .folder
-                    .join(now.told.socket().unwrap_or(Path::new(SOCKET)))
+                    .join(now.later.socket().unwrap_or(Path::new(VSOCK_SOCKET)))
                     .display()
                     .to_string(),
             }),
             guest_uid: now.jail.as_ref().and_then(|jail| jail.uid),
             config: config
-                .then(|| now.told.shown().or_else(|| self.spec.config.clone()))
+                .then(|| now.later.shown().or_else(|| self.spec.config.clone()))
                 .flatten(),
         }
     }

@@ -1,14 +1,14 @@
-//! A guest that waits to be configured over its own API, and how it begins to run.
+//! A guest that waits to be configured over its own API, and how it starts.
 //!
 //! ```text
-//! a process that is only told ── InstanceStart ──> noted: told, `pending.start` ──> it ends ──> the guest's process, jailed ──> answers: struck off
-//!        ^                                                                                        │ cannot start
-//!        └────────────────────────────────── started again, with what it was told <───────────────┘
+//! configuring process ── InstanceStart ──> recorded: later configuration, `pending.start` ──> it ends ──> the guest's process, jailed ──> off the record
+//!        ^                                                                                                     │ cannot start
+//!        └────────────────────────────────── started again, with the later configuration <─────────────────────┘
 //! ```
 //!
-//! What such a guest needs of the host is not known before it starts, and a jail is made of what its process needs. So the process that is told runs
-//! nothing of a guest, never will (`--only-configure`), and is in no jail; and the guest gets one that knows all from its beginning. The next daemon
-//! that finds `pending.start` looks how far that came: the guest runs, or waits again.
+//! A jail allows what the guest's process needs of the host, which is not known before such a guest is configured. So its process at first is one that only
+//! takes configuration (`--only-configure`): it never runs a guest, and is in no jail. When the guest starts, it gets another process, which has the whole
+//! configuration from its beginning. The next daemon that finds `pending.start` looks how far that came: the guest runs, or waits again.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,33 +16,26 @@ use std::time::Instant;
 use axum::http::Method;
 use serde_json::json;
 
-use super::Daemon;
+use super::daemon::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
-use super::lifecycle::blocking;
 use super::process::{Process, Purpose};
 use super::proxy;
-use super::status::State;
+use super::record::State;
 use super::stopping::end_by_signals;
-use super::store;
+use super::supervision::write_config;
 use super::vm::Vm;
 use config::VmConfig;
-
-/// Writes what the next process of a guest is given.
-pub(super) async fn write_config(vm: &Vm, config: VmConfig) -> Result<(), Fault> {
-    let path = vm.folder.join("config.json");
-    let written = blocking(move || store::write(&path, &config, false)).await?;
-    written.map_err(Fault::Store)
-}
+use host::report::chain;
 
 impl Daemon {
-    /// Starts a guest that waits, with what it was told. Its operation is held.
+    /// Starts a guest that waits, as it was configured. The caller has locked `operation`.
     ///
     /// # Errors
-    /// Whatever is in the way; it waits then, as before.
-    pub(super) async fn start_waiting(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
-        let _telling = vm.telling.lock().await;
-        self.note_told(vm).await?;
+    /// Where it cannot be started; it waits then, as before.
+    pub async fn start_waiting(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+        let _reconfiguring = vm.reconfiguring.lock().await;
+        self.record_later_config(vm).await?;
         let config = self.readmit(vm)?;
         let ready = self.ready_to_start(vm, &config).await;
         if let Err(fault) = ready {
@@ -50,8 +43,8 @@ impl Daemon {
                 now.state = State::NotStarted;
                 now.pending.start = false;
             });
-            // Its process may have ended meanwhile, of which nobody else goes on.
-            self.settle(vm);
+            // Where its process has ended meanwhile, its supervision has left the decision to this operation.
+            self.apply_restart_policy(vm);
             self.save(vm).await;
             return Err(fault);
         }
@@ -71,25 +64,23 @@ impl Daemon {
         }
     }
 
-    /// Does all that can fail while the process that was told is still there.
+    /// Does all that can fail before the configuring process is ended, so that the guest keeps it where that fails.
     async fn ready_to_start(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
         config: &VmConfig,
     ) -> Result<(), Fault> {
         if config.boot_source.is_none() {
-            // Which it refuses in its own words.
+            // The process refuses to start without a kernel, and its reason goes to the caller.
             let body = json!({"action_type": "InstanceStart"});
             proxy::act(vm, Method::PUT, "/actions", &body).await?;
-            return Err(Fault::Internal(
-                "a guest without a kernel started".to_owned(),
-            ));
+            return Err(Fault::Internal("a guest without a kernel started".into()));
         }
         self.begin(vm, |pending| pending.start = true).await?;
         write_config(vm, config.clone()).await
     }
 
-    /// Ends the process that was told, whose end is no news of its guest.
+    /// Ends the process of a guest that is `Starting`: what becomes of the guest is decided here, and not by the end of that process.
     async fn end_waiting(&self, vm: &Vm) -> Result<(), Fault> {
         let Some(process) = vm.now().process.clone() else {
             return Ok(());
@@ -103,11 +94,11 @@ impl Daemon {
             now.pending.start = false;
         });
         self.tell_started(vm, state);
-        self.settle(vm);
+        self.apply_restart_policy(vm);
         self.save(vm).await;
     }
 
-    /// Has a guest that could not start wait as before. Where that cannot be either, it has failed, and can be started all the same.
+    /// Has a guest that could not start wait as before. Where that fails, too, the guest has failed, and can be started from there.
     async fn wait_again(self: &Arc<Self>, vm: &Arc<Vm>) {
         let waits = async {
             self.end_waiting(vm).await?;
@@ -120,35 +111,36 @@ impl Daemon {
                     now.state = state;
                     now.pending.start = false;
                 });
-                self.settle(vm);
+                self.apply_restart_policy(vm);
                 self.save(vm).await;
             }
             Err(fault) => {
-                tracing::warn!(vm = %vm.id, %fault, "a guest that could not start cannot wait either");
+                tracing::warn!(vm = %vm.id, fault = %chain(&fault), "a guest that could not start cannot wait either");
                 vm.change(|now| now.pending.start = false);
                 self.has_failed(vm, &fault).await;
             }
         }
     }
 
-    /// Goes on where a daemon was killed that started a guest that waited: `found` is the one process or the other.
-    pub(super) fn resume_start(self: &Arc<Self>, vm: &Arc<Vm>, found: Option<Process>) {
+    /// Completes the start of a guest that an earlier daemon had begun when it was killed. `found` is the process that the guest has: the configuring one, or
+    /// its own.
+    pub fn resume_start(self: &Arc<Self>, vm: &Arc<Vm>, found: Option<Process>) {
         vm.change(|now| now.state = State::Starting);
         if let Some(process) = found {
-            self.hold(vm, process);
+            self.adopt(vm, process);
             self.events.tell(EventKind::Attached, Some(&vm.id), None);
         }
         let operation = vm.operation.clone().try_lock_owned();
         let (daemon, vm) = (self.clone(), vm.clone());
         tokio::spawn(async move {
-            let _telling = vm.telling.lock().await;
+            let _reconfiguring = vm.reconfiguring.lock().await;
             let process = vm.now().process.clone();
             let state = match process {
                 Some(process) => daemon.first_state(&vm, &process, Instant::now()).await.ok(),
                 None => None,
             };
             match state {
-                // It may have been told to end already.
+                // A configuring process may have been signalled to end already, so a new one is started.
                 Some(State::NotStarted) | None => daemon.wait_again(&vm).await,
                 Some(state) => daemon.has_started(&vm, state).await,
             }

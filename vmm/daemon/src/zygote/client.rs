@@ -1,48 +1,49 @@
-//! The daemon's side.
+//! The daemon's side: starts the zygote, and has it spawn processes.
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use rustix::net::{
     AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
     SocketType, recv, sendmsg, socketpair,
 };
 
-use super::{Answer, DESCRIPTORS, LONGEST, ROOM, Request};
+use super::wire::{DESCRIPTORS, LONGEST, ROOM, Reply, Request};
+use host::report::chain;
 
-/// The variable that names the daemon's service manager, which is not a guest's (`sd_notify(3)`).
+/// The environment variable that names the daemon's service manager (`sd_notify(3)`). Guests' processes do not get it.
 pub const MANAGER: &str = "NOTIFY_SOCKET";
 
-/// A process to be.
+/// How a process is spawned.
 #[derive(Clone, Debug)]
-pub struct Birth<'a> {
+pub struct SpawnOptions<'a> {
     /// The command line, from the name of the program on.
     pub args: Vec<String>,
-    /// Its standard input and its standard error; its standard output is nowhere.
+    /// Its standard input. Its standard output is `/dev/null`.
     pub stdin: BorrowedFd<'a>,
-    /// See there.
+    /// Its standard error.
     pub stderr: BorrowedFd<'a>,
-    /// The folder that it works in.
+    /// Its working folder.
     pub folder: BorrowedFd<'a>,
-    /// Whether it is to be the first of a namespace of processes, where that can be had.
+    /// Whether it is to be the first of a PID namespace, where the host allows that.
     pub own_processes: bool,
 }
 
 /// A zygote, started when it is first needed, and again where it has ended.
 #[derive(Debug, Default)]
-pub struct Zygote(Mutex<Option<Running>>);
+pub struct Zygote(Mutex<Option<ZygoteProcess>>);
 
 #[derive(Debug)]
-struct Running {
+struct ZygoteProcess {
     process: Child,
     socket: OwnedFd,
 }
 
-impl Running {
+impl ZygoteProcess {
     fn start() -> io::Result<Self> {
         let (socket, theirs) = socketpair(
             AddressFamily::UNIX,
@@ -50,12 +51,12 @@ impl Running {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        // The program that runs this, whatever has become of its file.
+        // The program of this daemon, even where its file has been replaced by another version.
         let process = Command::new("/proc/self/exe")
             .arg0("coppice")
             .args(["zygote", "--room", &".".repeat(ROOM)])
-            // Free chunks that each thread keeps for itself pin pages of the heap, and threads of a guest's process hardly allocate.
             .env_remove(MANAGER)
+            // Free chunks that a thread caches keep pages of the heap in use, and threads of a guest's process allocate too seldom to gain by a cache.
             .env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
@@ -63,16 +64,16 @@ impl Running {
         Ok(Self { process, socket })
     }
 
-    fn ask(&self, birth: &Birth<'_>) -> io::Result<Answer> {
+    fn request(&self, options: &SpawnOptions<'_>) -> io::Result<Reply> {
         let request = Request {
-            args: birth.args.clone(),
-            own_processes: birth.own_processes,
+            args: options.args.clone(),
+            own_processes: options.own_processes,
         };
         let request = serde_json::to_vec(&request)?;
         if request.len() > LONGEST {
             return Err(io::ErrorKind::ArgumentListTooLong.into());
         }
-        let descriptors: [_; DESCRIPTORS] = [birth.stdin, birth.stderr, birth.folder];
+        let descriptors: [_; DESCRIPTORS] = [options.stdin, options.stderr, options.folder];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
@@ -90,47 +91,47 @@ impl Running {
         })?;
         match bytes.get(..len) {
             Some([]) | None => Err(io::ErrorKind::ConnectionReset.into()),
-            Some(answer) => Ok(serde_json::from_slice(answer)?),
+            Some(reply) => Ok(serde_json::from_slice(reply)?),
         }
     }
 }
 
-impl Drop for Running {
+impl Drop for ZygoteProcess {
     fn drop(&mut self) {
-        // It holds nothing, and its copies go on.
+        // The zygote has no state that could be lost, and its copies run on.
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 }
 
 impl Zygote {
-    /// Starts a process, a child of this one; its number.
+    /// Starts a process, which is a child of this one, and gives its number.
     ///
     /// # Errors
-    /// What the host says; there is no process then.
-    pub fn bear(&self, birth: &Birth<'_>) -> io::Result<u32> {
-        let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// The host's error; there is no process then.
+    pub fn spawn(&self, options: &SpawnOptions<'_>) -> io::Result<u32> {
+        let mut running = self.0.lock();
         let mut again = running.is_some();
         loop {
             let zygote = match &mut *running {
                 Some(zygote) => zygote,
-                none => none.insert(Running::start()?),
+                none => none.insert(ZygoteProcess::start()?),
             };
-            match zygote.ask(birth) {
-                Ok(Answer::Born(pid)) => {
+            match zygote.request(options) {
+                Ok(Reply::Spawned(pid)) => {
                     return u32::try_from(pid).map_err(io::Error::other);
                 }
-                Ok(Answer::Failed { number, why }) => {
+                Ok(Reply::Failed { number, why }) => {
                     let of_host = number.map(io::Error::from_raw_os_error);
                     return Err(of_host.unwrap_or_else(|| io::Error::other(why)));
                 }
                 Err(error) => {
-                    // What may have been born waits for a word on a standard input that is closed now, and ends.
+                    // Where the process was spawned all the same, it ends: it waits on its standard input, which is closed now.
                     *running = None;
                     if !std::mem::take(&mut again) {
                         return Err(error);
                     }
-                    tracing::warn!(%error, "the zygote has ended, and is started again");
+                    tracing::warn!(error = %chain(&error), "the zygote has ended, and is started again");
                 }
             }
         }

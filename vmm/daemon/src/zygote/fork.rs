@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Pid;
 
-/// Copies this process. `None` in the copy, which goes on from here; it is a child of this process' parent.
+/// Copies this process. Returns `None` in the copy, which is a child of this process' parent.
 ///
-/// `fork(3)` would make it a child of this process, and has no namespaces. What it does for the C library is the thread's number, which the library keeps; the
-/// kernel writes it to the same place here.
+/// `fork(3)` would make it a child of this process, and has no namespaces. What it does beside for the C library is to update the thread's number, which the
+/// library keeps; here the kernel writes it to that place.
 ///
 /// # Errors
-/// Where this process has threads, or the host makes no other.
+/// Where this process has threads; the host's error.
 pub(super) fn fork(own_processes: bool) -> io::Result<Option<Pid>> {
     be_alone()?;
     let number = number_place()?;
@@ -30,11 +30,11 @@ pub(super) fn fork(own_processes: bool) -> io::Result<Option<Pid>> {
     }
 }
 
-/// How long a thread that was waited for may still be seen.
+/// How long a thread that was joined may still be listed.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// Waits until this is the only thread: one that another has waited for is still there for a moment, while the kernel clears it away.
+/// Waits until this is the only thread: one that was joined is still listed for a moment, while the kernel removes it.
 fn be_alone() -> io::Result<()> {
     let begun = Instant::now();
     while std::fs::read_dir("/proc/self/task")?.count() != 1 {
@@ -46,7 +46,7 @@ fn be_alone() -> io::Result<()> {
     Ok(())
 }
 
-/// Where the C library has the number of this thread, which it has told the kernel (`set_tid_address(2)`).
+/// Where the C library keeps the number of this thread, an address that it has given the kernel (`set_tid_address(2)`).
 fn number_place() -> io::Result<usize> {
     let mut place = 0usize;
     // SAFETY: the kernel writes one pointer to `place` (PR_GET_TID_ADDRESS of prctl(2)).

@@ -1,4 +1,4 @@
-//! The process that is copied.
+//! The zygote's side: the process that is copied.
 
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -8,22 +8,25 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use super::fork::fork;
-use super::{Answer, DESCRIPTORS, LONGEST, Request, title};
+use super::title;
+use super::wire::{DESCRIPTORS, LONGEST, Reply, Request};
 use host::heap;
+use host::report::chain;
 
-/// What a copy begins with: its descriptors and its folder are in place.
+/// A spawned process, with its descriptors and its folder in place.
 #[derive(Debug)]
-pub struct Newborn {
+pub struct Spawned {
     /// Its command line, from the name of the program on.
     pub args: Vec<String>,
 }
 
-/// Serves on standard input until that is closed: `None`. In each copy it returns, too.
+/// Serves requests from standard input, and returns `None` when that is closed. In each copy it returns `Some`, and the copy is to do what its command line
+/// says.
 ///
 /// # Errors
-/// What the host says.
-pub fn serve() -> io::Result<Option<Newborn>> {
-    // Signals from a terminal are for the daemon.
+/// The host's error.
+pub fn serve() -> io::Result<Option<Spawned>> {
+    // In a session of its own, so that the terminal's signals go to the daemon alone.
     let _ = rustix::process::setsid();
     heap::give_back();
     loop {
@@ -34,15 +37,15 @@ pub fn serve() -> io::Result<Option<Newborn>> {
         match copy(request.own_processes) {
             Ok(None) => {
                 begin(&request, descriptors)?;
-                return Ok(Some(Newborn { args: request.args }));
+                return Ok(Some(Spawned { args: request.args }));
             }
-            Ok(Some(pid)) => answer(socket.as_fd(), &Answer::Born(pid.as_raw_nonzero().get()))?,
+            Ok(Some(pid)) => reply(socket.as_fd(), &Reply::Spawned(pid.as_raw_nonzero().get()))?,
             Err(error) => {
-                let failed = Answer::Failed {
+                let failed = Reply::Failed {
                     number: error.raw_os_error(),
-                    why: error.to_string(),
+                    why: chain(&error).to_string(),
                 };
-                answer(socket.as_fd(), &failed)?;
+                reply(socket.as_fd(), &failed)?;
             }
         }
     }
@@ -50,7 +53,7 @@ pub fn serve() -> io::Result<Option<Newborn>> {
 
 fn copy(own_processes: bool) -> io::Result<Option<rustix::process::Pid>> {
     match fork(own_processes) {
-        // Whoever is not root may not have one.
+        // Only root may make a PID namespace, and other users' guests do without.
         Err(error) if own_processes && error.kind() == io::ErrorKind::PermissionDenied => {
             fork(false)
         }
@@ -58,8 +61,8 @@ fn copy(own_processes: bool) -> io::Result<Option<rustix::process::Pid>> {
     }
 }
 
-fn answer(socket: BorrowedFd<'_>, answer: &Answer) -> io::Result<()> {
-    send(socket, &serde_json::to_vec(answer)?, SendFlags::NOSIGNAL)?;
+fn reply(socket: BorrowedFd<'_>, reply: &Reply) -> io::Result<()> {
+    send(socket, &serde_json::to_vec(reply)?, SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
@@ -89,7 +92,7 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<Option<(Request, [OwnedFd; DESC
     Ok(Some((request, descriptors)))
 }
 
-/// Makes the copy what a new program would be.
+/// Gives the copy the descriptors, the folder and the command line that an executed program would have.
 fn begin(request: &Request, descriptors: [OwnedFd; DESCRIPTORS]) -> io::Result<()> {
     let [stdin, stderr, folder] = descriptors;
     rustix::process::fchdir(folder)?;

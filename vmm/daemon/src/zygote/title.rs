@@ -14,10 +14,10 @@ fn place(stat: &str) -> Option<(usize, usize)> {
     (0 < start && start < end).then_some((start, end))
 }
 
-/// Puts other words in the place of those that the process was started with, as far as there is room.
+/// Overwrites the command line that the process was started with by other words, as far as there is room.
 ///
 /// # Errors
-/// Where the host does not tell where they are.
+/// Where `/proc` does not tell its addresses.
 pub(super) fn set(words: &[String]) -> io::Result<()> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     let (start, end) = place(&stat).ok_or(io::ErrorKind::NotFound)?;

@@ -7,12 +7,11 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use hyper::upgrade::OnUpgrade;
 
-use super::request::raw;
-use super::{Answer, Context};
+use super::request::{Context, Handled, raw};
 use crate::serve::console;
 use crate::serve::fault::{Fault, FaultBody};
 
-/// The output of a guest's serial console: the last of it, and then what comes. With `Upgrade: coppice-console`, the line itself.
+/// The output of a guest's serial console: the last of it, and then what comes. With `Upgrade: coppice-console`, the connection becomes the serial line.
 #[utoipa::path(get, path = "/vms/{id}/console", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, content_type = "application/octet-stream", description = "A stream, to the end of the guest."),
     (status = 101, description = "The connection is the line."),
@@ -21,7 +20,7 @@ pub(in crate::serve) async fn console_output(
     Of(daemon): Context,
     Path(id): Path<String>,
     request: Request,
-) -> Answer<Response> {
+) -> Handled<Response> {
     let (mut head, _) = request.into_parts();
     let upgrade = head.extensions.remove::<OnUpgrade>();
     console::output(daemon.vm(&id)?, &head.headers, upgrade).await
@@ -36,7 +35,7 @@ pub(in crate::serve) async fn console_input(
     Of(daemon): Context,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
-) -> Answer<StatusCode> {
+) -> Handled<StatusCode> {
     let (vm, body) = (daemon.vm(&id)?, raw(body)?);
     if body.is_empty() {
         let text = "there is nothing to give the guest".to_owned();

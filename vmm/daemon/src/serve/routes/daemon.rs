@@ -1,4 +1,4 @@
-//! The daemon itself: what happens, its counters, its health, its document.
+//! Requests about the daemon itself: its events, its metrics and its health.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -15,22 +15,21 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
 use utoipa::ToSchema;
 
-use super::request::{Query, flag};
-use super::{Answer, Context, SHOWN};
+use super::request::{Context, Handled, Query, SHOWN, flag};
 use crate::serve::events::{Event, EventKind};
 use crate::serve::fault::{Fault, FaultBody};
-use crate::serve::{metrics as counters, openapi, proxy};
+use crate::serve::{metrics as counters, proxy};
 use control::metrics::CONTENT_TYPE as OPENMETRICS;
 use host::procfs;
 
-/// Guests that are asked for their counters.
+/// Most guests that are asked for their counters.
 const ASKED: usize = 256;
 
 /// The query of metrics.
 #[derive(Default, Deserialize, utoipa::IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-pub(in crate::serve) struct Which {
+pub(in crate::serve) struct MetricsQuery {
     /// With the counters of this guest's own process.
     #[param(required = false)]
     vm: Option<String>,
@@ -41,7 +40,7 @@ pub(in crate::serve) struct Which {
     guests: bool,
 }
 
-/// That the daemon serves.
+/// The health of the daemon, which serves if it answers at all.
 #[derive(Serialize, ToSchema)]
 pub(in crate::serve) struct Health {
     /// `ok`.
@@ -52,7 +51,7 @@ pub(in crate::serve) struct Health {
     vms: usize,
 }
 
-/// What happens, as server-sent events. `Last-Event-ID` asks for what has happened since; 0 for all that is kept.
+/// What happens, as server-sent events. `Last-Event-ID` asks for the events after that one; 0 for all that are kept.
 #[utoipa::path(get, path = "/events", tag = "daemon",
     params(("Last-Event-ID" = Option<u64>, Header, description = "The last event that was seen.")), responses(
     (status = 200, content_type = "text/event-stream", body = Event, description = "A stream without an end.")))]
@@ -67,43 +66,43 @@ pub(in crate::serve) async fn events(Of(daemon): Context, headers: HeaderMap) ->
             Some(event) => event,
             None => match receiver.recv().await {
                 Ok(event) => event,
-                // Too slow: it comes back, and says what it has seen.
+                // A listener that was too slow is cut off. It comes back, and says which event it has seen last.
                 Err(RecvError::Lagged(_) | RecvError::Closed) => return None,
             },
         };
-        let told = sse::Event::default()
+        let sent = sse::Event::default()
             .id(event.id.to_string())
             .event(event.kind.name())
             .json_data(&event)
             .unwrap_or_default();
-        // Nothing comes after the end, which is not to be held up.
-        let goes_on = event.kind != EventKind::DaemonStopping;
+        // The stream ends with this event, as it would hold up the end of the daemon.
+        let continues = event.kind != EventKind::DaemonStopping;
         Some((
-            Ok::<_, Infallible>(told),
-            goes_on.then_some((kept, receiver)),
+            Ok::<_, Infallible>(sent),
+            continues.then_some((kept, receiver)),
         ))
     });
     Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(15)))
 }
 
 /// Counters for Prometheus.
-#[utoipa::path(get, path = "/metrics", tag = "daemon", params(Which), responses(
+#[utoipa::path(get, path = "/metrics", tag = "daemon", params(MetricsQuery), responses(
     (status = 200, content_type = "application/openmetrics-text", body = String),
     (status = 400, body = FaultBody), (status = 404, body = FaultBody)))]
 pub(in crate::serve) async fn metrics(
     Of(daemon): Context,
-    Query(which): Query<Which>,
-) -> Answer<Response> {
+    Query(query): Query<MetricsQuery>,
+) -> Handled<Response> {
     daemon.measure(SHOWN).await;
-    let asked = match (&which.vm, which.guests) {
+    let asked = match (&query.vm, query.guests) {
         (Some(id), _) => vec![daemon.vm(id)?],
         (None, true) => daemon.all().into_iter().take(ASKED).collect(),
         (None, false) => Vec::new(),
     };
     let mut joined = counters::Joined::default();
-    let told = proxy::ask_each(asked, counters::of_guest).await;
-    let told: BTreeMap<_, _> = told.into_iter().collect();
-    for (id, text) in &told {
+    let texts = proxy::ask_each(asked, counters::of_guest).await;
+    let texts: BTreeMap<_, _> = texts.into_iter().collect();
+    for (id, text) in &texts {
         joined.add(id, text);
     }
     let vms = daemon.all();
@@ -111,12 +110,12 @@ pub(in crate::serve) async fn metrics(
         .iter()
         .map(|vm| vm.status(true, false))
         .collect::<Vec<_>>();
-    if let Some(id) = &which.vm {
+    if let Some(id) = &query.vm {
         vms.retain(|vm| vm.id == *id);
     }
     let own = procfs::memory(std::process::id()).ok();
     let own = daemon.metrics.encode(vms, own);
-    let own = own.map_err(|error| Fault::Internal(error.to_string()))?;
+    let own = own.map_err(|error| Fault::Internal(error.into()))?;
     let content = [(CONTENT_TYPE, HeaderValue::from_static(OPENMETRICS))];
     Ok((content, joined.after(&own)).into_response())
 }
@@ -129,12 +128,4 @@ pub(in crate::serve) async fn health(Of(daemon): Context) -> Json<Health> {
         version: env!("CARGO_PKG_VERSION"),
         vms: daemon.vms().len(),
     })
-}
-
-/// This document.
-#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, body = Object)))]
-pub(in crate::serve) async fn openapi_json() -> Answer<Response> {
-    let text = openapi::document().map_err(Fault::Json)?;
-    let content = [(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
-    Ok((content, text).into_response())
 }

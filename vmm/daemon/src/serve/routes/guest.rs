@@ -1,4 +1,4 @@
-//! The guest's own API, which is passed on to its process.
+//! The guest's own API: its requests are passed on to the guest's process. What the daemon has to know of their outcome is recorded on the way.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,20 +12,18 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::request::raw;
-use super::{Answer, Context};
+use super::request::{Context, Handled, raw};
+use crate::serve::daemon::Daemon;
 use crate::serve::fault::Fault;
-use crate::serve::status::State;
-use crate::serve::templates::expect_own_name;
-use crate::serve::told::is_kept;
+use crate::serve::proxy;
+use crate::serve::record::State;
+use crate::serve::task::detached;
+use crate::serve::template_creation::expect_own_name;
 use crate::serve::vm::Vm;
-use crate::serve::{Daemon, proxy};
 use config::MachineConfig;
+use config::operations::{DiskEffect, GuestOperation, OperationKind, Reservation};
 
-/// What the paths of requests about disks begin with.
-const DISKS: [&str; 2] = ["drives/", "pmem/"];
-
-/// What a request to the guest's own API would make of its RAM and vCPUs.
+/// The RAM and vCPUs that a guest would have after a request to its own API.
 fn sizes(vm: &Vm, body: &[u8]) -> (u32, u8) {
     let asked: Value = serde_json::from_slice(body).unwrap_or_default();
     let number = |field| asked.get(field).and_then(Value::as_u64);
@@ -35,20 +33,20 @@ fn sizes(vm: &Vm, body: &[u8]) -> (u32, u8) {
     (ram.unwrap_or(now.ram_mib), vcpus.unwrap_or(now.vcpus))
 }
 
-/// The guest in a path that goes on behind it.
+/// The guest in a path that continues behind its name.
 #[derive(Deserialize)]
 pub(super) struct Guest {
     id: String,
 }
 
-/// Everything else below a guest is its own API: Firecracker's, as `coppice run --api-sock` has it.
+/// All other paths below a guest are its own API: Firecracker's, as `coppice run --api-sock` has it.
 pub(super) async fn guest(
     Of(daemon): Context,
     Path(Guest { id }): Path<Guest>,
     method: Method,
     OriginalUri(uri): OriginalUri,
     body: Result<Bytes, BytesRejection>,
-) -> Answer<Response> {
+) -> Handled<Response> {
     let (vm, body) = (daemon.vm(&id)?, raw(body)?);
     if body.len() > config::limits::MAX_BODY {
         return Err(Fault::Body(
@@ -59,7 +57,7 @@ pub(super) async fn guest(
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let path = path.strip_prefix("/vms/").unwrap_or(path);
     let path = path.find('/').map_or("/", |at| &path[at..]).to_owned();
-    Daemon::detached(pass_on(daemon, vm, method, path, body)).await
+    detached(pass_on(daemon, vm, method, path, body)).await
 }
 
 async fn pass_on(
@@ -68,38 +66,42 @@ async fn pass_on(
     method: Method,
     path: String,
     mut body: Bytes,
-) -> Answer<Response> {
+) -> Handled<Response> {
     let changes = method != Method::GET;
-    let place = path.split('?').next().unwrap_or_default().trim_matches('/');
-    if changes && place == "snapshot/load" {
+    let place = path.split('?').next().unwrap_or_default();
+    // What is no operation changes nothing: the guest's process refuses it.
+    let operation = GuestOperation::find(method.as_str(), place);
+    let is = |kind| operation.is_some_and(|(operation, _)| operation.kind == kind);
+    if is(OperationKind::LoadSnapshot) {
         return Err(Fault::LoadsTemplates);
     }
     let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
     let word = |field| asked.get(field).and_then(Value::as_str);
-    let is_start = method == Method::PUT
-        && place == "actions"
+    let is_start = is(OperationKind::Act)
         && word("action_type") == Some("InstanceStart")
         && matches!(vm.state(), State::NotStarted | State::Starting);
     if is_start && daemon.start_if_waiting(&vm).await? {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let is_kept = changes && is_kept(place);
-    let _telling = if is_kept || changes && DISKS.iter().any(|kind| place.starts_with(kind)) {
-        Some(vm.telling.lock().await)
+    let is_kept = operation.is_some_and(|(operation, _)| operation.is_kept);
+    let disk = operation.map_or(DiskEffect::None, |(operation, _)| operation.disk);
+    let _reconfiguring = if is_kept || disk != DiskEffect::None {
+        Some(vm.reconfiguring.lock().await)
     } else {
         None
     };
-    let waits = changes && vm.state() == State::NotStarted;
-    // What the guest has among the others is the daemon's to say.
-    let cid_before = (waits && place == "vsock").then(|| vm.now().cid);
+    let reservation = operation
+        .map(|(operation, _)| operation.reservation)
+        .filter(|_| vm.state() == State::NotStarted);
+    // The daemon gives out the CIDs, as no two guests may have the same.
+    let cid_before = (reservation == Some(Reservation::Cid)).then(|| vm.now().cid);
     if cid_before.is_some()
-        && method == Method::PUT
         && let Some(completed) = daemon.complete_vsock(&vm, &body)?
     {
         body = completed.into();
     }
-    // Room for more RAM has to be there before the guest may have it.
-    let before = (waits && place == "machine-config").then(|| {
+    // More RAM is admitted before the guest gets it, and given back where it does not.
+    let before = (reservation == Some(Reservation::Memory)).then(|| {
         let now = vm.now();
         (now.ram_mib, now.vcpus)
     });
@@ -109,7 +111,7 @@ async fn pass_on(
         vcpu_count: vcpus,
         ..MachineConfig::default()
     };
-    // What cannot be is the guest's to refuse.
+    // A wrong size is not admitted, as the guest's process refuses it.
     if before.is_some() && can_be.validate().is_ok() {
         daemon.admit_change(&vm, ram_mib, vcpus, |_| ())?;
     }
@@ -117,12 +119,12 @@ async fn pass_on(
     let request = Request {
         method,
         path: &path,
-        place,
+        operation,
         body,
     };
-    let answer = pass_on_with_disks(&daemon, &vm, request, child).await;
-    let told = answer.as_ref().ok().map(|answer| answer.status);
-    let done = told.is_some_and(|status| status.is_success());
+    let passed_on = pass_on_with_disks(&daemon, &vm, request, child).await;
+    let status = passed_on.as_ref().ok().map(|response| response.status);
+    let done = status.is_some_and(|status| status.is_success());
     if !done {
         vm.change(|now| {
             if let Some(cid) = cid_before {
@@ -133,82 +135,82 @@ async fn pass_on(
             }
         });
     }
-    // Also where the process has not said whether it is done.
-    if is_kept && (done || told.is_none()) && vm.now().process.is_some() {
-        daemon.keep_told(&vm).await;
+    // Also where the process has not answered: the change may have been made.
+    if is_kept && (done || status.is_none()) && vm.now().process.is_some() {
+        daemon.keep_later_config(&vm).await;
     }
-    let answer = answer?;
-    let state = match (place, word("state")) {
-        ("vm", Some("Paused")) => Some(State::Paused),
-        ("vm", Some("Resumed")) => Some(State::Running),
+    let response = passed_on?;
+    let state = match word("state") {
+        Some("Paused") => Some(State::Paused),
+        Some("Resumed") => Some(State::Running),
         _ => None,
     };
-    if let Some(state) = state.filter(|_| done && changes) {
+    if let Some(state) = state.filter(|_| done && is(OperationKind::UpdateState)) {
         daemon.observe(&vm, state);
         daemon.save(&vm).await;
     }
-    let mut response = Response::new(Body::from(answer.body));
-    *response.status_mut() = answer.status;
-    if let Some(content) = answer.content {
-        response.headers_mut().insert(CONTENT_TYPE, content);
+    let mut to_caller = Response::new(Body::from(response.body));
+    *to_caller.status_mut() = response.status;
+    if let Some(content) = response.content {
+        to_caller.headers_mut().insert(CONTENT_TYPE, content);
     }
-    Ok(response)
+    Ok(to_caller)
 }
 
 /// A request that is passed on.
 struct Request<'a> {
     method: Method,
     path: &'a str,
-    /// The path, without slashes around it and without a query.
-    place: &'a str,
+    /// What is asked, if that is known, and the name in the path.
+    operation: Option<(&'static GuestOperation, &'a str)>,
     body: Bytes,
 }
 
-/// Passes a request on, and notes which disks a guest has come to by it: a `child`, or by a commit.
+/// Passes a request on, and records which disks the guest has after it: a `child` of its disk, or what a commit leaves.
 async fn pass_on_with_disks(
     daemon: &Arc<Daemon>,
     vm: &Arc<Vm>,
     request: Request<'_>,
     child: Option<PathBuf>,
-) -> Answer<proxy::Answer> {
+) -> Handled<proxy::GuestResponse> {
     let Request {
         method,
         path,
-        place,
+        operation,
         body,
     } = request;
     let changes = method != Method::GET;
-    // What is its disk is the parent of another then, and must not be written to when the guest starts anew.
-    let mut kinds = DISKS.iter();
-    let drive = kinds.find_map(|kind| place.strip_prefix(kind)?.strip_suffix("/snapshot"));
-    let child = drive.filter(|_| changes).zip(child);
+    // The guest's disk becomes the parent of the child, and must not be written to when the guest boots again.
+    let of_disk = |effect| {
+        let wanted = operation.filter(|(operation, _)| operation.disk == effect);
+        wanted.map(|(operation, drive)| (operation.kind, drive))
+    };
+    let goes_on = of_disk(DiskEffect::Child);
+    let child = goes_on.map(|(_, drive)| drive).zip(child);
     if let Some((pmem, _)) = &child
-        && place.starts_with("pmem/")
+        && let Some((OperationKind::SnapshotPmem, _)) = goes_on
     {
         expect_own_name(vm, pmem).await?;
     }
     if let Some((drive, path)) = &child {
         daemon.begin_child(vm, drive, path).await?;
     }
-    let committed = place
-        .strip_prefix("drives/")
-        .and_then(|rest| rest.strip_suffix("/commit"))
-        .filter(|_| changes);
+    let committed = of_disk(DiskEffect::Merge).map(|(_, drive)| drive);
     let before_commit = match committed {
         Some(drive) => daemon.begin_commit(vm, drive).await?,
         None => None,
     };
     let patience = if changes { proxy::ACTION } else { proxy::LOOK };
-    let answer = proxy::ask(vm, method, path, body, patience).await;
-    let done = answer
+    let asked = proxy::ask(vm, method, path, body, patience).await;
+    let done = asked
         .as_ref()
         .ok()
-        .map(|answer| answer.status.is_success());
+        .map(|response| response.status.is_success());
     if let Some((drive, path)) = &child {
         daemon.end_child(vm, drive, path, done).await;
     }
     if let Some(drive) = committed {
         daemon.follow_commit(vm, drive, before_commit, done).await;
     }
-    answer
+    asked
 }

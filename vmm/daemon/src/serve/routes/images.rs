@@ -6,13 +6,11 @@ use axum::http::StatusCode;
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::request::Asked;
-use super::{Answer, Context};
-use crate::serve::Daemon;
+use super::request::{Context, Handled, JsonBody};
 use crate::serve::events::EventKind;
 use crate::serve::fault::{Fault, FaultBody};
 use crate::serve::images::{Image, NamedImage};
-use crate::serve::lifecycle::blocking;
+use crate::serve::task::{blocking, detached};
 
 /// All images.
 #[derive(Serialize, ToSchema)]
@@ -34,7 +32,7 @@ pub(in crate::serve) async fn images(Of(daemon): Context) -> Json<ImageList> {
 pub(in crate::serve) async fn image(
     Of(daemon): Context,
     Path(name): Path<String>,
-) -> Answer<Json<NamedImage>> {
+) -> Handled<Json<NamedImage>> {
     Ok(Json(daemon.images().get(&name)?))
 }
 
@@ -45,11 +43,11 @@ pub(in crate::serve) async fn image(
 pub(in crate::serve) async fn put_image(
     Of(daemon): Context,
     Path(name): Path<String>,
-    Asked(image): Asked<Image>,
-) -> Answer<StatusCode> {
+    JsonBody(image): JsonBody<Image>,
+) -> Handled<StatusCode> {
     let file = daemon.store.images();
-    let (told, events) = (name.clone(), daemon.clone());
-    Daemon::detached(async move {
+    let (image_name, events) = (name.clone(), daemon.clone());
+    detached(async move {
         blocking(move || {
             image.check()?;
             daemon.images().put(&file, &name, image)
@@ -57,21 +55,21 @@ pub(in crate::serve) async fn put_image(
         .await?
     })
     .await?;
-    let text = Some(format!("image {told}"));
+    let text = Some(format!("image {image_name}"));
     events.events.tell(EventKind::ImageAdded, None, text);
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Forgets an image that no guest uses. The file stays.
+/// Removes an image that no guest uses from the register. The file stays.
 #[utoipa::path(delete, path = "/images/{name}", tag = "images", params(("name" = String, Path)), responses(
     (status = 204), (status = 404, body = FaultBody), (status = 409, body = FaultBody)))]
 pub(in crate::serve) async fn delete_image(
     Of(daemon): Context,
     Path(name): Path<String>,
-) -> Answer<StatusCode> {
+) -> Handled<StatusCode> {
     let file = daemon.store.images();
-    let (told, events) = (name.clone(), daemon.clone());
-    Daemon::detached(async move {
+    let (image_name, events) = (name.clone(), daemon.clone());
+    detached(async move {
         blocking(move || {
             let mut images = daemon.images();
             let user = daemon
@@ -86,7 +84,7 @@ pub(in crate::serve) async fn delete_image(
         .await?
     })
     .await?;
-    let text = Some(format!("image {told}"));
+    let text = Some(format!("image {image_name}"));
     events.events.tell(EventKind::ImageRemoved, None, text);
     Ok(StatusCode::NO_CONTENT)
 }

@@ -5,21 +5,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State as Of;
-use axum::http::Method;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::request::Query;
-use super::{Answer, Context};
+use super::request::{Context, Handled, Query};
 use crate::serve::fault::{Fault, FaultBody};
-use crate::serve::lifecycle::blocking;
 use crate::serve::proxy;
+use crate::serve::task::blocking;
 use crate::serve::vm::Vm;
 use machine::FilePageReport;
 
-/// The query of who shares a page.
+/// The query for the guests that share a page.
 #[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -57,23 +54,21 @@ pub(in crate::serve) struct Sharers {
 pub(in crate::serve) async fn sharers(
     Of(daemon): Context,
     Query(Page { path, offset }): Query<Page>,
-) -> Answer<Json<Sharers>> {
+) -> Handled<Json<Sharers>> {
     let name = path.display().to_string();
     let found = blocking(move || std::fs::metadata(path)).await?;
-    let file = found.map_err(|error| Fault::Query(format!("path: {name}: {error}")))?;
+    let file = found.map_err(|source| Fault::QueryFile { name, source })?;
     let page = format!("/vm/sharing/files/{}-{}-{offset}", file.dev(), file.ino());
     let ask = |vm: Arc<Vm>| {
         let page = page.clone();
         async move {
-            let answer = proxy::ask(&vm, Method::GET, &page, Bytes::new(), proxy::LOOK).await;
-            let answer = answer.ok().filter(|answer| answer.status.is_success())?;
-            let report: FilePageReport = serde_json::from_slice(&answer.body).ok()?;
+            let report: FilePageReport = proxy::get(&vm, &page).await.ok()?;
             Some((vm.id.clone(), report.addresses))
         }
     };
-    let told = proxy::ask_each(daemon.all(), ask).await;
-    let answered = told.len();
-    let mut guests: Vec<_> = told
+    let reports = proxy::ask_each(daemon.all(), ask).await;
+    let answered = reports.len();
+    let mut guests: Vec<_> = reports
         .into_iter()
         .filter(|(_, addresses)| !addresses.is_empty())
         .map(|(id, addresses)| Sharer { id, addresses })

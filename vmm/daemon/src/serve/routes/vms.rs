@@ -12,25 +12,23 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::request::{Asked, Query, flag, raw, uid};
-use super::{Answer, Context, SHOWN};
-use crate::serve::Daemon;
+use super::request::{Context, Handled, JsonBody, Query, SHOWN, flag, raw, uid};
 use crate::serve::fault::{Fault, FaultBody};
 use crate::serve::peer::Caller;
-use crate::serve::spec::VmSpec;
-use crate::serve::status::{State, VmStatus};
-use crate::serve::stopping::Manner;
+use crate::serve::record::{State, VmSpec};
+use crate::serve::status::VmStatus;
+use crate::serve::task::detached;
 use crate::serve::vm::Vm;
 use control::api;
 
 /// Longest time that a guest may be given to shut down, in s.
 const LONGEST_STOP: u64 = 3600;
 
-/// The query of a look at guests.
+/// The query of requests for the status of guests.
 #[derive(Default, Deserialize, utoipa::IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-pub(in crate::serve) struct Look {
+pub(in crate::serve) struct StatsQuery {
     /// With the memory and the CPU time of each.
     #[serde(deserialize_with = "flag")]
     // Nothing, true or false.
@@ -38,11 +36,11 @@ pub(in crate::serve) struct Look {
     stats: bool,
 }
 
-/// The query of the end of a guest.
+/// The query of the deletion of a guest.
 #[derive(Default, Deserialize, utoipa::IntoParams)]
 #[serde(default, deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-pub(in crate::serve) struct End {
+pub(in crate::serve) struct DeleteQuery {
     /// For how many seconds the guest may take to shut down by itself, before its process is ended.
     #[param(required = false, maximum = 3600)]
     timeout_s: u64,
@@ -70,7 +68,8 @@ pub(in crate::serve) struct VmList {
     vms: Vec<VmStatus>,
 }
 
-fn manner(timeout_s: u64) -> Answer<Manner> {
+/// The time that a guest has to shut down by itself.
+fn grace(timeout_s: u64) -> Handled<Duration> {
     if timeout_s > LONGEST_STOP {
         return Err(Fault::Invalid {
             field: "timeout_s",
@@ -78,24 +77,25 @@ fn manner(timeout_s: u64) -> Answer<Manner> {
             expected: "an hour or less",
         });
     }
-    Ok(Manner {
-        patience: Duration::from_secs(timeout_s),
-    })
+    Ok(Duration::from_secs(timeout_s))
 }
 
-/// All guests, as the daemon knows them. No guest is asked anything.
-#[utoipa::path(get, path = "/vms", tag = "guests", params(Look), responses(
+/// All guests, as the daemon knows them. Their processes are not asked.
+#[utoipa::path(get, path = "/vms", tag = "guests", params(StatsQuery), responses(
     (status = 200, body = VmList), (status = 400, body = FaultBody)))]
-pub(in crate::serve) async fn list(Of(daemon): Context, Query(look): Query<Look>) -> Json<VmList> {
-    if look.stats {
+pub(in crate::serve) async fn list(
+    Of(daemon): Context,
+    Query(query): Query<StatsQuery>,
+) -> Json<VmList> {
+    if query.stats {
         daemon.measure(SHOWN).await;
     }
     let vms = daemon.all();
-    let vms = vms.iter().map(|vm| vm.status(look.stats, false));
+    let vms = vms.iter().map(|vm| vm.status(query.stats, false));
     Json(VmList { vms: vms.collect() })
 }
 
-/// Makes a guest. Made twice in the same way, it is there once.
+/// Makes a guest. A second request that is the same finds the guest that the first has made.
 #[utoipa::path(post, path = "/vms", tag = "guests", request_body = VmSpec, responses(
     (status = 201, body = VmStatus, description = "It is made."),
     (status = 200, body = VmStatus, description = "It was there, made in the same way."),
@@ -107,11 +107,11 @@ pub(in crate::serve) async fn list(Of(daemon): Context, Query(look): Query<Look>
 pub(in crate::serve) async fn create(
     Of(daemon): Context,
     Extension(caller): Extension<Caller>,
-    Asked(spec): Asked<VmSpec>,
-) -> Answer<Response> {
+    JsonBody(spec): JsonBody<VmSpec>,
+) -> Handled<Response> {
     let uid = uid(caller)?;
     let (begun, is_clone) = (Instant::now(), spec.template.is_some());
-    // The caller may be gone before the guest is there, which counts all the same.
+    // Counted in the detached operation, as the caller may have gone before the guest is made.
     let made = async move {
         let (vm, new) = daemon.clone().create(spec, uid).await?;
         if new && vm.state() == State::Running {
@@ -119,59 +119,59 @@ pub(in crate::serve) async fn create(
         }
         Ok((vm, new))
     };
-    let (vm, new) = Daemon::detached(made).await?;
+    let (vm, new) = detached(made).await?;
     let status = if new {
         StatusCode::CREATED
     } else {
         StatusCode::OK
     };
     let location = HeaderValue::from_str(&format!("/vms/{}", vm.id));
-    let location = location.map_err(|error| Fault::Internal(error.to_string()))?;
+    let location = location.map_err(|error| Fault::Internal(error.into()))?;
     Ok((status, [(LOCATION, location)], Json(vm.status(false, true))).into_response())
 }
 
-/// A guest, as the daemon knows it. It is not asked.
-#[utoipa::path(get, path = "/vms/{id}", tag = "guests", params(("id" = String, Path), Look), responses(
+/// A guest, as the daemon knows it. Its process is not asked.
+#[utoipa::path(get, path = "/vms/{id}", tag = "guests", params(("id" = String, Path), StatsQuery), responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody)))]
 pub(in crate::serve) async fn show(
     Of(daemon): Context,
     Path(id): Path<String>,
-    Query(look): Query<Look>,
-) -> Answer<Json<VmStatus>> {
+    Query(query): Query<StatsQuery>,
+) -> Handled<Json<VmStatus>> {
     let vm = daemon.vm(&id)?;
-    if look.stats {
+    if query.stats {
         daemon.measure(SHOWN).await;
     }
-    Ok(Json(vm.status(look.stats, true)))
+    Ok(Json(vm.status(query.stats, true)))
 }
 
 /// Ends a guest, and removes all that is left of it.
-#[utoipa::path(delete, path = "/vms/{id}", tag = "guests", params(("id" = String, Path), End), responses(
+#[utoipa::path(delete, path = "/vms/{id}", tag = "guests", params(("id" = String, Path), DeleteQuery), responses(
     (status = 204), (status = 400, body = FaultBody), (status = 404, body = FaultBody), (status = 504, body = FaultBody)))]
 pub(in crate::serve) async fn delete(
     Of(daemon): Context,
     Path(id): Path<String>,
-    Query(end): Query<End>,
-) -> Answer<StatusCode> {
-    let (vm, manner) = (daemon.vm(&id)?, manner(end.timeout_s)?);
-    Daemon::detached(daemon.delete(vm, manner)).await?;
+    Query(query): Query<DeleteQuery>,
+) -> Handled<StatusCode> {
+    let (vm, grace) = (daemon.vm(&id)?, grace(query.timeout_s)?);
+    detached(daemon.delete(vm, grace)).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn told(vm: &Vm) -> Json<VmStatus> {
+fn status(vm: &Vm) -> Json<VmStatus> {
     Json(vm.status(false, false))
 }
 
-/// Starts a guest that waits or that has ended, with what it was made with, and told since. One that runs goes on running.
+/// Starts a guest that waits or that has ended, as it was made, or configured since. One that runs stays as it is.
 #[utoipa::path(post, path = "/vms/{id}/start", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
     (status = 409, body = FaultBody), (status = 422, body = FaultBody), (status = 507, body = FaultBody)))]
 pub(in crate::serve) async fn start(
     Of(daemon): Context,
     Path(id): Path<String>,
-) -> Answer<Json<VmStatus>> {
+) -> Handled<Json<VmStatus>> {
     let vm = daemon.vm(&id)?;
-    Ok(told(&*Daemon::detached(daemon.start(vm)).await?))
+    Ok(status(&*detached(daemon.start(vm)).await?))
 }
 
 /// Ends a guest: by Ctrl-Alt-Del, after `timeout_s` by SIGTERM, with its disks closed, and by force 5 s later. The guest can be started again.
@@ -183,41 +183,37 @@ pub(in crate::serve) async fn stop(
     Of(daemon): Context,
     Path(id): Path<String>,
     body: Result<Bytes, BytesRejection>,
-) -> Answer<Json<VmStatus>> {
+) -> Handled<Json<VmStatus>> {
     let body = raw(body)?;
     let stop = if body.is_empty() {
         Stop::default()
     } else {
         api::parse_object::<Option<Stop>>(&body)?.unwrap_or_default()
     };
-    let (vm, manner) = (daemon.vm(&id)?, manner(stop.timeout_s)?);
-    Ok(told(&*Daemon::detached(daemon.stop(vm, manner)).await?))
+    let (vm, grace) = (daemon.vm(&id)?, grace(stop.timeout_s)?);
+    Ok(status(&*detached(daemon.stop(vm, grace)).await?))
 }
 
-/// Has the vCPUs of a guest stand still.
+/// Stops the vCPUs of a guest.
 #[utoipa::path(post, path = "/vms/{id}/pause", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
     (status = 409, body = FaultBody)))]
 pub(in crate::serve) async fn pause(
     Of(daemon): Context,
     Path(id): Path<String>,
-) -> Answer<Json<VmStatus>> {
+) -> Handled<Json<VmStatus>> {
     let vm = daemon.vm(&id)?;
-    Ok(told(
-        &*Daemon::detached(daemon.pause(vm, State::Paused)).await?,
-    ))
+    Ok(status(&*detached(daemon.pause(vm, State::Paused)).await?))
 }
 
-/// Lets the vCPUs of a guest go on.
+/// Lets the vCPUs of a guest run on.
 #[utoipa::path(post, path = "/vms/{id}/resume", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
     (status = 409, body = FaultBody)))]
 pub(in crate::serve) async fn resume(
     Of(daemon): Context,
     Path(id): Path<String>,
-) -> Answer<Json<VmStatus>> {
+) -> Handled<Json<VmStatus>> {
     let vm = daemon.vm(&id)?;
-    Ok(told(
-        &*Daemon::detached(daemon.pause(vm, State::Running)).await?,
-    ))
+    Ok(status(&*detached(daemon.pause(vm, State::Running)).await?))
 }

@@ -1,4 +1,4 @@
-//! One request after the other to the daemon's socket.
+//! Requests to the daemon's socket, one after the other.
 
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
@@ -14,8 +14,21 @@ use serde_json::Value;
 use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
-use super::RemoteError;
-use daemon::serve::CONSOLE_PROTOCOL;
+use super::error::RemoteError;
+use control::api::CONSOLE_PROTOCOL;
+
+/// A name as a part of a path.
+pub(super) fn escaped(id: &str) -> String {
+    let plain = |c: u8| c == b'-' || c.is_ascii_alphanumeric();
+    let escape = |c: u8| {
+        if plain(c) {
+            char::from(c).to_string()
+        } else {
+            format!("%{c:02X}")
+        }
+    };
+    id.bytes().map(escape).collect()
+}
 
 /// A client of a daemon.
 pub(super) struct Client {
@@ -30,8 +43,8 @@ fn http(error: impl Into<Failure>) -> RemoteError {
 }
 
 fn refusal(status: StatusCode, body: &[u8]) -> RemoteError {
-    let told = serde_json::from_slice::<Value>(body).unwrap_or_default();
-    let message = match told.get("fault_message").and_then(Value::as_str) {
+    let fault = serde_json::from_slice::<Value>(body).unwrap_or_default();
+    let message = match fault.get("fault_message").and_then(Value::as_str) {
         Some(message) => message.to_owned(),
         None => format!("refused with {status}"),
     };
@@ -57,7 +70,7 @@ impl Client {
         Ok(TokioIo::new(stream))
     }
 
-    /// A request, and the JSON that it is answered; `null` where there is nothing to say.
+    /// Sends a request, and gives the JSON of its response; `null` where that has no body.
     pub(super) fn call(
         &self,
         method: Method,
@@ -94,14 +107,14 @@ impl Client {
         })
     }
 
-    /// The line of a guest's console, and what has come of it already.
+    /// The line of a guest's serial console, and the output that has arrived already.
     pub(super) fn console(&self, id: &str) -> Result<(StdStream, Bytes), RemoteError> {
         self.runtime.block_on(async {
             let (mut sender, connection) = http1::handshake(self.connect().await?)
                 .await
                 .map_err(http)?;
             tokio::spawn(connection.with_upgrades());
-            let request = Request::get(format!("/vms/{}/console", super::escaped(id)))
+            let request = Request::get(format!("/vms/{}/console", escaped(id)))
                 .header(HOST, "localhost")
                 .header(CONNECTION, "upgrade")
                 .header(UPGRADE, CONSOLE_PROTOCOL)
@@ -125,5 +138,16 @@ impl Client {
             let stream = into_std(parts.io.into_inner()).map_err(RemoteError::Host)?;
             Ok((stream, parts.read_buf))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_part_of_a_path() {
+        assert_eq!(escaped("web-1"), "web-1");
+        assert_eq!(escaped("../x?y"), "%2E%2E%2Fx%3Fy");
     }
 }

@@ -2,62 +2,22 @@
 
 mod attach;
 mod client;
+mod command;
+mod error;
 
 use std::fmt::Write as _;
-use std::io;
 use std::path::Path;
 
-use hyper::{Method, StatusCode};
+use hyper::Method;
 use serde_json::{Value, json};
 
-use crate::{TemplateCommand, UsageError, VmArguments, VmCommand};
-use host::exit;
 use host::text_table::columns;
 
 pub use attach::HELP;
-use client::Client;
+pub use command::{TemplateCommand, VmUse};
+pub use error::RemoteError;
 
-/// Why it was not done.
-#[derive(Debug, thiserror::Error)]
-pub enum RemoteError {
-    /// The arguments.
-    #[error(transparent)]
-    Usage(#[from] UsageError),
-    /// Nobody is there.
-    #[error("{socket}: {source}; is coppice serve running? See --socket")]
-    Connect {
-        /// The socket.
-        socket: String,
-        /// What the host said.
-        source: io::Error,
-    },
-    /// It is no HTTP.
-    #[error("the daemon cannot be understood: {0}")]
-    Http(Box<dyn std::error::Error + Send + Sync>),
-    /// The daemon refuses.
-    #[error("{1}")]
-    Refused(StatusCode, String),
-    /// The terminal.
-    #[error("the terminal: {0}")]
-    Terminal(io::Error),
-    /// The host.
-    #[error(transparent)]
-    Host(io::Error),
-}
-
-impl RemoteError {
-    /// The exit code for it.
-    pub fn code(&self) -> u8 {
-        match self {
-            Self::Usage(_) => exit::USAGE,
-            Self::Connect { .. }
-            | Self::Http(_)
-            | Self::Refused(..)
-            | Self::Terminal(_)
-            | Self::Host(_) => exit::FAILURE,
-        }
-    }
-}
+use client::{Client, escaped};
 
 /// Attaches the terminal to a guest's console.
 ///
@@ -67,14 +27,27 @@ pub fn console(socket: &Path, id: &str) -> Result<(), RemoteError> {
     attach::attach(&Client::new(socket)?, id)
 }
 
-/// Does what `arguments` say, and shows what came of it.
+/// Makes a guest of the `body` of `POST /vms`, and shows its name, or all of it as JSON.
 ///
 /// # Errors
 /// [`RemoteError`].
-pub fn run(arguments: VmArguments) -> Result<(), RemoteError> {
-    let socket = arguments.connection.socket();
-    let client = Client::new(&socket)?;
-    let json = arguments.connection.json;
+pub fn create(socket: &Path, json: bool, body: &Value) -> Result<(), RemoteError> {
+    let client = Client::new(socket)?;
+    let mut made = client.call(Method::POST, "/vms", Some(body))?;
+    if json {
+        show(&made, true, list_table);
+    } else {
+        println!("{}", word(&made["id"].take()));
+    }
+    Ok(())
+}
+
+/// Carries out a command with the daemon at `socket`, and shows its result, as JSON or for people.
+///
+/// # Errors
+/// [`RemoteError`].
+pub fn run(socket: &Path, json: bool, command: VmUse) -> Result<(), RemoteError> {
+    let client = Client::new(socket)?;
     let each = |ids: Vec<String>, work: &dyn Fn(&str) -> Result<Value, RemoteError>| {
         let done = ids.iter().map(|id| work(id));
         let done = done.collect::<Result<Vec<_>, _>>()?;
@@ -88,37 +61,28 @@ pub fn run(arguments: VmArguments) -> Result<(), RemoteError> {
             body,
         )
     };
-    match arguments.command {
-        VmCommand::Create(create) => {
-            let body = create.into_body()?;
-            let mut made = client.call(Method::POST, "/vms", Some(&body))?;
-            if json {
-                show(&made, true, list_table);
-            } else {
-                println!("{}", word(&made["id"].take()));
-            }
-        }
-        VmCommand::List => {
+    match command {
+        VmUse::List => {
             let vms = client.call(Method::GET, "/vms", None)?;
             show(&vms["vms"], json, list_table);
         }
-        VmCommand::Show { id } => {
+        VmUse::Show { id } => {
             let mut vm = client.call(Method::GET, &format!("/vms/{}?stats", escaped(&id)), None)?;
             if !vm["pid"].is_null() {
-                // Only its process knows; one that hangs or has just ended is shown without.
+                // Only its process knows its jail. A guest whose process hangs or has just ended is shown without.
                 let path = format!("/vms/{}/vm/jail", escaped(&id));
                 vm["jail"] = client.call(Method::GET, &path, None).unwrap_or_default();
             }
             show(&vm, json, details);
         }
-        VmCommand::Start { id } => each(id, &|id| act(id, "start", None))?,
-        VmCommand::Stop { id, timeout, force } => {
+        VmUse::Start { id } => each(id, &|id| act(id, "start", None))?,
+        VmUse::Stop { id, timeout, force } => {
             let body = json!({"timeout_s": if force { 0 } else { timeout }});
             each(id, &|id| act(id, "stop", Some(&body)))?;
         }
-        VmCommand::Pause { id } => each(id, &|id| act(id, "pause", None))?,
-        VmCommand::Resume { id } => each(id, &|id| act(id, "resume", None))?,
-        VmCommand::Delete { id, timeout } => {
+        VmUse::Pause { id } => each(id, &|id| act(id, "pause", None))?,
+        VmUse::Resume { id } => each(id, &|id| act(id, "resume", None))?,
+        VmUse::Delete { id, timeout } => {
             for id in &id {
                 let path = format!("/vms/{}?timeout_s={timeout}", escaped(id));
                 client.call(Method::DELETE, &path, None)?;
@@ -127,15 +91,15 @@ pub fn run(arguments: VmArguments) -> Result<(), RemoteError> {
                 println!("{}", json!({"deleted": id}));
             }
         }
-        VmCommand::Console { id } => attach::attach(&client, &id)?,
-        VmCommand::Stats { id } => {
+        VmUse::Console { id } => attach::attach(&client, &id)?,
+        VmUse::Stats { id } => {
             let mut vms = client.call(Method::GET, "/vms?stats", None)?;
             if let (Value::Array(vms), false) = (&mut vms["vms"], id.is_empty()) {
                 vms.retain(|vm| id.iter().any(|id| vm["id"] == id.as_str()));
             }
             show(&vms["vms"], json, stats_table);
         }
-        VmCommand::Template(command) => templates(&client, command, json)?,
+        VmUse::Template(command) => templates(&client, command, json)?,
     }
     Ok(())
 }
@@ -162,19 +126,6 @@ fn templates(client: &Client, command: TemplateCommand, json: bool) -> Result<()
         }
     }
     Ok(())
-}
-
-/// A name as a part of a path.
-fn escaped(id: &str) -> String {
-    let plain = |c: u8| c == b'-' || c.is_ascii_alphanumeric();
-    let escape = |c: u8| {
-        if plain(c) {
-            char::from(c).to_string()
-        } else {
-            format!("%{c:02X}")
-        }
-    };
-    id.bytes().map(escape).collect()
 }
 
 fn show(value: &Value, json: bool, text: fn(&Value) -> String) {
@@ -317,11 +268,5 @@ mod tests {
         report["jailed"] = json!(false);
         assert_eq!(jail(&report), "tree seccomp; no jail");
         assert!(details(&json!({"jail": report})).contains("no jail"));
-    }
-
-    #[test]
-    fn a_name_is_one_part_of_a_path() {
-        assert_eq!(escaped("web-1"), "web-1");
-        assert_eq!(escaped("../x?y"), "%2E%2E%2Fx%3Fy");
     }
 }

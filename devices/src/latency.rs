@@ -12,8 +12,8 @@ const BUCKETS: usize = BOUNDED + 1;
 
 /// Durations since the device was made, in buckets from 10 µs to 10.5 s.
 ///
-/// It stands on the path of every request: to record one is two additions to atomic counters, which the device alone writes to, without a lock,
-/// a search or an allocation.
+/// It stands on the path of every request: to record one is two additions to atomic counters, which the device alone
+/// writes to, without a lock, a search or an allocation.
 #[derive(Debug, Default)]
 pub struct Latencies {
     buckets: [AtomicU64; BUCKETS],
@@ -23,7 +23,8 @@ pub struct Latencies {
 /// What [`Latencies`] held at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LatencyReading {
-    /// How many took no longer than the bound, and longer than the bound before; of the last, which has none, longer than any.
+    /// How many took no longer than the bound, and longer than the bound before; of the last, which has none, longer
+    /// than any.
     pub buckets: [(Option<Duration>, u64); BUCKETS],
     /// All of them together.
     pub sum: Duration,

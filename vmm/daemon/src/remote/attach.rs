@@ -1,24 +1,24 @@
 //! This terminal on a guest's serial console.
 //!
-//! A thread passes on what is typed; this one shows what comes, until the guest ends or the user leaves.
+//! A thread passes on what is typed; this one shows the output, until the guest ends or the user leaves.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use super::RemoteError;
 use super::client::Client;
+use super::error::RemoteError;
 use control::console::{Command, Escape};
 use host::terminal::RawMode;
 
-/// The keys.
+/// The keys that are not for the guest.
 pub const HELP: &str = "\
 Ctrl-A x       leave: the guest goes on
 Ctrl-A h       this help
 Ctrl-A Ctrl-A  send Ctrl-A to the guest";
 
-/// Passes on what is typed. A pipe that has come to its end leaves the output to be read.
+/// Passes on what is typed. At the end of standard input, the line stays open for the output.
 fn pass_on(line: &UnixStream, terminal: bool) {
     let (mut escape, mut typed) = (Escape::default(), [0; 1024]);
     loop {
@@ -40,13 +40,13 @@ fn pass_on(line: &UnixStream, terminal: bool) {
         for command in commands {
             match command {
                 Command::Quit => {
-                    // The other thread sees the end of the line.
+                    // The other thread reads the end of the line, and ends.
                     let _ = line.shutdown(Shutdown::Both);
                     return;
                 }
                 Command::Help => {
                     let text = format!("\r\n{}\r\n", HELP.replace('\n', "\r\n"));
-                    // A help that cannot be shown is no reason to leave.
+                    // Where the help cannot be shown, the session continues without it.
                     let _ = io::stderr().write_all(text.as_bytes());
                 }
             }
@@ -60,11 +60,11 @@ pub(super) fn attach(client: &Client, id: &str) -> Result<(), RemoteError> {
     let raw = RawMode::enter(io::stdin()).map_err(RemoteError::Terminal)?;
     let terminal = raw.is_some();
     if terminal {
-        // It is for people: nothing depends on it.
+        // Where this cannot be shown, the session continues without it.
         let _ = io::stderr().write_all(format!("attached to {id}; Ctrl-A x leaves\r\n").as_bytes());
     }
     let typing = line.try_clone().map_err(RemoteError::Host)?;
-    // It waits for a key for ever, and ends with the process.
+    // Nobody joins this thread: it waits for a key, and ends with the process.
     thread::spawn(move || pass_on(&typing, terminal));
     let mut shown = io::stdout();
     let mut show = |bytes: &[u8]| shown.write_all(bytes).and_then(|()| shown.flush());
@@ -75,7 +75,7 @@ pub(super) fn attach(client: &Client, id: &str) -> Result<(), RemoteError> {
             Ok(0) => break,
             Ok(len) => done = show(&chunk[..len]),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // The line is gone, however it went.
+            // The daemon has closed the line, whatever the error.
             Err(_) => break,
         }
     }

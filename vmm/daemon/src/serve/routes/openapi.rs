@@ -3,10 +3,14 @@
 #[cfg(test)]
 mod reference;
 
+use axum::http::header::{CONTENT_TYPE, HeaderValue};
+use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
-use super::guest_api as guest;
-use super::routes::{console, daemon, images, sharers, templates, vms};
+use super::request::Handled;
+use super::{console, daemon, images, sharers, templates, vms};
+use crate::serve::fault::Fault;
+use crate::serve::guest_api as guest;
 
 /// The document of all that the socket serves.
 #[derive(OpenApi)]
@@ -84,17 +88,22 @@ use super::routes::{console, daemon, images, sharers, templates, vms};
         daemon::metrics,
         sharers::sharers,
         daemon::health,
-        daemon::openapi_json,
+        openapi_json,
     )
 )]
 struct Document;
 
 /// The document, as JSON.
-///
-/// # Errors
-/// Where it cannot be JSON.
-pub fn document() -> serde_json::Result<String> {
+fn document() -> serde_json::Result<String> {
     Document::openapi().to_json()
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, body = Object)))]
+pub(in crate::serve) async fn openapi_json() -> Handled<Response> {
+    let text = document().map_err(Fault::Json)?;
+    let content = [(CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    Ok((content, text).into_response())
 }
 
 #[cfg(test)]
@@ -104,7 +113,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use control::api;
+    use config::operations::GUEST_OPERATIONS;
 
     #[test]
     fn the_document_has_the_bodies_of_requests_and_of_refusals() {
@@ -148,8 +157,9 @@ mod tests {
                 }
             }
         }
-        let served = api::operations()
-            .map(|(method, path)| (method.to_string(), without_names(path)))
+        let served = GUEST_OPERATIONS.iter();
+        let served = served
+            .map(|known| (known.method.as_str().to_owned(), without_names(known.path)))
             .collect();
         assert_eq!(documented, served);
     }
