@@ -44,29 +44,6 @@ pub struct MetadataFileError {
 #[derive(Debug, Default)]
 pub struct Mmds(Mutex<Option<Map<String, Value>>>);
 
-/// Changes `target` as a JSON merge patch says (RFC 7396, 2). The parser bounds how deep a patch is.
-fn merge(target: &mut Map<String, Value>, patch: &Map<String, Value>) {
-    for (name, change) in patch {
-        match change {
-            Value::Null => {
-                target.remove(name);
-            }
-            Value::Object(change) => {
-                let part = target.entry(name).or_insert(Value::Null);
-                if !part.is_object() {
-                    *part = Value::Object(Map::new());
-                }
-                if let Value::Object(part) = part {
-                    merge(part, change);
-                }
-            }
-            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
-                target.insert(name.clone(), change.clone());
-            }
-        }
-    }
-}
-
 fn object(value: Value) -> Result<Map<String, Value>, MmdsError> {
     match value {
         Value::Object(object) => Ok(object),
@@ -106,16 +83,17 @@ impl Mmds {
         Ok(())
     }
 
-    /// Changes them as a JSON merge patch says.
+    /// Changes them as a JSON merge patch says (RFC 7396).
     ///
     /// # Errors
     /// `NotAnObject`, `TooLarge`, `NotInitialized`; they are as they were then.
     pub fn patch(&self, patch: Value) -> Result<(), MmdsError> {
-        let patch = object(patch)?;
+        let patch = Value::Object(object(patch)?);
         let mut present = self.lock();
-        let mut changed = present.clone().ok_or(MmdsError::NotInitialized)?;
-        merge(&mut changed, &patch);
-        *present = Some(bounded(changed)?);
+        let mut changed = Value::Object(present.clone().ok_or(MmdsError::NotInitialized)?);
+        // The parser bounds how deep a patch is.
+        json_patch::merge(&mut changed, &patch);
+        *present = Some(bounded(object(changed)?)?);
         Ok(())
     }
 
