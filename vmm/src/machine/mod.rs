@@ -270,6 +270,8 @@ pub struct Machine {
 /// How often an ending machine looks whether a job has stopped.
 const JOB_POLL: std::time::Duration = std::time::Duration::from_millis(5);
 
+/// Locks a device. Devices alone are in a mutex of the standard library, as event-manager takes no other, and a panic of one thread
+/// does not keep the others from the device.
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -11,9 +11,10 @@ mod http;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use devices::virtio::vsock::{Service, Session};
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value};
 
 use crate::api::MAX_BODY;
@@ -65,7 +66,7 @@ fn bounded(metadata: Map<String, Value>) -> Result<Map<String, Value>, MmdsError
 
 impl Mmds {
     fn lock(&self) -> MutexGuard<'_, Option<Map<String, Value>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// All of them; an empty object where there are none.
