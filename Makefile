@@ -42,10 +42,10 @@ guest-update:
 build: setup
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --target $(TARGET) -p coppice -p lab
 
-# What is installed is the static binary of make build, which has to be there.
+# What is installed are the static binaries of make build, which have to be there.
 PREFIX ?= /usr/local
 install:
-	install -D -m 755 $(COPPICE) $(DESTDIR)$(PREFIX)/bin/coppice
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(COPPICE) $(COPPICE)-tools
 	mkdir -p $(DESTDIR)$(PREFIX)/share/man/man1
 	$(COPPICE) man $(DESTDIR)$(PREFIX)/share/man/man1
 	mkdir -p $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions \

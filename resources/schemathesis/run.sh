@@ -8,6 +8,7 @@ coppice=${COPPICE_DEBUG:-${CARGO_TARGET_DIR:-target}/debug/coppice}
 folder=$(mktemp -d)
 chmod 755 "$folder"
 cp "$coppice" "$folder/coppice"
+cp "$coppice-tools" "$folder/coppice-tools"
 mkdir -m 700 "$folder/home"
 user=()
 if [ "$(id -u)" = 0 ]; then

@@ -269,7 +269,7 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     }
     let binaries = root.join("target").join(TARGET).join("release");
     let guest = root.join("target/guest");
-    let mut files: Vec<(PathBuf, String)> = ["coppice", "lab"]
+    let mut files: Vec<(PathBuf, String)> = ["coppice", "coppice-tools", "lab"]
         .iter()
         .map(|name| (binaries.join(name), (*name).to_owned()))
         .collect();

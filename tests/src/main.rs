@@ -17,7 +17,7 @@ mod host;
     clippy::unwrap_used,
     reason = "it is one of tests, which may end where they fail"
 )]
-#[path = "../../vmm/tests/page_server/mod.rs"]
+#[path = "../../vmm/machine/tests/page_server/mod.rs"]
 mod page_server;
 mod peer;
 mod result;

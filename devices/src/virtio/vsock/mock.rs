@@ -63,7 +63,7 @@ pub(super) fn device() -> (VirtioVsock, tempfile::TempDir) {
         guest_cid: CID,
         listener: UnixListener::bind(&path).unwrap(),
         path: &path,
-        service: (SERVICE, Arc::new(EchoService)),
+        service: Some((SERVICE, Arc::new(EchoService))),
     };
     let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let device = VirtioVsock::new(config, Arc::new(Interrupt::new(irqfd))).unwrap();

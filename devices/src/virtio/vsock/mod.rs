@@ -69,7 +69,7 @@ pub struct VsockConfig<'a> {
     /// The path of that; those that the guest connects to lie beside it.
     pub path: &'a Path,
     /// A port of the host that is answered here, and by whom.
-    pub service: (u32, Arc<dyn Service>),
+    pub service: Option<(u32, Arc<dyn Service>)>,
 }
 
 /// The device while a driver uses it.
@@ -87,7 +87,7 @@ pub struct VirtioVsock {
     kicks: Vec<EventFd>,
     guest_cid: u64,
     host: Host,
-    service: (u32, Arc<dyn Service>),
+    service: Option<(u32, Arc<dyn Service>)>,
     table: Table,
     /// Packets that belong to no connection any more.
     replies: VecDeque<Header>,

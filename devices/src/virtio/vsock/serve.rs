@@ -248,8 +248,9 @@ impl VirtioVsock {
 
     /// A guest wants to be connected to the host.
     fn open(&mut self, key: Key, header: &Header) -> Result<(), ()> {
-        let peer = if key.host == self.service.0 {
-            Peer::Service(self.service.1.open())
+        let service = self.service.as_ref().filter(|(port, _)| *port == key.host);
+        let peer = if let Some((_, service)) = service {
+            Peer::Service(service.open())
         } else {
             if !self.table.has_room() {
                 return Err(());

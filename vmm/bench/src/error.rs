@@ -1,0 +1,108 @@
+//! Why a benchmark failed.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::{Configuration, Workload};
+use host::procfs::ProcError;
+use kvm::boot::BootError;
+
+/// Why a benchmark failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    /// The host refused.
+    #[error("cannot {operation}: {error}")]
+    Io {
+        /// What was tried.
+        operation: String,
+        /// What the host said.
+        error: io::Error,
+    },
+    /// A guest of a configuration did not do its part.
+    #[error("{configuration}, {workload}: guest {guest}: {error}")]
+    Guest {
+        /// How it was started.
+        configuration: Configuration,
+        /// What it was to do.
+        workload: Workload,
+        /// Which, from 1.
+        guest: usize,
+        /// What is wrong.
+        error: Box<BenchError>,
+    },
+    /// A guest ended that was to stay.
+    #[error("it ended ({status}) before it said {awaited:?}; its last words: {words}")]
+    Ended {
+        /// How it ended.
+        status: String,
+        /// What it was to say.
+        awaited: &'static str,
+        /// The end of its log, or of its console.
+        words: String,
+    },
+    /// A guest took too long.
+    #[error("it did not say {awaited:?} within {patience:?}; its last words: {words}")]
+    Silent {
+        /// What it was to say.
+        awaited: &'static str,
+        /// How long was waited.
+        patience: Duration,
+        /// The end of its log, or of its console.
+        words: String,
+    },
+    /// A guest read, computed or wrote something wrong.
+    #[error("its checksum is {found}, and {expected} was expected")]
+    Checksum {
+        /// What it has to be.
+        expected: String,
+        /// What the guest printed.
+        found: String,
+    },
+    /// The mappings of a process do not show where guest RAM is.
+    #[error("no run of its mappings has the size of guest RAM, {0} KiB")]
+    NoRam(u64),
+    /// Something that the kernel or an earlier run wrote is not as expected.
+    #[error("{}: expected {expected}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What it was to hold.
+        expected: &'static str,
+    },
+    /// The kernel does not say how a process is.
+    #[error(transparent)]
+    Process(#[from] ProcError),
+    /// The kernel cannot be unpacked for the peer, or examined.
+    #[error(transparent)]
+    Kernel(#[from] BootError),
+    /// JSON that is none, or not of this benchmark.
+    #[error("{}: {error}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        error: serde_json::Error,
+    },
+    /// The picture cannot be drawn.
+    #[error("cannot draw {}: {error}", path.display())]
+    Plot {
+        /// The file.
+        path: PathBuf,
+        /// What the drawing library said.
+        error: String,
+    },
+    /// What was asked for cannot be done.
+    #[error("{0}")]
+    Refused(String),
+    /// A signal, by its number.
+    #[error("interrupted by signal {0}")]
+    Cancelled(u8),
+}
+
+impl BenchError {
+    pub(super) fn io(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let operation = operation.into();
+        move |error| Self::Io { operation, error }
+    }
+}

@@ -1,0 +1,121 @@
+//! The host's kernel same-page merging, as the peer's way to share memory: set for the measurement, and put back.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::interrupt::Interrupt;
+use super::{BenchError, KsmFigures};
+use host::procfs;
+
+const FOLDER: &str = "/sys/kernel/mm/ksm";
+/// Much more than the kernel's default of 100 pages every 20 ms, so that it settles while somebody waits: about two thirds of a core.
+const SETTINGS: [(&str, u64); 3] = [("pages_to_scan", 1000), ("sleep_millisecs", 10), ("run", 1)];
+/// A page is merged on the second scan that finds it unchanged.
+const SCANS: u64 = 3;
+/// Scans of what changes all the time come to no end.
+const PATIENCE: Duration = Duration::from_mins(5);
+const POLL: Duration = Duration::from_millis(500);
+
+fn read(name: &str) -> Result<u64, BenchError> {
+    let path = Path::new(FOLDER).join(name);
+    let text =
+        fs::read_to_string(&path).map_err(BenchError::io(format!("read {}", path.display())))?;
+    text.trim().parse().map_err(|_| BenchError::Malformed {
+        path,
+        expected: "a number",
+    })
+}
+
+fn write(name: &str, value: u64) -> Result<(), BenchError> {
+    let path = Path::new(FOLDER).join(name);
+    fs::write(&path, value.to_string()).map_err(BenchError::io(format!("write {}", path.display())))
+}
+
+/// Whether the host has it, and this process may set it.
+pub(super) fn can_be_set() -> bool {
+    read("run").is_ok_and(|run| write("run", run).is_ok())
+}
+
+/// KSM at work; as it was before once dropped.
+pub(super) struct Ksm {
+    before: Vec<(&'static str, u64)>,
+    pid: u32,
+}
+
+impl Ksm {
+    /// Sets it to work.
+    pub(super) fn start() -> Result<Self, BenchError> {
+        let mut ksm = Self {
+            before: Vec::new(),
+            pid: pid()?,
+        };
+        for (name, value) in SETTINGS {
+            ksm.before.push((name, read(name)?));
+            write(name, value)?;
+        }
+        Ok(ksm)
+    }
+
+    /// Waits until whole scans find nothing more to merge.
+    pub(super) fn settle(&self, interrupt: &Interrupt) -> Result<KsmFigures, BenchError> {
+        let started = Instant::now();
+        let first = read("full_scans")?;
+        let (mut scan, mut merged) = (first, 0);
+        loop {
+            interrupt.sleep(POLL)?;
+            let now = read("full_scans")?;
+            if now > scan {
+                let shared = read("pages_shared")? + read("pages_sharing")?;
+                // What is left are pages that change between scans: a thousandth of all, or less.
+                let is_still = shared <= merged + merged / 1000;
+                if now >= first + SCANS && is_still {
+                    return self.figures(true, started.elapsed());
+                }
+                (scan, merged) = (now, shared.max(merged));
+            }
+            if started.elapsed() > PATIENCE {
+                return self.figures(false, started.elapsed());
+            }
+        }
+    }
+
+    /// CPU time of the scanner so far.
+    pub(super) fn cpu_time(&self) -> Result<Duration, BenchError> {
+        Ok(procfs::of_process(self.pid)?)
+    }
+
+    fn figures(&self, settled: bool, after: Duration) -> Result<KsmFigures, BenchError> {
+        Ok(KsmFigures {
+            pages_to_scan: read("pages_to_scan")?,
+            sleep_millisecs: read("sleep_millisecs")?,
+            pages_shared: read("pages_shared")?,
+            pages_sharing: read("pages_sharing")?,
+            settled,
+            settled_after_seconds: after.as_secs_f64(),
+            cpu_seconds: self.cpu_time()?.as_secs_f64(),
+        })
+    }
+}
+
+impl Drop for Ksm {
+    fn drop(&mut self) {
+        for (name, value) in self.before.iter().rev() {
+            if let Err(error) = write(name, *value) {
+                tracing::warn!(%error, "KSM is not as it was before");
+            }
+        }
+    }
+}
+
+/// The process of the scanner.
+fn pid() -> Result<u32, BenchError> {
+    let processes = fs::read_dir("/proc").map_err(BenchError::io("read /proc"))?;
+    processes
+        .filter_map(Result::ok)
+        .filter(|process| {
+            fs::read_to_string(process.path().join("comm")).is_ok_and(|name| name == "ksmd\n")
+        })
+        .find_map(|process| process.file_name().to_str()?.parse().ok())
+        .ok_or_else(|| BenchError::Refused("this host's kernel has no ksmd".to_owned()))
+}

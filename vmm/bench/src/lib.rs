@@ -1,0 +1,46 @@
+//! `coppice bench density`: how many guests a host holds, and what each of them costs.
+//!
+//! ```text
+//! Options ── run ──┬─ configuration, peer     how a guest is started
+//!                  ├─ workload                what it does, and the checksum that it has to print
+//!                  ├─ guest                   its process, and its console
+//!                  ├─ host, process, ksm      readings of /proc and /sys
+//!                  └─ report ── extrapolate, table, plot
+//! explain: where the RAM of one guest is, by what lies there (kernel_map), and by what the guest uses it for (page_use)
+//! ```
+//!
+//! Guests are child processes, as a user starts them. Nothing is asked of the VMM under measurement but its console: all figures are the
+//! host kernel's. One thread drives all; a thread for each guest reads its console, and another its log.
+
+mod arguments;
+mod configuration;
+mod error;
+mod explain;
+mod extrapolate;
+mod guest;
+mod host;
+mod interrupt;
+mod kernel_map;
+mod ksm;
+mod options;
+mod page_use;
+mod peer;
+mod plot;
+mod process;
+mod report;
+mod run;
+mod table;
+mod workload;
+
+pub use arguments::{BenchCommand, DensityArguments, DensityTask};
+pub use configuration::Configuration;
+pub use error::BenchError;
+pub use explain::{Area, Explanation};
+pub use extrapolate::Line;
+pub use host::HostMemory;
+pub use options::{Inputs, Options};
+pub use page_use::Use;
+pub use peer::Peer;
+pub use report::{GuestFigures, Host, KsmFigures, Point, Report, Run, Second};
+pub use run::{density, explanations, plot};
+pub use workload::Workload;

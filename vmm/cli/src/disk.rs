@@ -1,0 +1,260 @@
+//! `--disk FILE[,option...]`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use memshare::ShareMode;
+
+use config::{DriveConfig, DriveFormat};
+
+/// The value of `--disk`. A comma in the name of the file is written twice.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DiskArgument {
+    path: PathBuf,
+    read_only: bool,
+    root: bool,
+    id: Option<String>,
+    format: Option<DriveFormat>,
+    serial: Option<String>,
+    queues: Option<u16>,
+    parents: Option<PathBuf>,
+    keep_space: bool,
+    share: Option<ShareMode>,
+}
+
+/// Not the description of a disk.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DiskError {
+    /// No file.
+    #[error(
+        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space][,share=off|read]"
+    )]
+    NoFile,
+    /// An unknown option.
+    #[error(
+        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space, share=off|read (a comma in a file name is written twice)"
+    )]
+    UnknownOption(String),
+    /// An option that is there twice.
+    #[error("{0} is given twice")]
+    Twice(&'static str),
+    /// A value that an option cannot have.
+    #[error("{option}={value} is not {option}={expected}")]
+    Value {
+        /// The option.
+        option: &'static str,
+        /// What it was set to.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+}
+
+/// Cuts at single commas, and makes one of two.
+pub(super) fn split(text: &str) -> Vec<String> {
+    let mut parts = vec![String::new()];
+    let mut rest = text.chars().peekable();
+    while let Some(c) = rest.next() {
+        let cut = c == ',' && rest.next_if_eq(&',').is_none();
+        match parts.last_mut() {
+            Some(last) if !cut => last.push(c),
+            Some(_) | None => parts.push(String::new()),
+        }
+    }
+    parts
+}
+
+fn set<T>(option: &'static str, slot: &mut Option<T>, value: T) -> Result<(), DiskError> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(DiskError::Twice(option)),
+    }
+}
+
+impl FromStr for DiskArgument {
+    type Err = DiskError;
+
+    fn from_str(text: &str) -> Result<Self, DiskError> {
+        let mut parts = split(text).into_iter();
+        let path = parts
+            .next()
+            .filter(|path| !path.is_empty())
+            .ok_or(DiskError::NoFile)?;
+        let (mut parents, mut keep_space, mut share) = (None, None, None);
+        let (mut read_only, mut root, mut id, mut format, mut serial, mut queues) =
+            (None, None, None, None, None, None);
+        for part in parts {
+            match part.split_once('=') {
+                None if part == "ro" => set("ro", &mut read_only, ())?,
+                None if part == "root" => set("root", &mut root, ())?,
+                Some(("id", value)) => set("id", &mut id, value.to_owned())?,
+                Some(("serial", value)) => set("serial", &mut serial, value.to_owned())?,
+                Some(("format", value)) => set("format", &mut format, parse_format(value)?)?,
+                None if part == "keep-space" => set("keep-space", &mut keep_space, ())?,
+                Some(("parents", value)) => set("parents", &mut parents, value.into())?,
+                Some(("share", value)) => set("share", &mut share, parse_share(value)?)?,
+                Some(("queues", value)) => set("queues", &mut queues, parse_queues(value)?)?,
+                None | Some(_) => return Err(DiskError::UnknownOption(part)),
+            }
+        }
+        Ok(Self {
+            path: path.into(),
+            read_only: read_only.is_some(),
+            root: root.is_some(),
+            id,
+            format,
+            serial,
+            queues,
+            parents,
+            keep_space: keep_space.is_some(),
+            share,
+        })
+    }
+}
+
+fn parse_format(value: &str) -> Result<DriveFormat, DiskError> {
+    match value {
+        "raw" => Ok(DriveFormat::Raw),
+        "vhdx" => Ok(DriveFormat::Vhdx),
+        _ => Err(DiskError::Value {
+            option: "format",
+            value: value.to_owned(),
+            expected: "vhdx|raw",
+        }),
+    }
+}
+
+fn parse_share(value: &str) -> Result<ShareMode, DiskError> {
+    match value {
+        "off" => Ok(ShareMode::Off),
+        "read" => Ok(ShareMode::Read),
+        _ => Err(DiskError::Value {
+            option: "share",
+            value: value.to_owned(),
+            expected: "off|read",
+        }),
+    }
+}
+
+fn parse_queues(value: &str) -> Result<u16, DiskError> {
+    value.parse().map_err(|_| DiskError::Value {
+        option: "queues",
+        value: value.to_owned(),
+        expected: "NUMBER",
+    })
+}
+
+impl DiskArgument {
+    /// The drive, which is called `disk` and its number where it was not given a name. `taken` tells the names that are in use.
+    pub fn into_drive(self, taken: impl Fn(&str) -> bool) -> DriveConfig {
+        let Self {
+            path,
+            read_only,
+            root,
+            id,
+            format,
+            serial,
+            queues,
+            parents,
+            keep_space,
+            share,
+        } = self;
+        let id = id.unwrap_or_else(|| {
+            // A guest has fewer drives than there are numbers here.
+            let mut free = (0..=u16::MAX).map(|number| format!("disk{number}"));
+            free.find(|id| !taken(id)).unwrap_or_default()
+        });
+        let drive = DriveConfig::new(id, path);
+        DriveConfig {
+            is_root_device: root,
+            is_read_only: read_only,
+            format,
+            serial,
+            num_queues: queues.unwrap_or(drive.num_queues),
+            parents,
+            keep_space,
+            share,
+            ..drive
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drive(text: &str) -> DriveConfig {
+        text.parse::<DiskArgument>()
+            .unwrap()
+            .into_drive(|id| id == "disk0")
+    }
+
+    fn refused(text: &str) -> DiskError {
+        text.parse::<DiskArgument>().unwrap_err()
+    }
+
+    #[test]
+    fn a_file_alone_is_a_writable_disk_with_a_name_that_is_free() {
+        assert_eq!(drive("a b.vhdx"), DriveConfig::new("disk1", "a b.vhdx"));
+    }
+
+    #[test]
+    fn options_come_in_any_order() {
+        let expected = DriveConfig {
+            is_read_only: true,
+            is_root_device: true,
+            format: Some(DriveFormat::Raw),
+            serial: Some("s=1".to_owned()),
+            num_queues: 4,
+            keep_space: true,
+            parents: Some("/p".into()),
+            ..DriveConfig::new("root", "/d")
+        };
+        assert_eq!(
+            drive("/d,ro,root,format=raw,serial=s=1,id=root,queues=4,parents=/p,keep-space"),
+            expected
+        );
+        assert_eq!(
+            drive("/d,keep-space,parents=/p,queues=4,id=root,serial=s=1,format=raw,root,ro"),
+            expected
+        );
+    }
+
+    #[test]
+    fn a_comma_in_a_name_is_written_twice() {
+        assert_eq!(drive("a,,b,ro").path_on_host, PathBuf::from("a,b"));
+        assert_eq!(drive("a,,,ro").path_on_host, PathBuf::from("a,"));
+        assert_eq!(drive(",,").path_on_host, PathBuf::from(","));
+    }
+
+    #[test]
+    fn anything_else_is_refused_by_name() {
+        assert_eq!(refused(""), DiskError::NoFile);
+        assert_eq!(refused(",ro"), DiskError::NoFile);
+        assert_eq!(refused("d,"), DiskError::UnknownOption(String::new()));
+        assert_eq!(refused("d,rw"), DiskError::UnknownOption("rw".to_owned()));
+        assert_eq!(
+            refused("d,ro=1"),
+            DiskError::UnknownOption("ro=1".to_owned())
+        );
+        assert_eq!(refused("d,ro,ro"), DiskError::Twice("ro"));
+        assert_eq!(
+            refused("d,format=raw,format=vhdx"),
+            DiskError::Twice("format")
+        );
+        assert!(matches!(
+            refused("d,format=qcow2"),
+            DiskError::Value {
+                option: "format",
+                ..
+            }
+        ));
+        assert!(matches!(
+            refused("d,queues=-1"),
+            DiskError::Value {
+                option: "queues",
+                ..
+            }
+        ));
+    }
+}

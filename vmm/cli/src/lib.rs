@@ -1,0 +1,563 @@
+//! The command line of `coppice`: what it takes, what that asks for, and the client of the host daemon ([`remote`]).
+//!
+//! What [`Command`] names a tool is parsed by another program: see [`ToolArguments`].
+
+mod balloon;
+mod disk;
+mod jail;
+mod pmem;
+pub mod remote;
+mod restore;
+mod run_options;
+mod serve;
+mod serve_jail;
+mod vm;
+mod vsock;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use memshare::ShareMode;
+
+use ::jail::{Confinement, SeccompMode};
+use config::{
+    BootSourceConfig, ConfigError, HugePageConfig, Mebibytes, MetricsConfig, SerialConfig,
+    SharingConfig, VmConfig, is_guest_id,
+};
+use control::console;
+use control::logging::{LogFilter, LogFormat};
+use control::mmds::MetadataFileError;
+use host::exit;
+
+pub use balloon::{BalloonArgument, BalloonArgumentError};
+pub use disk::{DiskArgument, DiskError};
+pub use jail::{JailArgument, JailArgumentError};
+pub use pmem::{PmemArgument, PmemError};
+pub use restore::{RestoreArgument, RestoreError};
+pub use run_options::RunOptions;
+pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
+pub use serve_jail::{ServeJailArgument, ServeJailError};
+pub use vm::{Connection, CreateArguments, TemplateCommand, VmArguments, VmCommand};
+pub use vsock::{VsockArgument, VsockArgumentError};
+
+/// A virtual machine monitor for many small guests.
+#[derive(Debug, Parser)]
+#[command(
+    name = "coppice",
+    version,
+    propagate_version = true,
+    arg_required_else_help = false
+)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What `coppice` can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run one guest, with its serial console on this terminal.
+    #[command(after_help = examples(), after_long_help = long_help())]
+    Run(Box<RunArguments>),
+    /// Serve many guests by one socket: the host daemon.
+    #[command(after_help = daemon::serve::ADMISSION)]
+    Serve(Box<ServeArguments>),
+    /// Make and use guests of the host daemon (coppice serve).
+    Vm(Box<VmArguments>),
+    /// What `coppice serve` starts for its guests' processes to be copies of; asked on standard input.
+    #[command(hide = true)]
+    Zygote {
+        /// Room for their command lines.
+        #[arg(long)]
+        room: String,
+    },
+    /// Attach this terminal to the serial console of a guest of the host daemon.
+    Console {
+        /// The guest.
+        id: String,
+        /// The daemon.
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Make what guests share: reference images of kernels.
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Make, examine and change virtual disks.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Disk(ToolArguments),
+    /// Measure what guests cost on this host.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Bench(ToolArguments),
+    /// Show all of this user's guests, with what each of them takes of the host.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Top(ToolArguments),
+    /// Say whether this host can run guests, and what to do where it cannot.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Doctor(ToolArguments),
+    /// Print the completions of a shell.
+    #[command(disable_help_flag = true, disable_version_flag = true)]
+    Completions(ToolArguments),
+    /// Write the man pages into a folder.
+    #[command(hide = true, disable_help_flag = true, disable_version_flag = true)]
+    Man(ToolArguments),
+}
+
+/// What `coppice-tools` is to do: it parses these words itself, so that nothing of a tool is part of a guest's process.
+#[derive(Debug, Args)]
+pub struct ToolArguments {
+    /// The words behind the name of the tool.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+    pub words: Vec<OsString>,
+}
+
+/// What `coppice image` can do.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Boot a kernel once in a guest that is thrown away, and keep what became of its memory, for guests to share (--share all).
+    ///
+    /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background: this makes it
+    /// before the first guest.
+    Warm {
+        /// The kernel, as guests are given it.
+        #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+        kernel: PathBuf,
+        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as mitigations=.
+        #[arg(
+            long,
+            value_name = "TEXT",
+            default_value = "",
+            allow_hyphen_values = true
+        )]
+        cmdline: String,
+        /// vCPUs of the guests: a kernel for one CPU differs from one for several.
+        #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+        cpus: u8,
+        /// RAM of the guests, with a binary suffix: up to 1G, each size has an image of its own.
+        #[arg(long, value_name = "SIZE", default_value = "128M")]
+        mem: Mebibytes,
+        /// The sharing domain of the guests, if they have one.
+        #[arg(long, value_name = "NAME", value_parser = domain)]
+        share_domain: Option<String>,
+    },
+    /// What `coppice run` starts before it gives away the right to: as `warm`, told of the kernel on standard input.
+    #[command(hide = true)]
+    WarmWhenTold,
+}
+
+fn examples() -> String {
+    "Examples:
+  coppice run --kernel vmlinuz --initrd initrd.img --disk root.vhdx,root --mem 256M
+  coppice run --kernel vmlinux --disk base.vhdx,ro --disk data.vhdx,serial=data
+  coppice run --api-sock /run/guest.sock"
+        .to_owned()
+}
+
+fn long_help() -> String {
+    let keys = console::HELP.replace('\n', "\n  ");
+    format!("Keys:\n  {keys}\n\n{}\n\n{}", exit::HELP, examples())
+}
+
+/// The arguments of `coppice run`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "flags of a command line are independent"
+)]
+pub struct RunArguments {
+    /// The kernel: an ELF vmlinux, or a bzImage.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM disk.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub initrd: Option<PathBuf>,
+    /// The kernel command line [default: console=ttyS0 reboot=k panic=-1].
+    ///
+    /// Nothing is added to it but root= (with ro or rw), where a disk is marked as root, and what a balloon with reporting needs (see
+    /// --balloon).
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub cmdline: Option<String>,
+    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space,
+    /// share=off|read. Can be
+    /// repeated.
+    ///
+    /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
+    /// ro: the guest cannot write, and the file can be shared;
+    /// root: the guest mounts this disk as its root (it becomes vda, and root= is added to the command line);
+    /// format: found by its signature if not given, but give format=raw for a raw disk that the guest may write;
+    /// serial: up to 20 characters, the ID if not given; id: the name in the REST API, disk0 and so on if not given;
+    /// queues: request queues, 1 to 32, 1 if not given;
+    /// parents: the folder that the parents of a differencing disk have to lie in, or below; anywhere if not given;
+    /// keep-space: what the guest trims stays with the file, for its next blocks, rather than go back to the host.
+    /// share: whether its pages are shared with other guests, as --share says if not given.
+    /// A comma in a file name is written twice.
+    #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
+    pub disk: Vec<DiskArgument>,
+    /// A balloon: memory that the guest gives back, and options behind commas: deflate-on-oom, stats=SECONDS, hinting, reporting.
+    ///
+    /// The amount, with a binary suffix, is what the guest is to do without: 64M; 0 if not given. Without any value, there is a balloon of 0
+    /// for the REST API. It takes the place of the one in the configuration file. Options:
+    /// deflate-on-oom: the guest takes memory out of the balloon rather than run out of it;
+    /// stats=SECONDS: the guest says every so often how its memory is used;
+    /// hinting: the guest gives back its free memory when the REST API says so;
+    /// reporting: the guest gives back its free memory all the time. Linux would tell of free blocks of 2 MiB and more only, so
+    /// `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says `page_reporting_order`. Linux before
+    /// 6.2 forgets it; write 0 to `/sys/module/page_reporting/parameters/page_reporting_order` there.
+    #[arg(
+        long,
+        value_name = "[AMOUNT][,OPTION...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub balloon: Option<BalloonArgument>,
+    /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
+    ///
+    /// Programs of the host connect to the socket (mode 0600), say `CONNECT PORT`, and are answered `OK`; port N of the host, for the guest, is what
+    /// listens at `SOCKET_N`. At port 80 the guest finds its metadata (`PUT /mmds`). The device takes the place of the one in the configuration file.
+    /// A guest of the daemon has its socket in its folder: there, no path is given, and the identifier is made up.
+    #[arg(
+        long,
+        value_name = "[CID][,path=SOCKET]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub vsock: Option<VsockArgument>,
+    /// What the guest is told of itself, over vsock: a file with an object of JSON, as `PUT /mmds` takes it.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub metadata: Option<PathBuf>,
+    /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR. Can be
+    /// repeated.
+    ///
+    /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts them with -o dax.
+    /// Options:
+    /// ro: what the guest writes is dropped, and the file can be shared (the default);
+    /// cow: what the guest writes is its own, and forgotten at its end; the file can be shared;
+    /// rw: what the guest has flushed is on the disk;
+    /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the command line);
+    /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given.
+    #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
+    pub pmem: Vec<PmemArgument>,
+    /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
+    #[arg(long, value_name = "SIZE")]
+    pub mem: Option<Mebibytes>,
+    /// vCPUs of the guest, 1 to 32 [default: 1].
+    #[arg(long, value_name = "NUMBER")]
+    pub cpus: Option<u8>,
+    /// Which pages of files the guest shares with other guests: off, boot, read or all [default: all].
+    ///
+    /// boot: the kernel and the initrd; read: also what the guest reads from disks that do not change (read-only disks, and the parents of
+    /// differencing disks); all: also what the kernel makes of memory while it boots, what the guest unpacks of its initrd, and what it frees goes back to the host.
+    #[arg(long, value_name = "MODE")]
+    pub share: Option<ShareMode>,
+    /// Share with guests of the domain NAME alone: letters, digits and underscores [default: with guests without a domain].
+    ///
+    /// The kernel and the initrd are kept for each domain. The pages of a disk are shared by the domain that has it first, and copied for guests of
+    /// any other, which the log tells.
+    #[arg(long, value_name = "NAME")]
+    pub share_domain: Option<String>,
+    /// Most of a core that finding shared pages may take in the long run, in percent [default: 5].
+    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub share_cpu: Option<u8>,
+    /// Put reads of at least so many KiB in one piece in place without a copy, instead of merging them later.
+    #[arg(long, value_name = "KIB")]
+    pub share_place: Option<u32>,
+    /// Have Linux do without its trace file system: 8 MiB less for each guest, with kernels before 6.6
+    /// [default: with `--share all`, unless the command line sets up tracing].
+    ///
+    /// `initcall_blacklist=event_trace_init,tracer_init_tracefs` is added to the kernel command line, unless that has an `initcall_blacklist`.
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub lean: Option<bool>,
+    /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
+    #[arg(long)]
+    pub huge_pages: bool,
+    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET,
+    /// cid=N, trust, paused.
+    ///
+    /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are given beside it. Options:
+    /// memory: the memory file, where it is not where it was written;
+    /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of mapping the file;
+    /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
+    /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many guests;
+    /// vsock: the socket of the vsock device, where it is to be another;
+    /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
+    /// trust: do not compare the checksums of all memory before the guest runs;
+    /// paused: the guest waits for `PATCH /vm`.
+    #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "config"])]
+    pub restore: Option<RestoreArgument>,
+    /// Listen for REST requests (Firecracker's API) on this Unix socket.
+    ///
+    /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
+    #[arg(long, value_name = "PATH", value_parser = utf8_path)]
+    pub api_sock: Option<PathBuf>,
+    /// The name of the guest, as GET / tells it: 1 to 63 lower case letters, digits and dashes [default: anonymous-instance].
+    #[arg(long, visible_alias = "name", value_name = "ID", value_parser = guest_id)]
+    pub id: Option<String>,
+    /// Serve the guest's serial console on this Unix socket, to any number of clients.
+    ///
+    /// A client is shown the last 32 KiB, and then what comes; what it writes goes to the guest. One that reads too slowly loses output. The
+    /// socket is for this user alone (mode 0600). Nothing is shown on standard output then; a file (--serial) gets its copy.
+    #[arg(long, value_name = "PATH", value_parser = utf8_path)]
+    pub console_sock: Option<PathBuf>,
+    /// At the end, write why the guest ended to this file, as JSON: kind, text, code.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub end_file: Option<PathBuf>,
+    /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
+    #[arg(long)]
+    pub no_start: bool,
+    /// Take the guest's configuration over REST, and never start the guest: whoever has started this process reads the configuration from it, and starts
+    /// the guest in another one.
+    #[arg(long, hide = true)]
+    pub only_configure: bool,
+    /// Begin a session, and wait for a byte on standard input before anything else: end where there is none.
+    ///
+    /// Whoever starts the process notes its number first. A process that is in no notes has ended.
+    #[arg(long, hide = true)]
+    pub held: bool,
+    /// Read the guest's configuration from a file (Firecracker's JSON).
+    ///
+    /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel,
+    /// --initrd or --cmdline and the file both say the same thing, that is an error.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub config: Option<PathBuf>,
+    /// What to log: off, error, warn, info, debug or trace, also by module [default: warn].
+    ///
+    /// By module, separated by commas: `warn,control::api=debug`.
+    #[arg(long, value_name = "LEVEL|FILTER")]
+    pub log: Option<LogFilter>,
+    /// How log lines look.
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
+    /// Append a line of JSON with all counters to this file at the end, and when the REST API says so.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub metrics: Option<PathBuf>,
+    /// Append the output of the guest's serial console to this file, instead of showing it.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub serial: Option<PathBuf>,
+    /// Run the guest in a jail, with options behind commas: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT, pids=N, io=WEIGHT, allow=PATH,
+    /// require=all.
+    ///
+    /// The process keeps what its guest needs and gives away the rest: it has namespaces and a root folder of its own, no capabilities, and
+    /// Landlock holds it to its files. Without privileges there are fewer layers; the log tells which (--log info), and GET /vm/jail. Options:
+    /// uid, gid: the user and group that the process becomes, by number; the guest's files have to be theirs;
+    /// cgroup: the control group (v2) that the process joins, below the root of the hierarchy; it is made if it is not there;
+    /// memory, cpu, pids, io: limits of that group: a size; percent of a core; processes and threads; weight of its I/O, 1 to 10000;
+    /// allow: a file or folder that the process may go on opening and writing to, for disks and snapshots that the REST API names later. Can
+    /// be repeated;
+    /// require=all: a layer that cannot be had is an error.
+    #[arg(
+        long,
+        value_name = "OPTION[,OPTION...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        verbatim_doc_comment
+    )]
+    pub jail: Option<JailArgument>,
+    /// What becomes of a system call that a guest process does not need.
+    ///
+    /// kill: it ends the process, and the log names it; log: the kernel's log names it, and it is done; off: it is done.
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = SeccompMode::Kill)]
+    pub seccomp: SeccompMode,
+}
+
+/// The REST socket tells paths in JSON, which is UTF-8.
+#[allow(clippy::unnecessary_wraps, reason = "the shape of a value parser")]
+fn utf8_path(text: &str) -> Result<PathBuf, std::convert::Infallible> {
+    Ok(PathBuf::from(text))
+}
+
+/// A name becomes a folder, and a part of URLs.
+fn guest_id(text: &str) -> Result<String, String> {
+    if is_guest_id(text) {
+        Ok(text.to_owned())
+    } else {
+        Err("not 1 to 63 lower case letters, digits and dashes".to_owned())
+    }
+}
+
+/// A name becomes a folder.
+fn domain(text: &str) -> Result<String, ConfigError> {
+    let config = SharingConfig {
+        domain: Some(text.to_owned()),
+        ..SharingConfig::default()
+    };
+    config.validate().map(|()| text.to_owned())
+}
+
+/// Arguments that do not go together.
+#[derive(Debug, thiserror::Error)]
+pub enum UsageError {
+    /// The configuration file, or what the arguments make of it.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The metadata of the guest.
+    #[error(transparent)]
+    Metadata(#[from] MetadataFileError),
+    /// Nothing to start, and nobody to say what.
+    #[error(
+        "nothing to run: give --kernel, or a --config with a boot-source, or --restore, or --api-sock to be told later"
+    )]
+    NothingToRun,
+    /// A clone is as its template.
+    #[error("{0} is the template's: leave it out beside --template")]
+    TemplatesOwn(&'static str),
+    /// An argument of `coppice run` that `coppice vm create` does not take.
+    #[error("{0} is the daemon's to decide")]
+    DaemonsOwn(&'static str),
+    /// A part of a boot source without a kernel.
+    #[error("{0} needs --kernel, or a --config with a boot-source")]
+    NeedsKernel(&'static str),
+    /// The command line and the configuration file say the same thing.
+    #[error("{flag} and {field} of {} both say it: leave out one", file.display())]
+    Conflict {
+        /// The argument.
+        flag: &'static str,
+        /// The field of the file.
+        field: &'static str,
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+impl RunArguments {
+    fn confinement(&self) -> Confinement {
+        Confinement {
+            jail: self.jail.clone().map(Into::into),
+            seccomp: self.seccomp,
+        }
+    }
+
+    /// Joins the arguments with the configuration file, and checks the whole.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_options(mut self) -> Result<RunOptions, UsageError> {
+        let options = RunOptions {
+            config: VmConfig::default(),
+            id: self.id.take(),
+            api_socket: self.api_sock.take(),
+            console_socket: self.console_sock.take(),
+            end_file: self.end_file.take(),
+            no_start: self.no_start,
+            only_configure: self.only_configure,
+            held: self.held,
+            restore: self.restore.take().map(|RestoreArgument(load)| load),
+            metadata: self.metadata.take(),
+            confinement: self.confinement(),
+        };
+        let config = self.into_config()?;
+        let has_origin = config.boot_source.is_some() || options.restore.is_some();
+        if !has_origin && options.api_socket.is_none() {
+            return Err(UsageError::NothingToRun);
+        }
+        Ok(RunOptions { config, ..options })
+    }
+
+    /// The guest alone, of the arguments and the configuration file.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_config(self) -> Result<VmConfig, UsageError> {
+        let mut config = match &self.config {
+            Some(path) => VmConfig::from_file(path)?,
+            None => VmConfig::default(),
+        };
+        let file = self.config.unwrap_or_default();
+        let conflict = |flag, field| UsageError::Conflict {
+            flag,
+            field,
+            file: file.clone(),
+        };
+        match (self.kernel, &mut config.boot_source) {
+            (Some(_), Some(_)) => return Err(conflict("--kernel", "boot-source")),
+            (Some(kernel), none) => {
+                *none = Some(BootSourceConfig {
+                    kernel_image_path: kernel,
+                    ..BootSourceConfig::default()
+                });
+            }
+            (None, _) => {}
+        }
+        if let Some(initrd) = self.initrd {
+            let source = config
+                .boot_source
+                .as_mut()
+                .ok_or(UsageError::NeedsKernel("--initrd"))?;
+            if source.initrd_path.replace(initrd).is_some() {
+                return Err(conflict("--initrd", "boot-source.initrd_path"));
+            }
+        }
+        if let Some(cmdline) = self.cmdline {
+            let source = config
+                .boot_source
+                .as_mut()
+                .ok_or(UsageError::NeedsKernel("--cmdline"))?;
+            if source.boot_args.replace(cmdline).is_some() {
+                return Err(conflict("--cmdline", "boot-source.boot_args"));
+            }
+        }
+        if let Some(lean) = self.lean {
+            let source = config
+                .boot_source
+                .as_mut()
+                .ok_or(UsageError::NeedsKernel("--lean"))?;
+            source.lean = Some(lean);
+        }
+        for disk in self.disk {
+            let drive =
+                disk.into_drive(|id| config.drives.iter().any(|drive| drive.drive_id == id));
+            config.drives.push(drive);
+        }
+        if let Some(BalloonArgument(balloon)) = self.balloon {
+            config.balloon = Some(balloon);
+        }
+        if let Some(VsockArgument(vsock)) = self.vsock {
+            config.vsock = Some(vsock);
+        }
+        for pmem in self.pmem {
+            let pmem = pmem.into_pmem(|id| config.pmem.iter().any(|pmem| pmem.id == id));
+            config.pmem.push(pmem);
+        }
+        if let Some(Mebibytes(size)) = self.mem {
+            config.machine_config.mem_size_mib = size;
+        }
+        if let Some(mode) = self.share {
+            config.sharing.mode = mode;
+        }
+        if self.share_domain.is_some() {
+            config.sharing.domain = self.share_domain;
+        }
+        if let Some(percent) = self.share_cpu {
+            config.sharing.cpu_percent = percent;
+        }
+        if self.share_place.is_some() {
+            config.sharing.place_kib = self.share_place;
+        }
+        if self.huge_pages {
+            config.machine_config.huge_pages = HugePageConfig::Transparent;
+        }
+        if let Some(cpus) = self.cpus {
+            config.machine_config.vcpu_count = cpus;
+        }
+        if let (Some(_), Some(logger)) = (self.log, &mut config.logger) {
+            (logger.level, logger.module) = (None, None);
+        }
+        if let Some(metrics_path) = self.metrics {
+            config.metrics = Some(MetricsConfig { metrics_path });
+        }
+        if let Some(path) = self.serial {
+            config.serial = Some(SerialConfig {
+                serial_out_path: Some(path),
+                rate_limiter: None,
+            });
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,327 @@
+//! `coppice vm` and `coppice console`: the client of the host daemon.
+
+mod attach;
+mod client;
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::Path;
+
+use hyper::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::{TemplateCommand, UsageError, VmArguments, VmCommand};
+use host::exit;
+use host::text_table::columns;
+
+pub use attach::HELP;
+use client::Client;
+
+/// Why it was not done.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// The arguments.
+    #[error(transparent)]
+    Usage(#[from] UsageError),
+    /// Nobody is there.
+    #[error("{socket}: {source}; is coppice serve running? See --socket")]
+    Connect {
+        /// The socket.
+        socket: String,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// It is no HTTP.
+    #[error("the daemon cannot be understood: {0}")]
+    Http(Box<dyn std::error::Error + Send + Sync>),
+    /// The daemon refuses.
+    #[error("{1}")]
+    Refused(StatusCode, String),
+    /// The terminal.
+    #[error("the terminal: {0}")]
+    Terminal(io::Error),
+    /// The host.
+    #[error(transparent)]
+    Host(io::Error),
+}
+
+impl RemoteError {
+    /// The exit code for it.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => exit::USAGE,
+            Self::Connect { .. }
+            | Self::Http(_)
+            | Self::Refused(..)
+            | Self::Terminal(_)
+            | Self::Host(_) => exit::FAILURE,
+        }
+    }
+}
+
+/// Attaches the terminal to a guest's console.
+///
+/// # Errors
+/// [`RemoteError`].
+pub fn console(socket: &Path, id: &str) -> Result<(), RemoteError> {
+    attach::attach(&Client::new(socket)?, id)
+}
+
+/// Does what `arguments` say, and shows what came of it.
+///
+/// # Errors
+/// [`RemoteError`].
+pub fn run(arguments: VmArguments) -> Result<(), RemoteError> {
+    let socket = arguments.connection.socket();
+    let client = Client::new(&socket)?;
+    let json = arguments.connection.json;
+    let each = |ids: Vec<String>, work: &dyn Fn(&str) -> Result<Value, RemoteError>| {
+        let done = ids.iter().map(|id| work(id));
+        let done = done.collect::<Result<Vec<_>, _>>()?;
+        show(&Value::Array(done), json, list_table);
+        Ok::<_, RemoteError>(())
+    };
+    let act = |id: &str, action: &str, body: Option<&Value>| {
+        client.call(
+            Method::POST,
+            &format!("/vms/{}/{action}", escaped(id)),
+            body,
+        )
+    };
+    match arguments.command {
+        VmCommand::Create(create) => {
+            let body = create.into_body()?;
+            let mut made = client.call(Method::POST, "/vms", Some(&body))?;
+            if json {
+                show(&made, true, list_table);
+            } else {
+                println!("{}", word(&made["id"].take()));
+            }
+        }
+        VmCommand::List => {
+            let vms = client.call(Method::GET, "/vms", None)?;
+            show(&vms["vms"], json, list_table);
+        }
+        VmCommand::Show { id } => {
+            let mut vm = client.call(Method::GET, &format!("/vms/{}?stats", escaped(&id)), None)?;
+            if !vm["pid"].is_null() {
+                // Only its process knows; one that hangs or has just ended is shown without.
+                let path = format!("/vms/{}/vm/jail", escaped(&id));
+                vm["jail"] = client.call(Method::GET, &path, None).unwrap_or_default();
+            }
+            show(&vm, json, details);
+        }
+        VmCommand::Start { id } => each(id, &|id| act(id, "start", None))?,
+        VmCommand::Stop { id, timeout, force } => {
+            let body = json!({"timeout_s": if force { 0 } else { timeout }});
+            each(id, &|id| act(id, "stop", Some(&body)))?;
+        }
+        VmCommand::Pause { id } => each(id, &|id| act(id, "pause", None))?,
+        VmCommand::Resume { id } => each(id, &|id| act(id, "resume", None))?,
+        VmCommand::Delete { id, timeout } => {
+            for id in &id {
+                let path = format!("/vms/{}?timeout_s={timeout}", escaped(id));
+                client.call(Method::DELETE, &path, None)?;
+            }
+            if json {
+                println!("{}", json!({"deleted": id}));
+            }
+        }
+        VmCommand::Console { id } => attach::attach(&client, &id)?,
+        VmCommand::Stats { id } => {
+            let mut vms = client.call(Method::GET, "/vms?stats", None)?;
+            if let (Value::Array(vms), false) = (&mut vms["vms"], id.is_empty()) {
+                vms.retain(|vm| id.iter().any(|id| vm["id"] == id.as_str()));
+            }
+            show(&vms["vms"], json, stats_table);
+        }
+        VmCommand::Template(command) => templates(&client, command, json)?,
+    }
+    Ok(())
+}
+
+fn templates(client: &Client, command: TemplateCommand, json: bool) -> Result<(), RemoteError> {
+    match command {
+        TemplateCommand::Create { id, vm } => {
+            let body = json!({"id": id, "vm": vm});
+            let made = client.call(Method::POST, "/templates", Some(&body))?;
+            show(&Value::Array(vec![made]), json, template_table);
+        }
+        TemplateCommand::List => {
+            let all = client.call(Method::GET, "/templates", None)?;
+            show(&all, json, template_table);
+        }
+        TemplateCommand::Delete { id } => {
+            for id in &id {
+                let path = format!("/templates/{}", escaped(id));
+                client.call(Method::DELETE, &path, None)?;
+            }
+            if json {
+                println!("{}", json!({"deleted": id}));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A name as a part of a path.
+fn escaped(id: &str) -> String {
+    let plain = |c: u8| c == b'-' || c.is_ascii_alphanumeric();
+    let escape = |c: u8| {
+        if plain(c) {
+            char::from(c).to_string()
+        } else {
+            format!("%{c:02X}")
+        }
+    };
+    id.bytes().map(escape).collect()
+}
+
+fn show(value: &Value, json: bool, text: fn(&Value) -> String) {
+    if json {
+        println!("{value:#}");
+    } else {
+        print!("{}", text(value));
+    }
+}
+
+/// A value in a table.
+fn word(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
+    }
+}
+
+fn table(vms: &Value, header: &[&str], row: impl Fn(&Value) -> Vec<String>) -> String {
+    let header = header.iter().map(ToString::to_string).collect();
+    let rows = vms.as_array().into_iter().flatten().map(row);
+    columns(&std::iter::once(header).chain(rows).collect::<Vec<_>>())
+}
+
+fn list_table(vms: &Value) -> String {
+    let header = [
+        "guest", "state", "vcpus", "MiB", "pid", "uptime s", "restarts",
+    ];
+    table(vms, &header, |vm| {
+        let fields = [
+            "id",
+            "state",
+            "vcpus",
+            "mem_size_mib",
+            "pid",
+            "uptime_s",
+            "restarts",
+        ];
+        fields.map(|field| word(&vm[field])).to_vec()
+    })
+}
+
+fn template_table(templates: &Value) -> String {
+    let header = ["template", "of", "parent", "vcpus", "RAM MiB", "file KiB"];
+    table(templates, &header, |template| {
+        let kib = template["memory_bytes"].as_u64().unwrap_or(0) / 1024;
+        let fields = ["id", "vm", "parent", "vcpus", "mem_size_mib"];
+        let words = fields.map(|field| word(&template[field])).into_iter();
+        words.chain([kib.to_string()]).collect()
+    })
+}
+
+fn stats_table(vms: &Value) -> String {
+    let header = [
+        "guest",
+        "state",
+        "RAM MiB",
+        "private KiB",
+        "shared KiB",
+        "proportional KiB",
+        "CPU s",
+    ];
+    table(vms, &header, |vm| {
+        let memory = &vm["memory"];
+        vec![
+            word(&vm["id"]),
+            word(&vm["state"]),
+            word(&vm["mem_size_mib"]),
+            word(&memory["private_kib"]),
+            word(&memory["shared_kib"]),
+            word(&memory["proportional_kib"]),
+            word(&vm["cpu_s"]),
+        ]
+    })
+}
+
+/// The layers of a jail in a line, its user, and what is missing.
+fn jail(report: &Value) -> String {
+    let list = |field: &str| report[field].as_array().cloned().unwrap_or_default();
+    let layers: Vec<_> = list("layers").iter().map(word).collect();
+    let mut text = layers.join(" ");
+    if report["jailed"] == true {
+        let _ = write!(text, "; uid {}", word(&report["uid"]));
+        let missing = list("missing");
+        let missing: Vec<_> = missing.iter().map(|one| word(&one["layer"])).collect();
+        if !missing.is_empty() {
+            let _ = write!(text, "; without {}", missing.join(" "));
+        }
+    } else {
+        text.push_str("; no jail");
+    }
+    text
+}
+
+/// One fact a line.
+fn details(vm: &Value) -> String {
+    let facts = vm.as_object().into_iter().flatten();
+    let rows = facts.filter(|(name, _)| *name != "config");
+    let mut text = String::new();
+    for (name, value) in rows {
+        let value = match (name.as_str(), value) {
+            ("end", Value::Object(end)) => word(&end["text"]),
+            ("jail", Value::Object(_)) => jail(value),
+            _ => word(value),
+        };
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{name:<14} {value}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_are_a_table_and_what_is_unknown_is_a_dash() {
+        let vms = json!([
+            {"id": "web", "state": "running", "vcpus": 2, "mem_size_mib": 256, "pid": 12, "uptime_s": 3, "restarts": 0},
+            {"id": "a", "state": "stopped", "vcpus": 1, "mem_size_mib": 128, "pid": null, "uptime_s": null, "restarts": 1},
+        ]);
+        let text = list_table(&vms);
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(
+            lines[1],
+            "web    running      2  256   12         3         0"
+        );
+        assert!(lines[2].contains('-'));
+        assert!(stats_table(&vms).contains("web"));
+    }
+
+    #[test]
+    fn a_jail_is_its_layers_and_what_it_lacks() {
+        let mut report = json!({
+            "jailed": true, "layers": ["tree", "seccomp"], "uid": 7,
+            "missing": [{"layer": "cgroup", "why": "no cgroup= was given"}],
+        });
+        assert_eq!(jail(&report), "tree seccomp; uid 7; without cgroup");
+        report["jailed"] = json!(false);
+        assert_eq!(jail(&report), "tree seccomp; no jail");
+        assert!(details(&json!({"jail": report})).contains("no jail"));
+    }
+
+    #[test]
+    fn a_name_is_one_part_of_a_path() {
+        assert_eq!(escaped("web-1"), "web-1");
+        assert_eq!(escaped("../x?y"), "%2E%2E%2Fx%3Fy");
+    }
+}

@@ -1,0 +1,91 @@
+//! The balloon: memory that a guest gives back.
+
+use devices::virtio::balloon::BalloonConfig as Device;
+use serde::{Deserialize, Serialize};
+
+/// Pages of 4 KiB in a MiB.
+pub const PAGES_PER_MIB: u32 = 256;
+
+/// Firecracker's `balloon`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Memory that the guest is to do without, in MiB; no more than it has.
+    pub amount_mib: u32,
+    /// The guest takes memory out of the balloon rather than run out of it.
+    pub deflate_on_oom: bool,
+    /// Seconds from one set of statistics to the next; none where 0.
+    #[serde(default)]
+    pub stats_polling_interval_s: u16,
+    /// The guest tells of its free memory when it is asked to.
+    #[serde(default)]
+    pub free_page_hinting: bool,
+    /// The guest tells of its free memory all the time.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+impl BalloonConfig {
+    /// A balloon that takes nothing, and has the guest tell of its free memory.
+    pub fn reporting() -> Self {
+        Self {
+            free_page_reporting: true,
+            ..Self::default()
+        }
+    }
+
+    /// Pages of 4 KiB that the balloon is to have.
+    pub fn target_pages(&self) -> u32 {
+        // Page numbers have 32 bits as well: a guest has no more pages.
+        self.amount_mib.saturating_mul(PAGES_PER_MIB)
+    }
+}
+
+impl From<BalloonConfig> for Device {
+    fn from(config: BalloonConfig) -> Self {
+        Self {
+            target_pages: config.target_pages(),
+            deflate_on_oom: config.deflate_on_oom,
+            statistics_interval: config.stats_polling_interval_s,
+            hinting: config.free_page_hinting,
+            reporting: config.free_page_reporting,
+        }
+    }
+}
+
+/// What of a balloon can change while its guest runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonUpdate {
+    /// Its new size in MiB.
+    pub amount_mib: u32,
+}
+
+/// Another interval for the statistics of a balloon that has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonStatisticsUpdate {
+    /// In seconds.
+    pub stats_polling_interval_s: u16,
+}
+
+/// How a run of free page hinting is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HintingStart {
+    /// The guest may use again what it has told of as soon as it has told all.
+    #[serde(default = "acknowledged")]
+    pub acknowledge_on_stop: bool,
+}
+
+const fn acknowledged() -> bool {
+    true
+}
+
+impl Default for HintingStart {
+    fn default() -> Self {
+        Self {
+            acknowledge_on_stop: acknowledged(),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Virtual disks.
+
+use std::path::PathBuf;
+
+use memshare::ShareMode;
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+use storage::Format;
+use storage::io::EngineKind;
+
+use super::ConfigError;
+use super::error::{check_file, check_id, check_path};
+
+/// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
+const SERIAL_MAX: usize = 20;
+/// Most request queues: one for each vCPU that a guest can have.
+const QUEUES_MAX: u16 = crate::limits::MAX_VCPUS as u16;
+
+/// Firecracker's drive, and what Coppice knows beyond it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DriveConfig {
+    /// Name of the drive: 1 to 64 letters, digits and underscores.
+    pub drive_id: String,
+    /// The file.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+    /// The guest's kernel is told to mount this drive as its root: it becomes the first disk, and `root=` is added to the command line.
+    pub is_root_device: bool,
+    /// The partition to mount as root, by its unique ID, instead of the whole disk.
+    #[serde(default)]
+    pub partuuid: Option<String>,
+    /// The guest cannot write, and the file may be shared with other guests that cannot either.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// Whether a guest's flush reaches the medium. It always does here, so both values are the same.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// How bytes are moved.
+    #[serde(default)]
+    pub io_engine: IoEngine,
+    /// Not supported: refused unless `null`.
+    #[serde(default, skip_serializing)]
+    #[schema(ignore)]
+    pub rate_limiter: Option<IgnoredAny>,
+    /// A vhost-user socket. Not supported: refused unless `null`.
+    #[serde(default, skip_serializing)]
+    #[schema(ignore)]
+    pub socket: Option<IgnoredAny>,
+    /// The format of the file; found by its signature where absent. Name it for a raw disk that a guest may write: a guest
+    /// decides what such a disk begins with. Not in Firecracker.
+    #[serde(default)]
+    pub format: Option<DriveFormat>,
+    /// Serial number, up to 20 printable ASCII characters; the `drive_id` where absent. Not in Firecracker.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Number of request queues, 1 to 32. Not in Firecracker.
+    #[serde(default = "one")]
+    pub num_queues: u16,
+    /// Space that the guest frees stays with the file, for its next blocks, rather than go back to the host. Not in Firecracker.
+    #[serde(default)]
+    pub keep_space: bool,
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub parents: Option<PathBuf>,
+    /// What of it is shared at most, `off` or `read`; as the guest's memory where absent. Not in Firecracker.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub share: Option<ShareMode>,
+}
+
+const fn one() -> u16 {
+    1
+}
+
+/// Firecracker's `cache_type`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub enum CacheType {
+    /// Flushes need not reach the medium; here they do all the same.
+    Unsafe,
+    /// Flushes reach the medium.
+    #[default]
+    Writeback,
+}
+
+/// Firecracker's `io_engine`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub enum IoEngine {
+    /// A worker thread.
+    Sync,
+    /// `io_uring` where the host allows it, else a worker thread.
+    #[default]
+    Async,
+}
+
+impl From<IoEngine> for EngineKind {
+    fn from(engine: IoEngine) -> Self {
+        match engine {
+            IoEngine::Sync => Self::Worker,
+            IoEngine::Async => Self::Auto,
+        }
+    }
+}
+
+/// The format of a drive's file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveFormat {
+    /// The file is the disk.
+    Raw,
+    /// VHDX ([MS-VHDX]).
+    Vhdx,
+}
+
+impl From<DriveFormat> for Format {
+    fn from(format: DriveFormat) -> Self {
+        match format {
+            DriveFormat::Raw => Self::Raw,
+            DriveFormat::Vhdx => Self::Vhdx,
+        }
+    }
+}
+
+/// What of a drive can change while its guest runs.
+#[derive(Clone, Debug, PartialEq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// The drive.
+    pub drive_id: String,
+    /// Its new file.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub path_on_host: Option<PathBuf>,
+    /// Not supported: refused unless `null`.
+    #[serde(default)]
+    #[schema(ignore)]
+    pub rate_limiter: Option<IgnoredAny>,
+}
+
+impl DriveUpdate {
+    /// `drive` with this update.
+    ///
+    /// # Errors
+    /// `Unsupported`, `EmptyUpdate`, `Invalid`.
+    pub fn applied_to(self, drive: &DriveConfig) -> Result<DriveConfig, ConfigError> {
+        let rate_limiter = self.rate_limiter;
+        let Some(path_on_host) = self.path_on_host else {
+            return Err(match rate_limiter {
+                Some(IgnoredAny) => ConfigError::Unsupported {
+                    field: "rate_limiter",
+                },
+                None => ConfigError::EmptyUpdate,
+            });
+        };
+        let updated = DriveConfig {
+            path_on_host,
+            rate_limiter,
+            ..drive.clone()
+        };
+        updated.validate()?;
+        Ok(updated)
+    }
+}
+
+impl DriveConfig {
+    /// A writable drive with nothing else set.
+    pub fn new(drive_id: impl Into<String>, path_on_host: impl Into<PathBuf>) -> Self {
+        Self {
+            drive_id: drive_id.into(),
+            path_on_host: path_on_host.into(),
+            is_root_device: false,
+            partuuid: None,
+            is_read_only: false,
+            cache_type: CacheType::default(),
+            io_engine: IoEngine::default(),
+            rate_limiter: None,
+            socket: None,
+            format: None,
+            serial: None,
+            num_queues: one(),
+            keep_space: false,
+            parents: None,
+            share: None,
+        }
+    }
+
+    /// Checks the fields, but no file.
+    ///
+    /// # Errors
+    /// `Unsupported`, `Invalid`.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_id("drives.drive_id", &self.drive_id)?;
+        check_path("drives.path_on_host", &self.path_on_host)?;
+        if let Some(parents) = &self.parents {
+            check_path("drives.parents", parents)?;
+        }
+        if self.rate_limiter.is_some() {
+            return Err(ConfigError::Unsupported {
+                field: "drives.rate_limiter",
+            });
+        }
+        if self.socket.is_some() {
+            return Err(ConfigError::Unsupported {
+                field: "drives.socket",
+            });
+        }
+        if let Some(uuid) = &self.partuuid
+            && (uuid.is_empty()
+                || uuid.len() > 36
+                || !uuid.chars().all(|c| c == '-' || c.is_ascii_alphanumeric()))
+        {
+            // The text goes into the kernel command line: nothing but a UUID may.
+            return Err(ConfigError::invalid(
+                "drives.partuuid",
+                &format_args!("{uuid:.80?}"),
+                "a partition's unique ID",
+            ));
+        }
+        if let Some(serial) = &self.serial
+            && (serial.len() > SERIAL_MAX || !serial.chars().all(|c| c.is_ascii_graphic()))
+        {
+            return Err(ConfigError::invalid(
+                "drives.serial",
+                &format_args!("{serial:.80?}"),
+                format!("up to {SERIAL_MAX} printable ASCII characters"),
+            ));
+        }
+        if !(1..=QUEUES_MAX).contains(&self.num_queues) {
+            return Err(ConfigError::invalid(
+                "drives.num_queues",
+                &self.num_queues,
+                format!("1 to {QUEUES_MAX}"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks that the file can be opened as the drive will open it.
+    ///
+    /// # Errors
+    /// `File`, `NotAFile`.
+    pub fn check_file(&self) -> Result<(), ConfigError> {
+        check_file(
+            "drives.path_on_host",
+            &self.path_on_host,
+            !self.is_read_only,
+        )
+    }
+}

@@ -1,0 +1,12 @@
+//! How much of something a guest can have. The layout of a guest's memory has room for that, and no more.
+
+/// vCPUs.
+pub const MAX_VCPUS: u8 = 32;
+/// Virtio devices: each has an interrupt line of its own, and the IOAPIC has no more that are free.
+pub const MAX_VIRTIO_DEVICES: usize = 18;
+/// Room for the kernel command line with its terminating zero, in bytes.
+pub const CMDLINE_MAX: u64 = 0x1_0000;
+/// Longest body of a REST request in bytes, which is Firecracker's.
+pub const MAX_BODY: usize = 51200;
+/// The kernel command line of a guest that is given none.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";

@@ -1,0 +1,204 @@
+//! Disks as memory.
+
+use std::path::PathBuf;
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Serialize};
+
+use super::error::{check_file, check_id, check_path};
+use super::{ConfigError, DriveFormat};
+
+/// Firecracker's pmem device, and what Coppice knows beyond it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PmemConfig {
+    /// Name of the device: 1 to 64 letters, digits and underscores.
+    pub id: String,
+    /// The file.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+    /// The guest's kernel is told to mount this device as its root: it becomes the first pmem device, and `root=` is added to the command line.
+    #[serde(default)]
+    pub root_device: bool,
+    /// The guest cannot write, and the file may be shared with other guests that cannot either.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Not supported: refused unless `null`.
+    #[serde(default, skip_serializing)]
+    #[schema(ignore)]
+    pub rate_limiter: Option<IgnoredAny>,
+    /// What comes of what the guest writes; by `read_only`, `ro` or `rw`, where absent. Not in Firecracker.
+    #[serde(default)]
+    pub mode: Option<PmemMode>,
+    /// The format of the file; found by its signature where absent. Not in Firecracker.
+    #[serde(default)]
+    pub format: Option<DriveFormat>,
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub parents: Option<PathBuf>,
+}
+
+/// What comes of what a guest writes to a pmem device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PmemMode {
+    /// It is dropped. The file is shared with other guests.
+    Ro,
+    /// It is the guest's own, and forgotten at its end. The file is shared with other guests.
+    Cow,
+    /// It is on the disk when the guest has flushed.
+    Rw,
+}
+
+impl PmemMode {
+    /// Whether the disk changes.
+    pub fn keeps(self) -> bool {
+        match self {
+            Self::Ro | Self::Cow => false,
+            Self::Rw => true,
+        }
+    }
+}
+
+impl PmemConfig {
+    /// A device with nothing else set.
+    pub fn new(id: impl Into<String>, path_on_host: impl Into<PathBuf>, mode: PmemMode) -> Self {
+        Self {
+            id: id.into(),
+            path_on_host: path_on_host.into(),
+            root_device: false,
+            read_only: mode == PmemMode::Ro,
+            rate_limiter: None,
+            mode: Some(mode),
+            format: None,
+            parents: None,
+        }
+    }
+
+    /// What comes of what the guest writes.
+    pub fn mode(&self) -> PmemMode {
+        match self.mode {
+            Some(mode) => mode,
+            None if self.read_only => PmemMode::Ro,
+            None => PmemMode::Rw,
+        }
+    }
+
+    /// Checks the fields, but no file.
+    ///
+    /// # Errors
+    /// `Unsupported`, `Invalid`.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        check_id("pmem.id", &self.id)?;
+        check_path("pmem.path_on_host", &self.path_on_host)?;
+        if let Some(parents) = &self.parents {
+            check_path("pmem.parents", parents)?;
+        }
+        if self.rate_limiter.is_some() {
+            return Err(ConfigError::Unsupported {
+                field: "pmem.rate_limiter",
+            });
+        }
+        if self.read_only && self.mode().keeps() {
+            return Err(ConfigError::invalid(
+                "pmem.mode",
+                &"rw",
+                "ro or cow, as read_only is set",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Checks that the file can be opened as the device will open it.
+    ///
+    /// # Errors
+    /// `File`, `NotAFile`.
+    pub fn check_file(&self) -> Result<(), ConfigError> {
+        check_file("pmem.path_on_host", &self.path_on_host, self.mode().keeps())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::VmConfig;
+    use super::*;
+
+    fn parse(value: serde_json::Value) -> Result<VmConfig, String> {
+        let config: VmConfig = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        config.validate().map_err(|error| error.to_string())?;
+        Ok(config)
+    }
+
+    fn pmem(id: &str) -> serde_json::Value {
+        json!({"id": id, "path_on_host": "/disk"})
+    }
+
+    #[test]
+    fn the_mode_follows_from_read_only_where_it_is_not_said() {
+        let mode = |value: serde_json::Value| {
+            let mut one = pmem("a");
+            for (field, value) in value.as_object().unwrap() {
+                one[field] = value.clone();
+            }
+            parse(json!({"pmem": [one]})).map(|config| config.pmem[0].mode())
+        };
+        assert_eq!(mode(json!({})), Ok(PmemMode::Rw));
+        assert_eq!(mode(json!({"read_only": true})), Ok(PmemMode::Ro));
+        assert_eq!(mode(json!({"mode": "ro"})), Ok(PmemMode::Ro));
+        assert_eq!(
+            mode(json!({"mode": "cow", "read_only": true})),
+            Ok(PmemMode::Cow)
+        );
+        let error = mode(json!({"mode": "rw", "read_only": true})).unwrap_err();
+        assert!(error.contains("pmem.mode"), "{error}");
+    }
+
+    #[test]
+    fn a_configuration_with_pmem_is_written_as_it_was_read() {
+        let config = parse(json!({"pmem": [{
+            "id": "a", "path_on_host": "/disk", "root_device": true, "read_only": true, "rate_limiter": null,
+            "mode": "cow", "format": "vhdx", "parents": "/bases"
+        }]}))
+        .unwrap();
+        assert_eq!(
+            parse(serde_json::to_value(&config).unwrap()).unwrap(),
+            config
+        );
+    }
+
+    #[test]
+    fn devices_have_names_of_their_own_an_interrupt_line_each_and_one_root_with_the_drives() {
+        let root = |id: &str| json!({"id": id, "path_on_host": "/disk", "root_device": true});
+        let drive = |id: String, is_root: bool| json!({"drive_id": id, "path_on_host": "/disk", "is_root_device": is_root});
+        for (config, named) in [
+            (json!({"pmem": [pmem("a"), pmem("a")]}), "id a"),
+            (json!({"pmem": [pmem("../a")]}), "pmem.id"),
+            (
+                json!({"pmem": [{"id": "a", "path_on_host": ""}]}),
+                "pmem.path_on_host",
+            ),
+            (
+                json!({"pmem": [root("a"), root("b")]}),
+                "b is root_device, but a",
+            ),
+            (
+                json!({"pmem": [root("b")], "drives": [drive("a".into(), true)]}),
+                "b is root_device, but a",
+            ),
+        ] {
+            let error = parse(config.clone()).expect_err(&config.to_string());
+            assert!(error.contains(named), "{config}: {error}");
+        }
+        let drives = |count: usize| {
+            (0..count)
+                .map(|n| drive(format!("d{n}"), false))
+                .collect::<Vec<_>>()
+        };
+        let limit = crate::limits::MAX_VIRTIO_DEVICES;
+        parse(json!({"drives": drives(limit - 1), "pmem": [pmem("d0")]})).unwrap();
+        parse(json!({"drives": drives(limit), "pmem": [pmem("a")]})).unwrap_err();
+    }
+}

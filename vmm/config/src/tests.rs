@@ -1,0 +1,319 @@
+use serde_json::json;
+
+use super::*;
+
+fn parse(value: serde_json::Value) -> Result<VmConfig, String> {
+    let config: VmConfig = serde_json::from_value(value).map_err(|error| error.to_string())?;
+    config.validate().map_err(|error| error.to_string())?;
+    Ok(config)
+}
+
+fn drive(id: &str) -> serde_json::Value {
+    json!({"drive_id": id, "path_on_host": "/disk", "is_root_device": false})
+}
+
+#[test]
+fn a_configuration_of_firecracker_is_taken_as_it_is() {
+    let config = parse(json!({
+        "boot-source": {"kernel_image_path": "vmlinux.bin", "boot_args": "console=ttyS0 reboot=k", "initrd_path": null},
+        "drives": [{
+            "drive_id": "rootfs", "partuuid": null, "is_root_device": true, "cache_type": "Unsafe",
+            "is_read_only": false, "path_on_host": "rootfs.ext4", "io_engine": "Sync", "rate_limiter": null,
+            "socket": null
+        }],
+        "machine-config": {
+            "vcpu_count": 2, "mem_size_mib": 1024, "smt": false, "track_dirty_pages": false, "huge_pages": "Transparent",
+            "cpu_template": "None"
+        },
+        "logger": {"log_path": "/log", "level": "Warning", "show_level": true, "show_log_origin": false},
+        "metrics": {"metrics_path": "/metrics"},
+        "balloon": {"amount_mib": 1024, "deflate_on_oom": true, "stats_polling_interval_s": 1},
+        "entropy": {"rate_limiter": null},
+        "vsock": {"vsock_id": "1", "guest_cid": 3, "uds_path": "./v.sock"},
+        "mmds-config": {"version": "V1", "network_interfaces": [], "imds_compat": true}
+    }))
+    .unwrap();
+    assert_eq!(config.machine_config.mem_size_mib, 1024);
+    assert_eq!(config.drives[0].io_engine, IoEngine::Sync);
+    assert_eq!(config.vsock.as_ref().unwrap().cid(), 3);
+    assert_eq!(MmdsConfig::port_of(config.mmds_config.as_ref()), 80);
+    let balloon = BalloonConfig {
+        amount_mib: 1024,
+        deflate_on_oom: true,
+        stats_polling_interval_s: 1,
+        ..BalloonConfig::default()
+    };
+    assert_eq!(config.balloon, Some(balloon));
+    assert_eq!(config.logger.as_ref().unwrap().level, Some(LogLevel::Warn));
+    assert_eq!(
+        parse(serde_json::to_value(&config).unwrap()).unwrap(),
+        config
+    );
+}
+
+#[test]
+fn an_empty_configuration_is_128_mib_and_one_vcpu() {
+    let config = parse(json!({})).unwrap();
+    assert_eq!(
+        (
+            config.machine_config.mem_size_mib,
+            config.machine_config.vcpu_count
+        ),
+        (128, 1)
+    );
+    assert_eq!(config, VmConfig::default());
+}
+
+#[test]
+fn what_is_not_known_or_not_supported_is_refused_by_name() {
+    let machine = |field: &str, value: serde_json::Value| {
+        let mut config = json!({"vcpu_count": 1, "mem_size_mib": 128});
+        config[field] = value;
+        json!({"machine-config": config})
+    };
+    let with = |field: &str, value: serde_json::Value| {
+        let mut one = drive("a");
+        one[field] = value;
+        json!({"drives": [one]})
+    };
+    let boot = |args: &str| json!({"boot-source": {"kernel_image_path": "k", "boot_args": args}});
+    let cases = [
+        (json!({"network-interfaces": []}), "network-interfaces"),
+        (machine("cpus", json!(1)), "cpus"),
+        (machine("smt", json!(true)), "machine-config.smt"),
+        (
+            machine("cpu_template", json!("T2")),
+            "machine-config.cpu_template",
+        ),
+        (
+            machine("huge_pages", json!("2M")),
+            "machine-config.huge_pages",
+        ),
+        (machine("vcpu_count", json!(0)), "machine-config.vcpu_count"),
+        (
+            machine("vcpu_count", json!(33)),
+            "machine-config.vcpu_count",
+        ),
+        (machine("vcpu_count", json!(256)), "256"),
+        (
+            machine("mem_size_mib", json!(0)),
+            "machine-config.mem_size_mib",
+        ),
+        (machine("mem_size_mib", json!(-1)), "-1"),
+        (
+            with("rate_limiter", json!({"ops": {}})),
+            "drives.rate_limiter",
+        ),
+        (with("socket", json!("/s")), "drives.socket"),
+        (with("drive_id", json!("../etc")), "drives.drive_id"),
+        (with("drive_id", json!("")), "drives.drive_id"),
+        (with("path_on_host", json!("")), "drives.path_on_host"),
+        (
+            with("path_on_host", json!("a\u{0}b")),
+            "drives.path_on_host",
+        ),
+        (with("partuuid", json!("x init=/bin/sh")), "drives.partuuid"),
+        (
+            with("serial", json!("123456789012345678901")),
+            "drives.serial",
+        ),
+        (with("num_queues", json!(0)), "drives.num_queues"),
+        (with("num_queues", json!(33)), "drives.num_queues"),
+        (with("format", json!("qcow2")), "qcow2"),
+        (boot("a\nb"), "boot-source.boot_args"),
+        (boot(&"x".repeat(65536)), "boot-source.boot_args"),
+        (
+            json!({"entropy": {"rate_limiter": {}}}),
+            "entropy.rate_limiter",
+        ),
+        (
+            json!({"balloon": {"amount_mib": 129, "deflate_on_oom": true}}),
+            "balloon.amount_mib",
+        ),
+        (json!({"balloon": {"amount_mib": 1}}), "deflate_on_oom"),
+        (
+            json!({"balloon": {"amount_mib": 1, "deflate_on_oom": true, "free_page_poison": true}}),
+            "free_page_poison",
+        ),
+        (
+            json!({"serial": {"rate_limiter": {}}}),
+            "serial.rate_limiter",
+        ),
+        (json!({"logger": {"level": "loud"}}), "loud"),
+        (json!({"logger": {"module": "a=b,c"}}), "logger.module"),
+        (json!({"metrics": {}}), "metrics_path"),
+    ];
+    for (config, named) in cases {
+        is_refused(&config, named);
+    }
+}
+
+fn is_refused(config: &serde_json::Value, named: &str) {
+    let error = parse(config.clone()).expect_err(&config.to_string());
+    assert!(error.contains(named), "{config}: {error}");
+    assert!(!error.contains('\n'), "{error}");
+}
+
+#[test]
+fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_no_network() {
+    let cases = [
+        (
+            json!({"vsock": {"guest_cid": 2, "uds_path": "v"}}),
+            "vsock.guest_cid",
+        ),
+        (
+            json!({"vsock": {"guest_cid": u32::MAX, "uds_path": "v"}}),
+            "vsock.guest_cid",
+        ),
+        (
+            json!({"vsock": {"guest_cid": 3, "uds_path": ""}}),
+            "vsock.uds_path",
+        ),
+        (
+            json!({"vsock": {"guest_cid": 3, "uds_path": "x".repeat(97)}}),
+            "vsock.uds_path",
+        ),
+        (
+            json!({"mmds-config": {"network_interfaces": ["eth0"]}}),
+            "mmds-config.network_interfaces",
+        ),
+        (json!({"mmds-config": {"version": "V2"}}), "session tokens"),
+        (
+            json!({"mmds-config": {"ipv4_address": "169.254.169.254"}}),
+            "mmds-config.ipv4_address",
+        ),
+        (
+            json!({"mmds-config": {"vsock_port": u32::MAX}}),
+            "mmds-config.vsock_port",
+        ),
+    ];
+    for (config, named) in cases {
+        is_refused(&config, named);
+    }
+}
+
+#[test]
+fn drives_have_names_of_their_own_one_root_and_an_interrupt_line_each() {
+    let error = parse(json!({"drives": [drive("a"), drive("a")]})).unwrap_err();
+    assert!(error.contains("drive_id a"), "{error}");
+    let root = |id: &str| json!({"drive_id": id, "path_on_host": "/disk", "is_root_device": true});
+    let error = parse(json!({"drives": [root("a"), drive("b"), root("c")]})).unwrap_err();
+    assert!(error.contains("c is_root_device, but a is"), "{error}");
+    let many = |count: usize| {
+        (0..count)
+            .map(|n| drive(&format!("d{n}")))
+            .collect::<Vec<_>>()
+    };
+    let limit = limits::MAX_VIRTIO_DEVICES;
+    parse(json!({"drives": many(limit)})).unwrap();
+    parse(json!({"drives": many(limit + 1)})).unwrap_err();
+    parse(json!({"drives": many(limit), "entropy": {}})).unwrap_err();
+    let balloon = json!({"amount_mib": 0, "deflate_on_oom": false});
+    parse(json!({"drives": many(limit - 1), "entropy": {}, "balloon": balloon})).unwrap_err();
+    parse(json!({"drives": many(limit - 1), "entropy": {}, "vsock": {"uds_path": "v"}}))
+        .unwrap_err();
+}
+
+#[test]
+fn an_update_of_the_machine_changes_what_it_names() {
+    let machine = MachineConfig::default();
+    let updated = machine
+        .updated(&json!({"mem_size_mib": 512, "smt": null}))
+        .unwrap();
+    assert_eq!(
+        updated,
+        MachineConfig {
+            mem_size_mib: 512,
+            ..machine.clone()
+        }
+    );
+    for refused in [
+        json!({}),
+        json!({"smt": null}),
+        json!([]),
+        json!({"x": 1}),
+        json!({"vcpu_count": 64}),
+        json!({"smt": 1}),
+    ] {
+        machine.updated(&refused).expect_err(&refused.to_string());
+    }
+}
+
+#[test]
+fn an_update_of_a_drive_names_another_file() {
+    let drive = DriveConfig::new("a", "/old");
+    let update = |value| {
+        serde_json::from_value::<DriveUpdate>(value)
+            .unwrap()
+            .applied_to(&drive)
+    };
+    let updated = update(json!({"drive_id": "a", "path_on_host": "/new"})).unwrap();
+    assert_eq!(updated, DriveConfig::new("a", "/new"));
+    let refused = |value| update(value).unwrap_err().to_string();
+    assert!(refused(json!({"drive_id": "a"})).contains("empty"));
+    assert!(refused(json!({"drive_id": "a", "rate_limiter": {}})).contains("rate_limiter"));
+    assert!(
+        refused(json!({"drive_id": "a", "path_on_host": "/new", "rate_limiter": {}}))
+            .contains("rate_limiter")
+    );
+}
+
+#[test]
+fn files_are_looked_at_as_they_will_be_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("disk");
+    std::fs::write(&file, [0; 512]).unwrap();
+    let mut config = VmConfig {
+        drives: vec![DriveConfig::new("a", &file)],
+        ..VmConfig::default()
+    };
+    config.check_files().unwrap();
+    config.drives[0].path_on_host = folder.path().join("missing");
+    let error = config.check_files().unwrap_err().to_string();
+    assert!(
+        error.contains("drives.path_on_host") && error.contains("missing"),
+        "{error}"
+    );
+    config.drives[0].path_on_host = folder.path().to_owned();
+    assert!(matches!(
+        config.check_files(),
+        Err(ConfigError::NotAFile { .. })
+    ));
+    config.drives.clear();
+    config.boot_source = Some(BootSourceConfig {
+        kernel_image_path: "/dev/null".into(),
+        ..BootSourceConfig::default()
+    });
+    assert!(matches!(
+        config.check_files(),
+        Err(ConfigError::NotAFile { .. })
+    ));
+}
+
+#[test]
+fn a_configuration_file_that_cannot_be_used_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("vm.json");
+    let refused = || VmConfig::from_file(&path).unwrap_err();
+    assert!(matches!(refused(), ConfigError::Read { .. }));
+    std::fs::write(&path, b"{\"drives\": 7}").unwrap();
+    let error = refused();
+    assert!(
+        matches!(error, ConfigError::Json { .. }) && error.to_string().contains("line 1"),
+        "{error}"
+    );
+    std::fs::write(&path, vec![b' '; MAX_FILE_SIZE as usize + 1]).unwrap();
+    assert!(matches!(refused(), ConfigError::TooLong { .. }));
+}
+
+#[test]
+fn a_sharing_domain_is_a_name_and_none_where_it_is_not_said() {
+    let parsed = |sharing| parse(json!({ "sharing": sharing }));
+    let domain = |sharing| parsed(sharing).unwrap().sharing.domain;
+    assert_eq!(domain(json!({"mode": "boot"})), None);
+    assert_eq!(domain(json!({"domain": "a_1"})), Some("a_1".to_owned()));
+    for name in ["", "../a", "a b"] {
+        let refused = parsed(json!({ "domain": name })).unwrap_err();
+        assert!(refused.contains("sharing.domain"), "{name}: {refused}");
+    }
+}

@@ -1,0 +1,143 @@
+//! The balloon of a guest.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use devices::virtio::balloon::{BalloonState, STATISTICS, VirtioBalloon};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::{Control, ControlError};
+use config::{
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart, PAGES_PER_MIB, VmConfig,
+};
+
+/// What `GET /balloon/hinting/status` answers: the numbers of `free_page_hint_cmd_id`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct HintingState {
+    /// What the host wants: 0 nothing, 1 that the guest uses again what it has told of, else a run's number.
+    pub host_cmd: u32,
+    /// What the guest sent last: 0 where it has told all, else a run's number.
+    pub guest_cmd: Option<u32>,
+}
+
+fn statistics(state: &BalloonState) -> Value {
+    let BalloonState {
+        target_pages,
+        actual_pages,
+        values,
+    } = state;
+    let sizes = [
+        ("target_pages", *target_pages),
+        ("actual_pages", *actual_pages),
+        ("target_mib", target_pages / PAGES_PER_MIB),
+        ("actual_mib", actual_pages / PAGES_PER_MIB),
+    ];
+    let mut statistics: Map<String, Value> = sizes
+        .into_iter()
+        .map(|(name, size)| (name.to_owned(), json!(size)))
+        .collect();
+    for (name, value) in STATISTICS.iter().zip(values.0) {
+        if let Some(value) = value {
+            statistics.insert((*name).to_owned(), json!(value));
+        }
+    }
+    Value::Object(statistics)
+}
+
+impl Control {
+    /// `PUT /balloon`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_balloon(&mut self, balloon: BalloonConfig) -> Result<(), ControlError> {
+        self.change(|config| config.balloon = Some(balloon))
+    }
+
+    /// `GET /balloon`.
+    ///
+    /// # Errors
+    /// `NoBalloon`.
+    pub fn balloon(&self) -> Result<BalloonConfig, ControlError> {
+        self.config.balloon.ok_or(ControlError::NoBalloon)
+    }
+
+    /// The balloon of a started guest.
+    fn device(&mut self) -> Result<MutexGuard<'_, VirtioBalloon>, ControlError> {
+        let device: &Mutex<VirtioBalloon> =
+            self.guest()?.0.balloon().ok_or(ControlError::NoBalloon)?;
+        Ok(device.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// `PATCH /balloon`: asks the guest for a balloon of another size.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoBalloon`, `Config`.
+    pub fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), ControlError> {
+        // It has to be there, also for an update that is wrong.
+        drop(self.device()?);
+        let balloon = BalloonConfig {
+            amount_mib: update.amount_mib,
+            ..self.balloon()?
+        };
+        let config = VmConfig {
+            balloon: Some(balloon),
+            ..self.config.clone()
+        };
+        config.validate()?;
+        self.device()?.set_target(balloon.target_pages());
+        self.config = config;
+        Ok(())
+    }
+
+    /// `GET /balloon/statistics`.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoBalloon`, `Balloon` where it has none.
+    pub fn balloon_statistics(&mut self) -> Result<Value, ControlError> {
+        Ok(statistics(&self.device()?.state()?))
+    }
+
+    /// `PATCH /balloon/statistics`: asks for them more or less often.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoBalloon`, `Balloon` where that would turn them on or off.
+    pub fn update_balloon_statistics(
+        &mut self,
+        update: BalloonStatisticsUpdate,
+    ) -> Result<(), ControlError> {
+        let seconds = update.stats_polling_interval_s;
+        self.device()?.set_statistics_interval(seconds)?;
+        if let Some(balloon) = &mut self.config.balloon {
+            balloon.stats_polling_interval_s = seconds;
+        }
+        Ok(())
+    }
+
+    /// `PATCH /balloon/hinting/start`.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoBalloon`, `Balloon` where the balloon has no hinting, or no driver.
+    pub fn start_hinting(&mut self, start: HintingStart) -> Result<(), ControlError> {
+        Ok(self.device()?.start_hinting(start.acknowledge_on_stop)?)
+    }
+
+    /// `PATCH /balloon/hinting/stop`.
+    ///
+    /// # Errors
+    /// As [`Control::start_hinting`].
+    pub fn stop_hinting(&mut self) -> Result<(), ControlError> {
+        Ok(self.device()?.stop_hinting()?)
+    }
+
+    /// `GET /balloon/hinting/status`.
+    ///
+    /// # Errors
+    /// As [`Control::start_hinting`], but a driver is not needed.
+    pub fn hinting(&mut self) -> Result<HintingState, ControlError> {
+        let status = self.device()?.hinting_status()?;
+        Ok(HintingState {
+            host_cmd: status.host,
+            guest_cmd: status.guest,
+        })
+    }
+}

@@ -1,0 +1,165 @@
+//! The drives of a guest, before and after its start.
+
+use std::path::{Path, PathBuf};
+
+use super::{Control, ControlError, Life};
+use config::{DriveConfig, DriveUpdate};
+use jail::Layer;
+use machine::{DriveParent, DriveTask, JobStatus, MachineError};
+
+impl Control {
+    /// A commit gives a drive another file when it gets that far.
+    pub(super) fn note_commits(&mut self) {
+        let Life::Started { guest, .. } = &self.life else {
+            return;
+        };
+        for drive in &mut self.config.drives {
+            if let Ok(JobStatus {
+                path_on_host: Some(path),
+                ..
+            }) = guest.job(&drive.drive_id)
+                && self.noted.get(&drive.drive_id) != Some(&path)
+            {
+                drive.path_on_host.clone_from(&path);
+                self.noted.insert(drive.drive_id.clone(), path);
+            }
+        }
+    }
+
+    /// `PUT /drives/{id}`: adds a drive, or replaces the one of that name.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        drive.validate()?;
+        drive.check_file()?;
+        self.change(|config| config.set_drive(drive))
+    }
+
+    /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Jailed`, `Machine`.
+    pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
+        self.guest()?;
+        self.note_commits();
+        let id = &update.drive_id;
+        let present = self
+            .config
+            .drives
+            .iter()
+            .find(|drive| drive.drive_id == *id);
+        let drive = update
+            .clone()
+            .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
+        let seen = drive.check_file();
+        if self.jail.contains(Layer::Tree) {
+            seen.map_err(ControlError::Jailed)?;
+        } else {
+            seen?;
+        }
+        self.guest()?.0.replace_drive(&drive)?;
+        self.config.set_drive(drive);
+        Ok(())
+    }
+
+    /// The file of a drive of a started guest.
+    fn drive_path(&mut self, id: &str) -> Result<PathBuf, ControlError> {
+        self.guest()?;
+        self.note_commits();
+        let drive = self.config.drives.iter().find(|drive| drive.drive_id == id);
+        drive
+            .map(|drive| drive.path_on_host.clone())
+            .ok_or_else(|| ControlError::NoDrive(id.to_owned()))
+    }
+
+    /// `PUT /drives/{id}/snapshot`: the disk goes on in a new file, and the old one stays as it is.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn snapshot_drive(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
+        let path = self.drive_path(id)?;
+        self.guest()?.0.snapshot_drive(id, &path, new)?;
+        for drive in &mut self.config.drives {
+            if drive.drive_id == id {
+                new.clone_into(&mut drive.path_on_host);
+            }
+        }
+        Ok(())
+    }
+
+    /// `PUT /pmem/{id}/snapshot`: the disk goes on in a new file, and the old one stays as it is.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn snapshot_pmem(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
+        self.guest()?;
+        let pmem = self.config.pmem.iter().find(|pmem| pmem.id == id);
+        let path = pmem.map(|pmem| pmem.path_on_host.clone());
+        let path = path.ok_or_else(|| MachineError::NoPmem(id.to_owned()))?;
+        self.guest()?.0.snapshot_pmem(id, &path, new)?;
+        for pmem in &mut self.config.pmem {
+            if pmem.id == id {
+                new.clone_into(&mut pmem.path_on_host);
+            }
+        }
+        Ok(())
+    }
+
+    /// `GET /drives/{id}/parent`: what its disk stands on.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn drive_parent(&mut self, id: &str) -> Result<DriveParent, ControlError> {
+        let path = self.drive_path(id)?;
+        Ok(self.guest()?.0.drive_parent(id, &path)?)
+    }
+
+    /// `PUT /drives/{id}/resize`: makes the disk larger.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), ControlError> {
+        self.drive_path(id)?;
+        Ok(self.guest()?.0.resize_drive(id, size)?)
+    }
+
+    /// `PUT /drives/{id}/compact`: starts the job.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn compact_drive(&mut self, id: &str, find_zeros: bool) -> Result<(), ControlError> {
+        self.drive_path(id)?;
+        let task = DriveTask::Compact { find_zeros };
+        Ok(self.guest()?.0.start_job(id, task)?)
+    }
+
+    /// `PUT /drives/{id}/commit`: starts the job.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn commit_drive(&mut self, id: &str) -> Result<(), ControlError> {
+        let top = self.drive_path(id)?;
+        self.noted.remove(id);
+        Ok(self.guest()?.0.start_job(id, DriveTask::Commit { top })?)
+    }
+
+    /// `GET /drives/{id}/job`: the last job of the drive.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn job(&mut self, id: &str) -> Result<JobStatus, ControlError> {
+        self.drive_path(id)?;
+        Ok(self.guest()?.0.job(id)?)
+    }
+
+    /// `PUT /drives/{id}/job`: asks the job to stop.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Machine`.
+    pub fn cancel_job(&mut self, id: &str) -> Result<(), ControlError> {
+        self.drive_path(id)?;
+        Ok(self.guest()?.0.cancel_job(id)?)
+    }
+}

@@ -1,0 +1,496 @@
+//! The life of a guest as its user sees it: configured, started, paused, resumed.
+//!
+//! ```text
+//! NotStarted ── start ──> Running <── pause / resume ──> Paused
+//!  (configure)               └───────── end ──────────────┘
+//! ```
+//!
+//! Every request either takes effect in full or changes nothing. A [`Control`] stands behind a mutex: the threads of the REST socket call it, and
+//! the main thread when it starts and ends the guest.
+
+mod balloon;
+mod drive;
+mod guest;
+mod metadata;
+mod output;
+mod scrape;
+mod times;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::virtio::balloon::BalloonError;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::logging::{Log, LogError};
+use crate::metrics::{self, ApiMetrics, MetricsFile};
+use crate::mmds::{Mmds, MmdsError};
+use config::{
+    BootSourceConfig, ConfigError, EntropyConfig, MachineConfig, PmemConfig, SharingConfig,
+    VmConfig, VsockConfig,
+};
+use config::{CreateSnapshot, LoadSnapshot};
+use jail::JailReport;
+use machine::snapshot::{Loading, SnapshotError};
+use machine::{Address, FilePage, FilePageReport, MachineError, PageReport, SharingReport};
+
+pub use balloon::HintingState;
+pub use guest::{Guest, LaunchError, Origin};
+
+use output::open_metrics;
+use times::Times;
+
+/// What is known about the guest, as `GET /` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct InstanceInfo {
+    /// Always `Coppice`.
+    pub app_name: &'static str,
+    /// Name of the guest, as `--id` gave it.
+    pub id: String,
+    /// `Not started`, `Running` or `Paused`.
+    pub state: State,
+    /// Version of Coppice.
+    pub vmm_version: &'static str,
+}
+
+/// Where a guest is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[schema(as = InstanceState)]
+pub enum State {
+    /// It can be configured.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+}
+
+/// A request that is refused. Nothing has changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The configuration cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file that the process, in its jail, cannot open.
+    #[error(
+        "{0} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)"
+    )]
+    Jailed(ConfigError),
+    /// Only a guest that has not started can be configured.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AfterStart,
+    /// Only a started guest can do it.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    BeforeStart,
+    /// The guest has come to its end, and so does the process.
+    #[error("The guest has ended.")]
+    Ended,
+    /// There is no drive of that name.
+    #[error("there is no drive {0}")]
+    NoDrive(String),
+    /// The guest has no balloon.
+    #[error("there is no balloon")]
+    NoBalloon,
+    /// The metadata cannot be.
+    #[error(transparent)]
+    Mmds(#[from] MmdsError),
+    /// The balloon refuses.
+    #[error(transparent)]
+    Balloon(#[from] BalloonError),
+    /// The guest cannot start.
+    #[error("the guest cannot start: {0}")]
+    Launch(#[from] LaunchError),
+    /// The running guest refuses.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A guest that runs cannot be saved.
+    #[error("the guest runs: pause it before you save it")]
+    NotPaused,
+    /// A guest that something is configured for cannot be loaded.
+    #[error(
+        "a snapshot brings its own {0}: load it before anything but logger, metrics and serial is configured"
+    )]
+    Configured(&'static str),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The log cannot be changed.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The metrics cannot be written.
+    #[error("metrics.metrics_path: {0}")]
+    Metrics(std::io::Error),
+}
+
+enum Life {
+    NotStarted,
+    Started { guest: Box<dyn Guest>, paused: bool },
+    Ended,
+}
+
+/// A guest and what was asked for it.
+pub struct Control {
+    id: String,
+    config: VmConfig,
+    life: Life,
+    log: Log,
+    api: Arc<ApiMetrics>,
+    metrics: Option<MetricsFile>,
+    /// What the process gave away.
+    jail: JailReport,
+    /// Files that commits gave to drives, and that are in the configuration.
+    noted: BTreeMap<String, PathBuf>,
+    times: Times,
+    mmds: Arc<Mmds>,
+}
+
+impl Control {
+    /// A guest that is not configured.
+    pub fn new(log: Log, api: Arc<ApiMetrics>) -> Self {
+        Self {
+            id: "anonymous-instance".to_owned(),
+            config: VmConfig::default(),
+            life: Life::NotStarted,
+            log,
+            api,
+            metrics: None,
+            jail: JailReport::default(),
+            noted: BTreeMap::new(),
+            times: Times::default(),
+            mmds: Arc::default(),
+        }
+    }
+
+    /// Gives the guest a name.
+    pub fn set_id(&mut self, id: String) {
+        self.id = id;
+    }
+
+    /// The guest is started without a request of its own: its time counts from the start of the process.
+    pub fn count_from(&mut self, process: Instant) {
+        self.times.count_from(process);
+    }
+
+    /// Takes a whole configuration in place of the one there is.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`, `Log`, `Metrics`.
+    pub fn configure(&mut self, config: VmConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        config.validate()?;
+        config.check_files()?;
+        let metrics = config.metrics.as_ref().map(open_metrics).transpose()?;
+        if let Some(logger) = &config.logger {
+            self.log.configure(logger)?;
+        }
+        self.metrics = metrics;
+        self.config = config;
+        Ok(())
+    }
+
+    /// The process has been jailed.
+    pub fn confined(&mut self, report: JailReport) {
+        self.jail = report;
+    }
+
+    /// What `GET /vm/jail` answers.
+    pub fn jail(&self) -> &JailReport {
+        &self.jail
+    }
+
+    /// What `GET /` answers.
+    pub fn instance_info(&self) -> InstanceInfo {
+        let state = match &self.life {
+            Life::NotStarted | Life::Ended => State::NotStarted,
+            Life::Started { paused: false, .. } => State::Running,
+            Life::Started { paused: true, .. } => State::Paused,
+        };
+        InstanceInfo {
+            app_name: "Coppice",
+            id: self.id.clone(),
+            state,
+            vmm_version: env!("CARGO_PKG_VERSION"),
+        }
+    }
+
+    /// All that is configured.
+    pub fn config(&mut self) -> &VmConfig {
+        self.note_commits();
+        &self.config
+    }
+
+    fn not_started(&self) -> Result<(), ControlError> {
+        match &self.life {
+            Life::NotStarted => Ok(()),
+            Life::Started { .. } => Err(ControlError::AfterStart),
+            Life::Ended => Err(ControlError::Ended),
+        }
+    }
+
+    fn guest(&mut self) -> Result<(&mut dyn Guest, &mut bool), ControlError> {
+        match &mut self.life {
+            Life::Started { guest, paused } => Ok((guest.as_mut(), paused)),
+            Life::NotStarted => Err(ControlError::BeforeStart),
+            Life::Ended => Err(ControlError::Ended),
+        }
+    }
+
+    /// Stores a configuration that `change` makes of the present one, if all of it is valid.
+    fn change(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<(), ControlError> {
+        self.not_started()?;
+        let mut config = self.config.clone();
+        change(&mut config);
+        config.validate()?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// `PUT /boot-source`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_boot_source(&mut self, boot_source: BootSourceConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        boot_source.validate()?;
+        boot_source.check_files()?;
+        self.change(|config| config.boot_source = Some(boot_source))
+    }
+
+    /// `PUT /pmem/{id}`: adds a pmem device, or replaces the one of that name.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_pmem(&mut self, pmem: PmemConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        pmem.validate()?;
+        pmem.check_file()?;
+        self.change(|config| config.set_pmem(pmem))
+    }
+
+    /// `PUT /machine-config`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_machine_config(&mut self, machine: MachineConfig) -> Result<(), ControlError> {
+        self.change(|config| config.machine_config = machine)
+    }
+
+    /// `PATCH /machine-config`: changes the fields that are set.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn update_machine_config(&mut self, update: &Value) -> Result<(), ControlError> {
+        self.not_started()?;
+        let machine = self.config.machine_config.updated(update)?;
+        self.set_machine_config(machine)
+    }
+
+    /// `PUT /entropy`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_entropy(&mut self, entropy: EntropyConfig) -> Result<(), ControlError> {
+        self.change(|config| config.entropy = Some(entropy))
+    }
+
+    /// `PUT /vsock`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        vsock.check_path()?;
+        self.change(|config| config.vsock = Some(vsock))
+    }
+
+    /// `PUT /sharing`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_sharing(&mut self, sharing: SharingConfig) -> Result<(), ControlError> {
+        self.change(|config| config.sharing = sharing)
+    }
+
+    /// `GET /vm/sharing`: what of the guest's memory is shared.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn sharing(&mut self) -> Result<SharingReport, ControlError> {
+        Ok(self.guest()?.0.sharing()?)
+    }
+
+    /// `GET /vm/sharing/pages/{address}`: what backs a page of the guest.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn page(&mut self, address: Address) -> Result<PageReport, ControlError> {
+        Ok(self.guest()?.0.page(address)?)
+    }
+
+    /// `GET /vm/sharing/files/{page}`: the guest's pages that a page of a file backs.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn pages_of(&mut self, page: FilePage) -> Result<FilePageReport, ControlError> {
+        Ok(self.guest()?.0.pages_of(page))
+    }
+
+    /// `InstanceStart`: `launch` builds the guest and lets it run.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Launch`; the guest can be configured and started again then.
+    pub fn start(
+        &mut self,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        self.not_started()?;
+        let asked = self.times.asked();
+        let guest = launch(&self.config, Origin::Kernel)?;
+        self.times.boots(asked);
+        self.life = Life::Started {
+            guest,
+            paused: false,
+        };
+        Ok(())
+    }
+
+    /// `PATCH /vm` to `Paused`. A paused guest stays paused.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`.
+    pub fn pause(&mut self) -> Result<(), ControlError> {
+        let (guest, paused) = self.guest()?;
+        if !*paused {
+            guest.pause();
+            *paused = true;
+        }
+        Ok(())
+    }
+
+    /// `PATCH /vm` to `Resumed`. A running guest goes on running.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`.
+    pub fn resume(&mut self) -> Result<(), ControlError> {
+        let (guest, paused) = self.guest()?;
+        if *paused {
+            guest.resume();
+            *paused = false;
+        }
+        Ok(())
+    }
+
+    /// `PUT /snapshot/create`.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `NotPaused`, `Snapshot`; the guest can go on all the same.
+    pub fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<(), ControlError> {
+        self.guest()?;
+        self.note_commits();
+        let mut config = self.config.clone();
+        // It may be loaded from another folder.
+        config.make_paths_absolute()?;
+        match self.guest()? {
+            (_, false) => Err(ControlError::NotPaused),
+            (guest, true) => Ok(guest.snapshot(request, &config)?),
+        }
+    }
+
+    /// `PUT /snapshot/load`: `launch` builds the guest, which stands still then.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Configured`, `Snapshot`, `Config`, `Launch`; another can be loaded then.
+    pub fn load_snapshot(
+        &mut self,
+        request: &LoadSnapshot,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        self.unconfigured()?;
+        // To read it is part of it.
+        let asked = Instant::now();
+        let loading = Loading::read(request)?;
+        self.load_since(asked, loading, request.resume_vm, launch)
+    }
+
+    fn unconfigured(&self) -> Result<(), ControlError> {
+        self.not_started()?;
+        match self.config.of_a_guest() {
+            Some(field) => Err(ControlError::Configured(field)),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Control::load_snapshot`], of a snapshot that has been read.
+    ///
+    /// # Errors
+    /// As [`Control::load_snapshot`].
+    pub fn load(
+        &mut self,
+        loading: Loading,
+        resume: bool,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        self.unconfigured()?;
+        let asked = self.times.asked();
+        self.load_since(asked, loading, resume, launch)
+    }
+
+    fn load_since(
+        &mut self,
+        asked: Instant,
+        loading: Loading,
+        resume: bool,
+        launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
+    ) -> Result<(), ControlError> {
+        let own = &self.config;
+        let config = VmConfig {
+            serial: own.serial.clone(),
+            logger: own.logger.clone(),
+            metrics: own.metrics.clone(),
+            ..loading.config().clone()
+        };
+        config.validate()?;
+        config.check_disks()?;
+        let mut guest = launch(&config, Origin::Snapshot(Box::new(loading)))?;
+        if resume {
+            guest.resume();
+        }
+        self.times.restored(asked);
+        self.life = Life::Started {
+            guest,
+            paused: !resume,
+        };
+        self.config = config;
+        Ok(())
+    }
+
+    /// `SendCtrlAltDel`.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn send_ctrl_alt_del(&mut self) -> Result<(), ControlError> {
+        Ok(self.guest()?.0.send_ctrl_alt_del()?)
+    }
+
+    /// Ends the guest: stops it, closes its disks and writes the last metrics. Every later request is refused.
+    pub fn end(&mut self) {
+        let guest = match std::mem::replace(&mut self.life, Life::Ended) {
+            Life::Started { guest, .. } => guest,
+            Life::NotStarted | Life::Ended => return,
+        };
+        let devices = guest.metrics();
+        guest.shutdown();
+        if let Some(file) = &mut self.metrics
+            && let Err(error) = file.write(&metrics::snapshot(&self.api, Some(&devices)))
+        {
+            tracing::warn!(%error, "the last metrics cannot be written");
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

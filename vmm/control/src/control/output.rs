@@ -1,0 +1,65 @@
+//! Where a guest's console, log and metrics go.
+
+use super::{Control, ControlError};
+use crate::metrics::{self, MetricsFile};
+use config::{LoggerConfig, MetricsConfig, SerialConfig, VmConfig};
+
+pub(super) fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
+    MetricsFile::open(&config.metrics_path).map_err(ControlError::Metrics)
+}
+
+impl Control {
+    /// `PUT /serial`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ControlError> {
+        self.change(|config| config.serial = Some(serial))
+    }
+
+    /// `PUT /logger`: takes effect at once.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`, `Log`.
+    pub fn set_logger(&mut self, logger: &LoggerConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        let config = VmConfig {
+            logger: Some(logger.clone()),
+            ..self.config.clone()
+        };
+        config.validate()?;
+        self.log.configure(logger)?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// `PUT /metrics`.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`, `Metrics`.
+    pub fn set_metrics(&mut self, metrics: &MetricsConfig) -> Result<(), ControlError> {
+        self.not_started()?;
+        let config = VmConfig {
+            metrics: Some(metrics.clone()),
+            ..self.config.clone()
+        };
+        config.validate()?;
+        self.metrics = Some(open_metrics(metrics)?);
+        self.config = config;
+        Ok(())
+    }
+
+    /// `FlushMetrics`: writes a line where `PUT /metrics` has said. Without, there is nothing to do, as with Firecracker.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Metrics`.
+    pub fn flush_metrics(&mut self) -> Result<(), ControlError> {
+        let devices = self.guest()?.0.metrics();
+        match &mut self.metrics {
+            Some(file) => file
+                .write(&metrics::snapshot(&self.api, Some(&devices)))
+                .map_err(ControlError::Metrics),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The control of one guest: what a user tells it and asks of it while it is there.
+//!
+//! ```text
+//! api      REST on a socket ──> Control ──> Guest (a machine, or a double in tests)
+//! console  the serial port on a terminal or a socket
+//! mmds     what the guest is told of itself
+//! metrics  counters, as lines of JSON and for Prometheus
+//! logging  what the process itself says
+//! ```
+//!
+//! [`Control`] refuses what comes in the wrong state; every request takes effect in full or changes nothing.
+
+pub mod api;
+pub mod console;
+mod control;
+pub mod logging;
+pub mod metrics;
+pub mod mmds;
+
+pub use control::*;

@@ -1,0 +1,381 @@
+//! The log: lines of text or JSON, to standard error or a file, and changes of that while it runs.
+
+mod events;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Subscriber};
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::{self, Writer};
+use tracing_subscriber::fmt::{self, FmtContext, FormatEvent, FormatFields, MakeWriter};
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::reload;
+
+use self::events::Events;
+use config::{LogLevel, LoggerConfig};
+use host::output::open_output;
+use host::terminal;
+use jail::seccomp;
+
+/// How lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// An object a line, for programs.
+    Json,
+}
+
+/// What is logged: a level, or levels by module, such as `info` or `error,control::api=debug`. Modules that are not named log at the level that
+/// stands alone, or else at `warn`.
+#[derive(Clone, Debug)]
+pub struct LogFilter(Targets);
+
+impl Default for LogFilter {
+    /// What may be wrong, and what went wrong.
+    fn default() -> Self {
+        Self(Targets::new().with_default(LevelFilter::WARN))
+    }
+}
+
+impl FromStr for LogFilter {
+    type Err = FilterError;
+
+    fn from_str(text: &str) -> Result<Self, FilterError> {
+        let mut targets = Self::default().0;
+        for part in text.split(',') {
+            let (module, level) = match part.split_once('=') {
+                Some((module, level)) => (Some(module), level),
+                None => (None, part),
+            };
+            let bad = || FilterError(part.to_owned());
+            // The parser takes numbers and nothing at all for levels, too.
+            if !level.starts_with(|c: char| c.is_ascii_alphabetic()) || module == Some("") {
+                return Err(bad());
+            }
+            let level = LevelFilter::from_str(level).map_err(|_| bad())?;
+            targets = match module {
+                Some(module) => targets.with_target(module, level),
+                None => targets.with_default(level),
+            };
+        }
+        Ok(Self(targets))
+    }
+}
+
+/// Not a filter of the log.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is not off, error, warn, info, debug or trace, nor MODULE=LEVEL")]
+pub struct FilterError(String);
+
+/// The log cannot be changed as asked.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The file cannot be opened.
+    #[error("logger.log_path: cannot open {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Nobody listens to the log any more.
+    #[error("the log cannot be changed: {0}")]
+    Reload(#[from] reload::Error),
+}
+
+/// What can be changed while the log is in use.
+#[derive(Debug)]
+struct Settings {
+    show_level: AtomicBool,
+    show_origin: AtomicBool,
+    /// Standard error where there is none.
+    file: Mutex<Option<Arc<File>>>,
+}
+
+/// The way to change the log.
+#[derive(Clone, Debug)]
+pub struct Log {
+    settings: Arc<Settings>,
+    filter: reload::Handle<Targets, Events>,
+}
+
+impl Log {
+    /// A log to standard error, and the subscriber that writes it.
+    pub fn new(filter: LogFilter, format: LogFormat) -> (Self, impl Subscriber + Send + Sync) {
+        let settings = Arc::new(Settings {
+            show_level: AtomicBool::new(true),
+            show_origin: AtomicBool::new(false),
+            file: Mutex::new(None),
+        });
+        let (filter, handle) = reload::Layer::new(filter.0);
+        let lines = Lines {
+            settings: settings.clone(),
+            format,
+        };
+        // The formatter of fields has to be JSON's for its formatter of events to be of use.
+        let output = Output(settings.clone());
+        let layer = match format {
+            LogFormat::Text => fmt::layer()
+                .with_ansi(false)
+                .event_format(lines)
+                .with_writer(output)
+                .boxed(),
+            LogFormat::Json => fmt::layer()
+                .with_ansi(false)
+                .fmt_fields(format::JsonFields::new())
+                .event_format(lines)
+                .with_writer(output)
+                .boxed(),
+        };
+        let subscriber = Events.with(filter).with(layer);
+        (
+            Self {
+                settings,
+                filter: handle,
+            },
+            subscriber,
+        )
+    }
+
+    /// Changes what `config` sets.
+    ///
+    /// # Errors
+    /// [`LogError`]; then nothing has changed.
+    pub fn configure(&self, config: &LoggerConfig) -> Result<(), LogError> {
+        let file = match &config.log_path {
+            Some(path) => Some(open_output(path).map_err(|source| LogError::File {
+                path: path.clone(),
+                source,
+            })?),
+            None => None,
+        };
+        if config.level.is_some() || config.module.is_some() {
+            // Firecracker's level where none is given.
+            let level = filter_of(config.level.unwrap_or(LogLevel::Info));
+            self.filter.reload(match &config.module {
+                Some(module) => Targets::new().with_target(module, level),
+                None => Targets::new().with_default(level),
+            })?;
+        }
+        if let Some(file) = file {
+            seccomp::log_to(file.as_raw_fd());
+            *self.settings.file.lock() = Some(Arc::new(file));
+        }
+        if let Some(show) = config.show_level {
+            self.settings.show_level.store(show, Ordering::Relaxed);
+        }
+        if let Some(show) = config.show_log_origin {
+            self.settings.show_origin.store(show, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+fn filter_of(level: LogLevel) -> LevelFilter {
+    match level {
+        LogLevel::Off => LevelFilter::OFF,
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    }
+}
+
+struct Lines {
+    settings: Arc<Settings>,
+    format: LogFormat,
+}
+
+impl<S, N> FormatEvent<S, N> for Lines
+where
+    S: Subscriber + for<'lookup> LookupSpan<'lookup>,
+    N: for<'writer> FormatFields<'writer> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> std::fmt::Result {
+        let origin = self.settings.show_origin.load(Ordering::Relaxed);
+        let format = format::format()
+            .with_level(self.settings.show_level.load(Ordering::Relaxed))
+            .with_file(origin)
+            .with_line_number(origin);
+        match self.format {
+            LogFormat::Text => format.format_event(context, writer, event),
+            LogFormat::Json => format.json().format_event(context, writer, event),
+        }
+    }
+}
+
+struct Output(Arc<Settings>);
+
+impl<'a> MakeWriter<'a> for Output {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line(self.0.file.lock().clone())
+    }
+}
+
+/// Writes a line, which comes in one piece.
+struct Line(Option<Arc<File>>);
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let written = match &self.0 {
+            Some(file) => file.as_ref().write_all(line),
+            None if terminal::is_raw() => {
+                let text = line.strip_suffix(b"\n").unwrap_or(line);
+                io::stderr().write_all(&[text, b"\r\n"].concat())
+            }
+            None => io::stderr().write_all(line),
+        };
+        // A full disk costs the line, and not the guest: who is told of it says so on standard error, and panics where that is full, too.
+        let _ = written;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logged(format: LogFormat, config: LoggerConfig, log_some: impl FnOnce()) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (log, subscriber) = Log::new(LogFilter::default(), format);
+        tracing::subscriber::with_default(subscriber, || {
+            log.configure(&LoggerConfig {
+                log_path: Some(path.clone()),
+                ..config
+            })
+            .unwrap();
+            log_some();
+        });
+        std::fs::read_to_string(&path).unwrap()
+    }
+
+    #[test]
+    fn a_line_that_cannot_be_written_costs_the_line_alone() {
+        let full = File::options().write(true).open("/dev/full");
+        let mut line = Line(Some(Arc::new(full.unwrap())));
+        assert_eq!(line.write(b"lost\n").unwrap(), 5);
+    }
+
+    #[test]
+    fn a_level_and_a_module_say_what_is_logged() {
+        let some = || {
+            tracing::info!(target: "control::api", "from the module");
+            tracing::error!(target: "storage", "from elsewhere");
+            tracing::debug!(target: "control::api", "too much");
+        };
+        let text = logged(LogFormat::Text, LoggerConfig::default(), some);
+        assert!(
+            text.contains("from elsewhere") && !text.contains("from the module"),
+            "{text}"
+        );
+        let module = Some("control".to_owned());
+        let text = logged(
+            LogFormat::Text,
+            LoggerConfig {
+                module,
+                ..LoggerConfig::default()
+            },
+            some,
+        );
+        assert!(
+            !text.contains("from elsewhere")
+                && text.contains("from the module")
+                && !text.contains("too much"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn lines_show_level_and_origin_as_asked() {
+        let config = |level, origin| LoggerConfig {
+            show_level: Some(level),
+            show_log_origin: Some(origin),
+            ..LoggerConfig::default()
+        };
+        let some = || tracing::warn!("a line");
+        let text = logged(LogFormat::Text, config(true, false), some);
+        assert!(
+            text.contains("WARN") && !text.contains("logging/mod.rs"),
+            "{text}"
+        );
+        let text = logged(LogFormat::Text, config(false, true), some);
+        assert!(
+            !text.contains("WARN") && text.contains("logging/mod.rs"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn json_is_an_object_a_line() {
+        let text = logged(LogFormat::Json, LoggerConfig::default(), || {
+            tracing::warn!(drive = "a", "two\nlines");
+        });
+        let line: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(line["level"], "WARN");
+        assert_eq!(
+            line["fields"],
+            serde_json::json!({"message": "two\nlines", "drive": "a"})
+        );
+    }
+
+    #[test]
+    fn what_a_library_logs_within_a_span_is_a_line_without_it() {
+        let text = logged(LogFormat::Text, LoggerConfig::default(), || {
+            let span = tracing::error_span!("a span", key = 1);
+            span.in_scope(|| tracing::error!("within"));
+            assert!(span.is_disabled());
+        });
+        assert!(
+            text.ends_with("within\n") && !text.contains("a span"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_changes_nothing() {
+        let (log, subscriber) = Log::new(LogFilter::default(), LogFormat::Text);
+        tracing::subscriber::with_default(subscriber, || {
+            let config = LoggerConfig {
+                log_path: Some("/nonexistent/log".into()),
+                level: Some(LogLevel::Trace),
+                ..LoggerConfig::default()
+            };
+            assert!(matches!(log.configure(&config), Err(LogError::File { .. })));
+            assert!(!tracing::enabled!(tracing::Level::INFO));
+        });
+    }
+
+    #[test]
+    fn filters_are_levels_or_modules_with_levels() {
+        for good in ["info", "OFF", "warn,control::api=debug", "storage=trace"] {
+            LogFilter::from_str(good).expect(good);
+        }
+        for bad in ["", "loud", "a=b", "coppice=info=debug"] {
+            LogFilter::from_str(bad).expect_err(bad);
+        }
+    }
+}

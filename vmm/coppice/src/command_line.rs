@@ -1,0 +1,73 @@
+//! How the programs of Coppice read their command line, and end where they cannot go on.
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use control::logging::{Log, LogFilter, LogFormat};
+use host::exit;
+
+/// Bytes of the parser's stack: enough for a build without optimization, and too few for the host to make a huge page of them.
+const PARSER_STACK: usize = 1 << 20;
+
+/// Parses the command line on a stack that goes with its thread: it is deep, and would stay with a guest's process for ever.
+pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitCode> {
+    let parsed = || {
+        let parser = std::thread::Builder::new().stack_size(PARSER_STACK);
+        let parser = parser.spawn(|| C::try_parse_from(args))?;
+        let panicked = |_| io::Error::other("it has panicked");
+        parser.join().map_err(panicked)
+    };
+    match parsed() {
+        Ok(Ok(cli)) => Ok(cli),
+        Ok(Err(error)) => Err(told_by_parser(&error)),
+        Err(error) => Err(fail(
+            exit::FAILURE,
+            format_args!("parser of arguments: {error}"),
+        )),
+    }
+}
+
+/// Says on standard error what is wrong, and gives the code to end with.
+pub fn fail(code: u8, error: impl Display) -> ExitCode {
+    // Standard error may be a file on a full disk. The code is told all the same.
+    let _ = writeln!(io::stderr(), "coppice: {error}");
+    ExitCode::from(code)
+}
+
+/// Help and version go to standard output; what is wrong is said in one line like everything else.
+fn told_by_parser(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(exit::FAILURE, error),
+        };
+    }
+    let text = error.to_string();
+    let said = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more"));
+    let said = said
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
+    fail(
+        exit::USAGE,
+        format_args!(
+            "{}; see --help",
+            said.strip_prefix("error: ").unwrap_or(&said)
+        ),
+    )
+}
+
+/// Logs what may be wrong to standard error, for a program that has no options for its log.
+///
+/// # Errors
+/// Where something else logs already: the code to end with.
+pub fn log_warnings() -> Result<(), ExitCode> {
+    let (_, subscriber) = Log::new(LogFilter::default(), LogFormat::default());
+    tracing::subscriber::set_global_default(subscriber).map_err(|error| fail(exit::FAILURE, error))
+}

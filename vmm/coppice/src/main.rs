@@ -1,0 +1,154 @@
+//! The `coppice` command.
+
+use std::env;
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{self, ExitCode};
+
+use cli::{Cli, Command, ImageCommand, RunArguments, ServeArguments, VmArguments, remote};
+use control::logging::Log;
+use coppice::command_line::{fail, log_warnings, parse};
+use coppice::run;
+use coppice::warm::{self, Warmed};
+use daemon::{serve, zygote};
+use host::{exit, heap, program};
+use machine::reference::{Size, WarmRequest};
+
+fn main() -> ExitCode {
+    heap::share();
+    begin(env::args_os().collect())
+}
+
+fn begin(words: Vec<OsString>) -> ExitCode {
+    match parse::<Cli>(words) {
+        Ok(cli) => carry_out(cli.command),
+        Err(code) => code,
+    }
+}
+
+fn carry_out(command: Command) -> ExitCode {
+    match command {
+        Command::Run(arguments) => run_guest(*arguments),
+        Command::Serve(arguments) => serve_guests(*arguments),
+        Command::Zygote { .. } => match zygote::serve() {
+            Ok(None) => ExitCode::SUCCESS,
+            Ok(Some(newborn)) => begin(newborn.args.into_iter().map(OsString::from).collect()),
+            Err(error) => fail(exit::FAILURE, format_args!("zygote: {error}")),
+        },
+        Command::Vm(arguments) => use_guests(*arguments),
+        Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
+        Command::Image(command) => make_image(command),
+        Command::Disk(_)
+        | Command::Bench(_)
+        | Command::Top(_)
+        | Command::Doctor(_)
+        | Command::Completions(_)
+        | Command::Man(_) => execute_tools(),
+    }
+}
+
+/// Becomes the program that has the tools, with the words that this one was given.
+fn execute_tools() -> ExitCode {
+    let tools = match program::beside_this(program::TOOLS) {
+        Ok(tools) => tools,
+        Err(error) => return fail(exit::FAILURE, format_args!("{}: {error}", program::TOOLS)),
+    };
+    let error = process::Command::new(&tools)
+        .args(env::args_os().skip(1))
+        .exec();
+    let hint = match error.kind() {
+        io::ErrorKind::NotFound => ": it is installed beside coppice, and has to be copied with it",
+        _ => "",
+    };
+    fail(
+        exit::FAILURE,
+        format_args!("{}: {error}{hint}", tools.display()),
+    )
+}
+
+fn run_guest(arguments: RunArguments) -> ExitCode {
+    let (log, subscriber) = Log::new(
+        arguments.log.clone().unwrap_or_default(),
+        arguments.log_format,
+    );
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    let end_file = arguments.end_file.clone();
+    let options = match arguments.into_options() {
+        Ok(options) => options,
+        Err(error) => {
+            let end = exit::EndReport {
+                code: Some(exit::USAGE),
+                ..exit::EndReport::failed(&error)
+            };
+            if let Some(Err(error)) = end_file.map(|path| end.write(&path)) {
+                tracing::error!(%error, "why the guest ended cannot be written");
+            }
+            return fail(exit::USAGE, error);
+        }
+    };
+    match run::run(options, log) {
+        Ok(reason) => ExitCode::from(&reason),
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn serve_guests(arguments: ServeArguments) -> ExitCode {
+    let (_, subscriber) = Log::new(arguments.log.clone(), arguments.log_format);
+    if let Err(error) = tracing::subscriber::set_global_default(subscriber) {
+        return fail(exit::FAILURE, error);
+    }
+    let options = match arguments.into_options() {
+        Ok(options) => options,
+        Err(error) => return fail(exit::FAILURE, error),
+    };
+    match serve::run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(exit::FAILURE, error),
+    }
+}
+
+fn outcome(done: Result<(), remote::RemoteError>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(error.code(), error),
+    }
+}
+
+fn use_guests(arguments: VmArguments) -> ExitCode {
+    outcome(remote::run(arguments))
+}
+
+fn make_image(command: ImageCommand) -> ExitCode {
+    if let Err(code) = log_warnings() {
+        return code;
+    }
+    let warmed = match command {
+        ImageCommand::Warm {
+            kernel,
+            cmdline,
+            cpus,
+            mem,
+            share_domain,
+        } => warm::warm(&WarmRequest {
+            kernel,
+            cmdline,
+            size: Size {
+                vcpus: cpus,
+                mem_mib: mem.0,
+            },
+            domain: share_domain,
+        })
+        .map(Some),
+        ImageCommand::WarmWhenTold => warm::warm_when_told(),
+    };
+    match warmed {
+        Ok(Some(Warmed::Kept(path))) => println!("{} is there", path.display()),
+        Ok(Some(Warmed::Made { path, pages })) => println!("{}: {pages} pages", path.display()),
+        Ok(None) => {}
+        Err(error) => return fail(exit::FAILURE, error),
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,664 @@
+//! Snapshots of a tiny guest, loaded by another process: with its memory from files, and from a page-fault handler.
+
+#![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
+
+#[path = "../../machine/tests/page_server/mod.rs"]
+mod page_server;
+#[path = "serve/mod.rs"]
+mod serve;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+
+use page_server::Handler;
+use serde_json::{Value, json};
+use serve::daemon::{PATIENCE, call, coppice, until};
+use serve::kernel;
+
+const PAGE: usize = 4096;
+
+/// A guest's process. Killed when dropped.
+struct Guest {
+    child: Child,
+    folder: PathBuf,
+}
+
+impl Guest {
+    /// `coppice run`, with its sockets in `folder`.
+    fn start(folder: &Path, arguments: &[&str]) -> Self {
+        fs::create_dir(folder).unwrap();
+        let child = coppice()
+            .arg("run")
+            .args(arguments)
+            .arg("--api-sock")
+            .arg(folder.join("api.sock"))
+            .arg("--console-sock")
+            .arg(folder.join("console.sock"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(folder.join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let guest = Self {
+            child,
+            folder: folder.to_owned(),
+        };
+        until("the guest's process answers", || {
+            guest.try_call("GET", "/", None).is_some()
+        });
+        guest
+    }
+
+    fn try_call(&self, method: &str, path: &str, body: Option<&Value>) -> Option<(u16, Value)> {
+        call(&self.folder.join("api.sock"), method, path, body)
+    }
+
+    fn put(&self, path: &str, body: &Value) -> (u16, Value) {
+        let answer = self.try_call("PUT", path, Some(body));
+        answer.unwrap_or_else(|| panic!("{}", self.log()))
+    }
+
+    fn set_state(&self, state: &str) {
+        let body = json!({"state": state});
+        assert_eq!(self.try_call("PATCH", "/vm", Some(&body)).unwrap().0, 204);
+    }
+
+    /// Saves it, paused, as `name`.
+    fn save(&self, name: &str, kind: &str) -> (u16, Value) {
+        let file = |end: &str| self.folder.join(format!("{name}.{end}"));
+        let body = json!({
+            "snapshot_type": kind, "snapshot_path": file("state"), "mem_file_path": file("memory"),
+        });
+        self.put("/snapshot/create", &body)
+    }
+
+    /// It runs, and answers on its console.
+    fn echoes(&self) {
+        self.answers(b'z', b'z');
+    }
+
+    /// It prints the one when the other is typed.
+    fn answers(&self, key: u8, expected: u8) {
+        let mut console = UnixStream::connect(self.folder.join("console.sock")).unwrap();
+        console.set_read_timeout(Some(PATIENCE)).unwrap();
+        console.write_all(&[key]).unwrap();
+        let mut byte = [0];
+        while byte != [expected] {
+            let len = console.read(&mut byte);
+            assert_eq!(len.ok(), Some(1), "{}", self.log());
+        }
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.folder.join("log")).unwrap()
+    }
+
+    /// Waits for its end; its exit code and what it has said.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let mut code = None;
+        until("the guest's process ends", || {
+            code = self.child.try_wait().unwrap();
+            code.is_some()
+        });
+        (code.unwrap().code(), self.log())
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A folder with the snapshot of a guest, whose initrd has bytes that nobody can guess.
+struct Saved(tempfile::TempDir);
+
+impl Saved {
+    fn new(arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        kernel::write(&folder.path().join("kernel"));
+        Self::of(folder, arguments, Guest::echoes)
+    }
+
+    /// Of a guest that has done something.
+    fn of(folder: tempfile::TempDir, arguments: &[&str], done: impl FnOnce(&Guest)) -> Self {
+        let path = |name: &str| folder.path().join(name);
+        let mut initrd = vec![0; 64 * PAGE];
+        fs::File::open("/dev/urandom")
+            .unwrap()
+            .read_exact(&mut initrd)
+            .unwrap();
+        fs::write(path("initrd"), initrd).unwrap();
+        let (kernel, initrd) = (path("kernel"), path("initrd"));
+        let mut all = vec!["--kernel", kernel.to_str().unwrap()];
+        all.extend([
+            "--initrd",
+            initrd.to_str().unwrap(),
+            "--mem",
+            "16M",
+            "--share",
+            "off",
+        ]);
+        all.extend(arguments);
+        let guest = Guest::start(&path("saved"), &all);
+        done(&guest);
+        guest.set_state("Paused");
+        let (status, answer) = guest.save("full", "Full");
+        assert_eq!(status, 204, "{answer}");
+        drop(guest);
+        Self(folder)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn state(&self) -> String {
+        let path = self.path("saved/full.state");
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn memory(&self) -> PathBuf {
+        self.path("saved/full.memory")
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.path("uffd.sock")
+    }
+
+    fn handler(&self) -> Handler {
+        Handler::start(&self.socket(), &self.memory())
+    }
+
+    /// Loads it as the guest `name`, with its memory from the handler.
+    fn served(&self, name: &str, options: &str) -> Guest {
+        let restore = format!("{},uffd={}{options}", self.state(), self.socket().display());
+        Guest::start(&self.path(name), &["--restore", &restore])
+    }
+
+    /// `coppice run --restore` that is refused, with these options; what it says.
+    fn refused(&self, options: &str) -> String {
+        let output = coppice()
+            .args(["run", "--restore", &format!("{}{options}", self.state())])
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        said
+    }
+}
+
+/// Pages of two memory files that differ.
+fn differences(one: &Path, other: &Path) -> usize {
+    let (one, other) = (fs::read(one).unwrap(), fs::read(other).unwrap());
+    assert_eq!(one.len(), other.len());
+    let pages = one.chunks(PAGE).zip(other.chunks(PAGE));
+    pages.filter(|(one, other)| one != other).count()
+}
+
+#[test]
+fn a_guest_goes_on_with_memory_from_a_handler_and_can_be_saved_as_a_whole() {
+    let saved = Saved::new(&[]);
+    let handler = saved.handler();
+    let guest = saved.served("b", "");
+    guest.echoes();
+    let given = handler.seen(|seen| seen.given.len());
+    assert!((1..100).contains(&given), "{given} pages");
+    guest.set_state("Paused");
+    let (status, why) = guest.save("diff", "Diff");
+    let why = why["fault_message"].as_str().unwrap().to_owned();
+    assert_eq!(status, 400);
+    assert!(why.contains("page-fault handler"), "{why}");
+    assert_eq!(guest.save("full", "Full").0, 204);
+    // But for the number of its generation.
+    assert_eq!(
+        differences(&saved.memory(), &saved.path("b/full.memory")),
+        1
+    );
+    guest.set_state("Resumed");
+    guest.echoes();
+    drop(guest);
+    let restore = saved.path("b/full.state");
+    let again = Guest::start(&saved.path("c"), &["--restore", restore.to_str().unwrap()]);
+    again.echoes();
+}
+
+#[test]
+fn with_dirty_pages_tracked_it_goes_on_from_the_file_and_needs_the_handler_no_more() {
+    let saved = Saved::new(&[]);
+    let mut handler = saved.handler();
+    let guest = Guest::start(&saved.path("b"), &[]);
+    let load = json!({
+        "snapshot_path": saved.state(), "track_dirty_pages": true, "resume_vm": true,
+        "mem_backend": {"backend_type": "Uffd", "backend_path": saved.socket()},
+    });
+    assert_eq!(guest.put("/snapshot/load", &load).0, 204);
+    guest.echoes();
+    guest.set_state("Paused");
+    assert_eq!(guest.save("full", "Full").0, 204);
+    handler.die();
+    assert_eq!(guest.save("diff", "Diff").0, 204);
+    guest.set_state("Resumed");
+    guest.echoes();
+    drop(guest);
+    let restore = saved.path("b/diff.state");
+    let again = Guest::start(&saved.path("c"), &["--restore", restore.to_str().unwrap()]);
+    again.echoes();
+}
+
+/// What the guest says when its handler has gone.
+fn ends_with_a_report(mut guest: Guest, saved: &Saved) {
+    let (code, said) = guest.end();
+    let expected = format!(
+        "coppice: the page-fault handler at {} has closed its connection: the guest ends",
+        saved.socket().display()
+    );
+    assert_eq!(code, Some(1), "{said}");
+    let reports = said.lines().filter(|line| line.starts_with(&expected));
+    assert_eq!(reports.count(), 1, "{said}");
+}
+
+#[test]
+fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_or_not() {
+    let saved = Saved::new(&[]);
+    for case in ["runs", "waits", "stuck"] {
+        let _ = fs::remove_file(saved.socket());
+        let mut handler = saved.handler();
+        let guest = saved.served(case, if case == "waits" { ",paused" } else { "" });
+        if case != "waits" {
+            guest.echoes();
+        }
+        match case {
+            "runs" => {}
+            // A vCPU wants its first page.
+            "waits" => {
+                handler.fall_silent();
+                guest.set_state("Resumed");
+            }
+            // A thread of the host wants one, with the lock of all requests, and never lets go.
+            _ => {
+                guest.set_state("Paused");
+                handler.fall_silent();
+                let api = guest.folder.join("api.sock");
+                let body = json!({"snapshot_path": guest.folder.join("s"), "mem_file_path": guest.folder.join("m")});
+                std::thread::spawn(move || call(&api, "PUT", "/snapshot/create", Some(&body)));
+                // The memory file has no name before it is whole.
+                let descriptors = format!("/proc/{}/fd", guest.child.id());
+                let nameless = |entry: fs::DirEntry| {
+                    let file = fs::read_link(entry.path()).unwrap_or_default();
+                    file.starts_with(&guest.folder) && file.to_string_lossy().ends_with("(deleted)")
+                };
+                until("memory is read", || {
+                    let mut open = fs::read_dir(&descriptors).unwrap().flatten();
+                    open.any(nameless)
+                });
+            }
+        }
+        handler.die();
+        ends_with_a_report(guest, &saved);
+    }
+}
+
+#[test]
+fn a_handler_that_is_not_there_is_named_and_the_process_can_load_later() {
+    let saved = Saved::new(&[]);
+    let socket = saved.socket();
+    let said = saved.refused(&format!(",uffd={}", socket.display()));
+    assert!(
+        said.contains(socket.to_str().unwrap()) && said.contains("start it first"),
+        "{said}"
+    );
+    let guest = Guest::start(&saved.path("b"), &[]);
+    let load = json!({
+        "snapshot_path": saved.state(), "resume_vm": true,
+        "mem_backend": {"backend_type": "Uffd", "backend_path": socket},
+    });
+    let (status, why) = guest.put("/snapshot/load", &load);
+    assert_eq!(status, 400, "{why}");
+    assert!(why.to_string().contains("uffd.sock"), "{why}");
+    let _handler = saved.handler();
+    assert_eq!(guest.put("/snapshot/load", &load).0, 204);
+    guest.echoes();
+}
+
+#[test]
+fn a_jailed_guest_has_its_handler_from_before_the_jail() {
+    let saved = Saved::new(&[]);
+    let _handler = saved.handler();
+    let restore = format!("{},uffd={}", saved.state(), saved.socket().display());
+    let guest = Guest::start(&saved.path("b"), &["--restore", &restore, "--jail"]);
+    guest.echoes();
+    assert_eq!(guest.log(), "");
+}
+
+#[test]
+fn a_jailed_guest_that_is_told_later_needs_the_device_and_the_socket_in_its_jail() {
+    let saved = Saved::new(&[]);
+    let _handler = saved.handler();
+    let folder = saved.path("saved").to_str().unwrap().to_owned();
+    let load = json!({
+        "snapshot_path": saved.state(), "resume_vm": true,
+        "mem_backend": {"backend_type": "Uffd", "backend_path": saved.socket()},
+    });
+    let mut jail = format!("allow={folder}");
+    let mut load_in = |name: &str, more: &str| {
+        jail += more;
+        let guest = Guest::start(&saved.path(name), &["--jail", &jail]);
+        let (status, why) = guest.put("/snapshot/load", &load);
+        (guest, status, why.to_string())
+    };
+    let (_, status, why) = load_in("b", "");
+    assert!(status == 400 && why.contains("allow="), "{why}");
+    let socket = format!(",allow={}", saved.socket().display());
+    let (_, status, why) = load_in("c", &socket);
+    assert!(
+        status == 400 && why.contains("allow=/dev/userfaultfd"),
+        "{why}"
+    );
+    // The handler has seen that one go, and is done.
+    fs::remove_file(saved.socket()).unwrap();
+    let _handler = saved.handler();
+    let (guest, status, why) = load_in("d", ",allow=/dev/userfaultfd");
+    assert_eq!((status, &*why), (204, "null"), "{}", guest.log());
+    guest.echoes();
+}
+
+/// A folder with the kernel that has memory that is a disk, and a disk.
+fn with_disk(name: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    kernel::write_of_pmem(&folder.path().join("kernel"));
+    let disk = folder.path().join(name);
+    if name == "d.raw" {
+        fs::write(&disk, vec![0; 8 << 20]).unwrap();
+        return folder;
+    }
+    let made = coppice()
+        .args(["disk", "create", disk.to_str().unwrap(), "--size", "8M"])
+        .status();
+    assert!(made.unwrap().success());
+    folder
+}
+
+/// Saves a guest that has written `a` to memory that is a disk, and has flushed nothing.
+fn with_pmem(name: &str) -> Saved {
+    let folder = with_disk(name);
+    let disk = folder.path().join(name).display().to_string();
+    Saved::of(
+        folder,
+        &["--pmem", &format!("{disk},rw,id=data")],
+        |guest| {
+            guest.answers(b'a', b'a');
+            guest.answers(b'g', b'a');
+        },
+    )
+}
+
+#[test]
+fn what_a_guest_wrote_to_memory_that_is_a_disk_is_there_when_it_goes_on_as_its_ram_has_it() {
+    for name in ["d.vhdx", "d.raw"] {
+        let saved = with_pmem(name);
+        let guest = Guest::start(&saved.path("b"), &["--restore", &saved.state()]);
+        guest.answers(b'g', b'a');
+        guest.answers(b'm', b'a');
+        // Saved again, with more, and loaded from another place.
+        guest.answers(b'b', b'b');
+        guest.set_state("Paused");
+        let (status, why) = guest.save("full", "Diff");
+        assert_eq!(status, 204, "{why}");
+        drop(guest);
+        let moved = saved.path(&format!("moved-{name}"));
+        fs::rename(saved.path(name), &moved).unwrap();
+        let state = saved.path("b/full.state").display().to_string();
+        let restore = format!("{state},disk.data={}", moved.display());
+        let guest = Guest::start(&saved.path("c"), &["--restore", &restore]);
+        guest.answers(b'g', b'b');
+        guest.answers(b'm', b'b');
+        drop(guest);
+        // What is older goes with the disk as it was then.
+        let old = saved.refused(&format!(",disk.data={}", moved.display()));
+        assert!(old.contains("pmem data: its disk was"), "{old}");
+        let missing = saved.refused("");
+        assert!(missing.contains(name), "{missing}");
+    }
+}
+
+#[test]
+fn a_clone_writes_to_a_child_of_the_disk_and_others_can_be_made() {
+    let saved = with_pmem("d.vhdx");
+    for name in ["b", "c"] {
+        let child = saved.path(&format!("{name}.vhdx"));
+        let restore = format!("{},clone.data={}", saved.state(), child.display());
+        let guest = Guest::start(&saved.path(name), &["--restore", &restore]);
+        guest.answers(b'g', b'a');
+        guest.answers(b'b', b'b');
+        guest.answers(b'g', b'b');
+    }
+}
+
+#[test]
+fn memory_that_is_a_disk_and_has_changed_is_refused() {
+    let folder = with_disk("d.raw");
+    let disk = folder.path().join("d.raw");
+    let argument = format!("{},ro,id=data", disk.display());
+    let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
+        // Its writes are dropped.
+        guest.answers(b'a', b'a');
+        guest.answers(b'g', 0);
+    });
+    let guest = Guest::start(&saved.path("b"), &["--restore", &saved.state()]);
+    guest.answers(b'm', b'a');
+    drop(guest);
+    fs::write(&disk, vec![1; 8 << 20]).unwrap();
+    let changed = saved.refused("");
+    assert!(
+        changed.contains("pmem data: its disk was a raw disk"),
+        "{changed}"
+    );
+}
+
+#[test]
+fn what_a_guest_wrote_to_its_copy_of_a_disk_is_saved_with_it_and_the_disk_stays_as_it_was() {
+    for name in ["d.vhdx", "d.raw"] {
+        let folder = with_disk(name);
+        let disk = folder.path().join(name);
+        let before = fs::read(&disk).unwrap();
+        let argument = format!("{},cow,id=data", disk.display());
+        let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
+            guest.answers(b'a', b'a');
+        });
+        // RAM, and the one page.
+        let len = fs::metadata(saved.memory()).unwrap().len();
+        assert_eq!(len, (16 << 20) + PAGE as u64);
+        // Side by side, with no disk of their own.
+        let load = |name: &str, state: &str| Guest::start(&saved.path(name), &["--restore", state]);
+        let (one, other) = (load("b", &saved.state()), load("c", &saved.state()));
+        one.answers(b'g', b'a');
+        one.answers(b'b', b'b');
+        other.answers(b'g', b'a');
+        // As it was loaded, and as it was written since; also as a difference.
+        for (guest, kind, expected) in [(&other, "Diff", b'a'), (&one, "Diff", b'b')] {
+            guest.set_state("Paused");
+            let (status, why) = guest.save("again", kind);
+            assert_eq!(status, 204, "{why}");
+            let state = guest.folder.join("again.state").display().to_string();
+            let name = format!("of-{}", char::from(expected));
+            let again = load(&name, &state);
+            again.answers(b'g', expected);
+            again.answers(b'm', expected);
+        }
+        drop((one, other));
+        assert!(fs::read(&disk).unwrap() == before);
+    }
+}
+
+#[test]
+fn a_copy_of_a_disk_that_is_damaged_or_not_in_a_file_is_refused() {
+    let folder = with_disk("d.raw");
+    let disk = folder.path().join("d.raw").display().to_string();
+    let argument = format!("{disk},cow,id=data");
+    let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
+        guest.answers(b'a', b'a');
+    });
+    let handler = saved.refused(&format!(",uffd={}", saved.socket().display()));
+    assert!(
+        handler.contains("pmem data") && handler.contains("RAM alone"),
+        "{handler}"
+    );
+    let memory = fs::File::options()
+        .write(true)
+        .open(saved.memory())
+        .unwrap();
+    memory.write_all_at(b"!", (16 << 20) + 5).unwrap();
+    let damaged = saved.refused("");
+    assert!(
+        damaged.contains("full.memory is damaged: the checksum of its bytes from 0x1000000 on"),
+        "{damaged}"
+    );
+    memory.set_len(16 << 20).unwrap();
+    let cut = saved.refused(",trust");
+    assert!(
+        cut.contains("ends after 16777216 of 16781312 bytes"),
+        "{cut}"
+    );
+}
+
+#[test]
+fn a_loaded_guest_has_the_vsock_device_that_it_had_with_another_socket_and_identifier() {
+    let folder = tempfile::tempdir().unwrap();
+    kernel::write(&folder.path().join("kernel"));
+    let first = folder.path().join("v");
+    let vsock = format!("9,path={}", first.display());
+    let saved = Saved::of(folder, &["--vsock", &vsock], |guest| {
+        guest.echoes();
+        let config = guest.try_call("GET", "/vm/config", None).unwrap().1;
+        assert_eq!(config["vsock"]["guest_cid"], 9);
+    });
+    let second = saved.path("w");
+    let (state, socket) = (saved.state(), second.display());
+    let restore = format!("{state},vsock={socket},cid=10");
+    let metadata = saved.path("metadata.json");
+    fs::write(&metadata, r#"{"name": "second"}"#).unwrap();
+    let loaded = Guest::start(
+        &saved.path("loaded"),
+        &[
+            "--restore",
+            &restore,
+            "--metadata",
+            metadata.to_str().unwrap(),
+        ],
+    );
+    loaded.echoes();
+    assert!(second.exists() && first.exists());
+    let config = loaded.try_call("GET", "/vm/config", None).unwrap().1;
+    assert_eq!(
+        config["vsock"],
+        json!({"guest_cid": 10, "uds_path": second})
+    );
+    let told = loaded.try_call("GET", "/mmds", None).unwrap().1;
+    assert_eq!(told, json!({"name": "second"}));
+
+    // By REST, as Firecracker has it.
+    let empty = Guest::start(&saved.path("empty"), &[]);
+    let third = saved.path("x");
+    let body = json!({
+        "snapshot_path": saved.state(), "mem_file_path": saved.memory(), "resume_vm": true,
+        "vsock_override": {"uds_path": third},
+    });
+    let (status, answer) = empty.put("/snapshot/load", &body);
+    assert_eq!(status, 204, "{answer}");
+    empty.echoes();
+    assert!(third.exists());
+
+    // A socket that another guest has is not taken from it.
+    let said = saved.refused(&format!(",vsock={socket}"));
+    assert!(said.contains("another process listens there"), "{said}");
+    let plain = Saved::new(&[]);
+    let said = plain.refused(",cid=5");
+    assert!(said.contains("no vsock device"), "{said}");
+}
+
+#[test]
+fn the_vsock_socket_of_a_jailed_guest_is_made_before_or_where_it_is_allowed_and_goes_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    kernel::write(&folder.path().join("kernel"));
+    let called = |socket: &str| {
+        let mut caller = UnixStream::connect(socket).unwrap();
+        caller.write_all(b"CONNECT 1\n").unwrap();
+        // This guest has no driver.
+        caller.read(&mut [0; 8]).unwrap()
+    };
+    for name in ["v", "w", "later"] {
+        fs::create_dir(path(name)).unwrap();
+    }
+    let socket = path("v/sock");
+    let kernel = path("kernel");
+    let mut guest = Guest::start(
+        &folder.path().join("before"),
+        &[
+            "--kernel",
+            &kernel,
+            "--mem",
+            "16M",
+            "--share",
+            "off",
+            "--jail",
+            "--vsock",
+            &format!("path={socket}"),
+        ],
+    );
+    guest.echoes();
+    assert_eq!(called(&socket), 0);
+    let pid = rustix::process::Pid::from_child(&guest.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let (code, log) = guest.end();
+    assert_eq!(code, Some(143), "{log}");
+    assert!(!Path::new(&socket).exists(), "{log}");
+
+    // So does that of one that is never started.
+    let mut waiting = Guest::start(
+        &folder.path().join("waiting"),
+        &[
+            "--kernel",
+            &kernel,
+            "--no-start",
+            "--vsock",
+            &format!("path={socket}"),
+        ],
+    );
+    assert!(Path::new(&socket).exists());
+    let pid = rustix::process::Pid::from_child(&waiting.child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(waiting.end().0, Some(143));
+    assert!(!Path::new(&socket).exists());
+
+    let (allowed, not) = (path("later"), path("w/sock"));
+    let jail = format!("allow={allowed},allow={kernel}");
+    let guest = Guest::start(&folder.path().join("told"), &["--jail", &jail]);
+    let source = json!({"kernel_image_path": kernel});
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 16});
+    for (path, body) in [
+        ("/boot-source", source),
+        ("/machine-config", machine),
+        ("/sharing", json!({"mode": "off"})),
+        ("/vsock", json!({"guest_cid": 3, "uds_path": not})),
+    ] {
+        assert_eq!(guest.put(path, &body).0, 204, "{path}");
+    }
+    let start = json!({"action_type": "InstanceStart"});
+    let (status, why) = guest.put("/actions", &start);
+    assert!(status == 400 && why.to_string().contains("w/sock"), "{why}");
+    let later = format!("{allowed}/sock");
+    guest.put("/vsock", &json!({"guest_cid": 3, "uds_path": later}));
+    let (status, why) = guest.put("/actions", &start);
+    assert_eq!(status, 204, "{why}");
+    guest.echoes();
+    assert_eq!(called(&later), 0);
+}

@@ -1,0 +1,214 @@
+//! Why a request is not done, and how that is said: the status code, and a `fault_message` as the guests' own API has it.
+
+use std::io;
+
+use axum::Json;
+use axum::http::{Method, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::admission::Refusal;
+use super::status::State;
+use config::ConfigError;
+
+/// A request that is not done.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The body is not of the expected shape.
+    #[error("the body of the request: {0}")]
+    Json(#[from] serde_json::Error),
+    /// The body cannot be read, or is too long.
+    #[error("the body of the request: {1}")]
+    Body(StatusCode, String),
+    /// The query is not of the expected shape.
+    #[error("the query of the request: {0}")]
+    Query(String),
+    /// The guest's configuration cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A value cannot be.
+    #[error("{field}: {value:.80?} is not {expected}")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        expected: &'static str,
+    },
+    /// The path of a socket would be longer than the host allows.
+    #[error(
+        "id: {0:?} is too long for the state folder: the paths of its sockets would have more than 107 bytes"
+    )]
+    LongPath(String),
+    /// The guest ended before it had begun.
+    #[error("the guest could not start: {0}")]
+    DidNotStart(String),
+    /// The caller may not.
+    #[error("user {0} may not call this daemon; see --allow-uid and --socket-group")]
+    Forbidden(u32),
+    /// Only to be read here.
+    #[error("this address is for reading alone: use the socket")]
+    ReadOnly,
+    /// No such guest.
+    #[error("there is no guest {0:.80}")]
+    NoVm(String),
+    /// No such image.
+    #[error("there is no image {0:.80}")]
+    NoImage(String),
+    /// A snapshot that nobody has made room for.
+    #[error(
+        "a guest of the daemon goes on from a template: POST /vms with \"template\" makes it, or use coppice run --restore"
+    )]
+    LoadsTemplates,
+    /// No such template.
+    #[error("there is no template {0:.80}")]
+    NoTemplate(String),
+    /// The name of a template is taken.
+    #[error("there is a template {0} already")]
+    TemplateExists(String),
+    /// Something needs the template.
+    #[error("template {template} is used by {by}: delete that first")]
+    TemplateUsed {
+        /// The template.
+        template: String,
+        /// What uses it.
+        by: String,
+    },
+    /// What a disk would be merged into is a template's.
+    #[error(
+        "the disk of {drive} stands on that of template {template}, which its clones need as it is: delete the template first"
+    )]
+    OnTemplate {
+        /// The drive.
+        drive: String,
+        /// The template.
+        template: String,
+    },
+    /// No such thing.
+    #[error("there is nothing at {1:.200} for {0}")]
+    NoPath(Method, String),
+    /// Not for that method.
+    #[error("{0} is not for {1:.200}")]
+    Method(Method, String),
+    /// The name is taken.
+    #[error("there is a guest {0} already, made otherwise")]
+    Exists(String),
+    /// Not in this state.
+    #[error("guest {id} is {state}: {advice}")]
+    WrongState {
+        /// The guest.
+        id: String,
+        /// Its state.
+        state: State,
+        /// What to do first.
+        advice: &'static str,
+    },
+    /// A guest needs the image.
+    #[error("image {image} is used by guest {vm}: delete that first")]
+    ImageUsed {
+        /// The image.
+        image: String,
+        /// One of its guests.
+        vm: String,
+    },
+    /// The host has no room for the guest.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// All users of the range have a guest.
+    #[error("every user from {first} to {last} has a guest already: see --jail uids=")]
+    NoUser {
+        /// The first.
+        first: u32,
+        /// The last.
+        last: u32,
+    },
+    /// Another guest has the identifier.
+    #[error("vsock.guest_cid: another guest has {0}: leave it out, and one is made up")]
+    CidTaken(u32),
+    /// The state folder.
+    #[error("the state folder: {0}")]
+    Store(io::Error),
+    /// The host starts no process.
+    #[error("the process of the guest cannot be started: {0}")]
+    Spawn(io::Error),
+    /// The guest's process has too many requests in hand.
+    #[error("guest {0} has too many requests in hand: try again")]
+    Busy(String),
+    /// The guest's process does not answer.
+    #[error("the process of guest {0} cannot be asked: {1}")]
+    Unreachable(String, String),
+    /// The guest's process does not answer in time.
+    #[error("the process of guest {0} does not answer")]
+    Silent(String),
+    /// The guest's process cannot be ended.
+    #[error("the process of guest {0} does not end, even when killed: it waits for the host")]
+    Unkillable(String),
+    /// The guest's process refuses.
+    #[error("{1}")]
+    Guest(StatusCode, String),
+    /// The daemon itself.
+    #[error("the daemon failed: {0}")]
+    Internal(String),
+}
+
+/// What a refused request is answered.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct FaultBody {
+    /// Why, for people.
+    pub fault_message: String,
+}
+
+impl Fault {
+    /// The status code.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Body(status, _) | Self::Guest(status, _) => *status,
+            Self::Json(_)
+            | Self::Query(_)
+            | Self::Config(_)
+            | Self::Invalid { .. }
+            | Self::LongPath(_) => StatusCode::BAD_REQUEST,
+            Self::DidNotStart(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Forbidden(_) | Self::ReadOnly => StatusCode::FORBIDDEN,
+            Self::NoVm(_) | Self::NoImage(_) | Self::NoTemplate(_) | Self::NoPath(..) => {
+                StatusCode::NOT_FOUND
+            }
+            Self::Method(..) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Exists(_)
+            | Self::CidTaken(_)
+            | Self::TemplateExists(_)
+            | Self::LoadsTemplates
+            | Self::WrongState { .. }
+            | Self::ImageUsed { .. }
+            | Self::TemplateUsed { .. }
+            | Self::OnTemplate { .. } => StatusCode::CONFLICT,
+            Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
+            Self::Store(error) | Self::Spawn(error)
+                if error.kind() == io::ErrorKind::StorageFull =>
+            {
+                StatusCode::INSUFFICIENT_STORAGE
+            }
+            Self::Store(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Spawn(_) | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Unreachable(..) => StatusCode::BAD_GATEWAY,
+            Self::Silent(_) | Self::Unkillable(_) => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+}
+
+impl IntoResponse for Fault {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        if status.is_server_error() && !matches!(self, Self::Refused(_) | Self::NoUser { .. }) {
+            tracing::warn!(fault = %self, "a request failed");
+        } else {
+            tracing::debug!(fault = %self, "a request is refused");
+        }
+        let body = FaultBody {
+            fault_message: self.to_string(),
+        };
+        (status, Json(body)).into_response()
+    }
+}

@@ -1,0 +1,563 @@
+//! The jails of guests' processes: who they are on the host, which control group they are in, and what they may write to.
+//!
+//! ```text
+//! vm.json has the user and the group ──> about to run: control group made ──> folder given ──> process held, joins, is jailed
+//! process gone ──> control group removed ──> folder removed
+//! ```
+//!
+//! So whatever a jail takes of the host is told by a folder that is there as long: the next daemon finds and removes it.
+//!
+//! A guest's folder belongs to the daemon, and to the group of the guest; it is sticky. The process makes and removes files of its own there, and can
+//! neither read, nor replace, nor remove the daemon's records beside them. Nothing that lies in that folder under another name is followed or
+//! trusted: see `store`, `proxy`.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{
+    AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, open, openat,
+};
+use rustix::process::geteuid;
+use rustix::thread::{CapabilitySet, capabilities};
+use serde::{Deserialize, Serialize};
+
+use super::Daemon;
+use super::fault::Fault;
+use super::pending::is_whole;
+use super::store::named;
+use super::vm::Vm;
+use jail::{CgroupConfig, cgroup_root};
+
+/// Users of guests where none are named: numbers that neither distributions, nor systemd, nor containers hand out
+/// (systemd's UIDS-GIDS.md: 1879048192 to 2147483647 are unused).
+pub const UIDS: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
+/// Memory of a guest's group beyond its RAM: a part of that for page tables, and this for the process and the disks' pages in the cache.
+const MARGIN: u64 = 64 << 20;
+const MARGIN_PART: u64 = 16;
+/// Files of a guest's folder that are the daemon's own, also under the names that they are written by.
+const RECORDS: [&str; 5] = ["vm.json", "config.json", "pid.json", "metadata.json", "log"];
+
+/// How guests are jailed: `coppice serve --jail`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JailPolicy {
+    /// Users that guests become, one each. [`UIDS`] where absent, for a daemon of root's.
+    pub uids: Option<RangeInclusive<u32>>,
+    /// The control group below which each guest has its own.
+    pub cgroup: Option<PathBuf>,
+    /// Percent of a core for each guest.
+    pub cpu: Option<u32>,
+    /// Processes and threads of each guest.
+    pub pids: Option<u32>,
+    /// Files and folders that all guests may open and write to, as far as their users may.
+    pub allow: Vec<PathBuf>,
+    /// A layer that cannot be had is an error.
+    pub require_all: bool,
+}
+
+/// What the jail of a guest takes of the host, from its making to its deletion.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Jailed {
+    /// The user and group of the process; the daemon's where absent.
+    #[serde(default)]
+    pub uid: Option<u32>,
+    /// Its control group, below the root of the hierarchy.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
+}
+
+impl Jailed {
+    /// Its control group, if it has one, without the limits.
+    pub fn cgroup(&self) -> Option<CgroupConfig> {
+        let name = self.cgroup.clone()?;
+        Some(CgroupConfig {
+            name,
+            ..CgroupConfig::default()
+        })
+    }
+}
+
+/// The jails of all guests.
+#[derive(Debug)]
+pub struct Jails {
+    policy: Option<JailPolicy>,
+    /// Whether groups can limit memory here.
+    limits_memory: bool,
+    /// Users of guests that are there, but cannot be understood.
+    reserved: Mutex<BTreeSet<u32>>,
+}
+
+/// Where a guest of this name begins to look for a user, 0 to `last`: at the same one each time, so that its disks can be made that user's before it is
+/// made, or made again. (FNV-1a, which stays the same.)
+fn place(id: &str, last: u32) -> u32 {
+    let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    (hash % (u64::from(last) + 1)) as u32
+}
+
+fn invalid(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+/// Whether a map of users or groups of a namespace (`user_namespaces(7)`) has all of a range.
+fn maps(map: &str, wanted: &RangeInclusive<u32>) -> bool {
+    map.lines().any(|line| {
+        let numbers: Vec<u64> = line.split_whitespace().flat_map(str::parse).collect();
+        matches!(numbers[..], [first, _, count] if first <= u64::from(*wanted.start())
+            && u64::from(*wanted.end()) < first + count)
+    })
+}
+
+/// Whether root may have processes be these users here.
+///
+/// # Errors
+/// Why not.
+fn has_users(wanted: &RangeInclusive<u32>) -> io::Result<()> {
+    let (first, last) = (wanted.start(), wanted.end());
+    for path in ["/proc/self/uid_map", "/proc/self/gid_map"] {
+        if !maps(&fs::read_to_string(path)?, wanted) {
+            let why = format!("{path} has no {first}-{last} here: see uids=");
+            return Err(io::Error::other(why));
+        }
+    }
+    let needed = CapabilitySet::SETUID | CapabilitySet::SETGID | CapabilitySet::CHOWN;
+    if !capabilities(None)?.effective.contains(needed) {
+        return Err(io::Error::other(
+            "it takes CAP_SETUID, CAP_SETGID and CAP_CHOWN",
+        ));
+    }
+    Ok(())
+}
+
+/// The daemon's own group, below the root of the hierarchy.
+fn own_group() -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    Some(path.into())
+}
+
+/// A group with processes in it hands no limits on to those below it. Where the daemon is in one above its guests', as a service with a delegated group
+/// is, it moves into one beside theirs.
+fn make_way(root: &Path, parent: &Path) -> io::Result<()> {
+    let Some(own) = own_group().filter(|own| !own.as_os_str().is_empty()) else {
+        return Ok(());
+    };
+    let parent = parent.strip_prefix("/").unwrap_or(parent);
+    if !parent.starts_with(&own) {
+        return Ok(());
+    }
+    let group = CgroupConfig {
+        name: own.join("daemon"),
+        ..CgroupConfig::default()
+    };
+    let procs = group.make(root)?.join("cgroup.procs");
+    fs::write(&procs, "0").map_err(named(&procs))
+}
+
+impl Jails {
+    /// Makes what the jails of guests have in common.
+    ///
+    /// # Errors
+    /// What the host says; where `uids=` is asked for by a user who cannot become others.
+    pub fn open(policy: Option<JailPolicy>) -> io::Result<Self> {
+        let mut jails = Self {
+            policy,
+            limits_memory: false,
+            reserved: Mutex::default(),
+        };
+        let Some(policy) = &mut jails.policy else {
+            return Ok(jails);
+        };
+        if !geteuid().is_root() {
+            if policy.uids.is_some() {
+                return Err(invalid("uids=: only root's guests can become other users"));
+            }
+        } else if policy.uids.is_none() {
+            match has_users(&UIDS) {
+                Ok(()) => policy.uids = Some(UIDS),
+                Err(why) if policy.require_all => return Err(why),
+                // In a container, say.
+                Err(why) => {
+                    tracing::warn!(%why, "guests run as the daemon's user, in jails without users of their own");
+                }
+            }
+        }
+        for path in &mut policy.allow {
+            *path = path.canonicalize().map_err(named(path))?;
+        }
+        if let Some(parent) = &policy.cgroup {
+            let root = cgroup_root()?;
+            if let Err(error) = make_way(&root, parent) {
+                tracing::warn!(%error, "the daemon stays in its control group, which may keep guests from having limits");
+            }
+            let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
+            jails.limits_memory = controllers.split_whitespace().any(|name| name == "memory");
+            if !jails.limits_memory {
+                let why = "cgroup=: the host's cgroup v2 has no memory controller";
+                if policy.require_all {
+                    return Err(io::Error::other(why));
+                }
+                tracing::warn!("--jail {why}: guests have groups without that limit");
+            }
+        }
+        Ok(jails)
+    }
+
+    fn reserved(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands out what the jail of a new guest takes, if it is to be in one, beside what others have.
+    ///
+    /// # Errors
+    /// `NoUser`.
+    fn assign(&self, id: &str, taken: &BTreeSet<u32>) -> Result<Option<Jailed>, Fault> {
+        let Some(policy) = &self.policy else {
+            return Ok(None);
+        };
+        let uid = policy.uids.as_ref().map(|uids| {
+            let reserved = self.reserved();
+            let (first, last) = (*uids.start(), *uids.end());
+            let begin = first + place(id, last - first);
+            let mut turn = (begin..=last).chain(first..begin);
+            let free = turn.find(|uid| !taken.contains(uid) && !reserved.contains(uid));
+            free.ok_or(Fault::NoUser { first, last })
+        });
+        Ok(Some(Jailed {
+            uid: uid.transpose()?,
+            cgroup: policy.cgroup.as_ref().map(|parent| parent.join(id)),
+        }))
+    }
+
+    /// Keeps the user of a guest from others that is there, but cannot be understood.
+    pub fn reserve(&self, folder: &Path) {
+        use std::os::unix::fs::MetadataExt;
+        if let Ok(metadata) = fs::symlink_metadata(folder) {
+            self.reserved().insert(metadata.gid());
+        }
+    }
+
+    fn group(&self, jailed: &Jailed, ram_mib: u32) -> Option<CgroupConfig> {
+        let policy = self.policy.as_ref()?;
+        let ram = u64::from(ram_mib) << 20;
+        Some(CgroupConfig {
+            name: jailed.cgroup.clone()?,
+            memory: self
+                .limits_memory
+                .then_some(ram + ram / MARGIN_PART + MARGIN),
+            cpu: policy.cpu,
+            pids: policy.pids,
+            io: None,
+        })
+    }
+
+    /// Makes the group of a guest of `ram_mib`, or gives it other limits.
+    ///
+    /// # Errors
+    /// What the host says.
+    fn limit(&self, jailed: &Jailed, ram_mib: u32) -> io::Result<()> {
+        match self.group(jailed, ram_mib) {
+            Some(group) => group.make(&cgroup_root()?).map(|_| ()),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes what the process of a guest is to find, before it begins; the value of its `--jail`, if it is to be in one.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn prepare(
+        &self,
+        jailed: Option<&Jailed>,
+        folder: &Path,
+        ram_mib: u32,
+    ) -> io::Result<Option<String>> {
+        let (Some(policy), Some(jailed)) = (&self.policy, jailed) else {
+            return Ok(None);
+        };
+        self.limit(jailed, ram_mib)?;
+        if let Some(uid) = jailed.uid {
+            give_folder(folder, uid).map_err(named(folder))?;
+        }
+        let own = own_disks(folder).map_err(named(folder))?;
+        argument(policy, jailed, &own).map(Some)
+    }
+}
+
+/// The VHDX files in a guest's folder that are nobody else's, from there: where one is the parent of a disk, the guest may merge the disk into it. A
+/// template's has a second name.
+fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    use std::os::unix::fs::MetadataExt;
+    let mut own = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = Path::new(".").join(entry.file_name());
+        let is_alone = entry.metadata()?.nlink() == 1;
+        if is_alone && name.to_str().is_some() && is_whole(&entry.path()) {
+            own.push(name);
+        }
+    }
+    own.sort();
+    Ok(own)
+}
+
+/// The value of `--jail` for the process of a guest, which works in its folder and has the files `own` there.
+fn argument(policy: &JailPolicy, jailed: &Jailed, own: &[PathBuf]) -> io::Result<String> {
+    let mut options = Vec::new();
+    if let Some(uid) = jailed.uid {
+        options.extend([format!("uid={uid}"), format!("gid={uid}")]);
+    }
+    let mut path = |option: &str, path: &Path| {
+        let path = path.to_str().ok_or_else(|| invalid("a path is no UTF-8"))?;
+        options.push(format!("{option}={}", path.replace(',', ",,")));
+        Ok::<_, io::Error>(())
+    };
+    if let Some(group) = &jailed.cgroup {
+        path("cgroup", group)?;
+    }
+    path("allow", Path::new("."))?;
+    for allowed in own.iter().chain(&policy.allow) {
+        path("allow", allowed)?;
+    }
+    if policy.require_all {
+        options.push("require=all".to_owned());
+    }
+    Ok(options.join(","))
+}
+
+/// Removes what the jail of a guest has of the host beside its folder; its process is gone.
+///
+/// # Errors
+/// What the host says.
+pub fn release(jailed: Option<&Jailed>) -> io::Result<()> {
+    match jailed.and_then(Jailed::cgroup) {
+        Some(group) => group.remove(&cgroup_root()?),
+        None => Ok(()),
+    }
+}
+
+/// Gives a guest's folder to its user, as far as that is for it to write to, and the files in it that the daemon has made for it: disks, say.
+/// The guest has no process. What it has left there may be anything, and is not followed.
+fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
+    let folder = open(
+        path,
+        OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY,
+        Mode::empty(),
+    )?;
+    fchown(&folder, None, Some(Gid::from_raw(uid)))?;
+    fchmod(&folder, Mode::from_raw_mode(0o1770))?;
+    for entry in fs::read_dir(path)? {
+        let name = entry?.file_name();
+        let is_record = RECORDS
+            .iter()
+            .any(|record| name.as_bytes().starts_with(record.as_bytes()));
+        if is_record {
+            continue;
+        }
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(&folder, &*name, flags, Mode::empty())?;
+        let stat = fstat(&file)?;
+        // A second name may be that of a record.
+        let is_new = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+            && stat.st_nlink == 1
+            && stat.st_uid == geteuid().as_raw();
+        if is_new {
+            let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(uid));
+            chownat(file.as_fd(), "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a new folder in a guest's, for the guest to write to.
+///
+/// # Errors
+/// What the host says.
+pub fn make_folder(path: &Path, jailed: Option<&Jailed>) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.mode(0o700).create(path).map_err(named(path))?;
+    match jailed.and_then(|jailed| jailed.uid) {
+        Some(uid) => give_folder(path, uid).map_err(named(path)),
+        None => Ok(()),
+    }
+}
+
+/// Takes back a folder that a guest has written to: what is in it is the daemon's from now on. The files that others are to have under
+/// their own users, `shared` by the beginnings of their names, can be read by them, and the rest by the daemon alone.
+///
+/// # Errors
+/// What the host says; where there is anything but files.
+pub fn take_back(path: &Path, jailed: Option<&Jailed>, shared: &str) -> io::Result<()> {
+    if jailed.is_none_or(|jailed| jailed.uid.is_none()) {
+        return Ok(());
+    }
+    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let folder = open(path, flags | OFlags::DIRECTORY, Mode::empty())?;
+    let owner = Some((geteuid(), rustix::process::getegid()));
+    let (uid, gid) = owner.unzip();
+    // First the folder: the guest gets nothing more into it.
+    fchown(&folder, uid, gid)?;
+    fchmod(&folder, Mode::from_raw_mode(0o755))?;
+    for entry in fs::read_dir(path)? {
+        let name = entry?.file_name();
+        let file = openat(&folder, &*name, flags | OFlags::RDONLY, Mode::empty())?;
+        if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
+            return Err(io::Error::other(format!(
+                "{} is no file",
+                path.join(&name).display()
+            )));
+        }
+        let is_shared = name.as_bytes().starts_with(shared.as_bytes());
+        fchown(&file, uid, gid)?;
+        fchmod(
+            &file,
+            Mode::from_raw_mode(if is_shared { 0o444 } else { 0o600 }),
+        )?;
+    }
+    Ok(())
+}
+
+impl Daemon {
+    /// What the jail of a guest takes, while its name is being claimed.
+    pub(super) fn jail_for<'a>(
+        &self,
+        id: &str,
+        others: impl Iterator<Item = &'a Arc<Vm>>,
+    ) -> Result<Option<Jailed>, Fault> {
+        let taken = others.filter_map(|vm| vm.now().jail.as_ref()?.uid);
+        self.jails.assign(id, &taken.collect())
+    }
+
+    /// Has a guest in a jail that was made when there were none; whether it was not before.
+    pub(super) fn rejail(&self, vm: &Vm) -> Result<bool, Fault> {
+        let vms = self.vms();
+        if vm.now().jail.is_some() {
+            return Ok(false);
+        }
+        let jail = self.jail_for(&vm.id, vms.values())?;
+        let is_new = jail.is_some();
+        vm.change(|now| now.jail = jail);
+        Ok(is_new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jails(policy: JailPolicy) -> Jails {
+        Jails {
+            policy: Some(policy),
+            limits_memory: true,
+            reserved: Mutex::default(),
+        }
+    }
+
+    #[test]
+    fn guests_have_users_where_the_namespace_has_them() {
+        let all = "         0          0 4294967295\n";
+        let rootless = "0 1000 1\n1 100000 65536\n";
+        assert!(maps(all, &UIDS) && maps(rootless, &(1..=65536)));
+        assert!(!maps(rootless, &UIDS) && !maps(rootless, &(2..=65537)) && !maps("", &UIDS));
+    }
+
+    #[test]
+    fn no_two_guests_have_the_same_user() {
+        let jails = jails(JailPolicy {
+            uids: Some(10..=13),
+            cgroup: Some("guests".into()),
+            ..JailPolicy::default()
+        });
+        jails.reserved().insert(11);
+        let mut taken = BTreeSet::new();
+        let next = |taken: &BTreeSet<u32>| Some(jails.assign("g", taken).ok()??.uid.unwrap());
+        let first = next(&taken);
+        for _ in 0..3 {
+            let uid = next(&taken).unwrap();
+            assert!((10..=13).contains(&uid) && uid != 11);
+            assert!(taken.insert(uid));
+        }
+        assert!(next(&taken).is_none());
+        // A guest of the same name is the same user again, where nobody else is.
+        taken.clear();
+        assert_eq!(next(&taken), first);
+        let jailed = jails.assign("g", &taken).unwrap().unwrap();
+        assert_eq!(jailed.cgroup, Some("guests/g".into()));
+    }
+
+    #[test]
+    fn a_process_is_told_of_its_jail_with_paths_from_its_folder() {
+        let policy = JailPolicy {
+            allow: vec!["/disks/a,b".into()],
+            require_all: true,
+            ..JailPolicy::default()
+        };
+        let jailed = Jailed {
+            uid: Some(7),
+            cgroup: Some("guests/g".into()),
+        };
+        assert_eq!(
+            argument(&policy, &jailed, &["./d".into()]).unwrap(),
+            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=./d,allow=/disks/a,,b,require=all"
+        );
+    }
+
+    #[test]
+    fn the_limit_of_memory_is_the_ram_and_a_margin() {
+        let jails = jails(JailPolicy {
+            cpu: Some(150),
+            pids: Some(32),
+            ..JailPolicy::default()
+        });
+        let jailed = Jailed {
+            uid: None,
+            cgroup: Some("g".into()),
+        };
+        let group = jails.group(&jailed, 128).unwrap();
+        assert_eq!(group.memory, Some((128 + 8 + 64) << 20));
+        assert_eq!((group.cpu, group.pids), (Some(150), Some(32)));
+        assert_eq!(jails.group(&Jailed::default(), 128), None);
+    }
+
+    #[test]
+    fn a_guest_is_given_its_disks_and_never_the_records_or_what_it_has_linked_there() {
+        use std::os::unix::fs::{MetadataExt, symlink};
+        if !skip::unless_root() {
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in ["vm.json", "pid.json.new", "log", "disk", "outside"] {
+            fs::write(path(name), "").unwrap();
+        }
+        fs::create_dir(path("vm")).unwrap();
+        for name in ["vm.json", "disk"] {
+            fs::rename(path(name), path("vm").join(name)).unwrap();
+        }
+        symlink(path("outside"), path("vm/link")).unwrap();
+        fs::hard_link(path("vm/vm.json"), path("vm/name")).unwrap();
+        give_folder(&path("vm"), 1234).unwrap();
+        for name in ["vm/disk", "vm/a"] {
+            fs::write(path(name), "vhdxfile").unwrap();
+        }
+        fs::hard_link(path("vm/a"), path("of a template")).unwrap();
+        assert_eq!(own_disks(&path("vm")).unwrap(), [Path::new("./disk")]);
+        let owner = |name: &str| {
+            let metadata = fs::symlink_metadata(path(name)).unwrap();
+            (metadata.uid(), metadata.gid())
+        };
+        assert_eq!(owner("vm"), (0, 1234));
+        assert_eq!(owner("vm/disk"), (1234, 1234));
+        for name in ["vm/vm.json", "vm/name", "vm/link", "outside"] {
+            assert_eq!(owner(name), (0, 0), "{name}");
+        }
+        assert_eq!(fs::metadata(path("vm")).unwrap().mode() & 0o7777, 0o1770);
+    }
+}

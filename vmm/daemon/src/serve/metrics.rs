@@ -1,0 +1,371 @@
+//! What the daemon counts, and what it knows of its guests, for Prometheus; and the guests' own counters, with a label that says whose.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::http::Method;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::proxy;
+use super::status::{State, VmStatus};
+use super::vm::Vm;
+use host::procfs::Usage;
+
+/// How long a guest's process may take to tell its counters.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Most lines that are taken of one guest.
+const LINES: usize = 4096;
+
+type Origin = [(&'static str, &'static str); 1];
+type Labels = [(&'static str, String); 2];
+
+/// What the daemon counts.
+pub struct DaemonMetrics {
+    requests: Family<Labels, Counter>,
+    latency: Histogram,
+    starts: Histogram,
+    made: Family<Origin, Histogram, fn() -> Histogram>,
+    restarts: Counter,
+    refused: Counter,
+}
+
+/// What a guest was made of.
+const ORIGINS: [Origin; 2] = [[("origin", "kernel")], [("origin", "template")]];
+
+fn starts() -> Histogram {
+    Histogram::new([
+        0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0,
+    ])
+}
+
+impl Default for DaemonMetrics {
+    fn default() -> Self {
+        let latency = [
+            0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
+        ];
+        let made = Family::new_with_constructor(starts as fn() -> Histogram);
+        // Both are there from the beginning: what shows up at 1 has no rate.
+        for origin in ORIGINS {
+            drop(made.get_or_create(&origin));
+        }
+        Self {
+            requests: Family::default(),
+            latency: Histogram::new(latency),
+            starts: starts(),
+            made,
+            restarts: Counter::default(),
+            refused: Counter::default(),
+        }
+    }
+}
+
+impl DaemonMetrics {
+    /// A request was answered.
+    pub fn answered(&self, method: &Method, code: u16, took: Duration) {
+        let known = [
+            Method::GET,
+            Method::PUT,
+            Method::POST,
+            Method::PATCH,
+            Method::DELETE,
+        ];
+        // Anybody may make up a method.
+        let method = if known.contains(method) {
+            method.as_str()
+        } else {
+            "other"
+        };
+        let labels = [("method", method.to_owned()), ("code", code.to_string())];
+        self.requests.get_or_create(&labels).inc();
+        self.latency.observe(took.as_secs_f64());
+    }
+
+    /// A guest was started.
+    pub fn started(&self, took: Duration) {
+        self.starts.observe(took.as_secs_f64());
+    }
+
+    /// A guest was made, and runs.
+    pub fn made(&self, is_clone: bool, took: Duration) {
+        let [kernel, template] = &ORIGINS;
+        let origin = if is_clone { template } else { kernel };
+        self.made.get_or_create(origin).observe(took.as_secs_f64());
+    }
+
+    /// A guest was started again.
+    pub fn restarted(&self) {
+        self.restarts.inc();
+    }
+
+    /// A caller was turned away.
+    pub fn turned_away(&self) {
+        self.refused.inc();
+    }
+
+    /// All of it, as text.
+    ///
+    /// # Errors
+    /// Where the encoder refuses a value.
+    pub fn encode(
+        &self,
+        guests: Vec<VmStatus>,
+        process: Option<Usage>,
+    ) -> Result<String, fmt::Error> {
+        let mut registry = Registry::with_prefix("coppice");
+        registry.register(
+            "daemon_requests",
+            "Requests to the daemon",
+            self.requests.clone(),
+        );
+        registry.register_with_unit(
+            "daemon_request_duration",
+            "Time from a request to its answer",
+            Unit::Seconds,
+            self.latency.clone(),
+        );
+        registry.register_with_unit(
+            "vm_start_duration",
+            "Time from the start of a guest's process to the guest's first instruction",
+            Unit::Seconds,
+            self.starts.clone(),
+        );
+        registry.register_with_unit(
+            "vm_create_duration",
+            "Time from the request for a guest to one that runs, made of a kernel or of a template",
+            Unit::Seconds,
+            self.made.clone(),
+        );
+        registry.register(
+            "vm_failure_restarts",
+            "Guests that were started again after they had failed, or had ended and are always to run",
+            self.restarts.clone(),
+        );
+        registry.register(
+            "daemon_callers_refused",
+            "Connections of users who may not call",
+            self.refused.clone(),
+        );
+        registry.register_collector(Box::new(Guests { guests, process }));
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+}
+
+/// What is known of the guests at one moment.
+#[derive(Debug)]
+struct Guests {
+    guests: Vec<VmStatus>,
+    process: Option<Usage>,
+}
+
+impl Guests {
+    fn each<M: EncodeMetric>(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        (name, unit, help): (&str, Option<&Unit>, &str),
+        value: impl Fn(&VmStatus) -> Option<M>,
+    ) -> fmt::Result {
+        let mut samples = self
+            .guests
+            .iter()
+            .filter_map(|vm| Some((vm, value(vm)?)))
+            .peekable();
+        let Some((_, first)) = samples.peek() else {
+            return Ok(());
+        };
+        let mut family = encoder.encode_descriptor(name, help, unit, first.metric_type())?;
+        for (vm, value) in samples {
+            value.encode(family.encode_family(&[("vm", vm.id.as_str())])?)?;
+        }
+        Ok(())
+    }
+}
+
+impl Collector for Guests {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let encoder = &mut encoder;
+        let mut counts = BTreeMap::from(State::ALL.map(|state| (state, 0u64)));
+        for vm in &self.guests {
+            *counts.entry(vm.state).or_default() += 1;
+        }
+        let first = ConstGauge::new(0u64);
+        let mut family =
+            encoder.encode_descriptor("vms", "Guests by state", None, first.metric_type())?;
+        for (state, count) in counts {
+            let value = ConstGauge::new(count);
+            value.encode(family.encode_family(&[("state", state.name())])?)?;
+        }
+        let bytes = Some(&Unit::Bytes);
+        let gauge = |kib: Option<u64>| kib.map(|kib| ConstGauge::new(kib << 10));
+        let about = (
+            "vm_memory_private",
+            bytes,
+            "Memory of a guest's process that is nobody else's",
+        );
+        self.each(encoder, about, |vm| gauge(vm.memory.map(|m| m.private_kib)))?;
+        let about = (
+            "vm_memory_shared",
+            bytes,
+            "Memory of a guest's process that others map as well",
+        );
+        self.each(encoder, about, |vm| gauge(vm.memory.map(|m| m.shared_kib)))?;
+        let about = (
+            "vm_memory_proportional",
+            bytes,
+            "Memory of a guest's process, what is shared divided by those that map it",
+        );
+        self.each(encoder, about, |vm| {
+            gauge(vm.memory.map(|m| m.proportional_kib))
+        })?;
+        let about = ("vm_ram", bytes, "RAM that a guest was promised");
+        self.each(encoder, about, |vm| {
+            gauge(Some(u64::from(vm.mem_size_mib) << 10))
+        })?;
+        let about = (
+            "vm_cpu",
+            Some(&Unit::Seconds),
+            "CPU time of a guest's process",
+        );
+        self.each(encoder, about, |vm| vm.cpu_s.map(ConstCounter::new))?;
+        let about = ("vm_restarts", None, "Times that a guest was started again");
+        self.each(encoder, about, |vm| {
+            Some(ConstCounter::new(u64::from(vm.restarts)))
+        })?;
+        if let Some(process) = self.process {
+            let value = ConstGauge::new(process.private << 10);
+            let help = "Memory of the daemon that is nobody else's";
+            let kind = value.metric_type();
+            value.encode(encoder.encode_descriptor(
+                "daemon_memory_private",
+                help,
+                bytes,
+                kind,
+            )?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The counters of guests, one metric after the other, with a label for each guest.
+#[derive(Default)]
+pub struct Joined(BTreeMap<String, (String, String)>);
+
+fn is_name(name: &str) -> bool {
+    let word = |c: u8| c == b'_' || c.is_ascii_alphanumeric();
+    name.starts_with("coppice_") && name.bytes().all(word)
+}
+
+impl Joined {
+    /// Adds what a guest's process has told. It is only believed as far as it has the right form.
+    pub fn add(&mut self, vm: &str, text: &str) {
+        let mut family = None;
+        for line in text.lines().take(LINES) {
+            if line.chars().any(char::is_control) {
+                continue;
+            }
+            if let Some(about) = line.strip_prefix("# ") {
+                let mut words = about.splitn(3, ' ');
+                let (Some("HELP" | "TYPE" | "UNIT"), Some(name)) = (words.next(), words.next())
+                else {
+                    continue;
+                };
+                if !is_name(name) {
+                    family = None;
+                    continue;
+                }
+                let (head, _) = self.0.entry(name.to_owned()).or_default();
+                if !head.lines().any(|known| known == line) {
+                    head.push_str(line);
+                    head.push('\n');
+                }
+                family = Some(name.to_owned());
+                continue;
+            }
+            let Some((_, samples)) = family.as_ref().and_then(|family| self.0.get_mut(family))
+            else {
+                continue;
+            };
+            let end = line.find(['{', ' ']).unwrap_or(line.len());
+            let (name, rest) = line.split_at(end);
+            if !is_name(name) {
+                continue;
+            }
+            // Writing to a string does not fail.
+            let _ = match rest.strip_prefix('{') {
+                Some(labels) => writeln!(samples, "{name}{{vm=\"{vm}\",{labels}"),
+                None => writeln!(samples, "{name}{{vm=\"{vm}\"}}{rest}"),
+            };
+        }
+    }
+
+    /// Puts it behind the daemon's own.
+    pub fn after(self, own: &str) -> String {
+        let mut text = own.trim_end().trim_end_matches("# EOF").to_owned();
+        for (head, samples) in self.0.into_values() {
+            if !samples.is_empty() {
+                text.push_str(&head);
+                text.push_str(&samples);
+            }
+        }
+        text.push_str("# EOF\n");
+        text
+    }
+}
+
+/// What the process of a guest tells; nothing where it does not, in time.
+pub async fn of_guest(vm: Arc<Vm>) -> Option<(String, String)> {
+    let answer = proxy::ask(&vm, Method::GET, "/metrics", Bytes::new(), PATIENCE).await;
+    let answer = answer.ok().filter(|answer| answer.status.is_success())?;
+    let text = String::from_utf8(answer.body.to_vec()).ok()?;
+    Some((vm.id.clone(), text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_are_told_apart_by_a_label_and_metrics_stay_together() {
+        let mut joined = Joined::default();
+        let guest = |n: u8| {
+            format!(
+                "# HELP coppice_a Help\n# TYPE coppice_a counter\ncoppice_a_total{{drive=\"x\"}} {n}\n\
+                 # TYPE coppice_b gauge\ncoppice_b {n}\nevil 1\n# EOF\n"
+            )
+        };
+        joined.add("one", &guest(1));
+        joined.add("two", &guest(2));
+        let own = DaemonMetrics::default();
+        own.answered(&Method::GET, 200, Duration::from_millis(2));
+        own.made(true, Duration::from_millis(20));
+        let text = joined.after(&own.encode(Vec::new(), None).unwrap());
+        let expected = "# HELP coppice_a Help\n# TYPE coppice_a counter\n\
+            coppice_a_total{vm=\"one\",drive=\"x\"} 1\ncoppice_a_total{vm=\"two\",drive=\"x\"} 2\n\
+            # TYPE coppice_b gauge\ncoppice_b{vm=\"one\"} 1\ncoppice_b{vm=\"two\"} 2\n# EOF\n";
+        assert!(text.ends_with(expected), "{text}");
+        assert!(
+            text.contains("coppice_daemon_requests_total{method=\"GET\",code=\"200\"} 1"),
+            "{text}"
+        );
+        for (origin, count) in [("kernel", 0), ("template", 1)] {
+            let made = format!(
+                "coppice_vm_create_duration_seconds_count{{origin=\"{origin}\"}} {count}\n"
+            );
+            assert!(text.contains(&made), "{text}");
+        }
+        assert!(text.contains("coppice_vms{state=\"running\"} 0"), "{text}");
+        assert_eq!(text.matches("# EOF").count(), 1);
+    }
+}

@@ -1,0 +1,359 @@
+//! The process of a guest: started held, known for certain, and watched.
+//!
+//! ```text
+//! spawn ──> held: waits on its standard input ── pid.json is written ── release ──> runs
+//!              └── the daemon dies: standard input ends, and so does the process
+//! ```
+//!
+//! So there is no process that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next one
+//! finds it by its number, from the host's side of its namespaces, its start and the host's boot, and holds it by a pidfd, which never means another process.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, PipeWriter, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
+use rustix::time::{ClockId, clock_gettime};
+use tokio::io::unix::AsyncFd;
+
+use super::identity;
+use super::store::{self, PidFile};
+use crate::zygote::{Birth, MANAGER, Zygote};
+use host::procfs;
+
+/// Longest log of a guest, and how often it is looked at.
+const LONGEST_LOG: u64 = 4 << 20;
+/// What of the disk is kept for a log that has just begun.
+const LOG_ROOM: u64 = 4 << 10;
+pub const TRIM: Duration = Duration::from_mins(1);
+
+/// What a process is started for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be told of its guest, and nothing else.
+    Configure,
+    /// To run the guest of `config.json`.
+    Boot,
+    /// To go on from a snapshot, by this value of `--restore`.
+    Restore(String),
+}
+
+/// What `Launch` is started with.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch<'a> {
+    /// The guest.
+    pub id: &'a str,
+    /// Its folder, which the process works in.
+    pub folder: &'a Path,
+    /// What it is for.
+    pub purpose: &'a Purpose,
+    /// Its jail, if it is to be in one.
+    pub jail: Option<&'a str>,
+    /// Whether there is a file with what the guest is told of itself.
+    pub metadata: bool,
+}
+
+/// How a process ended, as far as its parent is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// By itself.
+    Code(u8),
+    /// Killed.
+    Signal(i32),
+    /// It was another's child.
+    Unseen,
+}
+
+/// A process of a guest.
+#[derive(Debug)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    fd: AsyncFd<OwnedFd>,
+}
+
+/// A process that has not begun.
+pub struct Held {
+    pid: u32,
+    fd: OwnedFd,
+    gate: PipeWriter,
+    start_us: u64,
+}
+
+fn opened(pid: u32) -> io::Result<OwnedFd> {
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let number = number.ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(pidfd_open(number, PidfdFlags::empty())?)
+}
+
+fn start_us(pid: u32) -> io::Result<u64> {
+    let start = procfs::start_of(pid).map_err(io::Error::other)?;
+    u64::try_from(start.as_micros()).map_err(io::Error::other)
+}
+
+/// For how long a process has been there.
+pub fn age(pid: u32) -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    let now = Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs() as u32);
+    procfs::start_of(pid).map_or(Duration::ZERO, |start| now.saturating_sub(start))
+}
+
+/// A daemon that the kernel is to spare when memory runs out hands that on to its children: guests are to be killed before the host's own services.
+fn forgo_oom_score(pid: u32) -> io::Result<()> {
+    let path = |process: &str| format!("/proc/{process}/oom_score_adj");
+    let own = std::fs::read_to_string(path("self"))?;
+    if own.starts_with('-') {
+        std::fs::write(path(&pid.to_string()), "0")?;
+    }
+    Ok(())
+}
+
+/// Starts the process of a guest. The one place where its command line is made.
+///
+/// # Errors
+/// What the host says; there is no process then.
+pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<Held> {
+    store::remove_unfinished(&launch.folder.join("end.json"));
+    for left in ["end.json", "pid.json"] {
+        match std::fs::remove_file(launch.folder.join(left)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    let mut log = OpenOptions::new();
+    log.write(true).create(true).truncate(true).mode(0o600);
+    // Each line goes to where the end is then: see `trim_log`.
+    log.custom_flags(libc::O_APPEND | libc::O_NOFOLLOW);
+    let path = launch.folder.join("log");
+    let log = log.open(&path).map_err(store::named(&path))?;
+    // With a full disk, that is what the process cannot start for, most likely; and it has to be able to say so.
+    match fallocate(&log, FallocateFlags::KEEP_SIZE, 0, LOG_ROOM) {
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
+        Err(error) => return Err(store::named(&path)(error.into())),
+    }
+    let (stdin, gate) = io::pipe()?;
+    let folder = File::open(launch.folder).map_err(store::named(launch.folder))?;
+    let birth = Birth {
+        args: arguments(launch),
+        stdin: stdin.as_fd(),
+        stderr: log.as_fd(),
+        folder: folder.as_fd(),
+        own_processes: launch.jail.is_some(),
+    };
+    let pid = match zygote {
+        Some(zygote) => zygote.bear(&birth)?,
+        None => execute(launch, &birth)?,
+    };
+    // A child's number is its own until it has been waited for.
+    let known = forgo_oom_score(pid).and_then(|()| Ok((start_us(pid)?, opened(pid)?)));
+    match known {
+        Ok((start_us, fd)) => Ok(Held {
+            pid,
+            fd,
+            gate,
+            start_us,
+        }),
+        Err(error) => {
+            drop(gate);
+            // It ends by itself, as nothing will come on its standard input.
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                let _ = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
+            }
+            Err(error)
+        }
+    }
+}
+
+fn arguments(launch: &Launch<'_>) -> Vec<String> {
+    let mut args = vec!["coppice", "run", "--held", "--id", launch.id];
+    args.extend(["--api-sock", "api.sock", "--console-sock", "console.sock"]);
+    args.extend(["--end-file", "end.json"]);
+    match launch.purpose {
+        Purpose::Restore(restore) => args.extend(["--restore", restore]),
+        Purpose::Boot => args.extend(["--config", "config.json"]),
+        Purpose::Configure => args.extend(["--config", "config.json", "--only-configure"]),
+    }
+    if launch.metadata {
+        args.extend(["--metadata", identity::METADATA]);
+    }
+    if let Some(value) = launch.jail {
+        args.extend(["--jail", value]);
+    }
+    args.into_iter().map(str::to_owned).collect()
+}
+
+/// Starts a process as a program of its own; its number.
+fn execute(launch: &Launch<'_>, birth: &Birth<'_>) -> io::Result<u32> {
+    // The program that runs this, whatever has become of its file.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("coppice")
+        .args(birth.args.iter().skip(1))
+        .current_dir(launch.folder)
+        .env_remove(MANAGER)
+        .stdin(Stdio::from(birth.stdin.try_clone_to_owned()?))
+        .stdout(Stdio::null())
+        .stderr(Stdio::from(birth.stderr.try_clone_to_owned()?));
+    let child = if birth.own_processes {
+        jail::spawn(command)?.child
+    } else {
+        command.spawn()?
+    };
+    Ok(child.id())
+}
+
+/// Cuts the log of a guest where it has become too long: the process goes on at its beginning.
+///
+/// # Errors
+/// What the host says.
+pub fn trim_log(folder: &Path) -> io::Result<()> {
+    let path = folder.join("log");
+    match std::fs::symlink_metadata(&path) {
+        Ok(metadata) if metadata.is_file() && metadata.len() > LONGEST_LOG => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(_) | Err(_) => return Ok(()),
+    }
+    let mut log = OpenOptions::new();
+    log.write(true).custom_flags(libc::O_NOFOLLOW);
+    log.open(path)?.set_len(0)
+}
+
+impl Held {
+    /// Notes the process, and lets it begin. It ends where it cannot be noted.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn release(mut self, folder: &Path) -> io::Result<(u32, OwnedFd)> {
+        let file = PidFile {
+            pid: self.pid,
+            start_us: self.start_us,
+            boot_id: store::boot_id()?,
+        };
+        let noted = store::write(&folder.join("pid.json"), &file, false);
+        if let Err(error) = noted.and_then(|()| self.gate.write_all(b"\n")) {
+            drop(self.gate);
+            let _ = pidfd_send_signal(&self.fd, Signal::KILL);
+            let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED);
+            return Err(error);
+        }
+        Ok((self.pid, self.fd))
+    }
+}
+
+/// Whether a process has ended: what is left of it may be there until its parent looks.
+fn has_ended(process: &OwnedFd) -> io::Result<bool> {
+    let mut looked_at = [PollFd::new(process, PollFlags::IN)];
+    let now = Timespec::default();
+    Ok(rustix::io::retry_on_intr(|| poll(&mut looked_at, Some(&now)))? > 0)
+}
+
+/// The process that a guest's folder names, if it is still there.
+///
+/// # Errors
+/// What the host says.
+pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
+    let Some(file) = store::read::<PidFile>(&folder.join("pid.json"))? else {
+        return Ok(None);
+    };
+    if file.boot_id != store::boot_id()? {
+        return Ok(None);
+    }
+    // Opened before it is looked at: what is looked at then is what was opened, or is gone.
+    let Ok(fd) = opened(file.pid) else {
+        return Ok(None);
+    };
+    match start_us(file.pid) {
+        Ok(start) if start == file.start_us => Ok((!has_ended(&fd)?).then_some((file.pid, fd))),
+        Ok(_) | Err(_) => Ok(None),
+    }
+}
+
+impl Process {
+    /// Watches a process; in the runtime.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn new((pid, fd): (u32, OwnedFd)) -> io::Result<Self> {
+        // SAFETY: an `OwnedFd` is open, and the same, as long as it lives; it is never taken out again.
+        let fd = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)? };
+        Ok(Self { pid, fd })
+    }
+
+    /// Waits for its end, and for its remains where it is a child.
+    pub async fn ended(&self) -> Exit {
+        if let Err(error) = self.fd.readable().await {
+            tracing::error!(pid = self.pid, %error, "a process cannot be watched");
+        }
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        match waitid(WaitId::PidFd(self.fd.get_ref().as_fd()), options) {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => Exit::Code(u8::try_from(code).unwrap_or(u8::MAX)),
+                (None, Some(signal)) => Exit::Signal(signal),
+                (None, None) => Exit::Unseen,
+            },
+            Ok(None) | Err(_) => Exit::Unseen,
+        }
+    }
+
+    /// Sends a signal. One that has ended takes none.
+    pub fn signal(&self, signal: Signal) {
+        if let Err(error) = pidfd_send_signal(self.fd.get_ref(), signal)
+            && error != Errno::SRCH
+        {
+            tracing::error!(pid = self.pid, %error, "a process cannot be signalled");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_has_ended_is_not_found_though_nobody_has_looked_at_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let file = PidFile {
+            pid: child.id(),
+            start_us: start_us(child.id()).unwrap(),
+            boot_id: store::boot_id().unwrap(),
+        };
+        store::write(&folder.path().join("pid.json"), &file, false).unwrap();
+        let (pid, fd) = find(folder.path()).unwrap().unwrap();
+        assert_eq!(pid, child.id());
+        drop(child.stdin.take());
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+        assert!(find(folder.path()).unwrap().is_none());
+        assert!(child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn a_log_that_is_too_long_begins_anew_and_a_link_in_its_place_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut options = OpenOptions::new();
+        let mut log = options.append(true).create(true).open(&path).unwrap();
+        log.write_all(b"line\n").unwrap();
+        trim_log(folder.path()).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"line\n");
+        log.set_len(LONGEST_LOG + 1).unwrap();
+        trim_log(folder.path()).unwrap();
+        log.write_all(b"next\n").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"next\n");
+        std::fs::rename(&path, folder.path().join("other")).unwrap();
+        log.set_len(LONGEST_LOG + 1).unwrap();
+        std::os::unix::fs::symlink("other", &path).unwrap();
+        trim_log(folder.path()).unwrap();
+        assert_eq!(log.metadata().unwrap().len(), LONGEST_LOG + 1);
+    }
+}

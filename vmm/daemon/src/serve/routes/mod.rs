@@ -1,0 +1,110 @@
+//! Requests, and what is answered to them.
+
+pub(super) mod console;
+pub(super) mod daemon;
+mod guest;
+pub(super) mod images;
+mod request;
+pub(super) mod sharers;
+pub(super) mod templates;
+pub(super) mod vms;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State as Of};
+use axum::http::{Method, Uri};
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::{get, post};
+
+use super::fault::Fault;
+use super::{Daemon, page};
+use config::MAX_FILE_SIZE;
+use guest::guest;
+
+/// How old a measure may be that is shown.
+const SHOWN: Duration = Duration::from_secs(2);
+
+type Answer<T> = Result<T, Fault>;
+type Context = Of<Arc<Daemon>>;
+
+async fn nothing(method: Method, uri: Uri) -> Fault {
+    Fault::NoPath(method, uri.path().to_owned())
+}
+
+async fn other_method(method: Method, uri: Uri) -> Fault {
+    Fault::Method(method, uri.path().to_owned())
+}
+
+async fn counted(Of(daemon): Context, request: Request, next: Next) -> Response {
+    let (method, begun) = (request.method().clone(), Instant::now());
+    let path = request.uri().path().to_owned();
+    let response = next.run(request).await;
+    let (code, took) = (response.status().as_u16(), begun.elapsed());
+    daemon.metrics.answered(&method, code, took);
+    tracing::debug!(%method, path, code, ?took, "request");
+    response
+}
+
+fn finished(router: Router<Arc<Daemon>>, daemon: Arc<Daemon>) -> Router {
+    router
+        .fallback(nothing)
+        .method_not_allowed_fallback(other_method)
+        .layer(DefaultBodyLimit::max(MAX_FILE_SIZE as usize))
+        .layer(middleware::from_fn_with_state(daemon.clone(), counted))
+        .with_state(daemon)
+}
+
+/// What only looks.
+fn looks() -> Router<Arc<Daemon>> {
+    Router::new()
+        .route("/", get(page::page))
+        .route("/healthz", get(daemon::health))
+        .route("/openapi.json", get(daemon::openapi_json))
+        .route("/metrics", get(daemon::metrics))
+}
+
+/// What the address for reading serves.
+pub fn read_only(daemon: Arc<Daemon>) -> Router {
+    let router = looks()
+        .route("/vms", get(vms::list))
+        .route("/vms/{id}", get(vms::show));
+    finished(router, daemon)
+}
+
+/// What the socket serves.
+pub fn all(daemon: Arc<Daemon>) -> Router {
+    let router = looks()
+        .route("/vms", get(vms::list).post(vms::create))
+        .route("/vms/{id}", get(vms::show).delete(vms::delete))
+        .route("/vms/{id}/start", post(vms::start))
+        .route("/vms/{id}/stop", post(vms::stop))
+        .route("/vms/{id}/pause", post(vms::pause))
+        .route("/vms/{id}/resume", post(vms::resume))
+        .route(
+            "/vms/{id}/console",
+            get(console::console_output).put(console::console_input),
+        )
+        .route("/vms/{id}/", get(guest))
+        .route("/vms/{id}/{*path}", get(guest).put(guest).patch(guest))
+        .route("/images", get(images::images))
+        .route(
+            "/images/{name}",
+            get(images::image)
+                .put(images::put_image)
+                .delete(images::delete_image),
+        )
+        .route(
+            "/templates",
+            get(templates::templates).post(templates::create_template),
+        )
+        .route(
+            "/templates/{id}",
+            get(templates::template).delete(templates::delete_template),
+        )
+        .route("/events", get(daemon::events))
+        .route("/sharers", get(sharers::sharers));
+    finished(router, daemon)
+}

@@ -1,0 +1,223 @@
+//! Guests: made, looked at, started, stopped, deleted.
+
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Extension, Path, State as Of};
+use axum::http::StatusCode;
+use axum::http::header::{HeaderValue, LOCATION};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::request::{Asked, Query, flag, raw, uid};
+use super::{Answer, Context, SHOWN};
+use crate::serve::Daemon;
+use crate::serve::fault::{Fault, FaultBody};
+use crate::serve::peer::Caller;
+use crate::serve::spec::VmSpec;
+use crate::serve::status::{State, VmStatus};
+use crate::serve::stopping::Manner;
+use crate::serve::vm::Vm;
+use control::api;
+
+/// Longest time that a guest may be given to shut down, in s.
+const LONGEST_STOP: u64 = 3600;
+
+/// The query of a look at guests.
+#[derive(Default, Deserialize, utoipa::IntoParams)]
+#[serde(default, deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(in crate::serve) struct Look {
+    /// With the memory and the CPU time of each.
+    #[serde(deserialize_with = "flag")]
+    // Nothing, true or false.
+    #[param(required = false, value_type = String, example = "true")]
+    stats: bool,
+}
+
+/// The query of the end of a guest.
+#[derive(Default, Deserialize, utoipa::IntoParams)]
+#[serde(default, deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(in crate::serve) struct End {
+    /// For how many seconds the guest may take to shut down by itself, before its process is ended.
+    #[param(required = false, maximum = 3600)]
+    timeout_s: u64,
+}
+
+/// The body of `POST /vms/{id}/stop`.
+#[derive(Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub(in crate::serve) struct Stop {
+    /// For how many seconds the guest may take to shut down by itself, before its process is ended.
+    #[schema(maximum = 3600, default = 10)]
+    timeout_s: u64,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self { timeout_s: 10 }
+    }
+}
+
+/// All guests.
+#[derive(Serialize, ToSchema)]
+pub(in crate::serve) struct VmList {
+    /// By name.
+    vms: Vec<VmStatus>,
+}
+
+fn manner(timeout_s: u64) -> Answer<Manner> {
+    if timeout_s > LONGEST_STOP {
+        return Err(Fault::Invalid {
+            field: "timeout_s",
+            value: timeout_s.to_string(),
+            expected: "an hour or less",
+        });
+    }
+    Ok(Manner {
+        patience: Duration::from_secs(timeout_s),
+    })
+}
+
+/// All guests, as the daemon knows them. No guest is asked anything.
+#[utoipa::path(get, path = "/vms", tag = "guests", params(Look), responses(
+    (status = 200, body = VmList), (status = 400, body = FaultBody)))]
+pub(in crate::serve) async fn list(Of(daemon): Context, Query(look): Query<Look>) -> Json<VmList> {
+    if look.stats {
+        daemon.measure(SHOWN).await;
+    }
+    let vms = daemon.all();
+    let vms = vms.iter().map(|vm| vm.status(look.stats, false));
+    Json(VmList { vms: vms.collect() })
+}
+
+/// Makes a guest. Made twice in the same way, it is there once.
+#[utoipa::path(post, path = "/vms", tag = "guests", request_body = VmSpec, responses(
+    (status = 201, body = VmStatus, description = "It is made."),
+    (status = 200, body = VmStatus, description = "It was there, made in the same way."),
+    (status = 400, body = FaultBody), (status = 404, body = FaultBody, description = "There is no such image or template."),
+    (status = 409, body = FaultBody, description = "It is there, made in another way."),
+    (status = 413, body = FaultBody),
+    (status = 422, body = FaultBody, description = "It could not start."),
+    (status = 507, body = FaultBody, description = "There is no room for it.")))]
+pub(in crate::serve) async fn create(
+    Of(daemon): Context,
+    Extension(caller): Extension<Caller>,
+    Asked(spec): Asked<VmSpec>,
+) -> Answer<Response> {
+    let uid = uid(caller)?;
+    let (begun, is_clone) = (Instant::now(), spec.template.is_some());
+    // The caller may be gone before the guest is there, which counts all the same.
+    let made = async move {
+        let (vm, new) = daemon.clone().create(spec, uid).await?;
+        if new && vm.state() == State::Running {
+            daemon.metrics.made(is_clone, begun.elapsed());
+        }
+        Ok((vm, new))
+    };
+    let (vm, new) = Daemon::detached(made).await?;
+    let status = if new {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    let location = HeaderValue::from_str(&format!("/vms/{}", vm.id));
+    let location = location.map_err(|error| Fault::Internal(error.to_string()))?;
+    Ok((status, [(LOCATION, location)], Json(vm.status(false, true))).into_response())
+}
+
+/// A guest, as the daemon knows it. It is not asked.
+#[utoipa::path(get, path = "/vms/{id}", tag = "guests", params(("id" = String, Path), Look), responses(
+    (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody)))]
+pub(in crate::serve) async fn show(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+    Query(look): Query<Look>,
+) -> Answer<Json<VmStatus>> {
+    let vm = daemon.vm(&id)?;
+    if look.stats {
+        daemon.measure(SHOWN).await;
+    }
+    Ok(Json(vm.status(look.stats, true)))
+}
+
+/// Ends a guest, and removes all that is left of it.
+#[utoipa::path(delete, path = "/vms/{id}", tag = "guests", params(("id" = String, Path), End), responses(
+    (status = 204), (status = 400, body = FaultBody), (status = 404, body = FaultBody), (status = 504, body = FaultBody)))]
+pub(in crate::serve) async fn delete(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+    Query(end): Query<End>,
+) -> Answer<StatusCode> {
+    let (vm, manner) = (daemon.vm(&id)?, manner(end.timeout_s)?);
+    Daemon::detached(daemon.delete(vm, manner)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn told(vm: &Vm) -> Json<VmStatus> {
+    Json(vm.status(false, false))
+}
+
+/// Starts a guest that waits or that has ended, with what it was made with, and told since. One that runs goes on running.
+#[utoipa::path(post, path = "/vms/{id}/start", tag = "guests", params(("id" = String, Path)), responses(
+    (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
+    (status = 409, body = FaultBody), (status = 422, body = FaultBody), (status = 507, body = FaultBody)))]
+pub(in crate::serve) async fn start(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+) -> Answer<Json<VmStatus>> {
+    let vm = daemon.vm(&id)?;
+    Ok(told(&*Daemon::detached(daemon.start(vm)).await?))
+}
+
+/// Ends a guest: by Ctrl-Alt-Del, after `timeout_s` by SIGTERM, with its disks closed, and by force 5 s later. The guest can be started again.
+#[utoipa::path(post, path = "/vms/{id}/stop", tag = "guests", params(("id" = String, Path)),
+    request_body = Option<Stop>, responses(
+    (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
+    (status = 413, body = FaultBody), (status = 504, body = FaultBody)))]
+pub(in crate::serve) async fn stop(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+    body: Result<Bytes, BytesRejection>,
+) -> Answer<Json<VmStatus>> {
+    let body = raw(body)?;
+    let stop = if body.is_empty() {
+        Stop::default()
+    } else {
+        api::parse_object::<Option<Stop>>(&body)?.unwrap_or_default()
+    };
+    let (vm, manner) = (daemon.vm(&id)?, manner(stop.timeout_s)?);
+    Ok(told(&*Daemon::detached(daemon.stop(vm, manner)).await?))
+}
+
+/// Has the vCPUs of a guest stand still.
+#[utoipa::path(post, path = "/vms/{id}/pause", tag = "guests", params(("id" = String, Path)), responses(
+    (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
+    (status = 409, body = FaultBody)))]
+pub(in crate::serve) async fn pause(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+) -> Answer<Json<VmStatus>> {
+    let vm = daemon.vm(&id)?;
+    Ok(told(
+        &*Daemon::detached(daemon.pause(vm, State::Paused)).await?,
+    ))
+}
+
+/// Lets the vCPUs of a guest go on.
+#[utoipa::path(post, path = "/vms/{id}/resume", tag = "guests", params(("id" = String, Path)), responses(
+    (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),
+    (status = 409, body = FaultBody)))]
+pub(in crate::serve) async fn resume(
+    Of(daemon): Context,
+    Path(id): Path<String>,
+) -> Answer<Json<VmStatus>> {
+    let vm = daemon.vm(&id)?;
+    Ok(told(
+        &*Daemon::detached(daemon.pause(vm, State::Running)).await?,
+    ))
+}

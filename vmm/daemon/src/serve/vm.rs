@@ -1,0 +1,280 @@
+//! A guest as the daemon knows it.
+//!
+//! What changes is behind one lock that is held for lines alone. Whatever takes longer, such as to start it or to delete it, is one
+//! operation at a time (`operation`); who waits for a state waits for `changed`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
+
+use super::admission::Load;
+use super::identity::{SOCKET, VsockStatus};
+use super::jail::Jailed;
+use super::pending::Pending;
+use super::process::Process;
+use super::spec::VmSpec;
+use super::status::{Ended, MemorySplit, State, VmStatus};
+use super::store::{Phase, Record};
+use super::told::Told;
+use config::VmConfig;
+
+/// Requests to a guest's process at the same time. It serves twice as many.
+const REQUESTS: usize = 4;
+
+/// What was measured of a process.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// When.
+    pub at: Instant,
+    /// Its memory.
+    pub memory: MemorySplit,
+    /// Its CPU time.
+    pub cpu_s: f64,
+}
+
+/// What changes of a guest.
+#[derive(Debug)]
+pub struct Now {
+    /// Where it is in its life.
+    pub state: State,
+    /// How far its folder has come.
+    pub phase: Phase,
+    /// Its process.
+    pub process: Option<Arc<Process>>,
+    /// Since when.
+    pub since: Option<Instant>,
+    /// Whether it was asked to end.
+    pub stopping: bool,
+    /// How it ended the last time.
+    pub end: Option<Ended>,
+    /// How often it was started again.
+    pub restarts: u32,
+    /// Of those, how often without having run for long.
+    pub failures: u32,
+    /// RAM.
+    pub ram_mib: u32,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// From the start of the process to the first instruction.
+    pub start_ms: Option<u64>,
+    /// The last look at the process.
+    pub measured: Option<Measured>,
+    /// What its jail takes of the host.
+    pub jail: Option<Jailed>,
+    /// Images that it uses.
+    pub images: Vec<String>,
+    /// Whether it goes on from its template, and has not started anew since.
+    pub loaded: bool,
+    /// The identifier of its vsock device, if it has one.
+    pub cid: Option<u32>,
+    /// Disks that have taken the place of those that it was made with, by drive.
+    pub disks: BTreeMap<String, PathBuf>,
+    /// What it was told over its own API.
+    pub told: Told,
+    /// What is under way with it.
+    pub pending: Pending,
+    /// Whether somebody looks after its commits.
+    pub is_followed: bool,
+}
+
+impl Now {
+    /// Whether it runs, or is about to, and nobody has asked it to end.
+    pub fn is_to_run(&self) -> bool {
+        match self.state {
+            State::Creating
+            | State::Starting
+            | State::Running
+            | State::Paused
+            | State::Restarting => !self.stopping,
+            State::NotStarted | State::Stopped | State::Failed | State::Deleting => false,
+        }
+    }
+}
+
+/// A guest.
+#[derive(Debug)]
+pub struct Vm {
+    /// Its name.
+    pub id: String,
+    /// What was asked for.
+    pub spec: VmSpec,
+    /// Who asked.
+    pub uid: u32,
+    /// When, in ms since 1970.
+    pub created_ms: u64,
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Held by what takes long.
+    pub operation: Arc<AsyncMutex<()>>,
+    /// Held while it is told something over its own API that outlives its process, until that is in `told`. Taken after `operation`.
+    pub telling: AsyncMutex<()>,
+    /// Held while `vm.json` is written.
+    pub saving: AsyncMutex<()>,
+    /// Places for requests to its process.
+    pub requests: Arc<Semaphore>,
+    now: Mutex<Now>,
+    changed: Notify,
+}
+
+impl Vm {
+    /// A guest as its record says, which is started with `config`.
+    pub fn new(id: String, folder: PathBuf, record: Record, config: &VmConfig) -> Self {
+        let machine = &config.machine_config;
+        Self {
+            id,
+            spec: record.spec,
+            uid: record.uid,
+            created_ms: record.created_ms,
+            folder,
+            operation: Arc::default(),
+            telling: AsyncMutex::default(),
+            saving: AsyncMutex::default(),
+            requests: Arc::new(Semaphore::new(REQUESTS)),
+            now: Mutex::new(Now {
+                state: record.state,
+                phase: record.phase,
+                process: None,
+                since: None,
+                stopping: false,
+                end: record.end,
+                restarts: record.restarts,
+                failures: record.failures,
+                ram_mib: machine.mem_size_mib,
+                vcpus: machine.vcpu_count,
+                start_ms: None,
+                measured: None,
+                jail: record.jail,
+                images: record.images,
+                loaded: record.loaded,
+                cid: record.cid,
+                disks: record.disks,
+                told: record.told,
+                pending: record.pending,
+                is_followed: false,
+            }),
+            changed: Notify::new(),
+        }
+    }
+
+    /// What changes.
+    pub fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes it, and wakes those who wait.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Now) -> T) -> T {
+        let done = change(&mut self.now());
+        self.changed.notify_waiters();
+        done
+    }
+
+    /// Its state.
+    pub fn state(&self) -> State {
+        self.now().state
+    }
+
+    /// Waits until `wanted`.
+    pub async fn until(&self, wanted: impl Fn(&Now) -> bool) {
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            // Before it is looked at, so that no change falls between.
+            changed.as_mut().enable();
+            if wanted(&self.now()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Its REST socket.
+    pub fn api_socket(&self) -> PathBuf {
+        self.folder.join("api.sock")
+    }
+
+    /// Its console.
+    pub fn console_socket(&self) -> PathBuf {
+        self.folder.join("console.sock")
+    }
+
+    /// What `vm.json` is to say.
+    pub fn record(&self) -> Record {
+        let now = self.now();
+        Record {
+            spec: self.spec.clone(),
+            uid: self.uid,
+            created_ms: self.created_ms,
+            phase: now.phase,
+            state: now.state,
+            jail: now.jail.clone(),
+            images: now.images.clone(),
+            loaded: now.loaded,
+            cid: now.cid,
+            disks: now.disks.clone(),
+            told: now.told.clone(),
+            pending: now.pending.clone(),
+            restarts: now.restarts,
+            failures: now.failures,
+            end: now.end.clone(),
+        }
+    }
+
+    /// What it counts when another is to be admitted.
+    pub fn load(&self) -> Load {
+        let now = self.now();
+        let live = match now.state {
+            State::Creating | State::Starting | State::Restarting => true,
+            State::NotStarted
+            | State::Running
+            | State::Paused
+            | State::Stopped
+            | State::Failed
+            | State::Deleting => now.process.is_some(),
+        };
+        Load {
+            uid: self.uid,
+            live,
+            ram_mib: now.ram_mib,
+            vcpus: now.vcpus,
+            memory: now.measured.map(|measured| measured.memory),
+        }
+    }
+
+    /// What is told of it.
+    pub fn status(&self, stats: bool, config: bool) -> VmStatus {
+        let now = self.now();
+        let measured = now.measured.filter(|_| stats);
+        VmStatus {
+            id: self.id.clone(),
+            state: now.state,
+            pid: now.process.as_ref().map(|process| process.pid),
+            vcpus: now.vcpus,
+            mem_size_mib: now.ram_mib,
+            created_ms: self.created_ms,
+            uid: self.uid,
+            uptime_s: now.since.map(|since| since.elapsed().as_secs()),
+            start_ms: now.start_ms,
+            restart: self.spec.restart,
+            restarts: now.restarts,
+            labels: self.spec.labels.clone(),
+            end: now.end.clone(),
+            memory: measured.map(|measured| measured.memory),
+            cpu_s: measured.map(|measured| measured.cpu_s),
+            template: self.spec.template.clone(),
+            vsock: now.cid.map(|guest_cid| VsockStatus {
+                guest_cid,
+                uds_path: self
+                    .folder
+                    .join(now.told.socket().unwrap_or(Path::new(SOCKET)))
+                    .display()
+                    .to_string(),
+            }),
+            guest_uid: now.jail.as_ref().and_then(|jail| jail.uid),
+            config: config
+                .then(|| now.told.shown().or_else(|| self.spec.config.clone()))
+                .flatten(),
+        }
+    }
+}

@@ -1,0 +1,367 @@
+//! What of the host's files a guest needs.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
+use std::path::{Component, Path, PathBuf};
+
+use memshare::ShareMode;
+use rustix::fs::{Access as Mode, access};
+use storage::vhdx::Vhdx;
+
+use super::{JailConfig, JailError, landlock};
+use config::{DriveFormat, VmConfig};
+use host::output::open_output;
+use kvm::boot;
+
+/// What is done with a file or folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// It is read.
+    Read,
+    /// It is read and written; in a folder, files come and go.
+    Write,
+    /// It is a device.
+    Device,
+    /// A file in it is removed at the end.
+    Remove,
+    /// It is a socket that is connected to.
+    Connect,
+}
+
+/// A file or folder that a guest needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Need {
+    /// Where it is on the host.
+    pub source: PathBuf,
+    /// Where the guest process looks for it.
+    pub target: PathBuf,
+    /// What is done with it.
+    pub access: Access,
+    /// What the guest has to be able to do with it, to start.
+    pub vital: Option<Access>,
+}
+
+/// Longest chain of disks that is looked along; a longer one is refused where it is opened.
+const LONGEST_CHAIN: usize = 256;
+
+/// Collects what is there, under the names that it has.
+#[derive(Default)]
+struct Needs(Vec<Need>);
+
+impl Needs {
+    /// Adds a path as it is written, and as it is with all links followed. What is not there is left to those who need it to tell.
+    fn add(&mut self, path: &Path, access: Access) {
+        self.add_as(path, access, None);
+    }
+
+    /// Adds a path without which the guest cannot start.
+    fn add_vital(&mut self, path: &Path, access: Access) {
+        self.add_as(path, access, Some(access));
+    }
+
+    fn add_as(&mut self, path: &Path, access: Access, vital: Option<Access>) {
+        let Ok(source) = path.canonicalize() else {
+            return;
+        };
+        let written = std::path::absolute(path).ok().filter(|written| {
+            *written != source
+                && !written
+                    .components()
+                    .any(|part| matches!(part, Component::ParentDir))
+        });
+        for target in written.into_iter().chain([source.clone()]) {
+            self.0.push(Need {
+                source: source.clone(),
+                target,
+                access,
+                vital,
+            });
+        }
+    }
+
+    /// Adds the sockets that a vsock device at `path` leads to, of those that are there.
+    fn add_ports(&mut self, path: &Path) {
+        let mut start = path.file_name().unwrap_or_default().to_owned();
+        start.push("_");
+        let entries = fs::read_dir(folder_of(path)).into_iter().flatten();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let is_port = name
+                .as_encoded_bytes()
+                .starts_with(start.as_encoded_bytes());
+            if is_port && entry.file_type().is_ok_and(|kind| kind.is_socket()) {
+                self.add(&path.with_file_name(name), Access::Connect);
+            }
+        }
+    }
+
+    /// Adds a disk, and all disks that it stands on.
+    fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
+        self.add_vital(path, access);
+        if format == Some(DriveFormat::Raw) {
+            return;
+        }
+        let mut next = parent_of(path);
+        for _ in 0..LONGEST_CHAIN {
+            let Some(parent) = next else {
+                return;
+            };
+            self.add_vital(&parent, Access::Read);
+            next = parent_of(&parent);
+        }
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// What is no VHDX, or cannot be opened, has no parent.
+fn parent_of(path: &Path) -> Option<PathBuf> {
+    let is_file = path.metadata().is_ok_and(|metadata| metadata.is_file());
+    is_file.then(|| Vhdx::info(path).ok()?.parent_path)?
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
+    let path = path.to_owned();
+    move |source| JailError::Path { path, source }
+}
+
+/// All that a guest of `config` needs, with its sockets at `sockets`. Makes what it is to find when it is jailed: the outputs, and the cache of kernels.
+pub(super) fn of(
+    config: &VmConfig,
+    sockets: &[&Path],
+    jail: &JailConfig,
+) -> Result<Vec<Need>, JailError> {
+    let mut needs = Needs::default();
+    needs.add(Path::new("/dev/kvm"), Access::Device);
+    // Identifiers of disks are random; a static program may ask here rather than by getrandom(2).
+    needs.add(Path::new("/dev/random"), Access::Device);
+    needs.add(Path::new("/dev/urandom"), Access::Device);
+    needs.add(Path::new("/dev/null"), Access::Device);
+    // It says how many mappings a process can have.
+    needs.add(Path::new("/proc/sys/vm/max_map_count"), Access::Read);
+    let process = Path::new("/proc/self");
+    needs.0.push(Need {
+        source: process.canonicalize().map_err(failed(process))?,
+        // Its number is another in a namespace of processes.
+        target: Path::new("/proc").join(std::process::id().to_string()),
+        access: Access::Read,
+        vital: None,
+    });
+    if let Some(source) = &config.boot_source {
+        needs.add_vital(&source.kernel_image_path, Access::Read);
+        if let Some(initrd) = &source.initrd_path {
+            needs.add_vital(initrd, Access::Read);
+        }
+    }
+    add_cache(&mut needs, config, jail);
+    for drive in &config.drives {
+        let access = if drive.is_read_only {
+            Access::Read
+        } else {
+            Access::Write
+        };
+        needs.add_disk(&drive.path_on_host, drive.format, access);
+    }
+    for pmem in &config.pmem {
+        let access = if pmem.mode().keeps() {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        needs.add_disk(&pmem.path_on_host, pmem.format, access);
+    }
+    if let Some(path) = config
+        .serial
+        .as_ref()
+        .and_then(|serial| serial.serial_out_path.as_ref())
+    {
+        let is_new = !path.exists();
+        open_output(path).map_err(failed(path))?;
+        if is_new {
+            give(path, jail)?;
+        }
+        needs.add_vital(path, Access::Write);
+    }
+    for socket in sockets {
+        give(socket, jail)?;
+        add_folder_of_socket(&mut needs, socket, jail);
+    }
+    if let Some(vsock) = &config.vsock {
+        needs.add_ports(vsock.path());
+    }
+    for path in &jail.allow {
+        let kind = path.metadata().map_err(failed(path))?.file_type();
+        // Landlock has a right of its own for what a device alone can do.
+        let access = if kind.is_char_device() {
+            Access::Device
+        } else {
+            Access::Write
+        };
+        needs.add(path, access);
+    }
+    // What lies in a folder comes after the folder.
+    needs.0.sort_by(|a, b| a.target.cmp(&b.target));
+    needs.0.dedup_by(|later, first| {
+        let is_same = later.target == first.target;
+        if is_same && later.access == Access::Write {
+            first.access = Access::Write;
+        }
+        if is_same && first.vital != Some(Access::Write) {
+            first.vital = later.vital.or(first.vital);
+        }
+        is_same
+    });
+    Ok(needs.0)
+}
+
+/// Makes a file the guest process's own.
+pub(super) fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
+    if jail.uid.is_none() && jail.gid.is_none() {
+        return Ok(());
+    }
+    lchown(path, jail.uid, jail.gid).map_err(failed(path))
+}
+
+/// Whether the user that this process has become may do with the guest's files what it needs to; told before any of them is opened.
+pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
+    for need in needs {
+        let (mode, wanted) = match need.vital {
+            Some(Access::Read) => (Mode::READ_OK, "read"),
+            Some(Access::Write) => (Mode::READ_OK | Mode::WRITE_OK, "read and write"),
+            Some(Access::Device | Access::Remove | Access::Connect) | None => continue,
+        };
+        let path = if in_tree { &need.target } else { &need.source };
+        if access(path, mode) == Err(rustix::io::Errno::ACCESS) {
+            let metadata = path.metadata().ok();
+            return Err(JailError::Closed {
+                path: need.source.clone(),
+                uid: rustix::process::geteuid().as_raw(),
+                access: wanted,
+                owner: metadata.as_ref().map_or(0, MetadataExt::uid),
+                mode: metadata.map_or(0, |metadata| metadata.mode() & 0o7777),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Kernels, unpacked, and what is made of them: read alone, as other guests have them too. What the cache does not have is made now.
+fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
+    let domain = config.sharing.domain.as_deref();
+    let cache = boot::cache_dir(domain);
+    let share = config.sharing.mode >= ShareMode::Boot;
+    let kept = match &config.boot_source {
+        Some(source) => boot::keep_ready(source, domain, share),
+        None => Vec::new(),
+    };
+    if jail.uid.is_none() {
+        needs.add(&cache, Access::Read);
+        return;
+    }
+    // The folder is for its user alone, and what is in it for those who are given it.
+    for file in kept.iter().flat_map(|file| with_references(file, &cache)) {
+        if let Err(error) = readable(&file) {
+            tracing::warn!(%error, file = %file.display(), "the guest has a copy of its own of it");
+        }
+        needs.add(&file, Access::Read);
+    }
+}
+
+/// A file of the cache, and the reference images beside it, which have longer names.
+fn with_references(file: &Path, cache: &Path) -> Vec<PathBuf> {
+    let stem = file.file_stem().unwrap_or_default().as_encoded_bytes();
+    let beside = fs::read_dir(cache).into_iter().flatten().flatten();
+    let references = beside.map(|entry| entry.path()).filter(|path| {
+        let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+        name.starts_with(stem) && path.extension().is_some_and(|end| end == "reference")
+    });
+    references.chain([file.to_owned()]).collect()
+}
+
+fn readable(file: &Path) -> io::Result<()> {
+    let metadata = file.metadata()?;
+    if metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o044 != 0o044 {
+        fs::set_permissions(file, fs::Permissions::from_mode(metadata.mode() | 0o044))?;
+    }
+    Ok(())
+}
+
+/// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to the process only where
+/// Landlock keeps it from that.
+fn add_folder_of_socket(needs: &mut Needs, socket: &Path, jail: &JailConfig) {
+    let folder = folder_of(socket);
+    let same = |path: &PathBuf| path.canonicalize().ok() == folder.canonicalize().ok();
+    if jail.allow.iter().any(same) {
+        return;
+    }
+    let is_alone = fs::read_dir(folder).is_ok_and(|entries| entries.count() <= 1);
+    if is_alone || landlock::is_available() {
+        needs.add(folder, Access::Remove);
+    } else {
+        tracing::warn!(
+            folder = %folder.display(),
+            "the REST socket stays behind at the end: there are other files in its folder, and the kernel has no Landlock"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use config::{DriveConfig, SerialConfig};
+
+    fn find<'a>(needs: &'a [Need], path: &Path) -> &'a Need {
+        let found = needs.iter().find(|need| need.target == path);
+        found.unwrap_or_else(|| panic!("{} in {needs:?}", path.display()))
+    }
+
+    #[test]
+    fn a_disk_comes_with_all_that_it_stands_on_and_parents_are_not_written_to() {
+        use storage::vhdx::{ChildOptions, CreateOptions};
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
+        Vhdx::create_child(path("child"), path("base"), &ChildOptions::default()).unwrap();
+        Vhdx::create_child(path("top"), path("child"), &ChildOptions::default()).unwrap();
+        let config = VmConfig {
+            drives: vec![DriveConfig::new("a", path("top"))],
+            serial: Some(SerialConfig {
+                serial_out_path: Some(path("serial")),
+                rate_limiter: None,
+            }),
+            ..VmConfig::default()
+        };
+        let needs = of(&config, &[], &JailConfig::default()).unwrap();
+        assert_eq!(find(&needs, &path("top")).access, Access::Write);
+        assert_eq!(find(&needs, &path("child")).access, Access::Read);
+        assert_eq!(find(&needs, &path("base")).access, Access::Read);
+        assert_eq!(find(&needs, &path("serial")).access, Access::Write);
+        assert!(path("serial").exists());
+        assert!(needs.iter().all(|need| need.target != folder.path()));
+    }
+
+    #[test]
+    fn a_link_is_there_by_both_names_and_what_is_missing_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path().canonicalize().unwrap();
+        fs::write(folder.join("disk"), "").unwrap();
+        std::os::unix::fs::symlink("disk", folder.join("link")).unwrap();
+        let mut needs = Needs::default();
+        needs.add(&folder.join("link"), Access::Read);
+        needs.add(&folder.join("nothing"), Access::Read);
+        let targets: Vec<_> = needs.0.iter().map(|need| need.target.clone()).collect();
+        assert_eq!(targets, [folder.join("link"), folder.join("disk")]);
+        assert!(
+            needs
+                .0
+                .iter()
+                .all(|need| need.source == folder.join("disk"))
+        );
+    }
+}

@@ -1,0 +1,20 @@
+//! How the disk of a drive is opened, for a guest that starts and for one that is loaded.
+
+use std::sync::Arc;
+
+use config::DriveConfig;
+
+/// Opens the disk of a drive as its guest is going to have it.
+pub(crate) fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::OpenError> {
+    let options = storage::OpenOptions {
+        read_only: drive.is_read_only,
+        format: drive.format.map(Into::into),
+        parents: match &drive.parents {
+            Some(folder) => storage::Parents::Within(folder.clone()),
+            None => storage::Parents::Anywhere,
+        },
+        punch_holes: !drive.keep_space,
+        ..storage::OpenOptions::default()
+    };
+    storage::open(&drive.path_on_host, &options)
+}

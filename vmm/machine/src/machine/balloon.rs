@@ -1,0 +1,22 @@
+//! The balloon of a machine.
+
+use std::sync::{Arc, Mutex};
+
+use devices::virtio::balloon::{GiveBack, VirtioBalloon};
+use memshare::SharedMemory;
+use vm_memory::Address;
+
+use super::{StartError, host, new_interrupt};
+use config::BalloonConfig;
+
+/// The device that `config` asks for. Its pages go back to the host, through `memory`, at once.
+pub(super) fn device(
+    config: BalloonConfig,
+    memory: Arc<SharedMemory>,
+) -> Result<Arc<Mutex<VirtioBalloon>>, StartError> {
+    let give_back: GiveBack =
+        Arc::new(move |address, len| memory.give_back(address.raw_value(), len));
+    let device = VirtioBalloon::new(&config.into(), give_back, new_interrupt("balloon")?)
+        .map_err(host("balloon"))?;
+    Ok(Arc::new(Mutex::new(device)))
+}

@@ -1,0 +1,289 @@
+//! Puts the devices of a machine together.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use devices::bus::Bus;
+use devices::legacy::{
+    AcpiPm, BootMark, BootTimer, CmosRtc, I8042, PowerSink, Pvpanic, SerialConsole, SerialInput,
+    SerialPort,
+};
+use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::VirtioBalloon;
+use devices::virtio::block::{BlockConfig, VirtioBlock};
+use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::rng::VirtioRng;
+use devices::vmgenid::VmGenId;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::sharing::Plan;
+use super::vsock::{Vsock, VsockHost};
+use super::{SharingDomain, StartError, Subscriber, balloon, event, host, lock, new_interrupt};
+use crate::disk::open_disk;
+use crate::pmem::{MapBudget, Pmem};
+use config::{BalloonConfig, DriveConfig, VmConfig};
+use kvm::boot::MmioDevice;
+use kvm::layout;
+use kvm::vm::{Buses, Vm};
+
+/// Long enough that a guest does not wait for a free entry with the engine's ring full.
+const BLOCK_QUEUE_SIZE: u16 = 128;
+
+/// A balloon, and whether the guest is to report its free pages there.
+pub(super) struct Balloon {
+    pub(super) device: Arc<Mutex<VirtioBalloon>>,
+    pub(super) reports: bool,
+}
+
+/// Devices of a PC that remember something, and what the guest has told one.
+pub(super) struct Legacy {
+    pub(super) keyboard: Arc<Mutex<I8042>>,
+    pub(super) rtc: Arc<Mutex<CmosRtc>>,
+    pub(super) boot_mark: BootMark,
+}
+
+/// The devices of a machine while it is put together.
+pub(super) struct Builder<'a> {
+    pub(super) vm: &'a Vm,
+    pub(super) buses: Buses,
+    pub(super) virtio: Vec<MmioDevice>,
+    pub(super) devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+    pub(super) transports: Vec<Arc<Mutex<MmioTransport>>>,
+    /// What the event loop is to serve.
+    pub(super) subscribers: Vec<Subscriber>,
+}
+
+impl<'a> Builder<'a> {
+    pub(super) fn new(vm: &'a Vm) -> Self {
+        Self {
+            vm,
+            buses: Buses {
+                pio: Bus::new(),
+                mmio: Bus::new(),
+            },
+            virtio: Vec::new(),
+            devices: Vec::new(),
+            transports: Vec::new(),
+            subscribers: Vec::new(),
+        }
+    }
+
+    /// Adds the drives, the root device first: a guest names its disks in the order it finds them.
+    pub(super) fn add_drives(
+        &mut self,
+        configs: &[DriveConfig],
+        plan: &Plan,
+    ) -> Result<BTreeMap<String, Arc<Mutex<VirtioBlock>>>, StartError> {
+        let root = configs.iter().filter(|drive| drive.is_root_device);
+        let others = configs.iter().filter(|drive| !drive.is_root_device);
+        let mut drives = BTreeMap::new();
+        for drive in root.chain(others) {
+            let mut block = new_block(drive)?;
+            block.share(plan.of_drive(drive));
+            let faults = plan.faults().clone();
+            block.on_fault(Arc::new(move || faults.request_failed()));
+            let device = Arc::new(Mutex::new(block));
+            self.add_virtio(device.clone())?;
+            self.subscribers.push(device.clone());
+            drives.insert(drive.drive_id.clone(), device);
+        }
+        Ok(drives)
+    }
+
+    pub(super) fn add_entropy(&mut self) -> Result<Arc<Mutex<VirtioRng>>, StartError> {
+        let interrupt = new_interrupt("entropy device")?;
+        let rng = VirtioRng::new(interrupt).map_err(host("entropy device"))?;
+        let device = Arc::new(Mutex::new(rng));
+        self.add_virtio(device.clone())?;
+        self.subscribers.push(device.clone());
+        Ok(device)
+    }
+
+    /// Adds the vsock device that is asked for, if one is.
+    pub(super) fn add_vsock(
+        &mut self,
+        config: &VmConfig,
+        host: VsockHost,
+    ) -> Result<Option<Vsock>, StartError> {
+        let vsock = Vsock::new(config, host)?;
+        if let Some(vsock) = &vsock {
+            self.add_virtio(vsock.device.clone())?;
+            self.subscribers.push(vsock.device.clone());
+        }
+        Ok(vsock)
+    }
+
+    /// Adds the balloon that is asked for, or, where all is to be shared, one that has the guest tell of what it frees: that is the
+    /// better part of what a guest need not hold.
+    pub(super) fn add_balloon(
+        &mut self,
+        config: Option<BalloonConfig>,
+        plan: &Plan,
+    ) -> Result<Option<Balloon>, StartError> {
+        let has_room = self.virtio.len() < layout::VIRTIO_GSIS.len();
+        let unasked = (plan.is_all() && has_room).then(BalloonConfig::reporting);
+        let Some(config) = config.or(unasked) else {
+            return Ok(None);
+        };
+        let device = balloon::device(config, plan.memory().clone())?;
+        self.add_virtio(device.clone())?;
+        self.subscribers.push(device.clone());
+        Ok(Some(Balloon {
+            device,
+            reports: config.free_page_reporting,
+        }))
+    }
+
+    /// Puts a virtio device on the next free interrupt line and registers its eventfds.
+    pub(super) fn add_virtio(
+        &mut self,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+    ) -> Result<(), StartError> {
+        let index = self.virtio.len();
+        let gsi = *layout::VIRTIO_GSIS
+            .get(index)
+            .ok_or(StartError::TooManyDevices)?;
+        let base = layout::VIRTIO_MMIO_START + index as u64 * layout::VIRTIO_MMIO_SIZE;
+        {
+            let device = lock(&device);
+            self.vm.register_irqfd(device.interrupt().irqfd(), gsi)?;
+            for (queue, kick) in (0..).zip(device.kicks()) {
+                if !device.is_synchronous(queue as usize) {
+                    self.vm.register_ioevent(kick, base + QUEUE_NOTIFY, queue)?;
+                }
+            }
+        }
+        let transport = MmioTransport::new(device.clone(), self.vm.memory().clone());
+        let transport = Arc::new(Mutex::new(transport));
+        self.devices.push(device);
+        self.transports.push(transport.clone());
+        self.buses
+            .mmio
+            .insert(base, MmioTransport::SIZE, transport)?;
+        // The window lies in the hole below 4 GiB.
+        self.virtio.push(MmioDevice {
+            base: base as u32,
+            size: MmioTransport::SIZE as u32,
+            gsi,
+        });
+        Ok(())
+    }
+
+    /// Puts a pmem device behind a transport, and a guard where the guest must not write.
+    pub(super) fn add_pmem(&mut self, pmem: &Pmem) -> Result<(), StartError> {
+        if let Some(guard) = pmem.guard() {
+            let writes = guard.writes.clone();
+            self.buses.mmio.insert(guard.address, guard.len, writes)?;
+        }
+        self.add_virtio(pmem.device().clone())
+    }
+
+    /// The generation ID, where the tables of the guest say that it is.
+    pub(super) fn add_generation(&self) -> Result<VmGenId, StartError> {
+        let generation = VmGenId::new(GuestAddress(layout::VM_GENERATION_ID))?;
+        self.vm
+            .register_irqfd(generation.irqfd(), layout::GENERATION_GSI)?;
+        Ok(generation)
+    }
+
+    fn add_port(
+        &mut self,
+        port: u16,
+        count: u64,
+        device: Arc<Mutex<dyn devices::bus::BusDevice>>,
+    ) -> Result<(), StartError> {
+        Ok(self.buses.pio.insert(port.into(), count, device)?)
+    }
+
+    pub(super) fn add_serial(
+        &mut self,
+        out: OwnedFd,
+        drained: EventFd,
+    ) -> Result<SerialConsole, StartError> {
+        let irqfd = event("serial port")?;
+        self.vm.register_irqfd(&irqfd, layout::SERIAL_GSI)?;
+        let (port, console) =
+            SerialPort::new(out, SerialInput { irqfd, drained }).map_err(host("serial port"))?;
+        self.add_port(
+            layout::SERIAL_PORT,
+            SerialPort::PORTS,
+            Arc::new(Mutex::new(port)),
+        )?;
+        Ok(console)
+    }
+
+    pub(super) fn add_legacy(&mut self, power: &PowerSink) -> Result<Legacy, StartError> {
+        let irqfd = event("keyboard controller")?;
+        self.vm.register_irqfd(&irqfd, layout::I8042_GSI)?;
+        let keyboard = Arc::new(Mutex::new(I8042::new(power.clone(), irqfd)));
+        // Port 0x61 between its two ports is the PIT's, where there is one.
+        self.add_port(layout::I8042_PORT, I8042::PORTS, keyboard.clone())?;
+        let rtc = Arc::new(Mutex::new(CmosRtc::new()));
+        self.add_port(layout::RTC_PORT, CmosRtc::PORTS, rtc.clone())?;
+        self.add_port(
+            layout::PVPANIC_PORT,
+            1,
+            Arc::new(Mutex::new(Pvpanic::new(power.clone()))),
+        )?;
+        self.add_port(
+            layout::ACPI_PM_PORT,
+            AcpiPm::PORTS,
+            Arc::new(Mutex::new(AcpiPm::new(power.clone()))),
+        )?;
+        let timer = BootTimer::default();
+        let boot_mark = timer.mark();
+        self.add_port(layout::BOOT_TIMER_PORT, 1, Arc::new(Mutex::new(timer)))?;
+        Ok(Legacy {
+            keyboard,
+            rtc,
+            boot_mark,
+        })
+    }
+}
+
+fn new_block(drive: &DriveConfig) -> Result<VirtioBlock, StartError> {
+    let disk = open_disk(drive).map_err(|source| StartError::Drive {
+        drive: drive.drive_id.clone(),
+        source,
+    })?;
+    let config = BlockConfig {
+        disk,
+        serial: drive
+            .serial
+            .clone()
+            .unwrap_or_else(|| drive.drive_id.clone()),
+        queues: drive.num_queues,
+        queue_size: BLOCK_QUEUE_SIZE,
+        engine: drive.io_engine.into(),
+    };
+    VirtioBlock::new(config, new_interrupt("drive")?).map_err(|source| StartError::Block {
+        drive: drive.drive_id.clone(),
+        source,
+    })
+}
+
+/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order it finds them.
+pub(super) fn attach_pmem(
+    config: &VmConfig,
+    vm: &mut Vm,
+) -> Result<Vec<(String, Pmem)>, StartError> {
+    let mut budget = MapBudget::of_host();
+    let domain = SharingDomain::of(&config.sharing);
+    let root = config.pmem.iter().filter(|pmem| pmem.root_device);
+    let others = config.pmem.iter().filter(|pmem| !pmem.root_device);
+    root.chain(others)
+        .map(|pmem| {
+            let interrupt = new_interrupt("pmem device")?;
+            let attached = Pmem::attach(pmem, vm, interrupt, &mut budget, &|file| {
+                domain.admits(file)
+            });
+            let attached = attached.map_err(|source| StartError::Pmem {
+                pmem: pmem.id.clone(),
+                source: Box::new(source),
+            })?;
+            Ok((pmem.id.clone(), attached))
+        })
+        .collect()
+}

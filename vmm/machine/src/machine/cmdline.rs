@@ -1,0 +1,260 @@
+//! The kernel command line of a guest: what the user gave, and what follows from its devices.
+
+use memshare::ShareMode;
+
+use config::limits::DEFAULT_CMDLINE;
+use config::{DriveConfig, PmemConfig, PmemMode, VmConfig};
+use kvm::boot::MmioDevice;
+
+/// What the guest mounts as its root.
+#[derive(Clone, Copy)]
+pub(super) enum Root<'a> {
+    /// Its first drive, or a partition of it.
+    Drive(&'a DriveConfig),
+    /// Its first pmem device.
+    Pmem(&'a PmemConfig),
+}
+
+impl<'a> Root<'a> {
+    /// The root of a guest, if one is marked; there is one at most.
+    pub(super) fn of(config: &'a VmConfig) -> Option<Self> {
+        let drive = config.drives.iter().find(|drive| drive.is_root_device);
+        let pmem = config.pmem.iter().find(|pmem| pmem.root_device);
+        drive.map(Self::Drive).or(pmem.map(Self::Pmem))
+    }
+
+    fn words(self) -> String {
+        // The root device is the first of its kind: its name in the guest is known.
+        match self {
+            Self::Drive(root) => {
+                let device = root
+                    .partuuid
+                    .as_ref()
+                    .map_or("/dev/vda".to_owned(), |uuid| format!("PARTUUID={uuid}"));
+                let mode = if root.is_read_only { "ro" } else { "rw" };
+                format!("root={device} {mode}")
+            }
+            Self::Pmem(root) => {
+                let mode = match root.mode() {
+                    PmemMode::Ro => "ro",
+                    PmemMode::Cow | PmemMode::Rw => "rw",
+                };
+                format!("root=/dev/pmem0 {mode} rootflags=dax")
+            }
+        }
+    }
+}
+
+/// What Linux is to do about its memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wanted {
+    /// Tell of free pages one by one, see [`report_every_page`].
+    pub(super) reporting: bool,
+    /// Make no file of each of its trace events: before Linux 6.6, some ten thousand inodes in every guest.
+    pub(super) lean: Lean,
+}
+
+/// Whether Linux does without its trace file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Lean {
+    /// It has it.
+    #[default]
+    No,
+    /// It does without, unless the command line has it trace something.
+    IfUnused,
+    /// It does without.
+    Yes,
+}
+
+impl Lean {
+    /// What a user has said, or what goes with how the guest shares.
+    pub(super) fn new(said: Option<bool>, mode: ShareMode) -> Self {
+        match said {
+            Some(true) => Self::Yes,
+            None if mode == ShareMode::All => Self::IfUnused,
+            Some(false) | None => Self::No,
+        }
+    }
+
+    fn applies(self, cmdline: &str) -> bool {
+        /// How the words begin that set up tracing at boot (kernel-parameters.txt).
+        const TRACING: [&str; 5] = [
+            "ftrace",
+            "trace_",
+            "tp_printk",
+            "kprobe_event",
+            "stacktrace",
+        ];
+        let traces = |word: &str| TRACING.iter().any(|name| word.starts_with(name));
+        match self {
+            Self::No => false,
+            Self::IfUnused => !cmdline.split_ascii_whitespace().any(traces),
+            Self::Yes => true,
+        }
+    }
+}
+
+const LEAN: &str = "initcall_blacklist=event_trace_init,tracer_init_tracefs";
+
+/// Completes the command line that was given, or the default one.
+///
+/// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
+/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. What is `wanted` of the
+/// guest's memory is told, unless the command line speaks of it.
+pub(super) fn complete(
+    given: Option<&str>,
+    root: Option<Root<'_>>,
+    virtio: &[MmioDevice],
+    wanted: Wanted,
+) -> String {
+    let mut cmdline = given.unwrap_or(DEFAULT_CMDLINE).to_owned();
+    if let Some(root) = root {
+        cmdline = format!("{cmdline} {}", root.words());
+    }
+    if cmdline
+        .split_ascii_whitespace()
+        .any(|word| word == "acpi=off")
+    {
+        for device in virtio {
+            cmdline = format!("{cmdline} {}", device.cmdline());
+        }
+    }
+    if wanted.reporting {
+        cmdline = report_every_page(cmdline);
+    }
+    if wanted.lean.applies(&cmdline) && !cmdline.contains("initcall_blacklist=") {
+        cmdline = format!("{cmdline} {LEAN}");
+    }
+    cmdline
+}
+
+/// Lets Linux report free memory down to single pages, unless the command line says how. On its own it tells of free blocks of 2 MiB and more, and
+/// only while 64 MiB are free, so that a small guest tells of nothing. Linux before 6.2 forgets the word when the driver loads.
+fn report_every_page(cmdline: String) -> String {
+    if cmdline.contains("page_reporting_order") {
+        cmdline
+    } else {
+        cmdline + " page_reporting.page_reporting_order=0"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEVICE: MmioDevice = MmioDevice {
+        base: 0xc000_1000,
+        size: 0x1000,
+        gsi: 5,
+    };
+
+    #[test]
+    fn what_was_given_stays_as_it_is() {
+        assert_eq!(
+            complete(Some("quiet"), None, &[DEVICE], Wanted::default()),
+            "quiet"
+        );
+        assert_eq!(
+            complete(None, None, &[], Wanted::default()),
+            DEFAULT_CMDLINE
+        );
+    }
+
+    #[test]
+    fn the_root_device_is_the_first_disk_or_named_by_its_partition() {
+        let mut root = DriveConfig::new("root", "root.vhdx");
+        root.is_read_only = true;
+        assert_eq!(
+            complete(
+                Some("quiet"),
+                Some(Root::Drive(&root)),
+                &[],
+                Wanted::default()
+            ),
+            "quiet root=/dev/vda ro"
+        );
+        root.partuuid = Some("0eaa91a0-01".into());
+        root.is_read_only = false;
+        assert_eq!(
+            complete(
+                Some("quiet"),
+                Some(Root::Drive(&root)),
+                &[],
+                Wanted::default()
+            ),
+            "quiet root=PARTUUID=0eaa91a0-01 rw"
+        );
+    }
+
+    #[test]
+    fn free_pages_are_reported_one_by_one_unless_the_user_says_otherwise() {
+        let with = |given| {
+            let wanted = Wanted {
+                reporting: true,
+                ..Wanted::default()
+            };
+            complete(Some(given), None, &[], wanted)
+        };
+        assert_eq!(with("quiet"), "quiet page_reporting.page_reporting_order=0");
+        let given = "quiet page_reporting.page_reporting_order=9";
+        assert_eq!(with(given), given);
+    }
+
+    #[test]
+    fn a_pmem_device_as_root_is_mounted_by_dax() {
+        for (mode, word) in [
+            (PmemMode::Ro, "ro"),
+            (PmemMode::Cow, "rw"),
+            (PmemMode::Rw, "rw"),
+        ] {
+            let mut config = VmConfig {
+                pmem: vec![
+                    PmemConfig::new("data", "a", PmemMode::Ro),
+                    PmemConfig::new("root", "b", mode),
+                ],
+                ..VmConfig::default()
+            };
+            assert!(Root::of(&config).is_none());
+            config.pmem[1].root_device = true;
+            assert_eq!(
+                complete(Some("quiet"), Root::of(&config), &[], Wanted::default()),
+                format!("quiet root=/dev/pmem0 {word} rootflags=dax")
+            );
+        }
+    }
+
+    #[test]
+    fn a_lean_guest_has_no_trace_events_unless_the_user_says_otherwise() {
+        let with = |said, mode, given| {
+            let lean = Lean::new(said, mode);
+            let reporting = false;
+            complete(Some(given), None, &[], Wanted { reporting, lean })
+        };
+        let (all, read) = (ShareMode::All, ShareMode::Read);
+        let (lean, full) = (format!("quiet {LEAN}"), "quiet");
+        assert_eq!(with(None, all, "quiet"), lean);
+        assert_eq!(with(None, read, "quiet"), full);
+        assert_eq!(with(Some(true), read, "quiet"), lean);
+        assert_eq!(with(Some(false), all, "quiet"), full);
+        assert_eq!(
+            with(Some(true), all, "initcall_blacklist=x"),
+            "initcall_blacklist=x"
+        );
+        let traced = "trace_event=sched:*";
+        assert_eq!(with(None, all, traced), traced);
+        assert_eq!(with(Some(true), all, traced), format!("{traced} {LEAN}"));
+    }
+
+    #[test]
+    fn without_acpi_the_kernel_is_told_of_each_device() {
+        let second = MmioDevice {
+            base: 0xc000_2000,
+            gsi: 6,
+            ..DEVICE
+        };
+        assert_eq!(
+            complete(Some("acpi=off"), None, &[DEVICE, second], Wanted::default()),
+            "acpi=off virtio_mmio.device=0x1000@0xc0001000:5 virtio_mmio.device=0x1000@0xc0002000:6"
+        );
+    }
+}

@@ -1,0 +1,538 @@
+//! A guest: its VM, its devices, and their life from start to end.
+//!
+//! ```text
+//! Machine::start ──> running <── pause / resume ──> paused ── shutdown ──> disks closed
+//!                       └── GuestEnd, told once through `Surroundings::on_end`
+//! ```
+//!
+//! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine itself is called
+//! by one thread at a time.
+
+mod balloon;
+mod builder;
+mod cmdline;
+mod domain;
+mod drive_job;
+mod faults;
+mod pages;
+mod sharing;
+mod snapshot;
+mod start;
+mod vsock;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use devices::bus::BusRangeError;
+use devices::legacy::{BootMark, CmosRtc, I8042, SerialConsole};
+use devices::persist::RestoreError;
+use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
+use devices::virtio::block::{BlockError, BlockMetrics, VirtioBlock};
+use devices::virtio::mmio::MmioTransport;
+use devices::virtio::rng::{RngMetrics, VirtioRng};
+use devices::virtio::vsock::VsockMetrics;
+use devices::virtio::{Interrupt, VirtioDevice};
+use devices::vmgenid::{VmGenId, VmGenIdError};
+use event_manager::MutEventSubscriber;
+use memshare::SharedMemory;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::disk::open_disk;
+use crate::pmem::{Pmem, PmemCounters, PmemError};
+use crate::reference::Warmer;
+use crate::snapshot::{MemoryState, Served, SnapshotError};
+use config::DriveConfig;
+pub(crate) use domain::SharingDomain;
+pub use drive_job::{
+    DriveError, DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child,
+};
+use host::exit::GuestEnd;
+use host::socket::SocketError;
+use kvm::boot::BootError;
+use kvm::layout;
+pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
+pub use sharing::SharingReport;
+pub use vsock::VsockHost;
+
+use sharing::Sharing;
+use vsock::Vsock;
+
+use kvm::vm::{ExitKind, Vcpus, VmError};
+
+/// What the event loop serves.
+pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// What a machine is given by the program that runs it.
+pub struct Surroundings {
+    /// Where the guest's serial console writes.
+    pub serial_out: OwnedFd,
+    /// Becomes readable when the guest has read all input of its console.
+    pub serial_drained: EventFd,
+    /// Told once how the guest ended, on a thread that must not be held up.
+    pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
+    /// Who makes a reference image of the guest's kernel, where there is none yet.
+    pub warm: Option<Warmer>,
+    /// What its vsock device finds, where it has one.
+    pub vsock: VsockHost,
+}
+
+/// Why a guest cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No kernel is configured.
+    #[error("no kernel is configured: set boot-source")]
+    NoKernel,
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The kernel or the initrd.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A drive's file.
+    #[error("drive {drive}: {source}")]
+    Drive {
+        /// `drive_id`.
+        drive: String,
+        /// What is wrong with its file.
+        source: storage::OpenError,
+    },
+    /// A drive's device.
+    #[error("drive {drive}: {source}")]
+    Block {
+        /// `drive_id`.
+        drive: String,
+        /// What is wrong with its settings.
+        source: BlockError,
+    },
+    /// A pmem device.
+    #[error("pmem {pmem}: {source}")]
+    Pmem {
+        /// `id`.
+        pmem: String,
+        /// Why it cannot be.
+        source: Box<PmemError>,
+    },
+    /// More devices than interrupt lines.
+    #[error("a guest has at most {} virtio devices", layout::VIRTIO_GSIS.len())]
+    TooManyDevices,
+    /// Two devices want the same addresses.
+    #[error(transparent)]
+    Bus(#[from] BusRangeError),
+    /// The socket of the vsock device.
+    #[error("vsock: {0}")]
+    Vsock(#[from] SocketError),
+    /// The generation ID.
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
+    /// What a device was is not what it can be here.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The host has no more of something.
+    #[error("cannot make the {device}: {source}")]
+    Host {
+        /// The device.
+        device: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+/// Why a running guest refuses a request.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// There is no drive of that name.
+    #[error("there is no drive {0}")]
+    NoDrive(String),
+    /// There is no RAM at that guest physical address.
+    #[error("there is no RAM at {0:#x}")]
+    NotRam(u64),
+    /// There is no pmem device of that name.
+    #[error("there is no pmem device {0}")]
+    NoPmem(String),
+    /// The disk of a pmem device cannot be changed as was asked for.
+    #[error("pmem {pmem}: {source}")]
+    ChangePmem {
+        /// `id`.
+        pmem: String,
+        /// Why not.
+        source: Box<DriveError>,
+    },
+    /// The new file of a drive cannot be used.
+    #[error("drive {drive}: {source}")]
+    Drive {
+        /// `drive_id`.
+        drive: String,
+        /// What is wrong with its file.
+        source: storage::OpenError,
+    },
+    /// The new file differs in what the guest has been promised.
+    #[error("drive {drive}: {source}")]
+    Replacement {
+        /// `drive_id`.
+        drive: String,
+        /// In what it differs.
+        source: BlockError,
+    },
+    /// The disk of a drive cannot be changed as was asked for.
+    #[error("drive {drive}: {source}")]
+    Change {
+        /// `drive_id`.
+        drive: String,
+        /// Why not.
+        source: DriveError,
+    },
+    /// The host does not say where the guest's memory is.
+    #[error("where guest memory is cannot be told: {0}")]
+    Sharing(std::io::Error),
+    /// The guest has not read the keys typed before.
+    #[error("the guest has not taken the last Ctrl-Alt-Del yet")]
+    KeyboardBusy,
+}
+
+/// The counters of a machine's devices and vCPUs.
+#[derive(Debug)]
+pub struct DeviceMetrics {
+    /// By `drive_id`.
+    pub drives: BTreeMap<String, Arc<BlockMetrics>>,
+    /// By `id`.
+    pub pmem: BTreeMap<String, PmemCounters>,
+    /// Of the entropy device, where there is one.
+    pub entropy: Option<Arc<RngMetrics>>,
+    /// Of the balloon, where there is one.
+    pub balloon: Option<Arc<BalloonMetrics>>,
+    /// Of the vsock device, where there is one.
+    pub vsock: Option<Arc<VsockMetrics>>,
+    /// How often the vCPUs have left the guest, by what for.
+    pub exits: Vec<(ExitKind, u64)>,
+    /// When the guest told that it has booted, where it did.
+    pub booted: Option<Instant>,
+}
+
+/// A started guest.
+pub struct Machine {
+    vcpus: Vcpus,
+    drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
+    /// The last job of each drive.
+    jobs: BTreeMap<String, Arc<DriveJob>>,
+    pmem: BTreeMap<String, Pmem>,
+    entropy: Option<Arc<Mutex<VirtioRng>>>,
+    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
+    vsock: Option<Vsock>,
+    keyboard: Arc<Mutex<I8042>>,
+    rtc: Arc<Mutex<CmosRtc>>,
+    console: SerialConsole,
+    boot_mark: BootMark,
+    generation: VmGenId,
+    transports: Vec<Arc<Mutex<MmioTransport>>>,
+    sharing: Sharing,
+    /// Who gives the memory, where that is another process; until vCPUs and devices have stopped.
+    served: Option<Served>,
+    /// The files that the memory is the news of, where there are any.
+    base: Option<MemoryState>,
+    /// It has its state from a snapshot, and has not run yet.
+    is_new: bool,
+}
+
+/// How often an ending machine looks whether a job has stopped.
+const JOB_POLL: std::time::Duration = std::time::Duration::from_millis(5);
+
+/// Locks a device. Devices alone are in a mutex of the standard library, as event-manager takes no other, and a panic of one thread
+/// does not keep the others from the device.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn host(device: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
+    move |source| StartError::Host { device, source }
+}
+
+fn event(device: &'static str) -> Result<EventFd, StartError> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host(device))
+}
+
+fn new_interrupt(device: &'static str) -> Result<Arc<Interrupt>, StartError> {
+    Ok(Arc::new(Interrupt::new(event(device)?)))
+}
+
+fn changed(drive: &str, source: DriveError) -> MachineError {
+    MachineError::Change {
+        drive: drive.to_owned(),
+        source,
+    }
+}
+
+impl Machine {
+    /// The host's side of the serial console.
+    pub fn console(&self) -> &SerialConsole {
+        &self.console
+    }
+
+    /// Takes the vCPUs out of the guest, and lets the devices finish what they have begun.
+    pub fn pause(&mut self) {
+        self.vcpus.pause();
+        for drive in self.drives.values() {
+            lock(drive).pause();
+        }
+        for pmem in self.pmem.values() {
+            lock(pmem.device()).pause();
+        }
+        if let Some(entropy) = &self.entropy {
+            lock(entropy).pause();
+        }
+        if let Some(balloon) = &self.balloon {
+            lock(balloon).pause();
+        }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).pause();
+        }
+    }
+
+    /// Goes on after a pause.
+    pub fn resume(&mut self) {
+        for drive in self.drives.values() {
+            lock(drive).resume();
+        }
+        for pmem in self.pmem.values() {
+            lock(pmem.device()).resume();
+        }
+        if let Some(entropy) = &self.entropy {
+            lock(entropy).resume();
+        }
+        if let Some(balloon) = &self.balloon {
+            lock(balloon).resume();
+        }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).resume();
+        }
+        if std::mem::take(&mut self.is_new) {
+            self.raise_pending();
+        }
+        self.vcpus.resume();
+    }
+
+    /// Types Ctrl-Alt-Del, at which a guest reboots as it is set up to.
+    ///
+    /// # Errors
+    /// `KeyboardBusy`.
+    pub fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {
+        if lock(&self.keyboard).type_ctrl_alt_del() {
+            Ok(())
+        } else {
+            Err(MachineError::KeyboardBusy)
+        }
+    }
+
+    /// Gives a drive another file; the guest is told of the new size.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Drive`, `Replacement`; the drive then keeps its file.
+    pub fn replace_drive(&mut self, config: &DriveConfig) -> Result<(), MachineError> {
+        let id = &config.drive_id;
+        self.idle_drive(id)?;
+        let disk = open_disk(config).map_err(|source| MachineError::Drive {
+            drive: id.clone(),
+            source,
+        })?;
+        lock(self.drive(id)?)
+            .replace_disk(disk)
+            .map_err(|source| MachineError::Replacement {
+                drive: id.clone(),
+                source,
+            })
+    }
+
+    fn drive(&self, id: &str) -> Result<&Arc<Mutex<VirtioBlock>>, MachineError> {
+        self.drives
+            .get(id)
+            .ok_or_else(|| MachineError::NoDrive(id.to_owned()))
+    }
+
+    /// A drive without a job that is not over.
+    fn idle_drive(&self, id: &str) -> Result<&Arc<Mutex<VirtioBlock>>, MachineError> {
+        let drive = self.drive(id)?;
+        match self.jobs.get(id) {
+            Some(job) if !job.is_over() => Err(changed(id, DriveError::Busy(job.name()))),
+            Some(_) | None => Ok(drive),
+        }
+    }
+
+    /// Lets the disk of a drive, whose file is at `path`, go on in a new file at `new`, and keeps the old one as it is.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change`; the drive then keeps its file.
+    pub fn snapshot_drive(
+        &mut self,
+        id: &str,
+        path: &Path,
+        new: &Path,
+    ) -> Result<(), MachineError> {
+        lock(self.idle_drive(id)?)
+            .change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
+                Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
+            })
+            .map_err(|source| changed(id, source))
+    }
+
+    /// Lets the disk of a pmem device, whose file is at `path`, go on in a new file at `new`, and keeps the old one as it is, with all that the guest
+    /// has written.
+    ///
+    /// # Errors
+    /// `NoPmem`, `ChangePmem`; the device then keeps its file.
+    pub fn snapshot_pmem(&self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
+        let pmem = self.pmem.get(id);
+        let pmem = pmem.ok_or_else(|| MachineError::NoPmem(id.to_owned()))?;
+        let changed = pmem.change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
+            Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
+        });
+        changed
+            .unwrap_or(Err(DriveError::NotWritten))
+            .map_err(|source| MachineError::ChangePmem {
+                pmem: id.to_owned(),
+                source: Box::new(source),
+            })
+    }
+
+    /// Makes the disk of a drive larger, and tells the guest.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change`; the drive then has its old size.
+    pub fn resize_drive(&mut self, id: &str, size: u64) -> Result<(), MachineError> {
+        let drive = self.idle_drive(id)?;
+        let resized = || -> Result<(), DriveError> {
+            // While the device serves the guest; then it looks at the size anew.
+            let disk = drive_job::vhdx(lock(drive).disk())?;
+            disk.resize(size, false)?;
+            lock(drive).change_disk(|disk| Ok(Arc::clone(disk)))
+        };
+        resized().map_err(|source| changed(id, source))
+    }
+
+    /// What the disk of a drive, whose file is at `path`, stands on.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change` where it has no parent.
+    pub fn drive_parent(&self, id: &str, path: &Path) -> Result<DriveParent, MachineError> {
+        let disk = drive_job::vhdx(lock(self.drive(id)?).disk());
+        disk.and_then(|disk| DriveParent::of(&disk, path))
+            .map_err(|source| changed(id, source))
+    }
+
+    /// Starts a job on the disk of a drive.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change`.
+    pub fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
+        let drive = self.idle_drive(id)?;
+        let started =
+            DriveJob::start(drive, task, &self.sharing).map_err(|source| changed(id, source))?;
+        self.jobs.insert(id.to_owned(), started);
+        Ok(())
+    }
+
+    /// The last job of a drive.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Change` where there was none.
+    pub fn job(&self, id: &str) -> Result<Arc<DriveJob>, MachineError> {
+        self.drive(id)?;
+        let job = self.jobs.get(id).cloned();
+        job.ok_or_else(|| changed(id, DriveError::NoJob))
+    }
+
+    /// What of the guest's memory is shared.
+    ///
+    /// # Errors
+    /// `Sharing`.
+    pub fn sharing(&self) -> Result<SharingReport, MachineError> {
+        self.sharing.report().map_err(MachineError::Sharing)
+    }
+
+    /// What backs a page of the guest.
+    ///
+    /// # Errors
+    /// `NotRam`.
+    pub fn page(&self, address: Address) -> Result<PageReport, MachineError> {
+        PageReport::of(self.sharing.memory(), address).ok_or(MachineError::NotRam(address.0))
+    }
+
+    /// The pages of the guest that a page of a file backs, or may come to back.
+    pub fn pages_of(&self, page: FilePage) -> FilePageReport {
+        FilePageReport::of(self.sharing.memory(), page)
+    }
+
+    /// The guest's memory, and what of it is shared.
+    pub fn shared_memory(&self) -> &Arc<SharedMemory> {
+        self.sharing.memory()
+    }
+
+    /// Guest physical addresses of the kernel, where it is mapped from a file.
+    pub fn kernel(&self) -> Option<&Range<u64>> {
+        self.sharing.kernel()
+    }
+
+    /// The balloon, where there is one.
+    pub fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+        self.balloon.as_deref()
+    }
+
+    /// The counters of the devices and of the vCPUs.
+    pub fn metrics(&self) -> DeviceMetrics {
+        DeviceMetrics {
+            drives: self
+                .drives
+                .iter()
+                .map(|(id, drive)| (id.clone(), lock(drive).metrics()))
+                .collect(),
+            pmem: self
+                .pmem
+                .iter()
+                .map(|(id, pmem)| (id.clone(), pmem.counters()))
+                .collect(),
+            entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
+            balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
+            vsock: self
+                .vsock
+                .as_ref()
+                .map(|vsock| lock(&vsock.device).metrics()),
+            exits: self.vcpus.exits(),
+            booted: self.boot_mark.get().copied(),
+        }
+    }
+
+    /// Stops the vCPUs for good and closes the disks, each complete and clean.
+    pub fn shutdown(mut self) {
+        self.console.hang_up();
+        self.sharing.stop();
+        self.vcpus.stop();
+        for job in self.jobs.values() {
+            job.cancel();
+        }
+        while self.jobs.values().any(|job| !job.is_over()) {
+            // They stop at the next block.
+            std::thread::sleep(JOB_POLL);
+        }
+        for (id, drive) in &self.drives {
+            let mut device = lock(drive);
+            device.reset();
+            if let Err(error) = device.disk().close() {
+                tracing::error!(drive = %id, %error, "the disk could not be closed cleanly");
+            }
+        }
+        if let Some(vsock) = &self.vsock {
+            lock(&vsock.device).reset();
+        }
+        for (id, pmem) in &self.pmem {
+            lock(pmem.device()).reset();
+            if let Err(error) = pmem.close() {
+                tracing::error!(pmem = %id, %error, "not all that the guest wrote is on the disk");
+            }
+        }
+    }
+}

@@ -1,0 +1,489 @@
+//! What of a guest's memory is shared: joins the memory manager to the vCPUs and devices of a machine.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::time::Duration;
+
+use devices::virtio::VirtioDevice;
+use devices::virtio::block::DriveSharing;
+use memshare::{
+    FileIdentity, IsBusy, Limits, Merger, PAGE_SIZE, PageState, Refusal, Run, ShareMode,
+    SharedMemory, StandStill, data_range,
+};
+use serde::Serialize;
+use vm_memory::GuestAddress;
+
+use super::domain::SharingDomain;
+use super::faults::Faults;
+use super::start::OnEnd;
+use super::{StartError, host};
+use crate::fault::FaultWatch;
+use crate::pmem::Pmem;
+use crate::reference::{Key, Size, WarmRequest, Warmer, Warming};
+use config::{DriveConfig, VmConfig};
+use host::heap;
+use host::procfs;
+use kvm::boot::{self, BootSource, MappedKernel};
+use kvm::vm::{self, Brake, HugePages, Vm, VmError};
+
+/// How often the guest is tried to be held where it has to be, and the pause between.
+const HOLD_ATTEMPTS: u32 = 1000;
+const HOLD_PAUSE: Duration = Duration::from_millis(5);
+/// The thread waits for a process, and opens a file.
+const WARM_STACK_SIZE: usize = 64 << 10;
+
+/// Brings vCPUs and devices to a standstill.
+struct Machinery {
+    brake: Brake,
+    devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+}
+
+impl StandStill for Machinery {
+    fn cpu_time(&self) -> Duration {
+        self.brake.cpu_time()
+    }
+
+    fn settled(&self) {
+        heap::give_back();
+    }
+
+    fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool {
+        let Some(_held) = self.brake.hold() else {
+            return false;
+        };
+        let mut devices = Vec::with_capacity(self.devices.len());
+        for device in &self.devices {
+            // A device that is being used may go on being used for long, and its user may wait for the table.
+            match device.try_lock() {
+                Ok(device) => devices.push(device),
+                Err(TryLockError::Poisoned(device)) => devices.push(device.into_inner()),
+                Err(TryLockError::WouldBlock) => return false,
+            }
+        }
+        work(&|address, len| {
+            devices
+                .iter()
+                .any(|device| device.is_writing(GuestAddress(address), len))
+        });
+        true
+    }
+}
+
+/// The sharing of a guest that is being put together.
+pub(super) struct Plan {
+    mode: ShareMode,
+    place_from: Option<u64>,
+    memory: Arc<SharedMemory>,
+    faults: Arc<Faults>,
+    watch: Option<FaultWatch>,
+}
+
+impl Plan {
+    /// Where anything of the guest's memory is a file's, that is watched from now on.
+    pub(super) fn new(
+        vm: &Vm,
+        config: &VmConfig,
+        pmem: &[(String, Pmem)],
+        on_end: OnEnd,
+        boots: bool,
+    ) -> Result<Self, StartError> {
+        let huge_pages = match config.machine_config.huge_pages.into() {
+            HugePages::Never => false,
+            HugePages::HostPolicy => true,
+        };
+        let config = &config.sharing;
+        let mode = config.mode;
+        let limits = Limits {
+            // A guest that has booted elsewhere has given back what it had of them.
+            zeros: mode == ShareMode::All && boots,
+            base: mode == ShareMode::All && !boots,
+            ..Limits::of_host(config.cpu_percent, huge_pages)
+        };
+        let memory = Arc::new(vm.share(limits));
+        let domain = SharingDomain::of(config);
+        memory
+            .files()
+            .admit_by(Box::new(move |file| domain.admits(file)));
+        let windows = pmem.iter().map(|(_, pmem)| pmem.memory().clone()).collect();
+        let faults = Faults::new(memory.clone(), windows, on_end);
+        let watch = (mode > ShareMode::Off || !pmem.is_empty())
+            .then(|| faults.watch())
+            .transpose()
+            .map_err(host("handler of SIGBUS"))?;
+        Ok(Self {
+            mode,
+            place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
+            memory,
+            faults,
+            watch,
+        })
+    }
+
+    /// Who is to know of lost pages.
+    pub(super) fn faults(&self) -> &Arc<Faults> {
+        &self.faults
+    }
+
+    /// Whether all is shared that can be.
+    pub(super) fn is_all(&self) -> bool {
+        self.mode == ShareMode::All
+    }
+
+    /// The memory.
+    pub(super) fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    /// The memory, where kernel and initrd are to be mapped.
+    pub(super) fn at_boot(&self) -> Option<&SharedMemory> {
+        (self.mode >= ShareMode::Boot).then_some(&*self.memory)
+    }
+
+    /// Has what the guest will unpack of its initrd shared, where all is.
+    pub(super) fn share_initrd(&self, source: &BootSource) {
+        let Some(initrd) = source.initrd.as_ref().filter(|_| self.is_all()) else {
+            return;
+        };
+        let files = boot::initrd_files(initrd, source.domain.as_deref());
+        let added = files.map_err(std::io::Error::other).and_then(|files| {
+            files.map_or(Ok(()), |files| self.memory.add_unpacked(&Arc::new(files)))
+        });
+        if let Err(error) = added {
+            tracing::warn!(%error, initrd = %initrd.display(), "what the guest unpacks of its initrd is not shared");
+        }
+    }
+
+    /// How the reads of a drive are shared.
+    pub(super) fn of_drive(&self, drive: &DriveConfig) -> Option<Arc<DriveSharing>> {
+        let mode = drive.share.map_or(self.mode, |share| self.mode.min(share));
+        (mode >= ShareMode::Read).then(|| {
+            Arc::new(DriveSharing {
+                memory: self.memory.clone(),
+                place_from: self.place_from,
+            })
+        })
+    }
+
+    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there, and else that is dismissed.
+    pub(super) fn reference(
+        &self,
+        kernel: Option<MappedFrom>,
+        warm: Option<Warmer>,
+    ) -> Option<(Range<u64>, Option<Reference>)> {
+        let of_kernel = |kernel: MappedFrom| {
+            let addresses = kernel.mapped.addresses.clone();
+            let image = kernel.image().map_err(std::io::Error::other);
+            let reference = image.and_then(|image| {
+                kernel.copy_ahead(&image, &self.memory);
+                self.is_all()
+                    .then(|| kernel.reference(image, warm.as_ref()))
+                    .transpose()
+            });
+            let reference = reference.unwrap_or_else(|error| {
+                tracing::warn!(%error, "the kernel is not compared with a reference image");
+                None
+            });
+            (addresses, reference)
+        };
+        let found = kernel.map(of_kernel);
+        if let Some(warm) = warm {
+            warm.dismiss();
+        }
+        found
+    }
+
+    /// Begins to share, with the guest's vCPUs and devices.
+    pub(super) fn start(
+        self,
+        brake: Brake,
+        devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
+        kernel: Option<(Range<u64>, Option<Reference>)>,
+    ) -> Result<Sharing, StartError> {
+        let still: Arc<dyn StandStill> = Arc::new(Machinery { brake, devices });
+        // Where nothing is merged, it is for the files that it looks at.
+        let merger = self
+            .watch
+            .is_some()
+            .then(|| Merger::start(self.memory.clone(), still.clone()))
+            .transpose()
+            .map_err(host("thread that shares memory"))?;
+        let (addresses, reference) = kernel.unzip();
+        if let Some(reference) = reference.flatten()
+            && let Err(error) = reference.add(&self.memory)
+        {
+            tracing::warn!(%error, "the kernel is not compared with a reference image");
+        }
+        Ok(Sharing {
+            kernel: addresses,
+            mode: self.mode,
+            memory: self.memory,
+            still,
+            merger,
+            _watch: self.watch,
+        })
+    }
+}
+
+/// A kernel that is mapped, and what it was booted from.
+pub(super) struct MappedFrom {
+    mapped: MappedKernel,
+    path: PathBuf,
+    cmdline: String,
+    size: Size,
+    domain: Option<String>,
+}
+
+impl MappedFrom {
+    pub(super) fn new(mapped: MappedKernel, source: BootSource, size: Size) -> Self {
+        Self {
+            mapped,
+            path: source.kernel,
+            cmdline: source.cmdline,
+            size,
+            domain: source.domain,
+        }
+    }
+
+    /// Copies the pages that the kernel will write to while it boots, by its reference image, where there is one.
+    fn copy_ahead(&self, image: &Path, memory: &SharedMemory) {
+        let copy = || {
+            let image = File::open(image)?;
+            let Range { start: mut at, end } = self.mapped.addresses;
+            while let Some(data) = data_range(&image, at, end)? {
+                memory.copy_ahead(data.start, data.end - data.start)?;
+                at = data.end;
+            }
+            std::io::Result::Ok(())
+        };
+        if let Err(error) = copy() {
+            tracing::debug!(%error, image = %image.display(), "pages of the kernel are copied one by one when it writes to them");
+        }
+    }
+
+    /// Where the reference image of the kernel is, or would be.
+    fn image(&self) -> Result<PathBuf, VmError> {
+        let cpu = vm::cpu_model(self.size.representative().vcpus)?;
+        let key = Key {
+            kernel: self.mapped.file.path(),
+            cpu: &cpu,
+            size: self.size,
+            cmdline: &self.cmdline,
+        };
+        Ok(key.path())
+    }
+
+    /// The reference image of the kernel: the one there is, or one that is made meanwhile.
+    fn reference(self, image: PathBuf, warm: Option<&Warmer>) -> std::io::Result<Reference> {
+        let warming = match warm {
+            Some(warm) if !image.exists() => warm.tell(&WarmRequest {
+                kernel: std::path::absolute(self.path)?,
+                cmdline: self.cmdline,
+                size: self.size,
+                domain: self.domain,
+            })?,
+            Some(_) | None => None,
+        };
+        Ok(Reference { image, warming })
+    }
+}
+
+/// What a guest's own pages are compared with.
+pub(super) struct Reference {
+    image: PathBuf,
+    /// Who makes the image.
+    warming: Option<Warming>,
+}
+
+impl Reference {
+    /// Has the guest compared with the image, once it is there.
+    fn add(self, memory: &Arc<SharedMemory>) -> std::io::Result<()> {
+        let Self { image, warming } = self;
+        let add = move |memory: &SharedMemory| memory.add_reference(&Arc::new(File::open(&image)?));
+        let Some(warming) = warming else {
+            return add(memory);
+        };
+        let memory = Arc::downgrade(memory);
+        std::thread::Builder::new()
+            .name("warm".into())
+            .stack_size(WARM_STACK_SIZE)
+            .spawn(move || {
+                let made = warming.wait().and_then(|status| {
+                    if status.success() {
+                        Ok(())
+                    } else {
+                        Err(std::io::Error::other(format!(
+                            "coppice image warm: {status}"
+                        )))
+                    }
+                });
+                let added =
+                    made.and_then(|()| memory.upgrade().map_or(Ok(()), |memory| add(&memory)));
+                if let Err(error) = added {
+                    tracing::warn!(%error, "there is no reference image of the kernel");
+                }
+            })?;
+        Ok(())
+    }
+}
+
+/// The sharing of a started guest.
+pub(super) struct Sharing {
+    mode: ShareMode,
+    kernel: Option<Range<u64>>,
+    memory: Arc<SharedMemory>,
+    still: Arc<dyn StandStill>,
+    /// Ends before anything that it holds still.
+    merger: Option<Merger>,
+    _watch: Option<FaultWatch>,
+}
+
+impl Sharing {
+    /// The memory.
+    pub(super) fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    /// Where the kernel is, if it is mapped.
+    pub(super) fn kernel(&self) -> Option<&Range<u64>> {
+        self.kernel.as_ref()
+    }
+
+    /// A way to take files' pages from the guest that outlives this value.
+    pub(super) fn unsharing(&self) -> Unsharing {
+        Unsharing {
+            memory: self.memory.clone(),
+            still: self.still.clone(),
+        }
+    }
+
+    /// Ends the merger.
+    pub(super) fn stop(&mut self) {
+        self.merger = None;
+    }
+
+    /// What is shared now.
+    pub(super) fn report(&self) -> std::io::Result<SharingReport> {
+        self.memory.refresh();
+        self.memory.look_at_files();
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let stats = self.memory.stats();
+        let usage = self.memory.usage()?;
+        let process = procfs::memory(std::process::id()).map_err(std::io::Error::other)?;
+        let candidates = self.memory.candidates();
+        let mapped = self.memory.mapped();
+        let files_own = |run: &&Run| matches!(run.backing.state, PageState::Mapped { .. });
+        let saved: u64 = mapped.iter().filter(files_own).map(|run| run.pages).sum();
+        let refused = Refusal::NAMES.map(|(why, name)| (name, stats.refused(why)));
+        let microseconds = |nanoseconds: &AtomicU64| get(nanoseconds) / 1000;
+        Ok(SharingReport {
+            mode: self.mode.name(),
+            private_pages: usage.private,
+            shared_pages: usage.shared,
+            absent_pages: usage.absent,
+            private_kib: process.private,
+            shared_kib: process.shared,
+            proportional_kib: process.proportional,
+            saved_bytes: saved * PAGE_SIZE,
+            runs: mapped.len(),
+            candidate_pages: candidates.iter().map(|run| run.pages).sum(),
+            mapped_pages: get(&stats.booted),
+            merged_pages: get(&stats.merged),
+            placed_pages: get(&stats.placed),
+            zero_pages: get(&stats.zeroed),
+            copied_pages: get(&stats.copied),
+            noted_pages: get(&stats.noted),
+            refused_pages: refused.into_iter().collect(),
+            changed_files: get(&stats.changed_files),
+            given_back_bytes: get(&stats.given_back),
+            holds: get(&stats.holds),
+            held_microseconds: microseconds(&stats.held_nanoseconds),
+            longest_hold_microseconds: microseconds(&stats.longest_hold_nanoseconds),
+            merger_cpu_microseconds: microseconds(&stats.cpu_nanoseconds),
+        })
+    }
+}
+
+/// Gives a guest pages of its own in place of files'.
+pub(super) struct Unsharing {
+    memory: Arc<SharedMemory>,
+    still: Arc<dyn StandStill>,
+}
+
+impl Unsharing {
+    /// Takes every page of the files from the guest, so that they can be written to.
+    pub(super) fn unshare(&self, files: &[Arc<File>]) -> std::io::Result<()> {
+        for file in files {
+            let file = FileIdentity::of(file)?;
+            for attempt in 1.. {
+                match self.memory.unshare(file, &*self.still) {
+                    // A device is in use for a moment.
+                    Err(error)
+                        if error.kind() == std::io::ErrorKind::WouldBlock
+                            && attempt < HOLD_ATTEMPTS =>
+                    {
+                        std::thread::sleep(HOLD_PAUSE);
+                    }
+                    unshared => {
+                        unshared?;
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What `GET /vm/sharing` answers. Pages are of 4 KiB.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, utoipa::ToSchema)]
+pub struct SharingReport {
+    /// What is shared: `off`, `boot`, `read` or `all`.
+    pub mode: &'static str,
+    /// Pages of RAM that are the guest's own.
+    pub private_pages: u64,
+    /// Pages of RAM that are files' pages, in the host's page cache once for all guests.
+    pub shared_pages: u64,
+    /// Pages of RAM that take nothing from the host.
+    pub absent_pages: u64,
+    /// Memory of the process that is nobody else's.
+    pub private_kib: u64,
+    /// Memory of the process that others map as well.
+    pub shared_kib: u64,
+    /// Memory of the process, where what is shared is divided by those that map it.
+    pub proportional_kib: u64,
+    /// What the guest would hold more without the shared pages.
+    pub saved_bytes: u64,
+    /// Runs of pages that are mapped from files.
+    pub runs: usize,
+    /// Pages that may be copies of a file's, and are to be compared.
+    pub candidate_pages: u64,
+    /// Pages mapped at boot, in total.
+    pub mapped_pages: u64,
+    /// Pages that were compared and exchanged, in total.
+    pub merged_pages: u64,
+    /// Pages that were put in place by a read, in total.
+    pub placed_pages: u64,
+    /// Pages of zeros that were read, or that the guest held, and that take no memory any more, in total.
+    pub zero_pages: u64,
+    /// Pages that were a file's until the guest wrote to them, in total, as far as is known.
+    pub copied_pages: u64,
+    /// Pages that were read as copies, in total.
+    pub noted_pages: u64,
+    /// Pages that were not shared, by reason, in total.
+    pub refused_pages: std::collections::BTreeMap<&'static str, u64>,
+    /// Files that have changed under the guest although they were not to.
+    pub changed_files: u64,
+    /// Bytes that the guest gave back, in total.
+    pub given_back_bytes: u64,
+    /// Times that the guest was held for an exchange.
+    pub holds: u64,
+    /// How long it was held in total.
+    pub held_microseconds: u64,
+    /// How long it was held at once, at most.
+    pub longest_hold_microseconds: u64,
+    /// CPU time of the merger.
+    pub merger_cpu_microseconds: u64,
+}

@@ -1,0 +1,353 @@
+//! Disks as a guest's memory (virtio-pmem): what a disk holds is mapped from its files, so that all guests of a host share what its page cache
+//! has of them.
+//!
+//! ```text
+//! open: disk ── resolve_read ─> extents ── mmap ─> window ── memory slot ─> guest
+//! flush:  guest ── dirty log ─> pages ── resolve_write, flush ─> disk
+//! ```
+//!
+//! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says what comes of it. In
+//! `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as the host's page cache keeps it. In `cow` it is
+//! nowhere else, and is saved with the guest.
+
+mod map;
+mod own_pages;
+#[cfg(test)]
+mod tests;
+mod writeback;
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use devices::bus::BusDevice;
+use devices::virtio::Interrupt;
+use devices::virtio::pmem::{Backing, PmemConfig as DeviceConfig, PmemMetrics, VirtioPmem};
+use memshare::{LostPage, PAGE_SIZE, SharedFile, Window};
+use storage::{Disk, OpenError, OpenOptions, Parents};
+
+use self::map::MappedDisk;
+pub use self::map::{Figures, MapBudget, MapError};
+pub use self::own_pages::OwnPagesError;
+use self::writeback::Writeback;
+pub use self::writeback::{DirtyPages, WritebackError};
+use crate::fault::GuestRange;
+use config::{PmemConfig, PmemMode};
+use kvm::vm::{DirtyLog, Vm, VmError, WindowAccess};
+
+/// Why a guest cannot have a pmem device.
+#[derive(Debug, thiserror::Error)]
+pub enum PmemError {
+    /// The disk cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The disk cannot be mapped.
+    #[error("{}: {source}", path.display())]
+    Map {
+        /// Its file.
+        path: PathBuf,
+        /// Why not.
+        source: MapError,
+    },
+    /// The guest has no place for it.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The host has no file descriptor left.
+    #[error("cannot make the device: {0}")]
+    Host(io::Error),
+}
+
+/// What a pmem device has done, and what it was made of.
+#[derive(Clone, Debug)]
+pub struct PmemCounters {
+    /// The device's.
+    pub device: Arc<PmemMetrics>,
+    /// The mapping's.
+    pub mapping: Figures,
+}
+
+/// A pmem device of a guest, and the disk behind it.
+pub struct Pmem {
+    device: Arc<Mutex<VirtioPmem>>,
+    memory: PmemMemory,
+    writeback: Option<Arc<Writeback<DirtyLog>>>,
+    metrics: Arc<PmemMetrics>,
+    guard: Option<Guard>,
+}
+
+/// Where a guest may only read, and who takes on the MMIO bus what it writes there all the same.
+pub struct Guard {
+    /// First guest physical address.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Takes the writes.
+    pub writes: Arc<Mutex<dyn BusDevice>>,
+}
+
+/// The memory of a pmem device, as it is seen by who looks for lost pages, and by who saves the guest.
+#[derive(Clone)]
+pub struct PmemMemory {
+    address: u64,
+    disk: Arc<MappedDisk>,
+    mode: PmemMode,
+}
+
+impl PmemMemory {
+    /// Where it is.
+    pub fn range(&self) -> GuestRange {
+        GuestRange::new(self.address, self.disk.window())
+    }
+
+    /// The files behind it that are not to change: none where the guest's writes go to them.
+    pub fn settled_files(&self) -> Vec<Arc<SharedFile>> {
+        if self.mode.keeps() {
+            Vec::new()
+        } else {
+            self.disk.files()
+        }
+    }
+
+    /// The first page that is a file's and cannot be read any more.
+    pub fn lost_page(&self) -> Option<LostPage> {
+        let lost = self.disk.lost_page()?;
+        Some(LostPage {
+            address: self.address + lost.address,
+            ..lost
+        })
+    }
+
+    /// Whether what the guest writes stays with it, and with its snapshots.
+    pub(crate) fn is_cow(&self) -> bool {
+        self.mode == PmemMode::Cow
+    }
+
+    /// The memory itself.
+    pub(crate) fn window(&self) -> &Window {
+        self.disk.window()
+    }
+
+    /// Runs of pages that are not as the disk has them: offsets in bytes from the first, in order. The guest stands still.
+    ///
+    /// # Errors
+    /// [`OwnPagesError`].
+    pub(crate) fn own_pages(&self) -> Result<Vec<Range<u64>>, OwnPagesError> {
+        self.disk.own_pages()
+    }
+
+    /// Maps pages of `file`, which is not to change, over the disk's.
+    ///
+    /// # Errors
+    /// Where the range is outside the memory or not made of whole pages, and what the host says; then nothing is changed.
+    pub(crate) fn lay(
+        &self,
+        at: u64,
+        len: u64,
+        file: &Arc<SharedFile>,
+        offset: u64,
+    ) -> io::Result<()> {
+        self.disk.lay(at, len, file, offset)
+    }
+
+    /// What the disk looks like as memory.
+    pub(crate) fn figures(&self) -> Figures {
+        self.disk.figures()
+    }
+
+    /// That of a raw disk in mode `cow`, of no guest.
+    #[cfg(test)]
+    pub(crate) fn cow(disk: &std::path::Path) -> Self {
+        let options = OpenOptions {
+            read_only: true,
+            format: Some(storage::Format::Raw),
+            ..OpenOptions::default()
+        };
+        let disk = storage::open(disk, &options).expect("a raw disk");
+        let disk = MappedDisk::of(&disk, &mut MapBudget::of_host(), &|_| true);
+        Self {
+            address: 0,
+            disk: Arc::new(disk.expect("a disk that can be mapped")),
+            mode: PmemMode::Cow,
+        }
+    }
+}
+
+impl Pmem {
+    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses. Files that
+    /// `admits` refuses are copied.
+    ///
+    /// # Errors
+    /// [`PmemError`].
+    pub fn attach(
+        config: &PmemConfig,
+        vm: &mut Vm,
+        interrupt: Arc<Interrupt>,
+        budget: &mut MapBudget,
+        admits: &dyn Fn(&Arc<File>) -> bool,
+    ) -> Result<Self, PmemError> {
+        let options = OpenOptions {
+            read_only: !config.mode().keeps(),
+            format: config.format.map(Into::into),
+            parents: match &config.parents {
+                Some(folder) => Parents::Within(folder.clone()),
+                None => Parents::Anywhere,
+            },
+            ..OpenOptions::default()
+        };
+        let disk = storage::open(&config.path_on_host, &options)?;
+        let disk = MappedDisk::of(&disk, budget, admits).map_err(|source| PmemError::Map {
+            path: config.path_on_host.clone(),
+            source,
+        })?;
+        let disk = Arc::new(disk);
+        let mapping = disk.figures();
+        if mapping.copied > 0 {
+            tracing::warn!(
+                pmem = %config.id,
+                bytes = mapping.copied * PAGE_SIZE,
+                "parts of the disk are no whole pages of its files: they were copied, and are shared with nobody"
+            );
+        }
+        let access = match config.mode() {
+            PmemMode::Ro => WindowAccess::Read,
+            PmemMode::Cow => WindowAccess::Write,
+            PmemMode::Rw => WindowAccess::LoggedWrite,
+        };
+        let size = disk.window().len();
+        let placed = vm.add_window(disk.window().clone(), access)?;
+        tracing::info!(
+            pmem = %config.id,
+            address = format_args!("{:#x}", placed.address),
+            size,
+            mappings = mapping.mappings,
+            "pmem"
+        );
+        let writeback = placed
+            .log
+            .map(|log| Arc::new(Writeback::new(disk.clone(), log)));
+        let device = DeviceConfig {
+            start: placed.address,
+            size,
+            backing: writeback
+                .clone()
+                .map(|writeback| writeback as Arc<dyn Backing>),
+        };
+        let device = VirtioPmem::new(device, interrupt).map_err(PmemError::Host)?;
+        let guard = match config.mode() {
+            PmemMode::Ro => {
+                let dropped = DroppedWrites::new(config.id.clone());
+                Some(Guard {
+                    address: placed.address,
+                    len: size,
+                    writes: Arc::new(Mutex::new(dropped)),
+                })
+            }
+            PmemMode::Cow | PmemMode::Rw => None,
+        };
+        Ok(Self {
+            metrics: device.metrics(),
+            device: Arc::new(Mutex::new(device)),
+            memory: PmemMemory {
+                address: placed.address,
+                disk,
+                mode: config.mode(),
+            },
+            writeback,
+            guard,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Mutex<VirtioPmem>> {
+        &self.device
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &PmemMemory {
+        &self.memory
+    }
+
+    /// What belongs on the MMIO bus, where the guest may only read.
+    pub fn guard(&self) -> Option<&Guard> {
+        self.guard.as_ref()
+    }
+
+    /// What it has done.
+    pub fn counters(&self) -> PmemCounters {
+        PmemCounters {
+            device: self.metrics.clone(),
+            mapping: self.memory.disk.figures(),
+        }
+    }
+
+    /// The disk.
+    pub(crate) fn disk(&self) -> Arc<dyn Disk> {
+        self.memory.disk.disk()
+    }
+
+    /// Makes durable what the guest has written, and has what it writes from then on go to the disk that `change` makes of this one: a child. `None`
+    /// where it writes to no disk.
+    ///
+    /// # Errors
+    /// Where not all is on the disk, and those of `change`; then the disk stays.
+    pub(crate) fn change_disk<E: From<WritebackError>>(
+        &self,
+        change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
+    ) -> Option<Result<(), E>> {
+        let writeback = self.writeback.as_ref()?;
+        Some(writeback.change_disk(change))
+    }
+
+    /// Makes durable what the guest has written: all of it, while no vCPU runs.
+    ///
+    /// # Errors
+    /// Where something that the guest has written is not on the disk.
+    pub(crate) fn write_back(&self) -> Result<(), WritebackError> {
+        match &self.writeback {
+            Some(writeback) => writeback.write_back().map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes durable what the guest has written, and closes the disk. No vCPU runs any more, and the device is reset.
+    ///
+    /// # Errors
+    /// Where something that the guest has written is not on the disk.
+    pub fn close(&self) -> Result<(), WritebackError> {
+        let written = self.write_back();
+        let closed = self.memory.disk.close();
+        written?;
+        Ok(closed?)
+    }
+}
+
+/// Takes what a guest writes to memory that it may only read: KVM hands such writes over (`KVM_MEM_READONLY`), and here they end.
+struct DroppedWrites {
+    id: String,
+    told: bool,
+}
+
+impl DroppedWrites {
+    fn new(id: String) -> Self {
+        Self { id, told: false }
+    }
+}
+
+impl BusDevice for DroppedWrites {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        // Reads are the memory's own.
+        data.fill(0xff);
+    }
+
+    fn write(&mut self, offset: u64, _data: &[u8]) {
+        if !std::mem::replace(&mut self.told, true) {
+            tracing::warn!(
+                pmem = %self.id,
+                offset,
+                "the guest writes to memory that it may only read; this and what follows is dropped"
+            );
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! Snapshots of a guest: made while it is paused, and loaded by another process, now or later, once or many times.
+//!
+//! ```text
+//! paused guest ── create ──> state file: configuration, KVM's state, devices', identity of each disk, checksums of memory
+//!                       └──> memory file: RAM, with holes; or the news since the last one (Diff); and what pmem devices have that no disk has
+//! state + memory files ── load ──> a paused guest, whose RAM is the memory file, mapped private
+//! ```
+//!
+//! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums are to be compared. All
+//! guests that are loaded from a memory file share its pages, through the host's page cache, until they write to them; that is what a clone is.
+//! A page-fault handler can give the memory instead, see [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
+
+mod devices;
+mod disks;
+mod error;
+mod file;
+mod memory;
+mod own_pages;
+mod uffd;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use memshare::SharedMemory;
+use serde::{Deserialize, Serialize};
+use storage::vhdx::{ChildOptions, Vhdx};
+
+use crate::disk::open_disk;
+use crate::pmem::PmemMemory;
+use config::{CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackendType, SnapshotType};
+use config::{DriveConfig, VmConfig};
+use kvm::vm::{VcpuState, VmState};
+
+pub use devices::DevicesState;
+pub use disks::DiskIdentity;
+pub(crate) use disks::{DiskOf, DriveState};
+pub use error::SnapshotError;
+pub(crate) use file::NewFile;
+pub use file::VERSION;
+use memory::Blocks;
+pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
+pub use own_pages::{AllOwnPages, OwnPages};
+pub use uffd::{PageServer, Served, UffdError};
+
+/// All that is known of a guest that stands still, but for its memory.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct GuestState {
+    /// What it was started with, and what has become of it.
+    pub config: VmConfig,
+    pub vm: VmState,
+    pub vcpus: Vec<VcpuState>,
+    pub devices: DevicesState,
+    pub drives: Vec<DriveState>,
+    /// By id; of none that was saved before these were noted.
+    #[serde(default)]
+    pub pmem: BTreeMap<String, DiskIdentity>,
+    pub memory: MemoryState,
+}
+
+/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to, and what its pmem
+/// devices have that no disk has. Returns the layers of the whole, and the file, which gets its name with that of the state.
+///
+/// # Errors
+/// `NoBase`, `Target`, `File`, `Memory`, `OwnPages`; then there is no new file.
+pub(crate) fn write_memory<'a>(
+    memory: &SharedMemory,
+    pmem: impl Iterator<Item = (&'a str, &'a PmemMemory)>,
+    request: &CreateSnapshot,
+    base: Option<&MemoryState>,
+) -> Result<(MemoryState, NewFile), SnapshotError> {
+    let diff = match request.snapshot_type {
+        SnapshotType::Full => false,
+        SnapshotType::Diff => true,
+    };
+    let below = match (diff, base) {
+        (true, None) => return Err(SnapshotError::NoBase),
+        (true, Some(base)) => base.layers.clone(),
+        (false, _) => Vec::new(),
+    };
+    let new = NewFile::create(&request.mem_file_path)?;
+    if below.iter().any(|layer| layer.path == new.path()) {
+        return Err(SnapshotError::Target {
+            field: "mem_file_path",
+            path: new.path().to_owned(),
+            taken: "is what the Diff is to, which has to stay",
+        });
+    }
+    let (mut blocks, bytes) = (Blocks::new()?, memory.bytes());
+    let layer = memory::write(memory, &new, diff, &mut blocks)?;
+    let own_pages = AllOwnPages::write(pmem, &new, bytes, &mut blocks)?;
+    new.finish(own_pages.end(bytes)?)?;
+    let state = MemoryState {
+        bytes,
+        layers: below.into_iter().chain([layer]).collect(),
+        own_pages,
+    };
+    Ok((state, new))
+}
+
+/// Writes the state of a guest, and gives it and the memory file their names: when all that a full disk could hinder is done, and older files are
+/// whole as long.
+///
+/// # Errors
+/// `Target`, `File`; then there is no new file.
+pub(crate) fn write_state(
+    path: &Path,
+    state: &GuestState,
+    memory: NewFile,
+) -> Result<(), SnapshotError> {
+    let new = file::write(path, state)?;
+    if new.path() == memory.path() {
+        return Err(SnapshotError::Target {
+            field: "snapshot_path",
+            path: new.path().to_owned(),
+            taken: "is mem_file_path, too",
+        });
+    }
+    let at = memory.path().to_owned();
+    let is_new = memory.name()?;
+    new.name().map(drop).inspect_err(|_| {
+        if is_new && let Err(error) = std::fs::remove_file(&at) {
+            tracing::warn!(%error, path = %at.display(), "a memory file without a state is left over");
+        }
+    })
+}
+
+/// Where the memory of a snapshot that is being loaded comes from.
+pub(crate) enum MemorySource {
+    Files(OpenMemory),
+    Handler(PageServer),
+}
+
+/// A snapshot that is being loaded.
+pub struct Loading {
+    pub(crate) state: GuestState,
+    memory: MemorySource,
+    /// Disks that were made for it, until it is certain that the guest has them.
+    made: Vec<PathBuf>,
+}
+
+impl Loading {
+    /// Reads and checks a snapshot, and makes the disks of a clone.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; then no disk was made.
+    pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
+        let mut state: GuestState = file::read(&request.snapshot_path)?;
+        if let Some(other) = &request.vsock_override {
+            let Some(vsock) = &mut state.config.vsock else {
+                let what = "vsock_override: the guest has no vsock device";
+                return Err(SnapshotError::Unsupported(what.into()));
+            };
+            vsock.uds_path = other.uds_path.clone().or(vsock.uds_path.take());
+            vsock.guest_cid = other.guest_cid.or(vsock.guest_cid);
+        }
+        state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
+        let open = |top: Option<&Path>| {
+            let files = state.memory.clone().open(top, request.verify_memory);
+            files.map(MemorySource::Files)
+        };
+        let memory = match (&request.mem_backend, &request.mem_file_path) {
+            (Some(backend), None) => match backend.backend_type {
+                MemoryBackendType::File => open(Some(&backend.backend_path)),
+                MemoryBackendType::Uffd => {
+                    if let Some(pmem) = state.memory.own_pages.first() {
+                        return Err(SnapshotError::NotOfHandler(pmem.to_owned()));
+                    }
+                    let handler = PageServer::connect(&backend.backend_path);
+                    handler.map(MemorySource::Handler).map_err(Into::into)
+                }
+            },
+            (None, path) => open(path.as_deref()),
+            (Some(_), Some(_)) => {
+                let what = "mem_backend and mem_file_path are both given: leave out one";
+                Err(SnapshotError::Unsupported(what.into()))
+            }
+        }?;
+        let mut loading = Self {
+            state,
+            memory,
+            made: Vec::new(),
+        };
+        for drive in &request.drives {
+            loading.move_disk(drive)?;
+        }
+        Ok(loading)
+    }
+
+    /// Disks that were made for it.
+    pub fn made(&self) -> &[PathBuf] {
+        &self.made
+    }
+
+    /// What the guest was started with.
+    pub fn config(&self) -> &VmConfig {
+        &self.state.config
+    }
+
+    /// Gives RAM, and pmem devices in mode `cow`, their bytes; nobody has touched either. `on_lost` is told if who gives them goes before it has given
+    /// all.
+    ///
+    /// # Errors
+    /// As [`OpenMemory::map`] and [`OpenMemory::lay`], `Uffd`.
+    pub(crate) fn give_memory<'a>(
+        &self,
+        memory: &SharedMemory,
+        pmem: impl Iterator<Item = (&'a str, &'a PmemMemory)> + Clone,
+        on_lost: impl Fn(String) + Send + 'static,
+    ) -> Result<Option<Served>, SnapshotError> {
+        match &self.memory {
+            MemorySource::Files(files) => {
+                files.map(memory)?;
+                files.lay(memory, pmem)?;
+                Ok(None)
+            }
+            MemorySource::Handler(handler) => {
+                let bytes = self.state.memory.bytes;
+                Ok(Some(handler.serve(memory, bytes, Box::new(on_lost))?))
+            }
+        }
+    }
+
+    /// The files that the memory is the news of, where it is from files.
+    pub(crate) fn base(&self) -> Option<&MemoryState> {
+        match &self.memory {
+            MemorySource::Files(files) => Some(files.state()),
+            MemorySource::Handler(_) => None,
+        }
+    }
+
+    fn move_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
+        let id = &request.drive_id;
+        let GuestState { config, .. } = &mut self.state;
+        let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
+        let pmem = config.pmem.iter_mut().find(|pmem| pmem.id == *id);
+        let (device, path, below) = match (drive, pmem) {
+            (Some(drive), _) => {
+                let below = DriveConfig {
+                    is_read_only: true,
+                    ..drive.clone()
+                };
+                (DiskOf::Drive(id), &mut drive.path_on_host, below)
+            }
+            (None, Some(pmem)) => {
+                let below = DriveConfig {
+                    is_read_only: true,
+                    format: pmem.format,
+                    parents: pmem.parents.clone(),
+                    ..DriveConfig::new(id.clone(), pmem.path_on_host.clone())
+                };
+                (DiskOf::Pmem(id), &mut pmem.path_on_host, below)
+            }
+            (None, None) => return Err(SnapshotError::NoDrive(id.clone())),
+        };
+        path.clone_from(&request.path_on_host);
+        if request.clone {
+            let failed = |error: &dyn std::fmt::Display| {
+                SnapshotError::Unsupported(format!("{device}: {error}"))
+            };
+            let opened = open_disk(&below).map_err(|error| failed(&error))?;
+            self.state.check_disk(device, &opened)?;
+            let new = &request.path_on_host;
+            Vhdx::create_child(new, &below.path_on_host, &ChildOptions::default())
+                .map_err(|error| failed(&error))?;
+            self.made.push(new.clone());
+            // It is the guest's own, and has just been made.
+            self.state.forget_disk(device);
+        }
+        Ok(())
+    }
+
+    /// Checks that the disk of a device is the one that the guest had.
+    pub(crate) fn check_disk(
+        &self,
+        device: DiskOf<'_>,
+        disk: &std::sync::Arc<dyn storage::Disk>,
+    ) -> Result<(), SnapshotError> {
+        self.state.check_disk(device, disk)
+    }
+
+    /// The guest has its disks: they stay.
+    pub(crate) fn keep_disks(&mut self) {
+        self.made.clear();
+    }
+}
+
+impl Drop for Loading {
+    fn drop(&mut self) {
+        for path in &self.made {
+            if let Err(error) = std::fs::remove_file(path) {
+                tracing::warn!(%error, path = %path.display(), "a disk is left over");
+            }
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Disks of other formats.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use storage::convert::{ConvertError, Target, convert};
+use storage::foreign::{self, SourceFormat};
+
+use super::watch::Watch;
+use super::{Answer, Output, Sector, ToolError, block_size, human};
+use config::Bytes;
+
+/// A format to read.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum From {
+    Raw,
+    Vhdx,
+    Qcow2,
+    Vhd,
+    Vmdk,
+}
+
+/// A format to write.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum To {
+    Vhdx,
+    Raw,
+}
+
+/// `coppice disk convert`.
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// The disk to copy.
+    src: PathBuf,
+    /// The new file.
+    dst: PathBuf,
+    /// Format of the source; found by its signature if not given. Name it for a raw disk that a guest could write.
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    from: Option<From>,
+    /// Format of the new file.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "vhdx")]
+    to: To,
+    /// Size of a payload block, 1M to 256M, a power of two.
+    #[arg(long, value_name = "SIZE", default_value = "2M")]
+    block_size: Bytes,
+    /// Logical sector size [default: the source's].
+    #[arg(long, value_enum)]
+    sector: Option<Sector>,
+    /// Give all blocks their space now.
+    #[arg(long)]
+    fixed: bool,
+    /// Replace the new file if it is there.
+    #[arg(long)]
+    overwrite: bool,
+    #[command(flatten)]
+    pub(super) output: Output,
+}
+
+impl Convert {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+        let format = self.from.map(|format| match format {
+            From::Raw => SourceFormat::Raw,
+            From::Vhdx => SourceFormat::Vhdx,
+            From::Qcow2 => SourceFormat::Qcow2,
+            From::Vhd => SourceFormat::Vhd,
+            From::Vmdk => SourceFormat::Vmdk,
+        });
+        let (format, mut source) =
+            foreign::open(&self.src, format).map_err(|error| match error {
+                // It names its file itself.
+                foreign::SourceError::Open(error) => ToolError::Open(error),
+                error => ToolError::Convert(ConvertError::Source {
+                    path: self.src.clone(),
+                    error,
+                }),
+            })?;
+        let target = match self.to {
+            To::Raw => Target::Raw,
+            To::Vhdx => Target::Vhdx {
+                block_size: block_size(self.block_size)?,
+                logical_sector: self.sector.map(Into::into),
+                fixed: self.fixed,
+            },
+        };
+        let done = convert(
+            (&self.src, &mut *source),
+            &self.dst,
+            target,
+            self.overwrite,
+            watch,
+        )
+        .map_err(|error| match error {
+            ConvertError::Disk(storage::DiskError::Cancelled) => {
+                ToolError::Cancelled(watch.signal())
+            }
+            ConvertError::Disk(error) => ToolError::disk(&self.dst, watch)(error),
+            ConvertError::Exists(path) => ToolError::Refused(format!(
+                "{} is there already: --overwrite to replace it",
+                path.display()
+            )),
+            error => ToolError::Convert(error),
+        })?;
+        Ok(Answer::new(
+            json!({
+                "source": self.src,
+                "source_format": format.name(),
+                "file": self.dst,
+                "size": done.size,
+                "bytes_written": done.written,
+            }),
+            format!(
+                "{} ({}) is {} now: {}, {} of it data",
+                self.src.display(),
+                format.name(),
+                self.dst.display(),
+                human(done.size),
+                human(done.written)
+            ),
+        ))
+    }
+}

@@ -1,0 +1,154 @@
+//! The guests of this user, by their processes.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+
+use cli::{Cli, Command, RunArguments};
+use config::{MachineConfig, VmConfig};
+use host::program;
+
+/// What the command line of a guest says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Described {
+    pub(super) name: String,
+    pub(super) socket: Option<PathBuf>,
+    pub(super) ram_mib: u32,
+}
+
+/// The arguments of `coppice run`, by the kernel's `cmdline` of a process.
+fn run_arguments(cmdline: &str) -> Option<RunArguments> {
+    // A copy of the zygote has room behind its words.
+    let words = cmdline.trim_end_matches('\0').split('\0');
+    match Cli::try_parse_from(words).ok()?.command {
+        Command::Run(arguments) => Some(*arguments),
+        Command::Disk(_)
+        | Command::Image(_)
+        | Command::Serve(_)
+        | Command::Zygote { .. }
+        | Command::Vm(_)
+        | Command::Console { .. }
+        | Command::Completions(_)
+        | Command::Man(_)
+        | Command::Bench(_)
+        | Command::Top(_)
+        | Command::Doctor(_) => None,
+    }
+}
+
+/// What `cmdline` says of the guest of a process in the folder `cwd`.
+pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
+    let arguments = run_arguments(cmdline)?;
+    let stem = |path: &PathBuf| {
+        path.file_stem()
+            .map(|stem| stem.to_string_lossy().into_owned())
+    };
+    let by_file = || {
+        [&arguments.api_sock, &arguments.kernel, &arguments.config]
+            .into_iter()
+            .flatten()
+            .find_map(stem)
+    };
+    let name = arguments.id.clone().or_else(by_file);
+    let configured = || {
+        let config = VmConfig::from_file(&cwd.join(arguments.config.as_ref()?)).ok()?;
+        Some(config.machine_config.mem_size_mib)
+    };
+    let ram = arguments.mem.map(|mem| mem.0).or_else(configured);
+    Some(Described {
+        name: name.unwrap_or_else(|| "-".to_owned()),
+        socket: arguments.api_sock.map(|path| cwd.join(path)),
+        ram_mib: ram.unwrap_or(MachineConfig::default().mem_size_mib),
+    })
+}
+
+/// Whether `exe` names a `coppice`: by its name, or as the file beside the one that this process runs.
+fn is_coppice(exe: &Path) -> bool {
+    let name = exe.file_name().map(|name| name.to_string_lossy());
+    let name = name.as_deref().unwrap_or_default();
+    // The kernel says so of a file that has been replaced since.
+    let name = name.strip_suffix(" (deleted)").unwrap_or(name);
+    name == program::COPPICE || program::beside_this(program::COPPICE).is_ok_and(|own| own == exe)
+}
+
+/// The guest of a process, if it is one of this user's.
+pub(super) fn of_process(pid: u32) -> Option<Described> {
+    let folder = PathBuf::from(format!("/proc/{pid}"));
+    if fs::metadata(&folder).ok()?.uid() != rustix::process::geteuid().as_raw() {
+        return None;
+    }
+    if !is_coppice(&fs::read_link(folder.join("exe")).ok()?) {
+        return None;
+    }
+    let cmdline = fs::read(folder.join("cmdline")).ok()?;
+    let cwd = fs::read_link(folder.join("cwd")).ok()?;
+    describe(&String::from_utf8_lossy(&cmdline), &cwd)
+}
+
+/// The numbers of all processes.
+pub(super) fn processes() -> io::Result<Vec<u32>> {
+    let entries = fs::read_dir("/proc")?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.filter_map(|name| name.parse().ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(words: &[&str]) -> Option<Described> {
+        let cmdline: String = words.iter().flat_map(|word| [*word, "\0"]).collect();
+        describe(&cmdline, Path::new("/cwd"))
+    }
+
+    #[test]
+    fn a_guest_is_named_by_its_socket_or_its_kernel() {
+        let words = [
+            "coppice",
+            "run",
+            "--api-sock",
+            "a/web 1.sock",
+            "--kernel",
+            "k",
+        ];
+        let guest = described(&words).unwrap();
+        assert_eq!((guest.name.as_str(), guest.ram_mib), ("web 1", 128));
+        assert_eq!(guest.socket, Some("/cwd/a/web 1.sock".into()));
+        let words = [
+            "/x/coppice",
+            "run",
+            "--kernel",
+            "/boot/vmlinuz",
+            "--mem",
+            "1G",
+        ];
+        let guest = described(&words).unwrap();
+        assert_eq!((guest.name.as_str(), guest.ram_mib), ("vmlinuz", 1024));
+        assert_eq!(guest.socket, None);
+    }
+
+    #[test]
+    fn other_commands_are_no_guests() {
+        for words in [
+            &["coppice", "top"][..],
+            &["coppice", "disk", "info", "run"],
+            &["coppice", "run", "--colour"],
+            &["coppice"],
+            &[],
+        ] {
+            assert_eq!(described(words), None, "{words:?}");
+        }
+    }
+
+    #[test]
+    fn a_replaced_program_is_still_one() {
+        assert!(is_coppice(Path::new("/usr/bin/coppice")));
+        assert!(is_coppice(Path::new("/usr/bin/coppice (deleted)")));
+        assert!(is_coppice(&program::beside_this("coppice").unwrap()));
+        assert!(!is_coppice(Path::new("/usr/bin/coppice-old")));
+        assert!(!is_coppice(Path::new("/")));
+    }
+}

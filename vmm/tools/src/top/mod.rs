@@ -1,0 +1,90 @@
+//! `coppice top`: all guests of a user, and what each of them takes of the host.
+//!
+//! ```text
+//! guest ──> reading ──┬─ column ── screen ── live   a terminal, again and again
+//! (/proc)  (+ REST)   └─ column, text_table         once, as text or JSON
+//! ```
+//!
+//! Guests are found by their processes, so there is nothing that has to run or be registered. All figures are the host kernel's, but for what
+//! only a guest's VMM knows: that is asked for on its REST socket, where it has one.
+
+mod arguments;
+mod column;
+mod guest;
+mod live;
+mod reading;
+mod screen;
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use serde_json::json;
+
+pub use arguments::{HELP, TopArguments};
+pub use column::Column;
+pub use reading::{FileRow, GuestRow, Reading};
+
+use column::Table;
+use host::text_table::columns;
+use reading::Reader;
+
+/// What `coppice top` was asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long to wait between two readings.
+    pub delay: Duration,
+    /// The column to sort by.
+    pub sort: Column,
+    /// Print one table.
+    pub once: bool,
+    /// Print JSON.
+    pub json: bool,
+    /// Show files.
+    pub files: bool,
+}
+
+/// Why guests cannot be shown.
+#[derive(Debug, thiserror::Error)]
+pub enum TopError {
+    /// The host does not list processes.
+    #[error("cannot read /proc: {0}")]
+    Processes(io::Error),
+    /// The terminal, or what waits for it.
+    #[error("terminal: {0}")]
+    Terminal(io::Error),
+    /// Nobody reads the output.
+    #[error("standard output: {0}")]
+    Output(#[from] io::Error),
+    /// JSON cannot be made.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
+
+/// Shows the guests: on a terminal until the user quits, and else once. The signal that ended it, if one did.
+///
+/// # Errors
+/// [`TopError`]. The terminal is then as before.
+pub fn run(options: &Options) -> Result<Option<u8>, TopError> {
+    let on_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
+    if on_terminal && !options.once && !options.json {
+        return live::show(options);
+    }
+    let mut reading = Reader::default().read()?;
+    column::sort(&mut reading.guests, options.sort, false);
+    let mut out = io::stdout().lock();
+    if options.json {
+        let mut value = json!({"guests": reading.guests, "totals": reading.totals});
+        if options.files {
+            value["files"] = serde_json::to_value(&reading.files)?;
+        }
+        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        return Ok(None);
+    }
+    let table = if options.files {
+        Table::of_files(&reading.files)
+    } else {
+        Table::of_guests(&reading)
+    };
+    write!(out, "{}", columns(&table.into_rows()))?;
+    Ok(None)
+}
