@@ -4,7 +4,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use devices::virtio::block::Latencies;
+use devices::latency::Latencies;
 
 fn latencies(criterion: &mut Criterion) {
     let latencies = Latencies::default();

@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use crate::lock;
+
 /// A device that answers accesses to a range of addresses.
 ///
 /// Called on the vCPU thread that made the access, under the device's own mutex; it must not block.
@@ -81,10 +83,7 @@ impl Bus {
         let Some((offset, device)) = self.find(address, data.len()) else {
             return false;
         };
-        device
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .read(offset, data);
+        lock(device).read(offset, data);
         true
     }
 
@@ -93,10 +92,7 @@ impl Bus {
         let Some((offset, device)) = self.find(address, data.len()) else {
             return false;
         };
-        device
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .write(offset, data);
+        lock(device).write(offset, data);
         true
     }
 }

@@ -3,13 +3,22 @@
 //! Every byte that a guest writes, in a register, a ring or a buffer, is hostile: it ends in a device's
 //! documented error, never in a panic, an unbounded loop or an access outside guest memory.
 //!
-//! Each device can be saved and made again, see [`persist`].
+//! Each device has the same life, see [`lifecycle`], and each kind is one line of the table [`KINDS`].
 
 pub mod bus;
+pub mod device_list;
+mod kinds;
+pub mod latency;
 pub mod legacy;
+pub mod lifecycle;
+mod lock;
+pub mod metrics;
 pub mod persist;
 pub mod virtio;
 pub mod vmgenid;
+
+pub use kinds::KINDS;
+pub use lock::lock;
 
 /// Guest physical memory, as the devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

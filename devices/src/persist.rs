@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A state holds what the guest can see or has set, and nothing of the host: neither files nor counters. Each device has its own in its
-//! module `persist`, with `save` and `restore`; `AcpiPm` and `Pvpanic` have none, as they remember nothing.
+//! module `persist`; `AcpiPm`, `BootTimer` and `Pvpanic` have none, as they remember nothing.
 //!
 //! **Saving** is for a guest that is paused: its vCPUs stand, and the devices have been paused after them. A pause waits for every request in
 //! flight and tells the driver of it, so that there is nothing to save of requests; what the driver has put into a ring and the device has
@@ -16,14 +16,14 @@
 //! **Restoring** goes in the order of the picture: first the device, which compares itself with the saved one and is paused from then on; then
 //! its transport, which activates it if the driver had. Neither touches guest memory or raises an interrupt. That is for
 //! `resume`, once all of the VM is there: the device looks at each of its queues, since a kick may have been lost, and
-//! raises its line if an interrupt was pending, since that may have been lost too. The legacy devices, which cannot be paused, have a
-//! `raise_pending` for the same purpose.
+//! raises its line if an interrupt was pending, since that may have been lost too. The calls and their order are those of
+//! [`lifecycle`](crate::lifecycle).
 //!
 //! A state is hostile: whoever could write to the file can have put anything there. All of it is checked, and refused with a
 //! [`RestoreError`]; after that the device is of no use. What passes can do no more than the guest itself could have done: the contents of
 //! rings are looked at when they are served, as ever.
 
-use crate::virtio::ActivateError;
+use crate::virtio::activate_error::ActivateError;
 
 /// A saved state is not one that this device can go on from.
 #[derive(Debug, thiserror::Error)]
@@ -72,14 +72,18 @@ pub enum RestoreError {
         /// The rule that it breaks.
         reason: &'static str,
     },
-    /// The host has no file descriptor left for the device.
-    #[error("{device}: the host refuses an event")]
-    Host {
+    /// The state is none of a device of this kind.
+    #[error("{device}: its state cannot be read")]
+    Malformed {
         /// Which device.
         device: &'static str,
-        /// What the host says.
-        source: std::io::Error,
+        /// What is wrong with it.
+        #[source]
+        source: serde_json::Error,
     },
+    /// The states are those of other devices than the guest has.
+    #[error("the devices are others than those configured: {0}")]
+    OtherDevices(String),
     /// The device refuses to start with the queues as they are saved.
     #[error("{device}: it cannot go on with its queues")]
     Activate {

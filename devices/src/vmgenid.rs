@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! boot:     new ─> write
-//! restore:  new ─> restore ─> renew ─> the vCPUs run ─> notify
+//! restore:  new ─> restore ─> renew ─> resume, which notifies ─> the vCPUs run
 //! ```
 //!
 //! QEMU has its firmware put a page of its own, which the memory map calls reserved, into guest memory, with the ID 40 bytes into it, and raises a
@@ -21,10 +21,12 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
 use crate::persist::{RestoreError, check_same};
 
-/// In errors.
-const NAME: &str = "VM generation ID";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind =
+    DeviceKind::unmetered("VM generation ID", StateKey::One("generation"));
 
 /// The device. Its ID is new with each that is made.
 #[derive(Debug)]
@@ -32,6 +34,8 @@ pub struct VmGenId {
     address: GuestAddress,
     id: [u8; Self::SIZE],
     irqfd: EventFd,
+    /// The guest has yet to be notified of the ID: it is from a saved state, or new since.
+    restored: bool,
 }
 
 /// A generation ID cannot be made or written.
@@ -91,6 +95,7 @@ impl VmGenId {
             address,
             id: random_id()?,
             irqfd: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            restored: false,
         })
     }
 
@@ -122,7 +127,7 @@ impl VmGenId {
             })
     }
 
-    /// Begins a new generation, while no vCPU runs: draws another ID and writes it. [`VmGenId::notify`] tells the guest.
+    /// Begins a new generation, between [`Device::restore`] and [`Device::resume`], which notifies the guest: draws another ID and writes it.
     ///
     /// # Errors
     /// `Host`, `Memory`.
@@ -131,15 +136,15 @@ impl VmGenId {
         self.write(memory)
     }
 
-    /// Raises the interrupt at which ACPI notifies the device. Once the interrupt controllers of the VM are there: it is lost else.
-    pub fn notify(&self) {
+    /// Raises the interrupt at which ACPI notifies the device.
+    fn notify(&self) {
         if let Err(error) = self.irqfd.write(1) {
             tracing::debug!(%error, "VM generation ID irqfd write");
         }
     }
 
     /// The present generation.
-    pub fn save(&self) -> VmGenIdState {
+    pub(crate) fn save_state(&self) -> VmGenIdState {
         VmGenIdState {
             address: self.address.0,
             id: self.id,
@@ -150,12 +155,28 @@ impl VmGenId {
     ///
     /// # Errors
     /// `Mismatch` where the guest knows the ID to be elsewhere.
-    pub fn restore(&mut self, state: &VmGenIdState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &VmGenIdState) -> Result<(), RestoreError> {
         let address = |at| format!("{at:#x}");
         let (saved, now) = (address(state.address), address(self.address.0));
-        check_same(NAME, "the address", &saved, &now)?;
+        check_same(KIND.name, "the address", &saved, &now)?;
         self.id = state.id;
+        self.restored = true;
         Ok(())
+    }
+}
+
+impl Device for VmGenId {
+    persist_by_type!(KIND);
+
+    fn resume(&mut self) {
+        if std::mem::take(&mut self.restored) {
+            self.notify();
+        }
+    }
+
+    /// The generation stays: a guest that is reset has not been copied.
+    fn reset(&mut self) {
+        self.restored = false;
     }
 }
 
@@ -178,15 +199,20 @@ mod tests {
         let seen: [u8; 16] = memory.read_obj(AT).unwrap();
         assert_eq!(seen, saved.id());
         let mut restored = VmGenId::new(AT).unwrap();
-        restored.restore(&through_json(&saved.save())).unwrap();
-        assert_eq!(restored.save(), saved.save());
+        restored
+            .restore_state(&through_json(&saved.save_state()))
+            .unwrap();
+        assert_eq!(restored.save_state(), saved.save_state());
         restored.renew(&memory).unwrap();
         let renewed: [u8; 16] = memory.read_obj(AT).unwrap();
         assert_ne!(renewed, seen);
         assert_eq!(renewed, restored.id());
         assert!(restored.irqfd().read().is_err());
-        restored.notify();
+        restored.resume();
         assert_eq!(restored.irqfd().read().unwrap(), 1);
+        restored.pause();
+        restored.resume();
+        assert!(restored.irqfd().read().is_err(), "it is notified once");
     }
 
     #[test]
@@ -211,10 +237,10 @@ mod tests {
         let mut device = VmGenId::new(AT).unwrap();
         let elsewhere = VmGenIdState {
             address: 0,
-            ..device.save()
+            ..device.save_state()
         };
         assert!(matches!(
-            device.restore(&elsewhere),
+            device.restore_state(&elsewhere),
             Err(RestoreError::Mismatch { .. })
         ));
     }

@@ -10,137 +10,23 @@
 //! each of them for KVM, and much of what a kernel changes it changes back. It is compared with that snapshot, by the table of what was mapped.
 
 use std::fs::File;
-use std::hash::{DefaultHasher, Hasher};
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use crate::file::{FileIdentity, SharedFile, data_range};
-use crate::memory::{MOST_STRIKES, SharedMemory};
-use crate::merge::is_zero;
-use crate::table::{Backing, PageState, Run};
+use crate::file::SharedFile;
+use crate::memory::SharedMemory;
+use crate::sampled::{Place, SampledFile, sample};
+use crate::table::{Backing, MAX_EARLY_WRITES, PageState, Run};
 use crate::window::{PAGE_SIZE, PageKind};
-
-/// Bytes between two words of a sample; the last is the last of its page.
-const STRIDE: usize = 272;
-const WORD: usize = 8;
-/// Pages of a file that are looked for, 256 MiB of them: more, and the guest would pay for their samples.
-const MOST_PAGES: usize = 1 << 16;
-
-/// Which pages of the guest a file's may be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Where {
-    /// The ones whose guest physical address is their offset.
-    AtAddress,
-    /// Any.
-    Anywhere,
-}
-
-/// A file, and what its pages are known by.
-#[derive(Debug)]
-pub(crate) struct Compared {
-    file: Arc<SharedFile>,
-    place: Where,
-    /// Page and sample, by page; or sample and page, by sample. Taken when they are first needed.
-    pages: OnceLock<Vec<(u32, u32)>>,
-}
-
-/// The sample of a page, of which `read` reads eight bytes at an offset.
-fn sample(mut read: impl FnMut(usize, &mut [u8; WORD])) -> u32 {
-    let mut hasher = DefaultHasher::new();
-    let mut word = [0; WORD];
-    for offset in (WORD..PAGE_SIZE as usize).step_by(STRIDE) {
-        read(offset, &mut word);
-        hasher.write_u64(u64::from_ne_bytes(word));
-    }
-    // Half of it does: what is taken for the page and is not is compared in vain.
-    hasher.finish() as u32
-}
-
-/// The pages of a file, but for holes and zeros, each with its sample.
-fn samples(file: &SharedFile) -> io::Result<Vec<(u32, u32)>> {
-    let mut pages = Vec::new();
-    let mut bytes = [0; PAGE_SIZE as usize];
-    let end = file.len() / PAGE_SIZE * PAGE_SIZE;
-    let mut at = 0;
-    while let Some(data) = data_range(file.file(), at, end)? {
-        for page in data.start / PAGE_SIZE..data.end.div_ceil(PAGE_SIZE) {
-            file.file().read_exact_at(&mut bytes, page * PAGE_SIZE)?;
-            if is_zero(&bytes) {
-                continue;
-            }
-            let of_page = sample(|offset, word| {
-                let from = bytes.get(offset..).unwrap_or_default();
-                *word = from.first_chunk().copied().unwrap_or_default();
-            });
-            match u32::try_from(page) {
-                Ok(page) if pages.len() < MOST_PAGES => pages.push((page, of_page)),
-                Ok(_) | Err(_) => {
-                    tracing::warn!(file = %file.path().display(), "it has more pages than guests' pages are compared with");
-                    return Ok(pages);
-                }
-            }
-        }
-        at = data.end.next_multiple_of(PAGE_SIZE);
-    }
-    Ok(pages)
-}
-
-impl Compared {
-    fn new(file: Arc<SharedFile>, place: Where) -> Self {
-        let pages = OnceLock::new();
-        Self { file, place, pages }
-    }
-
-    /// Whether it is that file.
-    pub(crate) fn is_with(&self, file: FileIdentity) -> bool {
-        self.file.identity() == file
-    }
-
-    fn pages(&self) -> &[(u32, u32)] {
-        self.pages.get_or_init(|| {
-            let found = samples(&self.file).unwrap_or_else(|error| {
-                tracing::warn!(file = %self.file.path().display(), %error, "guests' pages are not compared with it");
-                Vec::new()
-            });
-            if self.place == Where::AtAddress {
-                return found;
-            }
-            let mut found: Vec<_> = found.into_iter().map(|(page, of)| (of, page)).collect();
-            found.sort_unstable();
-            found.dedup_by_key(|(sample, _)| *sample);
-            found.shrink_to_fit();
-            found
-        })
-    }
-
-    /// The offset in the file of the page that the guest's page with that sample may be.
-    fn find(&self, gfn: u64, sample: u32) -> Option<u64> {
-        let pages = self.pages();
-        let page = match self.place {
-            Where::AtAddress => {
-                let gfn = u32::try_from(gfn).ok()?;
-                let at = pages.binary_search_by_key(&gfn, |(page, _)| *page).ok()?;
-                let (page, of_page) = pages.get(at)?;
-                (*of_page == sample).then_some(*page)?
-            }
-            Where::Anywhere => {
-                let at = pages.binary_search_by_key(&sample, |(sample, _)| *sample);
-                pages.get(at.ok()?)?.1
-            }
-        };
-        Some(u64::from(page) * PAGE_SIZE)
-    }
-}
 
 impl SharedMemory {
     /// Gives the merger the memory of a guest that has booted the same kernel, in which offsets are guest physical addresses: pages of the guest are replaced
     /// by the file's at the same address where they are equal, while the guest boots and soon after. What is a hole there is nothing to the guest.
     ///
     /// # Errors
-    /// Where the file cannot be examined, or its [domain](crate::FileRegistry::admit_by) is another.
+    /// Place the file cannot be examined, or its [domain](crate::FileRegistry::admit_by) is another.
     pub fn add_reference(&self, file: &Arc<File>) -> io::Result<()> {
-        self.add_compared(file, Where::AtAddress)
+        self.add_compared(file, Place::AtAddress)
     }
 
     /// Gives the merger a file whose pages the guest may have anywhere in its memory: those that are equal are replaced by the file's, while the guest boots
@@ -149,13 +35,13 @@ impl SharedMemory {
     /// # Errors
     /// As [`SharedMemory::add_reference`].
     pub fn add_unpacked(&self, file: &Arc<File>) -> io::Result<()> {
-        self.add_compared(file, Where::Anywhere)
+        self.add_compared(file, Place::Anywhere)
     }
 
-    fn add_compared(&self, file: &Arc<File>, place: Where) -> io::Result<()> {
-        let compared = Compared::new(self.files().share(file)?, place);
+    fn add_compared(&self, file: &Arc<File>, place: Place) -> io::Result<()> {
+        let compared = SampledFile::new(self.files().share(file)?, place);
         self.state().compared.push(Arc::new(compared));
-        self.stir(false);
+        self.wake_merger();
         Ok(())
     }
 
@@ -220,9 +106,9 @@ impl SharedMemory {
         if state.candidates.get(gfn).is_some() {
             return;
         }
-        // Where it was the file's page not long ago, the guest has written to it.
-        let strikes = state.strikes(&(gfn..gfn + 1), now);
-        if strikes > MOST_STRIKES {
+        // Place it was the file's page not long ago, the guest has written to it.
+        let early_writes = state.early_writes(&(gfn..gfn + 1), now);
+        if early_writes > MAX_EARLY_WRITES {
             return;
         }
         state.candidates.insert(Run {
@@ -231,7 +117,10 @@ impl SharedMemory {
             backing: Backing {
                 file: file.clone(),
                 offset,
-                state: PageState::Candidate { since: 0, strikes },
+                state: PageState::Candidate {
+                    since: 0,
+                    early_writes,
+                },
             },
         });
     }
@@ -239,10 +128,10 @@ impl SharedMemory {
 
 #[cfg(test)]
 mod tests {
-    use rustix::fs::{MemfdFlags, memfd_create};
+    use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::{FileRegistry, Limits, Region, Window};
+    use crate::{Limits, Region, Window};
 
     const PAGE: usize = PAGE_SIZE as usize;
     const START: u64 = 0x10_0000;
@@ -269,31 +158,6 @@ mod tests {
         let runs = memory.candidates().into_iter();
         runs.map(|run| (run.gfn - FIRST, run.pages, run.backing.offset))
             .collect()
-    }
-
-    #[test]
-    fn a_page_is_found_by_its_sample_and_zeros_are_not() {
-        let file = FileRegistry::default()
-            .share(&file(0, &[1, 0, 2, 1]))
-            .unwrap();
-        let unpacked = Compared::new(file, Where::Anywhere);
-        let find = |seed: u8| unpacked.find(0, sample(|_, word| *word = [seed; WORD]));
-        assert_eq!(find(1), Some(0));
-        assert_eq!(find(2), Some(2 * PAGE_SIZE));
-        assert_eq!(find(0), None);
-        assert_eq!(find(3), None);
-    }
-
-    #[test]
-    fn no_more_samples_are_kept_than_there_is_room_for() {
-        // Not every file system has files of that size.
-        let large = memfd_create("large", MemfdFlags::CLOEXEC).unwrap();
-        let large = File::from(large);
-        // Zeros that are no hole take no room; bytes beyond all pages are never reached.
-        large.write_all_at(&[0; PAGE], 0).unwrap();
-        large.write_all_at(&[1; PAGE], 1 << 45).unwrap();
-        let file = FileRegistry::default().share(&Arc::new(large)).unwrap();
-        assert!(samples(&file).unwrap().is_empty());
     }
 
     #[test]

@@ -5,8 +5,10 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::{fmt, io};
+
+use parking_lot::Mutex;
 
 /// Which file it is, on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,14 +53,17 @@ pub enum FileChange {
     Gone,
 }
 
+/// Is called with a file that backs guest memory and what has become of it: once for each kind of change.
+pub type OnChange = dyn Fn(&SharedFile, FileChange) + Send + Sync;
+
 /// A file that does not change while its pages are shared.
 pub struct SharedFile {
     file: Arc<File>,
     path: PathBuf,
     identity: FileIdentity,
     stamp: Stamp,
-    /// Kinds of change that were told of, a bit each.
-    told: AtomicU8,
+    /// Kinds of change that were reported, a bit each.
+    reported: AtomicU8,
 }
 
 impl fmt::Debug for SharedFile {
@@ -121,15 +126,15 @@ impl SharedFile {
         }
     }
 
-    /// Notes that a change is told of: whether it is the first of all, or `None` where one of its kind was told before.
-    pub(crate) fn note(&self, change: FileChange) -> Option<bool> {
+    /// Marks a change as reported: whether it is the first of all, or `None` where one of its kind was reported before.
+    pub(crate) fn mark_reported(&self, change: FileChange) -> Option<bool> {
         let kind = match change {
             FileChange::Written => 1,
             FileChange::Truncated { .. } => 2,
             FileChange::Gone => 4,
         };
         // Nothing else is ordered by it.
-        let before = self.told.fetch_or(kind, Ordering::Relaxed);
+        let before = self.reported.fetch_or(kind, Ordering::Relaxed);
         (before & kind == 0).then_some(before == 0)
     }
 }
@@ -180,7 +185,7 @@ impl FileRegistry {
 
     /// The files that somebody refers to.
     pub fn known(&self) -> Vec<Arc<SharedFile>> {
-        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let files = self.files.lock();
         files.iter().filter_map(Weak::upgrade).collect()
     }
 
@@ -190,7 +195,7 @@ impl FileRegistry {
     /// [`ShareError`].
     pub fn share(&self, file: &Arc<File>) -> Result<Arc<SharedFile>, ShareError> {
         use std::os::fd::AsRawFd;
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = self.files.lock();
         let known = files.iter().filter_map(Weak::upgrade);
         // The common case, without a system call.
         if let Some(same) = known.clone().find(|known| Arc::ptr_eq(&known.file, file)) {
@@ -212,7 +217,7 @@ impl FileRegistry {
             path: std::fs::read_link(link).unwrap_or_default(),
             identity,
             stamp,
-            told: AtomicU8::new(0),
+            reported: AtomicU8::new(0),
         });
         files.retain(|known| known.strong_count() > 0);
         files.push(Arc::downgrade(&shared));
@@ -279,11 +284,7 @@ mod tests {
         registry
             .share(&Arc::new(tempfile::tempfile().unwrap()))
             .unwrap();
-        assert_eq!(
-            registry.files.lock().unwrap().len(),
-            1,
-            "the first is forgotten"
-        );
+        assert_eq!(registry.files.lock().len(), 1, "the first is forgotten");
     }
 
     #[test]

@@ -29,7 +29,9 @@ mod lost;
 mod memory;
 mod merge;
 mod merger;
+mod page;
 mod policy;
+mod sampled;
 mod snapshot;
 mod stats;
 mod table;
@@ -40,12 +42,12 @@ mod zeros;
 mod tests;
 
 pub use file::{
-    Admission, FileChange, FileIdentity, FileRegistry, ShareError, SharedFile, data_range,
+    Admission, FileChange, FileIdentity, FileRegistry, OnChange, ShareError, SharedFile, data_range,
 };
-pub use lost::{LostPage, OnChange};
+pub use lost::LostPage;
 pub use memory::{IsBusy, Region, SharedMemory, StandStill, Usage};
-pub use merge::is_zero;
 pub use merger::Merger;
+pub use page::is_zero;
 pub use policy::{Limits, ShareMode, ShareModeError, max_map_count};
 pub use snapshot::Content;
 pub use stats::{Refusal, Stats};

@@ -8,14 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::file::{FileChange, SharedFile};
+use crate::file::{FileChange, OnChange, SharedFile};
 use crate::memory::SharedMemory;
 use crate::stats::add;
 use crate::table::{Run, Table};
 use crate::window::PAGE_SIZE;
-
-/// Is told what has become of a file that backs guest memory: once for each kind of change.
-pub type OnChange = dyn Fn(&SharedFile, FileChange) + Send + Sync;
 
 /// A page of a guest that is a file's, and cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +80,7 @@ impl SharedMemory {
         self.mapped().iter().find_map(first_lost)
     }
 
-    /// Has `tell` told of files that change under the guest, as it is found out. Only the first call counts.
+    /// Calls `tell` for each file that is found to have changed under the guest. Only the first call of this counts.
     pub fn on_change(&self, tell: Box<OnChange>) {
         if self.on_change.set(tell).is_err() {
             tracing::debug!("somebody is told of changed files already");
@@ -124,7 +121,7 @@ impl SharedMemory {
 
     /// Tells of a change, unless that was done.
     pub(crate) fn tell_change(&self, file: &SharedFile, change: FileChange) {
-        let Some(is_first) = file.note(change) else {
+        let Some(is_first) = file.mark_reported(change) else {
             return;
         };
         if is_first {

@@ -15,21 +15,20 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::compared::Compared;
-use crate::file::{FileIdentity, FileRegistry, ShareError, SharedFile};
-use crate::lost::OnChange;
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::file::{FileIdentity, FileRegistry, OnChange, ShareError, SharedFile};
 use crate::policy::Limits;
+use crate::sampled::SampledFile;
 use crate::stats::{Refusal, Stats, add};
-use crate::table::{Backing, PageState, Run, Table, alike};
+use crate::table::{Backing, MAX_EARLY_WRITES, PageState, Run, Table, alike};
 use crate::window::{PAGE_SIZE, PageKind, Window};
 
 /// A shared page that is overwritten within this time, in tenths of a second, was not worth it.
 const SOON: u32 = 100;
-/// Pages that were overwritten soon so often are left alone.
-pub(crate) const MOST_STRIKES: u8 = 4;
 
 /// A range of guest memory, in one window.
 #[derive(Debug)]
@@ -59,8 +58,8 @@ pub trait StandStill: Send + Sync {
     /// CPU time that the guest's vCPUs have used so far: by that the merger knows when the guest rests.
     fn cpu_time(&self) -> Duration;
 
-    /// The guest will not be looked at any more unasked: what that has taken can go.
-    fn settled(&self) {}
+    /// The merger has scanned the guest's memory for the last time: what the scans have taken of the heap can be given back.
+    fn scans_done(&self) {}
 }
 
 /// What pages are that nobody has touched.
@@ -103,33 +102,41 @@ pub(crate) struct State {
     /// Pages that may be copies of a file's page, whatever is mapped there.
     pub candidates: Table,
     /// Files that the guest's own pages are compared with unasked.
-    pub compared: Vec<Arc<Compared>>,
+    pub compared: Vec<Arc<SampledFile>>,
     pub base: Base,
     /// Files that back other memory of the guest.
     pub others: Vec<Arc<SharedFile>>,
-    /// Somebody wants the merger to look, or to end.
-    pub stirred: bool,
+    /// The merger is to look for work.
+    pub woken: bool,
+    /// The merger is to end.
     pub ending: bool,
     /// The host refused another mapping: none is asked for before one has gone.
     pub exhausted: bool,
 }
 
 impl State {
-    /// How often pages like these were shared and soon overwritten, if they are overwritten now.
-    pub(crate) fn strikes(&self, gfns: &Range<u64>, now: u32) -> u8 {
+    /// The count of early writes of these pages, if they are overwritten now.
+    pub(crate) fn early_writes(&self, gfns: &Range<u64>, now: u32) -> u8 {
         let mapped = self.mapped.within(gfns.clone());
         let candidates = self.candidates.within(gfns.clone());
-        let strikes = mapped.chain(candidates).map(|run| match run.backing.state {
-            PageState::Candidate { strikes, .. } => strikes,
-            PageState::Mapped { since, strikes } | PageState::Copied { since, strikes } => {
+        let early_writes = mapped.chain(candidates).map(|run| match run.backing.state {
+            PageState::Candidate { early_writes, .. } => early_writes,
+            PageState::Mapped {
+                since,
+                early_writes,
+            }
+            | PageState::Copied {
+                since,
+                early_writes,
+            } => {
                 if is_recent(since, now) {
-                    strikes + 1
+                    early_writes + 1
                 } else {
                     0
                 }
             }
         });
-        strikes.max().unwrap_or(0)
+        early_writes.max().unwrap_or(0)
     }
 }
 
@@ -152,7 +159,7 @@ pub struct SharedMemory {
     stats: Stats,
     started: Instant,
     state: Mutex<State>,
-    stir: Condvar,
+    wake_up: Condvar,
     pub(crate) on_change: OnceLock<Box<OnChange>>,
 }
 
@@ -187,7 +194,7 @@ impl SharedMemory {
             stats: Stats::default(),
             started: Instant::now(),
             state: Mutex::default(),
-            stir: Condvar::new(),
+            wake_up: Condvar::new(),
             on_change: OnceLock::new(),
         }
     }
@@ -218,30 +225,33 @@ impl SharedMemory {
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
-    /// Waits for somebody to [`SharedMemory::stir`] the merger, at most so long; whether somebody has.
-    pub(crate) fn wait(&self, state: MutexGuard<'_, State>, at_most: Duration) -> bool {
-        let idle = |state: &mut State| !state.stirred && !state.ending;
-        let waited = self.stir.wait_timeout_while(state, at_most, idle);
-        let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        std::mem::take(&mut state.stirred)
+    /// The merger waits for its [wake-up](SharedMemory::wake_merger), at most so long; whether there was one.
+    pub(crate) fn wait(&self, mut state: MutexGuard<'_, State>, at_most: Duration) -> bool {
+        let idle = |state: &mut State| !state.woken && !state.ending;
+        self.wake_up.wait_while_for(&mut state, idle, at_most);
+        std::mem::take(&mut state.woken)
     }
 
-    /// Waits for so long, or until the merger is to end.
+    /// The merger waits for so long, or until it is to end.
     pub(crate) fn rest(&self, time: Duration) {
         let resting = |state: &mut State| !state.ending;
-        let waited = self.stir.wait_timeout_while(self.state(), time, resting);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        let mut state = self.state();
+        self.wake_up.wait_while_for(&mut state, resting, time);
     }
 
-    /// Makes the merger look at what there is to do.
-    pub(crate) fn stir(&self, end: bool) {
-        let mut state = self.state();
-        state.stirred = true;
-        state.ending |= end;
-        self.stir.notify_all();
+    /// Makes the merger look for work.
+    pub(crate) fn wake_merger(&self) {
+        self.state().woken = true;
+        self.wake_up.notify_all();
+    }
+
+    /// Makes the merger end.
+    pub(crate) fn end_merger(&self) {
+        self.state().ending = true;
+        self.wake_up.notify_all();
     }
 
     /// The manager's clock, in tenths of a second.
@@ -304,7 +314,7 @@ impl SharedMemory {
                 offset,
                 state: PageState::Mapped {
                     since: 0,
-                    strikes: 0,
+                    early_writes: 0,
                 },
             },
         };
@@ -339,8 +349,8 @@ impl SharedMemory {
         };
         let now = self.now();
         let mut state = self.state();
-        let strikes = state.strikes(&pages, now);
-        if strikes > MOST_STRIKES {
+        let early_writes = state.early_writes(&pages, now);
+        if early_writes > MAX_EARLY_WRITES {
             drop(state.candidates.remove(pages));
             return self.stats.refuse(Refusal::Rewritten, count);
         }
@@ -354,15 +364,14 @@ impl SharedMemory {
                 offset: first_offset,
                 state: PageState::Candidate {
                     since: now,
-                    strikes,
+                    early_writes,
                 },
             },
         });
-        let wake = !state.stirred;
-        state.stirred = true;
+        let is_first = !std::mem::replace(&mut state.woken, true);
         drop(state);
-        if wake {
-            self.stir.notify_all();
+        if is_first {
+            self.wake_up.notify_all();
         }
     }
 
@@ -397,7 +406,10 @@ impl SharedMemory {
             backing: Backing {
                 file,
                 offset,
-                state: PageState::Mapped { since, strikes: 0 },
+                state: PageState::Mapped {
+                    since,
+                    early_writes: 0,
+                },
             },
         });
         true
@@ -486,7 +498,7 @@ impl SharedMemory {
 
     fn unshare_held(&self, file: FileIdentity) -> io::Result<()> {
         let mut state = self.state();
-        state.compared.retain(|compared| !compared.is_with(file));
+        state.compared.retain(|compared| !compared.is_of(file));
         let of_file = |run: &Run| run.backing.file.identity() == file;
         let candidates: Vec<Run> = state.candidates.runs().filter(of_file).collect();
         for run in candidates {
@@ -537,21 +549,31 @@ impl SharedMemory {
         now: u32,
         is_private: impl Fn(u64) -> bool,
     ) {
-        let settled = match run.backing.state {
+        let aged = match run.backing.state {
             PageState::Mapped { since, .. } if !is_recent(since, now) => PageState::Mapped {
                 since: 0,
-                strikes: 0,
+                early_writes: 0,
             },
             state => state,
         };
-        if settled != run.backing.state {
-            state.mapped.set_state(run.clone(), settled);
+        if aged != run.backing.state {
+            state.mapped.set_state(run.clone(), aged);
         }
         let private = alike(run.gfns(), is_private).into_iter();
         for (gfns, _) in private.filter(|(_, is_private)| *is_private) {
-            if let (PageState::Mapped { since, strikes }, Some(part)) = (settled, run.cut(&gfns)) {
+            if let (
+                PageState::Mapped {
+                    since,
+                    early_writes,
+                },
+                Some(part),
+            ) = (aged, run.cut(&gfns))
+            {
                 add(&self.stats.copied, part.pages);
-                let copied = PageState::Copied { since, strikes };
+                let copied = PageState::Copied {
+                    since,
+                    early_writes,
+                };
                 state.mapped.set_state(part, copied);
             }
         }

@@ -8,9 +8,10 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use crate::file::FileIdentity;
-use crate::memory::{IsBusy, MOST_STRIKES, SharedMemory, StandStill};
+use crate::memory::{IsBusy, SharedMemory, StandStill};
+use crate::page::is_zero;
 use crate::stats::{Refusal, add};
-use crate::table::{PageState, Run, alike};
+use crate::table::{MAX_EARLY_WRITES, PageState, Run, alike};
 use crate::window::PAGE_SIZE;
 
 /// Pages that are compared and exchanged at once, at most: their bytes are all the memory that the merger takes.
@@ -23,8 +24,8 @@ pub(crate) const LONGEST_HOLD: Duration = Duration::from_millis(2);
 const SHORT: u64 = 4;
 /// Pages of a huge page.
 const HUGE: u64 = 512;
-/// How long a copy is left alone before it is compared, in tenths of a second: what is soon overwritten is not worth it.
-const SETTLE: u32 = 2;
+/// How long a copy is left alone before it is compared, in tenths of a second: a page that is soon overwritten is not worth the work.
+const MIN_AGE: u32 = 2;
 
 /// How far a [`SharedMemory::merge`] got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,13 +34,13 @@ pub(crate) enum Progress {
     Done,
     /// There is more to do at once.
     More,
-    /// The guest could not be held, or what is left has to settle: not before that time has gone by.
+    /// The guest could not be held, or what is left is too young: not before that time has gone by.
     Later(Duration),
 }
 
-/// When a candidate may be compared, in tenths of a second after it was noted.
-fn settling(strikes: u8) -> u32 {
-    SETTLE << (2 * strikes.min(MOST_STRIKES))
+/// How old a candidate has to be before it is compared, in tenths of a second: four times as old for each early write.
+fn min_age(early_writes: u8) -> u32 {
+    MIN_AGE << (2 * early_writes.min(MAX_EARLY_WRITES))
 }
 
 /// A run with the bytes of its file.
@@ -56,16 +57,20 @@ impl Read<'_> {
 }
 
 impl SharedMemory {
-    /// Candidates that have settled, joined where they touch, the longest first; and when the first of the others will have.
+    /// Candidates that are old enough, joined where they touch, the longest first; and how long the first of the others has yet to wait.
     fn ready(&self) -> (Vec<Run>, Option<Duration>) {
         let now = self.now();
         let (mut ready, mut others): (Vec<Run>, Option<u32>) = (Vec::new(), None);
         let state = self.state();
         for run in state.candidates.runs() {
-            let PageState::Candidate { since, strikes } = run.backing.state else {
+            let PageState::Candidate {
+                since,
+                early_writes,
+            } = run.backing.state
+            else {
                 continue;
             };
-            let left = settling(strikes).saturating_sub(now.saturating_sub(since));
+            let left = min_age(early_writes).saturating_sub(now.saturating_sub(since));
             if since > 0 && left > 0 {
                 others = Some(others.unwrap_or(left).min(left));
                 continue;
@@ -221,7 +226,7 @@ impl SharedMemory {
             .filter(|run| is_part(run, &read.run))
             .collect();
         for run in still {
-            let PageState::Candidate { strikes, .. } = run.backing.state else {
+            let PageState::Candidate { early_writes, .. } = run.backing.state else {
                 continue;
             };
             let offset_of = |gfn: u64| at + (gfn - read.run.gfn) * PAGE_SIZE;
@@ -245,9 +250,13 @@ impl SharedMemory {
                     // Under its copy: what is mapped needs no change.
                     if window.forget(offset_of(first), count * PAGE_SIZE).is_ok() {
                         add(&self.stats().merged, count);
-                        state
-                            .mapped
-                            .set_state(part, PageState::Mapped { since, strikes });
+                        state.mapped.set_state(
+                            part,
+                            PageState::Mapped {
+                                since,
+                                early_writes,
+                            },
+                        );
                     }
                     continue;
                 }
@@ -270,9 +279,13 @@ impl SharedMemory {
                     continue;
                 }
                 add(&self.stats().merged, count);
-                state
-                    .mapped
-                    .set_state(part, PageState::Mapped { since, strikes });
+                state.mapped.set_state(
+                    part,
+                    PageState::Mapped {
+                        since,
+                        early_writes,
+                    },
+                );
             }
         }
         true
@@ -291,14 +304,6 @@ impl SharedMemory {
             drop(state.candidates.remove(part.gfns()));
         }
     }
-}
-
-/// Whether all bytes are zeros; a page is compared at once.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
-    bytes
-        .chunks(ZEROS.len())
-        .all(|page| Some(page) == ZEROS.get(..page.len()))
 }
 
 /// Whether `part` is backed as `run` is.

@@ -1,7 +1,7 @@
 //! The thread that merges, and how much of the CPU it takes.
 //!
 //! Where there is nothing to do it sleeps, and looks at the files every few seconds. While the guest is at work, what there is to do waits for some time, as each exchange costs
-//! the guest a moment at a standstill and a fault when it comes back to the page. CPU time is a bucket: full at the start, so that what a guest has read while it booted is
+//! the guest a moment at a standstill and a fault when it comes back to the page. Its CPU time is a token bucket: full at the start, so that what a guest has read while it booted is
 //! shared soon, and then filled with a share of the time that goes by.
 
 use std::io;
@@ -17,7 +17,7 @@ use crate::stats::add;
 
 /// A merger compares and maps, and little else.
 const STACK_SIZE: usize = 64 << 10;
-/// The least time between two looks, and for a copy to settle.
+/// The least time between two looks, and the least age of a copy that is compared.
 const PACE: Duration = Duration::from_millis(200);
 /// When the guest's own pages are compared with files, and zeros are looked for, in seconds after the start: often while it boots and soon after,
 /// as nobody says when that is over, and then never again.
@@ -41,16 +41,16 @@ const RESTING: u32 = 25;
 /// 6.1, where the guest has interrupts enabled).
 const FILES: Duration = Duration::from_secs(5);
 
-/// CPU time that may be used.
+/// CPU time that the merger may use: a token bucket.
 #[derive(Debug)]
-struct Bucket {
+struct CpuBudget {
     left: Duration,
     most: Duration,
     percent: u8,
     filled: Instant,
 }
 
-impl Bucket {
+impl CpuBudget {
     fn new(percent: u8, burst: Duration, now: Instant) -> Self {
         Self {
             left: burst,
@@ -75,16 +75,16 @@ impl Bucket {
     }
 }
 
-/// When the merger may work: once the guest rests, or what there is to do has waited for long.
+/// Lets the merger work once the guest is idle, or the work has waited for long.
 #[derive(Debug, Default)]
-struct Pulse {
+struct IdleGate {
     /// Since when there is something to do.
     since: Option<Instant>,
     /// The guest's CPU time when it was last looked at, and when that was.
     last: Option<(Instant, Duration)>,
 }
 
-impl Pulse {
+impl IdleGate {
     /// Whether what there is to do may be done. `cpu_time` is the guest's until now.
     fn is_time(&mut self, now: Instant, cpu_time: Duration) -> bool {
         let since = *self.since.get_or_insert(now);
@@ -200,7 +200,7 @@ impl Merger {
 
 impl Drop for Merger {
     fn drop(&mut self) {
-        self.memory.stir(true);
+        self.memory.end_merger();
         if let Some(thread) = self.thread.take() {
             // A merger that has panicked has been told by the panic hook; the guest goes on unshared.
             let _ = thread.join();
@@ -211,12 +211,12 @@ impl Drop for Merger {
 fn run(memory: &SharedMemory, still: &dyn StandStill) {
     let started = Instant::now();
     let limits = *memory.limits();
-    let mut bucket = Bucket::new(limits.cpu_percent, limits.burst, started);
+    let mut budget = CpuBudget::new(limits.cpu_percent, limits.burst, started);
     let times: &[u64] = if limits.base { &LOOKS_LOADED } else { &LOOKS };
     let mut looks = Looks::new(started, times);
     let mut before = cpu_time();
-    let mut pulse = Pulse::default();
-    let mut settled = false;
+    let mut gate = IdleGate::default();
+    let mut are_scans_done = false;
     loop {
         memory.look_at_files();
         let (files, has_candidates) = {
@@ -227,8 +227,8 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         let (now, guest_time) = (Instant::now(), still.cpu_time());
         let due = looks_for && looks.is_due(now, guest_time, files);
         if !due && !has_candidates {
-            pulse.forget();
-        } else if !pulse.is_time(now, guest_time) {
+            gate.forget();
+        } else if !gate.is_time(now, guest_time) {
             memory.rest(PACE);
             if memory.state().ending {
                 return;
@@ -241,28 +241,28 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         }
         // Time that is owed is waited for between batches.
         let mut owed = Duration::ZERO;
-        let mut settle_up = || {
+        let mut charge = || {
             let now = cpu_time();
             let used = now.saturating_sub(before);
             before = now;
             add(&memory.stats().cpu_nanoseconds, used.as_nanos() as u64);
-            owed = bucket.take(used, Instant::now());
+            owed = budget.take(used, Instant::now());
             !owed.is_zero() || memory.state().ending
         };
-        let progress = memory.merge(still, &mut settle_up);
+        let progress = memory.merge(still, &mut charge);
         if due {
             memory.refresh();
             if limits.zeros && !limits.huge_pages {
-                memory.give_zeros_back(still, &mut settle_up);
+                memory.give_zeros_back(still, &mut charge);
             }
         }
-        settle_up();
+        charge();
         let next_look = looks.left(Instant::now());
         if next_look.is_none() {
             memory.forget_compared();
             looks.files = 0;
-            if !std::mem::replace(&mut settled, true) {
-                still.settled();
+            if !std::mem::replace(&mut are_scans_done, true) {
+                still.scans_done();
             }
         }
         let state = memory.state();
@@ -270,7 +270,7 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
             return;
         }
         let next = next_look.filter(|_| looks_for).unwrap_or(FILES).min(FILES);
-        let stirred = match progress {
+        let was_woken = match progress {
             Progress::Done => memory.wait(state, next),
             Progress::More => {
                 drop(state);
@@ -282,8 +282,8 @@ fn run(memory: &SharedMemory, still: &dyn StandStill) {
         if memory.state().ending {
             return;
         }
-        if stirred || due {
-            // What was just read has to settle; and what comes in meanwhile is seen without another wake-up.
+        if was_woken || due {
+            // What was just read is too young; and what comes in meanwhile is seen without another wake-up.
             memory.rest(PACE);
         }
     }
@@ -297,13 +297,13 @@ mod tests {
     fn in_the_long_run_no_more_than_the_share_is_used() {
         let start = Instant::now();
         let burst = Duration::from_millis(500);
-        let mut bucket = Bucket::new(5, burst, start);
+        let mut budget = CpuBudget::new(5, burst, start);
         let (mut now, mut used) = (start, Duration::ZERO);
         while now < start + Duration::from_mins(2) {
             let slice = Duration::from_millis(7);
             used += slice;
             now += slice;
-            now += bucket.take(slice, now);
+            now += budget.take(slice, now);
         }
         let allowed = burst + (now - start).mul_f64(0.05);
         assert!(
@@ -316,21 +316,21 @@ mod tests {
     #[test]
     fn work_waits_for_the_guest_to_rest_but_not_for_ever() {
         let start = Instant::now();
-        let mut pulse = Pulse::default();
+        let mut gate = IdleGate::default();
         let (mut now, mut used) = (start, Duration::ZERO);
-        let mut waited = |pulse: &mut Pulse, share: f64| {
+        let mut waited = |gate: &mut IdleGate, share: f64| {
             let from = now;
             loop {
                 now += PACE;
                 used += PACE.mul_f64(share);
-                if pulse.is_time(now, used) {
+                if gate.is_time(now, used) {
                     return now - from;
                 }
             }
         };
-        assert_eq!(waited(&mut pulse, 0.1), 2 * PACE);
-        assert_eq!(waited(&mut pulse, 0.9), PACE + PATIENCE);
-        assert_eq!(waited(&mut pulse, 0.1), 2 * PACE);
+        assert_eq!(waited(&mut gate, 0.1), 2 * PACE);
+        assert_eq!(waited(&mut gate, 0.9), PACE + PATIENCE);
+        assert_eq!(waited(&mut gate, 0.1), 2 * PACE);
     }
 
     #[test]
@@ -362,10 +362,10 @@ mod tests {
     #[test]
     fn a_merger_that_was_idle_has_its_burst_and_no_more() {
         let start = Instant::now();
-        let mut bucket = Bucket::new(5, Duration::from_secs(1), start);
+        let mut budget = CpuBudget::new(5, Duration::from_secs(1), start);
         let later = start + Duration::from_hours(1);
-        assert_eq!(bucket.take(Duration::from_secs(1), later), Duration::ZERO);
-        let wait = bucket.take(Duration::from_millis(50), later);
+        assert_eq!(budget.take(Duration::from_secs(1), later), Duration::ZERO);
+        let wait = budget.take(Duration::from_millis(50), later);
         assert_eq!(wait, Duration::from_secs(1));
     }
 }

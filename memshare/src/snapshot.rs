@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn against_a_base_only_news_are_bytes_and_what_was_given_back_is_news() {
+    fn against_a_base_only_changes_are_bytes_and_what_was_given_back_is_a_change() {
         let memory = memory(8);
         let base = file(&memory, &[1; 6]);
         memory.map_base(0, 6 * PAGE_SIZE, &base, 0).unwrap();
@@ -204,7 +204,7 @@ mod tests {
         window.write(PAGE_SIZE, &[9]);
         window.write(7 * PAGE_SIZE, &[9]);
         memory.give_back(3 * PAGE_SIZE, PAGE_SIZE).unwrap();
-        // Another file's page is news; the base's own page in another place is, too.
+        // Another file's page is a change; the base's own page in another place is one, too.
         memory
             .map(4 * PAGE_SIZE, PAGE_SIZE, &file(&memory, &[2]), 0)
             .unwrap();

@@ -10,6 +10,9 @@ use std::sync::Arc;
 use crate::file::{FileIdentity, SharedFile};
 use crate::window::PAGE_SIZE;
 
+/// Pages that were overwritten soon after they were shared so often are left alone.
+pub(crate) const MAX_EARLY_WRITES: u8 = 4;
+
 /// What is known of the pages of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PageState {
@@ -17,22 +20,22 @@ pub enum PageState {
     Candidate {
         /// When, in tenths of a second of the manager's clock.
         since: u32,
-        /// How often such a page was shared and soon overwritten.
-        strikes: u8,
+        /// How often the page was shared and soon overwritten, up to now without a break.
+        early_writes: u8,
     },
     /// The page is the file's, unless the guest has written to it since the host was last asked.
     Mapped {
         /// When it was mapped, in tenths of a second of the manager's clock.
         since: u32,
         /// As before.
-        strikes: u8,
+        early_writes: u8,
     },
     /// The page was the file's, and the guest has written to it.
     Copied {
         /// As before.
         since: u32,
         /// As before.
-        strikes: u8,
+        early_writes: u8,
     },
 }
 
@@ -248,15 +251,15 @@ mod tests {
         match number % 3 {
             0 => PageState::Candidate {
                 since: 0,
-                strikes: 0,
+                early_writes: 0,
             },
             1 => PageState::Mapped {
                 since: 1,
-                strikes: 0,
+                early_writes: 0,
             },
             _ => PageState::Copied {
                 since: 1,
-                strikes: 0,
+                early_writes: 0,
             },
         }
     }

@@ -102,12 +102,15 @@ fn read(memory: &SharedMemory, page: u64, count: u64, file: &Arc<File>, seed: u8
     );
 }
 
-/// Merges all there is, however long it has to settle.
+/// Merges all there is, however young it is.
 fn merge(memory: &SharedMemory, gate: &Gate) -> Progress {
     for run in memory.candidates() {
-        if let PageState::Candidate { strikes, .. } = run.backing.state {
-            let settled = PageState::Candidate { since: 0, strikes };
-            memory.state().candidates.set_state(run, settled);
+        if let PageState::Candidate { early_writes, .. } = run.backing.state {
+            let aged = PageState::Candidate {
+                since: 0,
+                early_writes,
+            };
+            memory.state().candidates.set_state(run, aged);
         }
     }
     let mut progress = memory.merge(gate, || false);
@@ -316,7 +319,7 @@ fn a_page_that_is_overwritten_soon_is_shared_more_and_more_rarely_and_then_no_mo
         window(&memory).0.write(0, &[1]);
     }
     let merged = memory.stats().merged.load(Ordering::Relaxed);
-    assert_eq!(merged, 5, "once, and for each of four strikes");
+    assert_eq!(merged, 5, "once, and after each of four early writes");
     assert_eq!(memory.stats().refused(Refusal::Rewritten), 15);
 }
 

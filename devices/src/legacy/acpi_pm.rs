@@ -2,6 +2,11 @@
 
 use super::{PowerEvent, PowerSink};
 use crate::bus::BusDevice;
+use crate::lifecycle::{DeviceKind, StateKey, stateless};
+
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind =
+    DeviceKind::unmetered("ACPI power management", StateKey::Nothing);
 
 /// `SLP_TYP` that the DSDT names in `\_S5`.
 pub const S5_SLEEP_TYPE: u8 = 5;
@@ -27,6 +32,8 @@ impl AcpiPm {
         Self { sink }
     }
 }
+
+stateless!(AcpiPm, KIND);
 
 impl BusDevice for AcpiPm {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {

@@ -5,6 +5,10 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crate::bus::BusDevice;
+use crate::lifecycle::{DeviceKind, StateKey, stateless};
+
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("boot timer", StateKey::Nothing);
 
 /// `MAGIC_VALUE_SIGNAL_GUEST_BOOT_COMPLETE`.
 const BOOTED: u8 = 123;
@@ -24,6 +28,8 @@ impl BootTimer {
         self.mark.clone()
     }
 }
+
+stateless!(BootTimer, KIND);
 
 impl BusDevice for BootTimer {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {

@@ -9,10 +9,14 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{PowerEvent, PowerSink};
 use crate::bus::BusDevice;
+use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
 
 mod persist;
 
 pub use persist::I8042State;
+
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("i8042", StateKey::One("keyboard"));
 
 const DATA_PORT: u64 = 0;
 const COMMAND_PORT: u64 = 4;
@@ -44,6 +48,9 @@ const CONTROL_KEYBOARD_DISABLED: u8 = 1 << 4;
 /// Control byte: auxiliary clock off.
 const CONTROL_AUX_DISABLED: u8 = 1 << 5;
 
+/// The control byte of a controller that was not used yet.
+const CONTROL_AT_START: u8 = CONTROL_KEYBOARD_INTERRUPT | CONTROL_SYSTEM | CONTROL_AUX_DISABLED;
+
 /// Output port: A20 gate open, CPU not in reset.
 const OUTPUT_PORT: u8 = 0b11;
 const SELF_TEST_PASSED: u8 = 0x55;
@@ -71,6 +78,8 @@ pub struct I8042 {
     /// A command that waits for its byte on the data port.
     pending: Option<u8>,
     output: VecDeque<u8>,
+    /// The output is from a saved state: whether the VM knows of its interrupt is not certain.
+    restored: bool,
 }
 
 impl I8042 {
@@ -82,9 +91,10 @@ impl I8042 {
         Self {
             sink,
             irqfd,
-            control: CONTROL_KEYBOARD_INTERRUPT | CONTROL_SYSTEM | CONTROL_AUX_DISABLED,
+            control: CONTROL_AT_START,
             pending: None,
             output: VecDeque::with_capacity(OUTPUT_CAPACITY),
+            restored: false,
         }
     }
 
@@ -166,6 +176,23 @@ impl I8042 {
             STATUS_SYSTEM
         };
         full | system | STATUS_UNLOCKED
+    }
+}
+
+impl Device for I8042 {
+    persist_by_type!(KIND);
+
+    fn resume(&mut self) {
+        if std::mem::take(&mut self.restored) {
+            self.interrupt();
+        }
+    }
+
+    fn reset(&mut self) {
+        self.control = CONTROL_AT_START;
+        self.pending = None;
+        self.output.clear();
+        self.restored = false;
     }
 }
 

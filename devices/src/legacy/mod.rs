@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-mod acpi_pm;
-mod boot_timer;
-mod i8042;
-mod pvpanic;
-mod rtc;
-mod serial;
+pub(crate) mod acpi_pm;
+pub(crate) mod boot_timer;
+pub(crate) mod i8042;
+pub(crate) mod pvpanic;
+pub(crate) mod rtc;
+pub(crate) mod serial;
 
 pub use acpi_pm::{AcpiPm, RESET_VALUE, S5_SLEEP_TYPE};
 pub use boot_timer::{BootMark, BootTimer};

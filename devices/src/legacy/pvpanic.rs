@@ -2,6 +2,10 @@
 
 use super::{PowerEvent, PowerSink};
 use crate::bus::BusDevice;
+use crate::lifecycle::{DeviceKind, StateKey, stateless};
+
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("pvpanic", StateKey::Nothing);
 
 /// `PVPANIC_PANICKED`: the only event this device offers.
 const PANICKED: u8 = 1;
@@ -17,6 +21,8 @@ impl Pvpanic {
         Self { sink }
     }
 }
+
+stateless!(Pvpanic, KIND);
 
 impl BusDevice for Pvpanic {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {

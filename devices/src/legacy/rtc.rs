@@ -6,10 +6,14 @@
 use time::OffsetDateTime;
 
 use crate::bus::BusDevice;
+use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
 
 mod persist;
 
 pub use persist::RtcState;
+
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("RTC", StateKey::One("rtc"));
 
 const INDEX_PORT: u64 = 0;
 const DATA_PORT: u64 = 1;
@@ -67,6 +71,16 @@ impl CmosRtc {
 
 fn bcd(value: u8) -> u8 {
     ((value / 10) << 4) | (value % 10)
+}
+
+impl Device for CmosRtc {
+    persist_by_type!(KIND);
+
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {
+        self.index = 0;
+    }
 }
 
 impl BusDevice for CmosRtc {

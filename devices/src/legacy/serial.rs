@@ -7,21 +7,28 @@
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
+use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
 
 mod persist;
 
 pub use persist::SerialState;
 
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("serial port", StateKey::One("serial"));
+
 /// Raises the GSI of the port.
-struct Irqfd(EventFd);
+#[derive(Clone)]
+struct Irqfd(Arc<EventFd>);
 
 impl Trigger for Irqfd {
     type E = Infallible;
@@ -35,7 +42,8 @@ impl Trigger for Irqfd {
 }
 
 /// Tells the console that there is room for input again.
-struct Drained(EventFd);
+#[derive(Clone)]
+struct Drained(Arc<EventFd>);
 
 impl SerialEvents for Drained {
     fn buffer_read(&self) {}
@@ -50,10 +58,6 @@ impl SerialEvents for Drained {
 
 type Uart = Serial<Irqfd, Drained, Vec<u8>>;
 
-fn lock(uart: &Mutex<Uart>) -> MutexGuard<'_, Uart> {
-    uart.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// The guest's side of COM1: eight ports.
 pub struct SerialPort {
     uart: Arc<Mutex<Uart>>,
@@ -62,11 +66,13 @@ pub struct SerialPort {
     hung_up: bool,
 }
 
-/// The host's side of COM1.
+/// The host's side of COM1. It is also what a machine pauses and saves: nobody holds it while the guest's side waits for a slow reader.
 #[derive(Clone)]
 pub struct SerialConsole {
     uart: Arc<Mutex<Uart>>,
     hang_up: Arc<OwnedFd>,
+    /// The registers are from a saved state: whether the VM knows of their interrupt is not certain.
+    restored: Arc<AtomicBool>,
 }
 
 /// The events of a serial port that its owner connects.
@@ -86,12 +92,14 @@ impl SerialPort {
     /// # Errors
     /// Where the host has no file descriptor left.
     pub fn new(out: OwnedFd, events: SerialInput) -> io::Result<(Self, SerialConsole)> {
-        let uart = Serial::with_events(Irqfd(events.irqfd), Drained(events.drained), Vec::new());
+        let (irqfd, drained) = (Arc::new(events.irqfd), Arc::new(events.drained));
+        let uart = Serial::with_events(Irqfd(irqfd), Drained(drained), Vec::new());
         let uart = Arc::new(Mutex::new(uart));
         let hang_up = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let console = SerialConsole {
             uart: uart.clone(),
             hang_up: hang_up.clone(),
+            restored: Arc::default(),
         };
         Ok((
             Self {
@@ -135,7 +143,7 @@ impl BusDevice for SerialPort {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (Ok(register), [value]) = (u8::try_from(offset), data) {
-            *value = lock(&self.uart).read(register);
+            *value = self.uart.lock().read(register);
         }
     }
 
@@ -144,7 +152,7 @@ impl BusDevice for SerialPort {
             return;
         };
         let output = {
-            let mut uart = lock(&self.uart);
+            let mut uart = self.uart.lock();
             // A full loopback buffer loses the byte, as the hardware does.
             let _ = uart.write(register, value);
             std::mem::take(uart.writer_mut())
@@ -156,7 +164,7 @@ impl BusDevice for SerialPort {
 impl SerialConsole {
     /// Gives input to the guest; returns how many bytes the UART's buffer had room for.
     pub fn input(&self, bytes: &[u8]) -> usize {
-        let mut uart = lock(&self.uart);
+        let mut uart = self.uart.lock();
         let room = uart.fifo_capacity().min(bytes.len());
         // The buffer has room for them all; in loopback mode the UART takes none of them.
         uart.enqueue_raw_bytes(&bytes[..room]).unwrap_or(0)
@@ -167,6 +175,27 @@ impl SerialConsole {
         if let Err(error) = rustix::io::write(&self.hang_up, &1u64.to_ne_bytes()) {
             tracing::debug!(%error, "serial hang-up event");
         }
+    }
+}
+
+impl Device for SerialConsole {
+    persist_by_type!(KIND);
+
+    fn resume(&mut self) {
+        // Only the thread that pauses and resumes looks at it.
+        if self.restored.swap(false, Ordering::Relaxed) {
+            self.raise_pending();
+        }
+    }
+
+    fn reset(&mut self) {
+        let mut uart = self.uart.lock();
+        *uart = Serial::with_events(
+            uart.interrupt_evt().clone(),
+            uart.events().clone(),
+            Vec::new(),
+        );
+        self.restored.store(false, Ordering::Relaxed);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The virtio-mmio transport (VIRTIO 1.2, 4.2): registers, the status state machine, and the rings' addresses.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
@@ -14,10 +14,16 @@ use vm_memory::GuestAddress;
 use super::{ActivateError, Activation, Interrupt, VirtioDevice};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
+use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
+use crate::lock;
 
 mod persist;
 
 pub use self::persist::{QueueState, TransportState};
+
+/// The transport. Its registers are saved behind the state of its device, in the order of the devices' addresses.
+pub(crate) const KIND: DeviceKind =
+    DeviceKind::unmetered("virtio-mmio transport", StateKey::InOrder("transports"));
 
 /// `QueueNotify`: where to register the ioeventfds, with the queue's index as value.
 pub const QUEUE_NOTIFY: u64 = 0x50;
@@ -96,10 +102,6 @@ pub struct MmioTransport {
     queue_sel: u32,
 }
 
-fn lock(device: &Mutex<dyn VirtioDevice>) -> MutexGuard<'_, dyn VirtioDevice + 'static> {
-    device.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// What a device can work with: features that it offers, and virtio 1 (4.2.3.1.1, 6.1).
 fn are_features_ok(accepted: u64, offered: u64) -> bool {
     accepted & !offered == 0 && accepted & (1 << VIRTIO_F_VERSION_1) != 0
@@ -118,7 +120,7 @@ impl MmioTransport {
     /// A transport for `device`, whose rings lie in `memory`.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, memory: GuestMemory) -> Self {
         let (interrupt, offered, max_sizes) = {
-            let device = lock(&device);
+            let device = lock(&*device);
             (
                 device.interrupt().clone(),
                 device.features(),
@@ -156,8 +158,8 @@ impl MmioTransport {
             }
     }
 
-    fn reset(&mut self) {
-        lock(&self.device).reset();
+    fn reset_all(&mut self) {
+        lock(&*self.device).reset();
         self.interrupt.reset();
         self.accepted = 0;
         self.status = 0;
@@ -175,7 +177,7 @@ impl MmioTransport {
     /// The driver writes `Status`: it sets one more bit, gives up, or resets (3.1.1). All else is ignored.
     fn set_status(&mut self, value: u32) {
         if value == 0 {
-            return self.reset();
+            return self.reset_all();
         }
         // A driver that has given up begins again with a reset (2.1.1).
         if (self.status | value) & status::FAILED != 0 {
@@ -214,14 +216,13 @@ impl MmioTransport {
                     queues,
                     features: self.accepted,
                 };
-                lock(&self.device).activate(activation)
+                lock(&*self.device).activate(activation)
             }
-            Err(error) => Err(ActivateError(format!(
-                "a ring is not where one can be: {error}"
-            ))),
+            Err(error) => Err(ActivateError::Ring(error)),
         };
         if let Err(error) = activated {
-            tracing::warn!(%error, "a virtio device cannot start");
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "a virtio device cannot start");
             self.interrupt.fail();
         }
     }
@@ -263,7 +264,7 @@ impl MmioTransport {
         match offset {
             register::MAGIC_VALUE => MAGIC,
             register::VERSION => VERSION,
-            register::DEVICE_ID => lock(&self.device).device_id(),
+            register::DEVICE_ID => lock(&*self.device).device_id(),
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => match self.device_features_sel {
                 0 => self.offered as u32,
@@ -335,15 +336,26 @@ impl MmioTransport {
     /// A notification that no ioeventfd took.
     fn notify(&self, queue: u32) {
         if let Ok(queue) = usize::try_from(queue) {
-            lock(&self.device).notified(queue);
+            lock(&*self.device).notified(queue);
         }
+    }
+}
+
+impl Device for MmioTransport {
+    persist_by_type!(KIND);
+
+    /// Nothing: the device has a [`Device::resume`] of its own, and raises the interrupt that was pending.
+    fn resume(&mut self) {}
+
+    fn reset(&mut self) {
+        self.reset_all();
     }
 }
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
-            return lock(&self.device).read_config(config_offset, data);
+            return lock(&*self.device).read_config(config_offset, data);
         }
         data.fill(0);
         // Registers are read and written whole (4.2.2.2).
@@ -356,7 +368,7 @@ impl BusDevice for MmioTransport {
         if let Some(config_offset) = offset.checked_sub(register::CONFIG) {
             // 4.2.3.1: the driver writes the configuration once the device knows its features.
             if self.status & status::FEATURES_OK == status::FEATURES_OK {
-                lock(&self.device).write_config(config_offset, data);
+                lock(&*self.device).write_config(config_offset, data);
             }
         } else if let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) {
             self.write_register(offset, u32::from_le_bytes(data));

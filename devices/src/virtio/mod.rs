@@ -1,5 +1,6 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
+pub(crate) mod activate_error;
 pub mod balloon;
 pub mod block;
 pub mod chain;
@@ -14,6 +15,7 @@ pub mod vsock;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+pub use activate_error::ActivateError;
 pub use ring_position::RingPosition;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -22,6 +24,7 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestMemory;
+use crate::lifecycle::Device;
 
 /// What every device offers: virtio 1, and the ring features that the queues here have.
 pub const RING_FEATURES: u64 =
@@ -160,30 +163,25 @@ pub struct Activation {
     pub features: u64,
 }
 
-/// Refuses rings of which buffers are under way: a device that keeps none has answered all of them before it was saved, and a driver that
-/// has just set them up has yet to offer any.
-fn check_nothing_is_held<'a>(
+/// Refuses rings with requests in flight: a device has ended all of them before it was saved, and a driver that has just set the rings up
+/// has yet to offer any.
+fn check_none_in_flight<'a>(
     mut queues: impl Iterator<Item = &'a Queue>,
 ) -> Result<(), ActivateError> {
-    if queues.any(|queue| RingPosition::of(queue).held() != 0) {
-        return Err(ActivateError("requests are under way already".into()));
+    if queues.any(|queue| RingPosition::of(queue).in_flight() != 0) {
+        return Err(ActivateError::InFlight);
     }
     Ok(())
 }
 
-/// A device could not start; the transport sets `DEVICE_NEEDS_RESET`.
-#[derive(Debug, thiserror::Error)]
-#[error("virtio device cannot start: {0}")]
-pub struct ActivateError(pub String);
-
 /// A virtio device behind a transport.
 ///
 /// The transport calls these on vCPU threads, under the device's mutex. After `activate` the device serves its queues on the device
-/// thread, when their kicks become readable; `reset` returns only when no request of the device touches guest
-/// memory any more. A kick of a device that is not active means nothing.
+/// thread, when their kicks become readable. A kick of a device that is not active means nothing. The driver's write of 0 to `Status` is a
+/// [`Device::reset`]: the device forgets its queues.
 ///
 /// The queues of an activation may have been in use: those of a device that is [restored](crate::persist) begin where the saved device was.
-pub trait VirtioDevice: Send {
+pub trait VirtioDevice: Device {
     /// The device ID (VIRTIO 1.2, chapter 5).
     fn device_id(&self) -> u32;
 
@@ -236,7 +234,4 @@ pub trait VirtioDevice: Send {
         let _ = (address, len);
         false
     }
-
-    /// The driver wrote 0 to `Status`: stops, waits for requests in flight, and forgets the queues.
-    fn reset(&mut self);
 }

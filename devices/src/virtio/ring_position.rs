@@ -27,7 +27,7 @@ impl RingPosition {
     }
 
     /// Buffers taken and not given back.
-    pub fn held(self) -> u16 {
+    pub fn in_flight(self) -> u16 {
         self.next_avail.wrapping_sub(self.next_used)
     }
 }

@@ -11,14 +11,23 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::{self, Chain};
 use super::{ActivateError, Activation, Interrupt, RING_FEATURES, RingPosition, VirtioDevice};
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, Unit};
 
 mod persist;
 
 pub use self::persist::RngState;
 
 const QUEUE_SIZE: u16 = 64;
-/// In errors.
-pub(super) const NAME: &str = "virtio-rng";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-rng",
+    state: StateKey::One("entropy"),
+    metrics: Some(MetricsGroup {
+        name: "entropy",
+        label: None,
+    }),
+};
 /// Most bytes for one buffer: a driver asks again for more, and the device thread is free in between.
 const MAX_BYTES: usize = 4096;
 
@@ -29,6 +38,27 @@ pub struct RngMetrics {
     pub bytes: AtomicU64,
     /// Buffers that could not be filled, and rings that broke.
     pub failures: AtomicU64,
+}
+
+impl RngMetrics {
+    /// The values at this moment.
+    pub fn describe(&self) -> Vec<Metric> {
+        vec![
+            Metric::counter(
+                "entropy",
+                "Random bytes that the guest was given",
+                &self.bytes,
+            )
+            .unit(Unit::Bytes)
+            .field("entropy_bytes"),
+            Metric::counter(
+                "entropy_failures",
+                "Buffers that could not be filled, and rings that broke",
+                &self.failures,
+            )
+            .field("entropy_event_fails"),
+        ]
+    }
 }
 
 struct Active {
@@ -58,23 +88,6 @@ impl VirtioRng {
             paused: false,
             metrics: Arc::default(),
         })
-    }
-
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<RngMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Serves nothing until [`VirtioRng::resume`].
-    pub fn pause(&mut self) {
-        self.paused = true;
-    }
-
-    /// Serves what has come in while the device was paused, and goes on.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        self.serve();
-        self.interrupt.raise_restored();
     }
 
     fn serve(&mut self) {
@@ -151,6 +164,28 @@ fn entropy(memory: &GuestMemory, chain: &Chain) -> Option<u32> {
     chain::write(memory, &chain.writable, &bytes[..given]).ok()
 }
 
+impl Device for VirtioRng {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.serve();
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
+    }
+}
+
 impl VirtioDevice for VirtioRng {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_RNG
@@ -180,9 +215,9 @@ impl VirtioDevice for VirtioRng {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Some(queue) = activation.queues.into_iter().next().flatten() else {
-            return Err(ActivateError("its queue is not ready".into()));
+            return Err(ActivateError::NotReady);
         };
-        super::check_nothing_is_held(std::iter::once(&queue))?;
+        super::check_none_in_flight(std::iter::once(&queue))?;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
@@ -193,10 +228,6 @@ impl VirtioDevice for VirtioRng {
     fn ring_positions(&self) -> Vec<Option<RingPosition>> {
         let position = |active: &Active| RingPosition::of(&active.queue);
         vec![self.active.as_ref().map(position)]
-    }
-
-    fn reset(&mut self) {
-        self.active = None;
     }
 }
 

@@ -19,11 +19,11 @@ use proptest::sample::select;
 
 use self::malice::{Action, QUEUE_SIZE, Volley, action, perform, volley};
 use self::stack::{
-    DRIVER_OK, Device, EVENT_IDX, INDIRECT_DESC, NEEDS_RESET, Rings, Stack, VERSION_1, changes,
+    DRIVER_OK, EVENT_IDX, INDIRECT_DESC, NEEDS_RESET, Rings, Stack, Subject, VERSION_1, changes,
     register, snapshot,
 };
 
-fn survives<D: Device>(actions: Vec<Action>) -> Result<(), TestCaseError> {
+fn survives<D: Subject>(actions: Vec<Action>) -> Result<(), TestCaseError> {
     let mut stack = Stack::<D>::new();
     // Half of what a random driver does is for nothing without a device that runs.
     perform(&mut stack, Action::Start);
@@ -41,7 +41,7 @@ fn survives<D: Device>(actions: Vec<Action>) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn writes_only_what_is_offered<D: Device>(
+fn writes_only_what_is_offered<D: Subject>(
     volleys: Vec<Volley>,
     features: u64,
 ) -> Result<(), TestCaseError> {

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::stack::{
-    Buffer, DRIVER_OK, Device, EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, Rings, Stack, VERSION_1,
+    Buffer, DRIVER_OK, EVENT_IDX, INDIRECT, INDIRECT_DESC, NEXT, Rings, Stack, Subject, VERSION_1,
     WRITE, register,
 };
 
@@ -132,7 +132,7 @@ pub fn action() -> impl Strategy<Value = Action> {
     ]
 }
 
-pub fn perform<D: Device>(stack: &mut Stack<D>, action: Action) {
+pub fn perform<D: Subject>(stack: &mut Stack<D>, action: Action) {
     match action {
         Action::Access {
             offset,
@@ -178,7 +178,7 @@ pub struct Volley {
 
 impl Volley {
     /// Puts it into memory, behind available index `first`; the new index, and what is offered for writing.
-    pub fn load<D: Device>(
+    pub fn load<D: Subject>(
         &self,
         stack: &Stack<D>,
         rings: Rings,

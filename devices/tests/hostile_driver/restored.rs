@@ -6,13 +6,11 @@ use devices::virtio::pmem::VirtioPmem;
 use devices::virtio::rng::VirtioRng;
 use proptest::collection::vec;
 use proptest::prelude::*;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::stack::{Device, Saved, Stack, register};
+use super::stack::{Saved, Stack, Subject, register};
 
-fn serves_on<D: Device>() {
+fn serves_on<D: Subject>() {
     let mut stack = Stack::<D>::new();
     stack.start_honestly();
     for count in (1..20).step_by(2) {
@@ -26,7 +24,7 @@ fn serves_on<D: Device>() {
 
         stack = Stack::restored(&stack.memory, &saved.through_json()).unwrap();
         assert!(!stack.was_interrupted(), "not before it goes on");
-        stack.device().go_on();
+        stack.device().resume();
         assert!(stack.was_interrupted(), "it was pending");
         assert_eq!(stack.read(register::INTERRUPT_STATUS), 1);
         stack.turns();
@@ -78,21 +76,21 @@ fn leaves<'a>(value: &'a mut Value, out: &mut Vec<&'a mut Value>) {
     }
 }
 
-/// The state with values written over, unless it cannot be read any more.
-fn forged<T: Serialize + DeserializeOwned>(state: &T, forgeries: &[Forgery]) -> Option<T> {
-    let mut json = serde_json::to_value(state).unwrap();
+/// The state with values written over.
+fn forged(state: &Value, forgeries: &[Forgery]) -> Value {
+    let mut state = state.clone();
     for (place, value) in forgeries {
         let mut leaves_of_state = Vec::new();
-        leaves(&mut json, &mut leaves_of_state);
+        leaves(&mut state, &mut leaves_of_state);
         let count = leaves_of_state.len().max(1);
         if let Some(leaf) = leaves_of_state.into_iter().nth(place % count) {
             *leaf = value.clone();
         }
     }
-    serde_json::from_value(json).ok()
+    state
 }
 
-fn survives_a_forged_state<D: Device>(
+fn survives_a_forged_state<D: Subject>(
     transport: &[Forgery],
     device: &[Forgery],
 ) -> Result<(), TestCaseError> {
@@ -102,14 +100,12 @@ fn survives_a_forged_state<D: Device>(
     stack.kick(0);
     stack.offer_honestly(2);
     let saved = stack.saved();
-    let forged = forged(&saved.device, device)
-        .zip(forged(&saved.transport, transport))
-        .map(|(device, transport)| Saved { device, transport });
-    let Some(forged) = forged else {
-        return Ok(());
+    let forged = Saved {
+        device: forged(&saved.device, device),
+        transport: forged(&saved.transport, transport),
     };
     if let Ok(mut restored) = Stack::<D>::restored(&stack.memory, &forged) {
-        restored.device().go_on();
+        restored.device().resume();
         restored.turns();
         for queue in 0..5 {
             restored.kick(queue);

@@ -1,21 +1,19 @@
 //! A device as a driver meets it: behind its registers, with an event loop in place of the device thread.
 
-use std::fmt::Debug;
 use std::io::Write;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use devices::GuestMemory;
 use devices::bus::BusDevice;
+use devices::lifecycle::{Device, DeviceState};
 use devices::persist::RestoreError;
-use devices::virtio::balloon::{BalloonConfig, BalloonDeviceState, VirtioBalloon};
-use devices::virtio::block::{BlockConfig, BlockState, VirtioBlock};
-use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, TransportState};
-use devices::virtio::pmem::{Backing, FlushError, PmemConfig, PmemState, VirtioPmem};
-use devices::virtio::rng::{RngState, VirtioRng};
+use devices::virtio::balloon::{BalloonConfig, VirtioBalloon};
+use devices::virtio::block::{BlockConfig, VirtioBlock};
+use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use devices::virtio::pmem::{Backing, FlushError, MappingFigures, PmemConfig, VirtioPmem};
+use devices::virtio::rng::VirtioRng;
 use devices::virtio::{Interrupt, VirtioDevice};
 use event_manager::{EventManager, MutEventSubscriber, SubscriberOps};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use storage::io::EngineKind;
 use storage::{Format, OpenOptions};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -119,24 +117,9 @@ impl Rings {
 }
 
 /// A device under test.
-pub trait Device: VirtioDevice + MutEventSubscriber + Send + 'static {
-    /// What is saved of it.
-    type State: Serialize + DeserializeOwned + PartialEq + Debug;
-
+pub trait Subject: VirtioDevice + MutEventSubscriber + Send + 'static {
     /// Makes one, and whatever it rests upon.
     fn make(interrupt: Arc<Interrupt>) -> Self;
-
-    /// Pauses the device, which waits for what is under way.
-    fn stop(&mut self);
-
-    /// Resumes it.
-    fn go_on(&mut self);
-
-    /// The device's state.
-    fn state(&self) -> Self::State;
-
-    /// Takes a state over.
-    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError>;
 
     /// A request of an honest driver, as (is writable, length) of its buffers, and the bytes to put into the first.
     fn request() -> (&'static [(bool, u32)], Vec<u8>);
@@ -145,27 +128,9 @@ pub trait Device: VirtioDevice + MutEventSubscriber + Send + 'static {
     fn is_served(buffers: &[Vec<u8>]) -> bool;
 }
 
-impl Device for VirtioRng {
-    type State = RngState;
-
+impl Subject for VirtioRng {
     fn make(interrupt: Arc<Interrupt>) -> Self {
         Self::new(interrupt).unwrap()
-    }
-
-    fn stop(&mut self) {
-        self.pause();
-    }
-
-    fn go_on(&mut self) {
-        self.resume();
-    }
-
-    fn state(&self) -> Self::State {
-        self.save()
-    }
-
-    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
-        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -177,9 +142,7 @@ impl Device for VirtioRng {
     }
 }
 
-impl Device for VirtioBlock {
-    type State = BlockState;
-
+impl Subject for VirtioBlock {
     fn make(interrupt: Arc<Interrupt>) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&vec![DISK_BYTE; 1 << 16]).unwrap();
@@ -198,22 +161,6 @@ impl Device for VirtioBlock {
         Self::new(config, interrupt).unwrap()
     }
 
-    fn stop(&mut self) {
-        self.pause();
-    }
-
-    fn go_on(&mut self) {
-        self.resume();
-    }
-
-    fn state(&self) -> Self::State {
-        self.save()
-    }
-
-    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
-        self.restore(state)
-    }
-
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
         // The serial number: a hostile driver may have written to any sector before.
         let mut header = vec![0; 16];
@@ -226,9 +173,7 @@ impl Device for VirtioBlock {
     }
 }
 
-impl Device for VirtioBalloon {
-    type State = BalloonDeviceState;
-
+impl Subject for VirtioBalloon {
     fn make(interrupt: Arc<Interrupt>) -> Self {
         let config = BalloonConfig {
             target_pages: 16,
@@ -239,22 +184,6 @@ impl Device for VirtioBalloon {
         };
         // What it gives back, the device's own tests look at.
         Self::new(&config, Arc::new(|_, _| Ok(())), interrupt).unwrap()
-    }
-
-    fn stop(&mut self) {
-        self.pause();
-    }
-
-    fn go_on(&mut self) {
-        self.resume();
-    }
-
-    fn state(&self) -> Self::State {
-        self.save()
-    }
-
-    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
-        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -277,32 +206,15 @@ impl Backing for Nothing {
     }
 }
 
-impl Device for VirtioPmem {
-    type State = PmemState;
-
+impl Subject for VirtioPmem {
     fn make(interrupt: Arc<Interrupt>) -> Self {
         let config = PmemConfig {
             start: 4 << 30,
             size: 2 << 20,
             backing: Some(Arc::new(Nothing)),
+            mapping: MappingFigures::default(),
         };
         Self::new(config, interrupt).unwrap()
-    }
-
-    fn stop(&mut self) {
-        self.pause();
-    }
-
-    fn go_on(&mut self) {
-        self.resume();
-    }
-
-    fn state(&self) -> Self::State {
-        self.save()
-    }
-
-    fn take_over(&mut self, state: &Self::State) -> Result<(), RestoreError> {
-        self.restore(state)
     }
 
     fn request() -> (&'static [(bool, u32)], Vec<u8>) {
@@ -316,18 +228,17 @@ impl Device for VirtioPmem {
 
 /// What is saved of a guest that has one device.
 #[derive(Debug, PartialEq)]
-pub struct Saved<S> {
-    pub device: S,
-    pub transport: TransportState,
+pub struct Saved {
+    pub device: DeviceState,
+    pub transport: DeviceState,
 }
 
-impl<S: Serialize + DeserializeOwned> Saved<S> {
+impl Saved {
     pub fn through_json(&self) -> Self {
-        let device = serde_json::to_string(&self.device).unwrap();
-        let transport = serde_json::to_string(&self.transport).unwrap();
+        let again = |state: &DeviceState| serde_json::from_str(&state.to_string()).unwrap();
         Self {
-            device: serde_json::from_str(&device).unwrap(),
-            transport: serde_json::from_str(&transport).unwrap(),
+            device: again(&self.device),
+            transport: again(&self.transport),
         }
     }
 }
@@ -340,7 +251,7 @@ pub struct Stack<D> {
     events: EventManager<Arc<Mutex<D>>>,
 }
 
-impl<D: Device> Stack<D> {
+impl<D: Subject> Stack<D> {
     pub fn new() -> Self {
         Self::on(memory())
     }
@@ -359,15 +270,15 @@ impl<D: Device> Stack<D> {
     }
 
     /// What is saved of a guest that is paused.
-    pub fn saved(&self) -> Saved<D::State> {
+    pub fn saved(&self) -> Saved {
         let device = {
             let mut device = self.device();
-            device.stop();
-            device.state()
+            device.pause();
+            device.save().unwrap()
         };
         Saved {
             device,
-            transport: self.transport.save(),
+            transport: self.transport.save().unwrap(),
         }
     }
 
@@ -375,9 +286,9 @@ impl<D: Device> Stack<D> {
     ///
     /// # Errors
     /// As the device and its transport.
-    pub fn restored(memory: &GuestMemory, saved: &Saved<D::State>) -> Result<Self, RestoreError> {
+    pub fn restored(memory: &GuestMemory, saved: &Saved) -> Result<Self, RestoreError> {
         let mut stack = Self::on(memory.clone());
-        stack.device().take_over(&saved.device)?;
+        stack.device().restore(&saved.device)?;
         stack.transport.restore(&saved.transport)?;
         Ok(stack)
     }
@@ -389,7 +300,7 @@ impl<D: Device> Stack<D> {
         *self = Self::restored(&self.memory, &saved.through_json()).unwrap();
         assert_eq!(self.saved(), saved);
         assert!(changes(&before, &snapshot(&self.memory)).is_empty());
-        self.device().go_on();
+        self.device().resume();
     }
 
     /// Whether an interrupt was raised since the last call.
@@ -505,8 +416,8 @@ impl<D: Device> Stack<D> {
         for _ in 0..TURNS {
             self.events.run_with_timeout(0).unwrap();
             let mut device = self.device();
-            device.stop();
-            device.go_on();
+            device.pause();
+            device.resume();
         }
     }
 

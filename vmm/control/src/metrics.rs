@@ -11,12 +11,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use devices::virtio::balloon::BalloonMetrics;
-use devices::virtio::vsock::VsockMetrics;
+use devices::device_list::DeviceMetrics;
+use devices::metrics;
 use serde_json::{Map, Value, json};
 
 use host::output::open_output;
-use machine::DeviceMetrics;
+use machine::MachineMetrics;
 
 pub use prometheus::{CONTENT_TYPE, Scrape};
 
@@ -43,7 +43,7 @@ fn get(counter: &AtomicU64) -> u64 {
 }
 
 /// All counters, as they are written.
-pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
+pub fn snapshot(api: &ApiMetrics, devices: Option<&MachineMetrics>) -> Value {
     let mut line = Map::new();
     let now = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -69,79 +69,25 @@ pub fn snapshot(api: &ApiMetrics, devices: Option<&DeviceMetrics>) -> Value {
         .map(|(kind, count)| (format!("exit_{}", kind.name()), json!(count)))
         .collect();
     line.insert("vcpu".to_owned(), Value::Object(exits));
-    for (id, drive) in &devices.drives {
-        line.insert(
-            format!("block_{id}"),
-            json!({
-                "read_count": get(&drive.reads),
-                "read_bytes": get(&drive.read_bytes),
-                "write_count": get(&drive.writes),
-                "write_bytes": get(&drive.written_bytes),
-                "flush_count": get(&drive.flushes),
-                "discard_count": get(&drive.discards),
-                "execute_fails": get(&drive.errors),
-                "event_fails": get(&drive.failures),
-            }),
-        );
-    }
-    for (id, pmem) in &devices.pmem {
-        line.insert(
-            format!("pmem_{id}"),
-            json!({
-                "flush_count": get(&pmem.device.flushes),
-                "flush_bytes": get(&pmem.device.written_bytes),
-                "flush_fails": get(&pmem.device.errors),
-                "event_fails": get(&pmem.device.failures),
-                "mappings": pmem.mapping.mappings,
-                "pages_mapped": pmem.mapping.mapped,
-                "pages_copied": pmem.mapping.copied,
-            }),
-        );
-    }
-    if let Some(entropy) = &devices.entropy {
-        line.insert(
-            "entropy".to_owned(),
-            json!({"entropy_bytes": get(&entropy.bytes), "entropy_event_fails": get(&entropy.failures)}),
-        );
-    }
-    if let Some(balloon) = &devices.balloon {
-        line.insert("balloon".to_owned(), balloon_counters(balloon));
-    }
-    if let Some(vsock) = &devices.vsock {
-        line.insert("vsock".to_owned(), vsock_counters(vsock));
-    }
+    line.extend(devices.devices.iter().filter_map(of_device));
     Value::Object(line)
 }
 
-fn vsock_counters(vsock: &VsockMetrics) -> Value {
-    json!({
-        "rx_packets_count": get(&vsock.received_packets),
-        "rx_bytes_count": get(&vsock.received_bytes),
-        "tx_packets_count": get(&vsock.sent_packets),
-        "tx_bytes_count": get(&vsock.sent_bytes),
-        "conns_added": get(&vsock.opened),
-        "conns_open": get(&vsock.connections),
-        "conns_killed": get(&vsock.resets),
-        "event_fails": get(&vsock.failures),
-    })
-}
-
-fn balloon_counters(balloon: &BalloonMetrics) -> Value {
-    json!({
-        "inflate_count": get(&balloon.inflations),
-        "deflate_count": get(&balloon.deflations),
-        "stats_updates_count": get(&balloon.statistics),
-        "stats_update_fails": get(&balloon.statistics_failures),
-        "event_fails": get(&balloon.failures),
-        "inflate_freed": get(&balloon.inflated.bytes),
-        "inflate_fails": get(&balloon.inflated.failures),
-        "free_page_hint_count": get(&balloon.hinted.ranges),
-        "free_page_hint_freed": get(&balloon.hinted.bytes),
-        "free_page_hint_fails": get(&balloon.hinted.failures),
-        "free_page_report_count": get(&balloon.reported.ranges),
-        "free_page_report_freed": get(&balloon.reported.bytes),
-        "free_page_report_fails": get(&balloon.reported.failures),
-    })
+/// The object of a device: its name and the counters.
+fn of_device(device: &DeviceMetrics) -> Option<(String, Value)> {
+    let group = device.kind.metrics?;
+    let name = match group.label {
+        Some(_) => format!("{}_{}", group.name, device.id),
+        None => group.name.to_owned(),
+    };
+    let fields = device.metrics.iter().filter_map(|metric| {
+        let value = match metric.value {
+            metrics::Value::Counter(value) | metrics::Value::Gauge(value) => value,
+            metrics::Value::Latencies(_) => return None,
+        };
+        Some((metric.field?.to_owned(), json!(value)))
+    });
+    Some((name, Value::Object(fields.collect())))
 }
 
 /// A file or named pipe that gets the lines.
@@ -166,14 +112,92 @@ impl MetricsFile {
     }
 }
 
+/// Counters as a device of a kind would have them.
+#[cfg(test)]
+pub(crate) fn of_kind(name: &str, id: &str, metrics: Vec<metrics::Metric>) -> DeviceMetrics {
+    let kind = devices::KINDS.into_iter().find(|kind| kind.name == name);
+    DeviceMetrics {
+        id: id.to_owned(),
+        kind: kind.expect("a kind of device"),
+        metrics,
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use devices::virtio::pmem::PmemMetrics;
-    use machine::pmem::{Figures, PmemCounters};
+    use devices::virtio::balloon::BalloonMetrics;
+    use devices::virtio::block::BlockMetrics;
+    use devices::virtio::pmem::{MappingFigures, PmemMetrics};
+    use devices::virtio::rng::RngMetrics;
+    use devices::virtio::vsock::VsockMetrics;
 
     use super::*;
+
+    #[test]
+    fn devices_have_their_objects_and_fields_in_a_line() {
+        let block = BlockMetrics::default();
+        count(&block.read_bytes);
+        let vsock = VsockMetrics::default();
+        count(&vsock.connections);
+        let mut pmem = PmemMetrics::default().describe();
+        let mapping = MappingFigures {
+            mappings: 3,
+            mapped: 40,
+            copied: 1,
+        };
+        pmem.extend(mapping.describe());
+        let devices = vec![
+            of_kind("virtio-blk", "root", block.describe()),
+            of_kind("virtio-pmem", "base", pmem),
+            of_kind("virtio-rng", "entropy", RngMetrics::default().describe()),
+            of_kind(
+                "virtio-balloon",
+                "balloon",
+                BalloonMetrics::default().describe(),
+            ),
+            of_kind("virtio-vsock", "vsock", vsock.describe()),
+        ];
+        let machine = MachineMetrics {
+            devices,
+            exits: Vec::new(),
+            booted: None,
+        };
+        let line = snapshot(&ApiMetrics::default(), Some(&machine));
+        assert_eq!(
+            line["block_root"],
+            json!({
+                "read_count": 0, "read_bytes": 1, "write_count": 0, "write_bytes": 0, "flush_count": 0,
+                "discard_count": 0, "execute_fails": 0, "event_fails": 0,
+            })
+        );
+        assert_eq!(
+            line["pmem_base"],
+            json!({
+                "flush_count": 0, "flush_bytes": 0, "flush_fails": 0, "event_fails": 0,
+                "mappings": 3, "pages_mapped": 40, "pages_copied": 1,
+            })
+        );
+        assert_eq!(
+            line["entropy"],
+            json!({"entropy_bytes": 0, "entropy_event_fails": 0})
+        );
+        assert_eq!(
+            line["balloon"],
+            json!({
+                "inflate_count": 0, "deflate_count": 0, "stats_updates_count": 0, "stats_update_fails": 0,
+                "event_fails": 0, "inflate_freed": 0, "inflate_fails": 0, "free_page_hint_count": 0,
+                "free_page_hint_freed": 0, "free_page_hint_fails": 0, "free_page_report_count": 0,
+                "free_page_report_freed": 0, "free_page_report_fails": 0,
+            })
+        );
+        assert_eq!(
+            line["vsock"],
+            json!({
+                "rx_packets_count": 0, "rx_bytes_count": 0, "tx_packets_count": 0, "tx_bytes_count": 0,
+                "conns_added": 0, "conns_open": 1, "conns_killed": 0, "event_fails": 0,
+            })
+        );
+    }
 
     #[test]
     fn lines_are_appended_and_hold_every_counter() {
@@ -218,19 +242,17 @@ mod tests {
 
     #[test]
     fn the_counters_of_a_device_are_told_by_its_name() {
-        let device = Arc::<PmemMetrics>::default();
+        let device = PmemMetrics::default();
         device.flushes.store(3, Ordering::Relaxed);
-        let mapping = Figures {
+        let mapping = MappingFigures {
             mappings: 7,
             mapped: 5,
             copied: 1,
         };
-        let devices = DeviceMetrics {
-            drives: std::collections::BTreeMap::new(),
-            pmem: [("root".to_owned(), PmemCounters { device, mapping })].into(),
-            entropy: None,
-            balloon: None,
-            vsock: None,
+        let mut described = device.describe();
+        described.extend(mapping.describe());
+        let devices = MachineMetrics {
+            devices: vec![of_kind("virtio-pmem", "root", described)],
             exits: Vec::new(),
             booted: None,
         };

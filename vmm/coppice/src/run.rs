@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{self, Arc, PoisonError};
+use std::sync::{self, Arc};
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -142,7 +142,7 @@ impl Launcher {
         let file = path.map(|path| open_output(path)).transpose();
         let file = file.map_err(LaunchError::Serial)?;
         let serial_out = match (&self.console_socket, file) {
-            (Some(socket), file) => lock(socket).serial_out(file),
+            (Some(socket), file) => devices::lock(socket).serial_out(file),
             (None, Some(file)) => Ok(file.into()),
             (None, None) => console::stdout(),
         };
@@ -169,7 +169,7 @@ impl Launcher {
     }
 
     fn console(&self) -> sync::MutexGuard<'_, Console> {
-        lock(&self.console)
+        devices::lock(&self.console)
     }
 
     /// Builds the guest, and lets it run if it is new; on the thread of the event loop.
@@ -406,7 +406,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
 
     let reason = serve_to_end(&mut manager, &ending, &control)?;
     if let Some(console) = console_server {
-        lock(&console).finish();
+        devices::lock(&console).finish();
     }
     if let Some(server) = server {
         server.finish();
@@ -432,9 +432,4 @@ fn warmer(config: &VmConfig, held: bool) -> Option<Warmer> {
     started
         .inspect_err(|error| tracing::warn!(%error, "no reference image is made"))
         .ok()
-}
-
-/// Locks what the event loop serves: event-manager takes no mutex but the standard library's.
-fn lock<T>(mutex: &sync::Mutex<T>) -> sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

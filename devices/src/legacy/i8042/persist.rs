@@ -3,12 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::{
-    COMMAND_WRITE_CONTROL, COMMAND_WRITE_OUTPUT_PORT, CONTROL_AUX_DISABLED, I8042, OUTPUT_CAPACITY,
+    COMMAND_WRITE_CONTROL, COMMAND_WRITE_OUTPUT_PORT, CONTROL_AUX_DISABLED, I8042, KIND,
+    OUTPUT_CAPACITY,
 };
 use crate::persist::{RestoreError, invalid};
-
-/// In errors.
-const NAME: &str = "i8042";
 
 /// The controller's state; its status register follows from it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,7 +22,7 @@ pub struct I8042State {
 
 impl I8042 {
     /// The controller's state, while no vCPU runs; see [`crate::persist`].
-    pub fn save(&self) -> I8042State {
+    pub(crate) fn save_state(&self) -> I8042State {
         I8042State {
             control: self.control,
             pending_command: self.pending,
@@ -36,33 +34,34 @@ impl I8042 {
     ///
     /// # Errors
     /// [`RestoreError::Invalid`]; the controller is then as it was.
-    pub fn restore(&mut self, state: &I8042State) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &I8042State) -> Result<(), RestoreError> {
         if state.output.len() > OUTPUT_CAPACITY {
             let reason = "it is more than the controller holds";
             let len = state.output.len() as u64;
-            return Err(invalid(NAME, "the length of the output", len, reason));
+            return Err(invalid(KIND.name, "the length of the output", len, reason));
         }
         if state.control & CONTROL_AUX_DISABLED == 0 {
             let reason = "there is no auxiliary port to turn on";
-            return Err(invalid(NAME, "the control byte", state.control, reason));
+            return Err(invalid(
+                KIND.name,
+                "the control byte",
+                state.control,
+                reason,
+            ));
         }
         match state.pending_command {
             None | Some(COMMAND_WRITE_CONTROL | COMMAND_WRITE_OUTPUT_PORT) => {}
             Some(command) => {
                 let reason = "it does not wait for a byte";
-                return Err(invalid(NAME, "the pending command", command, reason));
+                return Err(invalid(KIND.name, "the pending command", command, reason));
             }
         }
         self.control = state.control;
         self.pending = state.pending_command;
         self.output.clear();
         self.output.extend(&state.output);
+        self.restored = true;
         Ok(())
-    }
-
-    /// Raises the interrupt again for output that was there in the restored state.
-    pub fn raise_pending(&self) {
-        self.interrupt();
     }
 }
 
@@ -72,6 +71,7 @@ mod tests {
     use super::super::{COMMAND_PORT, CTRL_ALT_DEL, DATA_PORT};
     use super::*;
     use crate::bus::BusDevice;
+    use crate::lifecycle::Device;
     use crate::persist::through_json;
 
     #[test]
@@ -81,13 +81,19 @@ mod tests {
         saved.read(DATA_PORT, &mut [0]);
         saved.write(COMMAND_PORT, &[COMMAND_WRITE_CONTROL]);
         let (mut restored, _) = controller();
-        restored.restore(&through_json(&saved.save())).unwrap();
+        restored
+            .restore_state(&through_json(&saved.save_state()))
+            .unwrap();
         assert!(restored.irqfd.read().is_err());
-        restored.raise_pending();
+        restored.resume();
         assert_eq!(restored.irqfd.read().unwrap(), 1);
+        restored.resume();
+        assert!(restored.irqfd.read().is_err(), "it is raised once");
         restored.write(DATA_PORT, &[0]);
         assert_eq!(restored.control, CONTROL_AUX_DISABLED);
-        restored.raise_pending();
+        let state = restored.save_state();
+        restored.restore_state(&state).unwrap();
+        restored.resume();
         assert!(
             restored.irqfd.read().is_err(),
             "interrupts are off from here"
@@ -104,7 +110,7 @@ mod tests {
     #[test]
     fn a_state_that_no_controller_can_have_is_refused() {
         let (mut device, _) = controller();
-        let good = device.save();
+        let good = device.save_state();
         let changes: [(&str, Change); 4] = [
             ("output", |state| {
                 state.output = vec![0; OUTPUT_CAPACITY + 1];
@@ -116,9 +122,9 @@ mod tests {
         for (field, change) in changes {
             let mut bad = good.clone();
             change(&mut bad);
-            let error = device.restore(&bad).unwrap_err();
+            let error = device.restore_state(&bad).unwrap_err();
             assert!(error.to_string().contains(field), "{error}");
-            assert_eq!(device.save(), good);
+            assert_eq!(device.save_state(), good);
         }
     }
 }

@@ -2,11 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{CmosRtc, INDEX_MASK};
+use super::{CmosRtc, INDEX_MASK, KIND};
 use crate::persist::{RestoreError, invalid};
-
-/// In errors.
-const NAME: &str = "RTC";
 
 /// The clock's state. The time is none of it: that is the host's, also in a guest that was saved long ago.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,7 +15,7 @@ pub struct RtcState {
 
 impl CmosRtc {
     /// The clock's state, while no vCPU runs; see [`crate::persist`].
-    pub fn save(&self) -> RtcState {
+    pub(crate) fn save_state(&self) -> RtcState {
         RtcState { index: self.index }
     }
 
@@ -26,10 +23,10 @@ impl CmosRtc {
     ///
     /// # Errors
     /// [`RestoreError::Invalid`]; the clock is then as it was.
-    pub fn restore(&mut self, state: &RtcState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &RtcState) -> Result<(), RestoreError> {
         if state.index & !INDEX_MASK != 0 {
             let reason = "the index has 7 bits";
-            return Err(invalid(NAME, "the index", state.index, reason));
+            return Err(invalid(KIND.name, "the index", state.index, reason));
         }
         self.index = state.index;
         Ok(())
@@ -48,15 +45,19 @@ mod tests {
         let mut saved = CmosRtc::new();
         saved.write(INDEX_PORT, &[0x8d]);
         let mut restored = CmosRtc::new();
-        restored.restore(&through_json(&saved.save())).unwrap();
+        restored
+            .restore_state(&through_json(&saved.save_state()))
+            .unwrap();
         let mut data = [0];
         restored.read(DATA_PORT, &mut data);
         assert_eq!(data, [REGISTER_D_VALID]);
-        let error = restored.restore(&RtcState { index: 0x80 }).unwrap_err();
+        let error = restored
+            .restore_state(&RtcState { index: 0x80 })
+            .unwrap_err();
         assert_eq!(
             error.to_string(),
             "RTC: the index cannot be 0x80: the index has 7 bits"
         );
-        assert_eq!(restored.save(), saved.save());
+        assert_eq!(restored.save_state(), saved.save_state());
     }
 }

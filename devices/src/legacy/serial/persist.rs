@@ -1,15 +1,13 @@
 //! A serial port, saved and restored.
 
+use std::sync::atomic::Ordering;
+
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::SerialState as UartState;
-use vmm_sys_util::eventfd::EventFd;
 
-use super::{Drained, Irqfd, SerialConsole, Uart, lock};
+use super::{KIND, SerialConsole, Uart};
 use crate::persist::{RestoreError, invalid};
-
-/// In errors.
-const NAME: &str = "serial port";
 
 /// Bytes of input that the UART's buffer has room for.
 const FIFO_SIZE: usize = 64;
@@ -64,8 +62,8 @@ fn is_pending(state: &UartState) -> bool {
 
 impl SerialConsole {
     /// The port's state, while no vCPU runs; see [`crate::persist`]. Input that comes later is not part of it.
-    pub fn save(&self) -> SerialState {
-        let uart = lock(&self.uart).state();
+    pub(crate) fn save_state(&self) -> SerialState {
+        let uart = self.uart.lock().state();
         SerialState {
             baud_divisor_low: uart.baud_divisor_low,
             baud_divisor_high: uart.baud_divisor_high,
@@ -85,21 +83,26 @@ impl SerialConsole {
     ///
     /// # Errors
     /// [`RestoreError::Invalid`]; the port is then as it was.
-    pub fn restore(&self, state: &SerialState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&self, state: &SerialState) -> Result<(), RestoreError> {
         if state.input.len() > FIFO_SIZE {
             let (len, reason) = (state.input.len() as u64, "it is more than the port holds");
-            return Err(invalid(NAME, "the length of the input", len, reason));
+            return Err(invalid(KIND.name, "the length of the input", len, reason));
         }
         let enabled = state.interrupt_enable;
         if enabled & !ENABLE_BITS != 0 {
             let reason = "it has unknown bits";
-            return Err(invalid(NAME, "interrupt enable", enabled, reason));
+            return Err(invalid(KIND.name, "interrupt enable", enabled, reason));
         }
         let pending = state.interrupt_identification;
         let known = PENDING_TRANSMITTER_EMPTY | PENDING_RECEIVED;
         if pending != NONE_PENDING && (pending == 0 || pending & !known != 0) {
             let reason = "it names no interrupt of a serial port";
-            return Err(invalid(NAME, "interrupt identification", pending, reason));
+            return Err(invalid(
+                KIND.name,
+                "interrupt identification",
+                pending,
+                reason,
+            ));
         }
         let registers = UartState {
             baud_divisor_low: state.baud_divisor_low,
@@ -113,33 +116,24 @@ impl SerialConsole {
             scratch: state.scratch,
             in_buffer: state.input.clone(),
         };
-        let mut uart = lock(&self.uart);
-        let again = |event: &EventFd| {
-            let event = event.try_clone();
-            event.map_err(|source| RestoreError::Host {
-                device: NAME,
-                source,
-            })
-        };
-        let irqfd = again(&uart.interrupt_evt().0)?;
-        let drained = again(&uart.events().0)?;
+        let mut uart = self.uart.lock();
+        let (irqfd, drained) = (uart.interrupt_evt().clone(), uart.events().clone());
         // Input that is too long is refused above, and there is no other error.
-        *uart = Uart::from_state(&registers, Irqfd(irqfd), Drained(drained), Vec::new()).map_err(
-            |_| {
-                invalid(
-                    NAME,
-                    "the length of the input",
-                    registers.in_buffer.len() as u64,
-                    "the port refuses it",
-                )
-            },
-        )?;
+        *uart = Uart::from_state(&registers, irqfd, drained, Vec::new()).map_err(|_| {
+            invalid(
+                KIND.name,
+                "the length of the input",
+                registers.in_buffer.len() as u64,
+                "the port refuses it",
+            )
+        })?;
+        self.restored.store(true, Ordering::Relaxed);
         Ok(())
     }
 
     /// Raises the interrupt again that was pending in the restored state.
-    pub fn raise_pending(&self) {
-        let uart = lock(&self.uart);
+    pub(super) fn raise_pending(&self) {
+        let uart = self.uart.lock();
         if is_pending(&uart.state()) {
             let Ok(()) = uart.interrupt_evt().trigger();
         }
@@ -166,11 +160,11 @@ mod tests {
         saved.write(INTERRUPT_ENABLE, &[ENABLE_RECEIVED]);
         saved.write(SCRATCH, &[0x5a]);
         assert_eq!(console.input(b"ls"), 2);
-        let state = through_json(&console.save());
+        let state = through_json(&console.save_state());
 
         let (mut restored, console, mut reader, irqfd, drained) = port();
-        console.restore(&state).unwrap();
-        assert_eq!(console.save(), state);
+        console.restore_state(&state).unwrap();
+        assert_eq!(console.save_state(), state);
         let _ = irqfd.read();
         console.raise_pending();
         assert_eq!(irqfd.read().unwrap(), 1);
@@ -195,7 +189,7 @@ mod tests {
     #[test]
     fn a_state_that_no_port_can_have_is_refused() {
         let (_, console, ..) = port();
-        let good = console.save();
+        let good = console.save_state();
         let changes: [(&str, Change); 5] = [
             ("length of the input", |state| {
                 state.input = vec![0; FIFO_SIZE + 1];
@@ -214,15 +208,15 @@ mod tests {
         for (field, change) in changes {
             let mut bad = good.clone();
             change(&mut bad);
-            let error = console.restore(&bad).unwrap_err();
+            let error = console.restore_state(&bad).unwrap_err();
             assert!(error.to_string().contains(field), "{error}");
-            assert_eq!(console.save(), good);
+            assert_eq!(console.save_state(), good);
         }
         let full = SerialState {
             input: vec![b'x'; FIFO_SIZE],
             ..good
         };
-        console.restore(&full).unwrap();
+        console.restore_state(&full).unwrap();
         assert_eq!(console.input(b"y"), 0);
     }
 }

@@ -5,10 +5,6 @@
 //! driver:        Run(n), blocks it has taken, ..., Stop        it frees its blocks
 //! ```
 
-use super::NAME;
-use super::persist::HintingState;
-use crate::persist::{RestoreError, invalid};
-
 /// What the host asks for in `free_page_hint_cmd_id`, and what the driver sends before and after its blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Command {
@@ -45,13 +41,13 @@ impl From<Command> for u32 {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Hinting {
     /// The last run's number.
-    last: u32,
+    pub(super) last: u32,
     /// What the host wants.
     pub(super) host: Command,
     /// What the driver sent last.
     pub(super) guest: Option<Command>,
     /// Whether the driver may free its blocks as soon as it has sent all.
-    acknowledge: bool,
+    pub(super) acknowledge: bool,
 }
 
 impl Hinting {
@@ -60,37 +56,6 @@ impl Hinting {
         self.last = self.last.checked_add(1).unwrap_or_default().max(2);
         self.host = Command::Run(self.last);
         self.acknowledge = acknowledge;
-    }
-
-    pub(super) fn save(&self) -> HintingState {
-        HintingState {
-            last: self.last,
-            host: self.host.into(),
-            guest: self.guest.map(u32::from),
-            acknowledge: self.acknowledge,
-        }
-    }
-
-    /// # Errors
-    /// Where the run that the host wants is not the last, or has a number that no run has.
-    pub(super) fn restore(state: &HintingState) -> Result<Self, RestoreError> {
-        let host = Command::from(state.host);
-        if state.last == 1 {
-            let reason = "no run has this number";
-            return Err(invalid(NAME, "the last run of hinting", state.last, reason));
-        }
-        match host {
-            Command::Run(run) if run != state.last => {
-                let reason = "it is not the last run";
-                Err(invalid(NAME, "the run of hinting", run, reason))
-            }
-            Command::Run(_) | Command::Stop | Command::Done => Ok(Self {
-                last: state.last,
-                host,
-                guest: state.guest.map(Command::from),
-                acknowledge: state.acknowledge,
-            }),
-        }
     }
 
     /// The driver was reset. Numbers are not used again.

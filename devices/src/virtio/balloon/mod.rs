@@ -38,7 +38,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::config_space::{ConfigSpace, F_FREE_PAGE_HINT, bit};
 use self::hinting::{Command, Hinting};
-use self::metrics::add;
 pub use self::metrics::{BalloonMetrics, Returned};
 pub use self::pages::GiveBack;
 pub use self::persist::{BalloonDeviceState, HintingState};
@@ -47,11 +46,20 @@ use self::statistics::Timer;
 pub use self::statistics::{STATISTICS, Values};
 use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
 /// Linux reports up to 32 pages in one chain, and needs a descriptor for each.
 const QUEUE_SIZE: u16 = 64;
-/// In errors.
-pub(super) const NAME: &str = "virtio-balloon";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-balloon",
+    state: StateKey::One("balloon"),
+    metrics: Some(MetricsGroup {
+        name: "balloon",
+        label: None,
+    }),
+};
 
 /// What a balloon device is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -163,23 +171,6 @@ impl VirtioBalloon {
             paused: false,
             metrics: Arc::default(),
         })
-    }
-
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<BalloonMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Serves nothing until [`VirtioBalloon::resume`]. Kicks are kept.
-    pub fn pause(&mut self) {
-        self.paused = true;
-    }
-
-    /// Goes on, with what has come in while the device was paused.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        (0..QUEUES).for_each(|queue| self.kick(queue));
-        self.interrupt.raise_restored();
     }
 
     /// Asks the guest for a balloon of so many pages of 4 KiB. A driver that starts later finds it.
@@ -310,6 +301,34 @@ impl VirtioBalloon {
     }
 }
 
+impl Device for VirtioBalloon {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        (0..QUEUES).for_each(|queue| self.kick(queue));
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.restored_buffer = None;
+        self.set_timer();
+        self.config.actual = 0.into();
+        self.values = Values::default();
+        self.hinting.reset();
+        self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
+    }
+}
+
 impl VirtioDevice for VirtioBalloon {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_BALLOON
@@ -365,7 +384,7 @@ impl VirtioDevice for VirtioBalloon {
             features,
         } = activation;
         if queues.iter().all(Option::is_none) {
-            return Err(ActivateError("no queue is ready".into()));
+            return Err(ActivateError::NotReady);
         }
         let mut ready = queues.into_iter();
         let mut ready: [Option<Queue>; QUEUES] = std::array::from_fn(|_| ready.next().flatten());
@@ -393,15 +412,5 @@ impl VirtioDevice for VirtioBalloon {
         queues
             .map(|queue| queue.as_ref().map(|(_, queue)| RingPosition::of(queue)))
             .collect()
-    }
-
-    fn reset(&mut self) {
-        self.active = None;
-        self.restored_buffer = None;
-        self.set_timer();
-        self.config.actual = 0.into();
-        self.values = Values::default();
-        self.hinting.reset();
-        self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
     }
 }

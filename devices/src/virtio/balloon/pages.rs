@@ -7,8 +7,9 @@ use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::super::chain::{self, Segment};
-use super::metrics::{Returned, add};
+use super::metrics::Returned;
 use crate::GuestMemory;
+use crate::metrics::add;
 
 /// Gives a range of whole pages inside guest RAM back to the host, at once: its address and its length in bytes.
 ///

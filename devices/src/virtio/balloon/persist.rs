@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 
 use super::config_space::{F_FREE_PAGE_HINT, F_STATS_VQ, bit};
-use super::hinting::Hinting;
+use super::hinting::{Command, Hinting};
 use super::queues::Role;
 use super::statistics::{STATISTICS, Values};
-use super::{NAME, QUEUE_SIZE, RingPosition, VirtioBalloon};
+use super::{KIND, QUEUE_SIZE, RingPosition, VirtioBalloon};
+use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same, invalid};
 use crate::virtio::ActivateError;
 
@@ -45,9 +46,47 @@ pub struct HintingState {
     pub acknowledge: bool,
 }
 
+impl HintingState {
+    fn of(hinting: &Hinting) -> Self {
+        Self {
+            last: hinting.last,
+            host: hinting.host.into(),
+            guest: hinting.guest.map(u32::from),
+            acknowledge: hinting.acknowledge,
+        }
+    }
+
+    /// # Errors
+    /// Where the run that the host wants is not the last, or has a number that no run has.
+    fn restored(&self) -> Result<Hinting, RestoreError> {
+        let host = Command::from(self.host);
+        if self.last == 1 {
+            let reason = "no run has this number";
+            return Err(invalid(
+                KIND.name,
+                "the last run of hinting",
+                self.last,
+                reason,
+            ));
+        }
+        match host {
+            Command::Run(run) if run != self.last => {
+                let reason = "it is not the last run";
+                Err(invalid(KIND.name, "the run of hinting", run, reason))
+            }
+            Command::Run(_) | Command::Stop | Command::Done => Ok(Hinting {
+                last: self.last,
+                host,
+                guest: self.guest.map(Command::from),
+                acknowledge: self.acknowledge,
+            }),
+        }
+    }
+}
+
 impl VirtioBalloon {
     /// The device's state. For a device that is paused; see [`crate::persist`].
-    pub fn save(&self) -> BalloonDeviceState {
+    pub(crate) fn save_state(&self) -> BalloonDeviceState {
         let active = self.active.as_ref();
         BalloonDeviceState {
             target_pages: self.config.num_pages.get(),
@@ -55,24 +94,24 @@ impl VirtioBalloon {
             statistics_interval: self.statistics_interval,
             statistics: self.values.0,
             statistics_buffer: active.and_then(|active| active.statistics_buffer),
-            hinting: self.hinting.save(),
+            hinting: HintingState::of(&self.hinting),
         }
     }
 
     /// Takes over the state; the target and the interval of the statistics are as they were, whatever this device was made with. It is paused
-    /// from then on, until [`VirtioBalloon::resume`].
+    /// from then on, until [`Device::resume`].
     ///
     /// # Errors
     /// [`RestoreError`]; the device is then as it was.
-    pub fn restore(&mut self, state: &BalloonDeviceState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &BalloonDeviceState) -> Result<(), RestoreError> {
         if self.active.is_some() {
-            return Err(RestoreError::InUse { device: NAME });
+            return Err(RestoreError::InUse { device: KIND.name });
         }
         let on_or_off = |is_on| if is_on { "on" } else { "off" };
         let has_statistics = self.features & bit(F_STATS_VQ) != 0;
         let had_statistics = on_or_off(state.statistics_interval != 0);
         check_same(
-            NAME,
+            KIND.name,
             "the balloon's statistics",
             had_statistics,
             on_or_off(has_statistics),
@@ -81,14 +120,14 @@ impl VirtioBalloon {
             && (!has_statistics || head >= QUEUE_SIZE)
         {
             let reason = "no queue for statistics has such a buffer";
-            return Err(invalid(NAME, "the statistics buffer", head, reason));
+            return Err(invalid(KIND.name, "the statistics buffer", head, reason));
         }
         let has_hinting = self.features & bit(F_FREE_PAGE_HINT) != 0;
         if !has_hinting && state.hinting != HintingState::default() {
             let (value, reason) = (state.hinting.host, "the balloon has no hinting");
-            return Err(invalid(NAME, "the run of hinting", value, reason));
+            return Err(invalid(KIND.name, "the run of hinting", value, reason));
         }
-        self.hinting = Hinting::restore(&state.hinting)?;
+        self.hinting = state.hinting.restored()?;
         self.config.num_pages = state.target_pages.into();
         self.config.actual = state.actual_pages.into();
         self.config.free_page_hint_cmd_id = u32::from(self.hinting.host).into();
@@ -110,24 +149,20 @@ pub(super) fn kept_buffer<'a>(
 ) -> Result<Option<u16>, ActivateError> {
     let mut kept = None;
     for (role, queue) in queues {
-        match (role, RingPosition::of(queue).held()) {
+        match (role, RingPosition::of(queue).in_flight()) {
             (_, 0) => {}
             (Role::Statistics, 1) => {
                 kept = restored.filter(|head| *head < queue.size());
                 if kept.is_none() {
-                    return Err(ActivateError("its statistics buffer is missing".into()));
+                    return Err(ActivateError::NoStatisticsBuffer);
                 }
             }
-            (role, held) => {
-                return Err(ActivateError(format!(
-                    "it has {held} buffers of the {role:?} queue"
-                )));
-            }
+            (_, _) => return Err(ActivateError::InFlight),
         }
     }
     if kept == restored {
         Ok(kept)
     } else {
-        Err(ActivateError("it has a buffer of no queue".into()))
+        Err(ActivateError::StrayBuffer)
     }
 }

@@ -4,10 +4,10 @@ use virtio_queue::{QueueOwnedT, QueueT};
 
 use super::super::chain::{self, Chain, Segment};
 use super::hinting::Command;
-use super::metrics::add;
 use super::queues::Role;
 use super::{VirtioBalloon, pages};
 use crate::GuestMemory;
+use crate::metrics::add;
 
 /// A turn of the device thread ends with the buffer that makes its work this much, in pages.
 pub(super) const TURN: u64 = 4096;

@@ -144,7 +144,7 @@ fn inflated_pages_go_back_in_as_few_ranges_as_there_are_whatever_their_order() {
         driver.device.interrupt.status(),
         super::super::INTERRUPT_USED_BUFFER
     );
-    let metrics = driver.device.metrics();
+    let metrics = driver.device.metrics.clone();
     assert_eq!(metrics.inflations.load(Ordering::Relaxed), 1);
     assert_eq!(metrics.inflated.bytes.load(Ordering::Relaxed), 6 * 4096);
     driver.send_pfns(DEFLATE, &pages);
@@ -158,7 +158,7 @@ fn only_whole_pages_of_ram_go_back() {
     // The first page behind the second region, one in the hole, the last page of the standard, one far out; the last page of RAM.
     driver.send_pfns(INFLATE, &[0x180, 0x1ff, u32::MAX, 0x8_0000, 0x17f, 0x200]);
     assert_eq!(driver.given(), [(0x17_f000, 0x1000), (0x20_0000, 0x1000)]);
-    let metrics = driver.device.metrics();
+    let metrics = driver.device.metrics.clone();
     let inflated = &metrics.inflated;
     assert_eq!(
         (
@@ -295,7 +295,7 @@ fn statistics_are_kept_and_their_buffer_goes_back_when_others_are_wanted() {
     driver.send_bytes(queue, &[0; 17]);
     assert_eq!(driver.used(queue), 2, "only one buffer is kept");
     assert_eq!(driver.value("swap_in"), Some(0));
-    let metrics = driver.device.metrics();
+    let metrics = driver.device.metrics.clone();
     assert_eq!(metrics.statistics.load(Ordering::Relaxed), 3);
     assert_eq!(metrics.statistics_failures.load(Ordering::Relaxed), 1);
 }

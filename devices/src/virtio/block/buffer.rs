@@ -1,4 +1,4 @@
-//! Guest memory as the buffer of a request to the disk.
+//! A request that the disk works on, and the guest memory that is its buffer.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,10 +9,12 @@ use storage::io::{IoBuffer, Source};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
 
 use super::super::chain::{ChainError, Segment};
+use super::RingFault;
+use super::ring::{InFlight, Ring};
 use super::sharing::{Copied, DriveSharing};
 use crate::GuestMemory;
 
-/// What a request is when its I/O has come to its end.
+/// What a request does, as far as its end depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     Read,
@@ -23,11 +25,13 @@ pub(super) enum Operation {
 
 /// A request that the disk works on: where its data are, and how the driver is told of its end.
 #[derive(Debug)]
-pub(super) struct Ticket {
+pub(super) struct RequestInFlight {
+    /// Its place in its ring, for as long as this lives.
+    place: InFlight,
     iovecs: Vec<iovec>,
     /// Where the data are in guest memory, in order.
     segments: Vec<Segment>,
-    /// Who is to know where the bytes of a read come from.
+    /// Of a read whose bytes guests can share: what is told where they come from.
     sharing: Option<Arc<DriveSharing>>,
     /// What a read copies from files that do not change.
     copied: Vec<Copied>,
@@ -35,10 +39,8 @@ pub(super) struct Ticket {
     memory: Arc<GuestMemory>,
     /// Index of the queue it came from.
     pub(super) queue: usize,
-    /// Head descriptor of its chain.
-    pub(super) head: u16,
     /// Where the status byte goes.
-    pub(super) status: GuestAddress,
+    status: GuestAddress,
     pub(super) operation: Operation,
     /// When it was taken from the ring.
     pub(super) begun: Instant,
@@ -48,7 +50,7 @@ pub(super) struct Ticket {
 
 // SAFETY: the ranges come from `GuestMemory::get_slices`, so they are mapped, readable and writable, as long as `memory` lives. Guest
 // memory is shared with vCPUs anyway: nobody has a Rust reference into it, and any thread may access it.
-unsafe impl IoBuffer for Ticket {
+unsafe impl IoBuffer for RequestInFlight {
     fn iovecs(&self) -> &[iovec] {
         &self.iovecs
     }
@@ -78,9 +80,9 @@ fn cut<'a>(segments: &'a [Segment], part: &Range<u64>) -> impl Iterator<Item = S
 }
 
 // SAFETY: the pointers are to guest memory, which any thread may access and which the value keeps mapped.
-unsafe impl Send for Ticket {}
+unsafe impl Send for RequestInFlight {}
 
-impl Ticket {
+impl RequestInFlight {
     /// A request on the data in `segments`.
     ///
     /// # Errors
@@ -88,7 +90,7 @@ impl Ticket {
     pub(super) fn new(
         memory: &Arc<GuestMemory>,
         segments: Vec<Segment>,
-        (queue, head): (usize, u16),
+        (queue, place): (usize, InFlight),
         status: GuestAddress,
         operation: Operation,
     ) -> Result<Self, ChainError> {
@@ -108,13 +110,13 @@ impl Ticket {
             }
         }
         Ok(Self {
+            place,
             iovecs,
             segments,
             sharing: None,
             copied: Vec::new(),
             memory: memory.clone(),
             queue,
-            head,
             status,
             operation,
             begun: Instant::now(),
@@ -122,7 +124,7 @@ impl Ticket {
         })
     }
 
-    /// This request, with somebody who is to know where its bytes come from.
+    /// This request; where it is a read, `sharing` is told where its bytes come from.
     pub(super) fn shared_by(mut self, sharing: Option<&Arc<DriveSharing>>) -> Self {
         if self.operation == Operation::Read {
             self.sharing = sharing.cloned();
@@ -130,7 +132,7 @@ impl Ticket {
         self
     }
 
-    /// Tells that the request has succeeded.
+    /// Has the memory manager note the pages that the request, which has succeeded, has copied.
     pub(super) fn note_copies(&self) {
         if let Some(sharing) = &self.sharing {
             sharing.note(&self.copied);
@@ -147,8 +149,8 @@ impl Ticket {
             })
     }
 
-    /// The memory that the request lies in.
-    pub(super) fn memory(&self) -> &GuestMemory {
-        &self.memory
+    /// Gives the request back to the driver through the ring that it is of; as [`Ring::complete`].
+    pub(super) fn complete(self, ring: &mut Ring, ended: (u8, u32)) -> Result<bool, RingFault> {
+        ring.complete(&self.memory, self.place, self.status, ended)
     }
 }

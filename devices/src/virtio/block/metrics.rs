@@ -1,8 +1,9 @@
 //! What a block device has done.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
-use super::latency::Latencies;
+use crate::latency::Latencies;
+use crate::metrics::{Metric, Unit};
 
 /// Counters since the device was made; only ever added to, and read from any thread.
 #[derive(Debug, Default)]
@@ -31,7 +32,49 @@ pub struct BlockMetrics {
     pub failures: AtomicU64,
 }
 
-/// Counters are independent of each other: nothing is ordered by them.
-pub(super) fn add(counter: &AtomicU64, count: u64) {
-    counter.fetch_add(count, Ordering::Relaxed);
+impl BlockMetrics {
+    /// The values at this moment.
+    pub fn describe(&self) -> Vec<Metric> {
+        const DURATION: &str = "block_request_duration";
+        const DURATION_HELP: &str =
+            "How long requests took that succeeded, from the ring to the end of their I/O";
+        let duration = |operation, latencies| {
+            let metric = Metric::latencies(DURATION, DURATION_HELP, latencies);
+            metric.label("operation", operation)
+        };
+        vec![
+            Metric::counter("block_reads", "Reads that succeeded", &self.reads).field("read_count"),
+            Metric::counter("block_read", "What they read", &self.read_bytes)
+                .unit(Unit::Bytes)
+                .field("read_bytes"),
+            Metric::counter("block_writes", "Writes that succeeded", &self.writes)
+                .field("write_count"),
+            Metric::counter("block_written", "What they wrote", &self.written_bytes)
+                .unit(Unit::Bytes)
+                .field("write_bytes"),
+            Metric::counter("block_flushes", "Flushes that succeeded", &self.flushes)
+                .field("flush_count"),
+            Metric::counter(
+                "block_discards",
+                "Discard and write-zeroes requests that succeeded",
+                &self.discards,
+            )
+            .field("discard_count"),
+            Metric::counter(
+                "block_errors",
+                "Requests that ended in an error status",
+                &self.errors,
+            )
+            .field("execute_fails"),
+            Metric::counter(
+                "block_failures",
+                "Times that the driver broke a ring",
+                &self.failures,
+            )
+            .field("event_fails"),
+            duration("read", &self.read_latency),
+            duration("write", &self.write_latency),
+            duration("flush", &self.flush_latency),
+        ]
+    }
 }

@@ -13,7 +13,6 @@ mod config_space;
 mod event_handler;
 #[cfg(test)]
 mod hostile;
-mod latency;
 mod metrics;
 mod persist;
 mod request;
@@ -32,11 +31,9 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::buffer::{Operation, Ticket};
+use self::buffer::{Operation, RequestInFlight};
 use self::config_space::{ConfigSpace, bit};
-pub use self::latency::{Latencies, LatencyReading};
 pub use self::metrics::BlockMetrics;
-use self::metrics::add;
 pub use self::persist::BlockState;
 use self::request::{Command, ID_LEN, Rules};
 use self::ring::{Next, Ring};
@@ -44,9 +41,18 @@ pub use self::sharing::DriveSharing;
 use super::chain;
 use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
-/// In errors.
-pub(super) const NAME: &str = "virtio-blk";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-blk",
+    state: StateKey::ById("drives"),
+    metrics: Some(MetricsGroup {
+        name: "block",
+        label: Some("drive"),
+    }),
+};
 
 /// What a block device is made of.
 #[derive(Clone, Debug)]
@@ -98,7 +104,7 @@ pub struct VirtioBlock {
     config: ConfigSpace,
     features: u64,
     serial: [u8; ID_LEN],
-    disk: DiskQueue<Ticket>,
+    disk: DiskQueue<RequestInFlight>,
     active: Option<Active>,
     paused: bool,
     metrics: Arc<BlockMetrics>,
@@ -149,11 +155,6 @@ impl VirtioBlock {
         })
     }
 
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<BlockMetrics> {
-        self.metrics.clone()
-    }
-
     /// Lets the guest share what it reads from files that do not change, or from now on no more. Waits for requests in flight.
     pub fn share(&mut self, sharing: Option<Arc<DriveSharing>>) {
         self.disk.drain();
@@ -174,21 +175,6 @@ impl VirtioBlock {
     /// The disk.
     pub fn disk(&self) -> &Arc<dyn Disk> {
         self.disk.disk()
-    }
-
-    /// Waits for the requests in flight and tells the driver of them; serves nothing more until [`VirtioBlock::resume`]. Kicks are kept.
-    pub fn pause(&mut self) {
-        self.paused = true;
-        self.disk.drain();
-        self.finish();
-    }
-
-    /// Goes on, with what has come in while the device was paused.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        // Served by the device thread: the kernel ends the I/O of a thread that ends.
-        (0..self.kicks.len()).for_each(|queue| self.kick(queue));
-        self.interrupt.raise_restored();
     }
 
     /// Goes on with another disk, for example a larger one, and tells the driver. Waits for requests in flight.
@@ -272,16 +258,15 @@ impl VirtioBlock {
             write_through: active.write_through,
         };
         for _ in 0..ring.size() {
-            let mut chain = match ring.next(&active.memory)? {
-                Next::Chain(chain) => chain,
-                Next::Outside { head, status } => {
+            let (place, mut chain) = match ring.next(&active.memory)? {
+                Next::Chain(place, chain) => (place, chain),
+                Next::Outside(place, status) => {
                     add(&self.metrics.errors, 1);
-                    ring.finish(&active.memory, head, status, (VIRTIO_BLK_S_IOERR as u8, 0))?;
+                    ring.finish(&active.memory, place, status, (VIRTIO_BLK_S_IOERR as u8, 0))?;
                     continue;
                 }
                 Next::Empty | Next::Full => return Ok(()),
             };
-            let head = chain.head;
             // Without a status byte there is no way to tell the driver of anything.
             let status = request::take_status(&mut chain).ok_or(RingFault::NoStatus)?;
             let ended = match request::parse(&active.memory, chain, &rules) {
@@ -296,10 +281,11 @@ impl VirtioBlock {
                     operation,
                     data,
                 }) => {
-                    let origin = (queue, head);
-                    let ticket = Ticket::new(&active.memory, data, origin, status, operation)?;
-                    let ticket = ticket.shared_by(self.sharing.as_ref());
-                    self.disk.submit(request, ticket);
+                    let origin = (queue, place);
+                    let in_flight =
+                        RequestInFlight::new(&active.memory, data, origin, status, operation)?;
+                    let in_flight = in_flight.shared_by(self.sharing.as_ref());
+                    self.disk.submit(request, in_flight);
                     continue;
                 }
                 Err(refusal) => {
@@ -307,7 +293,7 @@ impl VirtioBlock {
                     (refusal.status(), 0)
                 }
             };
-            ring.finish(&active.memory, head, status, ended)?;
+            ring.finish(&active.memory, place, status, ended)?;
         }
         // The turn is over, and there may be more.
         self.kick(queue);
@@ -323,16 +309,16 @@ impl VirtioBlock {
 
     fn try_finish(&mut self) -> Result<(), RingFault> {
         while let Some(Completion { buffer, result }) = self.disk.completion() {
-            let ended = self.ended(&buffer, result);
+            let (queue, ended) = (buffer.queue, self.ended(&buffer, result));
             let Some(active) = &mut self.active else {
                 continue;
             };
-            let Some(ring) = active.rings.get_mut(buffer.queue).and_then(Option::as_mut) else {
+            let Some(ring) = active.rings.get_mut(queue).and_then(Option::as_mut) else {
                 continue;
             };
-            if ring.complete(buffer.memory(), buffer.head, buffer.status, ended)? {
+            if buffer.complete(ring, ended)? {
                 // There was no room for more; now there is.
-                self.kick(buffer.queue);
+                self.kick(queue);
             }
         }
         let Some(active) = &mut self.active else {
@@ -349,9 +335,13 @@ impl VirtioBlock {
     }
 
     /// The status byte and the count of bytes written for a request that the disk has ended.
-    fn ended(&self, ticket: &Ticket, result: Result<(), storage::io::IoError>) -> (u8, u32) {
+    fn ended(
+        &self,
+        request: &RequestInFlight,
+        result: Result<(), storage::io::IoError>,
+    ) -> (u8, u32) {
         let metrics = &self.metrics;
-        let len = u64::from(ticket.len);
+        let len = u64::from(request.len);
         if let Err(error) = result {
             if let storage::io::IoError::Transfer { source, .. } = &error
                 && source.raw_os_error() == Some(libc::EFAULT)
@@ -360,29 +350,29 @@ impl VirtioBlock {
                 tell();
             }
             let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, operation = ?ticket.operation, "virtio-blk request");
+            tracing::warn!(error, operation = ?request.operation, "virtio-blk request");
             add(&metrics.errors, 1);
             // Of a read it is unknown how much was written; the driver may rely on what is counted (2.7.8.2).
-            let written = u32::from(ticket.operation != Operation::Read);
+            let written = u32::from(request.operation != Operation::Read);
             return (VIRTIO_BLK_S_IOERR as u8, written);
         }
-        let written = match ticket.operation {
+        let written = match request.operation {
             Operation::Read => {
-                ticket.note_copies();
+                request.note_copies();
                 add(&metrics.reads, 1);
                 add(&metrics.read_bytes, len);
-                metrics.read_latency.record(ticket.begun.elapsed());
-                ticket.len.saturating_add(1)
+                metrics.read_latency.record(request.begun.elapsed());
+                request.len.saturating_add(1)
             }
             Operation::Write => {
                 add(&metrics.writes, 1);
                 add(&metrics.written_bytes, len);
-                metrics.write_latency.record(ticket.begun.elapsed());
+                metrics.write_latency.record(request.begun.elapsed());
                 1
             }
             Operation::Flush => {
                 add(&metrics.flushes, 1);
-                metrics.flush_latency.record(ticket.begun.elapsed());
+                metrics.flush_latency.record(request.begun.elapsed());
                 1
             }
             Operation::Discard => {
@@ -420,6 +410,31 @@ enum RingFault {
     NoStatus,
 }
 
+impl Device for VirtioBlock {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.disk.drain();
+        self.finish();
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        // Served by the device thread: the kernel ends the I/O of a thread that ends.
+        (0..self.kicks.len()).for_each(|queue| self.kick(queue));
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
+    }
+}
+
 impl VirtioDevice for VirtioBlock {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_BLOCK
@@ -454,9 +469,9 @@ impl VirtioDevice for VirtioBlock {
             features,
         } = activation;
         if queues.iter().all(Option::is_none) {
-            return Err(ActivateError("no queue is ready".into()));
+            return Err(ActivateError::NotReady);
         }
-        super::check_nothing_is_held(queues.iter().flatten())?;
+        super::check_none_in_flight(queues.iter().flatten())?;
         self.active = Some(Active {
             memory: Arc::new(memory),
             rings: queues
@@ -478,10 +493,6 @@ impl VirtioDevice for VirtioBlock {
     fn is_writing(&self, address: GuestAddress, len: u64) -> bool {
         self.disk
             .in_flight()
-            .any(|ticket| ticket.is_writing(address, len))
-    }
-
-    fn reset(&mut self) {
-        self.stop();
+            .any(|request| request.is_writing(address, len))
     }
 }

@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::request::ID_LEN;
-use super::{NAME, VirtioBlock};
+use super::{KIND, VirtioBlock};
+use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same};
 
 /// What the guest was told of the disk.
@@ -41,7 +42,7 @@ fn printable(serial: &[u8]) -> String {
 
 impl VirtioBlock {
     /// What the guest was told of the disk. For a device that is paused: no request is in flight then; see [`crate::persist`].
-    pub fn save(&self) -> BlockState {
+    pub(crate) fn save_state(&self) -> BlockState {
         let geometry = self.disk.disk().geometry();
         BlockState {
             capacity: self.config.capacity(),
@@ -54,24 +55,24 @@ impl VirtioBlock {
         }
     }
 
-    /// Makes sure that the guest finds the disk it knows. The device is paused from then on, until [`VirtioBlock::resume`].
+    /// Makes sure that the guest finds the disk it knows. The device is paused from then on, until [`Device::resume`].
     ///
     /// # Errors
     /// [`RestoreError`]: `Mismatch` names the first property in which the disk differs.
-    pub fn restore(&mut self, state: &BlockState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &BlockState) -> Result<(), RestoreError> {
         if self.active.is_some() {
-            return Err(RestoreError::InUse { device: NAME });
+            return Err(RestoreError::InUse { device: KIND.name });
         }
-        let now = self.save();
+        let now = self.save_state();
         let capacity = |sectors| format!("{sectors} sectors");
         check_same(
-            NAME,
+            KIND.name,
             "the disk's capacity",
             &capacity(state.capacity),
             &capacity(now.capacity),
         )?;
         let saved = access(state.read_only);
-        check_same(NAME, "the disk", saved, access(now.read_only))?;
+        check_same(KIND.name, "the disk", saved, access(now.read_only))?;
         for (field, saved, now) in [
             (
                 "the disk's logical block size",
@@ -94,10 +95,10 @@ impl VirtioBlock {
                 now.queue_size.into(),
             ),
         ] {
-            check_same(NAME, field, &saved, &now)?;
+            check_same(KIND.name, field, &saved, &now)?;
         }
         check_same(
-            NAME,
+            KIND.name,
             "the serial number",
             &printable(&state.serial),
             &printable(&now.serial),

@@ -1,13 +1,11 @@
 //! The registers of a transport, saved and set again.
 
 use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_ids::{
-    VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_PMEM, VIRTIO_ID_RNG, VIRTIO_ID_VSOCK,
-};
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use super::super::{INTERRUPT_CONFIG_CHANGE, INTERRUPT_USED_BUFFER, RingPosition};
-use super::{Activation, MmioTransport, QueueRegisters, lock, status};
+use super::{Activation, MmioTransport, QueueRegisters, status};
+use crate::lock;
 use crate::persist::{RestoreError, check_same, invalid};
 
 /// A queue. Whether it has event indices follows from the features.
@@ -67,22 +65,11 @@ impl TransportState {
     }
 }
 
-fn name(device_id: u32) -> &'static str {
-    match device_id {
-        VIRTIO_ID_BLOCK => super::super::block::NAME,
-        VIRTIO_ID_RNG => super::super::rng::NAME,
-        VIRTIO_ID_BALLOON => super::super::balloon::NAME,
-        VIRTIO_ID_PMEM => super::super::pmem::NAME,
-        VIRTIO_ID_VSOCK => super::super::vsock::NAME,
-        _ => "virtio device",
-    }
-}
-
 impl MmioTransport {
     /// The registers. For a device that is paused, while no vCPU runs; see [`crate::persist`].
-    pub fn save(&self) -> TransportState {
+    pub(crate) fn save_state(&self) -> TransportState {
         let (device_id, positions) = {
-            let device = lock(&self.device);
+            let device = lock(&*self.device);
             (device.device_id(), device.ring_positions())
         };
         let positions = positions.into_iter().chain(std::iter::repeat(None));
@@ -121,9 +108,11 @@ impl MmioTransport {
     ///
     /// # Errors
     /// [`RestoreError`]; the transport is then as it was.
-    pub fn restore(&mut self, state: &TransportState) -> Result<(), RestoreError> {
-        let device_id = lock(&self.device).device_id();
-        let device = name(device_id);
+    pub(crate) fn restore_state(&mut self, state: &TransportState) -> Result<(), RestoreError> {
+        let (device_id, device) = {
+            let device = lock(&*self.device);
+            (device.device_id(), device.kind().name)
+        };
         if self.status != 0 {
             return Err(RestoreError::InUse { device });
         }
@@ -132,7 +121,7 @@ impl MmioTransport {
         let registers: Vec<_> = state.queues.iter().map(QueueRegisters::from).collect();
         if state.is_active() {
             let activation = self.saved_activation(device, state, &registers)?;
-            lock(&self.device)
+            lock(&*self.device)
                 .activate(activation)
                 .map_err(|source| RestoreError::Activate { device, source })?;
         }
@@ -212,7 +201,7 @@ impl MmioTransport {
                 let (value, reason) = (position.next_avail, "the queue is not in use");
                 return Err(fault("the next buffer", value.into(), reason));
             }
-            if position.held() > queue.size {
+            if position.in_flight() > queue.size {
                 let reason = "more buffers would be under way than the queue has";
                 return Err(fault("the next buffer", position.next_avail.into(), reason));
             }

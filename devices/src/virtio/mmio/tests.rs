@@ -3,6 +3,8 @@ use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
+use crate::lifecycle::{DeviceState, SaveError};
+use crate::persist::RestoreError;
 use crate::virtio::{RING_FEATURES, RingPosition};
 
 mod persist;
@@ -15,6 +17,28 @@ struct Probe {
     /// The rings it was activated with.
     rings: Vec<Option<Queue>>,
     resets: usize,
+}
+
+impl Device for Probe {
+    fn kind(&self) -> &'static DeviceKind {
+        const { &DeviceKind::unmetered("probe", StateKey::Nothing) }
+    }
+
+    fn resume(&mut self) {}
+
+    fn save(&self) -> Result<DeviceState, SaveError> {
+        Ok(DeviceState::Null)
+    }
+
+    fn restore(&mut self, _: &DeviceState) -> Result<(), RestoreError> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.rings.clear();
+        self.resets += 1;
+    }
 }
 
 impl VirtioDevice for Probe {
@@ -51,11 +75,6 @@ impl VirtioDevice for Probe {
         rings
             .map(|ring| ring.as_ref().map(RingPosition::of))
             .collect()
-    }
-    fn reset(&mut self) {
-        self.active = None;
-        self.rings.clear();
-        self.resets += 1;
     }
 }
 

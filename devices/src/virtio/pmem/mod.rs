@@ -33,8 +33,7 @@ use zerocopy::{Immutable, IntoBytes};
 
 pub use self::flusher::{Backing, FlushError};
 use self::flusher::{Flusher, Outcome};
-pub use self::metrics::PmemMetrics;
-use self::metrics::add;
+pub use self::metrics::{MappingFigures, PmemMetrics};
 pub use self::persist::PmemState;
 use self::request::{Answer, Command, Response};
 use super::chain::{self, Chain};
@@ -43,10 +42,19 @@ use super::{
     read_config_bytes,
 };
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
 const QUEUE_SIZE: u16 = 64;
-/// In errors.
-pub(super) const NAME: &str = "virtio-pmem";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-pmem",
+    state: StateKey::ById("pmem"),
+    metrics: Some(MetricsGroup {
+        name: "pmem",
+        label: Some("pmem"),
+    }),
+};
 
 /// What a pmem device is made of.
 #[derive(Clone)]
@@ -57,6 +65,8 @@ pub struct PmemConfig {
     pub size: u64,
     /// Who makes durable what the guest writes; nobody, where that is forgotten at the end.
     pub backing: Option<Arc<dyn Backing>>,
+    /// What the memory is made of.
+    pub mapping: MappingFigures,
 }
 
 /// `struct virtio_pmem_config` (5.19.4).
@@ -107,6 +117,7 @@ pub struct VirtioPmem {
     /// Whether a look for more was put off because of those two.
     stalled: bool,
     paused: bool,
+    mapping: MappingFigures,
     metrics: Arc<PmemMetrics>,
 }
 
@@ -120,6 +131,7 @@ impl VirtioPmem {
             start,
             size,
             backing,
+            mapping,
         } = config;
         Ok(Self {
             interrupt,
@@ -134,26 +146,9 @@ impl VirtioPmem {
             covered: Vec::new(),
             stalled: false,
             paused: false,
+            mapping,
             metrics: Arc::default(),
         })
-    }
-
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<PmemMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Answers every request that was taken, waiting for their flushes; serves nothing more until [`VirtioPmem::resume`].
-    pub fn pause(&mut self) {
-        self.paused = true;
-        self.drain();
-    }
-
-    /// Serves what has come in while the device was paused, and goes on.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        self.kick();
-        self.interrupt.raise_restored();
     }
 
     /// Makes the device thread look at the queue.
@@ -308,6 +303,31 @@ enum RingFault {
     NoResponse,
 }
 
+impl Device for VirtioPmem {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.drain();
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.kick();
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        let mut metrics = self.metrics.describe();
+        metrics.extend(self.mapping.describe());
+        metrics
+    }
+}
+
 impl VirtioDevice for VirtioPmem {
     fn device_id(&self) -> u32 {
         VIRTIO_ID_PMEM
@@ -337,9 +357,9 @@ impl VirtioDevice for VirtioPmem {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Some(queue) = activation.queues.into_iter().next().flatten() else {
-            return Err(ActivateError("its queue is not ready".into()));
+            return Err(ActivateError::NotReady);
         };
-        super::check_nothing_is_held(std::iter::once(&queue))?;
+        super::check_none_in_flight(std::iter::once(&queue))?;
         self.active = Some(Active {
             memory: activation.memory,
             queue,
@@ -351,9 +371,5 @@ impl VirtioDevice for VirtioPmem {
     fn ring_positions(&self) -> Vec<Option<RingPosition>> {
         let position = |active: &Active| RingPosition::of(&active.queue);
         vec![self.active.as_ref().map(position)]
-    }
-
-    fn reset(&mut self) {
-        self.stop();
     }
 }

@@ -4,7 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{NAME, VirtioPmem};
+use super::{KIND, VirtioPmem};
+use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same};
 
 /// Where the guest knows the memory to be.
@@ -19,26 +20,26 @@ pub struct PmemState {
 
 impl VirtioPmem {
     /// Where the guest knows the memory to be. For a device that is paused: every flush has been answered then; see [`crate::persist`].
-    pub fn save(&self) -> PmemState {
+    pub(crate) fn save_state(&self) -> PmemState {
         PmemState {
             start: self.config.start.get(),
             size: self.config.size.get(),
         }
     }
 
-    /// Makes sure that the guest finds the memory where it was. The device is paused from then on, until [`VirtioPmem::resume`].
+    /// Makes sure that the guest finds the memory where it was. The device is paused from then on, until [`Device::resume`].
     ///
     /// # Errors
     /// [`RestoreError`]: `InUse`, `Mismatch`.
-    pub fn restore(&mut self, state: &PmemState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &PmemState) -> Result<(), RestoreError> {
         if self.active.is_some() {
-            return Err(RestoreError::InUse { device: NAME });
+            return Err(RestoreError::InUse { device: KIND.name });
         }
-        let now = self.save();
+        let now = self.save_state();
         let address = |at| format!("{at:#x}");
         let (saved, start) = (address(state.start), address(now.start));
-        check_same(NAME, "the memory's address", &saved, &start)?;
-        check_same(NAME, "the memory's size", &state.size, &now.size)?;
+        check_same(KIND.name, "the memory's address", &saved, &start)?;
+        check_same(KIND.name, "the memory's size", &state.size, &now.size)?;
         self.pause();
         Ok(())
     }

@@ -65,6 +65,7 @@ pub(super) fn device(backing: Option<Arc<dyn Backing>>) -> VirtioPmem {
         start: START,
         size: SIZE,
         backing,
+        mapping: MappingFigures::default(),
     };
     VirtioPmem::new(config, Arc::new(Interrupt::new(irqfd))).unwrap()
 }
@@ -192,7 +193,7 @@ fn a_request_is_answered_when_its_flush_is_over_and_says_whether_it_failed() {
     }
     assert_eq!(driver.used(), 2);
     assert_eq!(backing.flushes.load(Ordering::SeqCst), 2);
-    let metrics = driver.device().metrics();
+    let metrics = driver.device().metrics.clone();
     let count = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
     assert_eq!((count(&metrics.flushes), count(&metrics.errors)), (1, 1));
     assert_eq!(count(&metrics.written_bytes), 4096);

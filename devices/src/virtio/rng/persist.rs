@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{NAME, VirtioRng};
+use super::{KIND, VirtioRng};
+use crate::lifecycle::Device;
 use crate::persist::RestoreError;
 
 /// Nothing: the device remembers no more than its ring, which the transport has. What it gave before the guest was saved and what it gives
@@ -13,18 +14,22 @@ pub struct RngState {}
 
 impl VirtioRng {
     /// What the device remembers; see [`crate::persist`].
-    pub fn save(&self) -> RngState {
+    #[expect(
+        clippy::unused_self,
+        reason = "it is called as that of the other devices is"
+    )]
+    pub(crate) fn save_state(&self) -> RngState {
         RngState {}
     }
 
-    /// The device is paused from then on, until [`VirtioRng::resume`].
+    /// The device is paused from then on, until [`Device::resume`].
     ///
     /// # Errors
     /// `InUse`.
-    pub fn restore(&mut self, state: &RngState) -> Result<(), RestoreError> {
+    pub(crate) fn restore_state(&mut self, state: &RngState) -> Result<(), RestoreError> {
         let RngState {} = state;
         if self.active.is_some() {
-            return Err(RestoreError::InUse { device: NAME });
+            return Err(RestoreError::InUse { device: KIND.name });
         }
         self.pause();
         Ok(())

@@ -98,7 +98,7 @@ proptest! {
             .map(|port| UnixListener::bind(folder.path().join(format!("v_{port}"))).unwrap())
             .collect();
         if restored {
-            device.restore(&VsockState {}).unwrap();
+            device.restore_state(&VsockState {}).unwrap();
         }
         for (slot, header) in (0..).zip(&headers) {
             memory.write_slice(header.as_bytes(), GuestAddress(DATA + 64 * slot)).unwrap();

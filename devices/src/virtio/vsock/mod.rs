@@ -52,13 +52,22 @@ use super::{
     read_config_bytes,
 };
 use crate::GuestMemory;
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, add};
 
 /// Linux fills the rx ring with buffers of 4 KiB of its own.
 const QUEUE_SIZE: u16 = 64;
 /// Queues: rx, tx, event (5.10.2).
 const QUEUES: usize = 3;
-/// In errors.
-pub(super) const NAME: &str = "virtio-vsock";
+/// What is the same of all devices of this kind.
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "virtio-vsock",
+    state: StateKey::One("vsock"),
+    metrics: Some(MetricsGroup {
+        name: "vsock",
+        label: None,
+    }),
+};
 
 /// What a vsock device is made of.
 pub struct VsockConfig<'a> {
@@ -123,23 +132,6 @@ impl VirtioVsock {
         })
     }
 
-    /// The device's counters.
-    pub fn metrics(&self) -> Arc<VsockMetrics> {
-        self.metrics.clone()
-    }
-
-    /// Serves nothing until [`VirtioVsock::resume`]. Connections stay, and so do kicks.
-    pub fn pause(&mut self) {
-        self.paused = true;
-    }
-
-    /// Goes on, with what has come in while the device was paused.
-    pub fn resume(&mut self) {
-        self.paused = false;
-        self.kick();
-        self.interrupt.raise_restored();
-    }
-
     /// Makes the device thread look at all queues.
     fn kick(&self) {
         if let Some(kick) = self.kicks.first()
@@ -160,9 +152,33 @@ impl VirtioVsock {
     /// Stops until the driver resets the device (2.1.2).
     fn fail(&mut self, error: &virtio_queue::Error) {
         tracing::warn!(%error, "virtio-vsock: the driver broke a ring; the device needs a reset");
-        metrics::add(&self.metrics.failures, 1);
+        add(&self.metrics.failures, 1);
         self.forget();
         self.interrupt.fail();
+    }
+}
+
+impl Device for VirtioVsock {
+    persist_by_type!(KIND);
+
+    fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    fn resume(&mut self) {
+        self.paused = false;
+        self.kick();
+        self.interrupt.raise_restored();
+    }
+
+    fn reset(&mut self) {
+        self.forget();
+        // A driver that begins anew asks for its context identifier.
+        self.owes_reset = false;
+    }
+
+    fn metrics(&self) -> Vec<Metric> {
+        self.metrics.describe()
     }
 }
 
@@ -199,9 +215,9 @@ impl VirtioDevice for VirtioVsock {
         let mut queue = || queues.next().flatten();
         let (rx, tx, event) = (queue(), queue(), queue());
         let (Some(rx), Some(tx)) = (rx, tx) else {
-            return Err(ActivateError("its rx or tx queue is not ready".into()));
+            return Err(ActivateError::NotReady);
         };
-        super::check_nothing_is_held([&rx, &tx].into_iter().chain(&event))?;
+        super::check_none_in_flight([&rx, &tx].into_iter().chain(&event))?;
         self.active = Some(Active {
             memory: activation.memory,
             rx,
@@ -218,11 +234,5 @@ impl VirtioDevice for VirtioVsock {
         };
         let queues = [Some(&active.rx), Some(&active.tx), active.event.as_ref()];
         queues.map(|queue| queue.map(RingPosition::of)).to_vec()
-    }
-
-    fn reset(&mut self) {
-        self.forget();
-        // A driver that begins anew asks for its context identifier.
-        self.owes_reset = false;
     }
 }

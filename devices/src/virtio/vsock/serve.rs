@@ -5,10 +5,10 @@ use virtio_queue::{Error, Queue, QueueOwnedT, QueueT};
 use super::super::chain::{self, Chain, Segment};
 use super::connection::{Broken, Connection, Peer, Stage};
 use super::host::Happened;
-use super::metrics::add;
 use super::packet::{self, HOST_CID, Header, Key, Op, Room, STREAM, TRANSPORT_RESET};
 use super::{Active, VirtioVsock};
 use crate::GuestMemory;
+use crate::metrics::add;
 
 /// Resets that wait for room in the rx ring. With more of them, the tx ring waits too.
 const MAX_REPLIES: usize = 64;

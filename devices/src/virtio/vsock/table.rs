@@ -5,8 +5,9 @@ use std::ops::Bound;
 use std::sync::Arc;
 
 use super::connection::{Connection, Peer, Stage};
-use super::metrics::{VsockMetrics, add};
+use super::metrics::VsockMetrics;
 use super::packet::Key;
+use crate::metrics::add;
 
 /// Bytes that all connections together may keep for the host, however slow that is.
 const POOL: u32 = 512 << 10;

@@ -336,7 +336,7 @@ fn a_paused_device_waits_and_a_restored_one_says_that_its_connections_are_gone()
     program.write_all(b"later").unwrap();
     driver.turn();
     assert!(driver.received().is_empty());
-    through_json(&driver.device.save());
+    through_json(&driver.device.save_state());
     driver.device.resume();
     driver.turn();
     assert_eq!(driver.only().1, b"later");
@@ -344,11 +344,11 @@ fn a_paused_device_waits_and_a_restored_one_says_that_its_connections_are_gone()
     let memory = mock::memory();
     let mut driver = Driver::new(&memory);
     assert!(
-        driver.device.restore(&VsockState {}).is_err(),
+        driver.device.restore_state(&VsockState {}).is_err(),
         "it is in use"
     );
     driver.device.reset();
-    driver.device.restore(&VsockState {}).unwrap();
+    driver.device.restore_state(&VsockState {}).unwrap();
     driver.activate();
     driver.give(2, 3);
     driver.give(2, 4);

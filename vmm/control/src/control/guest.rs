@@ -5,12 +5,11 @@ use std::sync::Mutex;
 
 use devices::virtio::balloon::VirtioBalloon;
 
-use config::CreateSnapshot;
-use config::{DriveConfig, VmConfig};
+use config::{CreateSnapshot, DriveConfig, VmConfig};
 use machine::snapshot::{Loading, SnapshotError};
 use machine::{
-    Address, DeviceMetrics, DriveParent, DriveTask, FilePage, FilePageReport, JobStatus, Machine,
-    MachineError, PageReport, SharingReport, StartError,
+    Address, DriveParent, DriveTask, FilePage, FilePageReport, JobStatus, Machine, MachineError,
+    MachineMetrics, PageReport, SharingReport, StartError,
 };
 
 /// What a guest begins with.
@@ -96,7 +95,7 @@ pub trait Guest: Send {
         config: &VmConfig,
     ) -> Result<(), SnapshotError>;
     /// The counters of its devices.
-    fn metrics(&self) -> DeviceMetrics;
+    fn metrics(&self) -> MachineMetrics;
     /// Stops it for good and closes its disks.
     fn shutdown(self: Box<Self>);
 }
@@ -171,7 +170,7 @@ impl Guest for Machine {
         Machine::snapshot(self, request, config)
     }
 
-    fn metrics(&self) -> DeviceMetrics {
+    fn metrics(&self) -> MachineMetrics {
         Machine::metrics(self)
     }
 

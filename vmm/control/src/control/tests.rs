@@ -1,7 +1,7 @@
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
 
+use devices::device_list::DeviceList;
 use devices::virtio::Interrupt;
 use devices::virtio::balloon::{BalloonError, VirtioBalloon};
 use serde_json::json;
@@ -13,7 +13,9 @@ use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, HintingStart, LoggerConfig,
     MetricsConfig, PmemMode, SerialConfig,
 };
-use machine::{DeviceMetrics, DriveError, DriveParent, DriveTask, JobState, JobStatus, StartError};
+use machine::{
+    DriveError, DriveParent, DriveTask, JobState, JobStatus, MachineMetrics, StartError,
+};
 
 /// What was asked of a [`Double`], in order.
 pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
@@ -21,7 +23,7 @@ pub(crate) type Calls = Arc<Mutex<Vec<String>>>;
 /// A guest that does nothing but remember; its balloon has no driver.
 pub(crate) struct Double {
     calls: Calls,
-    balloon: Option<Mutex<VirtioBalloon>>,
+    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
 }
 
 impl Double {
@@ -126,7 +128,7 @@ impl Guest for Double {
     }
 
     fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
-        self.balloon.as_ref()
+        self.balloon.as_deref()
     }
 
     fn snapshot(
@@ -140,15 +142,14 @@ impl Guest for Double {
         Ok(())
     }
 
-    fn metrics(&self) -> DeviceMetrics {
+    fn metrics(&self) -> MachineMetrics {
         self.call("metrics");
-        let balloon = self.balloon.as_ref();
-        DeviceMetrics {
-            drives: BTreeMap::new(),
-            pmem: BTreeMap::new(),
-            entropy: None,
-            vsock: None,
-            balloon: balloon.map(|balloon| balloon.lock().unwrap().metrics()),
+        let mut devices = DeviceList::default();
+        if let Some(balloon) = &self.balloon {
+            devices.add("balloon", balloon.clone());
+        }
+        MachineMetrics {
+            devices: devices.metrics(),
             exits: Vec::new(),
             booted: None,
         }
@@ -172,7 +173,7 @@ pub(crate) fn launch(calls: &Calls, config: &VmConfig) -> Result<Box<dyn Guest>,
     });
     Ok(Box::new(Double {
         calls: calls.clone(),
-        balloon,
+        balloon: balloon.map(Arc::new),
     }))
 }
 

@@ -2,15 +2,12 @@
 //!
 //! Names follow Prometheus: base units, the unit behind the name, `_total` behind what only grows. A label is what can be summed over.
 
-mod drives;
-mod vsock;
+mod families;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use devices::virtio::balloon::{BalloonMetrics, Returned};
 use memshare::PAGE_SIZE;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -22,8 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::{ApiMetrics, get};
 use host::procfs::Usage;
-use machine::pmem::PmemCounters;
-use machine::{DeviceMetrics, SharingReport};
+use machine::{MachineMetrics, SharingReport};
 
 /// What the text is, as HTTP says it.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -38,7 +34,7 @@ pub struct Scrape {
     /// What of guest RAM is shared; only of a started guest.
     pub sharing: Option<SharingReport>,
     /// Counters of devices; only of a started guest.
-    pub devices: Option<DeviceMetrics>,
+    pub devices: Option<MachineMetrics>,
     /// How long it took to boot, where the guest has told that it has.
     pub boot: Option<Duration>,
     /// How long it took to go on from a snapshot, where it did.
@@ -285,125 +281,6 @@ impl Writer<'_> {
         )
     }
 
-    fn pmem(&mut self, devices: &DeviceMetrics) -> fmt::Result {
-        type Value = fn(&PmemCounters) -> u64;
-        let counters: [(&str, _, &str, Value); 4] = [
-            ("pmem_flushes", None, "Flushes that succeeded", |pmem| {
-                get(&pmem.device.flushes)
-            }),
-            (
-                "pmem_written",
-                Some(&Unit::Bytes),
-                "What they wrote to the disk",
-                |pmem| get(&pmem.device.written_bytes),
-            ),
-            (
-                "pmem_errors",
-                None,
-                "Flushes that failed, and requests that asked for something else",
-                |pmem| get(&pmem.device.errors),
-            ),
-            (
-                "pmem_failures",
-                None,
-                "Times that the driver broke the ring",
-                |pmem| get(&pmem.device.failures),
-            ),
-        ];
-        let samples = |value: Value| {
-            let pmem = devices.pmem.iter();
-            pmem.map(move |(id, pmem)| (("pmem", id.as_str()), value(pmem)))
-        };
-        for (name, unit, help, value) in counters {
-            self.counters(name, unit, help, samples(value))?;
-        }
-        let (mapped, copied) = (pages(), pages());
-        let gauges: [(&str, _, &str, Value); 3] = [
-            (
-                "pmem_mappings",
-                None,
-                "Mappings that the disk takes of the process",
-                |pmem| pmem.mapping.mappings as u64,
-            ),
-            (
-                "pmem_mapped",
-                Some(&mapped),
-                "Pages of the disk that are mapped from its files",
-                |pmem| pmem.mapping.mapped,
-            ),
-            (
-                "pmem_copied",
-                Some(&copied),
-                "Pages of the disk that had to be copied",
-                |pmem| pmem.mapping.copied,
-            ),
-        ];
-        for (name, unit, help, value) in gauges {
-            self.gauges(name, unit, help, samples(value))?;
-        }
-        Ok(())
-    }
-
-    fn balloon(&mut self, balloon: &BalloonMetrics) -> fmt::Result {
-        let ways: [(&str, &Returned); 3] = [
-            ("inflated", &balloon.inflated),
-            ("hinted", &balloon.hinted),
-            ("reported", &balloon.reported),
-        ];
-        let by_way = |counter: fn(&Returned) -> &AtomicU64| {
-            ways.map(|(way, returned)| (("way", way), get(counter(returned))))
-        };
-        self.counters(
-            "balloon_returned",
-            Some(&Unit::Bytes),
-            "Memory that went back to the host",
-            by_way(|returned| &returned.bytes),
-        )?;
-        self.counters(
-            "balloon_returned_ranges",
-            None,
-            "Ranges of memory that went back to the host",
-            by_way(|returned| &returned.ranges),
-        )?;
-        self.counters(
-            "balloon_refused_ranges",
-            None,
-            "Ranges of memory that could not go back",
-            by_way(|returned| &returned.failures),
-        )?;
-        let counters = [
-            (
-                "inflations",
-                &balloon.inflations,
-                "Buffers of pages that went into the balloon",
-            ),
-            (
-                "deflations",
-                &balloon.deflations,
-                "Buffers of pages that left the balloon",
-            ),
-            (
-                "statistics",
-                &balloon.statistics,
-                "Statistics that the driver sent",
-            ),
-            (
-                "statistics_failures",
-                &balloon.statistics_failures,
-                "Statistics that were none",
-            ),
-            (
-                "failures",
-                &balloon.failures,
-                "Times that the driver asked for what cannot be, or broke a ring",
-            ),
-        ];
-        for (name, value, help) in counters {
-            self.counter(&format!("balloon_{name}"), None, help, get(value))?;
-        }
-        Ok(())
-    }
-
     fn times(&mut self, boot: Option<Duration>, restore: Option<Duration>) -> fmt::Result {
         let times = [
             (
@@ -426,7 +303,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn exits(&mut self, devices: &DeviceMetrics) -> fmt::Result {
+    fn exits(&mut self, devices: &MachineMetrics) -> fmt::Result {
         let exits = devices.exits.iter();
         self.counters(
             "vcpu_exits",
@@ -436,32 +313,9 @@ impl Writer<'_> {
         )
     }
 
-    fn devices(&mut self, devices: &DeviceMetrics) -> fmt::Result {
+    fn devices(&mut self, devices: &MachineMetrics) -> fmt::Result {
         self.exits(devices)?;
-        self.drives(devices)?;
-        self.latencies(devices)?;
-        self.pmem(devices)?;
-        if let Some(balloon) = &devices.balloon {
-            self.balloon(balloon)?;
-        }
-        if let Some(vsock) = &devices.vsock {
-            self.vsock(vsock)?;
-        }
-        let Some(entropy) = &devices.entropy else {
-            return Ok(());
-        };
-        self.counter(
-            "entropy",
-            Some(&Unit::Bytes),
-            "Random bytes that the guest was given",
-            get(&entropy.bytes),
-        )?;
-        self.counter(
-            "entropy_failures",
-            None,
-            "Buffers that could not be filled, and rings that broke",
-            get(&entropy.failures),
-        )
+        self.of_devices(&devices.devices)
     }
 }
 

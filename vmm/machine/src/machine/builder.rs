@@ -4,23 +4,27 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
-use devices::bus::Bus;
+use devices::bus::{Bus, BusDevice};
+use devices::device_list::DeviceList;
 use devices::legacy::{
     AcpiPm, BootMark, BootTimer, CmosRtc, I8042, PowerSink, Pvpanic, SerialConsole, SerialInput,
     SerialPort,
 };
+use devices::lifecycle::Device;
+use devices::lock;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use devices::virtio::rng::VirtioRng;
 use devices::vmgenid::VmGenId;
+use event_manager::MutEventSubscriber;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::sharing::Plan;
 use super::vsock::{Vsock, VsockHost};
-use super::{SharingDomain, StartError, Subscriber, balloon, event, host, lock, new_interrupt};
+use super::{SharingDomain, StartError, Subscriber, balloon, event, host, new_interrupt};
 use crate::disk::open_disk;
 use crate::pmem::{MapBudget, Pmem};
 use config::{BalloonConfig, DriveConfig, VmConfig};
@@ -37,10 +41,9 @@ pub(super) struct Balloon {
     pub(super) reports: bool,
 }
 
-/// Devices of a PC that remember something, and what the guest has told one.
+/// What the host uses of the devices of a PC.
 pub(super) struct Legacy {
     pub(super) keyboard: Arc<Mutex<I8042>>,
-    pub(super) rtc: Arc<Mutex<CmosRtc>>,
     pub(super) boot_mark: BootMark,
 }
 
@@ -49,8 +52,10 @@ pub(super) struct Builder<'a> {
     pub(super) vm: &'a Vm,
     pub(super) buses: Buses,
     pub(super) virtio: Vec<MmioDevice>,
+    /// All devices, each virtio device before its transport.
+    pub(super) list: DeviceList,
+    /// The virtio devices, which may write to guest memory at any time.
     pub(super) devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
-    pub(super) transports: Vec<Arc<Mutex<MmioTransport>>>,
     /// What the event loop is to serve.
     pub(super) subscribers: Vec<Subscriber>,
 }
@@ -64,8 +69,8 @@ impl<'a> Builder<'a> {
                 mmio: Bus::new(),
             },
             virtio: Vec::new(),
+            list: DeviceList::default(),
             devices: Vec::new(),
-            transports: Vec::new(),
             subscribers: Vec::new(),
         }
     }
@@ -85,20 +90,16 @@ impl<'a> Builder<'a> {
             let faults = plan.faults().clone();
             block.on_fault(Arc::new(move || faults.request_failed()));
             let device = Arc::new(Mutex::new(block));
-            self.add_virtio(device.clone())?;
-            self.subscribers.push(device.clone());
+            self.add_virtio(&drive.drive_id, device.clone())?;
             drives.insert(drive.drive_id.clone(), device);
         }
         Ok(drives)
     }
 
-    pub(super) fn add_entropy(&mut self) -> Result<Arc<Mutex<VirtioRng>>, StartError> {
+    pub(super) fn add_entropy(&mut self) -> Result<(), StartError> {
         let interrupt = new_interrupt("entropy device")?;
         let rng = VirtioRng::new(interrupt).map_err(host("entropy device"))?;
-        let device = Arc::new(Mutex::new(rng));
-        self.add_virtio(device.clone())?;
-        self.subscribers.push(device.clone());
-        Ok(device)
+        self.add_virtio("entropy", Arc::new(Mutex::new(rng)))
     }
 
     /// Adds the vsock device that is asked for, if one is.
@@ -109,8 +110,7 @@ impl<'a> Builder<'a> {
     ) -> Result<Option<Vsock>, StartError> {
         let vsock = Vsock::new(config, host)?;
         if let Some(vsock) = &vsock {
-            self.add_virtio(vsock.device.clone())?;
-            self.subscribers.push(vsock.device.clone());
+            self.add_virtio("vsock", vsock.device.clone())?;
         }
         Ok(vsock)
     }
@@ -128,18 +128,18 @@ impl<'a> Builder<'a> {
             return Ok(None);
         };
         let device = balloon::device(config, plan.memory().clone())?;
-        self.add_virtio(device.clone())?;
-        self.subscribers.push(device.clone());
+        self.add_virtio("balloon", device.clone())?;
         Ok(Some(Balloon {
             device,
             reports: config.free_page_reporting,
         }))
     }
 
-    /// Puts a virtio device on the next free interrupt line and registers its eventfds.
-    pub(super) fn add_virtio(
+    /// Puts a virtio device on the next free interrupt line, registers its eventfds, and has the event loop serve it.
+    pub(super) fn add_virtio<D: VirtioDevice + MutEventSubscriber + 'static>(
         &mut self,
-        device: Arc<Mutex<dyn VirtioDevice>>,
+        id: &str,
+        device: Arc<Mutex<D>>,
     ) -> Result<(), StartError> {
         let index = self.virtio.len();
         let gsi = *layout::VIRTIO_GSIS
@@ -157,8 +157,10 @@ impl<'a> Builder<'a> {
         }
         let transport = MmioTransport::new(device.clone(), self.vm.memory().clone());
         let transport = Arc::new(Mutex::new(transport));
+        self.list.add(id, device.clone());
+        self.list.add(id, transport.clone());
+        self.subscribers.push(device.clone());
         self.devices.push(device);
-        self.transports.push(transport.clone());
         self.buses
             .mmio
             .insert(base, MmioTransport::SIZE, transport)?;
@@ -172,19 +174,21 @@ impl<'a> Builder<'a> {
     }
 
     /// Puts a pmem device behind a transport, and a guard where the guest must not write.
-    pub(super) fn add_pmem(&mut self, pmem: &Pmem) -> Result<(), StartError> {
+    pub(super) fn add_pmem(&mut self, id: &str, pmem: &Pmem) -> Result<(), StartError> {
         if let Some(guard) = pmem.guard() {
             let writes = guard.writes.clone();
             self.buses.mmio.insert(guard.address, guard.len, writes)?;
         }
-        self.add_virtio(pmem.device().clone())
+        self.add_virtio(id, pmem.device().clone())
     }
 
     /// The generation ID, where the tables of the guest say that it is.
-    pub(super) fn add_generation(&self) -> Result<VmGenId, StartError> {
+    pub(super) fn add_generation(&mut self) -> Result<Arc<Mutex<VmGenId>>, StartError> {
         let generation = VmGenId::new(GuestAddress(layout::VM_GENERATION_ID))?;
         self.vm
             .register_irqfd(generation.irqfd(), layout::GENERATION_GSI)?;
+        let generation = Arc::new(Mutex::new(generation));
+        self.list.add("generation", generation.clone());
         Ok(generation)
     }
 
@@ -192,9 +196,21 @@ impl<'a> Builder<'a> {
         &mut self,
         port: u16,
         count: u64,
-        device: Arc<Mutex<dyn devices::bus::BusDevice>>,
+        device: Arc<Mutex<dyn BusDevice>>,
     ) -> Result<(), StartError> {
         Ok(self.buses.pio.insert(port.into(), count, device)?)
+    }
+
+    /// Adds a device of a PC at its ports.
+    fn add_legacy_device<D: Device + BusDevice + 'static>(
+        &mut self,
+        (port, count): (u16, u64),
+        device: D,
+    ) -> Result<Arc<Mutex<D>>, StartError> {
+        let device = Arc::new(Mutex::new(device));
+        self.add_port(port, count, device.clone())?;
+        self.list.add("", device.clone());
+        Ok(device)
     }
 
     pub(super) fn add_serial(
@@ -211,33 +227,25 @@ impl<'a> Builder<'a> {
             SerialPort::PORTS,
             Arc::new(Mutex::new(port)),
         )?;
+        self.list.add("", Arc::new(Mutex::new(console.clone())));
         Ok(console)
     }
 
     pub(super) fn add_legacy(&mut self, power: &PowerSink) -> Result<Legacy, StartError> {
         let irqfd = event("keyboard controller")?;
         self.vm.register_irqfd(&irqfd, layout::I8042_GSI)?;
-        let keyboard = Arc::new(Mutex::new(I8042::new(power.clone(), irqfd)));
-        // Port 0x61 between its two ports is the PIT's, where there is one.
-        self.add_port(layout::I8042_PORT, I8042::PORTS, keyboard.clone())?;
-        let rtc = Arc::new(Mutex::new(CmosRtc::new()));
-        self.add_port(layout::RTC_PORT, CmosRtc::PORTS, rtc.clone())?;
-        self.add_port(
-            layout::PVPANIC_PORT,
-            1,
-            Arc::new(Mutex::new(Pvpanic::new(power.clone()))),
-        )?;
-        self.add_port(
-            layout::ACPI_PM_PORT,
-            AcpiPm::PORTS,
-            Arc::new(Mutex::new(AcpiPm::new(power.clone()))),
-        )?;
         let timer = BootTimer::default();
         let boot_mark = timer.mark();
-        self.add_port(layout::BOOT_TIMER_PORT, 1, Arc::new(Mutex::new(timer)))?;
+        // Port 0x61 between its two ports is the PIT's, where there is one.
+        let keyboard = I8042::new(power.clone(), irqfd);
+        let keyboard = self.add_legacy_device((layout::I8042_PORT, I8042::PORTS), keyboard)?;
+        self.add_legacy_device((layout::RTC_PORT, CmosRtc::PORTS), CmosRtc::new())?;
+        self.add_legacy_device((layout::PVPANIC_PORT, 1), Pvpanic::new(power.clone()))?;
+        let pm = AcpiPm::new(power.clone());
+        self.add_legacy_device((layout::ACPI_PM_PORT, AcpiPm::PORTS), pm)?;
+        self.add_legacy_device((layout::BOOT_TIMER_PORT, 1), timer)?;
         Ok(Legacy {
             keyboard,
-            rtc,
             boot_mark,
         })
     }

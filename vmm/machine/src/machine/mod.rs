@@ -24,25 +24,24 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use devices::bus::BusRangeError;
-use devices::legacy::{BootMark, CmosRtc, I8042, SerialConsole};
+use devices::device_list::{DeviceList, DeviceMetrics};
+use devices::legacy::{BootMark, I8042, SerialConsole};
+use devices::lock;
 use devices::persist::RestoreError;
-use devices::virtio::balloon::{BalloonMetrics, VirtioBalloon};
-use devices::virtio::block::{BlockError, BlockMetrics, VirtioBlock};
-use devices::virtio::mmio::MmioTransport;
-use devices::virtio::rng::{RngMetrics, VirtioRng};
-use devices::virtio::vsock::VsockMetrics;
-use devices::virtio::{Interrupt, VirtioDevice};
-use devices::vmgenid::{VmGenId, VmGenIdError};
+use devices::virtio::Interrupt;
+use devices::virtio::balloon::VirtioBalloon;
+use devices::virtio::block::{BlockError, VirtioBlock};
+use devices::vmgenid::VmGenIdError;
 use event_manager::MutEventSubscriber;
 use memshare::SharedMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::open_disk;
-use crate::pmem::{Pmem, PmemCounters, PmemError};
+use crate::pmem::{Pmem, PmemError};
 use crate::reference::Warmer;
 use crate::snapshot::{MemoryState, Served, SnapshotError};
 use config::DriveConfig;
@@ -51,7 +50,7 @@ pub use drive_job::{
     DriveError, DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child,
 };
 use host::exit::GuestEnd;
-use host::socket::SocketError;
+use host::socket::{ApiSocket, SocketError};
 use kvm::boot::BootError;
 use kvm::layout;
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
@@ -59,7 +58,6 @@ pub use sharing::SharingReport;
 pub use vsock::VsockHost;
 
 use sharing::Sharing;
-use vsock::Vsock;
 
 use kvm::vm::{ExitKind, Vcpus, VmError};
 
@@ -198,17 +196,9 @@ pub enum MachineError {
 
 /// The counters of a machine's devices and vCPUs.
 #[derive(Debug)]
-pub struct DeviceMetrics {
-    /// By `drive_id`.
-    pub drives: BTreeMap<String, Arc<BlockMetrics>>,
-    /// By `id`.
-    pub pmem: BTreeMap<String, PmemCounters>,
-    /// Of the entropy device, where there is one.
-    pub entropy: Option<Arc<RngMetrics>>,
-    /// Of the balloon, where there is one.
-    pub balloon: Option<Arc<BalloonMetrics>>,
-    /// Of the vsock device, where there is one.
-    pub vsock: Option<Arc<VsockMetrics>>,
+pub struct MachineMetrics {
+    /// Of the devices that have some.
+    pub devices: Vec<DeviceMetrics>,
     /// How often the vCPUs have left the guest, by what for.
     pub exits: Vec<(ExitKind, u64)>,
     /// When the guest told that it has booted, where it did.
@@ -218,36 +208,27 @@ pub struct DeviceMetrics {
 /// A started guest.
 pub struct Machine {
     vcpus: Vcpus,
+    /// All devices; those that the host can ask for more than their life requires are named below as well.
+    devices: DeviceList,
     drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
     /// The last job of each drive.
     jobs: BTreeMap<String, Arc<DriveJob>>,
     pmem: BTreeMap<String, Pmem>,
-    entropy: Option<Arc<Mutex<VirtioRng>>>,
     balloon: Option<Arc<Mutex<VirtioBalloon>>>,
-    vsock: Option<Vsock>,
+    /// The socket of the vsock device, whose file goes with it.
+    _vsock_socket: Option<ApiSocket>,
     keyboard: Arc<Mutex<I8042>>,
-    rtc: Arc<Mutex<CmosRtc>>,
     console: SerialConsole,
     boot_mark: BootMark,
-    generation: VmGenId,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
     sharing: Sharing,
     /// Who gives the memory, where that is another process; until vCPUs and devices have stopped.
     served: Option<Served>,
     /// The files that the memory is the news of, where there are any.
     base: Option<MemoryState>,
-    /// It has its state from a snapshot, and has not run yet.
-    is_new: bool,
 }
 
 /// How often an ending machine looks whether a job has stopped.
 const JOB_POLL: std::time::Duration = std::time::Duration::from_millis(5);
-
-/// Locks a device. Devices alone are in a mutex of the standard library, as event-manager takes no other, and a panic of one thread
-/// does not keep the others from the device.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 fn host(device: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
     move |source| StartError::Host { device, source }
@@ -277,43 +258,12 @@ impl Machine {
     /// Takes the vCPUs out of the guest, and lets the devices finish what they have begun.
     pub fn pause(&mut self) {
         self.vcpus.pause();
-        for drive in self.drives.values() {
-            lock(drive).pause();
-        }
-        for pmem in self.pmem.values() {
-            lock(pmem.device()).pause();
-        }
-        if let Some(entropy) = &self.entropy {
-            lock(entropy).pause();
-        }
-        if let Some(balloon) = &self.balloon {
-            lock(balloon).pause();
-        }
-        if let Some(vsock) = &self.vsock {
-            lock(&vsock.device).pause();
-        }
+        self.devices.pause();
     }
 
     /// Goes on after a pause.
     pub fn resume(&mut self) {
-        for drive in self.drives.values() {
-            lock(drive).resume();
-        }
-        for pmem in self.pmem.values() {
-            lock(pmem.device()).resume();
-        }
-        if let Some(entropy) = &self.entropy {
-            lock(entropy).resume();
-        }
-        if let Some(balloon) = &self.balloon {
-            lock(balloon).resume();
-        }
-        if let Some(vsock) = &self.vsock {
-            lock(&vsock.device).resume();
-        }
-        if std::mem::take(&mut self.is_new) {
-            self.raise_pending();
-        }
+        self.devices.resume();
         self.vcpus.resume();
     }
 
@@ -483,24 +433,9 @@ impl Machine {
     }
 
     /// The counters of the devices and of the vCPUs.
-    pub fn metrics(&self) -> DeviceMetrics {
-        DeviceMetrics {
-            drives: self
-                .drives
-                .iter()
-                .map(|(id, drive)| (id.clone(), lock(drive).metrics()))
-                .collect(),
-            pmem: self
-                .pmem
-                .iter()
-                .map(|(id, pmem)| (id.clone(), pmem.counters()))
-                .collect(),
-            entropy: self.entropy.as_ref().map(|entropy| lock(entropy).metrics()),
-            balloon: self.balloon.as_ref().map(|balloon| lock(balloon).metrics()),
-            vsock: self
-                .vsock
-                .as_ref()
-                .map(|vsock| lock(&vsock.device).metrics()),
+    pub fn metrics(&self) -> MachineMetrics {
+        MachineMetrics {
+            devices: self.devices.metrics(),
             exits: self.vcpus.exits(),
             booted: self.boot_mark.get().copied(),
         }
@@ -518,18 +453,13 @@ impl Machine {
             // They stop at the next block.
             std::thread::sleep(JOB_POLL);
         }
+        self.devices.reset();
         for (id, drive) in &self.drives {
-            let mut device = lock(drive);
-            device.reset();
-            if let Err(error) = device.disk().close() {
+            if let Err(error) = lock(drive).disk().close() {
                 tracing::error!(drive = %id, %error, "the disk could not be closed cleanly");
             }
         }
-        if let Some(vsock) = &self.vsock {
-            lock(&vsock.device).reset();
-        }
         for (id, pmem) in &self.pmem {
-            lock(pmem.device()).reset();
             if let Err(error) = pmem.close() {
                 tracing::error!(pmem = %id, %error, "not all that the guest wrote is on the disk");
             }

@@ -46,7 +46,7 @@ impl StandStill for Machinery {
         self.brake.cpu_time()
     }
 
-    fn settled(&self) {
+    fn scans_done(&self) {
         heap::give_back();
     }
 

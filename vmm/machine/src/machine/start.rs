@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use devices::legacy::{BootMark, CmosRtc, I8042, PowerEvent, PowerSink, SerialConsole};
+use devices::device_list::DeviceList;
+use devices::legacy::{BootMark, I8042, PowerEvent, PowerSink, SerialConsole};
+use devices::lock;
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
-use devices::virtio::mmio::MmioTransport;
-use devices::virtio::rng::VirtioRng;
 use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
 use vmm_sys_util::eventfd::EventFd;
@@ -21,9 +21,8 @@ use super::builder::{Builder, Legacy, attach_pmem};
 use super::cmdline::{self, Lean, Wanted};
 use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan, Reference};
-use super::snapshot::Devices;
 use super::vsock::{Vsock, VsockHost};
-use super::{Machine, StartError, Subscriber, Surroundings, host, lock};
+use super::{Machine, StartError, Subscriber, Surroundings, host};
 use crate::pmem::Pmem;
 use crate::reference::Size;
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
@@ -57,14 +56,13 @@ fn power_sink(on_end: OnEnd) -> PowerSink {
 /// The devices of a guest that is being put together.
 struct Assembled {
     plan: Plan,
+    list: DeviceList,
     keyboard: Arc<Mutex<I8042>>,
-    rtc: Arc<Mutex<CmosRtc>>,
     boot_mark: BootMark,
     console: SerialConsole,
-    generation: VmGenId,
+    generation: Arc<Mutex<VmGenId>>,
     drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
     pmem: Vec<(String, Pmem)>,
-    entropy: Option<Arc<Mutex<VirtioRng>>>,
     balloon: Option<Arc<Mutex<VirtioBalloon>>>,
     vsock: Option<Vsock>,
     /// Whether the guest is to report its free pages.
@@ -72,7 +70,6 @@ struct Assembled {
     buses: Buses,
     virtio: Vec<MmioDevice>,
     devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
-    transports: Vec<Arc<Mutex<MmioTransport>>>,
     subscribers: Vec<Subscriber>,
 }
 
@@ -88,18 +85,18 @@ impl Assembled {
         let mut builder = Builder::new(vm);
         let Legacy {
             keyboard,
-            rtc,
             boot_mark,
         } = builder.add_legacy(&power_sink(on_end.clone()))?;
         let plan = Plan::new(vm, config, &pmem, on_end, boots)?;
         let (out, drained) = serial;
         let console = builder.add_serial(out, drained)?;
         let drives = builder.add_drives(&config.drives, &plan)?;
-        for (_, pmem) in &pmem {
-            builder.add_pmem(pmem)?;
-            builder.subscribers.push(pmem.device().clone());
+        for (id, pmem) in &pmem {
+            builder.add_pmem(id, pmem)?;
         }
-        let entropy = config.entropy.map(|_| builder.add_entropy()).transpose()?;
+        if config.entropy.is_some() {
+            builder.add_entropy()?;
+        }
         // Before the balloon that nobody has asked for, which does without where there is no room.
         let vsock = builder.add_vsock(config, vsock)?;
         let balloon = builder.add_balloon(config.balloon, &plan)?;
@@ -107,28 +104,26 @@ impl Assembled {
         let Builder {
             buses,
             virtio,
+            list,
             devices,
-            transports,
             subscribers,
             ..
         } = builder;
         Ok(Self {
             plan,
+            list,
             keyboard,
-            rtc,
             boot_mark,
             console,
             generation,
             drives,
             pmem,
-            entropy,
             reporting: balloon.as_ref().is_some_and(|balloon| balloon.reports),
             balloon: balloon.map(|balloon| balloon.device),
             vsock,
             buses,
             virtio,
             devices,
-            transports,
             subscribers,
         })
     }
@@ -158,22 +153,18 @@ impl Assembled {
         match started {
             Ok((sharing, vcpus)) => Ok(Machine {
                 vcpus,
+                devices: self.list,
                 drives: self.drives,
                 jobs: BTreeMap::new(),
                 pmem: self.pmem.into_iter().collect(),
-                entropy: self.entropy,
                 balloon: self.balloon,
-                vsock: self.vsock,
+                _vsock_socket: self.vsock.map(|vsock| vsock.socket),
                 keyboard: self.keyboard,
-                rtc: self.rtc,
                 boot_mark: self.boot_mark,
                 console: self.console,
-                generation: self.generation,
-                transports: self.transports,
                 sharing,
                 served: None,
                 base: None,
-                is_new: false,
             }),
             Err(error) => {
                 for id in ids {
@@ -182,23 +173,6 @@ impl Assembled {
                 }
                 Err(error)
             }
-        }
-    }
-}
-
-impl Assembled {
-    fn as_devices(&mut self) -> Devices<'_> {
-        Devices {
-            serial: &self.console,
-            keyboard: &self.keyboard,
-            rtc: &self.rtc,
-            generation: &mut self.generation,
-            drives: &self.drives,
-            pmem: self.pmem.iter().map(|(id, pmem)| (&**id, pmem)).collect(),
-            entropy: self.entropy.as_deref(),
-            balloon: self.balloon.as_deref(),
-            vsock: self.vsock.as_ref().map(|vsock| &*vsock.device),
-            transports: &self.transports,
         }
     }
 }
@@ -237,7 +211,7 @@ impl Machine {
         } = surroundings;
         let host = ((serial_out, serial_drained), vsock);
         let parts = Assembled::new(config, &mut vm, host, only_first(on_end), true)?;
-        parts.generation.write(vm.memory())?;
+        lock(&parts.generation).write(vm.memory())?;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
@@ -295,7 +269,7 @@ impl Machine {
         } = surroundings;
         let host = ((serial_out, serial_drained), vsock);
         let on_end = only_first(on_end);
-        let mut parts = Assembled::new(config, &mut vm, host, on_end.clone(), false)?;
+        let parts = Assembled::new(config, &mut vm, host, on_end.clone(), false)?;
         for (id, drive) in &parts.drives {
             loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
         }
@@ -306,9 +280,9 @@ impl Machine {
         let on_lost = move |why| on_end(GuestEnd::Failed(why));
         let windows = parts.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
         let served = loading.give_memory(parts.plan.memory(), windows, on_lost)?;
-        parts.as_devices().restore(&loading.state.devices)?;
+        parts.list.restore(loading.state.devices.clone())?;
         // Another guest may go on from the same state.
-        parts.generation.renew(vm.memory())?;
+        lock(&parts.generation).renew(vm.memory())?;
         vm.restore(&loading.state.vm, &loading.state.vcpus)
             .map_err(SnapshotError::from)?;
         let start =
@@ -318,7 +292,6 @@ impl Machine {
         let mut machine = parts.start(ops, start, kernel)?;
         machine.base = loading.base().cloned();
         machine.served = served;
-        machine.is_new = true;
         loading.keep_disks();
         Ok(machine)
     }

@@ -20,7 +20,7 @@ pub struct VsockHost {
 /// The device, and the socket that goes with it.
 pub(super) struct Vsock {
     pub(super) device: Arc<Mutex<VirtioVsock>>,
-    _socket: ApiSocket,
+    pub(super) socket: ApiSocket,
 }
 
 impl Vsock {
@@ -49,7 +49,7 @@ impl Vsock {
         let device = VirtioVsock::new(device, new_interrupt("vsock device")?);
         Ok(Some(Self {
             device: Arc::new(Mutex::new(device.map_err(host("vsock device"))?)),
-            _socket: socket,
+            socket,
         }))
     }
 }

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use devices::virtio::pmem::MappingFigures;
 use memshare::{
     Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window, max_map_count,
 };
@@ -84,7 +85,7 @@ impl MapBudget {
 
     /// What is left beside disks that are mapped.
     #[must_use]
-    pub fn beside(self, mapped: impl Iterator<Item = Figures>) -> Self {
+    pub fn beside(self, mapped: impl Iterator<Item = MappingFigures>) -> Self {
         let taken = mapped.map(|figures| figures.mappings).sum();
         Self(self.0.saturating_sub(taken))
     }
@@ -93,17 +94,6 @@ impl MapBudget {
     pub(crate) fn new(mappings: usize) -> Self {
         Self(mappings)
     }
-}
-
-/// What a disk looks like as memory.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Figures {
-    /// Mappings in the process, fresh memory among them.
-    pub mappings: usize,
-    /// Pages that are mapped from files.
-    pub mapped: u64,
-    /// Pages that had to be copied.
-    pub copied: u64,
 }
 
 /// A disk and the memory that shows it.
@@ -117,7 +107,7 @@ pub(super) struct MappedDisk {
     table: Table,
     /// Which pages are those of another file, laid over the disk's.
     laid: Mutex<Table>,
-    figures: Figures,
+    figures: MappingFigures,
 }
 
 impl MappedDisk {
@@ -148,7 +138,7 @@ impl MappedDisk {
             tickets: Mutex::default(),
             table: Table::default(),
             laid: Mutex::default(),
-            figures: Figures::default(),
+            figures: MappingFigures::default(),
         };
         let mut mapper = Mapper {
             disk: &**disk,
@@ -162,7 +152,7 @@ impl MappedDisk {
             asked: None,
             files: FileRegistry::default(),
             table: Table::default(),
-            figures: Figures::default(),
+            figures: MappingFigures::default(),
         };
         let mut extents = Vec::new();
         for offset in (0..size).step_by(PIECE as usize) {
@@ -253,7 +243,7 @@ impl MappedDisk {
         files
     }
 
-    pub(super) fn figures(&self) -> Figures {
+    pub(super) fn figures(&self) -> MappingFigures {
         self.figures
     }
 
@@ -303,7 +293,7 @@ struct Mapper<'a> {
     asked: Option<(Arc<File>, bool)>,
     files: FileRegistry,
     table: Table,
-    figures: Figures,
+    figures: MappingFigures,
 }
 
 impl Mapper<'_> {
@@ -406,14 +396,14 @@ impl Mapper<'_> {
                 offset: run.file_offset,
                 state: PageState::Mapped {
                     since: 0,
-                    strikes: 0,
+                    early_writes: 0,
                 },
             },
         });
         Ok(())
     }
 
-    fn finish(mut self) -> Result<(Table, Figures), MapError> {
+    fn finish(mut self) -> Result<(Table, MappingFigures), MapError> {
         if let Some(run) = self.run.take() {
             self.map_run(&run)?;
         }

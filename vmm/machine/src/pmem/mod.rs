@@ -24,12 +24,12 @@ use std::sync::{Arc, Mutex};
 
 use devices::bus::BusDevice;
 use devices::virtio::Interrupt;
-use devices::virtio::pmem::{Backing, PmemConfig as DeviceConfig, PmemMetrics, VirtioPmem};
+use devices::virtio::pmem::{Backing, MappingFigures, PmemConfig as DeviceConfig, VirtioPmem};
 use memshare::{LostPage, PAGE_SIZE, SharedFile, Window};
 use storage::{Disk, OpenError, OpenOptions, Parents};
 
 use self::map::MappedDisk;
-pub use self::map::{Figures, MapBudget, MapError};
+pub use self::map::{MapBudget, MapError};
 pub use self::own_pages::OwnPagesError;
 use self::writeback::Writeback;
 pub use self::writeback::{DirtyPages, WritebackError};
@@ -59,21 +59,11 @@ pub enum PmemError {
     Host(io::Error),
 }
 
-/// What a pmem device has done, and what it was made of.
-#[derive(Clone, Debug)]
-pub struct PmemCounters {
-    /// The device's.
-    pub device: Arc<PmemMetrics>,
-    /// The mapping's.
-    pub mapping: Figures,
-}
-
 /// A pmem device of a guest, and the disk behind it.
 pub struct Pmem {
     device: Arc<Mutex<VirtioPmem>>,
     memory: PmemMemory,
     writeback: Option<Arc<Writeback<DirtyLog>>>,
-    metrics: Arc<PmemMetrics>,
     guard: Option<Guard>,
 }
 
@@ -152,7 +142,7 @@ impl PmemMemory {
     }
 
     /// What the disk looks like as memory.
-    pub(crate) fn figures(&self) -> Figures {
+    pub(crate) fn figures(&self) -> MappingFigures {
         self.disk.figures()
     }
 
@@ -233,6 +223,7 @@ impl Pmem {
             backing: writeback
                 .clone()
                 .map(|writeback| writeback as Arc<dyn Backing>),
+            mapping,
         };
         let device = VirtioPmem::new(device, interrupt).map_err(PmemError::Host)?;
         let guard = match config.mode() {
@@ -247,7 +238,6 @@ impl Pmem {
             PmemMode::Cow | PmemMode::Rw => None,
         };
         Ok(Self {
-            metrics: device.metrics(),
             device: Arc::new(Mutex::new(device)),
             memory: PmemMemory {
                 address: placed.address,
@@ -272,14 +262,6 @@ impl Pmem {
     /// What belongs on the MMIO bus, where the guest may only read.
     pub fn guard(&self) -> Option<&Guard> {
         self.guard.as_ref()
-    }
-
-    /// What it has done.
-    pub fn counters(&self) -> PmemCounters {
-        PmemCounters {
-            device: self.metrics.clone(),
-            mapping: self.memory.disk.figures(),
-        }
     }
 
     /// The disk.

@@ -112,7 +112,7 @@ impl MappedDisk {
                 offset,
                 state: PageState::Mapped {
                     since: 0,
-                    strikes: 0,
+                    early_writes: 0,
                 },
             },
         });

@@ -8,7 +8,7 @@ use storage::{
     ByteRange, Disk, DiskError, Extent, Format, Geometry, Mapping, SectorSize, Ticket, blocking,
 };
 
-use super::map::{Figures, MapBudget, MapError, MappedDisk};
+use super::map::{MapBudget, MapError, MappedDisk};
 use super::writeback::{DirtyPages, Writeback, WritebackError, runs};
 use super::*;
 
@@ -461,7 +461,7 @@ fn the_budget_is_half_of_what_the_host_lets_a_process_have() {
     let path = folder.raw("raw", &[0; 4096]);
     let mut budget = MapBudget::of_host();
     let first = MappedDisk::new(&open(&path, true), &mut budget).unwrap();
-    let expected = Figures {
+    let expected = MappingFigures {
         mappings: 2,
         mapped: 1,
         copied: 0,

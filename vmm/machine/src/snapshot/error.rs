@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use devices::lifecycle::SaveError;
+
 use super::UffdError;
 use crate::pmem::{OwnPagesError, WritebackError};
 use kvm::vm::StateError;
@@ -41,6 +43,9 @@ pub enum SnapshotError {
         /// Bytes that it should have.
         expected: u64,
     },
+    /// The state of a device.
+    #[error(transparent)]
+    Save(#[from] SaveError),
     /// Bytes that are not those that were written.
     #[error("{} is damaged: the checksum of its bytes from {offset:#x} on is another", path.display())]
     Damaged {

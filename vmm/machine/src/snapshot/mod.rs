@@ -10,7 +10,6 @@
 //! guests that are loaded from a memory file share its pages, through the host's page cache, until they write to them; that is what a clone is.
 //! A page-fault handler can give the memory instead, see [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
 
-mod devices;
 mod disks;
 mod error;
 mod file;
@@ -21,6 +20,7 @@ mod uffd;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use devices::device_list::DeviceStates;
 use memshare::SharedMemory;
 use serde::{Deserialize, Serialize};
 use storage::vhdx::{ChildOptions, Vhdx};
@@ -31,7 +31,6 @@ use config::{CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackendType, Sna
 use config::{DriveConfig, VmConfig};
 use kvm::vm::{VcpuState, VmState};
 
-pub use devices::DevicesState;
 pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
@@ -50,7 +49,7 @@ pub(crate) struct GuestState {
     pub config: VmConfig,
     pub vm: VmState,
     pub vcpus: Vec<VcpuState>,
-    pub devices: DevicesState,
+    pub devices: DeviceStates,
     pub drives: Vec<DriveState>,
     /// By id; of none that was saved before these were noted.
     #[serde(default)]

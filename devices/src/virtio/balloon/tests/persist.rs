@@ -11,14 +11,14 @@ type Change = fn(&mut BalloonDeviceState);
 /// Saves the driver's device, and lets the driver go on with another.
 fn move_on(driver: &mut Driver<'_>) {
     driver.device.pause();
-    let state = through_json(&driver.device.save());
+    let state = through_json(&driver.device.save_state());
     let positions = driver.device.ring_positions();
     let (mut restored, given) = device(&BalloonConfig {
         target_pages: 1,
         statistics_interval: 9,
         ..everything()
     });
-    restored.restore(&state).unwrap();
+    restored.restore_state(&state).unwrap();
     let queues = driver.rings.iter().zip(positions).map(|(ring, position)| {
         let mut queue = ring.queue();
         position.unwrap().set(&mut queue);
@@ -30,7 +30,7 @@ fn move_on(driver: &mut Driver<'_>) {
         features: driver.device.features(),
     };
     restored.activate(activation).unwrap();
-    assert_eq!(restored.save(), state);
+    assert_eq!(restored.save_state(), state);
     restored.resume();
     driver.device = restored;
     driver.given = given;
@@ -78,7 +78,7 @@ fn a_run_of_hinting_goes_on_in_the_restored_balloon() {
 #[test]
 fn a_state_that_no_balloon_can_have_is_refused_by_the_name_of_its_field() {
     let (mut balloon, _) = device(&everything());
-    let good = balloon.save();
+    let good = balloon.save_state();
     let changes: [(&str, Change); 5] = [
         ("statistics was off", |state| state.statistics_interval = 0),
         ("statistics buffer", |state| {
@@ -94,20 +94,20 @@ fn a_state_that_no_balloon_can_have_is_refused_by_the_name_of_its_field() {
     for (field, change) in changes {
         let mut bad = good.clone();
         change(&mut bad);
-        let error = balloon.restore(&bad).unwrap_err();
+        let error = balloon.restore_state(&bad).unwrap_err();
         assert!(error.to_string().contains(field), "{field}: {error}");
-        assert_eq!(balloon.save(), good);
+        assert_eq!(balloon.save_state(), good);
     }
     let (mut plain, _) = device(&BalloonConfig::default());
-    let mut state = plain.save();
+    let mut state = plain.save_state();
     state.hinting.last = 2;
-    plain.restore(&state).unwrap_err();
+    plain.restore_state(&state).unwrap_err();
     state.hinting.last = 0;
     state.statistics_buffer = Some(0);
-    plain.restore(&state).unwrap_err();
+    plain.restore_state(&state).unwrap_err();
     let memory = memory();
     let mut driver = Driver::with_everything(&memory);
-    let error = driver.device.restore(&good).unwrap_err();
+    let error = driver.device.restore_state(&good).unwrap_err();
     assert!(matches!(error, RestoreError::InUse { .. }));
 }
 
@@ -127,9 +127,9 @@ fn rings_that_say_otherwise_than_the_state_what_the_balloon_keeps_are_refused() 
         let (mut balloon, _) = device(&everything());
         let state = BalloonDeviceState {
             statistics_buffer: kept,
-            ..balloon.save()
+            ..balloon.save_state()
         };
-        balloon.restore(&state).unwrap();
+        balloon.restore_state(&state).unwrap();
         let rings = Ring::several(&memory, QUEUES).into_iter().enumerate();
         let queues = rings.map(|(index, ring)| {
             let mut ring = ring.queue();

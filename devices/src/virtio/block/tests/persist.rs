@@ -25,11 +25,11 @@ fn with(change: impl FnOnce(&mut FileDisk, &mut BlockConfig)) -> VirtioBlock {
 
 #[test]
 fn the_disk_the_guest_knows_is_gone_on_with_and_any_other_is_refused() {
-    let state = through_json(&with(|_, _| {}).save());
+    let state = through_json(&with(|_, _| {}).save_state());
     let mut same = with(|_, _| {});
-    same.restore(&state).unwrap();
+    same.restore_state(&state).unwrap();
     assert!(same.paused);
-    assert_eq!(same.save(), state);
+    assert_eq!(same.save_state(), state);
     let others: [(Change, &str); 7] = [
         (
             |disk, _| disk.geometry.size *= 2,
@@ -61,7 +61,7 @@ fn the_disk_the_guest_knows_is_gone_on_with_and_any_other_is_refused() {
         ),
     ];
     for (change, message) in others {
-        let error = with(change).restore(&state).unwrap_err();
+        let error = with(change).restore_state(&state).unwrap_err();
         assert!(matches!(error, RestoreError::Mismatch { .. }));
         assert_eq!(error.to_string(), format!("virtio-blk: {message}"));
     }
@@ -74,7 +74,7 @@ fn a_disk_that_has_grown_under_the_guest_is_saved_with_its_new_capacity() {
     Arc::get_mut(&mut larger).unwrap().geometry.size = 2 * DISK_SIZE;
     device.replace_disk(larger).unwrap();
     with(|disk, _| disk.geometry.size *= 2)
-        .restore(&device.save())
+        .restore_state(&device.save_state())
         .unwrap();
 }
 
@@ -82,7 +82,7 @@ fn a_disk_that_has_grown_under_the_guest_is_saved_with_its_new_capacity() {
 fn a_device_in_use_and_rings_with_requests_under_way_are_refused() {
     let memory = memory();
     let mut device = with(|_, _| {});
-    let state = device.save();
+    let state = device.save_state();
     let ring = MockSplitQueue::new(&memory, QUEUE_SIZE);
     let mut queue: Queue = ring.create_queue().unwrap();
     queue.set_next_avail(1);
@@ -93,6 +93,6 @@ fn a_device_in_use_and_rings_with_requests_under_way_are_refused() {
     };
     device.activate(activation).unwrap_err();
     activate(&mut device, &memory, ring.create_queue().unwrap(), true);
-    let error = device.restore(&state).unwrap_err();
+    let error = device.restore_state(&state).unwrap_err();
     assert!(matches!(error, RestoreError::InUse { .. }));
 }

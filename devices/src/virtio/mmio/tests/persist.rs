@@ -23,15 +23,18 @@ fn running() -> Driver {
 
 fn restored(state: &TransportState) -> Driver {
     let mut driver = Driver::new();
-    driver.transport.restore(&through_json(state)).unwrap();
+    driver
+        .transport
+        .restore_state(&through_json(state))
+        .unwrap();
     driver
 }
 
 #[test]
 fn a_device_in_use_goes_on_with_its_rings_where_they_were() {
-    let saved = running().transport.save();
+    let saved = running().transport.save_state();
     let mut driver = restored(&saved);
-    assert_eq!(driver.transport.save(), saved);
+    assert_eq!(driver.transport.save_state(), saved);
     assert_eq!(driver.read(register::STATUS), status::DRIVER_OK);
     let mut device = driver.device.lock().unwrap();
     assert_eq!(device.active, Some((vec![true, true], RING_FEATURES)));
@@ -62,7 +65,7 @@ fn a_driver_can_go_on_from_each_step_of_its_start() {
     ];
     let mut driver = Driver::new();
     for step in steps {
-        driver = restored(&driver.transport.save());
+        driver = restored(&driver.transport.save_state());
         step(&mut driver);
     }
     assert_eq!(driver.read(register::STATUS), status::DRIVER_OK);
@@ -76,7 +79,7 @@ fn a_device_that_needs_a_reset_is_not_started_but_still_needs_it() {
     driver.negotiate();
     driver.set_up_queue(0, 0x10_0000);
     driver.status(status::DRIVER_OK);
-    let mut driver = restored(&driver.transport.save());
+    let mut driver = restored(&driver.transport.save_state());
     assert_eq!(
         driver.read(register::STATUS),
         status::DRIVER_OK | status::NEEDS_RESET
@@ -90,9 +93,9 @@ fn a_device_that_needs_a_reset_is_not_started_but_still_needs_it() {
 fn a_driver_that_gave_up_on_a_device_has_it_given_up_still() {
     let mut driver = running();
     driver.status(status::DRIVER_OK | status::FAILED);
-    let saved = driver.transport.save();
+    let saved = driver.transport.save_state();
     let mut driver = restored(&saved);
-    assert_eq!(driver.transport.save(), saved);
+    assert_eq!(driver.transport.save_state(), saved);
     assert_eq!(
         driver.read(register::STATUS),
         status::DRIVER_OK | status::FAILED
@@ -105,7 +108,7 @@ fn a_pending_interrupt_is_raised_once_when_the_device_goes_on() {
     let interrupt = driver.device.lock().unwrap().interrupt.clone();
     interrupt.signal_used();
     interrupt.signal_config_change();
-    let pending = driver.transport.save();
+    let pending = driver.transport.save_state();
     let mut driver = restored(&pending);
     let interrupt = driver.device.lock().unwrap().interrupt.clone();
     assert!(interrupt.irqfd().read().is_err(), "not before");
@@ -128,8 +131,8 @@ fn a_pending_interrupt_is_raised_once_when_the_device_goes_on() {
 #[test]
 fn a_transport_in_use_is_not_restored() {
     let mut driver = running();
-    let state = driver.transport.save();
-    let error = driver.transport.restore(&state).unwrap_err();
+    let state = driver.transport.save_state();
+    let error = driver.transport.restore_state(&state).unwrap_err();
     assert!(matches!(error, RestoreError::InUse { .. }));
 }
 
@@ -175,15 +178,15 @@ fn a_state_that_no_transport_can_have_is_refused_by_the_name_of_its_field() {
             state.queues[0].next_avail = 1;
         }),
     ];
-    let good = running().transport.save();
+    let good = running().transport.save_state();
     for (field, change) in changes {
         let mut bad = good.clone();
         change(&mut bad);
         let mut driver = Driver::new();
-        let untouched = driver.transport.save();
-        let error = driver.transport.restore(&bad).unwrap_err();
+        let untouched = driver.transport.save_state();
+        let error = driver.transport.restore_state(&bad).unwrap_err();
         assert!(error.to_string().contains(field), "{field}: {error}");
-        assert_eq!(driver.transport.save(), untouched, "{field}");
+        assert_eq!(driver.transport.save_state(), untouched, "{field}");
         assert_eq!(driver.device.lock().unwrap().active, None);
     }
 }
@@ -248,8 +251,8 @@ proptest! {
             queues,
         };
         let mut driver = Driver::new();
-        if driver.transport.restore(&state).is_ok() {
-            prop_assert_eq!(driver.transport.save().status, status);
+        if driver.transport.restore_state(&state).is_ok() {
+            prop_assert_eq!(driver.transport.save_state().status, status);
             let device = driver.device.lock().unwrap();
             prop_assert_eq!(device.active.is_some(), status & 15 == 15 && !needs_reset);
             for ring in device.rings.iter().flatten() {

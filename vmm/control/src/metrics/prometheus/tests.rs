@@ -1,10 +1,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
+use devices::virtio::balloon::BalloonMetrics;
+use devices::virtio::block::BlockMetrics;
+use devices::virtio::pmem::{MappingFigures, PmemMetrics};
 use devices::virtio::rng::RngMetrics;
+use devices::virtio::vsock::VsockMetrics;
 
 use super::*;
-use devices::virtio::block::BlockMetrics;
+use crate::metrics::of_kind;
 use kvm::vm::ExitKind;
 
 /// A metric family, as a reader of the text finds it.
@@ -158,19 +162,18 @@ fn scrape() -> Scrape {
 }
 
 fn full() -> Scrape {
-    let block = Arc::new(BlockMetrics::default());
+    let block = BlockMetrics::default();
     block.read_bytes.store(u64::MAX, Ordering::Relaxed);
     for micros in [7, 25, 30, 20_000_000] {
         block.read_latency.record(Duration::from_micros(micros));
     }
-    let pmem = PmemCounters {
-        device: Arc::default(),
-        mapping: machine::pmem::Figures {
-            mappings: 3,
-            mapped: 40,
-            copied: 1,
-        },
+    let mapping = MappingFigures {
+        mappings: 3,
+        mapped: 40,
+        copied: 1,
     };
+    let mut pmem = PmemMetrics::default().describe();
+    pmem.extend(mapping.describe());
     Scrape {
         process: Some(Usage {
             private: 3,
@@ -184,16 +187,19 @@ fn full() -> Scrape {
             refused_pages: [("differs", 5), ("partial", 0)].into(),
             ..SharingReport::default()
         }),
-        devices: Some(DeviceMetrics {
-            drives: [
-                ("root".to_owned(), block),
-                ("data_1".to_owned(), Arc::default()),
-            ]
-            .into(),
-            pmem: [("base".to_owned(), pmem)].into(),
-            entropy: Some(Arc::new(RngMetrics::default())),
-            balloon: Some(Arc::default()),
-            vsock: Some(Arc::default()),
+        devices: Some(MachineMetrics {
+            devices: vec![
+                of_kind("virtio-blk", "root", block.describe()),
+                of_kind("virtio-blk", "data_1", BlockMetrics::default().describe()),
+                of_kind("virtio-pmem", "base", pmem),
+                of_kind("virtio-rng", "entropy", RngMetrics::default().describe()),
+                of_kind("virtio-vsock", "vsock", VsockMetrics::default().describe()),
+                of_kind(
+                    "virtio-balloon",
+                    "balloon",
+                    BalloonMetrics::default().describe(),
+                ),
+            ],
             exits: vec![(ExitKind::IoOut, 12), (ExitKind::MmioRead, 0)],
             booted: None,
         }),
@@ -300,4 +306,50 @@ fn what_only_grows_is_a_counter() {
         "vsock_connections",
     ];
     assert_eq!(gauges, expected.into());
+}
+
+#[test]
+fn the_families_of_devices_are_named_as_ever() {
+    let families = parse(&full().encode().unwrap());
+    let of_devices = ["balloon", "block", "entropy", "pmem", "vsock"];
+    let names: Vec<_> = families
+        .keys()
+        .map(|name| name.trim_start_matches("coppice_"))
+        .filter(|name| of_devices.iter().any(|device| name.starts_with(device)))
+        .collect();
+    let expected = [
+        "balloon_deflations",
+        "balloon_failures",
+        "balloon_inflations",
+        "balloon_refused_ranges",
+        "balloon_returned_bytes",
+        "balloon_returned_ranges",
+        "balloon_statistics",
+        "balloon_statistics_failures",
+        "block_discards",
+        "block_errors",
+        "block_failures",
+        "block_flushes",
+        "block_read_bytes",
+        "block_reads",
+        "block_request_duration_seconds",
+        "block_writes",
+        "block_written_bytes",
+        "entropy_bytes",
+        "entropy_failures",
+        "pmem_copied_pages",
+        "pmem_errors",
+        "pmem_failures",
+        "pmem_flushes",
+        "pmem_mapped_pages",
+        "pmem_mappings",
+        "pmem_written_bytes",
+        "vsock_bytes",
+        "vsock_connections",
+        "vsock_failures",
+        "vsock_opened",
+        "vsock_packets",
+        "vsock_resets",
+    ];
+    assert_eq!(names, expected);
 }
