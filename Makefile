@@ -75,8 +75,8 @@ lint: setup
 	$(STEP) clippy cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(STEP) documentation cargo doc --workspace --no-deps --document-private-items --quiet
 
-# Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail. Tests that cannot run for want
-# of a right are named at the end.
+# Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail. Tests that
+# cannot run for want of a right are named at the end.
 unit: setup
 	resources/unit.sh
 

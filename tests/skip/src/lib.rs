@@ -1,8 +1,9 @@
 //! Lets a test say that it cannot run on this machine.
 //!
-//! The harness knows a test that passed and one that failed. A test that returns early because the host forbids what it is about would
-//! count as passed, and what it prints is thrown away with the output of all that pass. So it also writes a line to the file that
-//! `COPPICE_SKIPPED` names; `make unit` prints that file's lines, and their number, when all tests have ended.
+//! The harness knows a test that passed and one that failed. A test that returns early because the host forbids what it
+//! is about would count as passed, and what it prints is thrown away with the output of all that pass. So it also
+//! writes a line to the file that `COPPICE_SKIPPED` names; `make unit` prints that file's lines, and their number, when
+//! all tests have ended.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -10,7 +11,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
-/// Names the file that gets a line for each test that cannot run. An absolute path: tests run in the folders of their crates.
+/// Names the file that gets a line for each test that cannot run. An absolute path: tests run in the folders of their
+/// crates.
 const FILE: &str = "COPPICE_SKIPPED";
 
 /// Records that the calling test does not run, and why. The test has to return after it.
@@ -32,7 +34,8 @@ pub fn because(reason: &str) {
     }
 }
 
-/// Whether this process is root's. Where it is not, records that the calling test does not run, as it has to become others.
+/// Whether this process is root's. Where it is not, records that the calling test does not run, as it has to become
+/// others.
 pub fn unless_root() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {

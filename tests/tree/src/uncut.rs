@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 /// A level of a crate's modules: the crate, and the module whose own code and children have circles among them.
 pub type Level<'a> = (&'a str, String);
 
-/// The levels that have circles. The list only shrinks: a circle at another level fails the check, and so does a level that
-/// is listed and has none any more.
+/// The levels that have circles. The list only shrinks: a circle at another level fails the check, and so does a level
+/// that is listed and has none any more.
 ///
-/// Nearly all are of one kind: `mod.rs` defines an error or an options type that its children use, and uses the children.
-/// They are cut by giving that type a file of its own.
+/// Nearly all are of one kind: `mod.rs` defines an error or an options type that its children use, and uses the
+/// children. They are cut by giving that type a file of its own.
 pub const LEVELS: &[(&str, &str)] = &[
     ("bench", "crate"),
     ("cli", "crate"),

@@ -21,7 +21,8 @@ fn used(stat: &Stat) -> Duration {
     duration(stat.utime.saturating_add(stat.stime))
 }
 
-/// Reads something of a process. The name that a process gives itself is no text, if it so wishes: nothing here depends on it.
+/// Reads something of a process. The name that a process gives itself is no text, if it so wishes: nothing here depends
+/// on it.
 fn read<T>(pid: u32, read: impl FnOnce(&Process) -> procfs::ProcResult<T>) -> Result<T, ProcError> {
     let path = PathBuf::from(format!("/proc/{pid}"));
     Process::new_with_root(path.clone())
