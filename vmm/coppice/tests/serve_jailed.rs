@@ -33,15 +33,6 @@ use serde_json::{Value, json};
 use serve::daemon::{Daemon, until};
 use serve::traces::{disk, source};
 
-/// What is shown here takes root: a user's guests have no users of their own.
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("not shown: this takes root, to become others");
-    }
-    root
-}
-
 /// The user that a guest is, or is going to be.
 fn uid(daemon: &Daemon, id: &str) -> u32 {
     let vm = daemon.get(&format!("/vms/{id}"));
@@ -85,7 +76,7 @@ fn open_to_all(path: &Path) {
 
 #[test]
 fn two_guests_of_a_daemon_see_nothing_of_each_other() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -185,7 +176,7 @@ fn a_socket_that_a_guest_replaces_leads_to_nobody_else() {
 
 #[test]
 fn a_guest_makes_files_in_its_folder_and_nowhere_else() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -218,7 +209,7 @@ fn a_guest_makes_files_in_its_folder_and_nowhere_else() {
 
 #[test]
 fn a_template_is_the_daemons_and_its_clones_are_users_of_their_own() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -248,7 +239,7 @@ fn a_template_is_the_daemons_and_its_clones_are_users_of_their_own() {
 
 #[test]
 fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -278,7 +269,7 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
 
 #[test]
 fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_is_open() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -410,7 +401,7 @@ fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other()
 
 #[test]
 fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let mut daemon = Daemon::start(&["--jail", "uids=70001-70002"]);
@@ -433,7 +424,7 @@ fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
 
 #[test]
 fn a_guest_of_a_daemon_without_jails_is_jailed_when_it_starts_again() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let mut daemon = Daemon::start(&["--jail", "off"]);
@@ -484,9 +475,11 @@ impl Drop for Group {
 
 #[test]
 fn nothing_is_left_of_deleted_guests_however_often_the_daemon_is_killed() {
-    let Some(group) = Group::new("coppice-test").filter(|_| is_root()) else {
-        eprintln!("not shown: this takes root and cgroup v2");
+    if !skip::unless_root() {
         return;
+    }
+    let Some(group) = Group::new("coppice-test") else {
+        return skip::because("there is no cgroup v2 that can be written to");
     };
     let mounts = || {
         fs::read_to_string("/proc/self/mountinfo")

@@ -458,7 +458,7 @@ mod tests {
     #[test]
     fn a_guest_is_given_its_disks_and_never_the_records_or_what_it_has_linked_there() {
         use std::os::unix::fs::{MetadataExt, symlink};
-        if !geteuid().is_root() {
+        if !skip::unless_root() {
             return;
         }
         let folder = tempfile::tempdir().unwrap();
