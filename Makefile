@@ -1,9 +1,9 @@
-# The two commands of the README are `make demo` and `make test`; both set up what they need.
+# The two commands of README.md are `make demo` and `make test`; both set up what they need.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(HOME)/.cargo/bin:$(PATH):/sbin:/usr/sbin
-.PHONY: help setup guest guest-update emulator build install deb demo test lint unit api web fuzz power-cuts lab bench bench-density clean
+.PHONY: help setup guest guest-update emulator build install deb demo docs docs-check reference test lint unit api web fuzz power-cuts lab bench bench-density clean
 
 # Static: one file runs on any host, and in the lab, whose host has no libraries.
 TARGET := x86_64-unknown-linux-gnu
@@ -15,6 +15,8 @@ help:
 	@echo "make test          set up, and run all tests: fmt, licences, module tree, clippy, docs, unit and interop, api, web, fuzz, lab"
 	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit api web fuzz lab   the parts of make test"
+	@echo "make docs          the documentation as a book, in target/book"
+	@echo "make reference     writes what of docs/reference is made from the code"
 	@echo "make web           the daemon's page in headless Chromium; a picture in target/web.png"
 	@echo "make install       into PREFIX (/usr/local), below DESTDIR: program, man pages, completions, systemd units"
 	@echo "make deb           the same as a Debian package, target/coppice.deb"
@@ -90,6 +92,21 @@ web: setup
 	command -v chromium >/dev/null || sudo apt-get install -q -y --no-install-recommends chromium || apt-get install -q -y --no-install-recommends chromium
 	cargo build -p coppice
 	resources/web/check.sh target/web.png
+
+# The documentation: links lead somewhere, every page is in the book, and what is made from the code is current. Its tests compare pages of
+# docs/reference with the code, and write them when they are told to.
+lint: docs-check
+REFERENCE := cargo nextest run --workspace --lib --bins -E 'test(/reference.*is_current/)'
+docs-check: setup
+	resources/docs.sh check
+	$(REFERENCE)
+
+reference: setup
+	UPDATE_EXPECT=1 $(REFERENCE)
+
+# mdBook is compiled for this, and so not by setup.
+docs: setup
+	resources/docs.sh build
 
 # FUZZ_SECONDS for each target, 60 if not said.
 fuzz: setup

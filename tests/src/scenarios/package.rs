@@ -297,7 +297,7 @@ fn outlives(name: &str, pid: &Value) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Has the service run with other options of `coppice serve`, as the README says how to.
+/// Has the service run with other options of `coppice serve`, as `docs/guide/install.md` says how to.
 fn serve_with(options: &str) -> Result<(), Failure> {
     println!("lab: the service with {options:?}");
     let path = PathBuf::from(DROP_IN).join("override.conf");

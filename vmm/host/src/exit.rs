@@ -184,7 +184,34 @@ impl From<&ExitReason> for EndReport {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
+    use expect_test::expect_file;
+
     use super::*;
+
+    const HEAD: &str = "# Exit codes
+
+Of `coppice run`, as its help tells them; written here by `make reference`; do not edit.
+
+| code | |
+|---|---|
+";
+
+    const TAIL: &str = "
+An error is one line on standard error that begins with `coppice: `. `--end-file FILE` gets the reason as JSON: see [EndReport](rest-operations.md#endreport).
+";
+
+    #[test]
+    fn the_reference_of_exit_codes_is_current() {
+        let mut page = HEAD.to_owned();
+        for line in HELP.lines().skip(1) {
+            let (code, meaning) = line.trim_start().split_once(' ').unwrap();
+            writeln!(page, "| {code} | {} |", meaning.trim_start()).unwrap();
+        }
+        page.push_str(TAIL);
+        expect_file!["../../../docs/reference/exit-codes.md"].assert_eq(&page);
+    }
 
     #[test]
     fn every_end_has_the_code_that_the_help_names() {

@@ -322,3 +322,21 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
     report.note(Layer::Landlock, landlock::enter(needs, in_tree));
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use utoipa::PartialSchema;
+
+    use super::*;
+
+    #[test]
+    fn the_reference_of_jail_layers_is_current() {
+        let schema = serde_json::to_value(Layer::schema()).unwrap();
+        let layers = schema["enum"].as_array().unwrap().iter();
+        let layers = layers.map(|name| name.as_str().unwrap());
+        let page = include_str!("../../../docs/reference/jail-layers.md");
+        let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+        let documented = rows.map(|row| row.split('`').next().unwrap());
+        assert_eq!(documented.collect::<Vec<_>>(), layers.collect::<Vec<_>>());
+    }
+}

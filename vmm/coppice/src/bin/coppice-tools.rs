@@ -182,7 +182,34 @@ fn examine_host(json: bool) -> ExitCode {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
+    use expect_test::expect_file;
+
     use super::*;
+
+    /// What `--help` says, for each command below one another.
+    fn reference(command: &mut clap::Command, page: &mut String) {
+        let name = command.get_bin_name().unwrap_or("coppice").to_owned();
+        let help = command.render_long_help().to_string();
+        let lines = help.trim_end().lines().map(str::trim_end);
+        let help = lines.collect::<Vec<_>>().join("\n");
+        writeln!(page, "\n## {name}\n\n```text\n{help}\n```").unwrap();
+        for sub in command.get_subcommands_mut() {
+            if !sub.is_hide_set() && sub.get_name() != "help" {
+                reference(sub, page);
+            }
+        }
+    }
+
+    #[test]
+    fn the_command_line_reference_is_current() {
+        let mut page = "# Command line\n\nWhat `--help` says of each command, written here by `make reference`; do not edit.\n".to_owned();
+        let mut command = whole_command();
+        command.build();
+        reference(&mut command, &mut page);
+        expect_file!["../../../../docs/reference/command-line.md"].assert_eq(&page);
+    }
 
     #[test]
     fn every_tool_has_its_place_in_the_command_line() {

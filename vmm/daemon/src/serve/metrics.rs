@@ -335,6 +335,10 @@ pub async fn of_guest(vm: Arc<Vm>) -> Option<(String, String)> {
 
 #[cfg(test)]
 mod tests {
+    use expect_test::expect_file;
+
+    use super::super::spec::RestartPolicy;
+    use super::super::status::MemorySplit;
     use super::*;
 
     #[test]
@@ -368,5 +372,64 @@ mod tests {
         }
         assert!(text.contains("coppice_vms{state=\"running\"} 0"), "{text}");
         assert_eq!(text.matches("# EOF").count(), 1);
+    }
+
+    /// A guest of which all is known.
+    fn guest() -> VmStatus {
+        VmStatus {
+            id: "web".to_owned(),
+            state: State::Running,
+            pid: Some(1),
+            vcpus: 1,
+            mem_size_mib: 128,
+            created_ms: 0,
+            uid: 0,
+            uptime_s: Some(1),
+            start_ms: Some(1),
+            restart: RestartPolicy::Never,
+            restarts: 0,
+            labels: BTreeMap::new(),
+            end: None,
+            memory: Some(MemorySplit {
+                private_kib: 1,
+                shared_kib: 1,
+                proportional_kib: 1,
+            }),
+            cpu_s: Some(0.5),
+            template: None,
+            vsock: None,
+            guest_uid: None,
+            config: None,
+        }
+    }
+
+    /// Names, kinds and meanings, for readers: a line of a table for each metric of `text`.
+    fn table(text: &str) -> String {
+        let mut table = "| metric | kind | labels | |\n|---|---|---|---|\n".to_owned();
+        for metric in text.split("# HELP ").skip(1) {
+            let (about, rest) = metric.split_once('\n').unwrap();
+            let (name, help) = about.split_once(' ').unwrap();
+            let kind = rest.lines().next().and_then(|line| line.rsplit(' ').next());
+            let kind = kind.unwrap();
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            let sample = rest.lines().find_map(|line| line.split(['{', '}']).nth(1));
+            let labels = sample.unwrap_or_default().split(',');
+            let labels = labels.filter_map(|label| label.split_once('='));
+            let labels = labels.filter(|(label, _)| *label != "le");
+            let labels = labels.map(|(label, _)| format!("`{label}`"));
+            let labels = labels.collect::<Vec<_>>().join(", ");
+            writeln!(table, "| `{name}{suffix}` | {kind} | {labels} | {help} |").unwrap();
+        }
+        table
+    }
+
+    #[test]
+    fn the_reference_of_the_daemons_metrics_is_current() {
+        let own = DaemonMetrics::default();
+        own.answered(&Method::GET, 200, Duration::from_millis(2));
+        let text = own.encode(vec![guest()], Some(Usage::default())).unwrap();
+        let head = "# Metrics of the daemon\n\nWritten here by `make reference`; do not edit. [Metrics](metrics.md) says how they are asked for.\n\n";
+        let page = format!("{head}{}", table(&text));
+        expect_file!["../../../../docs/reference/metrics-daemon.md"].assert_eq(&page);
     }
 }

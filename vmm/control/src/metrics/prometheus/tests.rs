@@ -11,6 +11,8 @@ use super::*;
 use crate::metrics::of_kind;
 use kvm::vm::ExitKind;
 
+mod reference;
+
 /// A metric family, as a reader of the text finds it.
 #[derive(Debug, Default)]
 struct Family {

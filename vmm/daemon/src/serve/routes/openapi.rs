@@ -1,5 +1,8 @@
 //! The `OpenAPI` document, made from the code.
 
+#[cfg(test)]
+mod reference;
+
 use axum::http::header::{CONTENT_TYPE, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
