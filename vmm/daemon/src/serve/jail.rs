@@ -414,7 +414,7 @@ mod tests {
             assert!(taken.insert(uid));
         }
         assert!(next(&taken).is_none());
-        // A guest of the same name is the same user again, where nobody else is.
+        // A guest of the same name gets the same user again, where no other guest has it.
         taken.clear();
         assert_eq!(next(&taken), first);
         let jailed = jails.assign("g", &taken).unwrap().unwrap();

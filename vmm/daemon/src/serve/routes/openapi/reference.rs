@@ -153,5 +153,5 @@ fn the_rest_reference_is_current() {
             assert!(known, "{method} {path} is in no section");
         }
     }
-    expect_file!["../../../../../docs/reference/rest-operations.md"].assert_eq(&page(&document));
+    expect_file!["../../../../../../docs/reference/rest-operations.md"].assert_eq(&page(&document));
 }
