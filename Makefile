@@ -12,7 +12,7 @@ export LAB := target/$(TARGET)/release/lab
 
 help:
 	@echo "make demo          boot four guests from one disk: natively where KVM can, else in the lab"
-	@echo "make test          set up, and run all tests: fmt, clippy, docs, unit and interop, api, web, fuzz, lab"
+	@echo "make test          set up, and run all tests: fmt, licences, module tree, clippy, docs, unit and interop, api, web, fuzz, lab"
 	@echo "make build         the release binary, $(COPPICE)"
 	@echo "make lint unit api web fuzz lab   the parts of make test"
 	@echo "make docs          the documentation as a book, in target/book"
@@ -64,18 +64,23 @@ deb: build
 demo: build guest emulator
 	resources/demo.sh
 
-test: setup
-	resources/phases.sh lint unit api web fuzz lab
+test:
+	resources/phases.sh setup lint unit api web fuzz lab
+
+# Each step says how long it took.
+STEP := resources/step.sh
 
 lint: setup
-	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --document-private-items --quiet
+	$(STEP) format cargo fmt --all --check
+	$(STEP) dependencies resources/deny.sh
+	$(STEP) tree cargo run --quiet -p tree
+	$(STEP) clippy cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(STEP) documentation cargo doc --workspace --no-deps --document-private-items --quiet
 
-# Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail.
+# Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail. Tests that
+# cannot run for want of a right are named at the end.
 unit: setup
-	cargo nextest run --workspace
-	cargo test --workspace --doc --quiet
+	resources/unit.sh
 
 # Property tests of the daemon's API from its own OpenAPI document. EXAMPLES and SEED say how many and which.
 api: setup

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb. Does nothing where all is there.
+# Installs what building and testing Coppice needs on Debian 12: packages, Rust, cargo-nextest, cargo-deb, cargo-deny. Does nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$HOME/.cargo/bin:$PATH:/sbin:/usr/sbin
@@ -76,6 +76,13 @@ cargo_deb=3.8.0
 if [ "$(cargo deb --version 2>/dev/null)" != "cargo-deb $cargo_deb" ]; then
     echo "setup: installing cargo-deb $cargo_deb"
     cargo install --locked --force "cargo-deb@$cargo_deb"
+fi
+# Pinned, as a newer one may refuse more. Optimised it takes 5 minutes of a CPU to compile, and so 2; it checks in 3 seconds.
+cargo_deny=0.20.2
+if [ "$(cargo deny --version 2>/dev/null)" != "cargo-deny $cargo_deny" ]; then
+    echo "setup: installing cargo-deny $cargo_deny"
+    CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=64 \
+        cargo install --locked --force --no-default-features "cargo-deny@$cargo_deny"
 fi
 
 # Property tests of the daemon's API. A version of its own, whatever else of Python is here.

@@ -2,8 +2,10 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::BenchError;
 use super::interrupt::{Interrupt, TICK};
@@ -21,7 +23,7 @@ struct Lines {
 
 impl Lines {
     fn lock(&self) -> MutexGuard<'_, (Vec<(Duration, String)>, bool)> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Reads `source` in a thread of its own, to its end.
@@ -165,8 +167,8 @@ impl Guest {
                     words: self.last_words(),
                 });
             }
-            let state = self.console.lock();
-            drop(self.console.grew.wait_timeout(state, TICK));
+            let mut state = self.console.lock();
+            self.console.grew.wait_for(&mut state, TICK);
         }
     }
 

@@ -9,7 +9,7 @@ use super::serve::default_socket;
 use super::{RunArguments, UsageError};
 use config::VmConfig;
 use control::mmds::Mmds;
-use daemon::remote::VmUse;
+use daemon::remote::GuestCommand;
 
 /// The daemon to talk to, and how.
 #[derive(Clone, Debug, Args)]
@@ -48,9 +48,9 @@ pub enum VmCommand {
     /// Files may be images of the daemon: image:NAME.
     #[command(next_line_help = true)]
     Create(Box<CreateArguments>),
-    /// What needs no description of a guest.
+    /// All that is done with guests that were made.
     #[command(flatten)]
-    Use(VmUse),
+    Existing(GuestCommand),
 }
 
 /// The arguments of `coppice vm create`.

@@ -125,7 +125,7 @@ fn use_guests(arguments: VmArguments) -> ExitCode {
             Ok(body) => outcome(remote::create(&socket, json, &body)),
             Err(error) => fail_with(exit::USAGE, &error),
         },
-        VmCommand::Use(command) => outcome(remote::run(&socket, json, command)),
+        VmCommand::Existing(command) => outcome(remote::run(&socket, json, command)),
     }
 }
 

@@ -5,11 +5,12 @@
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{self, Arc};
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use memshare::ShareMode;
+use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use cli::RunOptions;
@@ -85,20 +86,14 @@ impl Ending {
 
     /// Later reasons are consequences of the first, or too late.
     fn tell(&self, reason: ExitReason) {
-        self.reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(reason);
+        self.reason.lock().get_or_insert(reason);
         if let Err(error) = self.event.write(1) {
             tracing::error!(%error, "the end of the guest cannot be told");
         }
     }
 
     fn told(&self) -> Option<ExitReason> {
-        self.reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.reason.lock().clone()
     }
 }
 
@@ -128,8 +123,8 @@ impl MutEventSubscriber for Wakeups {
 /// What every launch needs, on whichever thread.
 #[derive(Clone)]
 struct Launcher {
-    console: Arc<Mutex<Console>>,
-    console_socket: Option<Arc<Mutex<ConsoleSocket>>>,
+    console: Arc<sync::Mutex<Console>>,
+    console_socket: Option<Arc<sync::Mutex<ConsoleSocket>>>,
     ending: Arc<Ending>,
     warm: Option<Warmer>,
     /// The socket of the vsock device, until there is one.
@@ -147,7 +142,7 @@ impl Launcher {
         let file = path.map(|path| open_output(path)).transpose();
         let file = file.map_err(LaunchError::Serial)?;
         let serial_out = match (&self.console_socket, file) {
-            (Some(socket), file) => lock(socket).serial_out(file),
+            (Some(socket), file) => devices::lock(socket).serial_out(file),
             (None, Some(file)) => Ok(file.into()),
             (None, None) => console::stdout(),
         };
@@ -161,7 +156,7 @@ impl Launcher {
             on_end,
             warm: self.warm.clone(),
             vsock: VsockHost {
-                socket: lock(&self.vsock_socket).take(),
+                socket: self.vsock_socket.lock().take(),
                 metadata: Some(Arc::new(MmdsService {
                     metadata: self.metadata.clone(),
                     imds_compat: config
@@ -173,8 +168,8 @@ impl Launcher {
         })
     }
 
-    fn console(&self) -> std::sync::MutexGuard<'_, Console> {
-        self.console.lock().unwrap_or_else(PoisonError::into_inner)
+    fn console(&self) -> sync::MutexGuard<'_, Console> {
+        devices::lock(&self.console)
     }
 
     /// Builds the guest, and lets it run if it is new; on the thread of the event loop.
@@ -320,13 +315,10 @@ fn serve_to_end(
     tracing::info!(?reason, "ending");
     // A request that starts the guest may hold the lock and wait for the event loop: serve that until it is done.
     loop {
-        match control.try_lock() {
-            Ok(mut control) => break control.end(),
-            Err(TryLockError::Poisoned(control)) => break control.into_inner().end(),
-            Err(TryLockError::WouldBlock) => {
-                manager.run_with_timeout(10)?;
-            }
+        if let Some(mut control) = control.try_lock() {
+            break control.end();
         }
+        manager.run_with_timeout(10)?;
     }
     Ok(reason)
 }
@@ -346,7 +338,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         vsock_socket,
         loading,
         warm,
-    } = prepare(options, &mut lock(&control))?;
+    } = prepare(options, &mut control.lock())?;
 
     let mut manager = EventManager::<Subscriber>::new_with_capacity(32)?;
     let on_quit = {
@@ -355,10 +347,10 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     };
     let input = console::stdin().map_err(host("standard input"))?;
     let raw_mode = RawMode::enter(&input).map_err(host("terminal"))?;
-    let console = Arc::new(Mutex::new(
+    let console = Arc::new(sync::Mutex::new(
         Console::new(input, on_quit).map_err(host("console"))?,
     ));
-    manager.add_subscriber(Arc::new(Mutex::new(Wakeups {
+    manager.add_subscriber(Arc::new(sync::Mutex::new(Wakeups {
         signals,
         ending: ending.clone(),
     })));
@@ -368,7 +360,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         .map(|socket| ConsoleSocket::new(socket.listener()?, console.clone()))
         .transpose()
         .map_err(host("console socket"))?
-        .map(|server| Arc::new(Mutex::new(server)));
+        .map(|server| Arc::new(sync::Mutex::new(server)));
     if let Some(server) = &console_server {
         manager.add_subscriber(server.clone());
     }
@@ -379,18 +371,20 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         ending: ending.clone(),
         warm,
         vsock_socket: vsock_socket.clone(),
-        metadata: lock(&control).mmds().clone(),
+        metadata: control.lock().mmds().clone(),
         only_configure,
     };
 
     if loading.is_some() || start {
-        lock(&control).count_from(begun);
+        control.lock().count_from(begun);
     }
     if let Some(loading) = loading {
         let launch = |config: &VmConfig, origin| launcher.launch(config, origin, &mut manager);
-        lock(&control).load(loading, resume, launch)?;
+        control.lock().load(loading, resume, launch)?;
     } else if start {
-        lock(&control).start(|config, origin| launcher.launch(config, origin, &mut manager))?;
+        control
+            .lock()
+            .start(|config, origin| launcher.launch(config, origin, &mut manager))?;
     }
     let server = match &socket {
         Some(socket) => {
@@ -402,7 +396,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
             match ApiServer::start(socket, control.clone(), api_metrics, Arc::new(launch)) {
                 Ok(server) => Some(server),
                 Err(error) => {
-                    lock(&control).end();
+                    control.lock().end();
                     return Err(host("REST socket")(error));
                 }
             }
@@ -412,13 +406,13 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
 
     let reason = serve_to_end(&mut manager, &ending, &control)?;
     if let Some(console) = console_server {
-        lock(&console).finish();
+        devices::lock(&console).finish();
     }
     if let Some(server) = server {
         server.finish();
     }
     // Of a guest that was never started: the threads of the server, which may start it, end with the process.
-    drop(lock(&vsock_socket).take());
+    drop(vsock_socket.lock().take());
     drop(raw_mode);
     if let ExitReason::Guest(GuestEnd::Failed(error)) = &reason {
         // Which may be a file on a full disk.
@@ -438,8 +432,4 @@ fn warmer(config: &VmConfig, held: bool) -> Option<Warmer> {
     started
         .inspect_err(|error| tracing::warn!(%error, "no reference image is made"))
         .ok()
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! `coppice serve`: disks that are committed into what they stand on, and guests that start anew afterwards.
+//! `coppice serve`: disks that are committed into their parents, and guests that boot again afterwards.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
@@ -18,7 +18,7 @@ use storage::{OpenOptions, blocking};
 /// What the guest's disk holds.
 static WRITTEN: [u8; 3 << 20] = [7; 3 << 20];
 
-/// The guest `a` runs with a disk that is a child, which alone has what was written; the number of its process.
+/// Has the guest `a` run with a disk that is a child, which alone has what was written. Gives the number of its process.
 fn with_child(daemon: &Daemon) -> (u32, PathBuf) {
     source(daemon, 16);
     let child = daemon.vm_folder("a").canonicalize().unwrap();
@@ -41,7 +41,7 @@ fn commit(daemon: &Daemon) -> Option<u16> {
     answer.map(|(status, _)| status)
 }
 
-/// Whether the guest's process says that no commit is at work, or is not there.
+/// Whether the guest's process reports no running commit, or has ended.
 fn is_over(socket: &Path) -> bool {
     let job = call(socket, "GET", "/drives/root/job", None);
     job.is_none_or(|(status, job)| status != 200 || job["state"] != "Running")
@@ -52,11 +52,11 @@ fn record(daemon: &Daemon) -> Value {
     serde_json::from_slice(&record).unwrap()
 }
 
-fn is_settled(daemon: &Daemon) -> bool {
+fn has_nothing_pending(daemon: &Daemon) -> bool {
     record(daemon)["pending"]["commits"] == json!({})
 }
 
-/// The guest starts anew, with a disk that has all that was written; which that is.
+/// Boots the guest again, and checks that its disk has all that was written. Gives the disk.
 fn starts_anew(daemon: &Daemon) -> PathBuf {
     if daemon.get("/vms/a")["state"] == "running" {
         daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
@@ -65,7 +65,7 @@ fn starts_anew(daemon: &Daemon) -> PathBuf {
     assert_eq!((status, &vm["state"]), (200, &json!("running")), "{vm}");
     let has = disk(daemon, "a");
     assert!(daemon.echoes("a"));
-    assert!(is_settled(daemon));
+    assert!(has_nothing_pending(daemon));
     daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
     let opened = storage::open(&has, &OpenOptions::read_only()).unwrap();
     let mut found = vec![0; WRITTEN.len()];
@@ -88,14 +88,14 @@ fn after_a_commit_the_record_names_the_disk_that_the_guest_has_also_for_the_next
             daemon.kill_and_restart();
             daemon.until_state("a", "running");
         }
-        until("the commit is over", || is_settled(&daemon));
+        until("the commit is over", || has_nothing_pending(&daemon));
         assert_eq!(record(&daemon)["disks"]["root"], json!(base));
         assert!(!child.exists());
         assert_eq!(starts_anew(&daemon), base);
-        // What has no parent is refused, and the record stays as it is.
+        // A disk without a parent cannot be committed, and the record stays as it is.
         daemon.post("/vms/a/start", &json!(null));
         assert_eq!(commit(&daemon), Some(400));
-        assert!(is_settled(&daemon));
+        assert!(has_nothing_pending(&daemon));
         assert_eq!(record(&daemon)["disks"]["root"], json!(base));
         assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
     }
@@ -138,7 +138,7 @@ fn a_daemon_that_is_killed_at_any_step_of_a_commit_knows_which_disk_its_guest_ha
         let socket = daemon.vm_folder("a").join("api.sock");
         let watched = (0..100).any(|_| {
             std::thread::sleep(std::time::Duration::from_millis(1));
-            daemon.try_call("GET", "/healthz", None).is_none() || is_settled(&daemon)
+            daemon.try_call("GET", "/healthz", None).is_none() || has_nothing_pending(&daemon)
         });
         let died = killer.end(|| drop(daemon.try_call("GET", "/healthz", None)));
         if died.is_some() {
@@ -147,10 +147,10 @@ fn a_daemon_that_is_killed_at_any_step_of_a_commit_knows_which_disk_its_guest_ha
             daemon.until_state("a", "running");
         }
         until("the commit is over", || {
-            is_over(&socket) && is_settled(&daemon)
+            is_over(&socket) && has_nothing_pending(&daemon)
         });
         let has = starts_anew(&daemon);
-        // It was begun or not.
+        // The commit may have begun before the process was killed, or not.
         assert!(has == child || has.ends_with("a.vhdx"), "{}", has.display());
         assert_eq!(has == child, child.exists());
         assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);

@@ -14,11 +14,12 @@ use serde_json::json;
 use serve::daemon::{Daemon, call, until};
 use serve::steps::{Killer, Victim};
 use serve::traces::{
-    clone, disk, files, ids, is_settled, no_processes_but, nothing_is_left_over, pid, source,
-    template,
+    clone, disk, files, has_nothing_pending, ids, no_processes_but, nothing_is_left_over, pid,
+    source, template,
 };
 
-/// A template is whole, or is not there and can be made; clones of it run, and its guest starts anew without a write to its disks. Both are deleted.
+/// Checks that a template is whole, or does not exist and can be made; that clones of it run; and that its guest boots again without a write to the template's
+/// disks. Deletes both.
 fn the_template_can_be_used(daemon: &Daemon) {
     let is_there = ids(&daemon.get("/templates")) == ["t"];
     let folder = daemon.folder().join("state/templates");
@@ -34,13 +35,13 @@ fn the_template_can_be_used(daemon: &Daemon) {
         assert_eq!(status, 201, "{made}");
     }
     let mut parts = files(&folder.join("t"));
-    // The disk is the guest's own where it was given a child before.
+    // The guest has a child of its first disk where it became a template before.
     parts.retain(|name| name != "disk-root");
     assert_eq!(parts, ["memory", "state", "template.json"]);
     let sealed = daemon.get("/templates/t")["disks"]["root"].clone();
     let sealed = PathBuf::from(sealed.as_str().unwrap());
     let before = fs::metadata(&sealed).unwrap().modified().unwrap();
-    // One at a time, as each takes a processor.
+    // One at a time, as each of these guests keeps a processor busy.
     daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
     let (status, vm) = daemon.post("/vms", &clone());
     assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
@@ -64,20 +65,20 @@ fn delete_all(daemon: &Daemon) {
     }
 }
 
-/// Every step is killed at, but for the tests of jailed guests, which look at some.
+/// Every step is tried, but with jailed guests only every fourth.
 const STRIDE: usize = if matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"serve_jailed") {
     4
 } else {
     1
 };
 
-/// The numbers of steps to kill at.
+/// The steps to kill at, by number.
 fn steps() -> impl Iterator<Item = usize> {
     (1..).step_by(STRIDE)
 }
 
-/// Asks for anything, so that whoever is watched does something.
-fn stir(daemon: &Daemon) {
+/// Sends a request to the daemon and one to the guest, so that a traced process of either makes a system call.
+fn wake(daemon: &Daemon) {
     for path in ["/healthz", "/vms/a/"] {
         let _ = daemon.try_call("GET", path, None);
     }
@@ -88,7 +89,7 @@ fn mounts() -> usize {
     mounts.lines().count()
 }
 
-/// That a test has not gone by without what it is about.
+/// Checks that processes were killed at several steps, the wanted ones among them.
 fn were_killed_at(killed: &[&str], wanted: &[&str]) {
     eprintln!("{} steps: {killed:?}", killed.len());
     assert!(killed.len() > 2);
@@ -105,13 +106,15 @@ fn a_daemon_that_is_killed_at_any_step_of_a_template_leaves_it_whole_or_not_at_a
         let guest = source(&daemon, 16);
         let killer = Killer::new(daemon.pid(), Victim::Itself, step);
         let answer = daemon.try_call("POST", "/templates", Some(&template()));
-        let at = killer.end(|| stir(&daemon));
+        let at = killer.end(|| wake(&daemon));
         if let Some(at) = at {
             killed.push(at);
             daemon.kill_and_restart();
         }
         daemon.until_state("a", "running");
-        until("what was begun is ended", || is_settled(&daemon, "a"));
+        until("what was begun is ended", || {
+            has_nothing_pending(&daemon, "a")
+        });
         assert_eq!(pid(&daemon.get("/vms/a")), guest);
         let own = disk(&daemon, "a");
         nothing_is_left_over(&daemon, "a", &[&own]);
@@ -137,12 +140,14 @@ fn a_guest_that_is_killed_at_any_step_of_its_template_has_failed_and_nothing_hal
         let guest = source(&daemon, 16);
         let killer = Killer::new(guest, Victim::Itself, step);
         let (status, answer) = daemon.post("/templates", &template());
-        let at = killer.end(|| stir(&daemon));
+        let at = killer.end(|| wake(&daemon));
         if let Some(at) = at {
             killed.push(at);
             let vm = daemon.until_state("a", "failed");
             assert_eq!(vm["end"]["kind"], "killed", "{vm}");
-            until("what was begun is ended", || is_settled(&daemon, "a"));
+            until("what was begun is ended", || {
+                has_nothing_pending(&daemon, "a")
+            });
             no_processes_but(&daemon, &[]);
         }
         let made = ids(&daemon.get("/templates")) == ["t"];
@@ -171,7 +176,7 @@ fn a_daemon_that_is_killed_at_any_step_of_a_clone_leaves_it_whole_or_not_at_all(
     for step in steps() {
         let killer = Killer::new(daemon.pid(), Victim::Itself, step);
         let answer = daemon.try_call("POST", "/vms", Some(&clone()));
-        let at = killer.end(|| stir(&daemon));
+        let at = killer.end(|| wake(&daemon));
         if let Some(at) = at {
             killed.push(at);
             daemon.kill_and_restart();
@@ -215,7 +220,7 @@ fn so_is_a_clone_that_is_executed() {
     clones_are_killed(&Daemon::start(&["--own-layout"]), Daemon::pid, &["execute"]);
 }
 
-/// `maker` starts guests' processes.
+/// Kills a clone at each step of its start. `maker` gives the process that starts guests' processes.
 fn clones_are_killed(daemon: &Daemon, maker: fn(&Daemon) -> u32, more_steps: &[&str]) {
     let (mut killed, before) = (Vec::new(), mounts());
     let guest = source(daemon, 16);
@@ -223,10 +228,10 @@ fn clones_are_killed(daemon: &Daemon, maker: fn(&Daemon) -> u32, more_steps: &[&
     for step in steps() {
         let killer = Killer::new(maker(daemon), Victim::Child, step);
         let (status, answer) = daemon.post("/vms", &clone());
-        let at = killer.end(|| stir(daemon));
+        let at = killer.end(|| wake(daemon));
         killed.extend(at);
         match status {
-            // Killed when it had begun, if at all.
+            // The clone was killed after it had started.
             201 if at.is_some() => {
                 let vm = daemon.until_state("b", "failed");
                 assert_eq!(vm["end"]["kind"], "killed", "{vm}");
@@ -270,7 +275,7 @@ fn a_guest_that_is_killed_at_any_step_of_its_own_snapshot_leaves_no_file_that_is
         let snapshot = json!({"snapshot_path": at("state"), "mem_file_path": at("memory")});
         let killer = Killer::new(pid(&vm), Victim::Itself, step);
         let (status, _) = daemon.call("PUT", "/vms/a/snapshot/create", Some(&snapshot));
-        let died = killer.end(|| stir(&daemon));
+        let died = killer.end(|| wake(&daemon));
         if let Some(died) = died {
             killed.push(died);
             let vm = daemon.until_state("a", "failed");
@@ -304,16 +309,16 @@ fn a_daemon_that_is_killed_while_a_disk_is_given_a_child_knows_which_of_them_its
         let body = json!({"path_on_host": child});
         let killer = Killer::new(daemon.pid(), Victim::Itself, step);
         let answer = daemon.try_call("PUT", "/vms/a/drives/root/snapshot", Some(&body));
-        let died = killer.end(|| stir(&daemon));
+        let died = killer.end(|| wake(&daemon));
         let mut had_it = died.is_none();
         if let Some(died) = died {
             killed.push(died);
             daemon.kill();
-            // Whom nobody passes requests on for any more says itself what it has.
+            // There is no daemon to pass a request on, so the guest's process is asked directly which disk it has.
             let socket = daemon.vm_folder("a").join("api.sock");
             let (_, config) = call(&socket, "GET", "/vm/config", None).unwrap();
             had_it = config["drives"][0]["path_on_host"] == json!(child);
-            // The guest's end is seen by nobody either, in every other round.
+            // In every other round the guest ends, too, while there is no daemon.
             if step % 2 == 0 {
                 for pid in daemon.processes() {
                     let pid = Pid::from_raw(pid.cast_signed()).unwrap();
@@ -334,7 +339,7 @@ fn a_daemon_that_is_killed_while_a_disk_is_given_a_child_knows_which_of_them_its
         daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
         let (status, vm) = daemon.post("/vms/a/start", &json!(null));
         assert_eq!(status, 200, "{vm}");
-        // Where it had not, a request may have waited for it, and given it the child afterwards.
+        // Where the guest did not have the child then, a waiting request may have given it the child afterwards.
         assert!(child.exists() || !had_it);
         assert_eq!(disk(&daemon, "a") == child, child.exists());
         given.insert(child.exists());

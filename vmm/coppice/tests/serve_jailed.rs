@@ -1,4 +1,4 @@
-//! `coppice serve` as it is by default: all that a daemon does, with guests in jails; and what they see of each other.
+//! `coppice serve` by default, with guests in jails: all tests of the daemon, and tests of what jailed guests see of each other.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 #![allow(
@@ -33,16 +33,7 @@ use serde_json::{Value, json};
 use serve::daemon::{Daemon, until};
 use serve::traces::{disk, source};
 
-/// What is shown here takes root: a user's guests have no users of their own.
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("not shown: this takes root, to become others");
-    }
-    root
-}
-
-/// The user that a guest is, or is going to be.
+/// The user that a guest's process runs as, or will run as.
 fn uid(daemon: &Daemon, id: &str) -> u32 {
     let vm = daemon.get(&format!("/vms/{id}"));
     let uid = u32::try_from(vm["guest_uid"].as_u64().unwrap()).unwrap();
@@ -56,7 +47,7 @@ fn pid(vm: &Value) -> u64 {
     vm["pid"].as_u64().unwrap()
 }
 
-/// All that there is from the root folder of a process on, as the host sees it; but for the insides of its own folder of `/proc`.
+/// All files below the root folder of a process, as the host sees them, without those in its own folder of `/proc`.
 fn reachable(pid: u64) -> Vec<PathBuf> {
     fn walk(root: &Path, folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).unwrap().flatten() {
@@ -85,7 +76,7 @@ fn open_to_all(path: &Path) {
 
 #[test]
 fn two_guests_of_a_daemon_see_nothing_of_each_other() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -113,7 +104,7 @@ fn two_guests_of_a_daemon_see_nothing_of_each_other() {
         assert!(!found.iter().any(|path| path.starts_with(&others)));
         let lock = own.ancestors().nth(2).unwrap().join("lock");
         assert!(lock.exists() && !found.contains(&lock));
-        // Of processes, it has itself.
+        // The only process that it sees is itself.
         let processes: Vec<_> = found
             .iter()
             .filter(|path| path.parent() == Some(Path::new("/proc")))
@@ -129,7 +120,7 @@ fn two_guests_of_a_daemon_see_nothing_of_each_other() {
         let (a, b) = (of(&pid(&a).to_string()), of(&pid(&b).to_string()));
         assert!(a != b && a != of("self") && b != of("self"), "{kind}");
     }
-    // In the namespace of processes of one there is nobody but the one, and whoever makes an image for it.
+    // The PID namespace of a guest has the guest's process, the one that makes an image for it, and no other.
     let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
     let own = namespace(&pid(&a).to_string());
     for entry in fs::read_dir("/proc").unwrap().flatten() {
@@ -141,7 +132,7 @@ fn two_guests_of_a_daemon_see_nothing_of_each_other() {
         }
     }
 
-    // Also without namespaces, its user may do nothing to the other, nor to the daemon's records of itself.
+    // Even without namespaces, a guest's user has no access to another guest, nor to the daemon's records of the guest.
     let uids = [uid(&daemon, "a"), uid(&daemon, "b")];
     assert_ne!(uids[0], uids[1]);
     for folder in ["", "state", "state/vms"] {
@@ -185,7 +176,7 @@ fn a_socket_that_a_guest_replaces_leads_to_nobody_else() {
 
 #[test]
 fn a_guest_makes_files_in_its_folder_and_nowhere_else() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -218,7 +209,7 @@ fn a_guest_makes_files_in_its_folder_and_nowhere_else() {
 
 #[test]
 fn a_template_is_the_daemons_and_its_clones_are_users_of_their_own() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -248,7 +239,7 @@ fn a_template_is_the_daemons_and_its_clones_are_users_of_their_own() {
 
 #[test]
 fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -265,7 +256,7 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
     let (named, rest) = named.split_once(' ').unwrap();
     let expected = format!("may not read and write {}", disk.display());
     assert!(rest.starts_with(&expected), "{text}");
-    // As that user's, it is the disk of the guest of that name, however often that is made.
+    // A disk of that user can be opened by the guest of that name, however often that is made again.
     let named = named.parse().unwrap();
     chown(&disk, Some(named), None).unwrap();
     for _ in 0..2 {
@@ -278,7 +269,7 @@ fn a_disk_that_is_closed_to_the_guests_user_is_named_with_that_user() {
 
 #[test]
 fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_is_open() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let daemon = Daemon::start(&[]);
@@ -358,14 +349,14 @@ fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other()
         daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
         assert_eq!(daemon.post("/vms/a/start", &json!(null)).0, 200);
     };
-    // The disk that it was started with is its own to write to.
+    // The guest may write to the disk that it was started with.
     assert_eq!(put(&daemon, "snapshot", &snapshot).0, 204);
     assert_eq!(put(&daemon, "commit", &json!({})).0, 204);
     over(&daemon);
-    // What is nothing but a parent at its start is not.
+    // A disk that is only a parent when the guest starts is not writable.
     assert_eq!(put(&daemon, "snapshot", &snapshot).0, 204);
     again(&daemon);
-    // But for one in its own folder.
+    // Unless it lies in the guest's own folder.
     let second = json!({"path_on_host": child.with_file_name("second.vhdx")});
     assert_eq!(put(&daemon, "snapshot", &second).0, 204);
     again(&daemon);
@@ -387,7 +378,7 @@ fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other()
         "{text}"
     );
     assert!(disk(&daemon, "a") == child && daemon.echoes("a"));
-    // Nor is a file outside that it was not started with.
+    // A file elsewhere that it was not started with cannot be opened.
     let other = daemon.folder().join("other.vhdx");
     fs::copy(&base, &other).unwrap();
     let other = json!({"drive_id": "root", "path_on_host": other});
@@ -410,7 +401,7 @@ fn a_disk_is_merged_into_a_parent_that_the_jail_may_write_to_and_into_no_other()
 
 #[test]
 fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let mut daemon = Daemon::start(&["--jail", "uids=70001-70002"]);
@@ -433,7 +424,7 @@ fn no_two_guests_are_the_same_user_also_for_the_next_daemon() {
 
 #[test]
 fn a_guest_of_a_daemon_without_jails_is_jailed_when_it_starts_again() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     let mut daemon = Daemon::start(&["--jail", "off"]);
@@ -451,7 +442,7 @@ fn a_guest_of_a_daemon_without_jails_is_jailed_when_it_starts_again() {
     assert_ne!(uid(&daemon, "h"), first);
 }
 
-/// A group of this test's own, where cgroup v2 can be written to.
+/// A control group for this test, where cgroup v2 can be written to.
 struct Group(PathBuf);
 
 impl Group {
@@ -484,9 +475,11 @@ impl Drop for Group {
 
 #[test]
 fn nothing_is_left_of_deleted_guests_however_often_the_daemon_is_killed() {
-    let Some(group) = Group::new("coppice-test").filter(|_| is_root()) else {
-        eprintln!("not shown: this takes root and cgroup v2");
+    if !skip::unless_root() {
         return;
+    }
+    let Some(group) = Group::new("coppice-test") else {
+        return skip::because("there is no cgroup v2 that can be written to");
     };
     let mounts = || {
         fs::read_to_string("/proc/self/mountinfo")

@@ -1,4 +1,4 @@
-//! `coppice serve`: guests from their making to their end, and what a daemon finds that comes after another.
+//! `coppice serve`: guests from their creation to their end, and what a daemon finds of an earlier one.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
@@ -202,7 +202,7 @@ fn guests_outlive_their_daemon_and_the_next_one_finds_them() {
         "running"
     );
     assert_eq!(daemon.processes().len(), 3);
-    // It ends while nobody sees it, and says why.
+    // A guest ends while there is no daemon, and leaves its reason.
     daemon.terminate();
     let pid = i32::try_from(made[0]["pid"].as_i64().unwrap()).unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
@@ -276,7 +276,7 @@ fn a_guest_that_fails_again_and_again_is_not_started_for_ever() {
     events.next("g", "started");
     let vm = daemon.until_state("g", "running");
     assert_eq!(vm["restarts"], 1);
-    // What it needs to start is gone.
+    // Without its kernel, it cannot start again.
     fs::remove_file(daemon.kernel()).unwrap();
     kill(&vm);
     let waits: Vec<_> = (0..4)
@@ -289,7 +289,7 @@ fn a_guest_that_fails_again_and_again_is_not_started_for_ever() {
         "{last}"
     );
     assert_eq!(daemon.until_state("g", "failed")["restarts"], 5);
-    // A restart that waits is no guest that cannot be stopped or deleted.
+    // A guest that waits for its restart can be deleted.
     assert_eq!(daemon.call("DELETE", "/vms/g", None).0, 204);
 }
 
@@ -308,7 +308,7 @@ fn a_daemon_waits_for_what_a_killed_one_has_left_in_a_process_that_it_was_starti
         thread::sleep(listener_goes);
         drop(listener);
     });
-    // Connections to the other socket are never answered.
+    // Not `restart`, as the listener above accepts connections and never answers.
     daemon.start_again();
     holder.join().unwrap();
     daemon.answers();
@@ -391,7 +391,7 @@ fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
     spec["restart"] = json!("always");
     let first = daemon.post("/vms", &spec).1;
     events.next("g", "started");
-    // It powers itself off.
+    // The guest powers itself off.
     let mut console = UnixStream::connect(daemon.vm_folder("g").join("console.sock")).unwrap();
     console.write_all(b"q").unwrap();
     events.next("g", "restarting");
@@ -399,7 +399,7 @@ fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
     let second = daemon.until_state("g", "running");
     assert_ne!(first["pid"], second["pid"]);
 
-    // The host shuts down: first the daemon ends, then the guest's process is told to.
+    // As when the host shuts down: first the daemon is ended, then the guest's process.
     until("that it runs is noted", || {
         let record = fs::read(daemon.vm_folder("g").join("vm.json")).unwrap();
         serde_json::from_slice::<Value>(&record).unwrap()["state"] == "running"
@@ -414,7 +414,7 @@ fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
     events.next("g", "started");
     assert!(daemon.echoes("g"));
 
-    // A daemon that stops its guests does so for as long as it is away.
+    // A daemon that stops its guests at its end: the next one starts those that are always to run.
     daemon.terminate();
     daemon.change_arguments(&["--stop-guests", "0"]);
     daemon.restart();
@@ -425,7 +425,7 @@ fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
     daemon.until_state("g", "running");
     assert_eq!(daemon.get("/vms/other")["state"], "stopped");
 
-    // Who stops it is obeyed, by the next daemon as well.
+    // A guest that was stopped by request stays stopped, with the next daemon as well.
     let stop = json!({"timeout_s": 0});
     assert_eq!(daemon.post("/vms/g/stop", &stop).1["state"], "stopped");
     daemon.terminate();
@@ -461,7 +461,7 @@ fn a_guest_that_has_not_run_is_not_started_again() {
 #[test]
 fn what_stands_in_the_way_of_a_start_is_told() {
     let daemon = Daemon::start(&[]);
-    // What another daemon has left of a guest of that name goes.
+    // The remains of a guest of that name are removed.
     fs::create_dir_all(daemon.vm_folder("g").join("vm.json.new")).unwrap();
     daemon.create_waiting("g");
     daemon.post("/vms/g/stop", &json!({"timeout_s": 0}));
@@ -486,7 +486,7 @@ fn the_daemon_knows_which_guests_share_a_page_of_a_file() {
         assert_eq!(daemon.post("/vms", &spec).0, 201);
     }
     daemon.create_waiting("d");
-    // What guests map is the copy of it that nobody changes.
+    // Guests map an unpacked copy of the kernel, which does not change with the file.
     let cache = fs::read_dir(daemon.folder().join("cache/coppice/kernels")).unwrap();
     let copy = cache
         .map(|entry| entry.unwrap().path())

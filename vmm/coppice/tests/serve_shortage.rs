@@ -13,8 +13,8 @@ use std::process::{Child, Command};
 use serde_json::{Value, json};
 use serve::daemon::{Daemon, call, until};
 use serve::traces::{
-    clone, files, ids, is_settled, make_disk, no_processes_but, nothing_is_left_over, pid, source,
-    template,
+    clone, files, has_nothing_pending, ids, make_disk, no_processes_but, nothing_is_left_over, pid,
+    source, template,
 };
 
 /// A state folder on a small disk of its own, in a mount namespace of the daemon's own.
@@ -24,8 +24,7 @@ struct Small {
 }
 
 impl Small {
-    /// None where this host has no such namespaces for tests.
-    fn start() -> Option<Self> {
+    fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("state")).unwrap();
         serve::kernel::write(&folder.path().join("kernel"));
@@ -45,11 +44,17 @@ impl Small {
         let log = fs::File::create(folder.path().join("log")).unwrap();
         let mut daemon = unshare.stderr(log).spawn().unwrap();
         let socket = folder.path().join("s");
-        until("the daemon answers, or namespaces are not allowed", || {
-            call(&socket, "GET", "/healthz", None).is_some() || daemon.try_wait().unwrap().is_some()
+        until("the daemon answers", || {
+            let log = || fs::read_to_string(folder.path().join("log"));
+            assert_eq!(
+                daemon.try_wait().unwrap(),
+                None,
+                "the daemon ended: {:?}",
+                log()
+            );
+            call(&socket, "GET", "/healthz", None).is_some()
         });
-        let is_there = daemon.try_wait().unwrap().is_none();
-        is_there.then_some(Self { daemon, folder })
+        Self { daemon, folder }
     }
 
     fn call(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
@@ -103,7 +108,7 @@ impl Drop for Filled {
     }
 }
 
-/// Whether a refusal says that the disk is full, and which file that was about.
+/// Whether the text of a refusal says that the disk is full, and names the file.
 fn tells_of_a_full_disk(small: &Small, refusal: &(u16, Value)) {
     let (status, answer) = refusal;
     let text = answer["fault_message"].as_str().unwrap();
@@ -118,10 +123,10 @@ fn tells_of_a_full_disk(small: &Small, refusal: &(u16, Value)) {
 
 #[test]
 fn a_full_disk_refuses_snapshots_templates_and_clones_and_harms_none() {
-    let Some(small) = Small::start() else {
-        eprintln!("not shown: this takes namespaces");
+    if !skip::unless_own_mounts() {
         return;
-    };
+    }
+    let small = Small::start();
     let disk = make_disk(small.folder.path());
     let spec = json!({"id": "a", "config": {
         "boot-source": {"kernel_image_path": small.folder.path().join("kernel")},
@@ -131,7 +136,7 @@ fn a_full_disk_refuses_snapshots_templates_and_clones_and_harms_none() {
     }});
     assert_eq!(small.call("POST", "/vms", Some(&spec)).0, 201);
     let folder = small.state().join("vms/a");
-    // With more room each time, it is another step that there is none for.
+    // With more room each time, another step is the first that there is no room for.
     let until_there_is_room = |what: &str, ask: &dyn Fn() -> (u16, Value), check: &dyn Fn()| {
         let mut refusals = BTreeSet::new();
         for pages in (0..).step_by(3) {
@@ -155,7 +160,7 @@ fn a_full_disk_refuses_snapshots_templates_and_clones_and_harms_none() {
     };
     let before = without_disks();
 
-    // By the guest's own API: an older snapshot stays whole.
+    // By the guest's own API, an older snapshot stays whole.
     let saved = small.state().join("saved");
     let (state, memory) = (saved.join("state"), saved.join("memory"));
     let inside = |name: &str| small.folder.path().join("state/saved").join(name);
@@ -211,14 +216,12 @@ fn a_guest_without_memory_is_no_template_and_no_clone_and_leaves_nothing() {
         output.status.success()
     };
     let mut refusals = 0usize;
-    // With more memory each time, it is something else that there is none for.
+    // With more memory each time, another allocation is the first that fails.
     for more in [0, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 20] {
         let statm = fs::read_to_string(format!("/proc/{guest}/statm")).unwrap();
         let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
         if !limit(guest, &(pages * 4096 + (more << 10)).to_string()) {
-            eprintln!(
-                "the first part is not shown: the limits of another user's process cannot be set"
-            );
+            skip::because("the first part: the limits of another user's process cannot be set");
             assert_eq!(daemon.post("/templates", &template()).0, 201);
             refusals = usize::MAX;
             break;
@@ -233,12 +236,13 @@ fn a_guest_without_memory_is_no_template_and_no_clone_and_leaves_nothing() {
         refusals += 1;
         let text = answer["fault_message"].as_str().unwrap();
         assert!(status == 502 || text.contains("memory"), "{text}");
-        // Where the process cannot even say no, it has ended, and is told to have.
+        // Where the process cannot even refuse, it ends, and the guest's state says so.
         limit(guest, "unlimited");
         let mut vm = Value::Null;
         until("what was begun is ended", || {
             vm = daemon.get("/vms/a");
-            is_settled(&daemon, "a") && daemon.processes().is_empty() == (vm["state"] == "failed")
+            has_nothing_pending(&daemon, "a")
+                && daemon.processes().is_empty() == (vm["state"] == "failed")
         });
         let own = daemon.vm_folder("a").join("disk-root-after-t.vhdx");
         nothing_is_left_over(&daemon, "a", &[&own]);

@@ -64,7 +64,7 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
     for id in ["a", "b", "c"] {
         assert!(daemon.echoes(id), "{id}");
     }
-    // Made again in the same way, it is the same; and one can wait.
+    // A second request that is the same finds the same clone; and a clone can wait to be started.
     let again = daemon.post("/vms", &json!({"id": "b", "template": "t"}));
     assert_eq!(again.0, 200);
     let (_, paused) = daemon.post("/vms", &json!({"id": "d", "template": "t", "start": false}));
@@ -78,7 +78,7 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
     daemon.kill_and_restart();
     assert_eq!(daemon.get("/templates/t")["vm"], "a");
     assert!(daemon.echoes("b"));
-    // A clone that has ended starts anew, with the disk that it has.
+    // A clone that has ended boots again, with the disk that it has.
     let (_, stopped) = daemon.post("/vms/b/stop", &json!({"timeout_s": 0}));
     assert_eq!(stopped["state"], "stopped");
     assert_eq!(
@@ -96,7 +96,7 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
                 .join("disk-root-t.vhdx")
         )
     );
-    // And so does the source, which has a child since.
+    // So does the source, which has a child of its disk since.
     daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
     assert_eq!(
         daemon.post("/vms/a/start", &json!(null)).1["state"],
@@ -198,7 +198,7 @@ fn a_template_that_cannot_be_leaves_its_guest_as_it_was() {
     assert!(daemon.echoes("r"));
     assert_eq!(daemon.get("/templates"), json!([]));
     assert_eq!(files(&daemon.folder().join("state/templates")), [""; 0]);
-    // What is damaged is not cloned, and nothing of the clone stays.
+    // A damaged template is not cloned, and nothing of the clone stays.
     source(&daemon, "a");
     template(&daemon, "u", "a");
     let state = daemon.folder().join("state/templates/u/state");
@@ -262,7 +262,7 @@ fn a_disk_that_was_given_a_child_is_not_written_to_when_its_guest_starts_anew() 
     let config = daemon.get("/vms/a/vm/config");
     let path = config["drives"][0]["path_on_host"].as_str().unwrap();
     assert!(path.ends_with("a/child.vhdx"), "{path}");
-    // Nor is one loaded that no room was made for.
+    // Nor is a snapshot loaded that the daemon has not admitted.
     daemon.create_waiting("w");
     let body = json!({"snapshot_path": "s"});
     let (status, answer) = daemon.call("PUT", "/vms/w/snapshot/load", Some(&body));
@@ -290,7 +290,7 @@ fn clones_and_the_source_go_on_with_children_of_memory_that_is_a_disk_and_that_t
     spec["config"]["pmem"] = json!([{"id": "data", "path_on_host": disk, "mode": "rw"}]);
     let (status, vm) = daemon.post("/vms", &spec);
     assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
-    // Flushed by nobody.
+    // The guest does not flush this write.
     tells(&daemon, "a", b'a', b'a');
     let made = template(&daemon, "t", "a");
     assert_eq!(made["disks"]["data"], json!(disk));
@@ -302,7 +302,7 @@ fn clones_and_the_source_go_on_with_children_of_memory_that_is_a_disk_and_that_t
         tells(&daemon, id, b'g', b'a');
         tells(&daemon, id, key, key);
     }
-    // Each by itself, and each starts anew with what it wrote.
+    // The clones do not see each other's writes, and each boots again with its own.
     daemon.kill_and_restart();
     for (id, key) in [("a", b's'), ("b", b'b'), ("c", b'c')] {
         tells(&daemon, id, b'g', key);
@@ -311,7 +311,7 @@ fn clones_and_the_source_go_on_with_children_of_memory_that_is_a_disk_and_that_t
         assert_eq!(status, 200, "{vm}");
         tells(&daemon, id, b'g', key);
     }
-    // A clone becomes one in its turn.
+    // A clone becomes a template in its turn.
     template(&daemon, "u", "b");
     clone(&daemon, "d", "u");
     tells(&daemon, "d", b'g', b'b');
@@ -368,7 +368,7 @@ fn a_template_can_be_made_again_of_the_same_guest_when_it_was_deleted() {
             assert_eq!(daemon.call("DELETE", path, None).0, 204);
         }
     }
-    // One that this daemon cannot understand may have clones, and stays.
+    // A template that this daemon cannot read may have clones, and stays.
     let folder = daemon.folder().join("state/templates/u");
     fs::create_dir(&folder).unwrap();
     fs::write(
@@ -396,7 +396,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
         daemon.call("PUT", "/vms/a/snapshot/create", Some(&body))
     };
     daemon.post("/vms/a/pause", &json!(null));
-    // The template is the daemon's, moved away, and may be deleted: it is nothing that a difference could be to.
+    // The daemon has moved the template away and may delete it, so it cannot be the base of a Diff snapshot.
     let (status, refused) = save("Diff", "news");
     let text = refused["fault_message"].as_str().unwrap();
     assert!(
@@ -407,7 +407,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
     daemon.post("/vms/a/resume", &json!(null));
     template(&daemon, "u", "a");
     daemon.post("/vms/a/pause", &json!(null));
-    // Nor can a difference take the place of what it is to, or one file be both.
+    // A Diff snapshot can neither replace its base, nor be in one file with the state.
     for (name, state) in [("full", "other"), ("both", "both")] {
         let body = json!({"snapshot_type": "Diff", "snapshot_path": own.join(state),
             "mem_file_path": own.join(name)});
@@ -419,7 +419,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
         );
     }
     assert_eq!(save("Diff", "news"), (204, Value::Null));
-    // A Full one in the place of the first is what later differences are to.
+    // A Full snapshot in the place of the first is the base of later Diff snapshots.
     assert_eq!(save("Full", "full"), (204, Value::Null));
     assert_eq!(save("Diff", "later"), (204, Value::Null));
     let mut restored = coppice();
@@ -480,14 +480,14 @@ fn a_clone_has_an_identifier_a_socket_and_metadata_of_its_own() {
         assert_eq!(told["coppice"]["cid"], cid);
         let generation = told["coppice"]["generation"].as_str().unwrap().to_owned();
         assert!(generations.insert(generation), "{id}");
-        // The guest has no driver for it, and nobody is let in.
+        // The guest has no driver for the device, so connections are closed.
         let path = daemon.vm_folder(id).join("vsock.sock");
         let mut caller = UnixStream::connect(path).unwrap();
         Write::write_all(&mut caller, b"CONNECT 1\n").unwrap();
         let answer = Read::read(&mut caller, &mut [0; 8]);
         assert_eq!(answer.unwrap(), 0, "{id}");
     }
-    // Who it is survives the daemon, and its own end.
+    // The identity of a guest outlives the daemon, and the guest's process.
     daemon.kill_and_restart();
     assert_eq!(daemon.get("/vms/b")["vsock"]["guest_cid"], 5);
     daemon.post("/vms/b/stop", &json!({"timeout_s": 0}));
@@ -498,7 +498,7 @@ fn a_clone_has_an_identifier_a_socket_and_metadata_of_its_own() {
     let generation = daemon.get("/vms/b/mmds")["coppice"]["generation"].clone();
     assert!(generations.insert(generation.as_str().unwrap().to_owned()));
     assert_eq!(daemon.get("/vms/named")["vsock"]["guest_cid"], 4);
-    // What another has, or the daemon decides, is refused.
+    // A CID that another guest has is refused, and so is what only the daemon decides.
     let mut other = daemon.spec("x");
     for (vsock, status) in [
         (json!({"guest_cid": 5}), 409),

@@ -1,4 +1,4 @@
-//! `coppice serve`: guests that wait to be configured over their own API, and what of that holds for their next start.
+//! `coppice serve`: guests that wait to be configured over their own API, and how far that configuration is kept for their next start.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
@@ -35,7 +35,7 @@ fn start() -> Value {
     json!({"action_type": "InstanceStart"})
 }
 
-/// All that can be told to a guest that waits.
+/// Requests for all that a waiting guest can be configured to.
 fn everything(daemon: &Daemon) -> Vec<(&'static str, Value)> {
     let file = |name: &str| daemon.folder().join(name);
     let disk = make_disk(daemon.folder());
@@ -86,7 +86,7 @@ fn config(daemon: &Daemon) -> Value {
     daemon.get("/vms/g/vm/config")
 }
 
-/// The guest has what it was told of, and the disks open.
+/// Checks that the guest has what it was configured to, and its disks open.
 fn has_all(daemon: &Daemon, told: &Value, role: &str) {
     assert_eq!(config(daemon), *told);
     let mmds = daemon.get("/vms/g/mmds");
@@ -125,7 +125,7 @@ fn what_a_guest_was_told_before_its_start_it_has_then_and_whenever_it_starts_aga
         &json!({"track_dirty_pages": true}),
     );
     let told = config(&daemon);
-    // A request that is refused changes nothing, nor does a daemon that comes after.
+    // A request that is refused changes nothing, nor does a restart of the daemon.
     let (status, _) = daemon.call(
         "PUT",
         "/vms/g/boot-source",
@@ -151,7 +151,7 @@ fn what_a_guest_was_told_before_its_start_it_has_then_and_whenever_it_starts_aga
     daemon.until_state("g", "running");
     again(&daemon);
     has_all(&daemon, &told, "db");
-    // It is the same guest for whoever asks for it again, and tells what it was told.
+    // A second request to make it finds the same guest, and shows its later configuration.
     let (status, vm) = daemon.post("/vms", &json!({"id": "g", "start": false}));
     assert_eq!(status, 200);
     assert_eq!(vm["config"]["boot-source"]["boot_args"], "told");
@@ -168,7 +168,7 @@ fn what_is_changed_of_a_guest_that_runs_it_has_when_it_starts_again() {
             tell(&daemon, "PUT", path, &body);
         }
         tell(&daemon, "PUT", "/actions", &start());
-        // In its own folder, where also one in a jail may open what comes later.
+        // In the guest's own folder, where a jailed guest, too, may open files that appear later.
         let other = daemon.vm_folder("g").canonicalize().unwrap().join("other");
         fs::copy(raw_disk(&daemon, "other"), &other).unwrap();
         let drive = json!({"drive_id": "raw", "path_on_host": other});
@@ -282,7 +282,7 @@ fn a_process_that_is_only_told_never_starts_a_guest() {
         "{text}"
     );
     assert_eq!(daemon.get("/vms/g/")["state"], "Not started");
-    // As the path is read, so is it passed on.
+    // The path is passed on as the daemon has read it.
     for path in ["/vms/g/actions", "/vms/g//actions", "/vms/g/actions/?x"] {
         let (status, _) = daemon.call("PUT", path, Some(&start()));
         assert!(status == 204 || status == 400, "{path}: {status}");
@@ -342,7 +342,7 @@ fn who_watches_the_console_of_a_guest_that_waits_sees_it_start() {
     let source = json!({"kernel_image_path": daemon.kernel()});
     tell(&daemon, "PUT", "/boot-source", &source);
     tell(&daemon, "PUT", "/sharing", &json!({"mode": "off"}));
-    // The body of an answer in HTTP/1.1 is in chunks, whose bounds may be anywhere in what the guest says.
+    // The body of an HTTP/1.1 response comes in chunks, whose bounds may be anywhere in the guest's output.
     let ways = [
         ("1.0", ""),
         ("1.1", "Connection: upgrade\r\nUpgrade: coppice-console\r\n"),
@@ -370,7 +370,7 @@ fn who_watches_the_console_of_a_guest_that_waits_sees_it_start() {
             seen.extend(byte);
         }
     }
-    // The line goes both ways.
+    // The serial line works in both directions.
     watching[1].write_all(b"z").unwrap();
     let mut byte = [0];
     while byte != *b"z" {
@@ -393,7 +393,7 @@ fn no_two_guests_are_given_the_same_identifier_over_their_own_api() {
     let elsewhere = daemon.folder().join("v.sock");
     let body = json!({"guest_cid": 9, "uds_path": elsewhere});
     assert_eq!(vsock("d", &body), 204);
-    // One that cannot be is refused, and the guest has none.
+    // A wrong one is refused, and the guest has none.
     assert_eq!(vsock("e", &json!({"guest_cid": 1})), 400);
     let found =
         ["a", "b", "c", "d", "e"].map(|id| daemon.get(&format!("/vms/{id}"))["vsock"].clone());
@@ -406,7 +406,7 @@ fn no_two_guests_are_given_the_same_identifier_over_their_own_api() {
     UnixStream::connect(elsewhere).unwrap();
 }
 
-/// Every step is killed at, but for the tests of jailed guests, which look at some.
+/// Every step is tried, but with jailed guests only every third.
 const STRIDE: usize = if matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"serve_jailed") {
     3
 } else {
@@ -427,7 +427,7 @@ fn a_daemon_that_is_killed_at_any_step_of_a_start_leaves_a_guest_that_runs_or_wa
         if died.is_some() {
             killed += 1;
             daemon.kill_and_restart();
-            until("it is settled", || {
+            until("nothing is pending", || {
                 let state = daemon.get("/vms/g")["state"].clone();
                 state == "running" || state == "not_started"
             });
@@ -479,7 +479,7 @@ fn a_guest_whose_process_is_killed_at_any_step_of_its_start_waits_again_or_has_f
         killed += usize::from(died.is_some());
         match (status, died) {
             (204, None) => {}
-            // When it had begun.
+            // Killed after the start had begun.
             (204, Some(_)) => drop(daemon.until_state("g", "failed")),
             (422 | 503, Some(_)) => {
                 assert_eq!(daemon.get("/vms/g")["state"], "not_started");

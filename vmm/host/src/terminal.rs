@@ -5,8 +5,8 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
+use parking_lot::{Mutex, MutexGuard};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 
 static RAW: AtomicBool = AtomicBool::new(false);
@@ -31,7 +31,7 @@ impl RawMode {
         let mut raw = original.clone();
         raw.make_raw();
         let kept = rustix::io::fcntl_dupfd_cloexec(input, 0)?;
-        *ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner) = Some((kept, original));
+        *ORIGINAL.lock() = Some((kept, original));
         let guard = Self(());
         tcsetattr(input, OptionalActions::Now, &raw)?;
         RAW.store(true, Ordering::Relaxed);
@@ -58,15 +58,13 @@ pub fn is_raw() -> bool {
 
 /// Restores the terminal from any thread, at the very end of the process. One that is being restored by another thread is left to that.
 pub fn restore_terminal() {
-    match ORIGINAL.try_lock() {
-        Ok(original) => put_back(original),
-        Err(TryLockError::Poisoned(original)) => put_back(original.into_inner()),
-        Err(TryLockError::WouldBlock) => {}
+    if let Some(original) = ORIGINAL.try_lock() {
+        put_back(original);
     }
 }
 
 fn restore() {
-    put_back(ORIGINAL.lock().unwrap_or_else(PoisonError::into_inner));
+    put_back(ORIGINAL.lock());
 }
 
 fn put_back(mut original: MutexGuard<'_, Option<(OwnedFd, Termios)>>) {

@@ -15,9 +15,11 @@ mod polled;
 mod routes;
 
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::control::{Control, Guest, LaunchError, Origin};
 use crate::metrics::ApiMetrics;
@@ -64,7 +66,7 @@ struct Connections {
 
 impl Connections {
     fn counts(&self) -> MutexGuard<'_, Counts> {
-        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counts.lock()
     }
 
     fn change(&self, change: impl FnOnce(&mut Counts)) {
@@ -75,10 +77,8 @@ impl Connections {
     /// Waits for a connection less where there are too many.
     fn admit(self: &Arc<Self>) -> Admitted {
         let full = |counts: &mut Counts| counts.open >= MAX_CONNECTIONS;
-        let mut counts = self
-            .changed
-            .wait_while(self.counts(), full)
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.counts();
+        self.changed.wait_while(&mut counts, full);
         counts.open += 1;
         Admitted(self.clone())
     }
@@ -163,12 +163,9 @@ impl ApiServer {
     /// Waits, but not for long, until the requests in hand have been answered.
     pub fn finish(&self) {
         let busy = |counts: &mut Counts| counts.busy > 0;
-        if self
-            .0
-            .changed
-            .wait_timeout_while(self.0.counts(), FINISH, busy)
-            .is_ok_and(|(_, waited)| waited.timed_out())
-        {
+        let mut counts = self.0.counts();
+        let waited = self.0.changed.wait_while_for(&mut counts, busy, FINISH);
+        if waited.timed_out() {
             tracing::warn!("a REST request was left without an answer");
         }
     }

@@ -3,12 +3,11 @@
 //! As with Firecracker: 200 with JSON, or 204, for what was done; 400 with a `fault_message` for what was not, also for unknown paths and
 //! methods; 413 for a body that is too long.
 
-use std::sync::{MutexGuard, PoisonError};
-
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Bytes, Incoming};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
+use parking_lot::MutexGuard;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -162,10 +161,7 @@ pub(super) fn tell(value: impl Serialize) -> Result<Answer, Fault> {
 
 /// The guest. Its lock is taken only once a request has been read and understood, and held for that request alone.
 pub(super) fn control(context: &Context) -> MutexGuard<'_, Control> {
-    context
-        .control
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
+    context.control.lock()
 }
 
 fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<Answer, Fault> {

@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use rustix::io::Errno;
@@ -217,10 +217,7 @@ impl ConsoleSocket {
         match rustix::io::read(&self.clients[at].stream, &mut chunk) {
             Ok(0) => Fate::Gone,
             Ok(len) => {
-                self.console
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .feed(&chunk[..len]);
+                devices::lock(&self.console).feed(&chunk[..len]);
                 Fate::Stays
             }
             Err(Errno::AGAIN | Errno::INTR) => Fate::Stays,

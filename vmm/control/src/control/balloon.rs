@@ -1,6 +1,6 @@
 //! The balloon of a guest.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use devices::virtio::balloon::{BalloonState, STATISTICS, VirtioBalloon};
 use serde::Serialize;
@@ -65,7 +65,7 @@ impl Control {
     fn device(&mut self) -> Result<MutexGuard<'_, VirtioBalloon>, ControlError> {
         let device: &Mutex<VirtioBalloon> =
             self.guest()?.0.balloon().ok_or(ControlError::NoBalloon)?;
-        Ok(device.lock().unwrap_or_else(PoisonError::into_inner))
+        Ok(devices::lock(device))
     }
 
     /// `PATCH /balloon`: asks the guest for a balloon of another size.

@@ -7,9 +7,10 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::Targets;
@@ -169,11 +170,7 @@ impl Log {
         }
         if let Some(file) = file {
             seccomp::log_to(file.as_raw_fd());
-            *self
-                .settings
-                .file
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(file));
+            *self.settings.file.lock() = Some(Arc::new(file));
         }
         if let Some(show) = config.show_level {
             self.settings.show_level.store(show, Ordering::Relaxed);
@@ -230,13 +227,7 @@ impl<'a> MakeWriter<'a> for Output {
     type Writer = Line;
 
     fn make_writer(&'a self) -> Line {
-        Line(
-            self.0
-                .file
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
-        )
+        Line(self.0.file.lock().clone())
     }
 }
 

@@ -11,9 +11,10 @@ mod http;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use devices::virtio::vsock::{Service, Session};
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value};
 
 use config::limits::MAX_BODY;
@@ -44,29 +45,6 @@ pub struct MetadataFileError {
 #[derive(Debug, Default)]
 pub struct Mmds(Mutex<Option<Map<String, Value>>>);
 
-/// Changes `target` as a JSON merge patch says (RFC 7396, 2). The parser bounds how deep a patch is.
-fn merge(target: &mut Map<String, Value>, patch: &Map<String, Value>) {
-    for (name, change) in patch {
-        match change {
-            Value::Null => {
-                target.remove(name);
-            }
-            Value::Object(change) => {
-                let part = target.entry(name).or_insert(Value::Null);
-                if !part.is_object() {
-                    *part = Value::Object(Map::new());
-                }
-                if let Value::Object(part) = part {
-                    merge(part, change);
-                }
-            }
-            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => {
-                target.insert(name.clone(), change.clone());
-            }
-        }
-    }
-}
-
 fn object(value: Value) -> Result<Map<String, Value>, MmdsError> {
     match value {
         Value::Object(object) => Ok(object),
@@ -88,7 +66,7 @@ fn bounded(metadata: Map<String, Value>) -> Result<Map<String, Value>, MmdsError
 
 impl Mmds {
     fn lock(&self) -> MutexGuard<'_, Option<Map<String, Value>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// All of them; an empty object where there are none.
@@ -106,16 +84,17 @@ impl Mmds {
         Ok(())
     }
 
-    /// Changes them as a JSON merge patch says.
+    /// Changes them as a JSON merge patch says (RFC 7396).
     ///
     /// # Errors
     /// `NotAnObject`, `TooLarge`, `NotInitialized`; they are as they were then.
     pub fn patch(&self, patch: Value) -> Result<(), MmdsError> {
-        let patch = object(patch)?;
+        let patch = Value::Object(object(patch)?);
         let mut present = self.lock();
-        let mut changed = present.clone().ok_or(MmdsError::NotInitialized)?;
-        merge(&mut changed, &patch);
-        *present = Some(bounded(changed)?);
+        let mut changed = Value::Object(present.clone().ok_or(MmdsError::NotInitialized)?);
+        // The parser bounds how deep a patch is.
+        json_patch::merge(&mut changed, &patch);
+        *present = Some(bounded(object(changed)?)?);
         Ok(())
     }
 

@@ -6,11 +6,12 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use event_manager::EventManager;
 use memshare::{ShareMode, is_zero};
+use parking_lot::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -168,10 +169,7 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     let told = Mutex::new(told);
     let on_end = Arc::new(move |how: GuestEnd| {
         // Nobody waits for it any more where that fails.
-        let _ = told
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .send(how);
+        let _ = told.lock().send(how);
     });
     let nowhere = File::options().write(true).open("/dev/null");
     let surroundings = Surroundings {

@@ -103,12 +103,11 @@ fn become_single() {
     }
 }
 
-/// What runs in the jail; nothing where nobody asks.
+/// Not a test: the process that the tests below start, and that goes into the jail.
 #[test]
+#[ignore = "the process that other tests start"]
 fn child() {
-    let Ok(case) = std::env::var(CASE) else {
-        return;
-    };
+    let case = std::env::var(CASE).expect("run by the tests that start it");
     let kind = Kind::of(&std::env::var(KIND).unwrap());
     let host = Host::from_json(&std::env::var(HOST).unwrap());
     if kind != Kind::Bare {
@@ -140,7 +139,13 @@ fn child() {
 fn command(kind: Kind, host: &Host, case: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
-        .args(["--exact", "child", "--nocapture", "--test-threads=1"])
+        .args([
+            "--exact",
+            "child",
+            "--ignored",
+            "--nocapture",
+            "--test-threads=1",
+        ])
         .env(CASE, case)
         .env(KIND, kind.name())
         .env(HOST, host.to_json())
@@ -190,15 +195,6 @@ fn field<'a>(status: &'a str, name: &str) -> Vec<&'a str> {
         .lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     line.unwrap().split_whitespace().collect()
-}
-
-/// Root can try all of it, and nobody else a user's processes.
-fn is_root() -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        eprintln!("not shown: this takes root, to become others");
-    }
-    root
 }
 
 fn shows_only_what_was_given(kind: Kind, layers: &[&str], missing: &[&str]) {
@@ -275,7 +271,7 @@ const PORT: &str = "vsock_1000";
 
 #[test]
 fn a_guest_process_connects_to_the_sockets_that_its_vsock_device_leads_to() {
-    if !is_root() {
+    if !skip::unless_root() {
         return;
     }
     for kind in [Kind::Root, Kind::Rootless] {
@@ -311,7 +307,7 @@ const LAYERS: [&str; 11] = [
 
 #[test]
 fn a_guest_process_of_root_finds_only_what_its_guest_needs() {
-    if is_root() {
+    if skip::unless_root() {
         let missing = ["cgroup", "user_namespace", "pid_namespace"];
         shows_only_what_was_given(Kind::Root, &LAYERS, &missing);
     }
@@ -319,7 +315,7 @@ fn a_guest_process_of_root_finds_only_what_its_guest_needs() {
 
 #[test]
 fn a_guest_process_of_a_user_finds_only_what_its_guest_needs_and_says_what_it_lacks() {
-    if is_root() {
+    if skip::unless_root() {
         let layers: Vec<_> = ["user_namespace"]
             .into_iter()
             .chain(LAYERS.into_iter().filter(|layer| *layer != "credentials"))
@@ -373,28 +369,28 @@ fn gets_nothing(kind: Kind, attempts: impl Iterator<Item = &'static Attempt>) {
 #[test]
 fn a_hostile_guest_process_of_root_gets_nothing() {
     assert!(ATTEMPTS.len() >= 40);
-    if is_root() {
+    if skip::unless_root() {
         gets_nothing(Kind::Root, ATTEMPTS.iter());
     }
 }
 
 #[test]
 fn a_hostile_guest_process_of_a_user_gets_nothing() {
-    if is_root() {
+    if skip::unless_root() {
         gets_nothing(Kind::Rootless, ATTEMPTS.iter());
     }
 }
 
 #[test]
 fn a_hostile_guest_process_on_a_host_without_namespaces_gets_nothing() {
-    if is_root() {
+    if skip::unless_root() {
         gets_nothing(Kind::Bare, ATTEMPTS.iter());
     }
 }
 
 #[test]
 fn a_hostile_guest_process_that_no_filter_stops_gets_nothing_of_the_host_or_of_others() {
-    if is_root() {
+    if skip::unless_root() {
         let kept = ATTEMPTS.iter().filter(|attempt| attempt.without_seccomp);
         gets_nothing(Kind::RootUnfiltered, kept);
     }

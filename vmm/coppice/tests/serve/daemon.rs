@@ -72,7 +72,7 @@ impl Daemon {
         fs::read_to_string(self.folder().join("log")).unwrap()
     }
 
-    /// Kills it as no daemon expects, and starts the next.
+    /// Kills it by `SIGKILL`, and starts the next.
     pub fn kill_and_restart(&mut self) {
         self.kill();
         self.restart();
@@ -88,12 +88,12 @@ impl Daemon {
         self.answers();
     }
 
-    /// Whether it answers or not.
+    /// Starts the next one, and does not wait until it answers.
     pub fn start_again(&mut self) {
         self.child = spawn(self.folder.path(), &self.arguments);
     }
 
-    /// The next daemon is started with others.
+    /// Has the next daemon started with other arguments.
     pub fn change_arguments(&mut self, arguments: &[&str]) {
         self.arguments = arguments.iter().map(ToString::to_string).collect();
     }
@@ -104,7 +104,7 @@ impl Daemon {
         assert!(self.child.wait().unwrap().success());
     }
 
-    /// A request; none where the daemon goes before it answers.
+    /// Sends a request; `None` where the daemon ends before it answers.
     pub fn try_call(&self, method: &str, path: &str, body: Option<&Value>) -> Option<(u16, Value)> {
         call(&self.socket(), method, path, body)
     }
@@ -130,7 +130,7 @@ impl Daemon {
         vm
     }
 
-    /// What a guest that runs the kernel is made of.
+    /// The body of `POST /vms` for a guest that runs the kernel.
     pub fn spec(&self, id: &str) -> Value {
         json!({
             "id": id,
@@ -149,7 +149,7 @@ impl Daemon {
         vm
     }
 
-    /// What the guest sends back for a letter: it runs, and its serial port is as it was.
+    /// Whether the guest echoes a letter: it runs, and its serial port works.
     pub fn echoes(&self, id: &str) -> bool {
         echoes(&self.vm_folder(id).join("console.sock"))
     }
@@ -188,7 +188,7 @@ impl Daemon {
         )
     }
 
-    /// Processes of guests of this daemon, whoever their parent is; without those that wait to make an image for a guest.
+    /// Processes of this daemon's guests, also those that an earlier daemon has started; without those that wait to make an image for a guest.
     pub fn processes(&self) -> Vec<u32> {
         let mut processes = self.all_processes();
         processes.retain(|pid| {
@@ -199,9 +199,9 @@ impl Daemon {
         processes
     }
 
-    /// What its guests' processes are copies of.
+    /// The process that its guests' processes are copies of.
     pub fn zygote(&self) -> u32 {
-        // Of whichever thread has started it.
+        // Any thread of the daemon may have started it.
         let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
         let children = |thread: fs::DirEntry| fs::read_to_string(thread.path().join("children"));
         let children: String = threads.flatten().flat_map(children).collect();
@@ -213,7 +213,7 @@ impl Daemon {
         children.find(is_zygote).unwrap()
     }
 
-    /// Those, too.
+    /// Processes of this daemon's guests, with those that wait to make an image.
     pub fn all_processes(&self) -> Vec<u32> {
         let vms = fs::canonicalize(self.folder()).unwrap().join("state/vms");
         let entries = fs::read_dir("/proc").unwrap().flatten();
@@ -226,7 +226,7 @@ impl Daemon {
     }
 }
 
-/// The tests are those of guests without a jail, and, as `serve_jailed`, of what a daemon does by default.
+/// The tests run with guests without a jail, and again, as a part of `serve_jailed`, with the daemon's default.
 fn jail_argument(arguments: &[String]) -> &'static [&'static str] {
     let is_jailed = env!("CARGO_CRATE_NAME") == "serve_jailed";
     let is_said = arguments.iter().any(|argument| argument == "--jail");
@@ -274,7 +274,7 @@ pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Op
     let mut stream = UnixStream::connect(socket).ok()?;
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let body = body.map(Value::to_string).unwrap_or_default();
-    // In one piece: an answer may come, and the connection go, before a body that nobody wants has been sent.
+    // In one write, as the daemon may answer and close the connection before it has read a body that it refuses.
     let request = format!(
         "{method} {path} HTTP/1.1\r\nHost: l\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
@@ -292,7 +292,7 @@ pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Op
     Some((status, body))
 }
 
-/// What a daemon tells of itself.
+/// The events of a daemon.
 pub struct Events(BufReader<UnixStream>);
 
 impl Events {
@@ -313,7 +313,7 @@ impl Events {
     }
 }
 
-/// What the guest behind a console sends back for a letter.
+/// Whether the guest behind a console echoes a letter.
 pub fn echoes(socket: &Path) -> bool {
     let mut console = UnixStream::connect(socket).unwrap();
     console.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -327,7 +327,7 @@ pub fn echoes(socket: &Path) -> bool {
     false
 }
 
-/// Waits until something is so.
+/// Waits until a condition is true.
 pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !so() {

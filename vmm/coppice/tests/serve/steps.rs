@@ -11,16 +11,16 @@ use std::thread::{self, JoinHandle};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Whose steps are counted.
+/// The process whose steps are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Victim {
-    /// A process that is there.
+    /// The process that is watched.
     Itself,
-    /// A process that it starts.
+    /// A process that the watched one starts.
     Child,
 }
 
-/// Somebody who waits for the step.
+/// A thread that traces a process, and kills it at a step.
 pub struct Killer {
     process: u32,
     over: Arc<AtomicBool>,
@@ -28,7 +28,7 @@ pub struct Killer {
 }
 
 impl Killer {
-    /// Waits for step `number` of a process, from now on.
+    /// Kills a process at its step `number`, counted from now on.
     pub fn new(process: u32, victim: Victim, number: usize) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let (watches, ready) = channel();
@@ -44,11 +44,12 @@ impl Killer {
         }
     }
 
-    /// The step at which the process was killed, if it came to that. `stir` has whoever is watched do anything.
-    pub fn end(self, stir: impl FnOnce()) -> Option<&'static str> {
+    /// The step at which the process was killed, if it came to that. `wake` has the traced process do anything, so that the tracer
+    /// sees that it is to end.
+    pub fn end(self, wake: impl FnOnce()) -> Option<&'static str> {
         self.over.store(true, Ordering::SeqCst);
-        stir();
-        // Who waits for a word that nobody says is stirred by a signal that means nothing to it. It may have ended.
+        wake();
+        // A traced process that only waits is interrupted by a signal that it ignores. It may have ended, so that this fails.
         let _ = kill_process(
             Pid::from_raw(self.process.cast_signed()).unwrap(),
             Signal::CONT,
@@ -100,7 +101,7 @@ fn ptrace(request: libc::c_uint, thread: i32, address: usize, data: usize) -> io
     Ok(())
 }
 
-/// The system call that a thread is about to do; none where it comes from one.
+/// The system call that a thread is about to enter; `None` where it returns from one.
 fn call(thread: i32) -> Option<Call> {
     let mut call = Call::default();
     let at = (&raw mut call).expose_provenance();
@@ -120,7 +121,7 @@ impl Tracer {
                 break;
             }
             for thread in new {
-                // One that has ended meanwhile does nothing more.
+                // A thread that has ended meanwhile takes no more steps.
                 if ptrace(libc::PTRACE_SEIZE, thread, 0, OPTIONS as usize).is_ok() {
                     let _ = ptrace(libc::PTRACE_INTERRUPT, thread, 0, 0);
                 }
@@ -136,7 +137,7 @@ impl Tracer {
         }
     }
 
-    /// Whoever is traced goes on when this ends, with the thread that it runs on.
+    /// Traces until the end of this thread, with which the kernel lets all traced threads run on.
     fn run(mut self, over: &AtomicBool) -> Option<&'static str> {
         loop {
             let mut status = 0;
@@ -169,7 +170,7 @@ impl Tracer {
         }
     }
 
-    /// The step before which the process of a thread has just been killed.
+    /// The step before which the process of this thread was killed just now.
     fn step(&mut self, thread: i32) -> Option<&'static str> {
         let call = call(thread)?;
         let name = name(&call)?;

@@ -1,4 +1,4 @@
-//! A guest, its template and a clone; and what there is of them on the host.
+//! A guest, its template and a clone, and their traces on the host: files and processes.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::daemon::{Daemon, coppice, until};
 
-/// A new disk, also for a guest in a jail.
+/// Makes a disk that a guest in a jail may write to, too.
 pub fn make_disk(folder: &Path) -> PathBuf {
     let disk = folder.join("a.vhdx");
     let _ = fs::remove_file(&disk);
@@ -60,21 +60,21 @@ pub fn ids(list: &Value) -> Vec<&str> {
     list.map(|one| one["id"].as_str().unwrap()).collect()
 }
 
-/// Where the disk of a guest's drive is, as its process says.
+/// The path of the disk of a guest's drive, as its process reports it.
 pub fn disk(daemon: &Daemon, id: &str) -> PathBuf {
     let config = daemon.get(&format!("/vms/{id}/vm/config"));
     let path = config["drives"][0]["path_on_host"].as_str().unwrap();
     daemon.vm_folder(id).join(path)
 }
 
-/// Whether nothing is under way with a guest.
-pub fn is_settled(daemon: &Daemon, id: &str) -> bool {
+/// Whether no template is being made of a guest.
+pub fn has_nothing_pending(daemon: &Daemon, id: &str) -> bool {
     let record = fs::read(daemon.vm_folder(id).join("vm.json")).unwrap();
     let record: Value = serde_json::from_slice(&record).unwrap();
     record["pending"]["template"].is_null()
 }
 
-/// In the folder of a guest there are the daemon's records, sockets, and those of its disks that it has.
+/// Checks that the folder of a guest has the daemon's records, sockets, the disks that the guest has, and nothing else.
 pub fn nothing_is_left_over(daemon: &Daemon, id: &str, disks: &[&Path]) {
     let known = [
         "vm.json",
@@ -93,7 +93,7 @@ pub fn nothing_is_left_over(daemon: &Daemon, id: &str, disks: &[&Path]) {
         });
         names
     };
-    // A record may be being written just now.
+    // A record is written under this name.
     let stays = |left: &[String]| left.iter().any(|name| name != "vm.json.new");
     until(&format!("nothing is left in {}", folder.display()), || {
         let left = left();
@@ -103,7 +103,7 @@ pub fn nothing_is_left_over(daemon: &Daemon, id: &str, disks: &[&Path]) {
 }
 
 pub fn no_processes_but(daemon: &Daemon, pids: &[u32]) {
-    // One that was held by a daemon that was killed ends by itself.
+    // A process that waited at its gate for a daemon that was killed ends by itself.
     until("no process is left", || {
         let mut there = daemon.all_processes();
         there.retain(|pid| !pids.contains(pid));

@@ -4,7 +4,7 @@ use clap::Subcommand;
 
 /// What `coppice vm` can do with guests that were made.
 #[derive(Debug, Subcommand)]
-pub enum VmUse {
+pub enum GuestCommand {
     /// Show all guests.
     #[command(visible_alias = "ls")]
     List,

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use host::text_table::columns;
 
 pub use attach::HELP;
-pub use command::{TemplateCommand, VmUse};
+pub use command::{GuestCommand, TemplateCommand};
 pub use error::RemoteError;
 
 use client::{Client, escaped};
@@ -46,7 +46,7 @@ pub fn create(socket: &Path, json: bool, body: &Value) -> Result<(), RemoteError
 ///
 /// # Errors
 /// [`RemoteError`].
-pub fn run(socket: &Path, json: bool, command: VmUse) -> Result<(), RemoteError> {
+pub fn run(socket: &Path, json: bool, command: GuestCommand) -> Result<(), RemoteError> {
     let client = Client::new(socket)?;
     let each = |ids: Vec<String>, work: &dyn Fn(&str) -> Result<Value, RemoteError>| {
         let done = ids.iter().map(|id| work(id));
@@ -62,11 +62,11 @@ pub fn run(socket: &Path, json: bool, command: VmUse) -> Result<(), RemoteError>
         )
     };
     match command {
-        VmUse::List => {
+        GuestCommand::List => {
             let vms = client.call(Method::GET, "/vms", None)?;
             show(&vms["vms"], json, list_table);
         }
-        VmUse::Show { id } => {
+        GuestCommand::Show { id } => {
             let mut vm = client.call(Method::GET, &format!("/vms/{}?stats", escaped(&id)), None)?;
             if !vm["pid"].is_null() {
                 // Only its process knows its jail. A guest whose process hangs or has just ended is shown without.
@@ -75,14 +75,14 @@ pub fn run(socket: &Path, json: bool, command: VmUse) -> Result<(), RemoteError>
             }
             show(&vm, json, details);
         }
-        VmUse::Start { id } => each(id, &|id| act(id, "start", None))?,
-        VmUse::Stop { id, timeout, force } => {
+        GuestCommand::Start { id } => each(id, &|id| act(id, "start", None))?,
+        GuestCommand::Stop { id, timeout, force } => {
             let body = json!({"timeout_s": if force { 0 } else { timeout }});
             each(id, &|id| act(id, "stop", Some(&body)))?;
         }
-        VmUse::Pause { id } => each(id, &|id| act(id, "pause", None))?,
-        VmUse::Resume { id } => each(id, &|id| act(id, "resume", None))?,
-        VmUse::Delete { id, timeout } => {
+        GuestCommand::Pause { id } => each(id, &|id| act(id, "pause", None))?,
+        GuestCommand::Resume { id } => each(id, &|id| act(id, "resume", None))?,
+        GuestCommand::Delete { id, timeout } => {
             for id in &id {
                 let path = format!("/vms/{}?timeout_s={timeout}", escaped(id));
                 client.call(Method::DELETE, &path, None)?;
@@ -91,15 +91,15 @@ pub fn run(socket: &Path, json: bool, command: VmUse) -> Result<(), RemoteError>
                 println!("{}", json!({"deleted": id}));
             }
         }
-        VmUse::Console { id } => attach::attach(&client, &id)?,
-        VmUse::Stats { id } => {
+        GuestCommand::Console { id } => attach::attach(&client, &id)?,
+        GuestCommand::Stats { id } => {
             let mut vms = client.call(Method::GET, "/vms?stats", None)?;
             if let (Value::Array(vms), false) = (&mut vms["vms"], id.is_empty()) {
                 vms.retain(|vm| id.iter().any(|id| vm["id"] == id.as_str()));
             }
             show(&vms["vms"], json, stats_table);
         }
-        VmUse::Template(command) => templates(&client, command, json)?,
+        GuestCommand::Template(command) => templates(&client, command, json)?,
     }
     Ok(())
 }

@@ -18,9 +18,9 @@ const KEPT: usize = 256;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
-    /// The daemon is there.
+    /// The daemon has started.
     DaemonStarted,
-    /// The daemon goes; guests stay.
+    /// The daemon ends. Its guests stay, unless `--stop-guests` was given.
     DaemonStopping,
     /// A guest was made.
     Created,
@@ -28,9 +28,9 @@ pub enum EventKind {
     Attached,
     /// A guest runs.
     Started,
-    /// A guest stands still.
+    /// A guest was paused.
     Paused,
-    /// A guest goes on.
+    /// A guest was resumed.
     Resumed,
     /// A guest was asked to end.
     Stopping,
@@ -38,11 +38,11 @@ pub enum EventKind {
     Stopped,
     /// A guest has failed.
     Failed,
-    /// A guest has ended, and is going to be started again.
+    /// A guest has ended, and will be started again.
     Restarting,
     /// A guest has failed too often to be started again.
     RestartsExhausted,
-    /// A guest is gone.
+    /// A guest was deleted.
     Deleted,
     /// A guest was not admitted.
     Refused,
@@ -50,11 +50,11 @@ pub enum EventKind {
     CallerRefused,
     /// An image was registered.
     ImageAdded,
-    /// An image is registered no more.
+    /// An image was removed from the register.
     ImageRemoved,
     /// A guest became a template.
     TemplateCreated,
-    /// A template is gone.
+    /// A template was deleted.
     TemplateDeleted,
 }
 
@@ -90,9 +90,9 @@ impl EventKind {
 pub struct Event {
     /// Its number.
     pub id: u64,
-    /// When, in ms since 1970.
+    /// When it happened, in ms since 1970.
     pub time_ms: u64,
-    /// What.
+    /// What has happened.
     pub kind: EventKind,
     /// The guest, where it is about one.
     pub vm: Option<String>,
@@ -126,7 +126,7 @@ impl Default for Events {
 }
 
 impl Events {
-    /// Tells what has happened.
+    /// Adds an event, and sends it to all listeners.
     pub fn tell(&self, kind: EventKind, vm: Option<&str>, reason: Option<String>) {
         tracing::info!(vm, event = kind.name(), reason, "event");
         let mut history = self.history.lock();
@@ -146,7 +146,7 @@ impl Events {
         let _ = self.listeners.send(event);
     }
 
-    /// Those that are kept after number `last`, and all that come. A listener that is too far behind is told `Lagged`.
+    /// The kept events after number `last`, and a receiver of all later ones. A listener that is too far behind receives `Lagged`.
     pub fn listen(&self, last: Option<u64>) -> (Vec<Event>, broadcast::Receiver<Event>) {
         let history = self.history.lock();
         let kept = match last {

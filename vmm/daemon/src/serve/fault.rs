@@ -230,3 +230,25 @@ impl IntoResponse for Fault {
         (status, Json(body)).into_response()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::serve::store::named;
+
+    #[test]
+    fn a_failure_names_the_file_and_the_error_of_the_host_once() {
+        let full = io::Error::from_raw_os_error(libc::ENOSPC);
+        let expected = format!("the state folder: /s/vm.json: {full}");
+        let fault = Fault::Store(named(Path::new("/s/vm.json"))(full));
+        assert_eq!(chain(&fault).to_string(), expected);
+        assert_eq!(fault.status(), StatusCode::INSUFFICIENT_STORAGE);
+        let fault = Fault::Unreachable {
+            id: "g".to_owned(),
+            source: io::Error::from_raw_os_error(libc::EMFILE).into(),
+        };
+        assert!(chain(&fault).to_string().ends_with("(os error 24)"));
+    }
+}

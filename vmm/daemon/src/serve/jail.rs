@@ -414,7 +414,7 @@ mod tests {
             assert!(taken.insert(uid));
         }
         assert!(next(&taken).is_none());
-        // A guest of the same name is the same user again, where nobody else is.
+        // A guest of the same name gets the same user again, where no other guest has it.
         taken.clear();
         assert_eq!(next(&taken), first);
         let jailed = jails.assign("g", &taken).unwrap().unwrap();
@@ -458,7 +458,7 @@ mod tests {
     #[test]
     fn a_guest_is_given_its_disks_and_never_the_records_or_what_it_has_linked_there() {
         use std::os::unix::fs::{MetadataExt, symlink};
-        if !geteuid().is_root() {
+        if !skip::unless_root() {
             return;
         }
         let folder = tempfile::tempdir().unwrap();

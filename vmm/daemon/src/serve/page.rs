@@ -1,6 +1,6 @@
 //! The page with the guests, for people: one file without anything from elsewhere.
 //!
-//! A browser is told to run what is in the page and nothing else (`Content-Security-Policy`), so that no name of a guest, however
+//! The `Content-Security-Policy` allows a browser to run the script in the page and no other, so that no name of a guest, however
 //! it is written, becomes a program.
 
 use std::sync::LazyLock;

@@ -31,6 +31,7 @@ use super::record::PidFile;
 use super::store;
 use crate::zygote::{MANAGER, SpawnOptions, Zygote};
 use host::procfs;
+use host::report::chain;
 
 /// Longest log of a guest in bytes.
 const LONGEST_LOG: u64 = 4 << 20;
@@ -46,7 +47,7 @@ pub enum Purpose {
     Configure,
     /// To run the guest of `config.json`.
     Boot,
-    /// To go on from a snapshot, by this value of `--restore`.
+    /// To load a snapshot, by this value of `--restore`.
     Restore(String),
 }
 
@@ -72,7 +73,7 @@ pub enum Exit {
     Code(u8),
     /// Killed.
     Signal(i32),
-    /// It was not a child of this daemon, so that nobody tells it.
+    /// It was not a child of this daemon, so that its exit status went to another process.
     Unseen,
 }
 
@@ -135,7 +136,7 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
     }
     let mut log = OpenOptions::new();
     log.write(true).create(true).truncate(true).mode(0o600);
-    // Appended, so that it goes on at the beginning after `trim_log` has cut it.
+    // Opened for appending, so that the next line is at the beginning after `trim_log` has emptied the file.
     log.custom_flags(libc::O_APPEND | libc::O_NOFOLLOW);
     let path = launch.folder.join("log");
     let log = log.open(&path).map_err(store::named(&path))?;
@@ -215,7 +216,7 @@ fn execute(launch: &Launch<'_>, options: &SpawnOptions<'_>) -> io::Result<u32> {
     Ok(child.id())
 }
 
-/// Empties the log of a guest where it has become too long. The process goes on logging at its beginning.
+/// Empties the log of a guest where it has become too long. The next line of the process is at its beginning.
 ///
 /// # Errors
 /// The host's error.
@@ -295,7 +296,7 @@ impl Process {
     /// Waits until it ends, and reaps it where it is a child.
     pub async fn ended(&self) -> Exit {
         if let Err(error) = self.fd.readable().await {
-            tracing::error!(pid = self.pid, %error, "a process cannot be watched");
+            tracing::error!(pid = self.pid, error = %chain(&error), "a process cannot be watched");
         }
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
         match waitid(WaitId::PidFd(self.fd.get_ref().as_fd()), options) {
@@ -313,7 +314,7 @@ impl Process {
         if let Err(error) = pidfd_send_signal(self.fd.get_ref(), signal)
             && error != Errno::SRCH
         {
-            tracing::error!(pid = self.pid, %error, "a process cannot be signalled");
+            tracing::error!(pid = self.pid, error = %chain(&error), "a process cannot be signalled");
         }
     }
 }

@@ -295,3 +295,33 @@ pub struct PidFile {
     /// The boot of the host.
     pub boot_id: String,
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_record_of_a_guest_has_the_names_that_earlier_daemons_gave_its_fields() {
+        let written = json!({
+            "spec": {"id": "g", "config": null, "template": null, "start": false, "restart": "always", "labels": {}},
+            "uid": 7, "created_ms": 1, "phase": "present", "state": "not_started",
+            "jail": {"uid": 9, "cgroup": "guests/g"}, "images": ["debian"], "loaded": true, "cid": 3,
+            "disks": {"root": "/d/child.vhdx"},
+            "told": {"config": null, "metadata": {"role": "web"}},
+            "pending": {
+                "template": {"id": "t", "resume": true}, "children": {"root": "/d/next.vhdx"},
+                "commits": {"data": {"top": "/d/top", "base": "/d/base"}}, "start": true,
+            },
+            "restarts": 2, "failures": 1,
+            "end": {"kind": "power_off", "text": "the guest powered off", "code": 0, "time_ms": 5},
+        });
+        let record: Record = serde_json::from_value(written.clone()).unwrap();
+        assert!(record.later.metadata.is_some() && record.pending.template.is_some());
+        assert_eq!(serde_json::to_value(&record).unwrap(), written);
+        let oldest = json!({"spec": {"id": "g"}, "uid": 7, "created_ms": 1, "phase": "present", "state": "running"});
+        let oldest: Record = serde_json::from_value(oldest).unwrap();
+        assert_eq!(oldest.later, LaterConfig::default());
+    }
+}

@@ -134,7 +134,7 @@ fn close_descriptors_in_guests() {
     };
     if done != 0 {
         let error = io::Error::last_os_error();
-        tracing::warn!(%error, "guests inherit descriptors");
+        tracing::warn!(error = %chain(&error), "guests inherit descriptors");
     }
 }
 

@@ -28,6 +28,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::record::Record;
+use host::report::chain;
 
 /// The socket of a guest's vsock device, in the guest's folder.
 pub const VSOCK_SOCKET: &str = "vsock.sock";
@@ -270,7 +271,7 @@ impl Store {
         if done.is_err()
             && let Err(error) = self.remove(id)
         {
-            tracing::warn!(vm = id, %error, "a half-made folder stays");
+            tracing::warn!(vm = id, error = %chain(&error), "a half-made folder stays");
         }
         done
     }

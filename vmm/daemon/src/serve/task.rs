@@ -15,7 +15,7 @@ pub async fn blocking<T: Send + 'static>(
     done.map_err(|error| Fault::Internal(error.into()))
 }
 
-/// Runs an operation to its end, even where nobody waits for it any more.
+/// Runs an operation to its end, even where the caller has gone.
 ///
 /// # Errors
 /// Those of the operation; `Internal` where it panicked.

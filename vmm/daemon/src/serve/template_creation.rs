@@ -3,8 +3,8 @@
 //! A template is made in the folder of its guest, as the guest's process may write nowhere else, and moved when it is complete. The record of the guest
 //! says that before it begins: see `pending`.
 //!
-//! A guest that becomes a template is paused, saved, and resumed. Each disk that it writes to stays as it is for the clones, and the guest goes on with a
-//! child of that disk, as every clone does. A clone can become a template in its turn, of whose memory only the delta to its own template is saved.
+//! A guest that becomes a template is paused, saved, and resumed. Each disk that it writes to stays as it is for the clones, and from then on the
+//! guest has a child of that disk, as every clone does. A clone can become a template in its turn, of whose memory only the delta to its own template is saved.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -64,7 +64,7 @@ impl Daemon {
     /// Makes a template of a guest.
     ///
     /// # Errors
-    /// Where that cannot be done; then there is no template, and the guest goes on.
+    /// Where that cannot be done; then there is no template, and the guest is as before.
     pub async fn create_template(
         self: Arc<Self>,
         spec: TemplateSpec,
@@ -124,7 +124,7 @@ impl Daemon {
         Ok(template)
     }
 
-    /// Paths for the disks that a guest goes on with, by drive. No such file exists yet.
+    /// Paths for the disks that a guest has after it was saved, by drive. No such file exists yet.
     ///
     /// # Errors
     /// `TemplateExists`, also where the folder of that template cannot be read; `Store`.

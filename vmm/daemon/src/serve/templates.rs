@@ -30,7 +30,7 @@ pub struct TemplateSpec {
     /// Its name: 1 to 63 lower case letters, digits and dashes.
     #[schema(pattern = "^[a-z0-9-]{1,63}$")]
     pub id: String,
-    /// The guest, which runs or is paused, and goes on as that afterwards.
+    /// The guest, which runs or is paused, and is in the same state afterwards.
     pub vm: String,
 }
 
@@ -120,7 +120,7 @@ impl Templates {
         self.0.values().cloned().collect()
     }
 
-    /// The template whose disk is the parent of `disk`, the one that the guest's drive has: told by the names that the daemon gives such disks.
+    /// The template whose disk is the parent of `disk`, the one that the guest's drive has: the daemon gives such disks names by which it knows them.
     pub fn parent_of(&self, vm: &Vm, drive: &str, disk: &Path) -> Option<&str> {
         let of_drive = self.0.values().filter(|t| t.disks.contains_key(drive));
         let mut parents = of_drive.filter(|t| {

@@ -1,31 +1,49 @@
 //! CPU time of processes and threads, by `/proc/PID/stat`.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{ProcError, failed};
+use procfs::process::{Process, Stat};
+
+use super::ProcError;
 
 /// The thread of Coppice that makes guests share what they have read.
 const MERGER: &str = "share";
 
-/// User and system time in a `stat` file (proc(5): fields 14 and 15). The name before them is in parentheses and may hold anything.
-fn ticks(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut words = rest.split_whitespace().skip(11);
-    let mut next = || words.next()?.parse::<u64>().ok();
-    Some(next()? + next()?)
-}
-
-/// When a process started, by its `stat` file (field 22), in ticks since boot.
-fn start_ticks(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
-    rest.split_whitespace().nth(19)?.parse().ok()
-}
-
 fn duration(ticks: u64) -> Duration {
     let second = rustix::param::clock_ticks_per_second().max(1);
     Duration::from_micros(ticks.saturating_mul(1_000_000) / second)
+}
+
+/// User and system time together.
+fn used(stat: &Stat) -> Duration {
+    duration(stat.utime.saturating_add(stat.stime))
+}
+
+/// Reads something of a process. The name that a process gives itself is no text, if it so wishes: nothing here depends
+/// on it.
+fn read<T>(pid: u32, read: impl FnOnce(&Process) -> procfs::ProcResult<T>) -> Result<T, ProcError> {
+    let path = PathBuf::from(format!("/proc/{pid}"));
+    Process::new_with_root(path.clone())
+        .and_then(|process| read(&process))
+        .map_err(|error| failure(path.join("stat"), error))
+}
+
+fn failure(path: PathBuf, error: procfs::ProcError) -> ProcError {
+    use procfs::ProcError::{Incomplete, InternalError, Io, NotFound, Other, PermissionDenied};
+    let source = match error {
+        Io(source, _) => source,
+        PermissionDenied(_) => io::ErrorKind::PermissionDenied.into(),
+        NotFound(_) => io::ErrorKind::NotFound.into(),
+        Incomplete(_) | Other(_) | InternalError(_) => {
+            return ProcError::Malformed {
+                path,
+                expected: "the fields of proc(5)",
+            };
+        }
+    };
+    ProcError::Read { path, source }
 }
 
 /// When a process started, since boot. With its number, this tells it from every other process.
@@ -33,21 +51,7 @@ fn duration(ticks: u64) -> Duration {
 /// # Errors
 /// `Read`, `Malformed`.
 pub fn start_of(pid: u32) -> Result<Duration, ProcError> {
-    let stat = super::read(pid, "stat")?;
-    let ticks = start_ticks(&stat).ok_or_else(|| ProcError::Malformed {
-        path: format!("/proc/{pid}/stat").into(),
-        expected: "a time as the 22nd field",
-    })?;
-    Ok(duration(ticks))
-}
-
-fn time_of(path: &Path) -> Result<Duration, ProcError> {
-    let stat = fs::read_to_string(path).map_err(failed(path))?;
-    let ticks = ticks(&stat).ok_or_else(|| ProcError::Malformed {
-        path: path.to_owned(),
-        expected: "CPU times as the 14th and 15th fields",
-    })?;
-    Ok(duration(ticks))
+    Ok(duration(read(pid, Process::stat)?.starttime))
 }
 
 /// CPU time so far of a process, with all its threads.
@@ -55,7 +59,7 @@ fn time_of(path: &Path) -> Result<Duration, ProcError> {
 /// # Errors
 /// `Read`, `Malformed`.
 pub fn of_process(pid: u32) -> Result<Duration, ProcError> {
-    time_of(Path::new(&format!("/proc/{pid}/stat")))
+    Ok(used(&read(pid, Process::stat)?))
 }
 
 /// CPU time so far of the merger of a guest; zero where it has none.
@@ -63,32 +67,54 @@ pub fn of_process(pid: u32) -> Result<Duration, ProcError> {
 /// # Errors
 /// `Read`, `Malformed`.
 pub fn of_merger(pid: u32) -> Result<Duration, ProcError> {
-    let folder = PathBuf::from(format!("/proc/{pid}/task"));
-    let tasks = fs::read_dir(&folder).map_err(failed(&folder))?;
-    let mut sum = Duration::ZERO;
-    for task in tasks.filter_map(Result::ok) {
+    read(pid, |process| {
         // A thread may end at any time.
-        let name = fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-        if name.trim_end() == MERGER {
-            sum += time_of(&task.path().join("stat"))?;
-        }
-    }
-    Ok(sum)
+        let threads = process.tasks()?.filter_map(|task| task.ok()?.stat().ok());
+        Ok(threads
+            .filter(|stat| stat.comm == MERGER)
+            .map(|stat| used(&stat))
+            .sum())
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::process::Command;
     use std::time::Instant;
+
+    use procfs::FromRead;
 
     use super::*;
 
     #[test]
     fn names_may_hold_spaces_and_parentheses() {
-        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194304 10 0 0 0 170 30 5 6 20 0 1 0 100 1000 1";
-        assert_eq!(ticks(stat), Some(200));
-        assert_eq!(start_ticks(stat), Some(100));
-        assert_eq!(ticks("42 (sh) S 1"), None);
-        assert_eq!(ticks(""), None);
+        let stat = "42 (a) b (c) S 1 42 42 0 -1 4194304 10 0 0 0 170 30 5 6 20 0 1 0 100 1000 1 \
+            0 0 0 0 0 0 0 0 0 0 0 0 0 17 0 0 0 0 0 0 0 0 0 0 0 0 0 0";
+        let stat = Stat::from_read(stat.as_bytes()).unwrap();
+        assert_eq!((used(&stat), stat.starttime), (duration(200), 100));
+        assert!(Stat::from_read("42 (sh) S 1".as_bytes()).is_err());
+        assert!(Stat::from_read("".as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_process_whose_name_is_no_text_has_a_start_and_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let sleep = folder.path().join(OsStr::from_bytes(b"a) (\xff"));
+        std::os::unix::fs::symlink("/bin/sleep", &sleep).unwrap();
+        let mut child = Command::new(sleep).arg("60").spawn().unwrap();
+        let found = (
+            start_of(child.id()),
+            of_process(child.id()),
+            of_merger(child.id()),
+        );
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let own = start_of(std::process::id()).unwrap();
+        assert!(found.0.unwrap() >= own && found.1.is_ok() && found.2.unwrap().is_zero());
+        assert!(matches!(start_of(child.id()), Err(ProcError::Read { .. })));
+        assert!(matches!(start_of(u32::MAX), Err(ProcError::Read { .. })));
     }
 
     #[test]

@@ -1,4 +1,9 @@
 //! What the kernel says of processes, in `/proc`: their memory, the files that they map, and their CPU time.
+//!
+//! `stat` is read with the crate `procfs`. `maps` and `smaps` are not: for each mapping of `smaps` the crate makes a
+//! map of two dozen strings, which is 20 MiB for a guest whose memory is in 10,000 pieces where this module takes 0.7;
+//! and it panics at a file whose name begins with `/SYSV`, which a guest's process may map. A guest's process reads its
+//! own `smaps_rollup`.
 
 mod cpu;
 mod maps;

@@ -7,14 +7,15 @@
 
 use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use devices::GuestMemory;
 use kvm_ioctls::VmFd;
 use memshare::Window;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::exits::{ExitCounters, ExitKind};
@@ -100,7 +101,7 @@ struct Shared {
 
 impl Shared {
     fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+        self.table.lock()
     }
 
     /// Waits while the vCPUs are to be paused, and tells the vCPU's state meanwhile if that is asked for.
@@ -116,10 +117,7 @@ impl Shared {
             }
             table.parked += 1;
             self.changed.notify_all();
-            table = self
-                .changed
-                .wait(table)
-                .unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut table);
             table.parked -= 1;
         }
         match table.target {
@@ -130,7 +128,7 @@ impl Shared {
 
     /// Makes every vCPU come by its gate.
     fn kick(&self, table: &Table) {
-        let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let threads = self.threads.lock();
         for (index, thread) in threads.iter().enumerate() {
             table.set_immediate_exit(index, 1);
             if let Err(error) = thread.kill(kick_signal()) {
@@ -140,11 +138,10 @@ impl Shared {
     }
 
     /// Waits until every vCPU is at its gate, as long as that is closed.
-    fn wait_for_parked(&self, table: MutexGuard<'_, Table>) {
-        let parked = self.changed.wait_while(table, |table| {
+    fn wait_for_parked(&self, mut table: MutexGuard<'_, Table>) {
+        self.changed.wait_while(&mut table, |table| {
             table.is_closed() && table.parked < table.live()
         });
-        drop(parked.unwrap_or_else(PoisonError::into_inner));
     }
 
     fn end(&self, exit: VcpuExit) {
@@ -253,8 +250,7 @@ impl Vcpus {
     }
 
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
-        let threads = self.shared.threads.lock();
-        threads.unwrap_or_else(PoisonError::into_inner)
+        self.shared.threads.lock()
     }
 
     fn set_target(&self, target: Target) -> MutexGuard<'_, Table> {
@@ -296,8 +292,7 @@ impl Vcpus {
             live.zip(states)
                 .any(|(lives, state)| lives && state.is_none())
         };
-        let waited = self.shared.changed.wait_while(table, waiting);
-        let mut table = waited.unwrap_or_else(PoisonError::into_inner);
+        self.shared.changed.wait_while(&mut table, waiting);
         let states = table.states.take().unwrap_or_default();
         drop(table);
         let vcpus = (0..)
@@ -358,7 +353,6 @@ impl Brake {
     /// CPU time that the threads of the vCPUs have used so far, those not counted that have ended.
     pub fn cpu_time(&self) -> Duration {
         let threads = self.0.threads.lock();
-        let threads = threads.unwrap_or_else(PoisonError::into_inner);
         threads.iter().filter_map(thread_time).sum()
     }
 

@@ -5,11 +5,11 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
-use super::lock;
 use config::SharingConfig;
 
 /// The domain of a guest.
@@ -36,7 +36,7 @@ impl SharingDomain {
     /// Whether the guest may share a file, which is open and locked for reading; from then on other domains may not. A file that is refused once
     /// stays so until it is opened again.
     pub(crate) fn admits(&self, file: &Arc<File>) -> bool {
-        let mut foreign = lock(&self.foreign);
+        let mut foreign = self.foreign.lock();
         // A weak reference keeps the address from being used again.
         if foreign
             .iter()

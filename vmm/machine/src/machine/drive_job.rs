@@ -190,8 +190,8 @@ pub struct DriveJob {
     done: AtomicU64,
     total: AtomicU64,
     cancelled: AtomicBool,
-    end: Mutex<Option<(JobState, Option<String>)>>,
-    path: Mutex<Option<PathBuf>>,
+    end: parking_lot::Mutex<Option<(JobState, Option<String>)>>,
+    path: parking_lot::Mutex<Option<PathBuf>>,
     /// What a commit merges into.
     base: Option<PathBuf>,
 }
@@ -215,7 +215,7 @@ impl DriveJob {
 
     /// Whether it is over.
     pub fn is_over(&self) -> bool {
-        lock(&self.end).is_some()
+        self.end.lock().is_some()
     }
 
     /// What it does.
@@ -225,14 +225,14 @@ impl DriveJob {
 
     /// Where it is.
     pub fn status(&self) -> JobStatus {
-        let (state, error) = lock(&self.end).clone().unwrap_or((JobState::Running, None));
+        let (state, error) = self.end.lock().clone().unwrap_or((JobState::Running, None));
         JobStatus {
             operation: self.task.name(),
             state,
             done: self.done.load(Ordering::Relaxed),
             total: self.total.load(Ordering::Relaxed),
             error,
-            path_on_host: lock(&self.path).clone(),
+            path_on_host: self.path.lock().clone(),
             base_on_host: self.base.clone(),
         }
     }
@@ -260,8 +260,8 @@ impl DriveJob {
             done: AtomicU64::new(0),
             total: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
-            end: Mutex::new(None),
-            path: Mutex::new(None),
+            end: parking_lot::Mutex::new(None),
+            path: parking_lot::Mutex::new(None),
         });
         let (worker, drive) = (Arc::clone(&job), Arc::clone(drive));
         let unsharing = sharing.unsharing();
@@ -274,7 +274,7 @@ impl DriveJob {
                     Err(error) => (JobState::Failed, Some(error.to_string())),
                 };
                 tracing::info!(operation = worker.name(), state = ?end.0, "drive job over");
-                *lock(&worker.end) = Some(end);
+                *worker.end.lock() = Some(end);
             })
             .map_err(|error| DriveError::Io {
                 operation: "start a thread".into(),
@@ -320,7 +320,7 @@ impl DriveJob {
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
             let child = vhdx(disk)?.snapshot(top, &new)?;
             // From here on the guest needs the new file, whatever comes.
-            *lock(&self.path) = Some(new.clone());
+            *self.path.lock() = Some(new.clone());
             Ok(match child.open_for_commit() {
                 Ok(ready) => ready,
                 Err(error) => {
@@ -341,7 +341,7 @@ impl DriveJob {
         let mut removed = Ok(());
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
             let done = vhdx(disk)?.finish_commit(&new, &base)?;
-            *lock(&self.path) = Some(base.clone());
+            *self.path.lock() = Some(base.clone());
             // Before the guest writes to what is below them: what is there tells which disk it has, so `top` goes first.
             removed = [top, &new].into_iter().try_for_each(|file| {
                 std::fs::remove_file(file).map_err(|error| DriveError::Io {

@@ -10,12 +10,13 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use devices::virtio::pmem::MappingFigures;
 use memshare::{
     Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window, max_map_count,
 };
+use parking_lot::{Mutex, MutexGuard};
 use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
@@ -168,12 +169,12 @@ impl MappedDisk {
         Ok(mapped)
     }
 
-    fn tickets(&self) -> std::sync::MutexGuard<'_, Vec<Ticket>> {
-        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn tickets(&self) -> MutexGuard<'_, Vec<Ticket>> {
+        self.tickets.lock()
     }
 
     pub(super) fn disk(&self) -> Arc<dyn Disk> {
-        let disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        let disk = self.disk.lock();
         disk.clone()
     }
 
@@ -186,7 +187,7 @@ impl MappedDisk {
         &self,
         change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
     ) -> Result<(), E> {
-        let mut disk = self.disk.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut disk = self.disk.lock();
         // A disk that nobody writes to any more needs none, and is not given a child before they are given back.
         self.give_back(&disk);
         match change(&disk) {
@@ -220,7 +221,7 @@ impl MappedDisk {
 
     /// The first page that is a file's and cannot be read any more, with its offset in the window as its address.
     pub(super) fn lost_page(&self) -> Option<LostPage> {
-        let laid = self.laid.lock().unwrap_or_else(PoisonError::into_inner);
+        let laid = self.laid.lock();
         self.table.lost_page().or_else(|| laid.lost_page())
     }
 

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use memshare::{Backing, PAGE_SIZE, PageKind, PageState, Run, SharedFile};
 use storage::{Disk, DiskError, blocking};
@@ -47,7 +47,7 @@ impl MappedDisk {
         let window = self.window();
         for piece in (0..window.len()).step_by(PIECE as usize) {
             let kinds = window.page_kinds(piece, PIECE.min(window.len() - piece))?;
-            let laid = self.laid().lock().unwrap_or_else(PoisonError::into_inner);
+            let laid = self.laid().lock();
             let is_candidate = |(page, kind): (u64, &PageKind)| {
                 *kind == PageKind::Private || laid.get(page).is_some()
             };
@@ -102,7 +102,7 @@ impl MappedDisk {
         file: &Arc<SharedFile>,
         offset: u64,
     ) -> io::Result<()> {
-        let mut laid = self.laid().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut laid = self.laid().lock();
         self.window().map_file(at, len, file.file(), offset)?;
         laid.insert(Run {
             gfn: at / PAGE_SIZE,

@@ -1,10 +1,11 @@
 //! What a guest has written to memory, brought to its disk.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use devices::virtio::pmem::{Backing, FlushError};
 use memshare::PAGE_SIZE;
+use parking_lot::{Mutex, MutexGuard};
 use storage::{Disk, DiskError, blocking};
 
 use super::map::{MappedDisk, with_cause};
@@ -80,7 +81,7 @@ impl<L: DirtyPages> Writeback<L> {
     }
 
     fn pending(&self) -> MutexGuard<'_, Vec<u64>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        self.pending.lock()
     }
 
     fn write_back_under(&self, pending: &mut Vec<u64>) -> Result<u64, WritebackError> {

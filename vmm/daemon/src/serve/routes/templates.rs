@@ -1,4 +1,4 @@
-//! Templates: saved guests, which others go on from.
+//! Requests about templates: saved guests, of which others are clones.
 
 use axum::Json;
 use axum::extract::{Extension, Path, State as Of};

@@ -1,0 +1,13 @@
+//! Checks that the workspace is a tree.
+//!
+//! [`crates`] holds which crate may use which. Within a crate, [`source`] reads the modules, [`imports`] follows every
+//! path to the module that defines what it names, and [`circles`] finds modules that use each other in a circle.
+//! [`uncut`] lists those that are still to be cut.
+
+pub mod circles;
+pub mod crates;
+pub mod imports;
+pub mod module;
+mod paths;
+pub mod source;
+pub mod uncut;
