@@ -98,8 +98,8 @@ web: setup
 lint: docs-check
 REFERENCE := cargo nextest run --workspace --lib --bins -E 'test(/reference.*is_current/)'
 docs-check: setup
-	resources/docs.sh check
-	$(REFERENCE)
+	$(STEP) links resources/docs.sh check
+	$(STEP) reference $(REFERENCE)
 
 reference: setup
 	UPDATE_EXPECT=1 $(REFERENCE)
