@@ -79,9 +79,13 @@ pub struct Run {
 /// # Errors
 /// As [`Disk::map`].
 pub fn run_at(disk: &dyn Disk, offset: u64) -> Result<Run, DiskError> {
-    let size = disk.geometry().size;
+    run_before(disk, offset, disk.geometry().size)
+}
+
+/// As [`run_at`]; nothing from `end` on is looked at.
+pub(crate) fn run_before(disk: &dyn Disk, offset: u64, end: u64) -> Result<Run, DiskError> {
     let mut map = Vec::new();
-    disk.map(range(offset, STRIDE.min(size - offset))?, &mut map)?;
+    disk.map(range(offset, STRIDE.min(end - offset))?, &mut map)?;
     let is_data = map
         .first()
         .is_some_and(|mapping| mapping.file_offset.is_some());

@@ -20,6 +20,7 @@ mod medium;
 pub mod open;
 pub mod progress;
 pub mod raw;
+mod refusal;
 pub mod vhdx;
 
 pub use disk::{
@@ -28,5 +29,6 @@ pub use disk::{
 };
 pub use domain::Domain;
 pub use lock::OpenMode;
-pub use open::{Format, OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open};
+pub use open::{Format, OpenOptions, Parents, detect, open};
 pub use progress::{Progress, Unwatched};
+pub use refusal::{OpenError, ParentRefusal, Refusal};

@@ -12,7 +12,7 @@ use crate::disk::{
 };
 use crate::lock::OpenMode;
 use crate::medium::{Holes, Medium};
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// An open raw disk. Sectors of 512 bytes, as no file says otherwise.
 #[derive(Debug)]

@@ -4,6 +4,7 @@
 //! before it is used: such files come from elsewhere.
 
 mod qcow2;
+pub(crate) mod signature;
 mod vhd;
 mod vmdk;
 
@@ -13,39 +14,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use signature::SourceFormat;
+
 use crate::blocking::{self, Run};
-use crate::disk::{Disk, DiskError, SectorSize};
+use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::{Holes, Medium};
-use crate::open::{Format, OpenError, OpenOptions, Refusal, open_locked};
-
-/// A format that can be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceFormat {
-    /// The file is the disk.
-    Raw,
-    /// [MS-VHDX].
-    Vhdx,
-    /// QEMU's qcow2.
-    Qcow2,
-    /// Virtual Hard Disk, of Virtual PC and Azure.
-    Vhd,
-    /// VMware's virtual disk.
-    Vmdk,
-}
-
-impl SourceFormat {
-    /// The name that a user knows it by.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Vhdx => "vhdx",
-            Self::Qcow2 => "qcow2",
-            Self::Vhd => "vhd",
-            Self::Vmdk => "vmdk",
-        }
-    }
-}
+use crate::open::{Format, OpenOptions, detect_in, open_locked};
+use crate::refusal::OpenError;
+use crate::vhdx::Vhdx;
 
 /// A disk that can be read, whatever it is.
 pub trait Source {
@@ -59,6 +36,10 @@ pub trait Source {
     fn run_at(&mut self, offset: u64) -> Result<Run, SourceError>;
     /// Fills a buffer from an offset of the disk.
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError>;
+    /// What is known to be lost from the start, in order: it cannot be asked for.
+    fn lost(&self) -> &[ByteRange] {
+        &[]
+    }
 }
 
 /// Why a disk cannot be read.
@@ -128,6 +109,35 @@ impl Source for Own {
     }
 }
 
+/// A VHDX, some blocks of which are lost.
+struct Damaged {
+    disk: Vhdx,
+    lost: Vec<ByteRange>,
+}
+
+impl Source for Damaged {
+    fn size(&self) -> u64 {
+        self.disk.geometry().size
+    }
+    fn logical_sector(&self) -> SectorSize {
+        self.disk.geometry().logical_sector
+    }
+    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+        let next = self.lost.partition_point(|lost| lost.end() <= offset);
+        let end = self
+            .lost
+            .get(next)
+            .map_or(self.size(), |lost| lost.offset());
+        Ok(blocking::run_before(&self.disk, offset, end)?)
+    }
+    fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        Ok(blocking::read_at(&self.disk, buffer, offset)?)
+    }
+    fn lost(&self) -> &[ByteRange] {
+        &self.lost
+    }
+}
+
 /// A raw file, of any length.
 struct Flat {
     file: Arc<File>,
@@ -159,7 +169,8 @@ impl Source for Flat {
     }
 }
 
-/// Opens the disk at `path` for reading, found out by its signature where the format is not given; what has none is raw.
+/// Opens the disk at `path` for reading, found out by its signature where the format is not given. What has none that is known is raw,
+/// and what has that of a format that cannot be read is refused.
 ///
 /// # Errors
 /// See [`SourceError`].
@@ -167,14 +178,37 @@ pub fn open(
     path: &Path,
     format: Option<SourceFormat>,
 ) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
+    open_with(path, format, false)
+}
+
+/// As [`open`], for a salvage: a VHDX may have entries that lead nowhere.
+///
+/// # Errors
+/// See [`SourceError`].
+pub fn open_damaged(
+    path: &Path,
+    format: Option<SourceFormat>,
+) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
+    open_with(path, format, true)
+}
+
+fn open_with(
+    path: &Path,
+    format: Option<SourceFormat>,
+    damaged: bool,
+) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
     let failed = |reason| SourceError::Open(OpenError::new(path, reason));
     let file = open_locked(path, OpenMode::ReadOnly).map_err(failed)?;
     let format = match format {
         Some(format) => format,
-        None => detect(&file).map_err(|e| failed(Refusal::io("read the signature", e)))?,
+        None => detect_in(&file).map_err(failed)?,
     };
     let source: Box<dyn Source> = match format {
         SourceFormat::Raw => Box::new(Flat::open(file)?),
+        SourceFormat::Vhdx if damaged => {
+            let (disk, lost) = Vhdx::open_damaged(path, file)?;
+            Box::new(Damaged { disk, lost })
+        }
         SourceFormat::Vhdx => {
             let options = OpenOptions {
                 format: Some(Format::Vhdx),
@@ -187,31 +221,6 @@ pub fn open(
         SourceFormat::Vmdk => Box::new(vmdk::Vmdk::open(path, file)?),
     };
     Ok((format, source))
-}
-
-fn detect(file: &File) -> io::Result<SourceFormat> {
-    let len = file.metadata()?.len();
-    let starts_with = |signature: &[u8], offset: u64| -> io::Result<bool> {
-        let mut found = vec![0; signature.len()];
-        match file.read_exact_at(&mut found, offset) {
-            Ok(()) => Ok(found == signature),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-            Err(e) => Err(e),
-        }
-    };
-    Ok(if starts_with(crate::vhdx::SIGNATURE, 0)? {
-        SourceFormat::Vhdx
-    } else if starts_with(b"QFI\xfb", 0)? {
-        SourceFormat::Qcow2
-    } else if starts_with(b"KDMV", 0)? || starts_with(b"# Disk DescriptorFile", 0)? {
-        SourceFormat::Vmdk
-    } else if starts_with(vhd::COOKIE, 0)?
-        || (len >= vhd::FOOTER && starts_with(vhd::COOKIE, len - vhd::FOOTER)?)
-    {
-        SourceFormat::Vhd
-    } else {
-        SourceFormat::Raw
-    })
 }
 
 /// A file next to another that names it; nowhere else.

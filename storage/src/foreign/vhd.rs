@@ -10,7 +10,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 use super::{Run, Source, SourceError};
 
 /// First bytes of a footer ("Hard Disk Footer Format").
-pub(super) const COOKIE: &[u8; 8] = b"conectix";
+const COOKIE: &[u8; 8] = b"conectix";
 /// Bytes of a footer.
 pub(super) const FOOTER: u64 = 512;
 const DYNAMIC_COOKIE: &[u8; 8] = b"cxsparse";

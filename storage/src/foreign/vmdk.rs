@@ -169,8 +169,7 @@ fn extent(path: &Path, number: usize, line: &str, at: u64) -> Result<(u64, Exten
     }
     let open = |name: Option<&str>| -> Result<Arc<File>, SourceError> {
         let path = beside(path, name.ok_or_else(|| bad("the name of a file"))?)?;
-        open_locked(&path, OpenMode::ReadOnly)
-            .map_err(|e| crate::open::OpenError::new(&path, e).into())
+        open_locked(&path, OpenMode::ReadOnly).map_err(|e| crate::OpenError::new(&path, e).into())
     };
     let len = sectors * SECTOR;
     let extent = match kind {

@@ -12,7 +12,7 @@ use super::locator::ParentLocator;
 use super::metadata::{ItemAt, Metadata};
 use super::pages::{Bytes, blank, page_of};
 use crate::disk::DiskError;
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// How long requests in flight are waited for at once.
 const PATIENCE: Duration = Duration::from_millis(20);

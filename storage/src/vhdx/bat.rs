@@ -14,7 +14,8 @@ use super::format::{MIB, SECTORS_PER_BITMAP};
 use super::metadata::Metadata;
 use super::region::Region;
 use super::view::View;
-use crate::open::Refusal;
+use crate::disk::ByteRange;
+use crate::refusal::Refusal;
 
 /// Entries of a page, the unit in which the table is cached, logged and written.
 pub(super) const ENTRIES_PER_PAGE: u64 = 512;
@@ -246,6 +247,22 @@ impl Layout {
     /// Whether the entry of this index is for a sector bitmap.
     pub(super) fn is_bitmap(&self, index: u64) -> bool {
         index % (self.chunk_ratio + 1) == self.chunk_ratio
+    }
+
+    /// The ranges of a disk of `size` bytes that are the blocks of these entries, in order and joined where they touch.
+    /// Entries of sector bitmaps count for nothing, as what hangs on them are entries of blocks.
+    pub(super) fn ranges(&self, mut indices: Vec<u64>, size: u64) -> Vec<ByteRange> {
+        indices.sort_unstable();
+        indices.dedup();
+        let mut ranges: Vec<ByteRange> = Vec::new();
+        for block in indices.into_iter().filter_map(|index| self.block(index)) {
+            let start = block * self.block_size;
+            let end = (start + self.block_size).min(size);
+            let joined = ranges.pop_if(|last| last.end() == start);
+            let start = joined.map_or(start, ByteRange::offset);
+            ranges.extend(ByteRange::new(start, end.saturating_sub(start)));
+        }
+        ranges
     }
 
     /// Where an entry lies in the file.
@@ -600,6 +617,23 @@ mod tests {
             assert!(layout.is_bitmap(bits.index) && layout.block(bits.index).is_none());
             assert!(bits.first + bits.count <= SECTORS_PER_BITMAP);
         }
+    }
+
+    #[test]
+    fn ranges_are_joined_over_bitmap_entries_and_end_with_the_disk() {
+        let size = (8 << 30) + 512;
+        let layout = layout(size, 2 << 20, SectorSize::B512);
+        // Entry 2048 is that of a bitmap.
+        let ranges = layout.ranges(vec![4098, 2048, 7, 2049, 2047, 7], size);
+        let range = |offset, len| ByteRange::new(offset, len).unwrap();
+        assert_eq!(
+            ranges,
+            [
+                range(14 << 20, 2 << 20),
+                range((4 << 30) - (2 << 20), 4 << 20),
+                range(8 << 30, 512)
+            ]
+        );
     }
 
     #[test]

@@ -63,20 +63,22 @@ impl Vhdx {
     /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an open, and
     /// anew after a close.
     pub(super) fn announce(&self, level: Level) -> Result<(), DiskError> {
-        self.announce_as(level, None)
+        self.announce_as(level, None, None)
     }
 
-    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before.
+    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before, and with it
+    /// the FileWriteGuid that is given, or a new one.
     pub(super) fn announce_as(
         &self,
         level: Level,
         data_write_guid: Option<Guid>,
+        file_write_guid: Option<Guid>,
     ) -> Result<(), DiskError> {
         let mut commit = lock(&self.commit);
         self.unless_poisoned()?;
         if let Some(guid) = data_write_guid {
             self.update_header(&mut commit.headers, |header| {
-                header.file_write_guid = Guid::random();
+                header.file_write_guid = file_write_guid.unwrap_or_else(Guid::random);
                 header.data_write_guid = guid;
             })?;
             commit.announced = Level::Data;

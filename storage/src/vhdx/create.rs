@@ -20,7 +20,8 @@ use super::metadata::Metadata;
 use super::region::{self, Region};
 use crate::disk::{Disk, SectorSize};
 use crate::medium::Medium;
-use crate::open::{OpenError, OpenOptions, Parents};
+use crate::open::{OpenOptions, Parents};
+use crate::refusal::OpenError;
 
 /// Who made the file, in its identifier (2.2.1).
 const CREATOR: &str = concat!("Coppice ", env!("CARGO_PKG_VERSION"));

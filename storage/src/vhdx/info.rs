@@ -12,7 +12,8 @@ use super::locator::ParentLocator;
 use super::open::Layer;
 use crate::disk::SectorSize;
 use crate::lock::OpenMode;
-use crate::open::{OpenError, open_locked};
+use crate::open::open_locked;
+use crate::refusal::OpenError;
 
 /// One file, without its parents.
 #[derive(Clone, Debug)]

@@ -81,7 +81,7 @@ impl Vhdx {
                 ..locator
             })?;
         }
-        parent.announce_as(Level::Data, Some(after))
+        parent.announce_as(Level::Data, Some(after), None)
     }
 
     /// Records in the child that it was made on its parent as that is now.

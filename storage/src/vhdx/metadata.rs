@@ -13,7 +13,7 @@ use super::format::{
 use super::locator::ParentLocator;
 use super::region::Region;
 use crate::disk::SectorSize;
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// What the metadata says of the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]

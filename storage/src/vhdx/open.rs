@@ -20,10 +20,11 @@ use super::pages::Pages;
 use super::region::{Region, Regions};
 use super::space::Space;
 use super::view::View;
-use crate::disk::{DiskError, Geometry, SectorSize};
+use crate::disk::{ByteRange, DiskError, Geometry, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open_locked};
+use crate::open::{OpenOptions, Parents, open_locked};
+use crate::refusal::{OpenError, ParentRefusal, Refusal};
 
 impl Vhdx {
     /// Opens and locks the VHDX at `path`, and its parents for reading. A log that has to be replayed is replayed into the file
@@ -55,16 +56,47 @@ impl Vhdx {
         Self::open_layers(path, file, options, OpenMode::ReadWrite)
     }
 
+    /// Opens the VHDX in a file that is open and locked for reading, and its parents, although entries of its BAT may lead nowhere.
+    /// Gives the ranges of such blocks too, in order, which are not to be read: their entries may name what belongs to others.
+    pub(crate) fn open_damaged(
+        path: &Path,
+        file: Arc<File>,
+    ) -> Result<(Self, Vec<ByteRange>), OpenError> {
+        let failed = |e| OpenError::new(path, e);
+        let identity = identity(&file).map_err(failed)?;
+        let mut bad = Vec::new();
+        let mut note = |index, _| {
+            bad.push(index);
+            Ok(())
+        };
+        let mode = OpenMode::ReadOnly;
+        let top = Layer::read_with(Box::new(file), mode, Some(&mut note)).map_err(failed)?;
+        let lost = top.layout.ranges(bad, top.metadata.size);
+        let disk = Self::on_parents(path, (top, identity), &OpenOptions::read_only(), mode)?;
+        Ok((disk, lost))
+    }
+
     fn open_layers(
         path: &Path,
         file: Arc<File>,
         options: &OpenOptions,
         parent_mode: OpenMode,
     ) -> Result<Self, OpenError> {
-        let mode = options.mode();
         let failed = |e| OpenError::new(path, e);
         let identity = identity(&file).map_err(failed)?;
-        let top = Layer::read(Box::new(file), mode).map_err(failed)?;
+        let top = Layer::read(Box::new(file), options.mode()).map_err(failed)?;
+        Self::on_parents(path, (top, identity), options, parent_mode)
+    }
+
+    /// Opens the parents of a layer, whose file has this identity, and makes the disk.
+    fn on_parents(
+        path: &Path,
+        (top, identity): (Layer, (u64, u64)),
+        options: &OpenOptions,
+        parent_mode: OpenMode,
+    ) -> Result<Self, OpenError> {
+        let mode = options.mode();
+        let failed = |e| OpenError::new(path, e);
         let mut chain = Chain {
             options,
             seen: HashMap::from([(identity, path.to_owned())]),
@@ -197,6 +229,11 @@ impl Layer {
             found,
             file_len,
         })
+    }
+
+    /// Takes all of the file for described, so that nothing is cut off its end when it is closed.
+    pub(super) fn keep_length(&mut self) {
+        self.found.end = self.found.end.max(self.file_len);
     }
 
     /// Whom the disk stands on.

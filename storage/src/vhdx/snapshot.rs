@@ -16,8 +16,9 @@ use super::locator::ParentLocator;
 use super::open::Layer;
 use crate::disk::{ByteRange, Disk, DiskError, ExtentState, Mapping};
 use crate::lock::{self, OpenMode};
-use crate::open::{OpenError, OpenOptions, ParentRefusal, Refusal, open_locked};
+use crate::open::{OpenOptions, open_locked};
 use crate::progress::{Progress, Unwatched};
+use crate::refusal::{OpenError, ParentRefusal, Refusal};
 use crate::vhdx::create::{CreateError, folder_of};
 use crate::vhdx::merge::Merged;
 
