@@ -7,6 +7,7 @@
 //!
 //! The crate knows nothing of KVM or virtio.
 
+pub mod alignment;
 pub mod blocking;
 pub mod convert;
 pub mod disk;

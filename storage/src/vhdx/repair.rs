@@ -146,7 +146,16 @@ impl Vhdx {
         let old = Backup::read(backup).map_err(|e| OpenError::new(backup, e))?;
         let failed = |reason| OpenError::new(path, reason);
         let file = open_locked(path, OpenMode::ReadWrite).map_err(failed)?;
-        let mut layer = Layer::read(Box::new(file), OpenMode::ReadWrite).map_err(failed)?;
+        let mut is_damaged = false;
+        let mut layer = Layer::read_with(
+            Box::new(file),
+            OpenMode::ReadWrite,
+            Some(&mut |_, _| {
+                is_damaged = true;
+                Ok(())
+            }),
+        )
+        .map_err(failed)?;
         let header = layer.headers.current();
         if (header.file_write_guid, header.data_write_guid)
             != (old.file_write_guid, old.data_write_guid)
@@ -160,6 +169,10 @@ impl Vhdx {
                 old.data_write_guid
             )))
             .into());
+        }
+        if is_damaged {
+            let refusal = "has been damaged anew since it was repaired: repair it first";
+            return Err(failed(Refusal::Unsupported(refusal.into())).into());
         }
         let entries = layer.layout.entries();
         if let Some((index, _)) = old.entries.iter().find(|(index, _)| *index >= entries) {

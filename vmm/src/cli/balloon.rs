@@ -2,8 +2,8 @@
 
 use std::str::FromStr;
 
-use super::size::{Mebibytes, SizeError};
 use crate::config::BalloonConfig;
+use crate::config::{Mebibytes, SizeError};
 
 /// The value of `--balloon`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
-use super::Mebibytes;
 use crate::bench::{Configuration, Inputs, Options, Peer, Workload};
+use crate::config::Mebibytes;
 
 /// Shown behind the help.
 pub const EXAMPLES: &str = "Examples:

@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use super::disk::split;
-use super::size::{Bytes, SizeError};
+use crate::config::{Bytes, SizeError};
 use crate::jail::{CgroupConfig, JailConfig};
 
 /// The value of `--jail`. A comma in a path is written twice.

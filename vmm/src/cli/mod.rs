@@ -9,7 +9,6 @@ mod pmem;
 mod restore;
 mod serve;
 mod serve_jail;
-mod size;
 mod top;
 mod vm;
 mod vsock;
@@ -20,8 +19,8 @@ use clap::{Args, Parser, Subcommand};
 use memshare::ShareMode;
 
 use crate::config::{
-    BootSourceConfig, ConfigError, HugePageConfig, MetricsConfig, SerialConfig, SharingConfig,
-    VmConfig,
+    BootSourceConfig, ConfigError, HugePageConfig, Mebibytes, MetricsConfig, SerialConfig,
+    SharingConfig, VmConfig,
 };
 use crate::disk_tool::{self, DiskCommand};
 use crate::jail::{Confinement, SeccompMode};
@@ -39,7 +38,6 @@ pub use pmem::{PmemArgument, PmemError};
 pub use restore::{RestoreArgument, RestoreError};
 pub use serve::{SOCKET_VARIABLE, ServeArguments, default_socket};
 pub use serve_jail::{ServeJailArgument, ServeJailError};
-pub use size::{Bytes, Mebibytes, SizeError};
 pub use top::TopArguments;
 pub use vm::{Connection, CreateArguments, TemplateCommand, VmArguments, VmCommand};
 pub use vsock::{VsockArgument, VsockArgumentError};

@@ -8,7 +8,7 @@ use clap::Args;
 use rustix::process::geteuid;
 
 use super::serve_jail::ServeJailArgument;
-use super::size::Mebibytes;
+use crate::config::Mebibytes;
 use crate::logging::{LogFilter, LogFormat};
 use crate::serve::{Allowed, JailPolicy, Limits, Options, host_memory_kib};
 

@@ -21,6 +21,7 @@ mod machine;
 mod output;
 mod pmem;
 mod sharing;
+mod size;
 mod vsock;
 
 use std::collections::BTreeSet;
@@ -40,6 +41,7 @@ pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
 pub use sharing::SharingConfig;
+pub use size::{Bytes, Mebibytes, SizeError};
 pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
 
 use crate::layout;
