@@ -48,7 +48,7 @@ pub struct ConvertOptions {
     pub target: Target,
     /// Whether a file that is there already is replaced.
     pub overwrite: bool,
-    /// Whether what cannot be read is left as zeros and told of, rather than the end of the conversion.
+    /// Whether what cannot be read is left as zeros and listed, rather than ends the conversion.
     pub salvage: bool,
 }
 
@@ -104,7 +104,7 @@ pub enum ConvertError {
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
-        /// What the host said.
+        /// The error of the host.
         error: io::Error,
     },
 }
@@ -284,7 +284,7 @@ impl Copying<'_> {
             }
             // Nothing of the next range that is lost is read.
             let limit = lost.peek().map_or(size, |range| range.offset());
-            let run = match source.run_at(at) {
+            let run = match source.span_at(at) {
                 Ok(run) => run,
                 Err(_) if self.lost.is_some() => {
                     let end = (at + 1).next_multiple_of(LOST_UNIT).min(limit);

@@ -25,8 +25,8 @@ mod refusal;
 pub mod vhdx;
 
 pub use disk::{
-    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
-    Ticket,
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, RequestId,
+    SectorSize,
 };
 pub use domain::Domain;
 pub use lock::OpenMode;

@@ -43,7 +43,7 @@ pub enum Refusal {
     Io {
         /// What was tried, such as `open the file`.
         operation: String,
-        /// What the host said.
+        /// The error of the host.
         error: io::Error,
     },
     /// Not a regular file.

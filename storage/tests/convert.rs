@@ -312,7 +312,7 @@ fn read_all(path: &Path) {
     let mut buffer = vec![0; 65536];
     while at < size && looks < 4096 {
         looks += 1;
-        let Ok(run) = source.run_at(at) else {
+        let Ok(run) = source.span_at(at) else {
             return;
         };
         assert!(run.len > 0, "a run has bytes");

@@ -149,11 +149,14 @@ fn judge(found: Option<FileSystem>) -> Option<Reason> {
     }
 }
 
+/// Fills a buffer from an offset of a disk.
+type Read<'a, E> = dyn FnMut(&mut [u8], u64) -> Result<(), E> + 'a;
+
 /// The bytes of a disk, a few at a time.
 struct Window<'a, E> {
     size: u64,
     /// Fills a buffer from an offset; both are multiples of 4096, or the buffer ends with the disk.
-    read: &'a mut dyn FnMut(&mut [u8], u64) -> Result<(), E>,
+    read: &'a mut Read<'a, E>,
 }
 
 impl<E> Window<'_, E> {

@@ -97,7 +97,7 @@ fn entries<E>(bytes: &mut Window<'_, E>, offset: u64) -> Result<Option<[Entry; 4
     };
     // A status is 0x80 or nothing; boot code that ends like a record has anything there.
     let is_record = record[510..] == [0x55, 0xAA]
-        && (0..4).all(|number| record[MBR_ENTRIES + number * MBR_ENTRY] & 0x7F == 0);
+        && (0..4).all(|number| matches!(record[MBR_ENTRIES + number * MBR_ENTRY], 0 | 0x80));
     Ok(is_record.then(|| [0, 1, 2, 3].map(entry)))
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 pub use signature::SourceFormat;
 
-use crate::blocking::{self, Run};
+use crate::blocking::{self, Span};
 use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::{Holes, Medium};
@@ -33,7 +33,7 @@ pub trait Source {
         SectorSize::B512
     }
     /// What lies at an offset inside the disk, up to where that changes or a little before.
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError>;
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError>;
     /// Fills a buffer from an offset of the disk.
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError>;
     /// What is known to be lost from the start, in order: it cannot be asked for.
@@ -56,7 +56,7 @@ pub enum SourceError {
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The error of the host.
         error: io::Error,
     },
     /// The file says something that its format forbids.
@@ -101,8 +101,8 @@ impl Source for Own {
     fn logical_sector(&self) -> SectorSize {
         self.0.geometry().logical_sector
     }
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
-        Ok(blocking::run_at(&*self.0, offset)?)
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
+        Ok(blocking::span_at(&*self.0, offset)?)
     }
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
         Ok(blocking::read_at(&*self.0, buffer, offset)?)
@@ -122,13 +122,13 @@ impl Source for Damaged {
     fn logical_sector(&self) -> SectorSize {
         self.disk.geometry().logical_sector
     }
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         let next = self.lost.partition_point(|lost| lost.end() <= offset);
         let end = self
             .lost
             .get(next)
             .map_or(self.size(), |lost| lost.offset());
-        Ok(blocking::run_before(&self.disk, offset, end)?)
+        Ok(blocking::span_before(&self.disk, offset, end)?)
     }
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
         Ok(blocking::read_at(&self.disk, buffer, offset)?)
@@ -160,7 +160,7 @@ impl Source for Flat {
     fn size(&self) -> u64 {
         self.size
     }
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         hole_or_data(&self.file, offset, self.size - offset)
     }
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
@@ -246,12 +246,12 @@ fn beside(path: &Path, name: &str) -> Result<PathBuf, SourceError> {
 }
 
 /// A run of a file that is the disk, or a part of it.
-fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Run, SourceError> {
+fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Span, SourceError> {
     let failed = |e| SourceError::io(format!("look for holes from {offset:#x}"), e);
     let end = offset.saturating_add(left);
     let data = file.next_data(offset).map_err(failed)?;
     Ok(match data.filter(|data| *data < end) {
-        Some(data) if data <= offset => Run {
+        Some(data) if data <= offset => Span {
             len: file
                 .next_hole(offset)
                 .map_err(failed)?
@@ -259,11 +259,11 @@ fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Run, SourceE
                 - offset,
             is_data: true,
         },
-        Some(data) => Run {
+        Some(data) => Span {
             len: data - offset,
             is_data: false,
         },
-        None => Run {
+        None => Span {
             len: left,
             is_data: false,
         },

@@ -330,10 +330,10 @@ pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<
     })
 }
 
-/// Tells of the index of an entry, and of what was expected there.
+/// Called with the index of a bad entry, and what was expected there.
 pub(super) type Bad<'a> = &'a mut dyn FnMut(u64, String) -> Result<(), Refusal>;
 
-/// As [`check`]; each bad entry is told to `bad`, and passed over where that is content.
+/// As [`check`]; `bad` is called with each bad entry, which is passed over where that returns without an error.
 pub(super) fn check_with(
     view: &View,
     layout: &Layout,

@@ -70,7 +70,7 @@ impl Vhdx {
     /// Checks every structure of the file at `path`, checksums included, and nothing of its parents. Writes nothing.
     ///
     /// # Errors
-    /// Where the file cannot be opened or read at all; what its structures say is told in [`Checked`].
+    /// Where the file cannot be opened or read at all; what is wrong with its structures is in [`Checked`].
     pub fn check(path: &Path, progress: &dyn Progress) -> Result<Checked, ChainError> {
         let failed = |reason| OpenError::new(path, reason);
         let file = open_locked(path, OpenMode::ReadOnly).map_err(failed)?;

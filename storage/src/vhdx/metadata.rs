@@ -27,7 +27,7 @@ pub(super) struct Metadata {
     pub id: Guid,
     pub logical_sector: SectorSize,
     pub physical_sector: SectorSize,
-    /// Whom a differencing disk stands on.
+    /// The parent that a differencing disk stands on.
     pub parent: Option<ParentLocator>,
 }
 

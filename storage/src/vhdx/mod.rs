@@ -7,8 +7,8 @@
 //!
 //! A module a chapter of the specification: `header`, `region`, `metadata`, `locator`, `log`, `bat`, `bitmap`, and `format` for
 //! all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
-//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `pages`, `space` and `flights` are what
-//! they share. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`, `check` and `repair` are operations on whole disks.
+//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `state` is what they share, with
+//! `pages`, `space` and `in_flight` in it. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`, `check` and `repair` are operations on whole disks.
 //!
 //! # What a request does to a block
 //!
@@ -68,10 +68,10 @@ mod commit;
 mod compact;
 mod create;
 mod disk;
-mod flights;
 mod format;
 mod header;
 mod identifiers;
+mod in_flight;
 mod info;
 mod locator;
 mod log;
@@ -85,6 +85,7 @@ mod resize;
 mod runs;
 mod snapshot;
 mod space;
+mod state;
 mod view;
 mod write;
 

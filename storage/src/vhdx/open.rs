@@ -4,21 +4,23 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Condvar, Mutex};
+
+use parking_lot::{Condvar, Mutex};
 
 use super::bat::{self, Found, Layout};
-use super::commit::Commit;
-use super::disk::{Level, State, Vhdx};
-use super::flights::Flights;
+use super::disk::Vhdx;
 use super::format::Guid;
 use super::header::{self, Headers};
+use super::in_flight::RequestsInFlight;
 use super::locator::ParentLocator;
 use super::log::sequence;
 use super::metadata::Metadata;
 use super::pages::Pages;
 use super::region::{Region, Regions};
 use super::space::Space;
+use super::state::{Commit, Level, State};
 use super::view::View;
 use crate::disk::{ByteRange, DiskError, Geometry, SectorSize};
 use crate::lock::OpenMode;
@@ -181,7 +183,7 @@ impl Layer {
         Self::read_with(medium, mode, None)
     }
 
-    /// As [`Layer::read`]; bad entries of the BAT are told to `bad`, if that is given.
+    /// As [`Layer::read`]; `bad` is called with each bad entry of the BAT, if it is given.
     pub(super) fn read_with(
         medium: Box<dyn Medium>,
         mode: OpenMode,
@@ -236,7 +238,7 @@ impl Layer {
         self.found.end = self.found.end.max(self.file_len);
     }
 
-    /// Whom the disk stands on.
+    /// The parent that the disk stands on.
     pub(super) fn locator(&self) -> Option<&ParentLocator> {
         self.metadata.parent.as_ref()
     }
@@ -309,7 +311,7 @@ impl Layer {
             size: AtomicU64::new(metadata.size),
             frozen: AtomicBool::new(false),
             block_size: layout.block_size,
-            held: if mode.is_read_only() {
+            readable_end: if mode.is_read_only() {
                 file_len
             } else {
                 u64::MAX
@@ -322,7 +324,7 @@ impl Layer {
                 locator: metadata.parent,
                 pages: Pages::default(),
                 space: Space::of(&found),
-                flights: Flights::default(),
+                in_flight: RequestsInFlight::default(),
                 writes: HashMap::new(),
                 below: HashMap::new(),
                 next_write: 0,
@@ -330,7 +332,7 @@ impl Layer {
                 poisoned: false,
                 unsynced: false,
                 ordered: false,
-                held: None,
+                excluded: None,
             }),
             changed: Condvar::new(),
             growth: Mutex::new(()),

@@ -22,11 +22,12 @@ use std::path::{Path, PathBuf};
 use super::bat::{BlockState, Entry};
 use super::check::Checked;
 use super::create::sync_name;
-use super::disk::{Level, Stop, Vhdx, lock};
+use super::disk::Vhdx;
 use super::format::Guid;
 use super::open::Layer;
 use super::pages::page_of;
 use super::snapshot::ChainError;
+use super::state::{Level, Stop};
 use crate::disk::DiskError;
 use crate::lock::OpenMode;
 use crate::open::open_locked;
@@ -202,7 +203,7 @@ impl Vhdx {
 
     /// Gives an entry of the BAT any value; where `expected` is given, only if it has that one.
     fn set_raw_entry(&self, index: u64, expected: Option<u64>, raw: u64) -> Result<(), DiskError> {
-        let at = lock(&self.state).layout.entry_offset(index);
+        let at = self.state.lock().layout.entry_offset(index);
         self.with_state(|state| {
             let found = state.pages.entry(at).ok_or(Stop::Page(page_of(at)))?;
             if let Some(expected) = expected.filter(|expected| *expected != found) {

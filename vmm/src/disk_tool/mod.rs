@@ -113,7 +113,7 @@ pub enum ToolError {
     Disk {
         /// The disk.
         path: PathBuf,
-        /// What it said.
+        /// Its error.
         error: storage::DiskError,
     },
     /// Something of a chain.
@@ -121,7 +121,7 @@ pub enum ToolError {
     Chain {
         /// The disk.
         path: PathBuf,
-        /// What it said.
+        /// Its error.
         error: storage::vhdx::ChainError,
     },
     /// What was asked for cannot be done.
@@ -132,7 +132,7 @@ pub enum ToolError {
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The error of the host.
         error: std::io::Error,
     },
     /// The outcome could not be written as JSON.

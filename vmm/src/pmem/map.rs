@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use memshare::{
     Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window, max_map_count,
 };
-use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
+use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, RequestId, blocking};
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
 const UNIT: u64 = 2 << 20;
@@ -111,7 +111,7 @@ pub(super) struct MappedDisk {
     disk: Mutex<Arc<dyn Disk>>,
     window: Arc<Window>,
     /// What keeps the mapped space of the files as it is.
-    tickets: Mutex<Vec<Ticket>>,
+    tickets: Mutex<Vec<RequestId>>,
     /// Which pages are files', from the first of the window on.
     table: Table,
     /// Which pages are those of another file, laid over the disk's.
@@ -178,7 +178,7 @@ impl MappedDisk {
         Ok(mapped)
     }
 
-    fn tickets(&self) -> std::sync::MutexGuard<'_, Vec<Ticket>> {
+    fn tickets(&self) -> std::sync::MutexGuard<'_, Vec<RequestId>> {
         self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -330,7 +330,7 @@ impl Mapper<'_> {
 
     /// A file that this guest writes to is nobody else's anyway.
     fn is_admitted(&mut self, file: &Arc<File>) -> bool {
-        if !self.disk.is_settled(file) {
+        if !self.disk.is_immutable(file) {
             return true;
         }
         match &self.asked {
