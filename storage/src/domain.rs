@@ -1,7 +1,7 @@
 //! Which guests may share the pages of a file: those of one domain.
 //!
 //! Guests of one domain hold one byte of the file with a shared lock, each domain another byte, out of a range that no file reaches. So a guest sees
-//! whether those of another domain have the file, without anybody who keeps a list. The range lies in what a writer locks for itself, and apart
+//! whether guests of another domain have the file, and no process has to keep a list. The range lies in what a writer locks for itself, and apart
 //! from the bytes that QEMU gives a meaning.
 
 use std::fs::File;
@@ -23,7 +23,7 @@ impl Domain {
         Self(START + digest % LEN)
     }
 
-    /// Joins those who share a file, which is open and locked for reading. False, with no more locked than before, where guests of another domain
+    /// Joins the guests that share a file, which is open and locked for reading. False, with no more locked than before, where guests of another domain
     /// have it; two that come at once may both be refused.
     ///
     /// # Errors

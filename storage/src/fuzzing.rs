@@ -12,9 +12,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use arbitrary::Arbitrary;
+use parking_lot::Mutex;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::disk::{ByteRange, Disk, Extent, ExtentKind, SectorSize};
@@ -165,7 +166,7 @@ impl Memory {
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Contents) -> T) -> T {
-        work(&mut self.contents.lock().unwrap_or_else(PoisonError::into_inner))
+        work(&mut self.contents.lock())
     }
 }
 
@@ -348,10 +349,10 @@ fn digest(disk: &Vhdx, files: &[&Arc<Memory>]) -> Result<Vec<(u64, u32)>, String
         )
         .ok_or("a range")?;
         let mut extents = Vec::new();
-        let ticket = disk
+        let id = disk
             .resolve_read(range, &mut extents)
             .map_err(|e| e.to_string())?;
-        disk.finish(ticket, true);
+        disk.finish(id, true);
         let mut at = range.offset();
         let mut sum = 0;
         for extent in &extents {
@@ -405,7 +406,7 @@ fn write(
     range: ByteRange,
 ) -> Result<(), crate::disk::DiskError> {
     let mut extents = Vec::new();
-    let ticket = disk.resolve_write(range, &mut extents)?;
+    let id = disk.resolve_write(range, &mut extents)?;
     let mut ok = true;
     for extent in &extents {
         if let ExtentKind::Data { file_offset, .. } = extent.kind {
@@ -413,7 +414,7 @@ fn write(
             ok &= memory.write_all_at(&bytes, file_offset).is_ok();
         }
     }
-    disk.finish(ticket, ok);
+    disk.finish(id, ok);
     Ok(())
 }
 

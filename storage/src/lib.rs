@@ -7,6 +7,7 @@
 //!
 //! The crate knows nothing of KVM or virtio.
 
+pub mod alignment;
 pub mod blocking;
 pub mod convert;
 pub mod disk;
@@ -20,13 +21,15 @@ mod medium;
 pub mod open;
 pub mod progress;
 pub mod raw;
+mod refusal;
 pub mod vhdx;
 
 pub use disk::{
-    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
-    Ticket,
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, RequestId,
+    SectorSize,
 };
 pub use domain::Domain;
 pub use lock::OpenMode;
-pub use open::{Format, OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open};
+pub use open::{Format, OpenOptions, Parents, detect, open};
 pub use progress::{Progress, Unwatched};
+pub use refusal::{OpenError, ParentRefusal, Refusal};

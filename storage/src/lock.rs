@@ -70,7 +70,7 @@ impl Kind {
 /// Locks `file` for `mode`, without waiting. The lock goes when the last copy of the descriptor is closed.
 ///
 /// # Errors
-/// `Written` or `Read` says who is in the way; `Host` where the file system has no locks.
+/// `Written` or `Read` says what the other holder does with the file; `Host` where the file system has no locks.
 pub fn lock(file: &File, mode: OpenMode) -> Result<(), LockError> {
     match mode {
         OpenMode::ReadWrite => {

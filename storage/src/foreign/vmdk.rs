@@ -11,7 +11,7 @@ use flate2::read::ZlibDecoder;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Run, Source, SourceError, beside};
+use super::{Source, SourceError, Span, beside};
 use crate::lock::OpenMode;
 use crate::open::open_locked;
 
@@ -169,8 +169,7 @@ fn extent(path: &Path, number: usize, line: &str, at: u64) -> Result<(u64, Exten
     }
     let open = |name: Option<&str>| -> Result<Arc<File>, SourceError> {
         let path = beside(path, name.ok_or_else(|| bad("the name of a file"))?)?;
-        open_locked(&path, OpenMode::ReadOnly)
-            .map_err(|e| crate::open::OpenError::new(&path, e).into())
+        open_locked(&path, OpenMode::ReadOnly).map_err(|e| crate::OpenError::new(&path, e).into())
     };
     let len = sectors * SECTOR;
     let extent = match kind {
@@ -448,10 +447,10 @@ impl Source for Vmdk {
         self.size
     }
 
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         let (start, end, extent) = self.extent(offset)?;
         match extent {
-            Extent::Zero => Ok(Run {
+            Extent::Zero => Ok(Span {
                 len: end - offset,
                 is_data: false,
             }),
@@ -462,7 +461,7 @@ impl Source for Vmdk {
                 let inside = offset - start;
                 let is_data = sparse.grain_at(inside)?.is_some();
                 let next = (inside / sparse.grain + 1) * sparse.grain;
-                Ok(Run {
+                Ok(Span {
                     len: next.min(end - start) - inside,
                     is_data,
                 })

@@ -24,7 +24,7 @@ pub enum EngineKind {
 
 type CallResult = Result<(), DiskError>;
 
-/// Moves bytes and makes blocking calls; tells of completions by one eventfd.
+/// Moves bytes and makes blocking calls; signals completions by one eventfd.
 pub(super) struct Engine {
     event: EventFd,
     uring: Option<Uring>,

@@ -21,7 +21,7 @@ pub(super) enum Kind {
 
 /// A read, write or sync that has not come to its end.
 ///
-/// Its ranges belong to a buffer that outlives it: who makes a transfer keeps the buffer until the transfer is finished.
+/// Its ranges belong to a buffer that outlives it: the maker of a transfer keeps the buffer until the transfer is finished.
 pub(super) struct Transfer {
     pub(super) kind: Kind,
     pub(super) file: Arc<File>,

@@ -24,7 +24,7 @@ pub(super) struct Uring {
     waiting: VecDeque<usize>,
     /// Entries in the ring or at work in the kernel.
     entered: u32,
-    /// Whether the kernel has to be told of entries in the ring.
+    /// Whether the ring has entries that have not been submitted.
     unsubmitted: bool,
 }
 
@@ -55,7 +55,7 @@ impl Uring {
         self.waiting.len() + self.entered as usize
     }
 
-    /// Takes a transfer; [`Uring::submit`] tells the kernel.
+    /// Takes a transfer; [`Uring::submit`] makes the kernel look.
     pub(super) fn push(&mut self, token: usize, transfer: Transfer) {
         let taken = Some(Slot { token, transfer });
         let slot = if let Some(slot) = self.free.pop() {
@@ -80,7 +80,7 @@ impl Uring {
             };
             let entry = entry(transfer).user_data(slot as u64);
             // SAFETY: the entry points to the heap allocation of the transfer's ranges and names its file. The transfer stays in its slot until
-            // the kernel has told its completion; the memory behind the ranges belongs to a buffer that its owner keeps as long.
+            // its completion has been taken from the ring; the memory behind the ranges belongs to a buffer that its owner keeps as long.
             if unsafe { self.ring.submission().push(&entry) }.is_err() {
                 return;
             }
@@ -128,7 +128,7 @@ impl Uring {
     }
 }
 
-/// A ring that signals `event`, and does nothing but what [`entry`] asks for: whoever takes over this process cannot open a file or a socket with it,
+/// A ring that signals `event`, and does nothing but what [`entry`] asks for: code that takes over this process cannot open a file or a socket with it,
 /// of which no filter of system calls would know.
 fn restricted(event: &EventFd) -> io::Result<IoUring> {
     let ring = IoUring::builder().setup_r_disabled().build(ENTRIES);

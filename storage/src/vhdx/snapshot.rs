@@ -10,14 +10,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::create::ChildOptions;
-use super::disk::{Held, Vhdx};
+use super::disk::Vhdx;
 use super::format::Guid;
 use super::locator::ParentLocator;
 use super::open::Layer;
+use super::state::Exclusion;
 use crate::disk::{ByteRange, Disk, DiskError, ExtentState, Mapping};
 use crate::lock::{self, OpenMode};
-use crate::open::{OpenError, OpenOptions, ParentRefusal, Refusal, open_locked};
+use crate::open::{OpenOptions, open_locked};
 use crate::progress::{Progress, Unwatched};
+use crate::refusal::{OpenError, ParentRefusal, Refusal};
 use crate::vhdx::create::{CreateError, folder_of};
 use crate::vhdx::merge::Merged;
 
@@ -45,13 +47,13 @@ impl Vhdx {
     /// # Errors
     /// See [`ChainError`].
     pub fn snapshot(self: &Arc<Self>, path: &Path, child: &Path) -> Result<Arc<Self>, ChainError> {
-        self.hold(Held::Everything);
-        let made = self.snapshot_while_held(path, child);
-        self.let_go();
+        self.exclude(Exclusion::Everything);
+        let made = self.snapshot_while_excluded(path, child);
+        self.readmit();
         made
     }
 
-    fn snapshot_while_held(
+    fn snapshot_while_excluded(
         self: &Arc<Self>,
         path: &Path,
         child: &Path,
@@ -90,7 +92,7 @@ impl Vhdx {
         candidates.into_iter().find(|path| path.exists())
     }
 
-    /// Whether the parent could be opened for writing: nobody else uses it, and its file may be written.
+    /// Whether the parent could be opened for writing: no other process has it open, and its file may be written.
     ///
     /// # Errors
     /// See [`ChainError`].
@@ -131,7 +133,8 @@ impl Vhdx {
         };
         let opened = opened();
         opened.map_err(|refusal| {
-            // As before: readers, with nobody in between, as each lock is held by one of two.
+            // Makes readers of the writers again. No other process can lock a file in between, as one of the two open files
+            // keeps its lock meanwhile.
             let restored = lock::share(file)
                 .and_then(|()| lock::share(&below))
                 .and_then(|()| lock::lock(old, OpenMode::ReadOnly));
@@ -203,7 +206,7 @@ impl Vhdx {
     }
 
     /// Records another parent, or another place of it, in the child at `path`. Unless `force` is set the file has to be the one
-    /// that the child was made on, by its identifier; with it, its content has to be as that was, which nobody checks.
+    /// that the child was made on, by its identifier; with it, its content has to be as that was, which is not checked.
     ///
     /// # Errors
     /// See [`ChainError`]; the child is as it was.
@@ -292,7 +295,7 @@ impl Vhdx {
 }
 
 /// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by name and
-/// whatever its identifier is now. Files that cannot be read, as they are in use, are not told of.
+/// whatever its identifier is now. Files that cannot be read, as they are in use, are left out.
 ///
 /// # Errors
 /// Where the folder cannot be read.
@@ -328,7 +331,7 @@ pub fn children_in(
     Ok(children)
 }
 
-/// Opens the file of a reader again, for a writer. Other readers are in the way; nobody gets in between.
+/// Opens the file of a reader again, for a writer. Other readers make it fail; no other process can lock the file in between.
 fn reopen_for_writing(file: &Arc<File>) -> Result<Arc<File>, Refusal> {
     let again = File::options()
         .read(true)

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::memory::{Clock, Contents, Memory, Op};
 use super::{SECTOR, created, family};
-use crate::disk::{ByteRange, Disk, ExtentKind, SectorSize, Ticket};
+use crate::disk::{ByteRange, Disk, ExtentKind, RequestId, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
 use crate::progress::Unwatched;
@@ -123,7 +123,7 @@ impl Subject {
     fn read(&self, sector: u64) -> [u32; (SECTOR / TORN) as usize] {
         let mut extents = Vec::new();
         let range = ByteRange::new(sector * SECTOR, SECTOR).unwrap();
-        let ticket = self.disk.resolve_read(range, &mut extents).unwrap();
+        let id = self.disk.resolve_read(range, &mut extents).unwrap();
         let mut bytes = vec![0; SECTOR as usize];
         for extent in &extents {
             if let ExtentKind::Data { file, file_offset } = &extent.kind {
@@ -137,7 +137,7 @@ impl Subject {
                 memory.read_exact_at(part, *file_offset).unwrap();
             }
         }
-        self.disk.finish(ticket, true);
+        self.disk.finish(id, true);
         let mut values = [0; (SECTOR / TORN) as usize];
         for (value, piece) in values.iter_mut().zip(bytes.chunks(TORN as usize)) {
             *value = u32::from_le_bytes(piece[..4].try_into().unwrap());
@@ -160,7 +160,7 @@ impl Subject {
 
 /// A write that has been resolved and not finished.
 struct InFlight {
-    ticket: Ticket,
+    id: RequestId,
     extents: Vec<(u64, u64, u64)>,
     first: u64,
     count: u64,
@@ -199,7 +199,7 @@ impl Work {
         let begin = self.now();
         let mut extents = Vec::new();
         let range = ByteRange::new(first * SECTOR, count * SECTOR).unwrap();
-        let ticket = self
+        let id = self
             .subject
             .disk
             .resolve_write(range, &mut extents)
@@ -212,7 +212,7 @@ impl Work {
             })
             .collect();
         self.in_flight.push(InFlight {
-            ticket,
+            id,
             extents,
             first,
             count,
@@ -237,7 +237,7 @@ impl Work {
                 .write_all_at(&bytes, *file_offset)
                 .unwrap();
         }
-        self.subject.disk.finish(write.ticket, true);
+        self.subject.disk.finish(write.id, true);
         let end = self.now();
         // A trim may have come in between; then the write may be lost with what it was written to.
         for sector in write.first..write.first + write.count {

@@ -6,7 +6,6 @@ use crate::disk::{ByteRange, Disk};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
 use crate::vhdx::bat::{BlockState, Entry};
-use crate::vhdx::disk::lock;
 use crate::vhdx::format::MIB;
 use crate::vhdx::{CreateOptions, Vhdx};
 
@@ -83,7 +82,7 @@ impl Subject {
                 open.write(HERE * BLOCK, BLOCK, OWN);
                 disk.flush().unwrap();
                 disk.write_zeroes(block(), true).unwrap();
-                lock(&disk.state).set_block(HERE, Entry::absent(Undefined));
+                disk.state.lock().set_block(HERE, Entry::absent(Undefined));
             }
             Zero => open.disk().write_zeroes(block(), true).unwrap(),
             Unmapped => {

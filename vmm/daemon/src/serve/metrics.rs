@@ -337,7 +337,7 @@ pub async fn of_guest(vm: Arc<Vm>) -> Option<(String, String)> {
 mod tests {
     use expect_test::expect_file;
 
-    use super::super::spec::RestartPolicy;
+    use super::super::record::RestartPolicy;
     use super::super::status::MemorySplit;
     use super::*;
 

@@ -67,7 +67,6 @@ async fn pass_on(
     path: String,
     mut body: Bytes,
 ) -> Handled<Response> {
-    let changes = method != Method::GET;
     let place = path.split('?').next().unwrap_or_default();
     // What is no operation changes nothing: the guest's process refuses it.
     let operation = GuestOperation::find(method.as_str(), place);
