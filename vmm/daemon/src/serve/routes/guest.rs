@@ -1,4 +1,5 @@
-//! The guest's own API: its requests are passed on to the guest's process. What the daemon has to know of their outcome is recorded on the way.
+//! The guest's own API: its requests are passed on to the guest's process. What the daemon has to know of their outcome
+//! is recorded on the way.
 
 use std::path::PathBuf;
 use std::sync::Arc;
