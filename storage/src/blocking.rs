@@ -101,7 +101,7 @@ pub(crate) fn span_before(disk: &dyn Disk, offset: u64, end: u64) -> Result<Span
 ///
 /// # Errors
 /// Where the disk cannot be read, `Cancelled`, and what `visit` says.
-pub fn for_each_piece<E: From<DiskError>>(
+pub(crate) fn for_each_piece<E: From<DiskError>>(
     disk: &dyn Disk,
     progress: &dyn Progress,
     mut visit: impl FnMut(u64, &[u8]) -> Result<(), E>,

@@ -10,7 +10,7 @@
 pub mod alignment;
 pub mod blocking;
 pub mod convert;
-pub mod disk;
+mod disk;
 mod domain;
 pub mod foreign;
 #[cfg(feature = "fuzzing")]
@@ -18,9 +18,9 @@ pub mod fuzzing;
 pub mod io;
 pub mod lock;
 mod medium;
-pub mod open;
-pub mod progress;
-pub mod raw;
+mod open;
+mod progress;
+mod raw;
 mod refusal;
 pub mod vhdx;
 

@@ -16,7 +16,7 @@ use crate::refusal::Refusal;
 
 /// An open raw disk. Sectors of 512 bytes, as no file says otherwise.
 #[derive(Debug)]
-pub struct Raw {
+pub(crate) struct Raw {
     file: Arc<File>,
     geometry: Geometry,
 }

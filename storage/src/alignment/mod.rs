@@ -18,7 +18,7 @@ use file_system::FileSystem;
 use partitions::Partition;
 
 /// Bytes of a page that guests share.
-pub const PAGE: u64 = 4096;
+const PAGE: u64 = 4096;
 
 /// What keeps guests from sharing pages of a disk, or of a part of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -89,7 +89,7 @@ impl Vhdx {
     ///
     /// # Errors
     /// As a write, and `Unsupported` of a disk without parent.
-    pub fn accept_parent(&self) -> Result<(), DiskError> {
+    pub(super) fn accept_parent(&self) -> Result<(), DiskError> {
         let (Some(parent), Some(locator)) = (&self.parent, self.locator()) else {
             return Err(DiskError::Unsupported("the disk has no parent".into()));
         };

@@ -24,6 +24,10 @@ pub struct Repair {
     file: PathBuf,
     /// Keep the entries of blocks that are given up in this file [default: the name of the disk and .bat-backup].
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    #[allow(
+        clippy::option_option,
+        reason = "clap's form of an option whose value may be left out"
+    )]
     backup: Option<Option<PathBuf>>,
     /// Keep nothing: the repair cannot be undone.
     #[arg(long, conflicts_with_all = ["backup", "undo"])]
