@@ -5,10 +5,11 @@
 //!  | identifier | header | header | region table | region table | log, metadata, BAT, payload blocks in any order ...
 //! ```
 //!
-//! A module a chapter of the specification: `header`, `region`, `metadata`, `locator`, `log`, `bat`, `bitmap`, and `format` for
-//! all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
-//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `state` is what they share, with
-//! `pages`, `space` and `in_flight` in it. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`, `check` and `repair` are operations on whole disks.
+//! A module a chapter of the specification: `header`, `region`, `metadata`, `locator`, `log`, `bat`, `bitmap`, and
+//! `format` for all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
+//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `state` is what they share,
+//! with `pages`, `space` and `in_flight` in it. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`,
+//! `check` and `repair` are operations on whole disks.
 //!
 //! # What a request does to a block
 //!
@@ -23,12 +24,12 @@
 //! | partially present (7) | the file where its bit is set, else the parent | in place, bits set at its end; 6 with the last bit | 6 | 3 | in place, bits set | 2; in place and 6 without leave |
 //!
 //! A trim of a part of a block punches holes into what the file has of it, and a block's state does not change. A fixed
-//! disk keeps its blocks: a trim does nothing, and zeros are written in place. A flush makes all of it durable and changes
-//! nothing. A range that ends with the disk covers its last block. What stays as it is, is not written.
+//! disk keeps its blocks: a trim does nothing, and zeros are written in place. A flush makes all of it durable and
+//! changes nothing. A range that ends with the disk covers its last block. What stays as it is, is not written.
 //!
-//! Free space is one of: *zero*, which durably reads as zeros and is handed out; *stale*, which is zeroed, and synced, before it is;
-//! and on its way there: see `space`. So a block never shows what another held. An unmapped block that is written
-//! takes its anchor back if that has been zeroed; with many anchors and no other space they are dropped.
+//! Free space is one of: *zero*, which durably reads as zeros and is handed out; *stale*, which is zeroed, and synced,
+//! before it is; and on its way there: see `space`. So a block never shows what another held. An unmapped block that is
+//! written takes its anchor back if that has been zeroed; with many anchors and no other space they are dropped.
 //!
 //! # Life of an open file
 //!
@@ -37,28 +38,30 @@
 //!              (nothing is written)     (new identifiers, and a LogGuid in both headers, durable)
 //! ```
 //!
-//! Opening writes nothing unless a log has to be replayed, and that only when all else was found sound, parents included. A file
-//! opened for reading is seen through its log and never written. Which identifiers change when: see `identifiers`.
+//! Opening writes nothing unless a log has to be replayed, and that only when all else was found sound, parents
+//! included. A file opened for reading is seen through its log and never written. Which identifiers change when: see
+//! `identifiers`.
 //!
-//! The first write of an open waits for the announcement, four syncs; a write that needs more space than the file has waits for
-//! `ftruncate`, or for freed space to be zeroed. All other requests wait for no I/O but the reading of a metadata page.
+//! The first write of an open waits for the announcement, four syncs; a write that needs more space than the file has
+//! waits for `ftruncate`, or for freed space to be zeroed. All other requests wait for no I/O but the reading of a
+//! metadata page.
 //!
 //! # What survives a cut
 //!
-//! A change is made to pages in memory. A flush describes the changed pages in the log, makes that durable together with
-//! all payload (one `fdatasync`), then writes the pages in place. Where a page says that sectors are in a child, which
-//! a reader would otherwise see in the parent, their data is made durable before the log is written (two). Space
-//! of a log entry is used again when a later sync has made its pages durable. So at any cut the file opens, here and in any
-//! other reader: the log brings the tables to the state of the last flush, or of the one that was under way, and space
-//! whose entry was lost is given back. The entry of a new block may be durable before its data is: the block then reads as zeros, as
-//! it did before the write.
+//! A change is made to pages in memory. A flush describes the changed pages in the log, makes that durable together
+//! with all payload (one `fdatasync`), then writes the pages in place. Where a page says that sectors are in a child,
+//! which a reader would otherwise see in the parent, their data is made durable before the log is written (two). Space
+//! of a log entry is used again when a later sync has made its pages durable. So at any cut the file opens, here and in
+//! any other reader: the log brings the tables to the state of the last flush, or of the one that was under way, and
+//! space whose entry was lost is given back. The entry of a new block may be durable before its data is: the block then
+//! reads as zeros, as it did before the write.
 //!
 //! # Chains
 //!
-//! A child records its parent's DataWriteGuid, and every open compares them. Parents are open for reading, shared with other
-//! children, and locked against writers. What the parents hold of a block is remembered, so that depth costs little. A disk
-//! in use is snapshotted by a new child on top of it (`Vhdx::snapshot`), and a chain is made shorter by merging a layer into the one
-//! below while the layers above are in use (`Vhdx::merge_into_parent`).
+//! A child records its parent's DataWriteGuid, and every open compares them. Parents are open for reading, shared with
+//! other children, and locked against writers. What the parents hold of a block is remembered, so that depth costs
+//! little. A disk in use is snapshotted by a new child on top of it (`Vhdx::snapshot`), and a chain is made shorter by
+//! merging a layer into the one below while the layers above are in use (`Vhdx::merge_into_parent`).
 
 mod amend;
 mod bat;
