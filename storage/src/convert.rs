@@ -19,8 +19,8 @@ use crate::vhdx::{CreateError, CreateOptions, Vhdx};
 
 /// Bytes that are copied at once.
 const STEP: u64 = 1 << 20;
-/// How far a salvage goes on where it cannot be said what is there, in bytes: no format maps less at once than it allocates, and
-/// that is seldom less.
+/// How far a salvage goes on where it cannot be said what is there, in bytes: no format maps less at once than it
+/// allocates, and that is seldom less.
 const LOST_UNIT: u64 = 65536;
 /// Unit in which zeros are looked for inside data, and in which a salvage reads where more fails, in bytes.
 const ZERO_UNIT: usize = 4096;
@@ -163,7 +163,8 @@ impl Sink {
     }
 }
 
-/// Copies a source, which was opened from the file `from`, into a new file at `to`. The copy is made under another name and gets this one when it is whole and durable.
+/// Copies a source, which was opened from the file `from`, into a new file at `to`. The copy is made under another name
+/// and gets this one when it is whole and durable.
 ///
 /// # Errors
 /// See [`ConvertError`]; `Disk(Cancelled)` where the progress says so.

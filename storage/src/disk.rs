@@ -223,10 +223,10 @@ pub enum DiskError {
 
 /// An open virtual disk.
 ///
-/// All methods take `&self` and may be called from several threads. The contract of a request is to resolve it, then the
-/// caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of those extents
-/// is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush` that began after its
-/// `finish` has returned.
+/// All methods take `&self` and may be called from several threads. The contract of a request is to resolve it, then
+/// the caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of
+/// those extents is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush`
+/// that began after its `finish` has returned.
 pub trait Disk: Send + Sync + fmt::Debug {
     /// Size, sector sizes and mode, as they are now.
     fn geometry(&self) -> Geometry;
@@ -238,9 +238,9 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>)
     -> Result<RequestId, DiskError>;
 
-    /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a newly
-    /// allocated extent that the caller does not write read as before. May block on the file at the first write and where the
-    /// file has to grow.
+    /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a
+    /// newly allocated extent that the caller does not write read as before. May block on the file at the first write
+    /// and where the file has to grow.
     ///
     /// # Errors
     /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then `out` is as it was, and so is what a
@@ -264,8 +264,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// `Io` and `Poisoned`; then durability of what was written since the last flush is unknown.
     fn flush(&self) -> Result<(), DiskError>;
 
-    /// Tells that the content of the range is no longer needed; it reads as zeros or as before. Gives space back where the
-    /// format and the file system can. May block on the file.
+    /// Tells that the content of the range is no longer needed; it reads as zeros or as before. Gives space back where
+    /// the format and the file system can. May block on the file.
     ///
     /// # Errors
     /// `Range`, `ReadOnly`, `Poisoned`, `Io`.
@@ -291,8 +291,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Like [`Disk::flush`].
     fn close(&self) -> Result<(), DiskError>;
 
-    /// Whether no process writes to a file, which an extent of this disk has named, as long as the disk is open as it is: bytes that
-    /// were read from it once can be read again.
+    /// Whether no process writes to a file, which an extent of this disk has named, as long as the disk is open as it
+    /// is: bytes that were read from it once can be read again.
     fn is_immutable(&self, file: &Arc<File>) -> bool {
         let _ = file;
         false

@@ -1,8 +1,8 @@
-//! What the fuzzers in `fuzz/` reach the VHDX engine through: files in memory, put together from a sound one and what a fuzzer
-//! changes in it, with checksums made to match, so that it gets past them.
+//! What the fuzzers in `fuzz/` reach the VHDX engine through: files in memory, put together from a sound one and what a
+//! fuzzer changes in it, with checksums made to match, so that it gets past them.
 //!
-//! What must hold: nothing panics or hangs, memory stays bounded, what opens for reading holds the same when it is opened
-//! for writing and its log is replayed, and a close changes nothing that a reader sees.
+//! What must hold: nothing panics or hangs, memory stays bounded, what opens for reading holds the same when it is
+//! opened for writing and its log is replayed, and a close changes nothing that a reader sees.
 
 #![allow(
     clippy::missing_panics_doc,
@@ -113,7 +113,8 @@ impl Contents {
         Ok(())
     }
 
-    /// Adds an extent that lies at `file_offset` to a checksum: every 512 bytes of it that are not zeros, and where they are.
+    /// Adds an extent that lies at `file_offset` to a checksum: every 512 bytes of it that are not zeros, and where
+    /// they are.
     fn sum(&self, mut sum: u32, extent: &Extent, file_offset: u64) -> u32 {
         let end = file_offset + extent.len;
         assert!(end <= self.len, "an extent lies in its file");

@@ -179,8 +179,8 @@ fn fcntl(
         // Zero is what the kernel demands for locks of an open file description.
         l_pid: 0,
     };
-    // SAFETY: `file` keeps the descriptor open for the call, both commands take a pointer to a `flock`, and `lock` lives
-    // on this stack for the whole call.
+    // SAFETY: `file` keeps the descriptor open for the call, both commands take a pointer to a `flock`, and `lock`
+    // lives on this stack for the whole call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
     if result < 0 {
         Err(io::Error::last_os_error())

@@ -81,8 +81,8 @@ impl OpenOptions {
     }
 }
 
-/// Where the parents of a differencing disk may lie. The disk's own file says which files they are, so whoever made it could name
-/// any file of the host.
+/// Where the parents of a differencing disk may lie. The disk's own file says which files they are, so whoever made it
+/// could name any file of the host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Parents {
     /// Anywhere: for disks of an owner who is trusted.
@@ -156,8 +156,8 @@ fn check_kind(kind: FileType) -> Result<(), Refusal> {
     Err(Refusal::FileKind { found })
 }
 
-/// What the file at `path` is, by its signature; raw where it has none that is known. The file is not locked, so that of a
-/// disk in use can be asked.
+/// What the file at `path` is, by its signature; raw where it has none that is known. The file is not locked, so that
+/// of a disk in use can be asked.
 ///
 /// # Errors
 /// `Io`, `FileKind`; `Container` where it is one that cannot be read here; `Corrupt` where it is a VHDX with another

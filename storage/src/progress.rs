@@ -1,6 +1,7 @@
 //! Progress of long operations, and how they are cancelled.
 
-/// The observer of a long operation. Both methods are called often, from the thread that does the work, so they have to be cheap.
+/// The observer of a long operation. Both methods are called often, from the thread that does the work, so they have to
+/// be cheap.
 pub trait Progress: Sync {
     /// `done` of `total` bytes (of the virtual disk or of the file, as the operation says) are behind.
     fn advance(&self, done: u64, total: u64);

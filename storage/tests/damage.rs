@@ -303,8 +303,8 @@ fn a_bat_entry_is_refused_by_number_where_it_leads_out_of_the_file_or_into_somet
     }
 }
 
-/// An entry that is damaged cannot be told from one that a cut tore, so the disk falls back to an earlier flush, and never to
-/// anything else.
+/// An entry that is damaged cannot be told from one that a cut tore, so the disk falls back to an earlier flush, and
+/// never to anything else.
 #[test]
 fn a_damaged_log_leads_to_the_state_of_some_flush() {
     let folder = tempfile::tempdir().unwrap();

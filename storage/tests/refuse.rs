@@ -12,7 +12,8 @@ use storage::vhdx::{CreateError, CreateOptions, Vhdx};
 use storage::{Format, OpenOptions};
 use support::{MIB, arg, pattern, read, run, write};
 
-/// Tries to open a file in both modes, which have to say the same and change nothing; gives what they say after its name.
+/// Tries to open a file in both modes, which have to say the same and change nothing; gives what they say after its
+/// name.
 fn refusal(path: &Path, format: Option<Format>) -> String {
     let before = fs::read(path).ok();
     let [writing, reading] = [false, true].map(|read_only| {

@@ -1,11 +1,12 @@
 //! Why guests would not share pages of a disk.
 //!
-//! Guests share a page of a file only where they read it whole into a page of theirs: 4096 bytes, at a multiple of 4096 of the
-//! disk. A file system with smaller blocks, or in a partition that begins elsewhere, puts the pages of its files anywhere, so
-//! that nothing of it is ever shared, and no guest says so. Partition tables and superblocks tell it beforehand.
+//! Guests share a page of a file only where they read it whole into a page of theirs: 4096 bytes, at a multiple of 4096
+//! of the disk. A file system with smaller blocks, or in a partition that begins elsewhere, puts the pages of its files
+//! anywhere, so that nothing of it is ever shared, and no guest says so. Partition tables and superblocks tell it
+//! beforehand.
 //!
-//! The bytes are those of a guest: whatever they say, no more is read than a bounded number of sectors, and what makes no sense
-//! is passed over.
+//! The bytes are those of a guest: whatever they say, no more is read than a bounded number of sectors, and what makes
+//! no sense is passed over.
 
 mod file_system;
 mod partitions;
@@ -93,7 +94,8 @@ impl fmt::Display for Unshared {
     }
 }
 
-/// Looks for what keeps guests from sharing pages of a disk: nothing is found where the disk holds nothing that is known.
+/// Looks for what keeps guests from sharing pages of a disk: nothing is found where the disk holds nothing that is
+/// known.
 ///
 /// # Errors
 /// Where the disk cannot be read.

@@ -1,4 +1,5 @@
-//! Partition tables: GPT (UEFI 2.10, 5.3) and that of the master boot record (UEFI 2.10, 5.2) with its chain of logical partitions.
+//! Partition tables: GPT (UEFI 2.10, 5.3) and that of the master boot record (UEFI 2.10, 5.2) with its chain of logical
+//! partitions.
 
 use super::{Window, file_system, le32, le64};
 use crate::disk::ByteRange;
@@ -24,8 +25,8 @@ pub(super) fn list<E>(bytes: &mut Window<'_, E>, sector: u64) -> Result<Vec<Part
     if let Some(found) = gpt(bytes, sector)? {
         return Ok(found);
     }
-    // Both end their first sector as a master boot record does, and have other things where its entries are; an ISO 9660
-    // image can have a table that describes the image itself.
+    // Both end their first sector as a master boot record does, and have other things where its entries are; an ISO
+    // 9660 image can have a table that describes the image itself.
     if file_system::has_boot_sector(bytes)? || file_system::is_iso(bytes, 0)? {
         return Ok(Vec::new());
     }
@@ -125,7 +126,8 @@ fn mbr<E>(bytes: &mut Window<'_, E>, sector: u64) -> Result<Vec<Partition>, E> {
     Ok(found)
 }
 
-/// The logical partitions of the extended one that begins at this sector: each has a record before it, which names the next.
+/// The logical partitions of the extended one that begins at this sector: each has a record before it, which names the
+/// next.
 fn logical<E>(
     bytes: &mut Window<'_, E>,
     sector: u64,

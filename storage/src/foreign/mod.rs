@@ -1,7 +1,7 @@
 //! Disks in formats of others, for reading: what a conversion starts from.
 //!
-//! qcow2 is read by a library; VHD, and VMDK with sparse extents, for which there is none, by the modules here. Whatever a file says is checked
-//! before it is used: such files come from elsewhere.
+//! qcow2 is read by a library; VHD, and VMDK with sparse extents, for which there is none, by the modules here.
+//! Whatever a file says is checked before it is used: such files come from elsewhere.
 
 mod qcow2;
 pub(crate) mod signature;
@@ -169,8 +169,8 @@ impl Source for Flat {
     }
 }
 
-/// Opens the disk at `path` for reading, found out by its signature where the format is not given. What has none that is known is raw,
-/// and what has that of a format that cannot be read is refused.
+/// Opens the disk at `path` for reading, found out by its signature where the format is not given. What has none that
+/// is known is raw, and what has that of a format that cannot be read is refused.
 ///
 /// # Errors
 /// See [`SourceError`].

@@ -1,5 +1,5 @@
-//! qcow2, read by `imago`: versions 2 and 3, compressed clusters, backing files. It refuses by name what it does not know, such
-//! as extended L2 entries.
+//! qcow2, read by `imago`: versions 2 and 3, compressed clusters, backing files. It refuses by name what it does not
+//! know, such as extended L2 entries.
 
 use std::fs::File;
 use std::io;

@@ -1,8 +1,8 @@
 //! By which bytes a file is known for what it is: the one table of them.
 //!
-//! A file that is in the table and that cannot be read here is refused rather than taken for a raw disk, since its bytes are
-//! not those of the disk. The table has no formats that a guest itself can make use of: an ISO 9660 image, a `squashfs` or an
-//! encrypted volume is a disk.
+//! A file that is in the table and that cannot be read here is refused rather than taken for a raw disk, since its
+//! bytes are not those of the disk. The table has no formats that a guest itself can make use of: an ISO 9660 image, a
+//! `squashfs` or an encrypted volume is a disk.
 
 use std::fs::File;
 use std::io;

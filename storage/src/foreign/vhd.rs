@@ -1,4 +1,5 @@
-//! VHD: "Virtual Hard Disk Image Format Specification" 1.0 (Microsoft, 2006), fixed and dynamic. Numbers are big-endian.
+//! VHD: "Virtual Hard Disk Image Format Specification" 1.0 (Microsoft, 2006), fixed and dynamic. Numbers are
+//! big-endian.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,5 +1,6 @@
-//! VMDK: "Virtual Disk Format 5.0" (VMware, 2011): a descriptor in text that names flat and sparse extents, or one sparse extent
-//! that holds its descriptor, with compressed grains where it was made for a stream. Numbers are little-endian.
+//! VMDK: "Virtual Disk Format 5.0" (VMware, 2011): a descriptor in text that names flat and sparse extents, or one
+//! sparse extent that holds its descriptor, with compressed grains where it was made for a stream. Numbers are
+//! little-endian.
 
 use std::fs::File;
 use std::io::Read;
@@ -22,7 +23,8 @@ const MAGIC: &[u8; 4] = b"KDMV";
 const MAX_DESCRIPTOR: u64 = 1 << 20;
 /// The grain directory lies at the end of the file (`GD_AT_END`).
 const AT_END: u64 = u64::MAX;
-/// Grain table entries say which grains are zeros (flag bit 2), grains are compressed (bit 16), and markers are there (bit 17).
+/// Grain table entries say which grains are zeros (flag bit 2), grains are compressed (bit 16), and markers are there
+/// (bit 17).
 const ZERO_GRAINS: u32 = 1 << 2;
 const COMPRESSED: u32 = 1 << 16;
 /// A grain that reads as zeros, where `ZERO_GRAINS` is set.

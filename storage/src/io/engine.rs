@@ -109,7 +109,8 @@ impl Engine {
         }
     }
 
-    /// Makes the event unreadable until something else comes to its end. Comes before [`Engine::reap`], or an outcome would be missed.
+    /// Makes the event unreadable until something else comes to its end. Comes before [`Engine::reap`], or an outcome
+    /// would be missed.
     pub(super) fn acknowledge(&self) {
         // The counter says only that there is something.
         let _ = self.event.read();

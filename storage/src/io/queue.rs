@@ -181,8 +181,9 @@ impl<B: IoBuffer> DiskQueue<B> {
         self.engine.acknowledge();
     }
 
-    /// A request that has come to its end, if there is one; no system call. To be asked until there is none when the event is
-    /// readable, and worth asking after a [`DiskQueue::kick`], since what the page cache holds completes at once.
+    /// A request that has come to its end, if there is one; no system call. To be asked until there is none when the
+    /// event is readable, and worth asking after a [`DiskQueue::kick`], since what the page cache holds completes at
+    /// once.
     pub fn completion(&mut self) -> Option<Completion<B>> {
         if self.completed.is_empty() {
             self.reap();

@@ -1,4 +1,5 @@
-//! Changes of what is not a block: the size, the parent locator. Each is one entry of the log, so that a cut leaves it done or not.
+//! Changes of what is not a block: the size, the parent locator. Each is one entry of the log, so that a cut leaves it
+//! done or not.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -54,7 +55,8 @@ impl Vhdx {
             })
     }
 
-    /// Writes bytes outside the BAT by one entry of the log, and makes them durable in place. The file has been announced.
+    /// Writes bytes outside the BAT by one entry of the log, and makes them durable in place. The file has been
+    /// announced.
     pub(super) fn amend(
         &self,
         commit: &mut Commit,
@@ -139,8 +141,8 @@ impl Vhdx {
 
     /// Lets no new request change what is excluded, and waits until all requests that began before are over.
     ///
-    /// A request that is waited for may itself wait for this: a thread that has requests in flight begins another, which is
-    /// excluded. So the exclusion is lifted after a while, and tried again.
+    /// A request that is waited for may itself wait for this: a thread that has requests in flight begins another,
+    /// which is excluded. So the exclusion is lifted after a while, and tried again.
     pub(super) fn exclude(&self, what: Exclusion) {
         loop {
             let mut state = self.state.lock();

@@ -1,8 +1,8 @@
 //! The block allocation table ([MS-VHDX] 2.5).
 //!
-//! The table has an entry for every payload block and, after each chunk of them, one for the sector bitmap of that chunk.
-//! Files without parent have the bitmap entries too and do not use them, so the index of a block's entry is not the
-//! block's number, from the second chunk on.
+//! The table has an entry for every payload block and, after each chunk of them, one for the sector bitmap of that
+//! chunk. Files without parent have the bitmap entries too and do not use them, so the index of a block's entry is not
+//! the block's number, from the second chunk on.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -68,8 +68,8 @@ impl BlockState {
 pub(super) struct Entry {
     /// What the block is.
     pub state: BlockState,
-    /// Where it lies, in bytes. Of an unmapped block: the space it had and may take back, zero where it has none. Of other absent
-    /// blocks the field means nothing and is zero here.
+    /// Where it lies, in bytes. Of an unmapped block: the space it had and may take back, zero where it has none. Of
+    /// other absent blocks the field means nothing and is zero here.
     pub offset: u64,
 }
 
@@ -429,7 +429,8 @@ pub(super) fn check_with(
 const NO_BITMAP: &str =
     "expected a sector bitmap for the chunk of this partially present block, found none";
 
-/// The space that unmapped blocks name and nothing else has; it counts as taken from then on, whether remembered or not.
+/// The space that unmapped blocks name and nothing else has; it counts as taken from then on, whether remembered or
+/// not.
 fn find_anchors(
     view: &View,
     layout: &Layout,

@@ -1,11 +1,11 @@
-//! Making changes durable: the announcement before the first write, the commit of changed metadata, the reuse of freed space,
-//! the close.
+//! Making changes durable: the announcement before the first write, the commit of changed metadata, the reuse of freed
+//! space, the close.
 //!
-//! One thread at a time does any of this, under the commit lock. The state lock is taken inside it, for lines, never the other
-//! way round.
+//! One thread at a time does any of this, under the commit lock. The state lock is taken inside it, for lines, never
+//! the other way round.
 //!
-//! A failed write leaves what it should have changed for the next try. After a failed sync it is not known what is durable,
-//! so the file is not touched again: the log in it still leads to a sound state.
+//! A failed write leaves what it should have changed for the next try. After a failed sync it is not known what is
+//! durable, so the file is not touched again: the log in it still leads to a sound state.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -40,14 +40,14 @@ pub(super) fn io_error(operation: &str) -> impl FnOnce(io::Error) -> DiskError {
 pub(super) type LoggedSector<'a> = (u64, &'a [u8; LOG_SECTOR as usize]);
 
 impl Vhdx {
-    /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an open, and
-    /// anew after a close.
+    /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an
+    /// open, and anew after a close.
     pub(super) fn announce(&self, level: Level) -> Result<(), DiskError> {
         self.announce_as(level, None, None)
     }
 
-    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before, and with it
-    /// the FileWriteGuid that is given, or a new one.
+    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before,
+    /// and with it the FileWriteGuid that is given, or a new one.
     pub(super) fn announce_as(
         &self,
         level: Level,
@@ -102,7 +102,8 @@ impl Vhdx {
             .inspect_err(|_| self.state.lock().poisoned = true)
     }
 
-    /// Starts a log in steps that each are durable before the next: a log that says nothing, and its identifier in both headers.
+    /// Starts a log in steps that each are durable before the next: a log that says nothing, and its identifier in both
+    /// headers.
     fn start_log(&self, commit: &mut Commit) -> Result<LogWriter, DiskError> {
         let medium = &*self.view.medium;
         if let Some(copy) = commit.damaged_region_table {
@@ -123,7 +124,8 @@ impl Vhdx {
         Ok(log)
     }
 
-    /// Makes all finished writes durable. A flush that waited for another that began after it was asked for is done by that.
+    /// Makes all finished writes durable. A flush that waited for another that began after it was asked for is done by
+    /// that.
     pub(super) fn flush_all(&self) -> Result<(), DiskError> {
         // Taken before the wait for the lock: a commit that begins later covers this flush.
         let number = self.flushes.fetch_add(1, Ordering::SeqCst) + 1;
@@ -185,8 +187,8 @@ impl Vhdx {
         logged
     }
 
-    /// Describes sectors in the log, makes that durable, and writes them in place. What fits an entry becomes durable as one;
-    /// of more, what comes first.
+    /// Describes sectors in the log, makes that durable, and writes them in place. What fits an entry becomes durable
+    /// as one; of more, what comes first.
     pub(super) fn log_sectors(
         &self,
         commit: &mut Commit,
@@ -261,8 +263,8 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Zeroes space that is not in use any more; the next sync makes it usable. Without need, only by giving it back to the host,
-    /// where that is wanted and the file system can.
+    /// Zeroes space that is not in use any more; the next sync makes it usable. Without need, only by giving it back to
+    /// the host, where that is wanted and the file system can.
     fn scrub(&self, need: bool) -> Result<(), DiskError> {
         let ranges = {
             let mut state = self.state.lock();
@@ -295,8 +297,8 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Finds `needed` bytes of space for a block: of what is free if there is enough of that, of what unmapped blocks keep, else
-    /// by growing the file.
+    /// Finds `needed` bytes of space for a block: of what is free if there is enough of that, of what unmapped blocks
+    /// keep, else by growing the file.
     pub(super) fn grow(&self, needed: u64) -> Result<(), DiskError> {
         let waiting = self.waiting();
         if waiting.free >= needed || waiting.uncommitted >= self.worthwhile() {

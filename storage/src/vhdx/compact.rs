@@ -184,7 +184,8 @@ impl Vhdx {
 
     /// Moves a block's data; false where the block is no longer there.
     fn move_block(&self, block: u64, from: u64, to: u64) -> Result<bool, DiskError> {
-        // Announced before the exclusion: a request that waits for the announcement would be waited for by the exclusion.
+        // Announced before the exclusion: a request that waits for the announcement would be waited for by the
+        // exclusion.
         self.announce(Level::File)?;
         self.exclude(Exclusion::Block(block));
         let moved = self.copy(from, to, self.block_size).and_then(|()| {
@@ -327,8 +328,8 @@ impl Vhdx {
         Ok(true)
     }
 
-    /// As [`Vhdx::with_state`], for the thread that excludes requests: it waits for pages alone, as the thread that commits may be
-    /// waiting for the end of the exclusion.
+    /// As [`Vhdx::with_state`], for the thread that excludes requests: it waits for pages alone, as the thread that
+    /// commits may be waiting for the end of the exclusion.
     fn with_state_while_excluding<T>(
         &self,
         mut request: impl FnMut(&mut State) -> Result<T, Stop>,

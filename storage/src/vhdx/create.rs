@@ -104,8 +104,8 @@ pub struct ChildOptions {
     pub block_size: Option<u32>,
     /// Where the parents of the parent may lie.
     pub parents: Parents,
-    /// The child goes on as the same disk, with its VirtualDiskId, as after a snapshot; otherwise it is another one that
-    /// begins as a copy.
+    /// The child goes on as the same disk, with its VirtualDiskId, as after a snapshot; otherwise it is another one
+    /// that begins as a copy.
     pub same_disk: bool,
 }
 

@@ -1,8 +1,8 @@
 //! Where the bytes of an open file are.
 //!
-//! Threads share the [`State`] under a lock that is held for lines and never over I/O: when a page of metadata has to be read,
-//! the file has to grow or pages have to be committed, the lock is given up, the work done, and the
-//! request looked at again, a block at a time.
+//! Threads share the [`State`] under a lock that is held for lines and never over I/O: when a page of metadata has to
+//! be read, the file has to grow or pages have to be committed, the lock is given up, the work done, and the request
+//! looked at again, a block at a time.
 
 use std::fs::File;
 use std::ops::Range;
@@ -37,8 +37,8 @@ pub struct Vhdx {
     /// Space that is freed goes back to the host at once.
     pub(super) punch_holes: bool,
     pub(super) view: View,
-    /// End of the bytes of the file that payload can be read from. Of a file that is seen through its log, blocks can lie past
-    /// it, where a replay would extend the file by zeros.
+    /// End of the bytes of the file that payload can be read from. Of a file that is seen through its log, blocks can
+    /// lie past it, where a replay would extend the file by zeros.
     pub(super) readable_end: u64,
     pub(super) state: Mutex<State>,
     /// Signals the end of an exclusion and, during one, the end of requests.
@@ -175,7 +175,8 @@ impl Vhdx {
         }
     }
 
-    /// Says what this layer alone holds of a part of a block, in order and without gaps; `found` is not called where it stops.
+    /// Says what this layer alone holds of a part of a block, in order and without gaps; `found` is not called where it
+    /// stops.
     pub(super) fn look_up(
         state: &mut State,
         block: u64,
@@ -301,8 +302,8 @@ impl Vhdx {
         Ok(())
     }
 
-    /// What the parents hold of a block, if that is few extents; then it is remembered, however many layers it took. `None`
-    /// where it is more, and where the parent may change.
+    /// What the parents hold of a block, if that is few extents; then it is remembered, however many layers it took.
+    /// `None` where it is more, and where the parent may change.
     fn known_below(&self, block: u64) -> Result<Option<Arc<[Extent]>>, DiskError> {
         if let Some(known) = self.state.lock().below.get(&block) {
             return Ok((!known.is_empty()).then(|| Arc::clone(known)));
@@ -390,8 +391,8 @@ impl Vhdx {
         self.state.lock().in_flight.enter()
     }
 
-    /// Lets a write begin when nothing of its range is excluded. From then on it waits for no exclusion, as an exclusion waits
-    /// for it.
+    /// Lets a write begin when nothing of its range is excluded. From then on it waits for no exclusion, as an
+    /// exclusion waits for it.
     fn enter_write(&self, range: ByteRange) -> Result<u64, DiskError> {
         let blocks = range.offset() / self.block_size..range.end().div_ceil(self.block_size);
         let mut state = self.state.lock();
@@ -609,7 +610,8 @@ impl Disk for Vhdx {
             let Err(stop) = placed else {
                 return Ok(self.request_id(epoch, changes));
             };
-            // Freed space waits for the requests in flight, so this is none while it waits for that. What was placed stays so.
+            // Freed space waits for the requests in flight, so this is none while it waits for that. What was placed
+            // stays so.
             out.truncate(start);
             self.finish_changes(changes, false);
             self.exit(epoch);
@@ -631,7 +633,8 @@ impl Disk for Vhdx {
 
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         let state = self.state.lock();
-        // Pages that a commit has put in place, and zeros, wait for a sync of this disk's own, which log and space hear of.
+        // Pages that a commit has put in place, and zeros, wait for a sync of this disk's own, which log and space hear
+        // of.
         let is_idle =
             !state.poisoned && !state.unsynced && state.pages.is_idle() && state.space.is_idle();
         is_idle.then(|| Arc::clone(self.view.medium.file()))
@@ -687,7 +690,8 @@ impl Disk for Vhdx {
 impl Drop for Vhdx {
     fn drop(&mut self) {
         match self.close() {
-            // Where the disk is poisoned the failure has been returned before, and the log stays for the next open to replay.
+            // Where the disk is poisoned the failure has been returned before, and the log stays for the next open to
+            // replay.
             Ok(()) | Err(DiskError::Poisoned) => {}
             Err(error) => {
                 let error = &error as &dyn std::error::Error;

@@ -1,8 +1,9 @@
 //! What tells one state of a file, or of a disk, from another.
 //!
-//! Three levels, taken lazily: an open that writes nothing leaves all as it was; what changes the file but not what a reader of
-//! the disk sees (log replay, compaction, the dropping of anchors, a new parent locator) gives a new FileWriteGuid; what a
-//! reader can see gives a new DataWriteGuid too. The new one is durable before the first write that it announces.
+//! Three levels, taken lazily: an open that writes nothing leaves all as it was; what changes the file but not what a
+//! reader of the disk sees (log replay, compaction, the dropping of anchors, a new parent locator) gives a new
+//! FileWriteGuid; what a reader can see gives a new DataWriteGuid too. The new one is durable before the first write
+//! that it announces.
 
 use super::disk::Vhdx;
 use super::format::Guid;

@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 /// The counts. The caller locks.
 #[derive(Debug)]
 pub(super) struct RequestsInFlight {
-    /// Epochs that have requests, and how many, by age; the present one is the last, whether it has some or not. So a request that
-    /// lasts, such as that of a mapping, keeps no memory for the epochs that pass meanwhile.
+    /// Epochs that have requests, and how many, by age; the present one is the last, whether it has some or not. So a
+    /// request that lasts, such as that of a mapping, keeps no memory for the epochs that pass meanwhile.
     epochs: VecDeque<(u64, u64)>,
 }
 

@@ -1,8 +1,8 @@
 //! A child merged into its parent, which is then what the child was.
 //!
-//! The child stays readable, and what it reads stays the same, at every moment: the parent changes only where the child hides
-//! it. So that the chain can be opened after a cut, the identifier that the parent is about to get is first recorded in
-//! the child, as `parent_linkage2` ([MS-VHDX] 2.6.2.6.3).
+//! The child stays readable, and what it reads stays the same, at every moment: the parent changes only where the child
+//! hides it. So that the chain can be opened after a cut, the identifier that the parent is about to get is first
+//! recorded in the child, as `parent_linkage2` ([MS-VHDX] 2.6.2.6.3).
 
 use super::bat::{self, BlockState};
 use super::commit::io_error;
@@ -27,8 +27,8 @@ pub struct Merged {
 
 impl Vhdx {
     /// Merges this child into its parent, which has been opened for writing. Both stay open; the child is then
-    /// transparent to no more than before, and the parent alone holds the same disk. Cancelled, or cut off, both can be used as
-    /// before, and the merge begun anew.
+    /// transparent to no more than before, and the parent alone holds the same disk. Cancelled, or cut off, both can be
+    /// used as before, and the merge begun anew.
     ///
     /// # Errors
     /// As a write to the parent, and `Cancelled`.

@@ -29,8 +29,8 @@ use crate::open::{OpenOptions, Parents, open_locked};
 use crate::refusal::{OpenError, ParentRefusal, Refusal};
 
 impl Vhdx {
-    /// Opens and locks the VHDX at `path`, and its parents for reading. A log that has to be replayed is replayed into the file
-    /// where that is opened for writing; apart from that nothing is written.
+    /// Opens and locks the VHDX at `path`, and its parents for reading. A log that has to be replayed is replayed into
+    /// the file where that is opened for writing; apart from that nothing is written.
     ///
     /// # Errors
     /// See [`Refusal`]; the file that is named may be one of the parents.
@@ -58,8 +58,9 @@ impl Vhdx {
         Self::open_layers(path, file, options, OpenMode::ReadWrite)
     }
 
-    /// Opens the VHDX in a file that is open and locked for reading, and its parents, although entries of its BAT may lead nowhere.
-    /// Gives the ranges of such blocks too, in order, which are not to be read: their entries may name what belongs to others.
+    /// Opens the VHDX in a file that is open and locked for reading, and its parents, although entries of its BAT may
+    /// lead nowhere. Gives the ranges of such blocks too, in order, which are not to be read: their entries may name
+    /// what belongs to others.
     pub(crate) fn open_damaged(
         path: &Path,
         file: Arc<File>,
@@ -509,8 +510,8 @@ fn check_payload_untouched(view: &View, regions: &Regions, found: &Found) -> Res
     Ok(())
 }
 
-/// Replays the log into the file, after an identifier that says that the file changes. The identifier of the log goes only when
-/// all is durable.
+/// Replays the log into the file, after an identifier that says that the file changes. The identifier of the log goes
+/// only when all is durable.
 fn replay(view: &mut View, headers: &mut Headers) -> Result<(), Refusal> {
     tracing::info!(
         changes = view.patches().len(),

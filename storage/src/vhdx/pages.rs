@@ -1,7 +1,7 @@
 //! The pages of metadata that are in memory: of the BAT, and of sector bitmaps. A page is named by its file offset.
 //!
-//! A page that differs from the file stays until it is committed, and one that a write in flight will change
-//! until that is over; of the others a few are kept. Memory grows with what is touched between two commits, not with the disk.
+//! A page that differs from the file stays until it is committed, and one that a write in flight will change until that
+//! is over; of the others a few are kept. Memory grows with what is touched between two commits, not with the disk.
 
 use std::collections::HashMap;
 

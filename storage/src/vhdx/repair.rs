@@ -2,8 +2,9 @@
 //!
 //! A block whose entry leads nowhere is given up: its entry says from then on that the block was never written. The old
 //! entries go into a backup, a small text file, before the first write. An undo puts them back, as long as nobody has
-//! written the file in between: whoever finds the missing end of a file that was cut appends it, undoes the repair, and has all
-//! blocks again. That is why a repair that gives blocks up leaves the length of the file and its free space as they are.
+//! written the file in between: whoever finds the missing end of a file that was cut appends it, undoes the repair, and
+//! has all blocks again. That is why a repair that gives blocks up leaves the length of the file and its free space as
+//! they are.
 //!
 //! ```text
 //! coppice BAT backup 1
@@ -67,9 +68,9 @@ struct Backup {
 }
 
 impl Vhdx {
-    /// Puts right what a check of the file at `path` found: replays the log, restores damaged copies, and gives up blocks whose
-    /// entries lead nowhere, which then read as the parent does, or as zeros. The entries of those blocks are kept in a new file at
-    /// `backup` first, where that is given.
+    /// Puts right what a check of the file at `path` found: replays the log, restores damaged copies, and gives up
+    /// blocks whose entries lead nowhere, which then read as the parent does, or as zeros. The entries of those blocks
+    /// are kept in a new file at `backup` first, where that is given.
     ///
     /// # Errors
     /// As [`Vhdx::check`], and where the file or the backup cannot be written.
@@ -138,11 +139,13 @@ impl Vhdx {
         })
     }
 
-    /// Puts the entries back that a repair of the file at `path` has changed and kept at `backup`, and the DataWriteGuid. The blocks
-    /// are then as lost as they were before the repair, unless the file has got back what it lacked.
+    /// Puts the entries back that a repair of the file at `path` has changed and kept at `backup`, and the
+    /// DataWriteGuid. The blocks are then as lost as they were before the repair, unless the file has got back what it
+    /// lacked.
     ///
     /// # Errors
-    /// Where a file cannot be read or written, and where the backup is not that of the last thing that happened to the disk.
+    /// Where a file cannot be read or written, and where the backup is not that of the last thing that happened to the
+    /// disk.
     pub fn undo_repair(path: &Path, backup: &Path) -> Result<Undone, ChainError> {
         let old = Backup::read(backup).map_err(|e| OpenError::new(backup, e))?;
         let failed = |reason| OpenError::new(path, reason);

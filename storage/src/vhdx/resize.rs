@@ -17,8 +17,8 @@ use crate::disk::{Disk, DiskError};
 const COPIED: u64 = MIB;
 
 impl Vhdx {
-    /// Gives the disk another size, in bytes. What is added reads as zeros. Where `shrink` is set the end may be cut off, and what
-    /// it holds is lost; nobody may use that part meanwhile.
+    /// Gives the disk another size, in bytes. What is added reads as zeros. Where `shrink` is set the end may be cut
+    /// off, and what it holds is lost; nobody may use that part meanwhile.
     ///
     /// # Errors
     /// `Size` where the size is none that the disk can have, else as a write; then the disk has one size or the other.
@@ -104,8 +104,8 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Makes what the last block holds past the old end zeros, and so what the table holds past its last entry. Neither has meant
-    /// anything so far.
+    /// Makes what the last block holds past the old end zeros, and so what the table holds past its last entry. Neither
+    /// has meant anything so far.
     fn clear_end(&self, old: u64) -> Result<(), DiskError> {
         let block = (old - 1) / self.block_size;
         let (inside, end) = (old - block * self.block_size, self.block_size);

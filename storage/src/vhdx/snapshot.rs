@@ -41,8 +41,9 @@ pub enum ChainError {
 }
 
 impl Vhdx {
-    /// Puts a new child, in a new file at `child`, on this disk, whose file is at `path`. The disk takes no writes from then
-    /// on, and its file is shared with other readers; requests in flight are waited for. On an error it goes on as before.
+    /// Puts a new child, in a new file at `child`, on this disk, whose file is at `path`. The disk takes no writes from
+    /// then on, and its file is shared with other readers; requests in flight are waited for. On an error it goes on as
+    /// before.
     ///
     /// # Errors
     /// See [`ChainError`].
@@ -108,8 +109,9 @@ impl Vhdx {
             .map_err(|e| ChainError::Refused(Refusal::Locked(e)))
     }
 
-    /// Makes a chain, whose top is this disk, ready for the merge of its second layer into its third. Both can be written
-    /// then. Nobody else may use the disk meanwhile, and what is given takes its place; on an error it goes on as before.
+    /// Makes a chain, whose top is this disk, ready for the merge of its second layer into its third. Both can be
+    /// written then. Nobody else may use the disk meanwhile, and what is given takes its place; on an error it goes on
+    /// as before.
     ///
     /// # Errors
     /// See [`ChainError`]; a third layer that others use is refused.
@@ -133,8 +135,8 @@ impl Vhdx {
         };
         let opened = opened();
         opened.map_err(|refusal| {
-            // Makes readers of the writers again. No other process can lock a file in between, as one of the two open files
-            // keeps its lock meanwhile.
+            // Makes readers of the writers again. No other process can lock a file in between, as one of the two open
+            // files keeps its lock meanwhile.
             let restored = lock::share(file)
                 .and_then(|()| lock::share(&below))
                 .and_then(|()| lock::lock(old, OpenMode::ReadOnly));
@@ -145,9 +147,9 @@ impl Vhdx {
         })
     }
 
-    /// Ends a commit, whose merge of the second layer is done: merges this disk, the top, into the third layer and gives
-    /// that, which takes its place. Nobody may use the disk meanwhile. `bottom` is the name of that layer's file, and `path` that
-    /// of the top's.
+    /// Ends a commit, whose merge of the second layer is done: merges this disk, the top, into the third layer and
+    /// gives that, which takes its place. Nobody may use the disk meanwhile. `bottom` is the name of that layer's file,
+    /// and `path` that of the top's.
     ///
     /// # Errors
     /// See [`ChainError`]; the disk goes on as before.
@@ -205,8 +207,9 @@ impl Vhdx {
         Ok(merged)
     }
 
-    /// Records another parent, or another place of it, in the child at `path`. Unless `force` is set the file has to be the one
-    /// that the child was made on, by its identifier; with it, its content has to be as that was, which is not checked.
+    /// Records another parent, or another place of it, in the child at `path`. Unless `force` is set the file has to be
+    /// the one that the child was made on, by its identifier; with it, its content has to be as that was, which is not
+    /// checked.
     ///
     /// # Errors
     /// See [`ChainError`]; the child is as it was.
@@ -249,8 +252,8 @@ impl Vhdx {
         Ok(child.close()?)
     }
 
-    /// The ranges of the disk that may have changed since a layer of its chain had this DataWriteGuid, in order: what the layers
-    /// above that one say.
+    /// The ranges of the disk that may have changed since a layer of its chain had this DataWriteGuid, in order: what
+    /// the layers above that one say.
     ///
     /// # Errors
     /// `Unsupported` where no layer of the chain has it, else as [`Disk::map`].
@@ -294,8 +297,8 @@ impl Vhdx {
     }
 }
 
-/// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by name and
-/// whatever its identifier is now. Files that cannot be read, as they are in use, are left out.
+/// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by
+/// name and whatever its identifier is now. Files that cannot be read, as they are in use, are left out.
 ///
 /// # Errors
 /// Where the folder cannot be read.
@@ -331,7 +334,8 @@ pub fn children_in(
     Ok(children)
 }
 
-/// Opens the file of a reader again, for a writer. Other readers make it fail; no other process can lock the file in between.
+/// Opens the file of a reader again, for a writer. Other readers make it fail; no other process can lock the file in
+/// between.
 fn reopen_for_writing(file: &Arc<File>) -> Result<Arc<File>, Refusal> {
     let again = File::options()
         .read(true)

@@ -58,8 +58,8 @@ struct Pending {
 pub(super) struct Space {
     /// End of all that is described or free; the tail begins here.
     next: u64,
-    /// The file reads as zeros from `next` up to here. What may lie behind was not made here and is cut off before the file
-    /// grows: it can be the payload of writes whose allocation was lost in a cut.
+    /// The file reads as zeros from `next` up to here. What may lie behind was not made here and is cut off before the
+    /// file grows: it can be the payload of writes whose allocation was lost in a cut.
     zeroed: u64,
     /// Free space that durably reads as zeros.
     zero: Runs,
@@ -146,8 +146,8 @@ impl Space {
         self.pending.insert(offset, Pending { len, to, stage });
     }
 
-    /// Frees what an unmapped block named, as its entry is about to name it no more. Space that the block never had to itself
-    /// is left alone.
+    /// Frees what an unmapped block named, as its entry is about to name it no more. Space that the block never had to
+    /// itself is left alone.
     pub(super) fn drop_anchor(&mut self, block: u64, offset: u64, len: u64) {
         if let Some((owner, _)) = self.anchors.get(&offset)
             && *owner == block
@@ -329,8 +329,8 @@ pub(super) struct Tail {
 }
 
 impl Tail {
-    /// Makes `len` bytes of a disk with blocks of `block_size` available; gives where the zeros end then. The file does not
-    /// change when this fails. One caller at a time; taking may go on meanwhile.
+    /// Makes `len` bytes of a disk with blocks of `block_size` available; gives where the zeros end then. The file does
+    /// not change when this fails. One caller at a time; taking may go on meanwhile.
     pub(super) fn grown(self, medium: &dyn Medium, len: u64, block_size: u64) -> io::Result<u64> {
         if medium.len()? > self.zeroed {
             medium.set_len(self.zeroed)?;

@@ -83,8 +83,8 @@ impl From<DiskError> for Stop {
     }
 }
 
-/// Sectors that a write in flight brings into a partially present block: a reader sees them when it is over, and not before,
-/// as until then the parent's data is what they hold.
+/// Sectors that a write in flight brings into a partially present block: a reader sees them when it is over, and not
+/// before, as until then the parent's data is what they hold.
 #[derive(Debug)]
 pub(super) struct Change {
     pub block: u64,
@@ -123,8 +123,8 @@ impl State {
         }
     }
 
-    /// Lets a request change a block unless it is excluded. A request that has changed another block already must not ask: it is
-    /// one of those that the exclusion waits for.
+    /// Lets a request change a block unless it is excluded. A request that has changed another block already must not
+    /// ask: it is one of those that the exclusion waits for.
     pub(super) fn unless_excluded(&self, block: u64) -> Result<(), Stop> {
         if self.excludes(&(block..block + 1)) {
             Err(Stop::Excluded)

@@ -45,8 +45,8 @@ impl State {
             self.space.drop_anchor(block, entry.offset, size);
             offset
         };
-        // Space for blocks reads as zeros, as the block did, so the rest of it needs no filling, and the entry may become
-        // durable before the data is.
+        // Space for blocks reads as zeros, as the block did, so the rest of it needs no filling, and the entry may
+        // become durable before the data is.
         let state = BlockState::FullyPresent;
         self.set_block(block, Entry { state, offset });
         Ok(())
@@ -292,8 +292,8 @@ impl Vhdx {
         match entry.state {
             BlockState::Zero => {}
             BlockState::NotPresent if !state.layout.has_parent => {}
-            // Other readers may take these two for anything, where zeros were asked for; here they are zeros already, so the rest
-            // of the block does not change.
+            // Other readers may take these two for anything, where zeros were asked for; here they are zeros already,
+            // so the rest of the block does not change.
             BlockState::Undefined | BlockState::Unmapped => {
                 state.ready(Level::Data)?;
                 state.clear(block, entry);

@@ -6,9 +6,10 @@ use std::str::FromStr;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mebibytes(pub u32);
 
-/// A size in bytes. It is written as a number, with or without one of the binary suffixes `K`, `M`, `G` and `T`, in any case, and
-/// with or without `iB` behind it. Before a suffix the number may have a fraction, of which whole bytes are taken, or
-/// whole MiB where the suffix is `G` or `T`, and whole KiB where it is `M`: `1.1G` is 1126 MiB, as no size is what it says exactly.
+/// A size in bytes. It is written as a number, with or without one of the binary suffixes `K`, `M`, `G` and `T`, in any
+/// case, and with or without `iB` behind it. Before a suffix the number may have a fraction, of which whole bytes are
+/// taken, or whole MiB where the suffix is `G` or `T`, and whole KiB where it is `M`: `1.1G` is 1126 MiB, as no size is
+/// what it says exactly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
 

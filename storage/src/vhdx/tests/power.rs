@@ -1,6 +1,7 @@
 //! Power cuts. Random work on a disk is recorded, and cut at every operation on its files; what was done since a file's
-//! last sync is kept, dropped, torn into sectors of 512 bytes and reordered. After each cut the disk opens, everything that was
-//! flushed is there, and everything else is as it was or as it was to be: no sector ever holds anything of another.
+//! last sync is kept, dropped, torn into sectors of 512 bytes and reordered. After each cut the disk opens, everything
+//! that was flushed is there, and everything else is as it was or as it was to be: no sector ever holds anything of
+//! another.
 //!
 //! `POWER_CUTS` and `POWER_SEED` in the environment ask for more, and for others, than a normal run has.
 
@@ -463,7 +464,8 @@ fn record(seed: u64) -> Recorded {
     }
 }
 
-/// What a power cut leaves of operations that no sync has followed: some of them, and of those some sectors, in another order.
+/// What a power cut leaves of operations that no sync has followed: some of them, and of those some sectors, in another
+/// order.
 fn torn(ops: &[Op], random: &mut Random) -> Vec<Op> {
     // Most cuts keep most or little; the interesting ones lie at both ends.
     let keep = [50, 50, 90, 10][random.below(4) as usize];

@@ -392,8 +392,8 @@ fn a_fixed_disk_grows_with_its_space() {
     open(&path, true);
 }
 
-/// A parent with blocks of 2 MiB, and a child with blocks of 1 MiB that says something else here and there; gives what the
-/// child reads.
+/// A parent with blocks of 2 MiB, and a child with blocks of 1 MiB that says something else here and there; gives what
+/// the child reads.
 fn family(folder: &Path) -> Vec<u32> {
     let (base, child) = (folder.join("base"), folder.join("child"));
     let options = CreateOptions {

@@ -20,8 +20,8 @@ const OLD: u32 = 7;
 const OWN: u32 = 8;
 /// What the request writes.
 const NEW: u32 = 9;
-/// The sectors of the block that are looked at: those that are written before the request in part, those that are written by it
-/// in part, and one that neither touches.
+/// The sectors of the block that are looked at: those that are written before the request in part, those that are
+/// written by it in part, and one that neither touches.
 const BEFORE: u64 = HERE * BLOCK + 10;
 const TOUCHED: u64 = HERE * BLOCK + 20;
 const ELSEWHERE: u64 = HERE * BLOCK + 200;
@@ -64,8 +64,8 @@ impl Subject {
         }
     }
 
-    /// The subject with the block in a state. Present blocks hold `OWN`: all of them, or where they are partially present the
-    /// sectors around `BEFORE`.
+    /// The subject with the block in a state. Present blocks hold `OWN`: all of them, or where they are partially
+    /// present the sectors around `BEFORE`.
     fn in_state(with_parent: bool, state: BlockState) -> Self {
         let subject = if with_parent {
             let (parent, child) = family(&options(), &[(HERE * BLOCK, BLOCK, OLD)]);
@@ -180,7 +180,8 @@ const REQUESTS: [Request; 8] = [
     }),
 ];
 
-/// A cell: the state that the block has afterwards, and what the sectors around `BEFORE`, `TOUCHED` and `ELSEWHERE` hold.
+/// A cell: the state that the block has afterwards, and what the sectors around `BEFORE`, `TOUCHED` and `ELSEWHERE`
+/// hold.
 type Cell = (BlockState, [u32; 3]);
 
 /// The cells of a state, in the order of `REQUESTS`.

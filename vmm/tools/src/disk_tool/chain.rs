@@ -97,8 +97,8 @@ pub struct Rebase {
     /// The parent.
     #[arg(long, value_name = "FILE")]
     parent: PathBuf,
-    /// Take the parent although its identifier is not the one that the child was made on: its content has to be as it was then,
-    /// which nobody checks.
+    /// Take the parent although its identifier is not the one that the child was made on: its content has to be as it
+    /// was then, which nobody checks.
     #[arg(long)]
     force: bool,
     #[command(flatten)]

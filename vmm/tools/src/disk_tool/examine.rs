@@ -213,8 +213,8 @@ fn same(a: &Path, b: &Path) -> bool {
         .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
-/// Whether a file is a raw disk, or is in a format that is refused as soon as it is opened as one. What is called a VHDX is not,
-/// however damaged it is.
+/// Whether a file is a raw disk, or is in a format that is refused as soon as it is opened as one. What is called a
+/// VHDX is not, however damaged it is.
 pub(super) fn is_raw(path: &Path) -> Result<bool, ToolError> {
     match storage::detect(path) {
         Ok(SourceFormat::Vhdx) => Ok(false),
@@ -437,7 +437,8 @@ fn join(all: &mut Vec<Mapping>, at: usize) {
 /// `coppice disk diff`.
 #[derive(Debug, Args)]
 pub struct Diff {
-    /// Tell what changed since the disk, or a disk it stands on, had this DataWriteGuid; by what its layers say, no data is read.
+    /// Tell what changed since the disk, or a disk it stands on, had this DataWriteGuid; by what its layers say, no
+    /// data is read.
     #[arg(long, value_name = "GUID", conflicts_with = "other")]
     since: Option<String>,
     /// The disk.

@@ -1,8 +1,8 @@
 //! `coppice disk`: virtual disks from the command line.
 //!
-//! A module a kind of work. Each operation gives an `Outcome`, which is shown to people or, with `--json`, to programs; errors are
-//! one line on standard error either way. What takes long is watched by `Watch`: a bar on a terminal, and an end in good order
-//! when a signal asks for it.
+//! A module a kind of work. Each operation gives an `Outcome`, which is shown to people or, with `--json`, to programs;
+//! errors are one line on standard error either way. What takes long is watched by `Watch`: a bar on a terminal, and an
+//! end in good order when a signal asks for it.
 
 mod bench;
 mod chain;

@@ -32,8 +32,8 @@ pub struct Repair {
     /// Keep nothing: the repair cannot be undone.
     #[arg(long, conflicts_with_all = ["backup", "undo"])]
     no_backup: bool,
-    /// Undo a repair: put the entries back that are in this backup. The file must not have been written since; the end of it that
-    /// was missing may have been appended.
+    /// Undo a repair: put the entries back that are in this backup. The file must not have been written since; the end
+    /// of it that was missing may have been appended.
     #[arg(long, value_name = "BACKUP", conflicts_with = "backup")]
     undo: Option<PathBuf>,
     #[command(flatten)]
