@@ -1,4 +1,5 @@
-//! The asynchronous engine beside plain `pread` on the same file in tmpfs. Unit: bytes a second, reads of 4 and 64 KiB, 1 and 32 at a time.
+//! The asynchronous engine beside plain `pread` on the same file in tmpfs. Unit: bytes a second, reads of 4 and 64 KiB,
+//! 1 and 32 at a time.
 
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;

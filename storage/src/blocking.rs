@@ -22,7 +22,7 @@ fn range(offset: u64, len: u64) -> Result<ByteRange, DiskError> {
 /// As [`Disk::resolve_read`], and `Io`.
 pub fn read_at(disk: &dyn Disk, buffer: &mut [u8], offset: u64) -> Result<(), DiskError> {
     let mut extents = Vec::new();
-    let ticket = disk.resolve_read(range(offset, buffer.len() as u64)?, &mut extents)?;
+    let id = disk.resolve_read(range(offset, buffer.len() as u64)?, &mut extents)?;
     let filled = extents.iter().try_for_each(|extent| {
         let start = (extent.offset - offset) as usize;
         let part = &mut buffer[start..start + extent.len as usize];
@@ -39,7 +39,7 @@ pub fn read_at(disk: &dyn Disk, buffer: &mut [u8], offset: u64) -> Result<(), Di
             }
         }
     });
-    disk.finish(ticket, true);
+    disk.finish(id, true);
     filled
 }
 
@@ -49,7 +49,7 @@ pub fn read_at(disk: &dyn Disk, buffer: &mut [u8], offset: u64) -> Result<(), Di
 /// As [`Disk::resolve_write`], and `Io`.
 pub fn write_at(disk: &dyn Disk, bytes: &[u8], offset: u64) -> Result<(), DiskError> {
     let mut extents = Vec::new();
-    let ticket = disk.resolve_write(range(offset, bytes.len() as u64)?, &mut extents)?;
+    let id = disk.resolve_write(range(offset, bytes.len() as u64)?, &mut extents)?;
     let written = extents.iter().try_for_each(|extent| match &extent.kind {
         ExtentKind::Data { file, file_offset } => {
             let start = (extent.offset - offset) as usize;
@@ -61,13 +61,13 @@ pub fn write_at(disk: &dyn Disk, bytes: &[u8], offset: u64) -> Result<(), DiskEr
         }
         ExtentKind::Zero | ExtentKind::Unmapped => Ok(()),
     });
-    disk.finish(ticket, written.is_ok());
+    disk.finish(id, written.is_ok());
     written
 }
 
 /// A part of a disk: what is not data reads as zeros.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub struct Span {
     /// Bytes from where it was asked for, never zero.
     pub len: u64,
     /// Whether a file holds bytes for it.
@@ -78,10 +78,14 @@ pub struct Run {
 ///
 /// # Errors
 /// As [`Disk::map`].
-pub fn run_at(disk: &dyn Disk, offset: u64) -> Result<Run, DiskError> {
-    let size = disk.geometry().size;
+pub fn span_at(disk: &dyn Disk, offset: u64) -> Result<Span, DiskError> {
+    span_before(disk, offset, disk.geometry().size)
+}
+
+/// As [`span_at`]; nothing from `end` on is looked at.
+pub(crate) fn span_before(disk: &dyn Disk, offset: u64, end: u64) -> Result<Span, DiskError> {
     let mut map = Vec::new();
-    disk.map(range(offset, STRIDE.min(size - offset))?, &mut map)?;
+    disk.map(range(offset, STRIDE.min(end - offset))?, &mut map)?;
     let is_data = map
         .first()
         .is_some_and(|mapping| mapping.file_offset.is_some());
@@ -90,14 +94,14 @@ pub fn run_at(disk: &dyn Disk, offset: u64) -> Result<Run, DiskError> {
         .take_while(|mapping| mapping.file_offset.is_some() == is_data)
         .map(|mapping| mapping.len)
         .sum();
-    Ok(Run { len, is_data })
+    Ok(Span { len, is_data })
 }
 
 /// Calls `visit` with offset and bytes of every piece of the disk that a file holds, in order, 1 MiB at most.
 ///
 /// # Errors
 /// Where the disk cannot be read, `Cancelled`, and what `visit` says.
-pub fn for_each_piece<E: From<DiskError>>(
+pub(crate) fn for_each_piece<E: From<DiskError>>(
     disk: &dyn Disk,
     progress: &dyn Progress,
     mut visit: impl FnMut(u64, &[u8]) -> Result<(), E>,
@@ -110,7 +114,7 @@ pub fn for_each_piece<E: From<DiskError>>(
         if progress.is_cancelled() {
             return Err(DiskError::Cancelled.into());
         }
-        let run = run_at(disk, at)?;
+        let run = span_at(disk, at)?;
         if run.is_data {
             // To the end of a step, so that pieces of one disk are those of another.
             let len = (STEP - at % STEP).min(run.len);
@@ -157,7 +161,7 @@ pub fn differences(
         if progress.is_cancelled() {
             return Err(DiskError::Cancelled);
         }
-        let runs = [run_at(one, at)?, run_at(other, at)?];
+        let runs = [span_at(one, at)?, span_at(other, at)?];
         let len = runs[0].len.min(runs[1].len).min(size - at);
         if !runs[0].is_data && !runs[1].is_data {
             at += len;

@@ -9,16 +9,20 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use crate::blocking;
-use crate::disk::{Disk, DiskError, SectorSize};
+use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
 use crate::foreign::{Source, SourceError};
 use crate::lock::OpenMode;
-use crate::open::{OpenError, OpenOptions, open_locked};
+use crate::open::{OpenOptions, open_locked};
 use crate::progress::Progress;
+use crate::refusal::OpenError;
 use crate::vhdx::{CreateError, CreateOptions, Vhdx};
 
 /// Bytes that are copied at once.
 const STEP: u64 = 1 << 20;
-/// Unit in which zeros are looked for inside data, in bytes.
+/// How far a salvage goes on where it cannot be said what is there, in bytes: no format maps less at once than it
+/// allocates, and that is seldom less.
+const LOST_UNIT: u64 = 65536;
+/// Unit in which zeros are looked for inside data, and in which a salvage reads where more fails, in bytes.
 const ZERO_UNIT: usize = 4096;
 
 /// What a conversion writes.
@@ -37,13 +41,37 @@ pub enum Target {
     },
 }
 
+/// How a conversion is done.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvertOptions {
+    /// What is written.
+    pub target: Target,
+    /// Whether a file that is there already is replaced.
+    pub overwrite: bool,
+    /// Whether what cannot be read is left as zeros and listed, rather than ends the conversion.
+    pub salvage: bool,
+}
+
+impl ConvertOptions {
+    /// To make a new file of a sound disk.
+    pub fn new(target: Target) -> Self {
+        Self {
+            target,
+            overwrite: false,
+            salvage: false,
+        }
+    }
+}
+
 /// What a conversion came to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Converted {
     /// Size of the disk in bytes: that of the source, rounded up to whole sectors.
     pub size: u64,
     /// Bytes of data that were written.
     pub written: u64,
+    /// What a salvage could not read, in order: zeros in the copy.
+    pub lost: Vec<ByteRange>,
 }
 
 /// Why a conversion failed. The target is as it was before.
@@ -76,7 +104,7 @@ pub enum ConvertError {
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
-        /// What the host said.
+        /// The error of the host.
         error: io::Error,
     },
 }
@@ -88,6 +116,40 @@ enum Sink {
 }
 
 impl Sink {
+    /// Makes the copy, which will be called `to`.
+    fn create(
+        copy: &Path,
+        to: &Path,
+        size: u64,
+        target: Target,
+        logical_sector: SectorSize,
+    ) -> Result<Self, ConvertError> {
+        match target {
+            Target::Raw => {
+                let made = File::options().write(true).create_new(true).open(copy);
+                let file = made.and_then(|file| file.set_len(size).map(|()| file));
+                file.map(Self::Raw).map_err(|error| ConvertError::Io {
+                    path: to.to_owned(),
+                    operation: "make the copy",
+                    error,
+                })
+            }
+            Target::Vhdx {
+                block_size, fixed, ..
+            } => {
+                let options = CreateOptions {
+                    block_size,
+                    logical_sector,
+                    fixed,
+                    ..CreateOptions::new(size)
+                };
+                Vhdx::create(copy, &options)?;
+                let disk = Vhdx::open(copy, &OpenOptions::default())?;
+                Ok(Self::Vhdx(Box::new(disk)))
+            }
+        }
+    }
+
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), DiskError> {
         match self {
             Self::Raw(file) => file
@@ -101,18 +163,22 @@ impl Sink {
     }
 }
 
-/// Copies a source, which was opened from the file `from`, into a new file at `to`; where that is there it is replaced only if
-/// `overwrite` is set. The copy is made under another name and gets this one when it is whole and durable.
+/// Copies a source, which was opened from the file `from`, into a new file at `to`. The copy is made under another name
+/// and gets this one when it is whole and durable.
 ///
 /// # Errors
 /// See [`ConvertError`]; `Disk(Cancelled)` where the progress says so.
 pub fn convert(
     (from, source): (&Path, &mut dyn Source),
     to: &Path,
-    target: Target,
-    overwrite: bool,
+    options: &ConvertOptions,
     progress: &dyn Progress,
 ) -> Result<Converted, ConvertError> {
+    let ConvertOptions {
+        target,
+        overwrite,
+        salvage,
+    } = *options;
     if !overwrite && to.symlink_metadata().is_ok() {
         return Err(ConvertError::Exists(to.to_owned()));
     }
@@ -144,31 +210,16 @@ pub fn convert(
         .size()
         .checked_next_multiple_of(u64::from(logical_sector.bytes()))
         .unwrap_or(u64::MAX);
-    let sink = match target {
-        Target::Raw => {
-            let file = File::options()
-                .write(true)
-                .create_new(true)
-                .open(&copy)
-                .map_err(failed("make the copy"))?;
-            file.set_len(size).map_err(failed("make the copy"))?;
-            Sink::Raw(file)
-        }
-        Target::Vhdx {
-            block_size, fixed, ..
-        } => {
-            let options = CreateOptions {
-                block_size,
-                logical_sector,
-                fixed,
-                ..CreateOptions::new(size)
-            };
-            Vhdx::create(&copy, &options)?;
-            Sink::Vhdx(Box::new(Vhdx::open(&copy, &OpenOptions::default())?))
-        }
-    };
+    let sink = Sink::create(&copy, to, size, target, logical_sector)?;
     let sector = u64::from(logical_sector.bytes());
-    let written = transfer((from, source), &sink, sector, progress)?;
+    let mut copying = Copying {
+        sink: &sink,
+        sector,
+        lost: salvage.then(Vec::new),
+        written: 0,
+    };
+    copying.run((from, source), progress)?;
+    let (written, lost) = (copying.written, copying.lost.unwrap_or_default());
     match sink {
         Sink::Raw(file) => file.sync_all().map_err(failed("sync the copy"))?,
         Sink::Vhdx(disk) => disk.close()?,
@@ -190,54 +241,115 @@ pub fn convert(
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(failed("make the name durable"))?;
-    Ok(Converted { size, written })
+    Ok(Converted {
+        size,
+        written,
+        lost,
+    })
 }
 
-fn transfer(
-    (from, source): (&Path, &mut dyn Source),
-    sink: &Sink,
+/// A copy under way.
+struct Copying<'a> {
+    sink: &'a Sink,
+    /// Bytes of a sector of the target.
     sector: u64,
-    progress: &dyn Progress,
-) -> Result<u64, ConvertError> {
-    let unread = |error| ConvertError::Source {
-        path: from.to_owned(),
-        error,
-    };
-    let size = source.size();
-    let (mut at, mut written) = (0, 0);
-    let mut buffer = vec![0; STEP as usize];
-    while at < size {
-        progress.advance(at, size);
-        if progress.is_cancelled() {
-            return Err(DiskError::Cancelled.into());
+    /// What could not be read, where that is not an error.
+    lost: Option<Vec<ByteRange>>,
+    written: u64,
+}
+
+impl Copying<'_> {
+    fn run(
+        &mut self,
+        (from, source): (&Path, &mut dyn Source),
+        progress: &dyn Progress,
+    ) -> Result<(), ConvertError> {
+        let unread = |error| ConvertError::Source {
+            path: from.to_owned(),
+            error,
+        };
+        let size = source.size();
+        let lost = source.lost().to_vec();
+        let mut lost = lost.into_iter().peekable();
+        let mut at = 0;
+        let mut buffer = vec![0; STEP as usize];
+        while at < size {
+            progress.advance(at, size);
+            if progress.is_cancelled() {
+                return Err(DiskError::Cancelled.into());
+            }
+            if let Some(range) = lost.next_if(|range| range.offset() <= at) {
+                self.lose(at, range.end());
+                at = range.end().max(at);
+                continue;
+            }
+            // Nothing of the next range that is lost is read.
+            let limit = lost.peek().map_or(size, |range| range.offset());
+            let run = match source.span_at(at) {
+                Ok(run) => run,
+                Err(_) if self.lost.is_some() => {
+                    let end = (at + 1).next_multiple_of(LOST_UNIT).min(limit);
+                    self.lose(at, end);
+                    at = end;
+                    continue;
+                }
+                Err(error) => return Err(unread(error)),
+            };
+            if !run.is_data {
+                at += run.len.max(1);
+                continue;
+            }
+            // Always whole units, so that the target is written in its sectors: runs end where they like.
+            let start = at / ZERO_UNIT as u64 * ZERO_UNIT as u64;
+            let end = (at + run.len)
+                .next_multiple_of(ZERO_UNIT as u64)
+                .min(start + STEP)
+                .min(limit.next_multiple_of(ZERO_UNIT as u64));
+            let held = end.min(size);
+            let bytes = &mut buffer[..(end - start) as usize];
+            let inside = (held - start) as usize;
+            match source.read_at(&mut bytes[..inside], start) {
+                Ok(()) => {}
+                Err(_) if self.lost.is_some() => {
+                    self.read_units(source, &mut bytes[..inside], start);
+                }
+                Err(error) => return Err(unread(error)),
+            }
+            bytes[inside..].fill(0);
+            // Past the size of the source the target ends with a sector.
+            let kept = (inside as u64).next_multiple_of(self.sector) as usize;
+            for (first, len) in data_in(&bytes[..kept]) {
+                self.sink
+                    .write(&bytes[first..first + len], start + first as u64)?;
+                self.written += len as u64;
+            }
+            at = held;
         }
-        let run = source.run_at(at).map_err(unread)?;
-        if !run.is_data {
-            at += run.len.max(1);
-            continue;
-        }
-        // Always whole units, so that the target is written in its sectors: runs end where they like.
-        let start = at / ZERO_UNIT as u64 * ZERO_UNIT as u64;
-        let end = (at + run.len)
-            .next_multiple_of(ZERO_UNIT as u64)
-            .min(start + STEP);
-        let held = end.min(size);
-        let bytes = &mut buffer[..(end - start) as usize];
-        let inside = (held - start) as usize;
-        source
-            .read_at(&mut bytes[..inside], start)
-            .map_err(unread)?;
-        bytes[inside..].fill(0);
-        // Past the size of the source the target ends with a sector.
-        let kept = (inside as u64).next_multiple_of(sector) as usize;
-        for (first, len) in data_in(&bytes[..kept]) {
-            sink.write(&bytes[first..first + len], start + first as u64)?;
-            written += len as u64;
-        }
-        at = held;
+        progress.advance(size, size);
+        Ok(())
     }
-    progress.advance(size, size);
-    Ok(written)
+
+    /// Reads what of a range can be read, a unit at a time; the rest is lost.
+    fn read_units(&mut self, source: &mut dyn Source, bytes: &mut [u8], start: u64) {
+        for (unit, offset) in bytes
+            .chunks_mut(ZERO_UNIT)
+            .zip((start..).step_by(ZERO_UNIT))
+        {
+            if source.read_at(unit, offset).is_err() {
+                unit.fill(0);
+                self.lose(offset, offset + unit.len() as u64);
+            }
+        }
+    }
+
+    /// Notes that a range is lost.
+    fn lose(&mut self, start: u64, end: u64) {
+        if let Some(lost) = &mut self.lost {
+            let joined = lost.pop_if(|last| last.end() >= start);
+            let start = joined.map_or(start, ByteRange::offset);
+            lost.extend(ByteRange::new(start, end.saturating_sub(start)));
+        }
+    }
 }
 
 /// The parts of a buffer that are not zeros, in units: where each begins, and how long it is.

@@ -1,4 +1,4 @@
-//! The seam between disk formats and whoever moves bytes.
+//! The seam between disk formats and the engines that move bytes.
 
 use std::fmt;
 use std::fs::File;
@@ -122,7 +122,7 @@ pub enum ExtentKind {
     Unmapped,
 }
 
-/// What a range of a virtual disk is, for those who ask about more than its bytes: backups, exports, maps.
+/// What a range of a virtual disk is, for callers that need more than its bytes: backups, exports, maps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
     /// First byte, as an offset into the virtual disk.
@@ -152,13 +152,13 @@ pub enum ExtentState {
     Transparent,
 }
 
-/// Names a resolved request. Given back through [`Disk::finish`] exactly once.
-#[must_use = "every resolved request is given back through `Disk::finish`"]
+/// Identifies a resolved request. Passed to [`Disk::finish`] exactly once.
+#[must_use = "every resolved request is ended by `Disk::finish`"]
 #[derive(Debug, PartialEq, Eq)]
-pub struct Ticket(u64);
+pub struct RequestId(u64);
 
-impl Ticket {
-    /// A ticket with a number that means something to the disk that made it.
+impl RequestId {
+    /// An identifier with a number that means something to the disk that made it.
     pub fn new(number: u64) -> Self {
         Self(number)
     }
@@ -188,7 +188,7 @@ pub enum DiskError {
     Io {
         /// What was tried, such as `extend the file to 0x400000`.
         operation: String,
-        /// What the host said.
+        /// The error of the host.
         #[source]
         source: std::io::Error,
     },
@@ -213,7 +213,7 @@ pub enum DiskError {
     /// What was asked for cannot be done with this file.
     #[error("{0}")]
     Unsupported(String),
-    /// Whoever asked changed their mind.
+    /// The caller cancelled the operation.
     #[error("cancelled")]
     Cancelled,
     /// An earlier failed sync left in doubt what is durable; the disk serves no more writes until it is opened anew.
@@ -223,10 +223,10 @@ pub enum DiskError {
 
 /// An open virtual disk.
 ///
-/// All methods take `&self` and may be called from several threads. The contract of a request is to resolve it, then the
-/// caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of those extents
-/// is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush` that began after its
-/// `finish` has returned.
+/// All methods take `&self` and may be called from several threads. The contract of a request is to resolve it, then
+/// the caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of
+/// those extents is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush`
+/// that began after its `finish` has returned.
 pub trait Disk: Send + Sync + fmt::Debug {
     /// Size, sector sizes and mode, as they are now.
     fn geometry(&self) -> Geometry;
@@ -235,19 +235,24 @@ pub trait Disk: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// `Range` where the range is not inside the disk or not sector-aligned; `out` is as it was then.
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError>;
+    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>)
+    -> Result<RequestId, DiskError>;
 
-    /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a newly
-    /// allocated extent that the caller does not write read as before. May block on the file at the first write and where the
-    /// file has to grow.
+    /// Like [`Disk::resolve_read`], but allocates what is missing, so that every extent appended is `Data`. Bytes of a
+    /// newly allocated extent that the caller does not write read as before. May block on the file at the first write
+    /// and where the file has to grow.
     ///
     /// # Errors
     /// `Range`, `ReadOnly`, `Poisoned`, and `Io` where the file cannot grow; then `out` is as it was, and so is what a
     /// reader sees.
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError>;
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError>;
 
     /// Ends a resolved request: the transfer of all its extents is complete, or has failed (`ok` is false).
-    fn finish(&self, ticket: Ticket, ok: bool);
+    fn finish(&self, id: RequestId, ok: bool);
 
     /// The file whose `fdatasync` alone is a flush at this moment; `None` where metadata waits to be written too and
     /// [`Disk::flush`] has to be called.
@@ -259,8 +264,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// `Io` and `Poisoned`; then durability of what was written since the last flush is unknown.
     fn flush(&self) -> Result<(), DiskError>;
 
-    /// Tells that the content of the range is no longer needed; it reads as zeros or as before. Gives space back where the
-    /// format and the file system can. May block on the file.
+    /// Tells that the content of the range is no longer needed; it reads as zeros or as before. Gives space back where
+    /// the format and the file system can. May block on the file.
     ///
     /// # Errors
     /// `Range`, `ReadOnly`, `Poisoned`, `Io`.
@@ -286,9 +291,9 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// Like [`Disk::flush`].
     fn close(&self) -> Result<(), DiskError>;
 
-    /// Whether nobody writes to a file, which an extent of this disk has named, as long as the disk is open as it is: what was read from it
-    /// once can be had again.
-    fn is_settled(&self, file: &Arc<File>) -> bool {
+    /// Whether no process writes to a file, which an extent of this disk has named, as long as the disk is open as it
+    /// is: bytes that were read from it once can be read again.
+    fn is_immutable(&self, file: &Arc<File>) -> bool {
         let _ = file;
         false
     }

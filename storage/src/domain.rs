@@ -1,8 +1,8 @@
 //! Which guests may share the pages of a file: those of one domain.
 //!
-//! Guests of one domain hold one byte of the file with a shared lock, each domain another byte, out of a range that no file reaches. So a guest sees
-//! whether those of another domain have the file, without anybody who keeps a list. The range lies in what a writer locks for itself, and apart
-//! from the bytes that QEMU gives a meaning.
+//! Guests of one domain hold one byte of the file with a shared lock, each domain another byte, out of a range that no
+//! file reaches. So a guest sees whether guests of another domain have the file, and no process has to keep a list. The
+//! range lies in what a writer locks for itself, and apart from the bytes that QEMU gives a meaning.
 
 use std::fs::File;
 
@@ -18,13 +18,14 @@ const LEN: u64 = 1 << 61;
 pub struct Domain(u64);
 
 impl Domain {
-    /// The domain that a digest of its name stands for: of two that are alike in it, guests would be taken for those of one.
+    /// The domain that a digest of its name stands for: of two that are alike in it, guests would be taken for those of
+    /// one.
     pub fn new(digest: u64) -> Self {
         Self(START + digest % LEN)
     }
 
-    /// Joins those who share a file, which is open and locked for reading. False, with no more locked than before, where guests of another domain
-    /// have it; two that come at once may both be refused.
+    /// Joins the guests that share a file, which is open and locked for reading. False, with no more locked than
+    /// before, where guests of another domain have it; two that come at once may both be refused.
     ///
     /// # Errors
     /// `Host`.

@@ -1,8 +1,8 @@
-//! What the fuzzers in `fuzz/` reach the VHDX engine through: files in memory, put together from a sound one and what a fuzzer
-//! changes in it, with checksums made to match, so that it gets past them.
+//! What the fuzzers in `fuzz/` reach the VHDX engine through: files in memory, put together from a sound one and what a
+//! fuzzer changes in it, with checksums made to match, so that it gets past them.
 //!
-//! What must hold: nothing panics or hangs, memory stays bounded, what opens for reading holds the same when it is opened
-//! for writing and its log is replayed, and a close changes nothing that a reader sees.
+//! What must hold: nothing panics or hangs, memory stays bounded, what opens for reading holds the same when it is
+//! opened for writing and its log is replayed, and a close changes nothing that a reader sees.
 
 #![allow(
     clippy::missing_panics_doc,
@@ -12,9 +12,10 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use arbitrary::Arbitrary;
+use parking_lot::Mutex;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::disk::{ByteRange, Disk, Extent, ExtentKind, SectorSize};
@@ -112,7 +113,8 @@ impl Contents {
         Ok(())
     }
 
-    /// Adds an extent that lies at `file_offset` to a checksum: every 512 bytes of it that are not zeros, and where they are.
+    /// Adds an extent that lies at `file_offset` to a checksum: every 512 bytes of it that are not zeros, and where
+    /// they are.
     fn sum(&self, mut sum: u32, extent: &Extent, file_offset: u64) -> u32 {
         let end = file_offset + extent.len;
         assert!(end <= self.len, "an extent lies in its file");
@@ -165,7 +167,7 @@ impl Memory {
     }
 
     fn with<T>(&self, work: impl FnOnce(&mut Contents) -> T) -> T {
-        work(&mut self.contents.lock().unwrap_or_else(PoisonError::into_inner))
+        work(&mut self.contents.lock())
     }
 }
 
@@ -348,10 +350,10 @@ fn digest(disk: &Vhdx, files: &[&Arc<Memory>]) -> Result<Vec<(u64, u32)>, String
         )
         .ok_or("a range")?;
         let mut extents = Vec::new();
-        let ticket = disk
+        let id = disk
             .resolve_read(range, &mut extents)
             .map_err(|e| e.to_string())?;
-        disk.finish(ticket, true);
+        disk.finish(id, true);
         let mut at = range.offset();
         let mut sum = 0;
         for extent in &extents {
@@ -405,7 +407,7 @@ fn write(
     range: ByteRange,
 ) -> Result<(), crate::disk::DiskError> {
     let mut extents = Vec::new();
-    let ticket = disk.resolve_write(range, &mut extents)?;
+    let id = disk.resolve_write(range, &mut extents)?;
     let mut ok = true;
     for extent in &extents {
         if let ExtentKind::Data { file_offset, .. } = extent.kind {
@@ -413,7 +415,7 @@ fn write(
             ok &= memory.write_all_at(&bytes, file_offset).is_ok();
         }
     }
-    disk.finish(ticket, ok);
+    disk.finish(id, ok);
     Ok(())
 }
 

@@ -7,9 +7,10 @@
 //!
 //! The crate knows nothing of KVM or virtio.
 
+pub mod alignment;
 pub mod blocking;
 pub mod convert;
-pub mod disk;
+mod disk;
 mod domain;
 pub mod foreign;
 #[cfg(feature = "fuzzing")]
@@ -17,16 +18,18 @@ pub mod fuzzing;
 pub mod io;
 pub mod lock;
 mod medium;
-pub mod open;
-pub mod progress;
-pub mod raw;
+mod open;
+mod progress;
+mod raw;
+mod refusal;
 pub mod vhdx;
 
 pub use disk::{
-    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
-    Ticket,
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, RequestId,
+    SectorSize,
 };
 pub use domain::Domain;
 pub use lock::OpenMode;
-pub use open::{Format, OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open};
+pub use open::{Format, OpenOptions, Parents, detect, open};
 pub use progress::{Progress, Unwatched};
+pub use refusal::{OpenError, ParentRefusal, Refusal};

@@ -70,7 +70,7 @@ impl Kind {
 /// Locks `file` for `mode`, without waiting. The lock goes when the last copy of the descriptor is closed.
 ///
 /// # Errors
-/// `Written` or `Read` says who is in the way; `Host` where the file system has no locks.
+/// `Written` or `Read` says what the other holder does with the file; `Host` where the file system has no locks.
 pub fn lock(file: &File, mode: OpenMode) -> Result<(), LockError> {
     match mode {
         OpenMode::ReadWrite => {
@@ -179,8 +179,8 @@ fn fcntl(
         // Zero is what the kernel demands for locks of an open file description.
         l_pid: 0,
     };
-    // SAFETY: `file` keeps the descriptor open for the call, both commands take a pointer to a `flock`, and `lock` lives
-    // on this stack for the whole call.
+    // SAFETY: `file` keeps the descriptor open for the call, both commands take a pointer to a `flock`, and `lock`
+    // lives on this stack for the whole call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) };
     if result < 0 {
         Err(io::Error::last_os_error())

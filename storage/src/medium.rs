@@ -31,7 +31,7 @@ pub(crate) trait Medium: Send + Sync + fmt::Debug {
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
     /// The first offset, from `offset` on, that may hold anything but zeros; `None` where all the rest is a hole.
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>>;
-    /// The file for those who move payload.
+    /// The file, for engines that move payload.
     fn file(&self) -> &Arc<File>;
 }
 

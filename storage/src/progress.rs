@@ -1,6 +1,7 @@
-//! How long work tells how far it is, and is told to stop.
+//! Progress of long operations, and how they are cancelled.
 
-/// Who watches an operation that takes long. Called from the thread that does the work, often; so both are cheap.
+/// The observer of a long operation. Both methods are called often, from the thread that does the work, so they have to
+/// be cheap.
 pub trait Progress: Sync {
     /// `done` of `total` bytes (of the virtual disk or of the file, as the operation says) are behind.
     fn advance(&self, done: u64, total: u64);
@@ -9,7 +10,7 @@ pub trait Progress: Sync {
     fn is_cancelled(&self) -> bool;
 }
 
-/// Nobody watches.
+/// No observer: nothing is shown, and nothing cancelled.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Unwatched;
 

@@ -1,22 +1,22 @@
 //! Raw disks: the file is the disk.
 //!
-//! Regular files only. A block device is refused when it is opened, since the locks here mean nothing to others
-//! who use the device.
+//! Regular files only. A block device is refused when it is opened, since other programs that use the
+//! device do not look at the locks here.
 
 use std::fs::File;
 use std::sync::Arc;
 
 use crate::disk::{
-    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, SectorSize,
-    Ticket,
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, RequestId,
+    SectorSize,
 };
 use crate::lock::OpenMode;
 use crate::medium::{Holes, Medium};
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// An open raw disk. Sectors of 512 bytes, as no file says otherwise.
 #[derive(Debug)]
-pub struct Raw {
+pub(crate) struct Raw {
     file: Arc<File>,
     geometry: Geometry,
 }
@@ -73,20 +73,28 @@ impl Disk for Raw {
         self.geometry
     }
 
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_read(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.extent(range, out)?;
-        Ok(Ticket::new(0))
+        Ok(RequestId::new(0))
     }
 
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.check_write(range)?;
         self.extent(range, out)?;
-        Ok(Ticket::new(0))
+        Ok(RequestId::new(0))
     }
 
-    fn finish(&self, _ticket: Ticket, _ok: bool) {}
+    fn finish(&self, _id: RequestId, _ok: bool) {}
 
-    fn is_settled(&self, file: &Arc<File>) -> bool {
+    fn is_immutable(&self, file: &Arc<File>) -> bool {
         self.geometry.read_only && Arc::ptr_eq(&self.file, file)
     }
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use storage::convert::{ConvertError, Converted, Target, convert};
+use storage::convert::{ConvertError, ConvertOptions, Converted, Target, convert};
 use storage::foreign::{self, SourceFormat};
 use storage::{DiskError, Progress, Unwatched};
 use support::MIB;
@@ -61,7 +61,13 @@ fn converted(
     target: Target,
 ) -> (SourceFormat, Converted) {
     let (format, mut source) = foreign::open(from, format).unwrap();
-    let done = convert((from, &mut *source), to, target, false, &Unwatched).unwrap();
+    let done = convert(
+        (from, &mut *source),
+        to,
+        &ConvertOptions::new(target),
+        &Unwatched,
+    )
+    .unwrap();
     (format, done)
 }
 
@@ -267,7 +273,11 @@ fn what_is_cancelled_or_refused_leaves_nothing_behind() {
     let to = folder.path().join("to");
     let run = |overwrite, progress: &dyn Progress| {
         let (_, mut disk) = foreign::open(&source, None).unwrap();
-        convert((&source, &mut *disk), &to, VHDX, overwrite, progress)
+        let options = ConvertOptions {
+            overwrite,
+            ..ConvertOptions::new(VHDX)
+        };
+        convert((&source, &mut *disk), &to, &options, progress)
     };
     for looks in [1, 3, 10] {
         let stopped = run(false, &After(AtomicU64::new(looks)));
@@ -302,7 +312,7 @@ fn read_all(path: &Path) {
     let mut buffer = vec![0; 65536];
     while at < size && looks < 4096 {
         looks += 1;
-        let Ok(run) = source.run_at(at) else {
+        let Ok(run) = source.span_at(at) else {
             return;
         };
         assert!(run.len > 0, "a run has bytes");

@@ -8,8 +8,10 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use storage::convert::{ConvertOptions, Target, convert};
+use storage::foreign;
 use storage::vhdx::{CreateOptions, Vhdx};
-use storage::{ByteRange, Disk, OpenMode};
+use storage::{ByteRange, Disk, OpenMode, Unwatched};
 use support::{MIB, pattern, read, write};
 
 /// Size of the disks here.
@@ -301,8 +303,8 @@ fn a_bat_entry_is_refused_by_number_where_it_leads_out_of_the_file_or_into_somet
     }
 }
 
-/// An entry that is damaged cannot be told from one that a cut tore, so the disk falls back to an earlier flush, and never to
-/// anything else.
+/// An entry that is damaged cannot be told from one that a cut tore, so the disk falls back to an earlier flush, and
+/// never to anything else.
 #[test]
 fn a_damaged_log_leads_to_the_state_of_some_flush() {
     let folder = tempfile::tempdir().unwrap();
@@ -336,4 +338,178 @@ fn a_damaged_log_leads_to_the_state_of_some_flush() {
         said.contains("log at file offset 0x100000 is corrupt: expected a valid sequence"),
         "{said}"
     );
+}
+
+/// A disk of 64 MiB with blocks of 1 MiB, of which the first `blocks` hold a pattern of their own.
+fn filled(path: &Path, blocks: u64) {
+    let options = CreateOptions {
+        block_size: MIB as u32,
+        ..CreateOptions::new(SIZE)
+    };
+    Vhdx::create(path, &options).unwrap();
+    let disk = Vhdx::open(path, &OpenMode::ReadWrite.into()).unwrap();
+    for block in 0..blocks {
+        write(&disk, block * MIB, &pattern(block, MIB as usize));
+    }
+}
+
+/// The entry of a block, and its place in the file.
+fn entry(file: &File, block: u64) -> u64 {
+    let mut raw = [0; 8];
+    file.read_exact_at(&mut raw, BAT + block * 8).unwrap();
+    u64::from_le_bytes(raw)
+}
+
+fn set_entry(file: &File, block: u64, raw: u64) {
+    file.write_all_at(&raw.to_le_bytes(), BAT + block * 8)
+        .unwrap();
+}
+
+fn mib(first: u64, count: u64) -> ByteRange {
+    ByteRange::new(first * MIB, count * MIB).unwrap()
+}
+
+/// A disk with eight blocks, three of which are lost in three ways; gives the place of each block in the file.
+fn damaged(path: &Path) -> Vec<u64> {
+    filled(path, 8);
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let places: Vec<_> = (0..8).map(|block| entry(&file, block)).collect();
+    // Past the end, in a state that there is not, and in the place of another.
+    set_entry(&file, 2, (900 * MIB) | 6);
+    set_entry(&file, 3, places[3] | 5);
+    set_entry(&file, 6, places[1]);
+    places
+}
+
+#[test]
+fn a_repair_names_what_is_lost_and_is_undone_by_its_backup() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, backup) = (folder.path().join("a.vhdx"), folder.path().join("backup"));
+    let places = damaged(&path);
+    let before = std::fs::read(&path).unwrap();
+    let repaired = Vhdx::repair(&path, Some(&backup), &Unwatched).unwrap();
+    assert_eq!(repaired.before.lost, [mib(2, 2), mib(6, 1)]);
+    assert_eq!(repaired.backup.as_deref(), Some(&*backup));
+    let disk = Vhdx::open(&path, &OpenMode::ReadOnly.into()).unwrap();
+    for block in 0..8 {
+        let expected = if [2, 3, 6].contains(&block) {
+            vec![0; MIB as usize]
+        } else {
+            pattern(block, MIB as usize)
+        };
+        assert!(
+            read(&disk, block * MIB, MIB as usize) == expected,
+            "{block}"
+        );
+    }
+    drop(disk);
+    assert_eq!(Vhdx::undo_repair(&path, &backup).unwrap().entries, 3);
+    let after = std::fs::read(&path).unwrap();
+    assert_eq!(after.len(), before.len());
+    assert!(
+        after[BAT as usize..] == before[BAT as usize..],
+        "table and payload are as they were"
+    );
+    assert!(Vhdx::undo_repair(&path, &backup).is_err(), "once");
+    let checked = Vhdx::check(&path, &Unwatched).unwrap();
+    assert_eq!(checked.lost, [mib(2, 2), mib(6, 1)]);
+
+    // With what was missing put right by hand, all is there.
+    let file = File::options().write(true).open(&path).unwrap();
+    for block in [2, 3, 6] {
+        set_entry(&file, block, places[block as usize]);
+    }
+    let disk = Vhdx::open(&path, &OpenMode::ReadOnly.into()).unwrap();
+    for block in 0..8 {
+        assert!(read(&disk, block * MIB, MIB as usize) == pattern(block, MIB as usize));
+    }
+}
+
+#[test]
+fn a_cut_file_gets_its_blocks_back_with_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, backup) = (folder.path().join("a.vhdx"), folder.path().join("backup"));
+    filled(&path, 8);
+    let child = folder.path().join("child.vhdx");
+    Vhdx::create_child(&child, &path, &storage::vhdx::ChildOptions::default()).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    let cut = whole.len() as u64 - 2 * MIB - 4096;
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(cut).unwrap();
+    let repaired = Vhdx::repair(&path, Some(&backup), &Unwatched).unwrap();
+    assert_eq!(repaired.before.lost, [mib(5, 3)]);
+    assert_eq!(file.metadata().unwrap().len(), cut);
+    assert!(
+        Vhdx::open(&child, &OpenMode::ReadOnly.into()).is_err(),
+        "its parent has changed"
+    );
+    file.write_all_at(&whole[cut as usize..], cut).unwrap();
+    Vhdx::undo_repair(&path, &backup).unwrap();
+    assert!(Vhdx::check(&path, &Unwatched).unwrap().is_sound());
+    let disk = Vhdx::open(&child, &OpenMode::ReadOnly.into()).unwrap();
+    for block in 0..8 {
+        assert!(read(&disk, block * MIB, MIB as usize) == pattern(block, MIB as usize));
+    }
+}
+
+#[test]
+fn a_repair_is_not_undone_once_the_disk_was_written_or_by_the_backup_of_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, backup, other, others] =
+        ["a.vhdx", "a", "b.vhdx", "b"].map(|name| folder.path().join(name));
+    damaged(&path);
+    damaged(&other);
+    Vhdx::repair(&path, Some(&backup), &Unwatched).unwrap();
+    Vhdx::repair(&other, Some(&others), &Unwatched).unwrap();
+    let said = Vhdx::undo_repair(&path, &others).unwrap_err().to_string();
+    assert!(said.contains("is not as the repair left it"), "{said}");
+    let disk = Vhdx::open(&path, &OpenMode::ReadWrite.into()).unwrap();
+    write(&disk, 0, &[1; 512]);
+    drop(disk);
+    assert!(Vhdx::undo_repair(&path, &backup).is_err());
+    assert!(Vhdx::check(&path, &Unwatched).unwrap().is_sound());
+    // A backup that is there is kept, and then the disk too.
+    damaged(&folder.path().join("c.vhdx"));
+    let third = folder.path().join("c.vhdx");
+    let before = std::fs::read(&third).unwrap();
+    assert!(Vhdx::repair(&third, Some(&backup), &Unwatched).is_err());
+    assert!(std::fs::read(&third).unwrap() == before);
+}
+
+#[test]
+fn a_salvage_reads_what_is_there_and_names_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, raw, vhdx] = ["a.vhdx", "a.raw", "b.vhdx"].map(|name| folder.path().join(name));
+    damaged(&path);
+    // The last block is cut in its middle too.
+    let file = File::options().write(true).open(&path).unwrap();
+    file.set_len(file.metadata().unwrap().len() - MIB / 2)
+        .unwrap();
+    assert!(foreign::open(&path, None).is_err());
+    let target = Target::Vhdx {
+        block_size: MIB as u32,
+        logical_sector: None,
+        fixed: false,
+    };
+    for (to, target) in [(&raw, Target::Raw), (&vhdx, target)] {
+        let (_, mut source) = foreign::open_damaged(&path, None).unwrap();
+        let options = ConvertOptions {
+            salvage: true,
+            ..ConvertOptions::new(target)
+        };
+        let done = convert((&path, &mut *source), to, &options, &Unwatched).unwrap();
+        assert_eq!(done.lost, [mib(2, 2), mib(6, 2)]);
+        let disk = storage::open(to, &storage::OpenOptions::read_only()).unwrap();
+        for block in 0..8 {
+            let expected = if [2, 3, 6, 7].contains(&block) {
+                vec![0; MIB as usize]
+            } else {
+                pattern(block, MIB as usize)
+            };
+            assert!(
+                read(&*disk, block * MIB, MIB as usize) == expected,
+                "{block}"
+            );
+        }
+    }
 }

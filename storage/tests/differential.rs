@@ -1,5 +1,5 @@
-//! Random work, seen by other readers: what we wrote, read by QEMU and by libvhdi; what QEMU wrote, read by us and by libvhdi; and chains,
-//! which QEMU does not know. `DIFFERENTIAL_SEED` asks for other work than a normal run does.
+//! Random work, seen by other readers: what we wrote, read by QEMU and by libvhdi; what QEMU wrote, read by us and by
+//! libvhdi; and chains, which QEMU does not know. `DIFFERENTIAL_SEED` asks for other work than a normal run does.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
@@ -300,8 +300,8 @@ fn chains_are_read_by_libvhdi_as_by_us() {
                 };
                 Vhdx::create_child(name(layer), name(layer - 1), &options).unwrap();
             }
-            // libvhdi reads unmapped and zero blocks of a child from the parent, where [MS-VHDX] 2.5.1.1 says that their content
-            // is their own: so no block of a child is trimmed here.
+            // libvhdi reads unmapped and zero blocks of a child from the parent, where [MS-VHDX] 2.5.1.1 says that
+            // their content is their own: so no block of a child is trimmed here.
             work(&name(layer), &mut random, &mut model, 2, layer == 0);
             let files: Vec<PathBuf> = (0..=layer).rev().map(name).collect();
             let files: Vec<&Path> = files.iter().map(PathBuf::as_path).collect();

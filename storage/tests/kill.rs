@@ -60,8 +60,8 @@ fn compare_with_qemu(path: &Path) {
     }
 }
 
-/// QEMU applies a log entry as soon as it is durable, so that a kill hardly ever leaves one. Here the write that would apply
-/// it fails, which leaves it every time.
+/// QEMU applies a log entry as soon as it is durable, so that a kill hardly ever leaves one. Here the write that would
+/// apply it fails, which leaves it every time.
 #[test]
 fn a_log_that_qemu_left_is_replayed() {
     let folder = tempfile::tempdir().unwrap();

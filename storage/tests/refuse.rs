@@ -12,7 +12,8 @@ use storage::vhdx::{CreateError, CreateOptions, Vhdx};
 use storage::{Format, OpenOptions};
 use support::{MIB, arg, pattern, read, run, write};
 
-/// Tries to open a file in both modes, which have to say the same and change nothing; gives what they say after its name.
+/// Tries to open a file in both modes, which have to say the same and change nothing; gives what they say after its
+/// name.
 fn refusal(path: &Path, format: Option<Format>) -> String {
     let before = fs::read(path).ok();
     let [writing, reading] = [false, true].map(|read_only| {
@@ -160,6 +161,50 @@ fn a_vhdx_with_a_damaged_identifier_does_not_pass_for_raw() {
         },
     )
     .unwrap();
+}
+
+#[test]
+fn a_container_that_peers_made_does_not_pass_for_raw() {
+    let folder = tempfile::tempdir().unwrap();
+    for (format, name, program) in [
+        ("vdi", "VDI", "qemu-img convert"),
+        ("qed", "QED", "qemu-img convert"),
+        ("parallels", "Parallels", "qemu-img convert"),
+        ("gzip", "gzip", "gunzip"),
+        ("xz", "xz", "unxz"),
+        ("bzip2", "bzip2", "bunzip2"),
+        ("qcow2", "qcow2", "coppice disk convert"),
+        ("vpc", "VHD", "coppice disk convert"),
+        ("vmdk", "VMDK", "coppice disk convert"),
+    ] {
+        let path = folder.path().join(name);
+        let plain = folder.path().join("plain");
+        fs::write(&plain, pattern(1, 8192)).unwrap();
+        match format {
+            packer @ ("gzip" | "xz" | "bzip2") => {
+                let script = format!("{packer} -c {} > {}", plain.display(), path.display());
+                run("sh", &["-c", &script]);
+            }
+            format => {
+                let options = ["create", "-q", "-f", format, arg(&path), "8M"];
+                run("qemu-img", &options);
+            }
+        }
+        let said = refusal(&path, None);
+        assert!(
+            said.contains(name) && said.contains(&format!("`{program}")),
+            "{said}"
+        );
+        if program != "coppice disk convert" {
+            let said = storage::foreign::open(&path, None)
+                .err()
+                .unwrap()
+                .to_string();
+            assert!(said.contains(name) && said.contains(program), "{said}");
+        }
+        // Who says that it is raw is believed, also for a source of a length that a disk cannot have.
+        storage::foreign::open(&path, Some(storage::foreign::SourceFormat::Raw)).unwrap();
+    }
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! Disks in formats of others, for reading: what a conversion starts from.
 //!
-//! qcow2 is read by a library; VHD, and VMDK with sparse extents, for which there is none, by the modules here. Whatever a file says is checked
-//! before it is used: such files come from elsewhere.
+//! qcow2 is read by a library; VHD, and VMDK with sparse extents, for which there is none, by the modules here.
+//! Whatever a file says is checked before it is used: such files come from elsewhere.
 
 mod qcow2;
+pub(crate) mod signature;
 mod vhd;
 mod vmdk;
 
@@ -13,39 +14,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::blocking::{self, Run};
-use crate::disk::{Disk, DiskError, SectorSize};
+pub use signature::SourceFormat;
+
+use crate::blocking::{self, Span};
+use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::{Holes, Medium};
-use crate::open::{Format, OpenError, OpenOptions, Refusal, open_locked};
-
-/// A format that can be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SourceFormat {
-    /// The file is the disk.
-    Raw,
-    /// [MS-VHDX].
-    Vhdx,
-    /// QEMU's qcow2.
-    Qcow2,
-    /// Virtual Hard Disk, of Virtual PC and Azure.
-    Vhd,
-    /// VMware's virtual disk.
-    Vmdk,
-}
-
-impl SourceFormat {
-    /// The name that a user knows it by.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Vhdx => "vhdx",
-            Self::Qcow2 => "qcow2",
-            Self::Vhd => "vhd",
-            Self::Vmdk => "vmdk",
-        }
-    }
-}
+use crate::open::{Format, OpenOptions, detect_in, open_locked};
+use crate::refusal::OpenError;
+use crate::vhdx::Vhdx;
 
 /// A disk that can be read, whatever it is.
 pub trait Source {
@@ -56,9 +33,13 @@ pub trait Source {
         SectorSize::B512
     }
     /// What lies at an offset inside the disk, up to where that changes or a little before.
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError>;
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError>;
     /// Fills a buffer from an offset of the disk.
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError>;
+    /// What is known to be lost from the start, in order: it cannot be asked for.
+    fn lost(&self) -> &[ByteRange] {
+        &[]
+    }
 }
 
 /// Why a disk cannot be read.
@@ -75,7 +56,7 @@ pub enum SourceError {
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The error of the host.
         error: io::Error,
     },
     /// The file says something that its format forbids.
@@ -120,11 +101,40 @@ impl Source for Own {
     fn logical_sector(&self) -> SectorSize {
         self.0.geometry().logical_sector
     }
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
-        Ok(blocking::run_at(&*self.0, offset)?)
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
+        Ok(blocking::span_at(&*self.0, offset)?)
     }
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
         Ok(blocking::read_at(&*self.0, buffer, offset)?)
+    }
+}
+
+/// A VHDX, some blocks of which are lost.
+struct Damaged {
+    disk: Vhdx,
+    lost: Vec<ByteRange>,
+}
+
+impl Source for Damaged {
+    fn size(&self) -> u64 {
+        self.disk.geometry().size
+    }
+    fn logical_sector(&self) -> SectorSize {
+        self.disk.geometry().logical_sector
+    }
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
+        let next = self.lost.partition_point(|lost| lost.end() <= offset);
+        let end = self
+            .lost
+            .get(next)
+            .map_or(self.size(), |lost| lost.offset());
+        Ok(blocking::span_before(&self.disk, offset, end)?)
+    }
+    fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
+        Ok(blocking::read_at(&self.disk, buffer, offset)?)
+    }
+    fn lost(&self) -> &[ByteRange] {
+        &self.lost
     }
 }
 
@@ -150,7 +160,7 @@ impl Source for Flat {
     fn size(&self) -> u64 {
         self.size
     }
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         hole_or_data(&self.file, offset, self.size - offset)
     }
     fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError> {
@@ -159,7 +169,8 @@ impl Source for Flat {
     }
 }
 
-/// Opens the disk at `path` for reading, found out by its signature where the format is not given; what has none is raw.
+/// Opens the disk at `path` for reading, found out by its signature where the format is not given. What has none that
+/// is known is raw, and what has that of a format that cannot be read is refused.
 ///
 /// # Errors
 /// See [`SourceError`].
@@ -167,14 +178,37 @@ pub fn open(
     path: &Path,
     format: Option<SourceFormat>,
 ) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
+    open_with(path, format, false)
+}
+
+/// As [`open`], for a salvage: a VHDX may have entries that lead nowhere.
+///
+/// # Errors
+/// See [`SourceError`].
+pub fn open_damaged(
+    path: &Path,
+    format: Option<SourceFormat>,
+) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
+    open_with(path, format, true)
+}
+
+fn open_with(
+    path: &Path,
+    format: Option<SourceFormat>,
+    damaged: bool,
+) -> Result<(SourceFormat, Box<dyn Source>), SourceError> {
     let failed = |reason| SourceError::Open(OpenError::new(path, reason));
     let file = open_locked(path, OpenMode::ReadOnly).map_err(failed)?;
     let format = match format {
         Some(format) => format,
-        None => detect(&file).map_err(|e| failed(Refusal::io("read the signature", e)))?,
+        None => detect_in(&file).map_err(failed)?,
     };
     let source: Box<dyn Source> = match format {
         SourceFormat::Raw => Box::new(Flat::open(file)?),
+        SourceFormat::Vhdx if damaged => {
+            let (disk, lost) = Vhdx::open_damaged(path, file)?;
+            Box::new(Damaged { disk, lost })
+        }
         SourceFormat::Vhdx => {
             let options = OpenOptions {
                 format: Some(Format::Vhdx),
@@ -187,31 +221,6 @@ pub fn open(
         SourceFormat::Vmdk => Box::new(vmdk::Vmdk::open(path, file)?),
     };
     Ok((format, source))
-}
-
-fn detect(file: &File) -> io::Result<SourceFormat> {
-    let len = file.metadata()?.len();
-    let starts_with = |signature: &[u8], offset: u64| -> io::Result<bool> {
-        let mut found = vec![0; signature.len()];
-        match file.read_exact_at(&mut found, offset) {
-            Ok(()) => Ok(found == signature),
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-            Err(e) => Err(e),
-        }
-    };
-    Ok(if starts_with(crate::vhdx::SIGNATURE, 0)? {
-        SourceFormat::Vhdx
-    } else if starts_with(b"QFI\xfb", 0)? {
-        SourceFormat::Qcow2
-    } else if starts_with(b"KDMV", 0)? || starts_with(b"# Disk DescriptorFile", 0)? {
-        SourceFormat::Vmdk
-    } else if starts_with(vhd::COOKIE, 0)?
-        || (len >= vhd::FOOTER && starts_with(vhd::COOKIE, len - vhd::FOOTER)?)
-    {
-        SourceFormat::Vhd
-    } else {
-        SourceFormat::Raw
-    })
 }
 
 /// A file next to another that names it; nowhere else.
@@ -237,12 +246,12 @@ fn beside(path: &Path, name: &str) -> Result<PathBuf, SourceError> {
 }
 
 /// A run of a file that is the disk, or a part of it.
-fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Run, SourceError> {
+fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Span, SourceError> {
     let failed = |e| SourceError::io(format!("look for holes from {offset:#x}"), e);
     let end = offset.saturating_add(left);
     let data = file.next_data(offset).map_err(failed)?;
     Ok(match data.filter(|data| *data < end) {
-        Some(data) if data <= offset => Run {
+        Some(data) if data <= offset => Span {
             len: file
                 .next_hole(offset)
                 .map_err(failed)?
@@ -250,11 +259,11 @@ fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Run, SourceE
                 - offset,
             is_data: true,
         },
-        Some(data) => Run {
+        Some(data) => Span {
             len: data - offset,
             is_data: false,
         },
-        None => Run {
+        None => Span {
             len: left,
             is_data: false,
         },

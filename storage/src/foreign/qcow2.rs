@@ -1,5 +1,5 @@
-//! qcow2, read by `imago`: versions 2 and 3, compressed clusters, backing files. It refuses by name what it does not know, such
-//! as extended L2 entries.
+//! qcow2, read by `imago`: versions 2 and 3, compressed clusters, backing files. It refuses by name what it does not
+//! know, such as extended L2 entries.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
 use imago::{FormatAccess, Mapping, StorageOpenOptions};
 
-use super::{Run, Source, SourceError};
+use super::{Source, SourceError, Span};
 
 /// An open image.
 pub(super) struct Qcow2 {
@@ -95,14 +95,14 @@ impl Source for Qcow2 {
         self.access.size()
     }
 
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         let left = self.access.size() - offset;
         let (mapping, len) = self
             .access
             .get_mapping(offset, left)
             .map_err(|e| SourceError::io(format!("look up the image at {offset:#x}"), e))?;
         let is_data = !matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. });
-        Ok(Run {
+        Ok(Span {
             // A mapping is never empty inside the disk; a step of one sector would still end.
             len: len.clamp(1, left),
             is_data,

@@ -1,4 +1,5 @@
-//! VHD: "Virtual Hard Disk Image Format Specification" 1.0 (Microsoft, 2006), fixed and dynamic. Numbers are big-endian.
+//! VHD: "Virtual Hard Disk Image Format Specification" 1.0 (Microsoft, 2006), fixed and dynamic. Numbers are
+//! big-endian.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -7,10 +8,10 @@ use std::sync::Arc;
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Run, Source, SourceError};
+use super::{Source, SourceError, Span};
 
 /// First bytes of a footer ("Hard Disk Footer Format").
-pub(super) const COOKIE: &[u8; 8] = b"conectix";
+const COOKIE: &[u8; 8] = b"conectix";
 /// Bytes of a footer.
 pub(super) const FOOTER: u64 = 512;
 const DYNAMIC_COOKIE: &[u8; 8] = b"cxsparse";
@@ -237,14 +238,14 @@ impl Source for Vhd {
         self.size
     }
 
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         match &self.layout {
             Layout::Fixed => super::hole_or_data(&self.file, offset, self.size - offset),
             Layout::Dynamic { block_size, table } => {
                 let block = offset / block_size;
                 let is_data = self.block(*block_size, table, block)?.is_some();
                 let end = ((block + 1) * block_size).min(self.size);
-                Ok(Run {
+                Ok(Span {
                     len: end - offset,
                     is_data,
                 })

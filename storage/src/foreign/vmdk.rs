@@ -1,5 +1,6 @@
-//! VMDK: "Virtual Disk Format 5.0" (VMware, 2011): a descriptor in text that names flat and sparse extents, or one sparse extent
-//! that holds its descriptor, with compressed grains where it was made for a stream. Numbers are little-endian.
+//! VMDK: "Virtual Disk Format 5.0" (VMware, 2011): a descriptor in text that names flat and sparse extents, or one
+//! sparse extent that holds its descriptor, with compressed grains where it was made for a stream. Numbers are
+//! little-endian.
 
 use std::fs::File;
 use std::io::Read;
@@ -11,7 +12,7 @@ use flate2::read::ZlibDecoder;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Run, Source, SourceError, beside};
+use super::{Source, SourceError, Span, beside};
 use crate::lock::OpenMode;
 use crate::open::open_locked;
 
@@ -22,7 +23,8 @@ const MAGIC: &[u8; 4] = b"KDMV";
 const MAX_DESCRIPTOR: u64 = 1 << 20;
 /// The grain directory lies at the end of the file (`GD_AT_END`).
 const AT_END: u64 = u64::MAX;
-/// Grain table entries say which grains are zeros (flag bit 2), grains are compressed (bit 16), and markers are there (bit 17).
+/// Grain table entries say which grains are zeros (flag bit 2), grains are compressed (bit 16), and markers are there
+/// (bit 17).
 const ZERO_GRAINS: u32 = 1 << 2;
 const COMPRESSED: u32 = 1 << 16;
 /// A grain that reads as zeros, where `ZERO_GRAINS` is set.
@@ -169,8 +171,7 @@ fn extent(path: &Path, number: usize, line: &str, at: u64) -> Result<(u64, Exten
     }
     let open = |name: Option<&str>| -> Result<Arc<File>, SourceError> {
         let path = beside(path, name.ok_or_else(|| bad("the name of a file"))?)?;
-        open_locked(&path, OpenMode::ReadOnly)
-            .map_err(|e| crate::open::OpenError::new(&path, e).into())
+        open_locked(&path, OpenMode::ReadOnly).map_err(|e| crate::OpenError::new(&path, e).into())
     };
     let len = sectors * SECTOR;
     let extent = match kind {
@@ -448,10 +449,10 @@ impl Source for Vmdk {
         self.size
     }
 
-    fn run_at(&mut self, offset: u64) -> Result<Run, SourceError> {
+    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         let (start, end, extent) = self.extent(offset)?;
         match extent {
-            Extent::Zero => Ok(Run {
+            Extent::Zero => Ok(Span {
                 len: end - offset,
                 is_data: false,
             }),
@@ -462,7 +463,7 @@ impl Source for Vmdk {
                 let inside = offset - start;
                 let is_data = sparse.grain_at(inside)?.is_some();
                 let next = (inside / sparse.grain + 1) * sparse.grain;
-                Ok(Run {
+                Ok(Span {
                     len: next.min(end - start) - inside,
                     is_data,
                 })

@@ -11,15 +11,16 @@ use crate::Disk;
 /// Memory that a transfer may go to or come from.
 ///
 /// # Safety
-/// Every range that `iovecs` names is mapped, readable and writable, from any thread, until the value is dropped, and the answer is the
-/// same for each call, whatever [`IoBuffer::is_filled`] does. The memory may change at any time (a guest may write to it): nobody holds a Rust reference into it.
+/// Every range that `iovecs` names is mapped, readable and writable, from any thread, until the value is dropped, and
+/// the result is the same for each call, whatever [`IoBuffer::try_fill`] does. The memory may change at any time (a
+/// guest may write to it): no Rust reference points into it.
 pub unsafe trait IoBuffer: Send + 'static {
     /// The ranges, in order.
     fn iovecs(&self) -> &[iovec];
 
-    /// A read is about to fill a part of the ranges, told in bytes from the start of the first. True where that is not needed, as the
-    /// buffer has seen to it that the bytes are there.
-    fn is_filled(&mut self, part: Range<u64>, from: Source<'_>) -> bool {
+    /// A read is about to fill a part of the ranges, counted in bytes from the start of the first. Returns true where
+    /// the buffer has put the bytes there itself, so that no transfer is needed.
+    fn try_fill(&mut self, part: Range<u64>, from: Source<'_>) -> bool {
         let _ = (part, from);
         false
     }
@@ -30,7 +31,7 @@ pub unsafe trait IoBuffer: Send + 'static {
 pub enum Source<'a> {
     /// From a file.
     File {
-        /// The disk, which knows whether the file changes ([`Disk::is_settled`]).
+        /// The disk, which knows whether the file changes ([`Disk::is_immutable`]).
         disk: &'a dyn Disk,
         /// The file.
         file: &'a Arc<File>,
@@ -48,8 +49,8 @@ pub struct OwnedBuffer {
     iovec: [iovec; 1],
 }
 
-// SAFETY: the iovec names the heap allocation of `bytes`, which this value owns and never moves or frees before it is dropped, and to which no
-// reference exists while a queue owns the value.
+// SAFETY: the iovec names the heap allocation of `bytes`, which this value owns and never moves or frees before it is
+// dropped, and to which no reference exists while a queue owns the value.
 unsafe impl IoBuffer for OwnedBuffer {
     fn iovecs(&self) -> &[iovec] {
         &self.iovec
@@ -122,8 +123,8 @@ pub(super) fn zero<B: IoBuffer>(buffer: &B, offset: u64, len: u64) {
     let mut cursor = Cursor::new(buffer.iovecs());
     cursor.take(offset as usize);
     for part in cursor.take(len as usize) {
-        // SAFETY: `part` lies in a range of the buffer, which is mapped and writable while `buffer` is borrowed; it is memory nobody holds a
-        // reference into. A guest that writes there at the same time gets to keep either byte.
+        // SAFETY: `part` lies in a range of the buffer, which is mapped and writable while `buffer` is borrowed; no
+        // Rust reference points into it. A guest that writes there at the same time gets to keep either byte.
         unsafe { std::ptr::write_bytes(part.iov_base.cast::<u8>(), 0, part.iov_len) };
     }
 }

@@ -24,7 +24,7 @@ pub enum EngineKind {
 
 type CallResult = Result<(), DiskError>;
 
-/// Moves bytes and makes blocking calls; tells of completions by one eventfd.
+/// Moves bytes and makes blocking calls; signals completions by one eventfd.
 pub(super) struct Engine {
     event: EventFd,
     uring: Option<Uring>,
@@ -109,7 +109,8 @@ impl Engine {
         }
     }
 
-    /// Makes the event unreadable until something else comes to its end. Comes before [`Engine::reap`], or an outcome would be missed.
+    /// Makes the event unreadable until something else comes to its end. Comes before [`Engine::reap`], or an outcome
+    /// would be missed.
     pub(super) fn acknowledge(&self) {
         // The counter says only that there is something.
         let _ = self.event.read();

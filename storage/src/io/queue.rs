@@ -9,7 +9,7 @@ use super::buffer::{self, Cursor, IoBuffer, Source};
 use super::engine::{Engine, EngineKind};
 use super::transfer::{Failure, Kind, Transfer};
 use super::worker::Outcome;
-use crate::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket};
+use crate::{ByteRange, Disk, DiskError, Extent, ExtentKind, RequestId};
 
 /// What is asked of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub enum IoError {
         operation: &'static str,
         /// Where in the file the part of it begins that failed, in bytes; 0 for what has no place.
         file_offset: u64,
-        /// What the host said.
+        /// The error of the host.
         #[source]
         source: io::Error,
     },
@@ -65,7 +65,7 @@ pub enum IoError {
     Thread {
         /// What was to be done.
         operation: &'static str,
-        /// What the host said.
+        /// The error of the host.
         #[source]
         source: io::Error,
     },
@@ -83,7 +83,7 @@ pub struct Completion<B> {
 /// What is left to do once a request's transfers are done.
 enum Then {
     Complete,
-    Finish { ticket: Ticket, flush: bool },
+    Finish { id: RequestId, flush: bool },
 }
 
 struct InFlight<B> {
@@ -151,7 +151,7 @@ impl<B: IoBuffer> DiskQueue<B> {
                     then: Then::Complete,
                 });
                 self.flush(slot);
-                self.settle(slot);
+                self.advance(slot);
             }
             Request::Discard(ranges) => {
                 self.call("discard", buffer, move |disk| {
@@ -181,8 +181,9 @@ impl<B: IoBuffer> DiskQueue<B> {
         self.engine.acknowledge();
     }
 
-    /// A request that has come to its end, if there is one; no system call. To be asked until there is none when the event is
-    /// readable, and worth asking after a [`DiskQueue::kick`], since what the page cache holds completes at once.
+    /// A request that has come to its end, if there is one; no system call. To be asked until there is none when the
+    /// event is readable, and worth asking after a [`DiskQueue::kick`], since what the page cache holds completes at
+    /// once.
     pub fn completion(&mut self) -> Option<Completion<B>> {
         if self.completed.is_empty() {
             self.reap();
@@ -232,11 +233,8 @@ impl<B: IoBuffer> DiskQueue<B> {
         }
         let mut extents = std::mem::take(&mut self.extents);
         match self.disk.resolve_read(range, &mut extents) {
-            Ok(ticket) => {
-                let then = Then::Finish {
-                    ticket,
-                    flush: false,
-                };
+            Ok(id) => {
+                let then = Then::Finish { id, flush: false };
                 self.start(Kind::Read, "read", range, &extents, buffer, then);
             }
             Err(error) => self.fail(buffer, error),
@@ -251,14 +249,14 @@ impl<B: IoBuffer> DiskQueue<B> {
         }
         let mut extents = std::mem::take(&mut self.extents);
         match self.disk.resolve_write(range, &mut extents) {
-            Ok(ticket) => {
+            Ok(id) => {
                 self.start(
                     Kind::Write,
                     "write",
                     range,
                     &extents,
                     buffer,
-                    Then::Finish { ticket, flush },
+                    Then::Finish { id, flush },
                 );
             }
             Err(error) => self.fail(buffer, error),
@@ -279,7 +277,7 @@ impl<B: IoBuffer> DiskQueue<B> {
     ) {
         self.filled.clear();
         match kind {
-            Kind::Read => self.ask_what_is_filled(range, extents, &mut buffer),
+            Kind::Read => self.fill_without_transfer(range, extents, &mut buffer),
             Kind::Write | Kind::Sync => {}
         }
         let mut transfers = Vec::with_capacity(extents.len());
@@ -312,11 +310,11 @@ impl<B: IoBuffer> DiskQueue<B> {
         for transfer in transfers {
             self.transfer(slot, transfer);
         }
-        self.settle(slot);
+        self.advance(slot);
     }
 
-    /// Asks the buffer which extents it has filled without a transfer.
-    fn ask_what_is_filled(&mut self, range: ByteRange, extents: &[Extent], buffer: &mut B) {
+    /// Lets the buffer fill what it can without a transfer.
+    fn fill_without_transfer(&mut self, range: ByteRange, extents: &[Extent], buffer: &mut B) {
         let fill = |extent: &Extent| {
             let start = extent.offset.saturating_sub(range.offset());
             let from = match &extent.kind {
@@ -327,7 +325,7 @@ impl<B: IoBuffer> DiskQueue<B> {
                 },
                 ExtentKind::Zero | ExtentKind::Unmapped => Source::Zeros,
             };
-            buffer.is_filled(start..start + extent.len, from)
+            buffer.try_fill(start..start + extent.len, from)
         };
         self.filled.extend(extents.iter().map(fill));
     }
@@ -368,7 +366,7 @@ impl<B: IoBuffer> DiskQueue<B> {
         let disk = self.disk.clone();
         let started = self.engine.call(slot, move || call(&*disk));
         self.note_start(slot, started);
-        self.settle(slot);
+        self.advance(slot);
     }
 
     fn note_start(&mut self, slot: usize, started: io::Result<()>) {
@@ -409,14 +407,14 @@ impl<B: IoBuffer> DiskQueue<B> {
             if let Some(error) = error {
                 request.error.get_or_insert(error);
             }
-            self.settle(slot);
+            self.advance(slot);
         }
         // What was short, what waited for room, and the flush behind a write are new work for the kernel.
         self.engine.submit();
     }
 
     /// Goes on with a request whose transfers are all done.
-    fn settle(&mut self, slot: usize) {
+    fn advance(&mut self, slot: usize) {
         let Some(request) = self.slots.get_mut(slot).and_then(Option::as_mut) else {
             return;
         };
@@ -424,12 +422,11 @@ impl<B: IoBuffer> DiskQueue<B> {
             return;
         }
         let failed = request.error.is_some();
-        if let Then::Finish { ticket, flush } = std::mem::replace(&mut request.then, Then::Complete)
-        {
-            self.disk.finish(ticket, !failed);
+        if let Then::Finish { id, flush } = std::mem::replace(&mut request.then, Then::Complete) {
+            self.disk.finish(id, !failed);
             if flush && !failed {
                 self.flush(slot);
-                return self.settle(slot);
+                return self.advance(slot);
             }
         }
         if let Some(InFlight { buffer, error, .. }) = self.slots[slot].take() {

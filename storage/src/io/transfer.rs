@@ -21,7 +21,8 @@ pub(super) enum Kind {
 
 /// A read, write or sync that has not come to its end.
 ///
-/// Its ranges belong to a buffer that outlives it: who makes a transfer keeps the buffer until the transfer is finished.
+/// Its ranges belong to a buffer that outlives it: the maker of a transfer keeps the buffer until the transfer is
+/// finished.
 pub(super) struct Transfer {
     pub(super) kind: Kind,
     pub(super) file: Arc<File>,
@@ -127,8 +128,8 @@ impl Transfer {
         let Ok(offset) = libc::off64_t::try_from(self.offset) else {
             return self.failed(io::Error::from_raw_os_error(libc::EFBIG));
         };
-        // SAFETY: the ranges are those of an `IoBuffer` that outlives the transfer, and `fd` is open as long as `file`. For a
-        // sync no memory is involved.
+        // SAFETY: the ranges are those of an `IoBuffer` that outlives the transfer, and `fd` is open as long as `file`.
+        // For a sync no memory is involved.
         let result = unsafe {
             match self.kind {
                 Kind::Read => libc::preadv64(fd, ranges.as_ptr(), count, offset),

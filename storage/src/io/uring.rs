@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::transfer::{Failure, Kind, Progress, Transfer};
 
-/// Entries of the submission ring, and the most transfers that the kernel works on at once: the completion ring, which is twice as long,
-/// then never overflows. A longer burst waits here for its turn.
+/// Entries of the submission ring, and the most transfers that the kernel works on at once: the completion ring, which
+/// is twice as long, then never overflows. A longer burst waits here for its turn.
 const ENTRIES: u32 = 64;
 
 /// A ring and the transfers that were given to it.
@@ -24,7 +24,7 @@ pub(super) struct Uring {
     waiting: VecDeque<usize>,
     /// Entries in the ring or at work in the kernel.
     entered: u32,
-    /// Whether the kernel has to be told of entries in the ring.
+    /// Whether the ring has entries that have not been submitted.
     unsubmitted: bool,
 }
 
@@ -55,7 +55,7 @@ impl Uring {
         self.waiting.len() + self.entered as usize
     }
 
-    /// Takes a transfer; [`Uring::submit`] tells the kernel.
+    /// Takes a transfer; [`Uring::submit`] makes the kernel look.
     pub(super) fn push(&mut self, token: usize, transfer: Transfer) {
         let taken = Some(Slot { token, transfer });
         let slot = if let Some(slot) = self.free.pop() {
@@ -79,8 +79,9 @@ impl Uring {
                 continue;
             };
             let entry = entry(transfer).user_data(slot as u64);
-            // SAFETY: the entry points to the heap allocation of the transfer's ranges and names its file. The transfer stays in its slot until
-            // the kernel has told its completion; the memory behind the ranges belongs to a buffer that its owner keeps as long.
+            // SAFETY: the entry points to the heap allocation of the transfer's ranges and names its file. The transfer
+            // stays in its slot until its completion has been taken from the ring; the memory behind the ranges belongs
+            // to a buffer that its owner keeps as long.
             if unsafe { self.ring.submission().push(&entry) }.is_err() {
                 return;
             }
@@ -128,8 +129,8 @@ impl Uring {
     }
 }
 
-/// A ring that signals `event`, and does nothing but what [`entry`] asks for: whoever takes over this process cannot open a file or a socket with it,
-/// of which no filter of system calls would know.
+/// A ring that signals `event`, and does nothing but what [`entry`] asks for: code that takes over this process cannot
+/// open a file or a socket with it, of which no filter of system calls would know.
 fn restricted(event: &EventFd) -> io::Result<IoUring> {
     let ring = IoUring::builder().setup_r_disabled().build(ENTRIES);
     let ring = match ring {
@@ -188,7 +189,8 @@ mod tests {
         let path = c"/etc/passwd";
         let open = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).build();
         let mut result = |entry: squeue::Entry| {
-            // SAFETY: what the entries point to lives to the end of the test, and none is under way after it was waited for.
+            // SAFETY: what the entries point to lives to the end of the test, and none is under way after it was waited
+            // for.
             unsafe { ring.submission().push(&entry) }.unwrap();
             ring.submit_and_wait(1).unwrap();
             ring.completion().next().unwrap().result()

@@ -1,18 +1,18 @@
-//! Changes of what is not a block: the size, the parent locator. Each is one entry of the log, so that a cut leaves it done or not.
+//! Changes of what is not a block: the size, the parent locator. Each is one entry of the log, so that a cut leaves it
+//! done or not.
 
 use std::collections::BTreeMap;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use super::bat::PAGE;
-use super::commit::Commit;
-use super::disk::{Held, Level, State, Vhdx, lock};
+use super::disk::Vhdx;
 use super::format::PARENT_LOCATOR;
 use super::locator::ParentLocator;
 use super::metadata::{ItemAt, Metadata};
 use super::pages::{Bytes, blank, page_of};
+use super::state::{Commit, Exclusion, Level, State};
 use crate::disk::DiskError;
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// How long requests in flight are waited for at once.
 const PATIENCE: Duration = Duration::from_millis(20);
@@ -55,7 +55,8 @@ impl Vhdx {
             })
     }
 
-    /// Writes bytes outside the BAT by one entry of the log, and makes them durable in place. The file has been announced.
+    /// Writes bytes outside the BAT by one entry of the log, and makes them durable in place. The file has been
+    /// announced.
     pub(super) fn amend(
         &self,
         commit: &mut Commit,
@@ -84,7 +85,7 @@ impl Vhdx {
             }
         }
         let sectors: Vec<_> = sectors.iter().map(|(at, bytes)| (*at, &**bytes)).collect();
-        let end = lock(&self.state).space.end();
+        let end = self.state.lock().space.end();
         self.log_sectors(commit, &sectors, end)?;
         self.sync(commit.log.as_mut())
     }
@@ -95,7 +96,7 @@ impl Vhdx {
             return Err(DiskError::ReadOnly);
         }
         self.announce(Level::File)?;
-        let mut commit = lock(&self.commit);
+        let mut commit = self.commit.lock();
         let item = locator.to_disk();
         let read = |buffer: &mut [u8], offset| self.view.read(buffer, offset);
         let len = item.len() as u64;
@@ -114,61 +115,59 @@ impl Vhdx {
             (commit.metadata.offset + u64::from(room), &item),
         ];
         self.amend(&mut commit, &writes)?;
-        lock(&self.state).locator = Some(locator);
+        self.state.lock().locator = Some(locator);
         Ok(())
     }
 
     /// The locator of a child.
     pub fn locator(&self) -> Option<ParentLocator> {
-        lock(&self.state).locator.clone()
+        self.state.lock().locator.clone()
     }
 
-    /// Does work while nobody changes any entry, and none waits for a commit.
-    pub(super) fn while_held<T>(
+    /// Does work while no request changes an entry, and no changed entry waits for a commit.
+    pub(super) fn while_excluded<T>(
         &self,
         work: impl FnOnce(&mut Commit) -> Result<T, DiskError>,
     ) -> Result<T, DiskError> {
-        self.hold(Held::Everything);
-        // The commit lock comes after: who is waited for may need it.
-        let mut commit = lock(&self.commit);
+        self.exclude(Exclusion::Everything);
+        // The commit lock is taken after that, as a request that is waited for may need it.
+        let mut commit = self.commit.lock();
         let worked = self
             .commit_under(&mut commit)
             .and_then(|()| work(&mut commit));
-        self.let_go();
+        self.readmit();
         worked
     }
 
-    /// Lets nobody begin to change something, and waits until every request is over that began before.
+    /// Lets no new request change what is excluded, and waits until all requests that began before are over.
     ///
-    /// Who is waited for may wait for this: a thread with requests in flight begins another. So this gives way after a while,
-    /// and tries again.
-    pub(super) fn hold(&self, what: Held) {
+    /// A request that is waited for may itself wait for this: a thread that has requests in flight begins another,
+    /// which is excluded. So the exclusion is lifted after a while, and tried again.
+    pub(super) fn exclude(&self, what: Exclusion) {
         loop {
-            let mut state = self
-                .changed
-                .wait_while(lock(&self.state), |state| state.held.is_some())
-                .unwrap_or_else(PoisonError::into_inner);
-            state.held = Some(what);
-            let epoch = state.flights.advance();
-            let (mut state, waited) = self
-                .changed
-                .wait_timeout_while(state, PATIENCE, |state: &mut State| {
-                    !state.flights.is_over(epoch)
-                })
-                .unwrap_or_else(PoisonError::into_inner);
+            let mut state = self.state.lock();
+            self.changed
+                .wait_while(&mut state, |state| state.excluded.is_some());
+            state.excluded = Some(what);
+            let epoch = state.in_flight.advance();
+            let waited = self.changed.wait_while_for(
+                &mut state,
+                |state: &mut State| !state.in_flight.is_over(epoch),
+                PATIENCE,
+            );
             if !waited.timed_out() {
                 return;
             }
-            state.held = None;
+            state.excluded = None;
             drop(state);
             self.changed.notify_all();
             std::thread::sleep(PATIENCE);
         }
     }
 
-    /// Ends what holds still.
-    pub(super) fn let_go(&self) {
-        lock(&self.state).held = None;
+    /// Ends the exclusion.
+    pub(super) fn readmit(&self) {
+        self.state.lock().excluded = None;
         self.changed.notify_all();
     }
 }

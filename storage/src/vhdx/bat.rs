@@ -1,8 +1,8 @@
 //! The block allocation table ([MS-VHDX] 2.5).
 //!
-//! The table has an entry for every payload block and, after each chunk of them, one for the sector bitmap of that chunk.
-//! Files without parent have the bitmap entries too and do not use them, so the index of a block's entry is not the
-//! block's number, from the second chunk on.
+//! The table has an entry for every payload block and, after each chunk of them, one for the sector bitmap of that
+//! chunk. Files without parent have the bitmap entries too and do not use them, so the index of a block's entry is not
+//! the block's number, from the second chunk on.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,7 +14,8 @@ use super::format::{MIB, SECTORS_PER_BITMAP};
 use super::metadata::Metadata;
 use super::region::Region;
 use super::view::View;
-use crate::open::Refusal;
+use crate::disk::ByteRange;
+use crate::refusal::Refusal;
 
 /// Entries of a page, the unit in which the table is cached, logged and written.
 pub(super) const ENTRIES_PER_PAGE: u64 = 512;
@@ -67,8 +68,8 @@ impl BlockState {
 pub(super) struct Entry {
     /// What the block is.
     pub state: BlockState,
-    /// Where it lies, in bytes. Of an unmapped block: the space it had and may take back, zero where it has none. Of other absent
-    /// blocks the field means nothing and is zero here.
+    /// Where it lies, in bytes. Of an unmapped block: the space it had and may take back, zero where it has none. Of
+    /// other absent blocks the field means nothing and is zero here.
     pub offset: u64,
 }
 
@@ -248,6 +249,22 @@ impl Layout {
         index % (self.chunk_ratio + 1) == self.chunk_ratio
     }
 
+    /// The ranges of a disk of `size` bytes that are the blocks of these entries, in order and joined where they touch.
+    /// Entries of sector bitmaps count for nothing, as what hangs on them are entries of blocks.
+    pub(super) fn ranges(&self, mut indices: Vec<u64>, size: u64) -> Vec<ByteRange> {
+        indices.sort_unstable();
+        indices.dedup();
+        let mut ranges: Vec<ByteRange> = Vec::new();
+        for block in indices.into_iter().filter_map(|index| self.block(index)) {
+            let start = block * self.block_size;
+            let end = (start + self.block_size).min(size);
+            let joined = ranges.pop_if(|last| last.end() == start);
+            let start = joined.map_or(start, ByteRange::offset);
+            ranges.extend(ByteRange::new(start, end.saturating_sub(start)));
+        }
+        ranges
+    }
+
     /// Where an entry lies in the file.
     pub(super) fn entry_offset(&self, index: u64) -> u64 {
         self.region.offset + index * ENTRY
@@ -313,10 +330,10 @@ pub(super) fn check(view: &View, layout: &Layout, regions: &[Region]) -> Result<
     })
 }
 
-/// Tells of the index of an entry, and of what was expected there.
+/// Called with the index of a bad entry, and what was expected there.
 pub(super) type Bad<'a> = &'a mut dyn FnMut(u64, String) -> Result<(), Refusal>;
 
-/// As [`check`]; each bad entry is told to `bad`, and passed over where that is content.
+/// As [`check`]; `bad` is called with each bad entry, which is passed over where that returns without an error.
 pub(super) fn check_with(
     view: &View,
     layout: &Layout,
@@ -412,7 +429,8 @@ pub(super) fn check_with(
 const NO_BITMAP: &str =
     "expected a sector bitmap for the chunk of this partially present block, found none";
 
-/// The space that unmapped blocks name and nothing else has; it counts as taken from then on, whether remembered or not.
+/// The space that unmapped blocks name and nothing else has; it counts as taken from then on, whether remembered or
+/// not.
 fn find_anchors(
     view: &View,
     layout: &Layout,
@@ -600,6 +618,23 @@ mod tests {
             assert!(layout.is_bitmap(bits.index) && layout.block(bits.index).is_none());
             assert!(bits.first + bits.count <= SECTORS_PER_BITMAP);
         }
+    }
+
+    #[test]
+    fn ranges_are_joined_over_bitmap_entries_and_end_with_the_disk() {
+        let size = (8 << 30) + 512;
+        let layout = layout(size, 2 << 20, SectorSize::B512);
+        // Entry 2048 is that of a bitmap.
+        let ranges = layout.ranges(vec![4098, 2048, 7, 2049, 2047, 7], size);
+        let range = |offset, len| ByteRange::new(offset, len).unwrap();
+        assert_eq!(
+            ranges,
+            [
+                range(14 << 20, 2 << 20),
+                range((4 << 30) - (2 << 20), 4 << 20),
+                range(8 << 30, 512)
+            ]
+        );
     }
 
     #[test]

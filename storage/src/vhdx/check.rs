@@ -1,4 +1,4 @@
-//! What is wrong with a file, and putting it right.
+//! What is wrong with a file.
 
 use std::path::Path;
 
@@ -8,17 +8,18 @@ use super::amend::refused;
 use super::bat::{self, BlockState, Entry};
 use super::bitmap;
 use super::commit::io_error;
-use super::disk::{Level, Vhdx, lock};
+use super::disk::Vhdx;
 use super::format::{Guid, REGION_TABLE_OFFSETS};
 use super::header::Headers;
 use super::open::Layer;
 use super::snapshot::ChainError;
 use crate::blocking;
-use crate::disk::{Disk, DiskError};
+use crate::disk::{ByteRange, Disk, DiskError};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{OpenError, Refusal, open_locked};
+use crate::open::open_locked;
 use crate::progress::Progress;
+use crate::refusal::{OpenError, Refusal};
 
 /// Problems that are kept; more are counted.
 const KEPT: usize = 100;
@@ -36,6 +37,8 @@ pub struct Checked {
     pub more: u64,
     /// Whether a repair can put all problems right; entries of the BAT at the price of their blocks.
     pub repairable: bool,
+    /// What cannot be read of the disk, in order: the blocks whose entries lead nowhere.
+    pub lost: Vec<ByteRange>,
     /// Length of the file in bytes.
     pub file_bytes: u64,
     /// Bytes of the file that nothing describes.
@@ -67,7 +70,7 @@ impl Vhdx {
     /// Checks every structure of the file at `path`, checksums included, and nothing of its parents. Writes nothing.
     ///
     /// # Errors
-    /// Where the file cannot be opened or read at all; what its structures say is told in [`Checked`].
+    /// Where the file cannot be opened or read at all; what is wrong with its structures is in [`Checked`].
     pub fn check(path: &Path, progress: &dyn Progress) -> Result<Checked, ChainError> {
         let failed = |reason| OpenError::new(path, reason);
         let file = open_locked(path, OpenMode::ReadOnly).map_err(failed)?;
@@ -83,11 +86,15 @@ impl Vhdx {
             ));
         }
         let mut bad = Vec::new();
+        let mut words = Vec::new();
         let layer = Layer::read_with(
             Box::new(file),
             OpenMode::ReadOnly,
             Some(&mut |index, expected| {
-                bad.push((index, expected));
+                bad.push(index);
+                if words.len() < KEPT {
+                    words.push(expected);
+                }
                 Ok(())
             }),
         );
@@ -100,12 +107,14 @@ impl Vhdx {
                 return Ok(checked);
             }
         };
-        for (index, expected) in bad {
-            let offset = layer.layout.entry_offset(index);
+        for (index, expected) in bad.iter().zip(&words) {
+            let offset = layer.layout.entry_offset(*index);
             checked.problem(format!(
                 "BAT entry {index} at file offset {offset:#x}: {expected}"
             ));
         }
+        checked.more += (bad.len() - words.len()) as u64;
+        checked.lost = layer.layout.ranges(bad, layer.metadata.size);
         if let Some(copy) = layer.regions.damaged_copy {
             checked.problem(format!(
                 "region table at file offset {:#x}: expected signature and checksum to match",
@@ -133,61 +142,6 @@ impl Vhdx {
             ));
         }
         check_blocks(&layer, &mut checked, progress).map_err(ChainError::Disk)?;
-        Ok(checked)
-    }
-
-    /// Puts right what a check of the file at `path` found: replays the log, restores damaged copies, and gives up blocks whose
-    /// entries lead nowhere, which then read as the parent does, or as zeros. Gives what was wrong.
-    ///
-    /// # Errors
-    /// As [`Vhdx::check`], and where the file cannot be written.
-    pub fn repair(path: &Path, progress: &dyn Progress) -> Result<Checked, ChainError> {
-        let checked = Self::check(path, progress)?;
-        if !checked.repairable {
-            return Ok(checked);
-        }
-        let failed = |reason| OpenError::new(path, reason);
-        let file = open_locked(path, OpenMode::ReadWrite).map_err(failed)?;
-        let mut bad = Vec::new();
-        let layer = Layer::read_with(
-            Box::new(file),
-            OpenMode::ReadWrite,
-            Some(&mut |index, _| {
-                bad.push(index);
-                Ok(())
-            }),
-        )
-        .map_err(failed)?;
-        if checked.is_sound() && layer.headers.current().log_guid == Guid::ZERO {
-            return Ok(checked);
-        }
-        // No block of a parent is looked at.
-        let disk = layer
-            .finish(OpenMode::ReadWrite, None, true)
-            .map_err(failed)?;
-        let level = if bad.is_empty() {
-            Level::File
-        } else {
-            Level::Data
-        };
-        // The announcement writes both headers, and the damaged region table.
-        disk.announce(level)?;
-        for index in bad {
-            let at = lock(&disk.state).layout.entry_offset(index);
-            disk.with_state(|state| {
-                let page = super::pages::page_of(at);
-                state
-                    .pages
-                    .bytes(page)
-                    .ok_or(super::disk::Stop::Page(page))?;
-                state.ready(Level::Data)?;
-                state
-                    .pages
-                    .set_entry(at, Entry::absent(BlockState::NotPresent).raw());
-                Ok(())
-            })?;
-        }
-        disk.close()?;
         Ok(checked)
     }
 

@@ -1,43 +1,23 @@
-//! Making changes durable: the announcement before the first write, the commit of changed metadata, the reuse of freed space,
-//! the close.
+//! Making changes durable: the announcement before the first write, the commit of changed metadata, the reuse of freed
+//! space, the close.
 //!
-//! One thread at a time does any of this, under the commit lock. The state lock is taken inside it, for lines, never the other
-//! way round.
+//! One thread at a time does any of this, under the commit lock. The state lock is taken inside it, for lines, never
+//! the other way round.
 //!
-//! A failed write leaves what it should have changed for the next try. After a failed sync nobody knows what is durable,
-//! so the file is not touched again: the log in it still leads to a sound state.
+//! A failed write leaves what it should have changed for the next try. After a failed sync it is not known what is
+//! durable, so the file is not touched again: the log in it still leads to a sound state.
 
 use std::io;
 use std::sync::atomic::Ordering;
 
-use super::disk::{Level, Vhdx, lock};
+use super::disk::Vhdx;
 use super::format::{Guid, LOG_SECTOR};
-use super::header::Headers;
+use super::header::{Header, Headers};
 use super::log::writer::{LogWriter, MAX_SECTORS};
-use super::pages::Bytes;
 use super::region::{self, Region};
 use super::space::STEP_BLOCKS;
+use super::state::{Commit, Level};
 use crate::disk::DiskError;
-
-/// What the commit lock guards.
-#[derive(Debug)]
-pub(super) struct Commit {
-    pub headers: Headers,
-    /// The regions of the file, the log among them.
-    pub regions: Vec<Region>,
-    /// Where the metadata lie.
-    pub metadata: Region,
-    /// What the headers announce.
-    pub announced: Level,
-    /// The log that the headers name, from the announcement until the close.
-    pub log: Option<LogWriter>,
-    /// The copy of the region table that the announcement has to repair.
-    pub damaged_region_table: Option<usize>,
-    /// The highest number of a flush that is done.
-    pub flushed: u64,
-    /// Sectors that the log describes and that could not be written in place: the next commit begins with them.
-    pub unapplied: Vec<(u64, Bytes)>,
-}
 
 /// Bytes that can come to be usable.
 struct Waiting {
@@ -60,23 +40,25 @@ pub(super) fn io_error(operation: &str) -> impl FnOnce(io::Error) -> DiskError {
 pub(super) type LoggedSector<'a> = (u64, &'a [u8; LOG_SECTOR as usize]);
 
 impl Vhdx {
-    /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an open, and
-    /// anew after a close.
+    /// Makes new identifiers of a file that is about to change durable, at least as many as `level` asks for: once an
+    /// open, and anew after a close.
     pub(super) fn announce(&self, level: Level) -> Result<(), DiskError> {
-        self.announce_as(level, None)
+        self.announce_as(level, None, None)
     }
 
-    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before.
+    /// As [`Vhdx::announce`]; where a DataWriteGuid is given, the file gets that one, whatever was announced before,
+    /// and with it the FileWriteGuid that is given, or a new one.
     pub(super) fn announce_as(
         &self,
         level: Level,
         data_write_guid: Option<Guid>,
+        file_write_guid: Option<Guid>,
     ) -> Result<(), DiskError> {
-        let mut commit = lock(&self.commit);
+        let mut commit = self.commit.lock();
         self.unless_poisoned()?;
         if let Some(guid) = data_write_guid {
             self.update_header(&mut commit.headers, |header| {
-                header.file_write_guid = Guid::random();
+                header.file_write_guid = file_write_guid.unwrap_or_else(Guid::random);
                 header.data_write_guid = guid;
             })?;
             commit.announced = Level::Data;
@@ -95,7 +77,7 @@ impl Vhdx {
             }
             commit.log = Some(self.start_log(commit)?);
         }
-        lock(&self.state).announced = commit.announced;
+        self.state.lock().announced = commit.announced;
         Ok(())
     }
 
@@ -113,14 +95,15 @@ impl Vhdx {
     fn update_header(
         &self,
         headers: &mut Headers,
-        change: impl FnOnce(&mut super::header::Header),
+        change: impl FnOnce(&mut Header),
     ) -> Result<(), DiskError> {
         headers
             .update(&*self.view.medium, change)
-            .inspect_err(|_| lock(&self.state).poisoned = true)
+            .inspect_err(|_| self.state.lock().poisoned = true)
     }
 
-    /// Starts a log in steps that each are durable before the next: a log that says nothing, and its identifier in both headers.
+    /// Starts a log in steps that each are durable before the next: a log that says nothing, and its identifier in both
+    /// headers.
     fn start_log(&self, commit: &mut Commit) -> Result<LogWriter, DiskError> {
         let medium = &*self.view.medium;
         if let Some(copy) = commit.damaged_region_table {
@@ -132,7 +115,7 @@ impl Vhdx {
             offset: header.log_offset,
             length: header.log_length,
         };
-        let end = lock(&self.state).space.end();
+        let end = self.state.lock().space.end();
         let mut log = LogWriter::start(medium, log, end).map_err(io_error("start the log"))?;
         self.sync(Some(&mut log))?;
         for _ in 0..2 {
@@ -141,11 +124,12 @@ impl Vhdx {
         Ok(log)
     }
 
-    /// Makes all finished writes durable. A flush that waited for another that began after it was asked for is done by that.
+    /// Makes all finished writes durable. A flush that waited for another that began after it was asked for is done by
+    /// that.
     pub(super) fn flush_all(&self) -> Result<(), DiskError> {
         // Taken before the wait for the lock: a commit that begins later covers this flush.
         let number = self.flushes.fetch_add(1, Ordering::SeqCst) + 1;
-        let mut commit = lock(&self.commit);
+        let mut commit = self.commit.lock();
         if commit.flushed >= number {
             return Ok(());
         }
@@ -157,12 +141,12 @@ impl Vhdx {
 
     /// Commits without being asked to, when many pages wait.
     pub(super) fn commit_pages(&self) -> Result<(), DiskError> {
-        self.commit_under(&mut lock(&self.commit))
+        self.commit_under(&mut self.commit.lock())
     }
 
     pub(super) fn commit_under(&self, commit: &mut Commit) -> Result<(), DiskError> {
         self.unless_poisoned()?;
-        if lock(&self.state).pages.dirty() == 0 && commit.unapplied.is_empty() {
+        if self.state.lock().pages.dirty() == 0 && commit.unapplied.is_empty() {
             self.sync(commit.log.as_mut())?;
         } else {
             self.commit_dirty(commit)?;
@@ -174,7 +158,7 @@ impl Vhdx {
         self.open_log(commit)?;
         // Taken together: all that these pages name lies before `end`, and data they count on has been written.
         let (taken, number, end, ordered) = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             (
                 state.pages.take_dirty(),
                 state.space.commit_taken(),
@@ -192,19 +176,19 @@ impl Vhdx {
             Ok(())
         };
         let logged = synced.and_then(|()| self.log_sectors(commit, &sectors, end));
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.pages.committed(&taken, logged.is_ok());
         if logged.is_err() {
             state.ordered |= ordered;
         } else {
-            let epoch = state.flights.advance();
+            let epoch = state.in_flight.advance();
             state.space.committed(number, epoch);
         }
         logged
     }
 
-    /// Describes sectors in the log, makes that durable, and writes them in place. What fits an entry becomes durable as one;
-    /// of more, what comes first.
+    /// Describes sectors in the log, makes that durable, and writes them in place. What fits an entry becomes durable
+    /// as one; of more, what comes first.
     pub(super) fn log_sectors(
         &self,
         commit: &mut Commit,
@@ -268,7 +252,7 @@ impl Vhdx {
     /// Writes sectors in place that the log durably describes.
     fn apply(&self, log: &mut LogWriter, sectors: &[LoggedSector<'_>]) -> Result<(), DiskError> {
         // They count as not durable from the first one on.
-        lock(&self.state).unsynced = true;
+        self.state.lock().unsynced = true;
         for (offset, bytes) in sectors {
             self.view
                 .medium
@@ -279,16 +263,16 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Zeroes space that nobody uses any more; the next sync makes it usable. Without need, only by giving it back to the host,
-    /// where that is wanted and the file system can.
+    /// Zeroes space that is not in use any more; the next sync makes it usable. Without need, only by giving it back to
+    /// the host, where that is wanted and the file system can.
     fn scrub(&self, need: bool) -> Result<(), DiskError> {
         let ranges = {
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             let state = &mut *state;
-            let flights = &state.flights;
+            let in_flight = &state.in_flight;
             state
                 .space
-                .start_scrub(|epoch| flights.is_over(epoch), need || self.punch_holes)
+                .start_scrub(|epoch| in_flight.is_over(epoch), need || self.punch_holes)
         };
         let medium = &*self.view.medium;
         let mut scrubbed = 0;
@@ -308,13 +292,13 @@ impl Vhdx {
             scrubbed += 1;
         }
         if scrubbed > 0 {
-            lock(&self.state).space.scrubbed(&ranges[..scrubbed]);
+            self.state.lock().space.scrubbed(&ranges[..scrubbed]);
         }
         Ok(())
     }
 
-    /// Finds `needed` bytes of space for a block: of what is free if there is enough of that, of what unmapped blocks keep, else
-    /// by growing the file.
+    /// Finds `needed` bytes of space for a block: of what is free if there is enough of that, of what unmapped blocks
+    /// keep, else by growing the file.
     pub(super) fn grow(&self, needed: u64) -> Result<(), DiskError> {
         let waiting = self.waiting();
         if waiting.free >= needed || waiting.uncommitted >= self.worthwhile() {
@@ -323,9 +307,9 @@ impl Vhdx {
             self.drop_anchors()?;
             self.reclaim(true)?;
         }
-        let _growth = lock(&self.growth);
+        let _growth = self.growth.lock();
         let tail = {
-            let state = lock(&self.state);
+            let state = self.state.lock();
             if state.space.has(needed) {
                 return Ok(());
             }
@@ -340,7 +324,7 @@ impl Vhdx {
                 ),
                 source,
             })?;
-        lock(&self.state).space.adopt(grown);
+        self.state.lock().space.adopt(grown);
         Ok(())
     }
 
@@ -358,7 +342,7 @@ impl Vhdx {
     }
 
     fn waiting(&self) -> Waiting {
-        let state = lock(&self.state);
+        let state = self.state.lock();
         let (uncommitted, free) = state.space.reclaimable();
         Waiting {
             uncommitted,
@@ -369,7 +353,7 @@ impl Vhdx {
 
     /// Makes freed space usable.
     pub(super) fn reclaim(&self, uncommitted: bool) -> Result<(), DiskError> {
-        let mut commit = lock(&self.commit);
+        let mut commit = self.commit.lock();
         if uncommitted {
             self.commit_under(&mut commit)?;
         }
@@ -380,15 +364,15 @@ impl Vhdx {
 
     /// Makes everything that was written durable, and lets log and space know.
     pub(super) fn sync(&self, log: Option<&mut LogWriter>) -> Result<(), DiskError> {
-        let round = lock(&self.state).space.round();
+        let round = self.state.lock().space.round();
         if let Err(source) = self.view.medium.sync_data() {
-            lock(&self.state).poisoned = true;
+            self.state.lock().poisoned = true;
             return Err(io_error("sync the file")(source));
         }
         if let Some(log) = log {
             log.synced();
         }
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.unsynced = false;
         state.space.synced(round);
         Ok(())
@@ -396,7 +380,7 @@ impl Vhdx {
 
     /// Brings the file to its clean state.
     pub(super) fn close_all(&self) -> Result<(), DiskError> {
-        let mut commit = lock(&self.commit);
+        let mut commit = self.commit.lock();
         self.unless_poisoned()?;
         if commit.log.is_none() {
             return Ok(());
@@ -404,15 +388,15 @@ impl Vhdx {
         self.commit_under(&mut commit)?;
         // What the commit wrote in place.
         self.sync(commit.log.as_mut())?;
-        lock(&self.state).announced = Level::Untouched;
+        self.state.lock().announced = Level::Untouched;
         commit.announced = Level::Untouched;
         commit.log = None;
         for _ in 0..2 {
             self.update_header(&mut commit.headers, |header| header.log_guid = Guid::ZERO)?;
         }
         // Only now, as an entry of the log could promise a longer file.
-        let growth = lock(&self.growth);
-        let end = lock(&self.state).space.give_up();
+        let growth = self.growth.lock();
+        let end = self.state.lock().space.give_up();
         let medium = &*self.view.medium;
         if medium.len().map_err(io_error("read the length"))? > end {
             medium
@@ -424,7 +408,7 @@ impl Vhdx {
     }
 
     fn unless_poisoned(&self) -> Result<(), DiskError> {
-        if lock(&self.state).poisoned {
+        if self.state.lock().poisoned {
             Err(DiskError::Poisoned)
         } else {
             Ok(())

@@ -6,10 +6,11 @@ use std::collections::BinaryHeap;
 
 use super::bat::{self, BlockState, Entry, bitmap_entry, decode_bitmap};
 use super::commit::io_error;
-use super::disk::{Held, Level, Stop, Vhdx, lock};
+use super::disk::Vhdx;
 use super::format::MIB;
 use super::pages::page_of;
 use super::space::Destination;
+use super::state::{Exclusion, Level, State, Stop};
 use super::write::MAX_DIRTY;
 use crate::disk::DiskError;
 use crate::progress::Progress;
@@ -102,7 +103,7 @@ impl Vhdx {
     /// Brings all free space to where it can be used.
     fn free_everything(&self) -> Result<(), DiskError> {
         let waiting = {
-            let state = lock(&self.state);
+            let state = self.state.lock();
             let (uncommitted, free) = state.space.reclaimable();
             uncommitted + free
         };
@@ -116,7 +117,7 @@ impl Vhdx {
 
     /// The blocks that lie farthest back, the last first.
     fn last_blocks(&self) -> Result<Vec<Placed>, DiskError> {
-        let layout = lock(&self.state).layout;
+        let layout = self.state.lock().layout;
         self.commit_pages()?;
         let mut last: BinaryHeap<Reverse<Placed>> = BinaryHeap::new();
         let failed = |e| io_error("read the BAT")(e);
@@ -150,7 +151,7 @@ impl Vhdx {
 
     /// Moves blocks from the end into free space, as far as there is any before them; gives how many.
     fn move_down(&self, work: &mut Work<'_>) -> Result<u64, DiskError> {
-        let layout = lock(&self.state).layout;
+        let layout = self.state.lock().layout;
         let (mut moved, mut batch) = (0, 0);
         for (offset, index) in self.last_blocks()? {
             work.check(work.total.saturating_sub(offset))?;
@@ -160,7 +161,7 @@ impl Vhdx {
             } else {
                 MIB
             };
-            let Some(to) = lock(&self.state).space.take_below(len, offset) else {
+            let Some(to) = self.state.lock().space.take_below(len, offset) else {
                 continue;
             };
             let done = match block {
@@ -169,11 +170,11 @@ impl Vhdx {
             };
             if !matches!(done, Ok(true)) {
                 // It may hold bytes now.
-                lock(&self.state).space.free(to, len, Destination::Free);
+                self.state.lock().space.free(to, len, Destination::Free);
             }
             moved += u64::from(done?);
             batch += len;
-            if batch >= BATCH || lock(&self.state).pages.dirty() >= MAX_DIRTY {
+            if batch >= BATCH || self.state.lock().pages.dirty() >= MAX_DIRTY {
                 batch = 0;
                 self.commit_pages()?;
             }
@@ -183,11 +184,12 @@ impl Vhdx {
 
     /// Moves a block's data; false where the block is no longer there.
     fn move_block(&self, block: u64, from: u64, to: u64) -> Result<bool, DiskError> {
-        // Before it is held still: who waits for it must not be waited for.
+        // Announced before the exclusion: a request that waits for the announcement would be waited for by the
+        // exclusion.
         self.announce(Level::File)?;
-        self.hold(Held::Block(block));
+        self.exclude(Exclusion::Block(block));
         let moved = self.copy(from, to, self.block_size).and_then(|()| {
-            self.with_state_while_held(|state| {
+            self.with_state_while_excluding(|state| {
                 let entry = state.block(block)?;
                 if !entry.state.is_present() || entry.offset != from {
                     return Ok(false);
@@ -202,22 +204,22 @@ impl Vhdx {
                 Ok(true)
             })
         });
-        self.let_go();
+        self.readmit();
         moved
     }
 
-    /// Moves a sector bitmap; false where it is no longer there. Its pages are metadata, so everything is held still.
+    /// Moves a sector bitmap; false where it is no longer there. Its pages are metadata, so all requests are excluded.
     fn move_bitmap(&self, index: u64, from: u64, to: u64) -> Result<bool, DiskError> {
         self.announce(Level::File)?;
-        self.while_held(|commit| {
+        self.while_excluded(|commit| {
             self.sync(commit.log.as_mut())?;
-            let at = lock(&self.state).layout.entry_offset(index);
-            if self.with_state_while_held(|state| state.bitmap(index))? != Some(from) {
+            let at = self.state.lock().layout.entry_offset(index);
+            if self.with_state_while_excluding(|state| state.bitmap(index))? != Some(from) {
                 return Ok(false);
             }
             self.copy(from, to, MIB)?;
             self.sync(commit.log.as_mut())?;
-            self.with_state_while_held(|state| {
+            self.with_state_while_excluding(|state| {
                 state.pages.entry(at).ok_or(Stop::Page(page_of(at)))?;
                 state.pages.set_entry(at, bitmap_entry(to));
                 state.pages.commit_first(page_of(at));
@@ -226,7 +228,7 @@ impl Vhdx {
             })?;
             self.commit_under(commit)?;
             // Pages at the old place mean nothing any more.
-            lock(&self.state).pages.forget_clean();
+            self.state.lock().pages.forget_clean();
             Ok(true)
         })
     }
@@ -265,7 +267,7 @@ impl Vhdx {
 
     /// Finds blocks that hold only zeros, and lets their entries say so; gives how many.
     fn find_zeros(&self, work: &mut Work<'_>) -> Result<u64, DiskError> {
-        let blocks = lock(&self.state).layout.blocks;
+        let blocks = self.state.lock().layout.blocks;
         work.total += blocks * self.block_size;
         let mut found = 0;
         for block in 0..blocks {
@@ -282,12 +284,12 @@ impl Vhdx {
                 continue;
             }
             self.announce(Level::File)?;
-            self.hold(Held::Block(block));
+            self.exclude(Exclusion::Block(block));
             let cleared = self.holds_zeros(offset).and_then(|zeros| {
                 if !zeros {
                     return Ok(false);
                 }
-                self.with_state_while_held(|state| {
+                self.with_state_while_excluding(|state| {
                     let entry = state.block(block)?;
                     if entry.state != BlockState::FullyPresent || entry.offset != offset {
                         return Ok(false);
@@ -298,7 +300,7 @@ impl Vhdx {
                     Ok(true)
                 })
             });
-            self.let_go();
+            self.readmit();
             found += u64::from(cleared?);
         }
         Ok(found)
@@ -326,13 +328,14 @@ impl Vhdx {
         Ok(true)
     }
 
-    /// As [`Vhdx::with_state`], by who holds something still: only pages are waited for, as whoever commits may wait for this.
-    fn with_state_while_held<T>(
+    /// As [`Vhdx::with_state`], for the thread that excludes requests: it waits for pages alone, as the thread that
+    /// commits may be waiting for the end of the exclusion.
+    fn with_state_while_excluding<T>(
         &self,
-        mut request: impl FnMut(&mut super::disk::State) -> Result<T, Stop>,
+        mut request: impl FnMut(&mut State) -> Result<T, Stop>,
     ) -> Result<T, DiskError> {
         self.with_state(|state| match request(state) {
-            Err(Stop::Commit | Stop::Growth(_) | Stop::Announcement(_) | Stop::Held) => {
+            Err(Stop::Commit | Stop::Growth(_) | Stop::Announcement(_) | Stop::Excluded) => {
                 Err(DiskError::Poisoned.into())
             }
             other => other,
@@ -344,7 +347,7 @@ fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().all(|byte| *byte == 0)
 }
 
-/// Who watches, and how much there is to do.
+/// The observer of the work, and how much there is to do.
 struct Work<'a> {
     total: u64,
     progress: &'a dyn Progress,

@@ -20,9 +20,10 @@ use super::metadata::Metadata;
 use super::region::{self, Region};
 use crate::disk::{Disk, SectorSize};
 use crate::medium::Medium;
-use crate::open::{OpenError, OpenOptions, Parents};
+use crate::open::{OpenOptions, Parents};
+use crate::refusal::OpenError;
 
-/// Who made the file, in its identifier (2.2.1).
+/// The name of the program that made the file, in its identifier (2.2.1).
 const CREATOR: &str = concat!("Coppice ", env!("CARGO_PKG_VERSION"));
 const LOG: Region = Region {
     offset: MIB,
@@ -91,7 +92,7 @@ pub enum CreateError {
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
-        /// What the host said.
+        /// The error of the host.
         error: io::Error,
     },
 }
@@ -103,8 +104,8 @@ pub struct ChildOptions {
     pub block_size: Option<u32>,
     /// Where the parents of the parent may lie.
     pub parents: Parents,
-    /// The child goes on as the same disk, with its VirtualDiskId, as after a snapshot; otherwise it is another one that
-    /// begins as a copy.
+    /// The child goes on as the same disk, with its VirtualDiskId, as after a snapshot; otherwise it is another one
+    /// that begins as a copy.
     pub same_disk: bool,
 }
 

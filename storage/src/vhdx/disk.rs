@@ -1,27 +1,24 @@
 //! Where the bytes of an open file are.
 //!
-//! Threads share the [`State`] under a lock that is held for lines and never over I/O: when a page of metadata has to be read,
-//! the file has to grow or pages have to be committed, the lock is given up, the work done, and the
-//! request looked at again, a block at a time.
+//! Threads share the [`State`] under a lock that is held for lines and never over I/O: when a page of metadata has to
+//! be read, the file has to grow or pages have to be committed, the lock is given up, the work done, and the request
+//! looked at again, a block at a time.
 
-use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::bat::{BlockState, Entry, Layout, decode_bitmap};
+use parking_lot::{Condvar, Mutex};
+
+use super::bat::BlockState;
 use super::bitmap;
-use super::commit::Commit;
-use super::flights::Flights;
 use super::format::Guid;
-use super::locator::ParentLocator;
-use super::pages::{Pages, blank, page_of};
-use super::space::Space;
+use super::pages::blank;
+use super::state::{Change, Commit, State, Stop};
 use super::view::View;
-use super::write::Change;
 use crate::disk::{
-    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, Ticket,
+    ByteRange, Disk, DiskError, Extent, ExtentKind, ExtentState, Geometry, Mapping, RequestId,
 };
 
 /// An open VHDX, over its parents if it has some. See the [module](super) for what it promises.
@@ -31,7 +28,7 @@ pub struct Vhdx {
     pub(super) id: Guid,
     /// Size of the virtual disk in bytes, as it is now.
     pub(super) size: AtomicU64,
-    /// Another disk stands on this one, which was open for writing before.
+    /// The disk was opened for writing and takes no more writes, as a child has been put on it.
     pub(super) frozen: AtomicBool,
     /// Bytes of a payload block.
     pub(super) block_size: u64,
@@ -40,13 +37,13 @@ pub struct Vhdx {
     /// Space that is freed goes back to the host at once.
     pub(super) punch_holes: bool,
     pub(super) view: View,
-    /// Where the file ends that payload is read from. Blocks of a file that is seen through its log can lie past it, where
-    /// replay would extend the file by zeros.
-    pub(super) held: u64,
+    /// End of the bytes of the file that payload can be read from. Of a file that is seen through its log, blocks can
+    /// lie past it, where a replay would extend the file by zeros.
+    pub(super) readable_end: u64,
     pub(super) state: Mutex<State>,
-    /// Tells that nothing is held still any more, or, while something is, that requests are over.
+    /// Signals the end of an exclusion and, during one, the end of requests.
     pub(super) changed: Condvar,
-    /// Held by who changes the length of the file.
+    /// Locked while the length of the file changes.
     pub(super) growth: Mutex<()>,
     pub(super) commit: Mutex<Commit>,
     /// Flushes that were asked for.
@@ -55,74 +52,9 @@ pub struct Vhdx {
     pub(super) parent: Option<Arc<Vhdx>>,
 }
 
-/// What the identifiers of an open file have announced to whoever reads it next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Level {
-    /// Nothing: the file is as it was.
-    Untouched,
-    /// A new FileWriteGuid: the file changes, but no reader of the disk sees it.
-    File,
-    /// A new DataWriteGuid too: what a reader sees changes.
-    Data,
-}
-
-/// What requests share.
-#[derive(Debug)]
-pub(super) struct State {
-    pub layout: Layout,
-    pub locator: Option<ParentLocator>,
-    pub pages: Pages,
-    pub space: Space,
-    pub flights: Flights,
-    /// Writes in flight that change metadata when they are over, by the number of their ticket.
-    pub writes: HashMap<u64, (u64, Vec<Change>)>,
-    /// What the parents hold of blocks that were asked for; nothing where that is not worth to be kept.
-    pub below: HashMap<u64, Arc<[Extent]>>,
-    pub next_write: u64,
-    /// What the headers have announced, with a log to go with it.
-    pub announced: Level,
-    /// A sync has failed: nobody knows what is durable.
-    pub poisoned: bool,
-    /// A commit wrote pages in place that no sync has made durable.
-    pub unsynced: bool,
-    /// Pages that wait for a commit describe data which has to be durable before they are.
-    pub ordered: bool,
-    /// What nobody changes for now.
-    pub held: Option<Held>,
-}
-
-/// What is held still while the file is rearranged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Held {
-    /// A block, and its data: it is being moved.
-    Block(u64),
-    /// All entries.
-    Everything,
-}
-
-/// Why a request cannot be answered yet, or at all.
-#[derive(Debug)]
-pub(super) enum Stop {
-    /// The page at this file offset has to be read.
-    Page(u64),
-    Announcement(Level),
-    /// The file needs so many bytes more.
-    Growth(u64),
-    Commit,
-    /// Until nothing is held still.
-    Held,
-    Failed(DiskError),
-}
-
-impl From<DiskError> for Stop {
-    fn from(error: DiskError) -> Self {
-        Self::Failed(error)
-    }
-}
-
 /// What a layer says of a part of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Found {
+pub(super) enum Lookup {
     /// It lies in the file, at this offset.
     Here(u64),
     /// The layer has no bytes; it reads as zeros.
@@ -131,16 +63,11 @@ pub(super) enum Found {
     Below,
 }
 
-/// A lock that outlives a panic of its holder: the state is whole between any two lines that change it.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Blocks of which is remembered what the parents hold. With blocks of 2 MiB they are 2 GiB of the disk.
 const KEPT_BELOW: usize = 1024;
 /// Most extents of such a block.
 const FEW: usize = 4;
-/// The ticket of a write that changes metadata has this bit.
+/// The number of a write that changes metadata has this bit.
 const CHANGES: u64 = 1 << 63;
 
 impl Vhdx {
@@ -197,7 +124,7 @@ impl Vhdx {
         mut request: impl FnMut(&mut State) -> Result<T, Stop>,
     ) -> Result<T, Stop> {
         loop {
-            let answer = request(&mut lock(&self.state));
+            let answer = request(&mut self.state.lock());
             match answer {
                 Err(Stop::Page(page)) => self.load(page)?,
                 other => return other,
@@ -213,11 +140,10 @@ impl Vhdx {
             Stop::Announcement(level) => self.announce(level),
             Stop::Growth(needed) => self.grow(needed),
             Stop::Commit => self.commit_pages(),
-            Stop::Held => {
-                let released = self
-                    .changed
-                    .wait_while(lock(&self.state), |state| state.held.is_some());
-                drop(released.unwrap_or_else(PoisonError::into_inner));
+            Stop::Excluded => {
+                let mut state = self.state.lock();
+                self.changed
+                    .wait_while(&mut state, |state| state.excluded.is_some());
                 Ok(())
             }
         }
@@ -227,7 +153,7 @@ impl Vhdx {
     fn load(&self, page: u64) -> Result<(), DiskError> {
         loop {
             let seen = {
-                let state = lock(&self.state);
+                let state = self.state.lock();
                 if state.pages.has(page) {
                     return Ok(());
                 }
@@ -240,7 +166,7 @@ impl Vhdx {
                     operation: format!("read the metadata at file offset {page:#x}"),
                     source,
                 })?;
-            let mut state = lock(&self.state);
+            let mut state = self.state.lock();
             // While it was read the page may have been loaded, changed, committed and dropped by others.
             if state.pages.evictions() == seen {
                 state.pages.insert(page, bytes);
@@ -249,12 +175,13 @@ impl Vhdx {
         }
     }
 
-    /// Says what this layer alone holds of a part of a block, in order and without gaps; tells nothing where it stops.
+    /// Says what this layer alone holds of a part of a block, in order and without gaps; `found` is not called where it
+    /// stops.
     pub(super) fn look_up(
         state: &mut State,
         block: u64,
         part: Range<u64>,
-        mut found: impl FnMut(Range<u64>, Found),
+        mut found: impl FnMut(Range<u64>, Lookup),
     ) -> Result<(), Stop> {
         let entry = state.block(block)?;
         let base = block * state.layout.block_size;
@@ -262,18 +189,18 @@ impl Vhdx {
             BlockState::FullyPresent => {
                 found(
                     part.clone(),
-                    Found::Here(entry.offset + (part.start - base)),
+                    Lookup::Here(entry.offset + (part.start - base)),
                 );
             }
-            BlockState::NotPresent if state.layout.has_parent => found(part, Found::Below),
+            BlockState::NotPresent if state.layout.has_parent => found(part, Lookup::Below),
             BlockState::NotPresent
             | BlockState::Undefined
             | BlockState::Zero
-            | BlockState::Unmapped => found(part, Found::Zeros(entry.state)),
+            | BlockState::Unmapped => found(part, Lookup::Zeros(entry.state)),
             BlockState::PartiallyPresent => {
                 let sector = state.layout.sector;
                 let pages = state.bits(block, &part)?;
-                // Looked for first, so that nothing is told twice.
+                // Looked for first, so that `found` is called once for each part.
                 for (page, _) in pages.clone() {
                     state.pages.bytes(page).ok_or(Stop::Page(page))?;
                 }
@@ -285,9 +212,9 @@ impl Vhdx {
                         bits.start += count;
                         let end = part.end.min(at + count as u64 * sector);
                         let what = if here {
-                            Found::Here(entry.offset + (at - base))
+                            Lookup::Here(entry.offset + (at - base))
                         } else {
-                            Found::Below
+                            Lookup::Below
                         };
                         found(at..end, what);
                         at = end;
@@ -310,17 +237,19 @@ impl Vhdx {
         for (block, part) in self.parts(range) {
             self.with_state(|state| {
                 Self::look_up(state, block, part.clone(), |part, found| match found {
-                    Found::Here(file_offset) => {
+                    Lookup::Here(file_offset) => {
                         let len = part.end - part.start;
-                        let held = self.held.saturating_sub(file_offset).min(len);
+                        let held = self.readable_end.saturating_sub(file_offset).min(len);
                         append_data(out, start, file, part.start, held, file_offset);
                         append_empty(out, start, part.start + held, len - held, true);
                     }
-                    Found::Zeros(state) => {
+                    Lookup::Zeros(state) => {
                         let zero = state == BlockState::Zero;
                         append_empty(out, start, part.start, part.end - part.start, zero);
                     }
-                    Found::Below => below.extend(ByteRange::new(part.start, part.end - part.start)),
+                    Lookup::Below => {
+                        below.extend(ByteRange::new(part.start, part.end - part.start));
+                    }
                 })
             })?;
         }
@@ -373,19 +302,19 @@ impl Vhdx {
         Ok(())
     }
 
-    /// What the parents hold of a block, if that is few extents; then it is remembered, however many layers it took. `None`
-    /// where it is more, and where the parent may change.
+    /// What the parents hold of a block, if that is few extents; then it is remembered, however many layers it took.
+    /// `None` where it is more, and where the parent may change.
     fn known_below(&self, block: u64) -> Result<Option<Arc<[Extent]>>, DiskError> {
-        if let Some(known) = lock(&self.state).below.get(&block) {
+        if let Some(known) = self.state.lock().below.get(&block) {
             return Ok((!known.is_empty()).then(|| Arc::clone(known)));
         }
-        let is_settled = self
+        let is_constant = self
             .parent
             .as_ref()
             .is_some_and(|parent| parent.is_read_only());
         // Also past the end of the disk, which may come to lie farther back.
         let whole = ByteRange::new(block * self.block_size, self.block_size);
-        let Some(whole) = whole.filter(|_| is_settled) else {
+        let Some(whole) = whole.filter(|_| is_constant) else {
             return Ok(None);
         };
         let mut extents = Vec::new();
@@ -395,7 +324,7 @@ impl Vhdx {
             extents.clear();
         }
         let known: Arc<[Extent]> = extents.into();
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.below.len() >= KEPT_BELOW {
             state.below.clear();
         }
@@ -421,14 +350,16 @@ impl Vhdx {
                         Self::look_up(state, block, part.clone(), |part, found| {
                             let len = part.end - part.start;
                             let (state, file_offset) = match found {
-                                Found::Here(offset) => (ExtentState::Mapped, Some(offset)),
-                                Found::Zeros(BlockState::Zero) => (ExtentState::Zero, None),
-                                Found::Zeros(BlockState::Unmapped) => (ExtentState::Unmapped, None),
-                                Found::Zeros(BlockState::Undefined) => {
+                                Lookup::Here(offset) => (ExtentState::Mapped, Some(offset)),
+                                Lookup::Zeros(BlockState::Zero) => (ExtentState::Zero, None),
+                                Lookup::Zeros(BlockState::Unmapped) => {
+                                    (ExtentState::Unmapped, None)
+                                }
+                                Lookup::Zeros(BlockState::Undefined) => {
                                     (ExtentState::Undefined, None)
                                 }
-                                Found::Zeros(_) => (ExtentState::Transparent, None),
-                                Found::Below => {
+                                Lookup::Zeros(_) => (ExtentState::Transparent, None),
+                                Lookup::Below => {
                                     below.extend(ByteRange::new(part.start, len));
                                     return;
                                 }
@@ -457,32 +388,31 @@ impl Vhdx {
     }
 
     fn enter(&self) -> u64 {
-        lock(&self.state).flights.enter()
+        self.state.lock().in_flight.enter()
     }
 
-    /// Lets a write begin when nothing of its range is held still. From then on it waits for none of that, as what holds
-    /// something still waits for it.
+    /// Lets a write begin when nothing of its range is excluded. From then on it waits for no exclusion, as an
+    /// exclusion waits for it.
     fn enter_write(&self, range: ByteRange) -> Result<u64, DiskError> {
         let blocks = range.offset() / self.block_size..range.end().div_ceil(self.block_size);
-        let mut state = self
-            .changed
-            .wait_while(lock(&self.state), |state| state.holds(&blocks))
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
+        self.changed
+            .wait_while(&mut state, |state| state.excludes(&blocks));
         if self.is_read_only() {
             return Err(DiskError::ReadOnly);
         }
-        Ok(state.flights.enter())
+        Ok(state.in_flight.enter())
     }
 
-    fn ticket(&self, epoch: u64, changes: Vec<Change>) -> Ticket {
+    fn request_id(&self, epoch: u64, changes: Vec<Change>) -> RequestId {
         if changes.is_empty() {
-            return Ticket::new(epoch);
+            return RequestId::new(epoch);
         }
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let number = state.next_write;
         state.next_write += 1;
         state.writes.insert(number, (epoch, changes));
-        Ticket::new(CHANGES | number)
+        RequestId::new(CHANGES | number)
     }
 
     /// Whether the disk takes no writes, for now or ever.
@@ -496,9 +426,9 @@ impl Vhdx {
     }
 
     pub(super) fn exit(&self, epoch: u64) {
-        let mut state = lock(&self.state);
-        state.flights.exit(epoch);
-        let waited_for = state.held.is_some();
+        let mut state = self.state.lock();
+        state.in_flight.exit(epoch);
+        let waited_for = state.excluded.is_some();
         drop(state);
         if waited_for {
             self.changed.notify_all();
@@ -629,83 +559,6 @@ fn in_order(out: &mut Vec<Extent>, start: usize) {
     }
 }
 
-impl State {
-    /// Whether nobody may begin to change any of these blocks.
-    fn holds(&self, blocks: &Range<u64>) -> bool {
-        match self.held {
-            None => false,
-            Some(Held::Block(held)) => blocks.contains(&held),
-            Some(Held::Everything) => true,
-        }
-    }
-
-    /// Sees to it that a block may be changed, by who has not begun to change another.
-    pub(super) fn unless_held(&self, block: u64) -> Result<(), Stop> {
-        if self.holds(&(block..block + 1)) {
-            Err(Stop::Held)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// The entry of a payload block.
-    pub(super) fn block(&mut self, block: u64) -> Result<Entry, Stop> {
-        let index = self.layout.index(block);
-        let offset = self.layout.entry_offset(index);
-        let raw = self
-            .pages
-            .entry(offset)
-            .ok_or(Stop::Page(page_of(offset)))?;
-        Entry::decode(raw, self.layout.has_parent)
-            .map_err(|expected| corrupt_entry(index, offset, expected).into())
-    }
-
-    /// Changes the entry of a payload block, whose page is here.
-    pub(super) fn set_block(&mut self, block: u64, entry: Entry) {
-        let offset = self.layout.entry_offset(self.layout.index(block));
-        self.pages.set_entry(offset, entry.raw());
-    }
-
-    /// Where the sector bitmap lies whose entry has this index, if there is one.
-    pub(super) fn bitmap(&mut self, index: u64) -> Result<Option<u64>, Stop> {
-        let offset = self.layout.entry_offset(index);
-        let raw = self
-            .pages
-            .entry(offset)
-            .ok_or(Stop::Page(page_of(offset)))?;
-        decode_bitmap(raw).map_err(|expected| corrupt_entry(index, offset, expected).into())
-    }
-
-    /// The pages with the bits of a part of a partially present block. They need not be here.
-    pub(super) fn bits(
-        &mut self,
-        block: u64,
-        part: &Range<u64>,
-    ) -> Result<impl Iterator<Item = (u64, Range<usize>)> + Clone + use<>, Stop> {
-        let at = self.layout.bits(block);
-        let bitmap = self.bitmap(at.index)?.ok_or_else(|| {
-            let offset = self.layout.entry_offset(at.index);
-            corrupt_entry(
-                at.index,
-                offset,
-                "expected a sector bitmap, found none".into(),
-            )
-        })?;
-        let base = block * self.layout.block_size;
-        let first = at.first + (part.start - base) / self.layout.sector;
-        let end = at.first + (part.end - base).div_ceil(self.layout.sector);
-        Ok(bitmap::pages(bitmap, first..end))
-    }
-}
-
-fn corrupt_entry(index: u64, offset: u64, expected: String) -> DiskError {
-    DiskError::Corrupt {
-        structure: format!("BAT entry {index}"),
-        offset,
-        expected,
-    }
-}
-
 impl Disk for Vhdx {
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -715,12 +568,16 @@ impl Disk for Vhdx {
         }
     }
 
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_read(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.geometry().check(range)?;
         let start = out.len();
         let epoch = self.enter();
         match self.resolve(range, out) {
-            Ok(()) => Ok(Ticket::new(epoch)),
+            Ok(()) => Ok(RequestId::new(epoch)),
             Err(error) => {
                 out.truncate(start);
                 self.exit(epoch);
@@ -729,7 +586,11 @@ impl Disk for Vhdx {
         }
     }
 
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.check_write(range)?;
         let start = out.len();
         loop {
@@ -747,9 +608,10 @@ impl Disk for Vhdx {
                 }
             });
             let Err(stop) = placed else {
-                return Ok(self.ticket(epoch, changes));
+                return Ok(self.request_id(epoch, changes));
             };
-            // Freed space waits for the requests in flight, so this is none while it waits for that. What was placed stays so.
+            // Freed space waits for the requests in flight, so this is none while it waits for that. What was placed
+            // stays so.
             out.truncate(start);
             self.finish_changes(changes, false);
             self.exit(epoch);
@@ -757,12 +619,12 @@ impl Disk for Vhdx {
         }
     }
 
-    fn finish(&self, ticket: Ticket, ok: bool) {
-        let number = ticket.number();
+    fn finish(&self, id: RequestId, ok: bool) {
+        let number = id.number();
         if number & CHANGES == 0 {
             return self.exit(number);
         }
-        let write = lock(&self.state).writes.remove(&(number & !CHANGES));
+        let write = self.state.lock().writes.remove(&(number & !CHANGES));
         if let Some((epoch, changes)) = write {
             self.finish_changes(changes, ok);
             self.exit(epoch);
@@ -770,13 +632,12 @@ impl Disk for Vhdx {
     }
 
     fn flush_by_sync(&self) -> Option<Arc<File>> {
-        let state = lock(&self.state);
-        // Pages that a commit has put in place, and zeros, wait for a sync of this disk's own, which log and space hear of.
-        let settled = !state.poisoned
-            && !state.unsynced
-            && state.pages.is_settled()
-            && state.space.is_settled();
-        settled.then(|| Arc::clone(self.view.medium.file()))
+        let state = self.state.lock();
+        // Pages that a commit has put in place, and zeros, wait for a sync of this disk's own, which log and space hear
+        // of.
+        let is_idle =
+            !state.poisoned && !state.unsynced && state.pages.is_idle() && state.space.is_idle();
+        is_idle.then(|| Arc::clone(self.view.medium.file()))
     }
 
     fn flush(&self) -> Result<(), DiskError> {
@@ -810,7 +671,7 @@ impl Disk for Vhdx {
         }
     }
 
-    fn is_settled(&self, file: &Arc<File>) -> bool {
+    fn is_immutable(&self, file: &Arc<File>) -> bool {
         self.layers()
             .any(|layer| layer.is_read_only() && Arc::ptr_eq(layer.view.medium.file(), file))
     }
@@ -829,7 +690,8 @@ impl Disk for Vhdx {
 impl Drop for Vhdx {
     fn drop(&mut self) {
         match self.close() {
-            // Where the disk is poisoned the failure has been told, and the log stays for the next to replay.
+            // Where the disk is poisoned the failure has been returned before, and the log stays for the next open to
+            // replay.
             Ok(()) | Err(DiskError::Poisoned) => {}
             Err(error) => {
                 let error = &error as &dyn std::error::Error;

@@ -195,7 +195,7 @@ pub(crate) struct RawMetadataEntry {
 pub(crate) const IS_USER: u32 = 1;
 /// The item is about the virtual disk, not about the file.
 pub(crate) const IS_VIRTUAL_DISK: u32 = 2;
-/// Who does not know the item must not open the file.
+/// A program that does not know the item must not open the file.
 pub(crate) const IS_REQUIRED: u32 = 4;
 
 /// File parameters (2.6.2.1).

@@ -12,7 +12,7 @@ use super::format::{
 };
 use crate::disk::DiskError;
 use crate::medium::Medium;
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// Checks the first bytes of the file.
 pub(super) fn check_identifier(medium: &dyn Medium) -> Result<(), Refusal> {

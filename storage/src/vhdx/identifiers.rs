@@ -1,10 +1,11 @@
 //! What tells one state of a file, or of a disk, from another.
 //!
-//! Three levels, taken lazily: an open that writes nothing leaves all as it was; what changes the file but not what a reader of
-//! the disk sees (log replay, compaction, the dropping of anchors, a new parent locator) gives a new FileWriteGuid; what a
-//! reader can see gives a new DataWriteGuid too. The new one is durable before the first write that it announces.
+//! Three levels, taken lazily: an open that writes nothing leaves all as it was; what changes the file but not what a
+//! reader of the disk sees (log replay, compaction, the dropping of anchors, a new parent locator) gives a new
+//! FileWriteGuid; what a reader can see gives a new DataWriteGuid too. The new one is durable before the first write
+//! that it announces.
 
-use super::disk::{Vhdx, lock};
+use super::disk::Vhdx;
 use super::format::Guid;
 
 /// The identifiers of a file ([MS-VHDX] 2.2.2, 2.6.2.3).
@@ -21,7 +22,7 @@ pub struct Identifiers {
 impl Vhdx {
     /// The identifiers as they are now.
     pub fn identifiers(&self) -> Identifiers {
-        let commit = lock(&self.commit);
+        let commit = self.commit.lock();
         let header = commit.headers.current();
         Identifiers {
             file_write_guid: header.file_write_guid,

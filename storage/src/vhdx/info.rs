@@ -12,7 +12,8 @@ use super::locator::ParentLocator;
 use super::open::Layer;
 use crate::disk::SectorSize;
 use crate::lock::OpenMode;
-use crate::open::{OpenError, open_locked};
+use crate::open::open_locked;
+use crate::refusal::OpenError;
 
 /// One file, without its parents.
 #[derive(Clone, Debug)]
@@ -37,9 +38,9 @@ pub struct Info {
     pub identifiers: Identifiers,
     /// Whether its log has to be replayed.
     pub dirty: bool,
-    /// Who made it, as the file says.
+    /// The program that made it, as the file says.
     pub creator: String,
-    /// Whom it stands on.
+    /// The parent that it stands on.
     pub parent: Option<ParentLocator>,
     /// The file of the parent, where it is found.
     pub parent_path: Option<PathBuf>,

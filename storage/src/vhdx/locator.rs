@@ -65,8 +65,8 @@ impl ParentLocator {
         self.linkage == data_write_guid || self.linkage2 == Some(data_write_guid)
     }
 
-    /// The files that the parent can be, in the order in which they are to be tried, for a child in `folder`. Paths of Windows
-    /// lead nowhere here and are left out.
+    /// The files that the parent can be, in the order in which they are to be tried, for a child in `folder`. Paths of
+    /// Windows lead nowhere here and are left out.
     pub(crate) fn candidates(&self, folder: &Path) -> Vec<PathBuf> {
         let here = |path: &String| path.replace('\\', "/");
         let mut candidates = Vec::new();

@@ -1,14 +1,15 @@
 //! A child merged into its parent, which is then what the child was.
 //!
-//! The child stays readable, and what it reads stays the same, at every moment: the parent changes only where the child hides
-//! it. So that the chain can be opened after a cut, the identifier that the parent is about to get is first recorded in
-//! the child, as `parent_linkage2` ([MS-VHDX] 2.6.2.6.3).
+//! The child stays readable, and what it reads stays the same, at every moment: the parent changes only where the child
+//! hides it. So that the chain can be opened after a cut, the identifier that the parent is about to get is first
+//! recorded in the child, as `parent_linkage2` ([MS-VHDX] 2.6.2.6.3).
 
 use super::bat::{self, BlockState};
 use super::commit::io_error;
-use super::disk::{Found, Level, Vhdx, lock};
+use super::disk::{Lookup, Vhdx};
 use super::format::{Guid, MIB};
 use super::locator::ParentLocator;
+use super::state::Level;
 use crate::disk::{ByteRange, Disk, DiskError, ExtentKind};
 use crate::progress::Progress;
 
@@ -26,8 +27,8 @@ pub struct Merged {
 
 impl Vhdx {
     /// Merges this child into its parent, which has been opened for writing. Both stay open; the child is then
-    /// transparent to no more than before, and the parent alone holds the same disk. Cancelled, or cut off, both can be used as
-    /// before, and the merge begun anew.
+    /// transparent to no more than before, and the parent alone holds the same disk. Cancelled, or cut off, both can be
+    /// used as before, and the merge begun anew.
     ///
     /// # Errors
     /// As a write to the parent, and `Cancelled`.
@@ -43,7 +44,7 @@ impl Vhdx {
         if parent.geometry().size < size {
             parent.resize(size, false)?;
         }
-        let layout = lock(&self.state).layout;
+        let layout = self.state.lock().layout;
         if !self.is_read_only() {
             self.flush()?;
         }
@@ -81,14 +82,14 @@ impl Vhdx {
                 ..locator
             })?;
         }
-        parent.announce_as(Level::Data, Some(after))
+        parent.announce_as(Level::Data, Some(after), None)
     }
 
     /// Records in the child that it was made on its parent as that is now.
     ///
     /// # Errors
     /// As a write, and `Unsupported` of a disk without parent.
-    pub fn accept_parent(&self) -> Result<(), DiskError> {
+    pub(super) fn accept_parent(&self) -> Result<(), DiskError> {
         let (Some(parent), Some(locator)) = (&self.parent, self.locator()) else {
             return Err(DiskError::Unsupported("the disk has no parent".into()));
         };
@@ -125,17 +126,17 @@ impl Vhdx {
             };
             match found {
                 // What a trim leaves has to read as zeros in the parent too.
-                Found::Zeros(BlockState::Zero | BlockState::Unmapped | BlockState::Undefined) => {
+                Lookup::Zeros(BlockState::Zero | BlockState::Unmapped | BlockState::Undefined) => {
                     parent.write_zeroes(range, true)?;
                     merged.cleared += range.len();
                 }
-                Found::Below
-                | Found::Zeros(
+                Lookup::Below
+                | Lookup::Zeros(
                     BlockState::NotPresent
                     | BlockState::FullyPresent
                     | BlockState::PartiallyPresent,
                 ) => {}
-                Found::Here(offset) => self.copy_to(parent, range, offset, merged)?,
+                Lookup::Here(offset) => self.copy_to(parent, range, offset, merged)?,
             }
         }
         Ok(())
@@ -187,7 +188,7 @@ impl Vhdx {
     /// Writes bytes to the disk, waiting for them.
     pub(super) fn write_from(&self, range: ByteRange, bytes: &[u8]) -> Result<(), DiskError> {
         let mut extents = Vec::new();
-        let ticket = self.resolve_write(range, &mut extents)?;
+        let id = self.resolve_write(range, &mut extents)?;
         let written = extents.iter().try_for_each(|extent| match extent.kind {
             ExtentKind::Data { file_offset, .. } => {
                 let start = (extent.offset - range.offset()) as usize;
@@ -199,7 +200,7 @@ impl Vhdx {
             }
             ExtentKind::Zero | ExtentKind::Unmapped => Ok(()),
         });
-        self.finish(ticket, written.is_ok());
+        self.finish(id, written.is_ok());
         written
     }
 }

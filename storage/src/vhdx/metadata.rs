@@ -13,7 +13,7 @@ use super::format::{
 use super::locator::ParentLocator;
 use super::region::Region;
 use crate::disk::SectorSize;
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// What the metadata says of the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub(super) struct Metadata {
     pub id: Guid,
     pub logical_sector: SectorSize,
     pub physical_sector: SectorSize,
-    /// Whom a differencing disk stands on.
+    /// The parent that a differencing disk stands on.
     pub parent: Option<ParentLocator>,
 }
 

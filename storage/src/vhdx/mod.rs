@@ -2,8 +2,8 @@
 //!
 //! A module a chapter of the specification: `header`, `region`, `metadata`, `locator`, `log`, `bat`, `bitmap`, and `format` for
 //! all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
-//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `pages`, `space` and `flights` are what
-//! they share. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot` and `check` are operations on whole disks.
+//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `state` is what they share, with
+//! `pages`, `space` and `in_flight` in it. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`, `check` and `repair` are operations on whole disks.
 //!
 #![doc = include_str!("../../../docs/design/vhdx.md")]
 
@@ -15,10 +15,10 @@ mod commit;
 mod compact;
 mod create;
 mod disk;
-mod flights;
 mod format;
 mod header;
 mod identifiers;
+mod in_flight;
 mod info;
 mod locator;
 mod log;
@@ -27,10 +27,12 @@ mod metadata;
 mod open;
 mod pages;
 mod region;
+mod repair;
 mod resize;
 mod runs;
 mod snapshot;
 mod space;
+mod state;
 mod view;
 mod write;
 
@@ -46,9 +48,10 @@ pub use identifiers::Identifiers;
 pub use info::Info;
 pub use locator::ParentLocator;
 pub use merge::Merged;
+pub use repair::{Repaired, Undone};
 pub use snapshot::{ChainError, children_in};
 
-pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE, SIGNATURE};
+pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE};
 
 /// What a fuzzer needs to make files that are sound but for what it changes.
 #[cfg(feature = "fuzzing")]

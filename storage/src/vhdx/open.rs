@@ -4,30 +4,33 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Condvar, Mutex};
+
+use parking_lot::{Condvar, Mutex};
 
 use super::bat::{self, Found, Layout};
-use super::commit::Commit;
-use super::disk::{Level, State, Vhdx};
-use super::flights::Flights;
+use super::disk::Vhdx;
 use super::format::Guid;
 use super::header::{self, Headers};
+use super::in_flight::RequestsInFlight;
 use super::locator::ParentLocator;
 use super::log::sequence;
 use super::metadata::Metadata;
 use super::pages::Pages;
 use super::region::{Region, Regions};
 use super::space::Space;
+use super::state::{Commit, Level, State};
 use super::view::View;
-use crate::disk::{DiskError, Geometry, SectorSize};
+use crate::disk::{ByteRange, DiskError, Geometry, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{OpenError, OpenOptions, ParentRefusal, Parents, Refusal, open_locked};
+use crate::open::{OpenOptions, Parents, open_locked};
+use crate::refusal::{OpenError, ParentRefusal, Refusal};
 
 impl Vhdx {
-    /// Opens and locks the VHDX at `path`, and its parents for reading. A log that has to be replayed is replayed into the file
-    /// where that is opened for writing; apart from that nothing is written.
+    /// Opens and locks the VHDX at `path`, and its parents for reading. A log that has to be replayed is replayed into
+    /// the file where that is opened for writing; apart from that nothing is written.
     ///
     /// # Errors
     /// See [`Refusal`]; the file that is named may be one of the parents.
@@ -55,16 +58,48 @@ impl Vhdx {
         Self::open_layers(path, file, options, OpenMode::ReadWrite)
     }
 
+    /// Opens the VHDX in a file that is open and locked for reading, and its parents, although entries of its BAT may
+    /// lead nowhere. Gives the ranges of such blocks too, in order, which are not to be read: their entries may name
+    /// what belongs to others.
+    pub(crate) fn open_damaged(
+        path: &Path,
+        file: Arc<File>,
+    ) -> Result<(Self, Vec<ByteRange>), OpenError> {
+        let failed = |e| OpenError::new(path, e);
+        let identity = identity(&file).map_err(failed)?;
+        let mut bad = Vec::new();
+        let mut note = |index, _| {
+            bad.push(index);
+            Ok(())
+        };
+        let mode = OpenMode::ReadOnly;
+        let top = Layer::read_with(Box::new(file), mode, Some(&mut note)).map_err(failed)?;
+        let lost = top.layout.ranges(bad, top.metadata.size);
+        let disk = Self::on_parents(path, (top, identity), &OpenOptions::read_only(), mode)?;
+        Ok((disk, lost))
+    }
+
     fn open_layers(
         path: &Path,
         file: Arc<File>,
         options: &OpenOptions,
         parent_mode: OpenMode,
     ) -> Result<Self, OpenError> {
-        let mode = options.mode();
         let failed = |e| OpenError::new(path, e);
         let identity = identity(&file).map_err(failed)?;
-        let top = Layer::read(Box::new(file), mode).map_err(failed)?;
+        let top = Layer::read(Box::new(file), options.mode()).map_err(failed)?;
+        Self::on_parents(path, (top, identity), options, parent_mode)
+    }
+
+    /// Opens the parents of a layer, whose file has this identity, and makes the disk.
+    fn on_parents(
+        path: &Path,
+        (top, identity): (Layer, (u64, u64)),
+        options: &OpenOptions,
+        parent_mode: OpenMode,
+    ) -> Result<Self, OpenError> {
+        let mode = options.mode();
+        let failed = |e| OpenError::new(path, e);
         let mut chain = Chain {
             options,
             seen: HashMap::from([(identity, path.to_owned())]),
@@ -149,7 +184,7 @@ impl Layer {
         Self::read_with(medium, mode, None)
     }
 
-    /// As [`Layer::read`]; bad entries of the BAT are told to `bad`, if that is given.
+    /// As [`Layer::read`]; `bad` is called with each bad entry of the BAT, if it is given.
     pub(super) fn read_with(
         medium: Box<dyn Medium>,
         mode: OpenMode,
@@ -199,7 +234,12 @@ impl Layer {
         })
     }
 
-    /// Whom the disk stands on.
+    /// Takes all of the file for described, so that nothing is cut off its end when it is closed.
+    pub(super) fn keep_length(&mut self) {
+        self.found.end = self.found.end.max(self.file_len);
+    }
+
+    /// The parent that the disk stands on.
     pub(super) fn locator(&self) -> Option<&ParentLocator> {
         self.metadata.parent.as_ref()
     }
@@ -272,7 +312,7 @@ impl Layer {
             size: AtomicU64::new(metadata.size),
             frozen: AtomicBool::new(false),
             block_size: layout.block_size,
-            held: if mode.is_read_only() {
+            readable_end: if mode.is_read_only() {
                 file_len
             } else {
                 u64::MAX
@@ -285,7 +325,7 @@ impl Layer {
                 locator: metadata.parent,
                 pages: Pages::default(),
                 space: Space::of(&found),
-                flights: Flights::default(),
+                in_flight: RequestsInFlight::default(),
                 writes: HashMap::new(),
                 below: HashMap::new(),
                 next_write: 0,
@@ -293,7 +333,7 @@ impl Layer {
                 poisoned: false,
                 unsynced: false,
                 ordered: false,
-                held: None,
+                excluded: None,
             }),
             changed: Condvar::new(),
             growth: Mutex::new(()),
@@ -470,8 +510,8 @@ fn check_payload_untouched(view: &View, regions: &Regions, found: &Found) -> Res
     Ok(())
 }
 
-/// Replays the log into the file, after an identifier that says that the file changes. The identifier of the log goes only when
-/// all is durable.
+/// Replays the log into the file, after an identifier that says that the file changes. The identifier of the log goes
+/// only when all is durable.
 fn replay(view: &mut View, headers: &mut Headers) -> Result<(), Refusal> {
     tracing::info!(
         changes = view.patches().len(),

@@ -1,7 +1,7 @@
 //! The pages of metadata that are in memory: of the BAT, and of sector bitmaps. A page is named by its file offset.
 //!
-//! A page that differs from the file stays until it is committed, and one that a write in flight will change
-//! until that is over; of the others a few are kept. Memory grows with what is touched between two commits, not with the disk.
+//! A page that differs from the file stays until it is committed, and one that a write in flight will change until that
+//! is over; of the others a few are kept. Memory grows with what is touched between two commits, not with the disk.
 
 use std::collections::HashMap;
 
@@ -173,7 +173,7 @@ impl Pages {
     }
 
     /// Whether no page waits for a commit, or for the end of one.
-    pub(super) fn is_settled(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         self.dirty == 0 && self.committing == 0
     }
 
@@ -231,15 +231,12 @@ mod tests {
         filled(&mut pages);
         assert_eq!(pages.entry(24), Some(42));
         let taken = pages.take_dirty();
-        assert_eq!(
-            (taken.len(), pages.dirty(), pages.is_settled()),
-            (1, 0, false)
-        );
+        assert_eq!((taken.len(), pages.dirty(), pages.is_idle()), (1, 0, false));
         filled(&mut pages);
         assert_eq!(pages.entry(24), Some(42));
         pages.pin(0);
         pages.committed(&taken, true);
-        assert!(pages.is_settled());
+        assert!(pages.is_idle());
         filled(&mut pages);
         assert_eq!(pages.entry(24), Some(42));
         pages.unpin(0);

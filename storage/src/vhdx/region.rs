@@ -7,7 +7,7 @@ use super::format::{
     REGION_SIGNATURE, REGION_TABLE_LEN, REGION_TABLE_OFFSETS, RawRegion, RawRegionTable, checksum,
 };
 use crate::medium::Medium;
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 
 /// A part of the file, in whole MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,20 +4,21 @@ use std::sync::atomic::Ordering;
 
 use super::amend::refused;
 use super::bat::{BlockState, Entry, Layout, PAGE};
-use super::commit::{Commit, io_error};
-use super::disk::{Level, Vhdx, lock};
+use super::commit::io_error;
+use super::disk::Vhdx;
 use super::format::{MAX_BAT, MAX_DISK, MIB, VIRTUAL_DISK_SIZE};
 use super::pages::page_of;
 use super::region::{self, Region};
 use super::space::Destination;
+use super::state::{Commit, Level, Stop};
 use crate::disk::{Disk, DiskError};
 
 /// How much of a table is copied at once.
 const COPIED: u64 = MIB;
 
 impl Vhdx {
-    /// Gives the disk another size, in bytes. What is added reads as zeros. Where `shrink` is set the end may be cut off, and what
-    /// it holds is lost; nobody may use that part meanwhile.
+    /// Gives the disk another size, in bytes. What is added reads as zeros. Where `shrink` is set the end may be cut
+    /// off, and what it holds is lost; nobody may use that part meanwhile.
     ///
     /// # Errors
     /// `Size` where the size is none that the disk can have, else as a write; then the disk has one size or the other.
@@ -55,7 +56,7 @@ impl Vhdx {
             self.clear_end(old)?;
         }
         self.announce(Level::Data)?;
-        let added = self.while_held(|commit| self.change_size(commit, size))?;
+        let added = self.while_excluded(|commit| self.change_size(commit, size))?;
         if self.fixed {
             for block in added {
                 let offset = self.with_state(|state| {
@@ -83,7 +84,7 @@ impl Vhdx {
         for block in size.div_ceil(self.block_size)..old.div_ceil(self.block_size) {
             self.with_state(|state| {
                 let entry = state.block(block)?;
-                state.unless_held(block)?;
+                state.unless_excluded(block)?;
                 if entry.raw() == 0 {
                     return Ok(());
                 }
@@ -103,8 +104,8 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Makes what the last block holds past the old end zeros, and so what the table holds past its last entry. Neither has meant
-    /// anything so far.
+    /// Makes what the last block holds past the old end zeros, and so what the table holds past its last entry. Neither
+    /// has meant anything so far.
     fn clear_end(&self, old: u64) -> Result<(), DiskError> {
         let block = (old - 1) / self.block_size;
         let (inside, end) = (old - block * self.block_size, self.block_size);
@@ -120,7 +121,7 @@ impl Vhdx {
                 .zero(offset + inside, end - inside)
                 .map_err(io_error("write zeros past the end of the disk"))?;
         }
-        let layout = lock(&self.state).layout;
+        let layout = self.state.lock().layout;
         let first = layout.entry_offset(layout.index(block) + 1);
         let mut page = page_of(first);
         while page < layout.region.end() {
@@ -137,10 +138,7 @@ impl Vhdx {
             }
             let from = (first.max(page) - page) as usize;
             self.with_state(|state| {
-                let bytes = state
-                    .pages
-                    .bytes(page)
-                    .ok_or(super::disk::Stop::Page(page))?;
+                let bytes = state.pages.bytes(page).ok_or(Stop::Page(page))?;
                 // The entry of the last chunk's bitmap is in use.
                 let bitmap = layout.has_parent.then(|| layout.bits(block).index);
                 let foreign: Vec<u64> = (page..page + PAGE)
@@ -173,7 +171,7 @@ impl Vhdx {
         size: u64,
     ) -> Result<std::ops::Range<u64>, DiskError> {
         let item = self.item(commit, VIRTUAL_DISK_SIZE, "virtual disk size")?;
-        let old = lock(&self.state).layout;
+        let old = self.state.lock().layout;
         let mut new = old;
         new.blocks = size.div_ceil(self.block_size);
         let bytes = size.to_le_bytes();
@@ -186,7 +184,7 @@ impl Vhdx {
             writes.extend(tables.iter().map(|(at, bytes)| (*at, &bytes[..])));
         }
         self.amend(commit, &writes)?;
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if moved {
             let region = &old.region;
             state
@@ -212,11 +210,11 @@ impl Vhdx {
                 "a BAT of {length:#x} bytes is longer than the format allows"
             )));
         }
-        // Everything is held still, so the file is grown here and not by way of a commit.
+        // All requests are excluded, so the file is grown here and not by way of a commit.
         let offset = {
-            let _growth = lock(&self.growth);
+            let _growth = self.growth.lock();
             let tail = {
-                let mut state = lock(&self.state);
+                let mut state = self.state.lock();
                 match state.space.take(length) {
                     Some(offset) => Ok(offset),
                     None => Err(state.space.tail()),
@@ -228,7 +226,7 @@ impl Vhdx {
                     let grown = tail
                         .grown(&*self.view.medium, length, self.block_size)
                         .map_err(io_error("extend the file"))?;
-                    let mut state = lock(&self.state);
+                    let mut state = self.state.lock();
                     state.space.adopt(grown);
                     state.space.take(length).ok_or(DiskError::Poisoned)?
                 }

@@ -10,14 +10,16 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::create::ChildOptions;
-use super::disk::{Held, Vhdx};
+use super::disk::Vhdx;
 use super::format::Guid;
 use super::locator::ParentLocator;
 use super::open::Layer;
+use super::state::Exclusion;
 use crate::disk::{ByteRange, Disk, DiskError, ExtentState, Mapping};
 use crate::lock::{self, OpenMode};
-use crate::open::{OpenError, OpenOptions, ParentRefusal, Refusal, open_locked};
+use crate::open::{OpenOptions, open_locked};
 use crate::progress::{Progress, Unwatched};
+use crate::refusal::{OpenError, ParentRefusal, Refusal};
 use crate::vhdx::create::{CreateError, folder_of};
 use crate::vhdx::merge::Merged;
 
@@ -39,19 +41,20 @@ pub enum ChainError {
 }
 
 impl Vhdx {
-    /// Puts a new child, in a new file at `child`, on this disk, whose file is at `path`. The disk takes no writes from then
-    /// on, and its file is shared with other readers; requests in flight are waited for. On an error it goes on as before.
+    /// Puts a new child, in a new file at `child`, on this disk, whose file is at `path`. The disk takes no writes from
+    /// then on, and its file is shared with other readers; requests in flight are waited for. On an error it goes on as
+    /// before.
     ///
     /// # Errors
     /// See [`ChainError`].
     pub fn snapshot(self: &Arc<Self>, path: &Path, child: &Path) -> Result<Arc<Self>, ChainError> {
-        self.hold(Held::Everything);
-        let made = self.snapshot_while_held(path, child);
-        self.let_go();
+        self.exclude(Exclusion::Everything);
+        let made = self.snapshot_while_excluded(path, child);
+        self.readmit();
         made
     }
 
-    fn snapshot_while_held(
+    fn snapshot_while_excluded(
         self: &Arc<Self>,
         path: &Path,
         child: &Path,
@@ -90,7 +93,7 @@ impl Vhdx {
         candidates.into_iter().find(|path| path.exists())
     }
 
-    /// Whether the parent could be opened for writing: nobody else uses it, and its file may be written.
+    /// Whether the parent could be opened for writing: no other process has it open, and its file may be written.
     ///
     /// # Errors
     /// See [`ChainError`].
@@ -106,8 +109,9 @@ impl Vhdx {
             .map_err(|e| ChainError::Refused(Refusal::Locked(e)))
     }
 
-    /// Makes a chain, whose top is this disk, ready for the merge of its second layer into its third. Both can be written
-    /// then. Nobody else may use the disk meanwhile, and what is given takes its place; on an error it goes on as before.
+    /// Makes a chain, whose top is this disk, ready for the merge of its second layer into its third. Both can be
+    /// written then. Nobody else may use the disk meanwhile, and what is given takes its place; on an error it goes on
+    /// as before.
     ///
     /// # Errors
     /// See [`ChainError`]; a third layer that others use is refused.
@@ -131,7 +135,8 @@ impl Vhdx {
         };
         let opened = opened();
         opened.map_err(|refusal| {
-            // As before: readers, with nobody in between, as each lock is held by one of two.
+            // Makes readers of the writers again. No other process can lock a file in between, as one of the two open
+            // files keeps its lock meanwhile.
             let restored = lock::share(file)
                 .and_then(|()| lock::share(&below))
                 .and_then(|()| lock::lock(old, OpenMode::ReadOnly));
@@ -142,9 +147,9 @@ impl Vhdx {
         })
     }
 
-    /// Ends a commit, whose merge of the second layer is done: merges this disk, the top, into the third layer and gives
-    /// that, which takes its place. Nobody may use the disk meanwhile. `bottom` is the name of that layer's file, and `path` that
-    /// of the top's.
+    /// Ends a commit, whose merge of the second layer is done: merges this disk, the top, into the third layer and
+    /// gives that, which takes its place. Nobody may use the disk meanwhile. `bottom` is the name of that layer's file,
+    /// and `path` that of the top's.
     ///
     /// # Errors
     /// See [`ChainError`]; the disk goes on as before.
@@ -202,8 +207,9 @@ impl Vhdx {
         Ok(merged)
     }
 
-    /// Records another parent, or another place of it, in the child at `path`. Unless `force` is set the file has to be the one
-    /// that the child was made on, by its identifier; with it, its content has to be as that was, which nobody checks.
+    /// Records another parent, or another place of it, in the child at `path`. Unless `force` is set the file has to be
+    /// the one that the child was made on, by its identifier; with it, its content has to be as that was, which is not
+    /// checked.
     ///
     /// # Errors
     /// See [`ChainError`]; the child is as it was.
@@ -246,8 +252,8 @@ impl Vhdx {
         Ok(child.close()?)
     }
 
-    /// The ranges of the disk that may have changed since a layer of its chain had this DataWriteGuid, in order: what the layers
-    /// above that one say.
+    /// The ranges of the disk that may have changed since a layer of its chain had this DataWriteGuid, in order: what
+    /// the layers above that one say.
     ///
     /// # Errors
     /// `Unsupported` where no layer of the chain has it, else as [`Disk::map`].
@@ -291,8 +297,8 @@ impl Vhdx {
     }
 }
 
-/// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by name and
-/// whatever its identifier is now. Files that cannot be read, as they are in use, are not told of.
+/// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by
+/// name and whatever its identifier is now. Files that cannot be read, as they are in use, are left out.
 ///
 /// # Errors
 /// Where the folder cannot be read.
@@ -328,7 +334,8 @@ pub fn children_in(
     Ok(children)
 }
 
-/// Opens the file of a reader again, for a writer. Other readers are in the way; nobody gets in between.
+/// Opens the file of a reader again, for a writer. Other readers make it fail; no other process can lock the file in
+/// between.
 fn reopen_for_writing(file: &Arc<File>) -> Result<Arc<File>, Refusal> {
     let again = File::options()
         .read(true)

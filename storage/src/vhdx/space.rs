@@ -27,7 +27,7 @@ pub(super) const STEP_BLOCKS: u64 = 8;
 /// What space goes to once it can be used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Destination {
-    /// To whoever needs some.
+    /// To the next block that needs some.
     Free,
     /// Back to the unmapped block that still names it.
     Anchor,
@@ -40,7 +40,7 @@ enum Stage {
     Freed { commit: u64 },
     /// Requests of this epoch may still use it.
     Draining { epoch: u64 },
-    /// Nobody uses it; nobody may, as it holds old bytes.
+    /// No block and no request has it; none may take it, as it holds old bytes.
     Stale,
     /// Zeroed in this round, which no sync has made durable.
     Scrubbed { round: u64 },
@@ -58,8 +58,8 @@ struct Pending {
 pub(super) struct Space {
     /// End of all that is described or free; the tail begins here.
     next: u64,
-    /// The file reads as zeros from `next` up to here. What may lie behind was not made here and is cut off before the file
-    /// grows: it can be the payload of writes whose allocation was lost in a cut.
+    /// The file reads as zeros from `next` up to here. What may lie behind was not made here and is cut off before the
+    /// file grows: it can be the payload of writes whose allocation was lost in a cut.
     zeroed: u64,
     /// Free space that durably reads as zeros.
     zero: Runs,
@@ -146,8 +146,8 @@ impl Space {
         self.pending.insert(offset, Pending { len, to, stage });
     }
 
-    /// Frees what an unmapped block named, as its entry is about to name it no more. Space that the block never had to itself
-    /// is left alone.
+    /// Frees what an unmapped block named, as its entry is about to name it no more. Space that the block never had to
+    /// itself is left alone.
     pub(super) fn drop_anchor(&mut self, block: u64, offset: u64, len: u64) {
         if let Some((owner, _)) = self.anchors.get(&offset)
             && *owner == block
@@ -279,7 +279,7 @@ impl Space {
     }
 
     /// Whether anything is on its way that a flush would bring further.
-    pub(super) fn is_settled(&self) -> bool {
+    pub(super) fn is_idle(&self) -> bool {
         !self
             .pending
             .values()
@@ -329,8 +329,8 @@ pub(super) struct Tail {
 }
 
 impl Tail {
-    /// Makes `len` bytes of a disk with blocks of `block_size` available; gives where the zeros end then. The file does not
-    /// change when this fails. Nobody else may do this at the time; taking may go on.
+    /// Makes `len` bytes of a disk with blocks of `block_size` available; gives where the zeros end then. The file does
+    /// not change when this fails. One caller at a time; taking may go on meanwhile.
     pub(super) fn grown(self, medium: &dyn Medium, len: u64, block_size: u64) -> io::Result<u64> {
         if medium.len()? > self.zeroed {
             medium.set_len(self.zeroed)?;

@@ -4,25 +4,16 @@ use std::ops::Range;
 
 use super::bat::{BlockState, Entry, bitmap_entry};
 use super::bitmap;
-use super::disk::{Level, State, Stop, Vhdx, lock};
+use super::disk::{Vhdx, append_data};
 use super::format::MIB;
 use super::pages::page_of;
 use super::space::Destination;
+use super::state::{Change, Level, State, Stop};
 use crate::disk::{ByteRange, Disk, DiskError, Extent, ExtentKind};
 use crate::raw;
 
 /// Pages of metadata that may wait for a commit; more are committed before the next change.
 pub(super) const MAX_DIRTY: usize = 64;
-
-/// Sectors that a write in flight brings into a partially present block: a reader sees them when it is over, and not before,
-/// as until then the parent's data is what they hold.
-#[derive(Debug)]
-pub(super) struct Change {
-    block: u64,
-    part: Range<u64>,
-    /// What is kept in memory for it: the page of the block's entry, and those of its bits.
-    pinned: Vec<u64>,
-}
 
 impl State {
     /// Sees to it that a change may be made: announced, and not too many waiting.
@@ -54,8 +45,8 @@ impl State {
             self.space.drop_anchor(block, entry.offset, size);
             offset
         };
-        // Space for blocks reads as zeros, as the block did, so the rest of it needs no filling, and the entry may become
-        // durable before the data is.
+        // Space for blocks reads as zeros, as the block did, so the rest of it needs no filling, and the entry may
+        // become durable before the data is.
         let state = BlockState::FullyPresent;
         self.set_block(block, Entry { state, offset });
         Ok(())
@@ -197,7 +188,7 @@ impl Vhdx {
         let file_offset = offset + (part.start - block * self.block_size);
         let len = part.end - part.start;
         let file = self.view.medium.file();
-        super::disk::append_data(out, start, file, part.start, len, file_offset);
+        append_data(out, start, file, part.start, len, file_offset);
         Ok(())
     }
 
@@ -206,7 +197,7 @@ impl Vhdx {
         if changes.is_empty() {
             return;
         }
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         for change in changes {
             if ok && let Err(stop) = state.bring(&change) {
                 // The pages are pinned and were looked at when the write began.
@@ -247,7 +238,7 @@ impl Vhdx {
 
     fn unmap(&self, state: &mut State, block: u64) -> Result<(), Stop> {
         let entry = state.block(block)?;
-        state.unless_held(block)?;
+        state.unless_excluded(block)?;
         match entry.state {
             BlockState::NotPresent if state.layout.has_parent => {
                 state.ready(Level::Data)?;
@@ -297,12 +288,12 @@ impl Vhdx {
         may_unmap: bool,
     ) -> Result<bool, Stop> {
         let entry = state.block(block)?;
-        state.unless_held(block)?;
+        state.unless_excluded(block)?;
         match entry.state {
             BlockState::Zero => {}
             BlockState::NotPresent if !state.layout.has_parent => {}
-            // Other readers may take these two for anything, where zeros were asked for; here they are zeros already, so the rest
-            // of the block does not change.
+            // Other readers may take these two for anything, where zeros were asked for; here they are zeros already,
+            // so the rest of the block does not change.
             BlockState::Undefined | BlockState::Unmapped => {
                 state.ready(Level::Data)?;
                 state.clear(block, entry);
@@ -330,14 +321,14 @@ impl Vhdx {
             return Ok(());
         };
         let mut extents = Vec::new();
-        let ticket = self.resolve_write(range, &mut extents)?;
+        let id = self.resolve_write(range, &mut extents)?;
         let zeroed = extents.iter().try_for_each(|extent| match extent.kind {
             ExtentKind::Data { file_offset, .. } => {
                 raw::zero(&*self.view.medium, file_offset, extent.len, may_unmap)
             }
             ExtentKind::Zero | ExtentKind::Unmapped => Ok(()),
         });
-        self.finish(ticket, zeroed.is_ok());
+        self.finish(id, zeroed.is_ok());
         zeroed
     }
 
@@ -351,7 +342,7 @@ impl Vhdx {
             return Ok(());
         };
         let mut extents = Vec::new();
-        let ticket = self.resolve_read(range, &mut extents)?;
+        let id = self.resolve_read(range, &mut extents)?;
         let own = self.view.medium.file();
         let worked = extents.iter().try_for_each(|extent| match &extent.kind {
             ExtentKind::Data { file, file_offset } if std::sync::Arc::ptr_eq(file, own) => {
@@ -363,17 +354,17 @@ impl Vhdx {
             }
             ExtentKind::Data { .. } | ExtentKind::Zero | ExtentKind::Unmapped => Ok(()),
         });
-        self.finish(ticket, true);
+        self.finish(id, true);
         worked
     }
 
     /// Makes unmapped blocks forget the space they had, so that it can be used by others. No reader sees a difference.
     pub(super) fn drop_anchors(&self) -> Result<(), DiskError> {
-        let anchors = lock(&self.state).space.anchors();
+        let anchors = self.state.lock().space.anchors();
         for (block, offset) in anchors {
             self.with_state(|state| {
                 let entry = state.block(block)?;
-                state.unless_held(block)?;
+                state.unless_excluded(block)?;
                 if entry.state == BlockState::Unmapped && entry.offset == offset {
                     state.ready(Level::File)?;
                     state.space.drop_anchor(block, offset, self.block_size);

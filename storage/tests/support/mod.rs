@@ -17,7 +17,7 @@ pub const GIB: u64 = 1 << 30;
 /// Reads a range of a disk.
 pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
     let mut extents = Vec::new();
-    let ticket = disk
+    let id = disk
         .resolve_read(ByteRange::new(offset, len as u64).unwrap(), &mut extents)
         .unwrap();
     let mut bytes = vec![0xEE; len];
@@ -35,14 +35,14 @@ pub fn read(disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
         at += extent.len;
     }
     assert_eq!(at, offset + len as u64, "extents cover the range");
-    disk.finish(ticket, true);
+    disk.finish(id, true);
     bytes
 }
 
 /// Writes a range of a disk.
 pub fn write(disk: &dyn Disk, offset: u64, bytes: &[u8]) {
     let mut extents = Vec::new();
-    let ticket = disk
+    let id = disk
         .resolve_write(
             ByteRange::new(offset, bytes.len() as u64).unwrap(),
             &mut extents,
@@ -58,7 +58,7 @@ pub fn write(disk: &dyn Disk, offset: u64, bytes: &[u8]) {
         left = rest;
     }
     assert!(left.is_empty(), "extents cover the range");
-    disk.finish(ticket, true);
+    disk.finish(id, true);
 }
 
 /// Bytes that tell where they belong: a pattern of the seed and the position.

@@ -176,11 +176,222 @@ fn a_damaged_file_is_told_and_repaired() {
     );
     assert_eq!(checked["repairable"], true);
     refusal(folder, "map a.vhdx");
-    let repaired = json(folder, "repair a.vhdx");
+    let lost = serde_json::json!([{"offset": 1 << 20, "length": 1 << 20}]);
+    assert_eq!(checked["lost"], lost);
+    let repaired = with_loss(folder, "repair a.vhdx");
     assert_eq!(repaired["repaired"].as_array().unwrap().len(), 3);
+    assert_eq!(
+        (&repaired["lost"], &repaired["sound"]),
+        (&lost, &true.into())
+    );
+    assert_eq!(repaired["backup"], "a.vhdx.bat-backup");
     json(folder, "check a.vhdx");
     qemu_io(folder, "vhdx", "a.vhdx", "read -P 1 0 1M");
     qemu_io(folder, "vhdx", "a.vhdx", "read -P 0 1M 1M");
+}
+
+/// The answer, in JSON, of a command that succeeds but for a part of the disk that is lost.
+fn with_loss(folder: &Path, arguments: &str) -> Value {
+    let output = coppice(folder, &format!("{arguments} --json"));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{arguments}: {said}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// A disk of 64 MiB with blocks of 1 MiB, the first three of which hold data, without its last 1.5 MiB.
+fn cut(folder: &Path, name: &str) {
+    json(folder, &format!("create --size 64M --block-size 1M {name}"));
+    qemu_io(folder, "vhdx", name, "write -P 1 0 3M");
+    // Closes the file, which qemu leaves longer than it has to be.
+    json(folder, &format!("compact {name}"));
+    let file = std::fs::File::options().write(true).open(folder.join(name));
+    let file = file.unwrap();
+    let len = file.metadata().unwrap().len();
+    file.set_len(len - (3 << 19)).unwrap();
+}
+
+#[test]
+fn what_a_repair_gives_up_is_named_and_kept() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    cut(folder, "a.vhdx");
+    let lost = serde_json::json!([{"offset": 1 << 20, "length": 2 << 20}]);
+    let said = coppice(folder, "repair a.vhdx");
+    assert_eq!(said.status.code(), Some(3));
+    let said = String::from_utf8(said.stdout).unwrap();
+    assert!(
+        said.contains("lost: 2 MiB of the disk at 0x100000")
+            && said.contains("--undo a.vhdx.bat-backup a.vhdx"),
+        "{said}"
+    );
+    json(folder, "check a.vhdx");
+    let undone = json(folder, "repair --undo a.vhdx.bat-backup a.vhdx");
+    assert_eq!((&undone["entries"], &undone["lost"]), (&2.into(), &lost));
+    let (code, said) = refusal(folder, "repair --undo a.vhdx.bat-backup a.vhdx");
+    assert!(
+        code == 1 && said.contains("is not as the repair left it"),
+        "{said}"
+    );
+    // The first backup stays; a name that was given is not taken from another; and without any there is none.
+    let repaired = with_loss(folder, "repair --backup a.vhdx");
+    assert_eq!(repaired["backup"], "a.vhdx.bat-backup.2");
+    cut(folder, "b.vhdx");
+    let (_, said) = refusal(folder, "repair --backup=a.vhdx.bat-backup b.vhdx");
+    assert!(said.contains("write the backup"), "{said}");
+    let files = std::fs::read_dir(folder).unwrap().count();
+    let repaired = with_loss(folder, "repair --no-backup b.vhdx");
+    assert_eq!(
+        (&repaired["backup"], &repaired["lost"]),
+        (&Value::Null, &lost)
+    );
+    assert_eq!(std::fs::read_dir(folder).unwrap().count(), files);
+    assert_eq!(json(folder, "repair b.vhdx")["lost_bytes"], 0);
+}
+
+#[test]
+fn a_salvage_copies_what_is_there() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    cut(folder, "a.vhdx");
+    refusal(folder, "convert a.vhdx b.raw");
+    let done = with_loss(folder, "convert --salvage a.vhdx b.raw");
+    let lost = serde_json::json!([{"offset": 1 << 20, "length": 2 << 20}]);
+    assert_eq!(
+        (&done["lost"], &done["lost_bytes"]),
+        (&lost, &(2 << 20).into())
+    );
+    let copy = std::fs::read(folder.join("b.raw")).unwrap();
+    assert!(copy.len() == 64 << 20 && copy[..1 << 20].iter().all(|byte| *byte == 1));
+    assert!(copy[1 << 20..].iter().all(|byte| *byte == 0));
+    let done = json(folder, "convert --salvage b.raw c.vhdx");
+    assert_eq!(done["lost_bytes"], 0);
+}
+
+#[test]
+fn a_container_is_no_disk_unless_it_is_said_to_be() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    for (format, name, reader) in [
+        ("vdi", "VDI", "qemu-img convert"),
+        ("qed", "QED", "qemu-img convert"),
+    ] {
+        let file = format!("disk.{format}");
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", format, &file, "8M"])
+            .current_dir(folder)
+            .status();
+        assert!(made.unwrap().success());
+        for arguments in [
+            "convert FILE out.vhdx",
+            "info FILE",
+            "check FILE",
+            "map FILE",
+            "repair FILE",
+        ] {
+            let (code, said) = refusal(folder, &arguments.replace("FILE", &file));
+            assert!(
+                code == 1 && said.contains(name) && said.contains(reader),
+                "{said}"
+            );
+        }
+        json(folder, &format!("convert --from raw {file} {format}.vhdx"));
+    }
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "disk", "8M"])
+        .current_dir(folder)
+        .status();
+    assert!(made.unwrap().success());
+    let (_, said) = refusal(folder, "info disk");
+    assert!(
+        said.contains("qcow2") && said.contains("coppice disk convert"),
+        "{said}"
+    );
+    json(folder, "convert disk disk.vhdx");
+}
+
+#[test]
+fn a_new_file_is_what_its_name_says() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    json(folder, "create --size 8M a.vhdx");
+    let format = |file: &str| json(folder, &format!("info {file}"))["layers"][0]["format"].clone();
+    json(folder, "convert a.vhdx b.raw");
+    json(folder, "convert b.raw c");
+    json(folder, "convert --to raw a.vhdx d");
+    assert_eq!(
+        std::fs::metadata(folder.join("b.raw")).unwrap().len(),
+        8 << 20
+    );
+    assert_eq!(["b.raw", "c", "d"].map(format), ["raw", "vhdx", "raw"]);
+    let before = std::fs::read_dir(folder).unwrap().count();
+    for arguments in [
+        "convert --to vhdx a.vhdx e.raw",
+        "convert --to raw a.vhdx e.vhdx",
+        "convert a.vhdx e.qcow2",
+        "create --size 8M e.img",
+        "create --parent a.vhdx e.raw",
+        "snapshot a.vhdx e.raw",
+    ] {
+        let (code, said) = refusal(folder, arguments);
+        assert!(
+            code == 1 && said.contains("the name is that of"),
+            "{arguments}: {said}"
+        );
+    }
+    assert_eq!(std::fs::read_dir(folder).unwrap().count(), before);
+}
+
+#[test]
+fn sizes_have_fractions_and_long_suffixes() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    for (size, bytes) in [
+        ("1.5G", 3_u64 << 29),
+        ("10GiB", 10 << 30),
+        ("1048576", 1 << 20),
+    ] {
+        let made = json(folder, &format!("create --size {size} {size}.vhdx"));
+        assert_eq!(made["size"], bytes);
+    }
+    let resized = json(folder, "resize 1.5G.vhdx 2.5GiB");
+    assert_eq!(resized["size"], 5_u64 << 29);
+}
+
+#[test]
+fn what_guests_cannot_share_is_told() {
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = temporary.path();
+    let file = std::fs::File::create(folder.join("small.raw")).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let mke2fs = |options: &[&str]| {
+        let made = Command::new("mke2fs")
+            .args(options)
+            .args(["-q", "-F", "small.raw"])
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .current_dir(folder)
+            .status();
+        assert!(made.expect("mke2fs: run resources/setup.sh").success());
+    };
+    mke2fs(&[]);
+    json(folder, "convert small.raw small.vhdx");
+    json(folder, "create --parent small.vhdx child.vhdx");
+    for file in ["small.raw", "small.vhdx", "child.vhdx"] {
+        for command in ["info", "check"] {
+            let said = json(folder, &format!("{command} {file}"));
+            let reason = said["unshared"][0]["reason"].as_str().unwrap();
+            assert!(
+                reason.contains("ext2 with blocks of 1024 bytes"),
+                "{reason}"
+            );
+            let text = coppice(folder, &format!("{command} {file}")).stdout;
+            assert!(String::from_utf8(text).unwrap().contains(reason));
+        }
+    }
+    mke2fs(&["-b", "4096"]);
+    assert_eq!(
+        json(folder, "info small.raw")["unshared"],
+        Value::Array(Vec::new())
+    );
 }
 
 #[test]

@@ -18,7 +18,8 @@ use storage::{OpenOptions, blocking};
 /// What the guest's disk holds.
 static WRITTEN: [u8; 3 << 20] = [7; 3 << 20];
 
-/// Has the guest `a` run with a disk that is a child, which alone has what was written. Gives the number of its process.
+/// Has the guest `a` run with a disk that is a child, which alone has what was written. Gives the number of its
+/// process.
 fn with_child(daemon: &Daemon) -> (u32, PathBuf) {
     source(daemon, 16);
     let child = daemon.vm_folder("a").canonicalize().unwrap();

@@ -18,8 +18,8 @@ use serve::traces::{
     source, template,
 };
 
-/// Checks that a template is whole, or does not exist and can be made; that clones of it run; and that its guest boots again without a write to the template's
-/// disks. Deletes both.
+/// Checks that a template is whole, or does not exist and can be made; that clones of it run; and that its guest boots
+/// again without a write to the template's disks. Deletes both.
 fn the_template_can_be_used(daemon: &Daemon) {
     let is_there = ids(&daemon.get("/templates")) == ["t"];
     let folder = daemon.folder().join("state/templates");

@@ -1,4 +1,5 @@
-//! `coppice serve` by default, with guests in jails: all tests of the daemon, and tests of what jailed guests see of each other.
+//! `coppice serve` by default, with guests in jails: all tests of the daemon, and tests of what jailed guests see of
+//! each other.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 #![allow(

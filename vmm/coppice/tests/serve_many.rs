@@ -68,7 +68,8 @@ fn sixty_four_clients_make_and_delete_at_once_and_nothing_is_left() {
             });
         }
     });
-    // Four clients make and delete a guest of one name, so that one may have made it again after another has deleted it.
+    // Four clients make and delete a guest of one name, so that one may have made it again after another has deleted
+    // it.
     for vm in daemon.get("/vms")["vms"].as_array().unwrap() {
         let id = vm["id"].as_str().unwrap();
         assert_eq!(daemon.call("DELETE", &format!("/vms/{id}"), None).0, 204);

@@ -1,4 +1,5 @@
-//! `coppice serve`: guests that wait to be configured over their own API, and how far that configuration is kept for their next start.
+//! `coppice serve`: guests that wait to be configured over their own API, and how far that configuration is kept for
+//! their next start.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 

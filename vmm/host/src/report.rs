@@ -1,14 +1,15 @@
 //! The one reporter of errors: an error and its sources in one line.
 //!
-//! `Display` of an error says what was being done, and never repeats its source; so whoever shows an error to a person (`main`, the log, the body of a
-//! refused request) shows it by [`chain`].
+//! `Display` of an error says what was being done, and never repeats its source; so whoever shows an error to a person
+//! (`main`, the log, the body of a refused request) shows it by [`chain`].
 
 use std::error::Error;
 use std::fmt::{self, Display, Formatter};
 
 /// An error and all its sources, the outermost first, with `: ` between them.
 ///
-/// Errors of other crates may repeat their source, so a source whose words the text ends with already is not shown twice.
+/// Errors of other crates may repeat their source, so a source whose words the text ends with already is not shown
+/// twice.
 pub fn chain(error: &dyn Error) -> impl Display {
     Chain(error)
 }

@@ -56,7 +56,7 @@ unsafe impl IoBuffer for RequestInFlight {
         &self.iovecs
     }
 
-    fn is_filled(&mut self, part: Range<u64>, from: Source<'_>) -> bool {
+    fn try_fill(&mut self, part: Range<u64>, from: Source<'_>) -> bool {
         let Some(sharing) = &self.sharing else {
             return false;
         };

@@ -48,7 +48,7 @@ impl DriveSharing {
                 disk,
                 file,
                 file_offset,
-            } if disk.is_settled(file) => self.share(segments, file, file_offset, copied),
+            } if disk.is_immutable(file) => self.share(segments, file, file_offset, copied),
             Source::File { .. } => {
                 let pages = segments
                     .iter()

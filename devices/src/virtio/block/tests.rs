@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use event_manager::{EventManager, MutEventSubscriber};
-use storage::{ByteRange, DiskError, Extent, ExtentKind, Geometry, SectorSize, Ticket};
+use storage::{ByteRange, DiskError, Extent, ExtentKind, Geometry, RequestId, SectorSize};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -81,15 +81,23 @@ impl Disk for FileDisk {
     fn geometry(&self) -> Geometry {
         self.geometry
     }
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_read(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.extent(range, out)?;
-        Ok(Ticket::new(0))
+        Ok(RequestId::new(0))
     }
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.extent(range, out)?;
-        Ok(Ticket::new(0))
+        Ok(RequestId::new(0))
     }
-    fn finish(&self, _: Ticket, _: bool) {}
+    fn finish(&self, _: RequestId, _: bool) {}
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         None
     }

@@ -1,8 +1,9 @@
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
 
 use super::*;
 use crate::io::OwnedBuffer;
@@ -55,7 +56,7 @@ impl Scattered {
             });
         }
         let mut offset = range.offset();
-        let mut mapped = self.mapped.lock().unwrap();
+        let mut mapped = self.mapped.lock();
         while offset < range.end() {
             let block = offset / BLOCK;
             let len = ((block + 1) * BLOCK).min(range.end()) - offset;
@@ -82,17 +83,25 @@ impl Disk for Scattered {
     fn geometry(&self) -> Geometry {
         self.geometry
     }
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_read(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.extents(range, false, out)?;
-        Ok(Ticket::new(7))
+        Ok(RequestId::new(7))
     }
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.extents(range, true, out)?;
-        Ok(Ticket::new(7))
+        Ok(RequestId::new(7))
     }
-    fn finish(&self, ticket: Ticket, ok: bool) {
-        assert_eq!(ticket.number(), 7);
-        self.finished.lock().unwrap().push(ok);
+    fn finish(&self, id: RequestId, ok: bool) {
+        assert_eq!(id.number(), 7);
+        self.finished.lock().push(ok);
     }
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         (!self.dirty).then(|| self.file.clone())
@@ -102,10 +111,7 @@ impl Disk for Scattered {
         Ok(())
     }
     fn discard(&self, range: ByteRange) -> Result<(), DiskError> {
-        self.mapped
-            .lock()
-            .unwrap()
-            .remove(&(range.offset() / BLOCK));
+        self.mapped.lock().remove(&(range.offset() / BLOCK));
         Ok(())
     }
     fn write_zeroes(&self, _: ByteRange, _: bool) -> Result<(), DiskError> {
@@ -153,7 +159,7 @@ fn what_is_written_over_extents_is_read_again_and_the_rest_is_zero() {
         )
         .1
         .unwrap();
-        assert_eq!(*disk.finished.lock().unwrap(), [true]);
+        assert_eq!(*disk.finished.lock(), [true]);
         let (read, result) = run(
             &mut queue,
             Request::Read(range(0, 5 * BLOCK)),

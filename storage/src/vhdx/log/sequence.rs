@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::entry::{Entry, Ring};
-use crate::open::Refusal;
+use crate::refusal::Refusal;
 use crate::vhdx::format::{
     DESCRIPTOR_SIGNATURE, Guid, HEADER_OFFSETS, LOG_SECTOR, MAX_FILE, RawDescriptor,
 };

@@ -26,16 +26,17 @@ pub(in crate::vhdx) struct LogWriter {
     in_place: u64,
     /// Bytes of entries, after those, whose changes are not in place.
     pending: u64,
-    /// Bytes from the tail of the last entry to its end. They stay until the next entry is durable, since a cut that tears
-    /// the next one falls back to the last, and that one is valid only with all entries from its tail on.
+    /// Bytes from the tail of the last entry to its end. They stay until the next entry is durable, since a cut that
+    /// tears the next one falls back to the last, and that one is valid only with all entries from its tail on.
     last_run: u64,
     /// What the file is never shorter than while the log is open.
     file_length: u64,
 }
 
 impl LogWriter {
-    /// A new log, of a new identifier, for a file that is `file_length` bytes long and stays at least that, with one entry that changes nothing: a log that a header names has to hold a valid
-    /// sequence from the start. The caller makes it durable before a header names it.
+    /// A new log, of a new identifier, for a file that is `file_length` bytes long and stays at least that, with one
+    /// entry that changes nothing: a log that a header names has to hold a valid sequence from the start. The caller
+    /// makes it durable before a header names it.
     pub(in crate::vhdx) fn start(
         medium: &dyn Medium,
         log: Region,
@@ -188,7 +189,8 @@ mod tests {
             writer.append(&medium, &sectors, LENGTH).unwrap();
             writer.applied();
         }
-        // One sector of the start, twice 127, and the ring has 256: room for the empty entry alone, however much is durable.
+        // One sector of the start, twice 127, and the ring has 256: room for the empty entry alone, however much is
+        // durable.
         writer.synced();
         assert!(writer.has_room(0) && !writer.has_room(1));
         writer.append(&medium, &[], LENGTH).unwrap();

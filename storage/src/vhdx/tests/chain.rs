@@ -63,8 +63,8 @@ fn a_chain_of_layers_with_blocks_of_every_size_reads_as_one_disk() {
         // In one piece too.
         let mut extents = Vec::new();
         let all = ByteRange::new(0, 64 * MIB).unwrap();
-        let ticket = disk.resolve_read(all, &mut extents).unwrap();
-        disk.finish(ticket, true);
+        let id = disk.resolve_read(all, &mut extents).unwrap();
+        disk.finish(id, true);
         let mut at = 0;
         for extent in &extents {
             assert_eq!(extent.offset, at, "in order and without gaps");

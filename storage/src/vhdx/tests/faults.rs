@@ -8,7 +8,6 @@ use super::{SECTOR, created, opened, value, write};
 use crate::disk::{ByteRange, Disk, DiskError, ExtentKind};
 use crate::lock::OpenMode;
 use crate::vhdx::CreateOptions;
-use crate::vhdx::disk::lock;
 use crate::vhdx::format::MIB;
 
 const BLOCK: u64 = MIB / SECTOR;
@@ -308,7 +307,7 @@ fn pages_are_committed_on_the_way_where_nobody_flushes() {
     let disk = opened(&memory, OpenMode::ReadWrite);
     for page in 0..299 {
         write(&disk, &memory, page * 512 * BLOCK, 1, page as u32 + 1).unwrap();
-        assert!(lock(&disk.state).pages.dirty() <= 65);
+        assert!(disk.state.lock().pages.dirty() <= 65);
     }
     disk.flush().unwrap();
     let cut = Memory::new(memory.contents());
@@ -328,15 +327,15 @@ fn more_pages_than_the_log_holds_are_committed_in_turns() {
     let disk = opened(&memory, OpenMode::ReadWrite);
     let range = ByteRange::new(MIB, 299 * 512 * MIB).unwrap();
     let mut out = Vec::new();
-    let ticket = disk.resolve_write(range, &mut out).unwrap();
-    disk.finish(ticket, true);
+    let id = disk.resolve_write(range, &mut out).unwrap();
+    disk.finish(id, true);
     assert_eq!(out.len(), 1, "blocks taken together lie together");
     disk.flush().unwrap();
     let cut = Memory::new(memory.contents());
     let reopened = opened(&cut, OpenMode::ReadOnly);
     let mut found = Vec::new();
-    let ticket = reopened.resolve_read(range, &mut found).unwrap();
-    reopened.finish(ticket, true);
+    let id = reopened.resolve_read(range, &mut found).unwrap();
+    reopened.finish(id, true);
     assert!(matches!((&out[0].kind, &found[0].kind),
         (ExtentKind::Data { file_offset: a, .. }, ExtentKind::Data { file_offset: b, .. }) if a == b));
     assert_eq!(found[0].len, range.len());

@@ -22,7 +22,7 @@ pub(super) fn open(path: &Path, read_only: bool) -> Vhdx {
 pub(super) fn put(disk: &Vhdx, sector: u64, count: u64, value: u32) {
     let mut extents = Vec::new();
     let range = ByteRange::new(sector * SECTOR, count * SECTOR).unwrap();
-    let ticket = disk.resolve_write(range, &mut extents).unwrap();
+    let id = disk.resolve_write(range, &mut extents).unwrap();
     for extent in extents {
         let ExtentKind::Data { file, file_offset } = extent.kind else {
             panic!("a resolved write has space")
@@ -30,15 +30,15 @@ pub(super) fn put(disk: &Vhdx, sector: u64, count: u64, value: u32) {
         file.write_all_at(&filled(value, extent.len), file_offset)
             .unwrap();
     }
-    disk.finish(ticket, true);
+    disk.finish(id, true);
 }
 
 /// The value that fills a sector, wherever in the chain it lies.
 pub(super) fn get(disk: &Vhdx, sector: u64) -> u32 {
     let mut extents = Vec::new();
     let range = ByteRange::new(sector * SECTOR, SECTOR).unwrap();
-    let ticket = disk.resolve_read(range, &mut extents).unwrap();
-    disk.finish(ticket, true);
+    let id = disk.resolve_read(range, &mut extents).unwrap();
+    disk.finish(id, true);
     let mut bytes = vec![0; SECTOR as usize];
     for extent in extents {
         if let ExtentKind::Data { file, file_offset } = extent.kind {

@@ -1,4 +1,5 @@
-//! Fields that somebody chose, with checksums that are right: opening ends, without panic and without write where it refuses.
+//! Fields that somebody chose, with checksums that are right: opening ends, without panic and without write where it
+//! refuses.
 
 use proptest::prelude::*;
 

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+
+use parking_lot::Mutex;
 
 use super::SECTOR;
 use crate::medium::Medium;
@@ -155,17 +157,17 @@ impl Memory {
     }
 
     pub(super) fn contents(&self) -> Contents {
-        self.inner.lock().unwrap().contents.clone()
+        self.inner.lock().contents.clone()
     }
 
     pub(super) fn ops(&self) -> Vec<Op> {
-        let inner = self.inner.lock().unwrap();
+        let inner = self.inner.lock();
         inner.ops.iter().map(|(_, op)| op.clone()).collect()
     }
 
     /// What was done to this file, each with its number among all that was done.
     pub(super) fn timed_ops(&self) -> Vec<(usize, Op)> {
-        self.inner.lock().unwrap().ops.clone()
+        self.inner.lock().ops.clone()
     }
 
     pub(super) fn count(&self) -> usize {
@@ -174,18 +176,18 @@ impl Memory {
 
     /// From now on `fault` decides what fails; it sees numbers from 0.
     pub(super) fn fail(&self, fault: impl Fn(usize, &Op) -> Option<io::Error> + Send + 'static) {
-        let mut inner = self.inner.lock().unwrap();
+        let mut inner = self.inner.lock();
         inner.tried = 0;
         inner.fault = Some(Box::new(fault));
     }
 
     /// From now on reads fail, or do not.
     pub(super) fn fail_reads(&self, fail: bool) {
-        self.inner.lock().unwrap().unreadable = fail;
+        self.inner.lock().unreadable = fail;
     }
 
     fn perform(&self, op: Op) -> io::Result<()> {
-        let mut inner = self.inner.lock().unwrap();
+        let mut inner = self.inner.lock();
         let number = inner.tried;
         inner.tried += 1;
         if let Some(error) = inner.fault.as_ref().and_then(|fault| fault(number, &op)) {
@@ -234,7 +236,7 @@ impl Medium for Arc<Memory> {
 
 impl Medium for Memory {
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let inner = self.inner.lock().unwrap();
+        let inner = self.inner.lock();
         if inner.unreadable {
             return Err(io::Error::from_raw_os_error(libc::EIO));
         }
@@ -249,7 +251,7 @@ impl Medium for Memory {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.inner.lock().unwrap().contents.len)
+        Ok(self.inner.lock().contents.len)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -270,7 +272,7 @@ impl Medium for Memory {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
-        let inner = self.inner.lock().unwrap();
+        let inner = self.inner.lock();
         let next = inner.contents.sectors.range(offset / SECTOR..).next();
         Ok(next.map(|(sector, _)| (sector * SECTOR).max(offset)))
     }

@@ -46,7 +46,7 @@ fn family(options: &CreateOptions, sectors: &[(u64, u64, u32)]) -> (Contents, Co
     for (sector, count, value) in sectors {
         let mut extents = Vec::new();
         let range = ByteRange::new(sector * SECTOR, count * SECTOR).unwrap();
-        let ticket = disk.resolve_write(range, &mut extents).unwrap();
+        let id = disk.resolve_write(range, &mut extents).unwrap();
         for extent in &extents {
             if let ExtentKind::Data { file, file_offset } = &extent.kind {
                 std::os::unix::fs::FileExt::write_all_at(
@@ -57,7 +57,7 @@ fn family(options: &CreateOptions, sectors: &[(u64, u64, u32)]) -> (Contents, Co
                 .unwrap();
             }
         }
-        disk.finish(ticket, true);
+        disk.finish(id, true);
     }
     drop(disk);
     Vhdx::create_child(&child, &base, &ChildOptions::default()).unwrap();
@@ -99,8 +99,8 @@ impl Family {
     fn value(&self, sector: u64) -> u32 {
         let mut extents = Vec::new();
         let range = ByteRange::new(sector * SECTOR, SECTOR).unwrap();
-        let ticket = self.disk.resolve_read(range, &mut extents).unwrap();
-        self.disk.finish(ticket, true);
+        let id = self.disk.resolve_read(range, &mut extents).unwrap();
+        self.disk.finish(id, true);
         let mut bytes = vec![0; SECTOR as usize];
         for extent in &extents {
             if let ExtentKind::Data { file, file_offset } = &extent.kind {
@@ -129,7 +129,7 @@ fn write(
     value: u32,
 ) -> Result<(), DiskError> {
     let mut extents = Vec::new();
-    let ticket = disk.resolve_write(
+    let id = disk.resolve_write(
         ByteRange::new(sector * SECTOR, count * SECTOR).unwrap(),
         &mut extents,
     )?;
@@ -139,7 +139,7 @@ fn write(
         }
         ExtentKind::Zero | ExtentKind::Unmapped => panic!("a resolved write has space"),
     });
-    disk.finish(ticket, transferred.is_ok());
+    disk.finish(id, transferred.is_ok());
     transferred.map_err(|source| DiskError::Io {
         operation: "write payload".into(),
         source,
@@ -153,11 +153,11 @@ fn filled(value: u32, len: u64) -> Vec<u8> {
 /// The value that fills a sector.
 fn value(disk: &Vhdx, memory: &Memory, sector: u64) -> Result<u32, DiskError> {
     let mut extents = Vec::new();
-    let ticket = disk.resolve_read(
+    let id = disk.resolve_read(
         ByteRange::new(sector * SECTOR, SECTOR).unwrap(),
         &mut extents,
     )?;
-    disk.finish(ticket, true);
+    disk.finish(id, true);
     let [extent] = &extents[..] else {
         panic!("a sector lies in one extent")
     };

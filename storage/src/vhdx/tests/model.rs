@@ -90,8 +90,8 @@ proptest! {
         let mut memory = Memory::new(created(&options));
         let mut disk = opened(&memory, OpenMode::ReadWrite);
         let mut model: BTreeMap<u64, u32> = BTreeMap::new();
-        // What a sector may hold after a kill: what was flushed, and all it was since. A kill keeps all writes that reached the
-        // file, but not what was said of blocks, so a trimmed block may come back as it was last written.
+        // What a sector may hold after a kill: what was flushed, and all it was since. A kill keeps all writes that
+        // reached the file, but not what was said of blocks, so a trimmed block may come back as it was last written.
         let mut flushed: BTreeMap<u64, Vec<u32>> = BTreeMap::new();
         for (request, stamp) in requests.into_iter().zip(1..) {
             if let Request::Write { sector, count } | Request::Zero { sector, count, .. } | Request::Discard { sector, count } = &request {

@@ -1,6 +1,7 @@
 //! Power cuts. Random work on a disk is recorded, and cut at every operation on its files; what was done since a file's
-//! last sync is kept, dropped, torn into sectors of 512 bytes and reordered. After each cut the disk opens, everything that was
-//! flushed is there, and everything else is as it was or as it was to be: no sector ever holds anything of another.
+//! last sync is kept, dropped, torn into sectors of 512 bytes and reordered. After each cut the disk opens, everything
+//! that was flushed is there, and everything else is as it was or as it was to be: no sector ever holds anything of
+//! another.
 //!
 //! `POWER_CUTS` and `POWER_SEED` in the environment ask for more, and for others, than a normal run has.
 
@@ -9,7 +10,7 @@ use std::sync::Arc;
 
 use super::memory::{Clock, Contents, Memory, Op};
 use super::{SECTOR, created, family};
-use crate::disk::{ByteRange, Disk, ExtentKind, SectorSize, Ticket};
+use crate::disk::{ByteRange, Disk, ExtentKind, RequestId, SectorSize};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
 use crate::progress::Unwatched;
@@ -123,7 +124,7 @@ impl Subject {
     fn read(&self, sector: u64) -> [u32; (SECTOR / TORN) as usize] {
         let mut extents = Vec::new();
         let range = ByteRange::new(sector * SECTOR, SECTOR).unwrap();
-        let ticket = self.disk.resolve_read(range, &mut extents).unwrap();
+        let id = self.disk.resolve_read(range, &mut extents).unwrap();
         let mut bytes = vec![0; SECTOR as usize];
         for extent in &extents {
             if let ExtentKind::Data { file, file_offset } = &extent.kind {
@@ -137,7 +138,7 @@ impl Subject {
                 memory.read_exact_at(part, *file_offset).unwrap();
             }
         }
-        self.disk.finish(ticket, true);
+        self.disk.finish(id, true);
         let mut values = [0; (SECTOR / TORN) as usize];
         for (value, piece) in values.iter_mut().zip(bytes.chunks(TORN as usize)) {
             *value = u32::from_le_bytes(piece[..4].try_into().unwrap());
@@ -160,7 +161,7 @@ impl Subject {
 
 /// A write that has been resolved and not finished.
 struct InFlight {
-    ticket: Ticket,
+    id: RequestId,
     extents: Vec<(u64, u64, u64)>,
     first: u64,
     count: u64,
@@ -199,7 +200,7 @@ impl Work {
         let begin = self.now();
         let mut extents = Vec::new();
         let range = ByteRange::new(first * SECTOR, count * SECTOR).unwrap();
-        let ticket = self
+        let id = self
             .subject
             .disk
             .resolve_write(range, &mut extents)
@@ -212,7 +213,7 @@ impl Work {
             })
             .collect();
         self.in_flight.push(InFlight {
-            ticket,
+            id,
             extents,
             first,
             count,
@@ -237,7 +238,7 @@ impl Work {
                 .write_all_at(&bytes, *file_offset)
                 .unwrap();
         }
-        self.subject.disk.finish(write.ticket, true);
+        self.subject.disk.finish(write.id, true);
         let end = self.now();
         // A trim may have come in between; then the write may be lost with what it was written to.
         for sector in write.first..write.first + write.count {
@@ -463,7 +464,8 @@ fn record(seed: u64) -> Recorded {
     }
 }
 
-/// What a power cut leaves of operations that no sync has followed: some of them, and of those some sectors, in another order.
+/// What a power cut leaves of operations that no sync has followed: some of them, and of those some sectors, in another
+/// order.
 fn torn(ops: &[Op], random: &mut Random) -> Vec<Op> {
     // Most cuts keep most or little; the interesting ones lie at both ends.
     let keep = [50, 50, 90, 10][random.below(4) as usize];

@@ -211,13 +211,13 @@ fn who_has_requests_in_flight_and_begins_another_is_given_way() {
                 let mut out = Vec::new();
                 let range = ByteRange::new(block * MIB, SECTOR).unwrap();
                 let next = disk.resolve_write(range, &mut out).unwrap();
-                if let Some(ticket) = before.replace(next) {
-                    disk.finish(ticket, true);
+                if let Some(id) = before.replace(next) {
+                    disk.finish(id, true);
                 }
             }
         }
-        if let Some(ticket) = before {
-            disk.finish(ticket, true);
+        if let Some(id) = before {
+            disk.finish(id, true);
         }
         compaction.join().unwrap();
     });
@@ -392,8 +392,8 @@ fn a_fixed_disk_grows_with_its_space() {
     open(&path, true);
 }
 
-/// A parent with blocks of 2 MiB, and a child with blocks of 1 MiB that says something else here and there; gives what the
-/// child reads.
+/// A parent with blocks of 2 MiB, and a child with blocks of 1 MiB that says something else here and there; gives what
+/// the child reads.
 fn family(folder: &Path) -> Vec<u32> {
     let (base, child) = (folder.join("base"), folder.join("child"));
     let options = CreateOptions {

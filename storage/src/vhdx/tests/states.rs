@@ -6,7 +6,6 @@ use crate::disk::{ByteRange, Disk};
 use crate::lock::OpenMode;
 use crate::medium::Medium;
 use crate::vhdx::bat::{BlockState, Entry};
-use crate::vhdx::disk::lock;
 use crate::vhdx::format::MIB;
 use crate::vhdx::{CreateOptions, Vhdx};
 
@@ -21,8 +20,8 @@ const OLD: u32 = 7;
 const OWN: u32 = 8;
 /// What the request writes.
 const NEW: u32 = 9;
-/// The sectors of the block that are looked at: those that are written before the request in part, those that are written by it
-/// in part, and one that neither touches.
+/// The sectors of the block that are looked at: those that are written before the request in part, those that are
+/// written by it in part, and one that neither touches.
 const BEFORE: u64 = HERE * BLOCK + 10;
 const TOUCHED: u64 = HERE * BLOCK + 20;
 const ELSEWHERE: u64 = HERE * BLOCK + 200;
@@ -65,8 +64,8 @@ impl Subject {
         }
     }
 
-    /// The subject with the block in a state. Present blocks hold `OWN`: all of them, or where they are partially present the
-    /// sectors around `BEFORE`.
+    /// The subject with the block in a state. Present blocks hold `OWN`: all of them, or where they are partially
+    /// present the sectors around `BEFORE`.
     fn in_state(with_parent: bool, state: BlockState) -> Self {
         let subject = if with_parent {
             let (parent, child) = family(&options(), &[(HERE * BLOCK, BLOCK, OLD)]);
@@ -83,7 +82,7 @@ impl Subject {
                 open.write(HERE * BLOCK, BLOCK, OWN);
                 disk.flush().unwrap();
                 disk.write_zeroes(block(), true).unwrap();
-                lock(&disk.state).set_block(HERE, Entry::absent(Undefined));
+                disk.state.lock().set_block(HERE, Entry::absent(Undefined));
             }
             Zero => open.disk().write_zeroes(block(), true).unwrap(),
             Unmapped => {
@@ -181,7 +180,8 @@ const REQUESTS: [Request; 8] = [
     }),
 ];
 
-/// A cell: the state that the block has afterwards, and what the sectors around `BEFORE`, `TOUCHED` and `ELSEWHERE` hold.
+/// A cell: the state that the block has afterwards, and what the sectors around `BEFORE`, `TOUCHED` and `ELSEWHERE`
+/// hold.
 type Cell = (BlockState, [u32; 3]);
 
 /// The cells of a state, in the order of `REQUESTS`.

@@ -188,7 +188,8 @@ impl Daemon {
         )
     }
 
-    /// Processes of this daemon's guests, also those that an earlier daemon has started; without those that wait to make an image for a guest.
+    /// Processes of this daemon's guests, also those that an earlier daemon has started; without those that wait to
+    /// make an image for a guest.
     pub fn processes(&self) -> Vec<u32> {
         let mut processes = self.all_processes();
         processes.retain(|pid| {

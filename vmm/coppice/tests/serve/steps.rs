@@ -1,5 +1,5 @@
-//! Kills a process at its N-th step: the N-th system call that others can see the effect of, before it is done. So a test can go through all moments at
-//! which a process can be killed, whatever the machine is busy with.
+//! Kills a process at its N-th step: the N-th system call that others can see the effect of, before it is done. So a
+//! test can go through all moments at which a process can be killed, whatever the machine is busy with.
 
 use std::fs;
 use std::io;
@@ -44,12 +44,13 @@ impl Killer {
         }
     }
 
-    /// The step at which the process was killed, if it came to that. `wake` has the traced process do anything, so that the tracer
-    /// sees that it is to end.
+    /// The step at which the process was killed, if it came to that. `wake` has the traced process do anything, so that
+    /// the tracer sees that it is to end.
     pub fn end(self, wake: impl FnOnce()) -> Option<&'static str> {
         self.over.store(true, Ordering::SeqCst);
         wake();
-        // A traced process that only waits is interrupted by a signal that it ignores. It may have ended, so that this fails.
+        // A traced process that only waits is interrupted by a signal that it ignores. It may have ended, so that this
+        // fails.
         let _ = kill_process(
             Pid::from_raw(self.process.cast_signed()).unwrap(),
             Signal::CONT,
@@ -86,7 +87,8 @@ struct Tracer {
 }
 
 fn ptrace(request: libc::c_uint, thread: i32, address: usize, data: usize) -> io::Result<()> {
-    // SAFETY: none of the requests used here has the kernel write to this process, but for `call`, which passes the address and size of a `Call`.
+    // SAFETY: none of the requests used here has the kernel write to this process, but for `call`, which passes the
+    // address and size of a `Call`.
     let done = unsafe {
         libc::ptrace(
             request,
@@ -214,7 +216,8 @@ fn name(call: &Call) -> Option<&'static str> {
         libc::SYS_connect => "connect",
         libc::SYS_bind => "bind",
         libc::SYS_flock => "lock",
-        // Threads are made when there are too few of them, which is another number each time; so clone3, whose flags are not seen here, is left out.
+        // Threads are made when there are too few of them, which is another number each time; so clone3, whose flags
+        // are not seen here, is left out.
         libc::SYS_clone if call.args[0] as i32 & libc::CLONE_THREAD != 0 => return None,
         libc::SYS_clone | libc::SYS_vfork | libc::SYS_fork => "clone",
         libc::SYS_execve => "execute",

@@ -1,11 +1,12 @@
 //! Admission: whether the host has room for one more guest.
 //!
-//! The rule: every guest counts the memory that it holds now, each shared page divided by the number of its sharers, and 1/R of the RAM that it has not
-//! touched yet. A new guest has touched nothing. The sum has to be at most the host's memory. With R = 1
-//! every guest is promised all its RAM; with more, the host bets that guests do not all touch the rest of theirs at the same time.
+//! The rule: every guest counts the memory that it holds now, each shared page divided by the number of its sharers,
+//! and 1/R of the RAM that it has not touched yet. A new guest has touched nothing. The sum has to be at most the
+//! host's memory. With R = 1 every guest is promised all its RAM; with more, the host bets that guests do not all touch
+//! the rest of theirs at the same time.
 //!
-//! A guest that shares holds little, and much of its RAM is touched already (what it shares counts as touched), so that there is room
-//! for more of them: that is how sharing counts.
+//! A guest that shares holds little, and much of its RAM is touched already (what it shares counts as touched), so that
+//! there is room for more of them: that is how sharing counts.
 
 use std::io;
 

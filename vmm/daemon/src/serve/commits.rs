@@ -1,11 +1,12 @@
-//! Commits: guests' disks that are merged into their parents. That takes long, and the record of the guest says which disk the guest has all the while.
+//! Commits: guests' disks that are merged into their parents. That takes long, and the record of the guest says which
+//! disk the guest has all the while.
 //!
 //! ```text
-//! disk and parent recorded ──> the guest's process merges ──> over: the disk that the guest has then is recorded, and the commit removed from the record
+//! disk and parent recorded ──> the guest's process merges ──> over: the guest's new disk recorded, commit off the record
 //! ```
 //!
-//! While the process runs, it is asked which disk that is. After its end the files tell, see [`DriveTask::Commit`]: a disk that was merged must never be
-//! written to again, as it lacks what the guest has written since.
+//! While the process runs, it is asked which disk that is. After its end the files tell, see [`DriveTask::Commit`]: a
+//! disk that was merged must never be written to again, as it lacks what the guest has written since.
 //!
 //! [`DriveTask::Commit`]: machine::DriveTask::Commit
 
@@ -51,7 +52,8 @@ enum Progress {
     Over(Option<PathBuf>),
 }
 
-/// The disk of a drive after a commit whose process has ended, as the files tell it. A half-made child is removed, if `may_remove`.
+/// The disk of a drive after a commit whose process has ended, as the files tell it. A half-made child is removed, if
+/// `may_remove`.
 fn disk_after(commit: &PendingCommit, may_remove: bool) -> io::Result<Option<PathBuf>> {
     let child = commit_child(&commit.top);
     if is_whole(&child) {
@@ -73,7 +75,8 @@ fn path_of(config: &VmConfig, drive: &str, folder: &Path) -> Option<PathBuf> {
     Some(folder.join(&drive.path_on_host))
 }
 
-/// The parent of a drive's disk; `None` where the process says that there is none, for which it will refuse the commit, too.
+/// The parent of a drive's disk; `None` where the process says that there is none, for which it will refuse the commit,
+/// too.
 async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
     let path = format!("/drives/{drive}/parent");
     match proxy::get::<DriveParent>(vm, &path).await {
@@ -84,7 +87,8 @@ async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
 }
 
 impl Daemon {
-    /// Records that the disk of a drive is about to be committed; gives the commit of the drive that was on record before.
+    /// Records that the disk of a drive is about to be committed; gives the commit of the drive that was on record
+    /// before.
     ///
     /// # Errors
     /// `OnTemplate`, `Store`, and those of [`configuration`].
@@ -117,7 +121,8 @@ impl Daemon {
         Ok(before)
     }
 
-    /// Follows a commit after its request: `accepted` is `None` where the process did not answer. Where it was refused, the record is as `before` again.
+    /// Follows a commit after its request: `accepted` is `None` where the process did not answer. Where it was refused,
+    /// the record is as `before` again.
     pub async fn follow_commit(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
@@ -156,7 +161,8 @@ impl Daemon {
                 sleep(pause).await;
                 pause = (pause * 2).min(LATE);
                 let _operation = vm.operation.lock().await;
-                // Without this lock, a commit could be on record whose request the process has not received, and look as if it were over.
+                // Without this lock, a commit could be on record whose request the process has not received, and look
+                // as if it were over.
                 let _reconfiguring = vm.reconfiguring.lock().await;
                 // Where the guest was deleted, another guest of that name may have files of the same names.
                 let is_there = daemon.knows(&vm);
@@ -227,7 +233,8 @@ impl Daemon {
             // It is about to be deleted.
             return Ok(Progress::Running);
         }
-        // A guest in a jail may have replaced any folder that it may write to, except its own, by a link: nothing is removed there.
+        // A guest in a jail may have replaced any folder that it may write to, except its own, by a link: nothing is
+        // removed there.
         let is_own = commit.top.parent() == Some(&*vm.folder);
         let may_remove = is_own || vm.now().jail.is_none();
         let (ended, top) = (commit.clone(), commit.top.clone());

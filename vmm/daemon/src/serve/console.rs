@@ -1,7 +1,8 @@
 //! The serial console of a guest over HTTP.
 //!
-//! `GET` streams the output: the last of it, and then what comes. `PUT` gives the guest its body to read. `GET` with `Upgrade: coppice-console`
-//! makes the connection the serial line, in both directions. The bytes are the guest's: they are passed on, and never interpreted.
+//! `GET` streams the output: the last of it, and then what comes. `PUT` gives the guest its body to read. `GET` with
+//! `Upgrade: coppice-console` makes the connection the serial line, in both directions. The bytes are the guest's: they
+//! are passed on, and never interpreted.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,8 +51,8 @@ async fn connect(vm: &Vm) -> Result<UnixStream, Fault> {
     }
 }
 
-/// The serial line of a guest, by its process `pid`. When a guest starts, the process that it was configured in is replaced by another; the line then
-/// continues with that one.
+/// The serial line of a guest, by its process `pid`. When a guest starts, the process that it was configured in is
+/// replaced by another; the line then continues with that one.
 struct Line {
     vm: Arc<Vm>,
     pid: Option<u32>,
@@ -69,7 +70,8 @@ impl Line {
         Ok(Self { vm, pid, stream })
     }
 
-    /// Called when the connection has ended: connects to the process that has taken the place of the former one. `false` where there is none.
+    /// Called when the connection has ended: connects to the process that has taken the place of the former one.
+    /// `false` where there is none.
     async fn reconnect(&mut self) -> bool {
         let is_replaced = self.vm.now().pending.start;
         if !is_replaced && pid(&self.vm) == self.pid {

@@ -1,6 +1,8 @@
-//! The daemon: what it owns, and the registry of its guests. What it does is in the modules above this one, one feature each.
+//! The daemon: what it owns, and the registry of its guests. What it does is in the modules above this one, one feature
+//! each.
 //!
-//! It runs on one thread, so its locks are held for a few lines at a time, and never across a wait. Those of longer operations are asynchronous.
+//! It runs on one thread, so its locks are held for a few lines at a time, and never across a wait. Those of longer
+//! operations are asynchronous.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -128,7 +130,8 @@ impl Daemon {
         vm.ok_or_else(|| Fault::NoVm(id.to_owned()))
     }
 
-    /// What the jail of a new guest takes of the host, beside those of `others`. The registry is locked meanwhile, so that no two guests get the same user.
+    /// What the jail of a new guest takes of the host, beside those of `others`. The registry is locked meanwhile, so
+    /// that no two guests get the same user.
     ///
     /// # Errors
     /// `NoUser`.
@@ -140,8 +143,9 @@ impl Daemon {
         self.jails.assign(id, &taken)
     }
 
-    /// Measures the memory of all processes that were last measured longer than `age` ago. The kernel stops each of them for a moment to walk its memory
-    /// maps, so this is done only when a caller needs the figures, and not more often.
+    /// Measures the memory of all processes that were last measured longer than `age` ago. The kernel stops each of
+    /// them for a moment to walk its memory maps, so this is done only when a caller needs the figures, and not more
+    /// often.
     pub async fn measure(&self, age: Duration) {
         let _measuring = self.measuring.lock().await;
         let mut stale = Vec::new();
@@ -170,8 +174,8 @@ impl Daemon {
     }
 }
 
-/// Measures the process `pid` of a guest. It may have ended meanwhile, and another process may have that number: then the figures are another's for a
-/// moment, until the task that watches the process learns of its end and clears them.
+/// Measures the process `pid` of a guest. It may have ended meanwhile, and another process may have that number: then
+/// the figures are another's for a moment, until the task that watches the process learns of its end and clears them.
 fn measure_process(vm: &Vm, pid: u32) {
     let (Ok(usage), Ok(cpu)) = (procfs::memory(pid), procfs::of_process(pid)) else {
         return;

@@ -16,7 +16,8 @@ const LONGEST_TEXT: usize = 4096;
 pub fn reason(folder: &Path, exit: Exit, killed: Option<&CgroupConfig>) -> EndReport {
     match store::read(&folder.join("end.json")) {
         Ok(Some(EndReport { kind, text, code })) => {
-            // A guest may have taken over the process that wrote it, and it is shown to many, so its length has a limit.
+            // A guest may have taken over the process that wrote it, and it is shown to many, so its length has a
+            // limit.
             let text = text.chars().take(LONGEST_TEXT).collect();
             return EndReport { kind, text, code };
         }

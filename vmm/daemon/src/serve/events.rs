@@ -1,6 +1,7 @@
 //! Events: what has happened is kept for a while, and sent to all listeners.
 //!
-//! The numbers of events grow from one daemon to the next, so that a listener can say what it has seen last (`Last-Event-ID`).
+//! The numbers of events grow from one daemon to the next, so that a listener can say what it has seen last
+//! (`Last-Event-ID`).
 
 use std::collections::VecDeque;
 
@@ -142,11 +143,13 @@ impl Events {
             history.events.pop_front();
         }
         history.events.push_back(event.clone());
-        // Sent under the lock, so that events arrive in their order. It fails where there is no listener, which is fine.
+        // Sent under the lock, so that events arrive in their order. It fails where there is no listener, which is
+        // fine.
         let _ = self.listeners.send(event);
     }
 
-    /// The kept events after number `last`, and a receiver of all later ones. A listener that is too far behind receives `Lagged`.
+    /// The kept events after number `last`, and a receiver of all later ones. A listener that is too far behind
+    /// receives `Lagged`.
     pub fn listen(&self, last: Option<u64>) -> (Vec<Event>, broadcast::Receiver<Event>) {
         let history = self.history.lock();
         let kept = match last {

@@ -1,4 +1,5 @@
-//! Why a request is refused or has failed, and its response: the status code, and a `fault_message` as the guests' own API has it.
+//! Why a request is refused or has failed, and its response: the status code, and a `fault_message` as the guests' own
+//! API has it.
 
 use std::io;
 

@@ -1,11 +1,13 @@
-//! The identity of a guest: the context identifier (CID) of its vsock device, which no other guest of the daemon has, and its metadata.
+//! The identity of a guest: the context identifier (CID) of its vsock device, which no other guest of the daemon has,
+//! and its metadata.
 //!
 //! ```text
 //! vm.json has the CID ──> config.json, or --restore, has it too ──> metadata.json written at each start ──> process
 //! ```
 //!
-//! A clone is loaded as a guest with another CID. It learns that by its vsock device (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and its name
-//! by its metadata, in which each start of a process has a `generation` of its own.
+//! A clone is loaded as a guest with another CID. It learns that by its vsock device
+//! (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`), and its name by its metadata, in which each start of a process has a
+//! `generation` of its own.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -41,7 +43,8 @@ fn generation() -> String {
     format!("{:032x}", u128::from_ne_bytes(bytes))
 }
 
-/// The metadata of a guest from its next start on: what the operator gave, and the daemon's part, unless there is no room for that.
+/// The metadata of a guest from its next start on: what the operator gave, and the daemon's part, unless there is no
+/// room for that.
 fn metadata(id: &str, cid: Option<u32>, asked: Option<&Map<String, Value>>) -> Map<String, Value> {
     let mut metadata = asked.cloned().unwrap_or_default();
     if let Some(cid) = cid {
@@ -60,7 +63,8 @@ fn metadata(id: &str, cid: Option<u32>, asked: Option<&Map<String, Value>>) -> M
     metadata
 }
 
-/// Writes the metadata of a guest, if it has a vsock device to ask for them by, or was given any; says whether there are some.
+/// Writes the metadata of a guest, if it has a vsock device to ask for them by, or was given any; says whether there
+/// are some.
 ///
 /// # Errors
 /// The host's error.
@@ -92,7 +96,8 @@ fn free_cid<'a>(
 }
 
 impl Daemon {
-    /// The CID of a new guest with a vsock device: the one that it asks for, or the first that no other has. The registry of guests is locked meanwhile.
+    /// The CID of a new guest with a vsock device: the one that it asks for, or the first that no other has. The
+    /// registry of guests is locked meanwhile.
     ///
     /// # Errors
     /// `CidTaken`; `Invalid` where a guest without such a device is to have metadata.
@@ -114,8 +119,8 @@ impl Daemon {
         free_cid(vsock.guest_cid, others)
     }
 
-    /// Fills in what a body of `PUT /vsock` leaves out: the socket in the guest's folder, and a CID that no other guest has, which the guest has from
-    /// then on. `None` where the body is wrong, for the guest's process to refuse it.
+    /// Fills in what a body of `PUT /vsock` leaves out: the socket in the guest's folder, and a CID that no other guest
+    /// has, which the guest has from then on. `None` where the body is wrong, for the guest's process to refuse it.
     ///
     /// # Errors
     /// `CidTaken`.

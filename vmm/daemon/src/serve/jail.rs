@@ -1,15 +1,17 @@
-//! The jails of guests' processes: which users of the host they are, which control group they are in, and which files they may write to.
+//! The jails of guests' processes: which users of the host they are, which control group they are in, and which files
+//! they may write to.
 //!
 //! ```text
-//! vm.json names user and group ──> control group made ──> folder given to the user ──> process spawned, joins the group, is jailed
+//! vm.json names user and group ──> group made ──> folder given to the user ──> process spawned, joins the group, is jailed
 //! process ended ──> control group removed ──> folder removed
 //! ```
 //!
-//! So whatever a jail takes of the host is named by the record in a folder that exists for as long, where the next daemon finds and removes it.
+//! So whatever a jail takes of the host is named by the record in a folder that exists for as long, where the next
+//! daemon finds and removes it.
 //!
-//! A guest's folder belongs to the daemon, and to the group of the guest; it is sticky. The process makes and removes files of its own there, and can
-//! neither read, nor replace, nor remove the daemon's records beside them. The daemon follows no link in that folder, and trusts no other file there:
-//! see `store`, `proxy`.
+//! A guest's folder belongs to the daemon, and to the group of the guest; it is sticky. The process makes and removes
+//! files of its own there, and can neither read, nor replace, nor remove the daemon's records beside them. The daemon
+//! follows no link in that folder, and trusts no other file there: see `store`, `proxy`.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -37,7 +39,8 @@ use jail::{CgroupConfig, cgroup_root};
 /// Users of guests where none are named: numbers that neither distributions, nor systemd, nor containers hand out
 /// (systemd's UIDS-GIDS.md: 1879048192 to 2147483647 are unused).
 pub const UIDS: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
-/// Memory of a guest's group beyond its RAM: a part of that for page tables, and this for the process and the disks' pages in the cache.
+/// Memory of a guest's group beyond its RAM: a part of that for page tables, and this for the process and the disks'
+/// pages in the cache.
 const MARGIN: u64 = 64 << 20;
 const MARGIN_PART: u64 = 16;
 /// Files of a guest's folder that are the daemon's own, also with an ending that they have while they are written.
@@ -70,8 +73,8 @@ pub struct Jails {
     reserved: Mutex<BTreeSet<u32>>,
 }
 
-/// The place in the range of users, 0 to `last`, from which on a user is looked for: always the same one for a name, so that disks can be given to that
-/// user before the guest is made, or made again. (FNV-1a, which never changes.)
+/// The place in the range of users, 0 to `last`, from which on a user is looked for: always the same one for a name, so
+/// that disks can be given to that user before the guest is made, or made again. (FNV-1a, which never changes.)
 fn first_place(id: &str, last: u32) -> u32 {
     let hash = id.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
@@ -120,8 +123,9 @@ fn own_group() -> Option<PathBuf> {
     Some(path.into())
 }
 
-/// Moves the daemon out of its control group where that is above the guests', as it is for a service with a delegated group, into one beside theirs: a group
-/// with processes in it cannot limit the groups below it (cgroups(7), no internal processes).
+/// Moves the daemon out of its control group where that is above the guests', as it is for a service with a delegated
+/// group, into one beside theirs: a group with processes in it cannot limit the groups below it (cgroups(7), no
+/// internal processes).
 fn leave_parent_group(root: &Path, parent: &Path) -> io::Result<()> {
     let Some(own) = own_group().filter(|own| !own.as_os_str().is_empty()) else {
         return Ok(());
@@ -242,7 +246,8 @@ impl Jails {
         }
     }
 
-    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives the value of its `--jail`, if it is to be in one.
+    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives the value
+    /// of its `--jail`, if it is to be in one.
     ///
     /// # Errors
     /// The host's error.
@@ -299,8 +304,8 @@ pub fn release(jailed: Option<&JailResources>) -> io::Result<()> {
     }
 }
 
-/// Lets a guest's user write to the guest's folder, and gives that user the files in it that the daemon has made for the guest, such as disks. The guest has no
-/// process. An earlier one may have put links there, which are not followed.
+/// Lets a guest's user write to the guest's folder, and gives that user the files in it that the daemon has made for
+/// the guest, such as disks. The guest has no process. An earlier one may have put links there, which are not followed.
 fn give_folder(path: &Path, uid: u32) -> io::Result<()> {
     let folder = open(
         path,
@@ -345,8 +350,8 @@ pub fn make_folder(path: &Path, jailed: Option<&JailResources>) -> io::Result<()
     }
 }
 
-/// Takes back a folder that a guest has written to: it and its files are the daemon's from now on. Files whose names begin with `shared` can be read by every
-/// user, as other guests are to open them, and all others by the daemon alone.
+/// Takes back a folder that a guest has written to: it and its files are the daemon's from now on. Files whose names
+/// begin with `shared` can be read by every user, as other guests are to open them, and all others by the daemon alone.
 ///
 /// # Errors
 /// The host's error; where there is anything but regular files.

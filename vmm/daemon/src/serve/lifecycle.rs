@@ -1,5 +1,6 @@
-//! The life of a guest as its callers direct it: made, started, paused and resumed. How it is stopped and deleted is in `stopping`, how its process is
-//! watched and started again in `supervision`, and how the next daemon finds it in `recovery`.
+//! The life of a guest as its callers direct it: made, started, paused and resumed. How it is stopped and deleted is in
+//! `stopping`, how its process is watched and started again in `supervision`, and how the next daemon finds it in
+//! `recovery`.
 //!
 //! ```text
 //! create ─> Creating ─> NotStarted ── start ──> Running <── pause / resume ──> Paused         (start: see `waiting`)
@@ -7,7 +8,8 @@
 //! delete <── any        Stopped <───────────────────┴──────> Failed, or Restarting ─> Starting ─> Running
 //! ```
 //!
-//! Each operation runs to its end, whatever becomes of the caller's connection: see [`detached`](super::task::detached).
+//! Each operation runs to its end, whatever becomes of the caller's connection: see
+//! [`detached`](super::task::detached).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -85,7 +87,8 @@ impl Daemon {
         }
     }
 
-    /// Takes the name, if the guest can be made and the host has room for it. The registry is locked, so that no other guest takes that room meanwhile.
+    /// Takes the name, if the guest can be made and the host has room for it. The registry is locked, so that no other
+    /// guest takes that room meanwhile.
     fn claim(&self, id: &str, spec: &VmSpec, uid: u32) -> Result<Claim, Fault> {
         let images = self.images();
         let mut vms = self.vms();

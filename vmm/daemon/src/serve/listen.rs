@@ -189,6 +189,7 @@ impl Connections {
 
 async fn pause_after(error: &std::io::Error) {
     tracing::warn!(error = %chain(error), "a connection cannot be accepted");
-    // Most likely the daemon is out of descriptors, and only time brings one back: without a pause this would be a busy loop.
+    // Most likely the daemon is out of descriptors, and only time brings one back: without a pause this would be a busy
+    // loop.
     sleep(Duration::from_millis(100)).await;
 }

@@ -1,4 +1,5 @@
-//! Metrics for Prometheus: the daemon's counters, figures of its guests that it knows, and the guests' own counters, each with a label that names the guest.
+//! Metrics for Prometheus: the daemon's counters, figures of its guests that it knows, and the guests' own counters,
+//! each with a label that names the guest.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -269,7 +270,8 @@ fn is_name(name: &str) -> bool {
 }
 
 impl Joined {
-    /// Adds the counters of a guest's process. Lines that do not have the right form are left out, as a guest may have taken over its process.
+    /// Adds the counters of a guest's process. Lines that do not have the right form are left out, as a guest may have
+    /// taken over its process.
     pub fn add(&mut self, vm: &str, text: &str) {
         let mut family = None;
         for line in text.lines().take(LINES) {

@@ -6,19 +6,20 @@
 //!                     │            ├─ waiting        a guest that is configured over its own API, and its start
 //!                     │            ├─ supervision    a guest's process: brought up, watched, started again
 //!                     │            │      └─ process ═══> coppice run (one a guest, outlives the daemon)
-//!                     │            ├─ pending, commits, later_config      operations and changes that outlive the process
+//!                     │            ├─ pending, commits, later_config    operations and changes that outlive the process
 //!                     │            └─ persist        the record on disk
 //!                     └── proxy, console ────────────> the guest's own sockets
 //! daemon    what the daemon owns: guests (vm), templates, images, jails, events, metrics, store
 //! record    what is on disk of a guest
 //! ```
 //!
-//! Each module uses those below it, and none above. `recovery` finds the guests of an earlier daemon, `admission` decides whether the host has room for a
-//! guest, and `guest_api` and `routes::openapi` describe the API.
+//! Each module uses those below it, and none above. `recovery` finds the guests of an earlier daemon, `admission`
+//! decides whether the host has room for a guest, and `guest_api` and `routes::openapi` describe the API.
 //!
-//! The daemon runs on one thread, with a few more for work that waits for the disk. It starts processes, watches them by pidfd, and passes bytes on. It
-//! never touches a guest's memory, and of what comes from a guest's process it reads nothing but the responses of that guest's VMM, with a limit on their
-//! length. The status of a guest is answered from what the daemon knows, so a guest that hangs holds up the callers that ask it, and no others.
+//! The daemon runs on one thread, with a few more for work that waits for the disk. It starts processes, watches them
+//! by pidfd, and passes bytes on. It never touches a guest's memory, and of what comes from a guest's process it reads
+//! nothing but the responses of that guest's VMM, with a limit on their length. The status of a guest is answered from
+//! what the daemon knows, so a guest that hangs holds up the callers that ask it, and no others.
 
 mod admission;
 mod commits;

@@ -1,5 +1,5 @@
-//! Disks in a guest's folder, which are children of other disks. The guest's process makes them, so they are found by rules for their names, and what lies
-//! under such a name is checked.
+//! Disks in a guest's folder, which are children of other disks. The guest's process makes them, so they are found by
+//! rules for their names, and what lies under such a name is checked.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -14,8 +14,8 @@ use super::store::{self, is_missing};
 /// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
 
-/// Whether the disk that a process has begun to make is complete. The process may have put anything under that name, so no link is followed, and no FIFO
-/// is waited for.
+/// Whether the disk that a process has begun to make is complete. The process may have put anything under that name, so
+/// no link is followed, and no FIFO is waited for.
 pub fn is_whole(path: &Path) -> bool {
     let looked =
         || -> io::Result<bool> {
@@ -32,8 +32,8 @@ pub fn is_whole(path: &Path) -> bool {
     looked().unwrap_or(false)
 }
 
-/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. The disk of a template has a second name. Where one of
-/// these is the parent of a disk, the guest may merge the disk into it.
+/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. The disk of a template
+/// has a second name. Where one of these is the parent of a disk, the guest may merge the disk into it.
 ///
 /// # Errors
 /// The host's error.
@@ -51,7 +51,8 @@ pub fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(own)
 }
 
-/// The path of a guest's own disk for a drive, in the guest's folder. `of` is a part of its name that says what it is a child of.
+/// The path of a guest's own disk for a drive, in the guest's folder. `of` is a part of its name that says what it is a
+/// child of.
 pub fn own_disk(folder: &Path, drive: &str, of: &str) -> PathBuf {
     folder.join(format!("disk-{drive}-{of}.vhdx"))
 }
@@ -89,7 +90,8 @@ pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &str, of: &str) -> boo
     name().is_some_and(|number| number.is_empty() || is_number(number))
 }
 
-/// Gives the file at `inside` of a guest's folder a second name. The guest may have put links there, and no file that is reached through one is linked.
+/// Gives the file at `inside` of a guest's folder a second name. The guest may have put links there, and no file that
+/// is reached through one is linked.
 ///
 /// # Errors
 /// The host's error.

@@ -1,7 +1,7 @@
 //! The page with the guests, for people: one file without anything from elsewhere.
 //!
-//! The `Content-Security-Policy` allows a browser to run the script in the page and no other, so that no name of a guest, however
-//! it is written, becomes a program.
+//! The `Content-Security-Policy` allows a browser to run the script in the page and no other, so that no name of a
+//! guest, however it is written, becomes a program.
 
 use std::sync::LazyLock;
 

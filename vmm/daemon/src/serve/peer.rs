@@ -1,7 +1,8 @@
 //! Which user is at the other end of the socket, and whether that user may call.
 //!
-//! Root and the user of the daemon may call, users that `--allow-uid` names, and members of the group of `--socket-group`. Who a caller is comes from the
-//! kernel (`SO_PEERCRED`, `SO_PEERGROUPS`; unix(7)), and never from the request.
+//! Root and the user of the daemon may call, users that `--allow-uid` names, and members of the group of
+//! `--socket-group`. Who a caller is comes from the kernel (`SO_PEERCRED`, `SO_PEERGROUPS`; unix(7)), and never from
+//! the request.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 

@@ -1,15 +1,17 @@
-//! Pending operations: those that change a guest in several steps are recorded before they begin, and reconciled, however far they came. That is done by
-//! this daemon, where the guest's process is killed or answers too late, or by the next one, where this daemon is killed.
+//! Pending operations: those that change a guest in several steps are recorded before they begin, and reconciled,
+//! however far they came. That is done by this daemon, where the guest's process is killed or answers too late, or by
+//! the next one, where this daemon is killed.
 //!
 //! ```text
-//! template: recorded ──> guest paused ──> saved ──> disks given children ──> folder moved ──> reconciled: resumed, the rest removed, off the record
-//! child:    recorded ──> made by the guest's process, which writes to it from then on ──> recorded as the guest's disk, off the record
+//! template: recorded ──> guest paused ──> saved ──> disks given children ──> folder moved ──> resumed, off the record
+//! child:    recorded ──> made by the guest's process, which uses it from then on ──> the guest's disk, off the record
 //! commit:   see `commits`
 //! start:    see `waiting`
 //! ```
 //!
-//! A disk that has become the parent of another must never be written to again, so the daemon must always know which of the two the guest has. While the
-//! guest's process runs, it is asked. After its end it is the child if that is whole: nothing is written to the parent while the process makes the child.
+//! A disk that has become the parent of another must never be written to again, so the daemon must always know which of
+//! the two the guest has. While the guest's process runs, it is asked. After its end it is the child if that is whole:
+//! nothing is written to the parent while the process makes the child.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,8 +39,8 @@ use host::report::chain;
 const RETRY: Duration = Duration::from_secs(5);
 
 impl Daemon {
-    /// Records that the disk of a drive is about to be given a child. Where a file of that name exists, nothing is recorded, as the guest's process will refuse
-    /// to make it.
+    /// Records that the disk of a drive is about to be given a child. Where a file of that name exists, nothing is
+    /// recorded, as the guest's process will refuse to make it.
     ///
     /// # Errors
     /// `Store`.
@@ -57,7 +59,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Records whether the guest has a child as its disk now. `has_it` is `None` where its process has not answered, which is reconciled later then.
+    /// Records whether the guest has a child as its disk now. `has_it` is `None` where its process has not answered,
+    /// which is reconciled later then.
     pub async fn end_child(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
@@ -80,7 +83,8 @@ impl Daemon {
         self.save(vm).await;
     }
 
-    /// Reconciles the pending operations of a guest, and tries again later where its process does not answer. The caller has locked `operation`.
+    /// Reconciles the pending operations of a guest, and tries again later where its process does not answer. The
+    /// caller has locked `operation`.
     pub async fn reconcile(self: &Arc<Self>, vm: &Arc<Vm>) {
         if let Err(fault) = self.try_reconcile(vm).await {
             tracing::warn!(vm = %vm.id, fault = %chain(&fault), "the pending operations of a guest cannot be reconciled yet");
@@ -137,7 +141,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// Finds out which of the children that were being made have become disks of a guest, and records those. Gives whether that changed the record.
+    /// Finds out which of the children that were being made have become disks of a guest, and records those. Gives
+    /// whether that changed the record.
     async fn find_children(
         &self,
         vm: &Arc<Vm>,
@@ -151,7 +156,8 @@ impl Daemon {
                     let path = config.disk_mut(id);
                     path.is_some_and(|path| vm.folder.join(path) == child)
                 };
-                // A child that is not its disk may become that by a request that the process has not begun, and stays on record.
+                // A child that is not its disk may become that by a request that the process has not begun, and stays
+                // on record.
                 let given = children
                     .into_iter()
                     .filter(|(drive, child)| has(drive, child));
@@ -160,7 +166,8 @@ impl Daemon {
             Some(response) => return Err(proxy::refusal(&response)),
             None if vm.now().process.is_some() => return Ok(false),
             None => {
-                // A guest in a jail may have replaced any folder that it may write to, except its own, by a link: nothing is removed there.
+                // A guest in a jail may have replaced any folder that it may write to, except its own, by a link:
+                // nothing is removed there.
                 let may_remove = vm.now().jail.is_none();
                 let folder = vm.folder.clone();
                 blocking(move || {

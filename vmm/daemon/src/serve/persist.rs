@@ -10,7 +10,8 @@ use super::vm::Vm;
 use host::report::chain;
 
 impl Daemon {
-    /// Writes the record of a guest. Where that fails, the guest runs on all the same, and the next daemon finds an older record.
+    /// Writes the record of a guest. Where that fails, the guest runs on all the same, and the next daemon finds an
+    /// older record.
     pub async fn save(self: &Arc<Self>, vm: &Arc<Vm>) {
         if let Err(fault) = self.try_save(vm).await {
             tracing::error!(vm = %vm.id, fault = %chain(&fault), "the record of a guest cannot be written");

@@ -5,9 +5,9 @@
 //!              └── the daemon dies: standard input ends, and so does the process
 //! ```
 //!
-//! So no process of a guest runs that `pid.json` does not name. The process leads a session of its own, and outlives the daemon; the next daemon
-//! finds it by its number (as the host sees it, outside of its namespaces), its start and the host's boot, and refers to it by a pidfd, which never
-//! comes to mean another process.
+//! So no process of a guest runs that `pid.json` does not name. The process leads a session of its own, and outlives
+//! the daemon; the next daemon finds it by its number (as the host sees it, outside of its namespaces), its start and
+//! the host's boot, and refers to it by a pidfd, which never comes to mean another process.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, PipeWriter, Write};
@@ -111,8 +111,8 @@ pub fn age(pid: u32) -> Duration {
     procfs::start_of(pid).map_or(Duration::ZERO, |start| now.saturating_sub(start))
 }
 
-/// Undoes for a guest that the kernel is to spare the daemon when memory runs out, which children inherit: guests are to be killed before the host's own
-/// services.
+/// Undoes for a guest that the kernel is to spare the daemon when memory runs out, which children inherit: guests are
+/// to be killed before the host's own services.
 fn forgo_oom_score(pid: u32) -> io::Result<()> {
     let path = |process: &str| format!("/proc/{process}/oom_score_adj");
     let own = std::fs::read_to_string(path("self"))?;
@@ -272,7 +272,8 @@ pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
     if file.boot_id != store::boot_id()? {
         return Ok(None);
     }
-    // Opened before its start is read: either that is the start of the process that was opened, or that process has ended.
+    // Opened before its start is read: either that is the start of the process that was opened, or that process has
+    // ended.
     let Ok(fd) = opened(file.pid) else {
         return Ok(None);
     };

@@ -1,7 +1,7 @@
 //! Requests to the process of a guest, over that guest's own socket.
 //!
-//! Each exchange has a connection of its own, a limit on the length of the response, and a deadline: a process that hangs holds up its own callers until
-//! that deadline, and no other guest's.
+//! Each exchange has a connection of its own, a limit on the length of the response, and a deadline: a process that
+//! hangs holds up its own callers until that deadline, and no other guest's.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -47,7 +47,8 @@ pub struct GuestResponse {
     pub body: Bytes,
 }
 
-/// Connects to a socket of a guest, and to no other: the guest may write to its folder, so that a link in the place of the socket is not followed.
+/// Connects to a socket of a guest, and to no other: the guest may write to its folder, so that a link in the place of
+/// the socket is not followed.
 ///
 /// # Errors
 /// The host's error.

@@ -1,4 +1,5 @@
-//! Before a guest of the registry starts: the configuration that it is started with, its place in the host's memory, and its jail.
+//! Before a guest of the registry starts: the configuration that it is started with, its place in the host's memory,
+//! and its jail.
 
 use super::admission::Load;
 use super::daemon::Daemon;
@@ -11,7 +12,8 @@ use super::vm::{Now, Vm};
 use config::VmConfig;
 
 impl Daemon {
-    /// The configuration that a guest is to be started with: the one that it was made with, or a later one, with the disks that it has now.
+    /// The configuration that a guest is to be started with: the one that it was made with, or a later one, with the
+    /// disks that it has now.
     ///
     /// # Errors
     /// Those of [`VmSpec::resolved`](super::record::VmSpec::resolved).

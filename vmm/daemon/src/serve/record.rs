@@ -1,7 +1,7 @@
 //! What the daemon keeps of a guest on disk: the records in the guest's folder, and the types that they are made of.
 //!
-//! This module is below all others of the daemon. It has data and no behaviour: `store` reads and writes the files, and the modules
-//! that own a part of a record change it.
+//! This module is below all others of the daemon. It has data and no behaviour: `store` reads and writes the files, and
+//! the modules that own a part of a record change it.
 //!
 //! A field that was added later has `#[serde(default)]`, so that a record of an older daemon can still be read.
 
@@ -26,14 +26,16 @@ pub struct VmSpec {
     #[serde(default)]
     #[schema(pattern = "^[a-z0-9-]{1,63}$")]
     pub id: Option<String>,
-    /// The guest, as `coppice run --config` takes it (Firecracker's configuration file). Paths are absolute, or `image:NAME`.
+    /// The guest, as `coppice run --config` takes it (Firecracker's configuration file). Paths are absolute, or
+    /// `image:NAME`.
     #[serde(default)]
     #[schema(value_type = Option<VmConfig>)]
     pub config: Option<Value>,
     /// The template that it is a clone of, instead of `config`.
     #[serde(default)]
     pub template: Option<String>,
-    /// What the guest is told of itself over its vsock device, beside what the daemon tells it: `{"coppice": {"id", "hostname", "cid", "generation"}}`.
+    /// What the guest is told of itself over its vsock device, beside what the daemon tells it: `{"coppice": {"id",
+    /// "hostname", "cid", "generation"}}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Metadata>)]
     pub metadata: Option<Map<String, Value>>,
@@ -59,11 +61,11 @@ pub enum RestartPolicy {
     /// It stays as it ended.
     #[default]
     Never,
-    /// When it has reset itself, panicked, crashed, or was killed: after 1 s, then 2 s, and so on; not again after five failures that
-    /// came within a minute of the start each.
+    /// When it has reset itself, panicked, crashed, or was killed: after 1 s, then 2 s, and so on; not again after five
+    /// failures that came within a minute of the start each.
     OnFailure,
-    /// Whenever it has ended and nobody has stopped it, in the same way: also when it has powered off, and when the host was shut down, or the daemon
-    /// told to stop its guests, by the next daemon.
+    /// Whenever it has ended and nobody has stopped it, in the same way: also when it has powered off, and when the
+    /// host was shut down, or the daemon told to stop its guests, by the next daemon.
     Always,
 }
 
@@ -173,7 +175,8 @@ impl JailResources {
     }
 }
 
-/// The configuration that the operator has given a guest over the guest's own API after it was made, and that outlives the guest's process.
+/// The configuration that the operator has given a guest over the guest's own API after it was made, and that outlives
+/// the guest's process.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LaterConfig {
     /// In place of the configuration that it was made with. Images have their names here, too.
@@ -285,7 +288,8 @@ pub struct Record {
     pub end: Option<Ended>,
 }
 
-/// `pid.json`. A process number is used again, so it names one process for good only together with the start and the boot.
+/// `pid.json`. A process number is used again, so it names one process for good only together with the start and the
+/// boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PidFile {
     /// Its number.

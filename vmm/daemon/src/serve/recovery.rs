@@ -1,4 +1,5 @@
-//! What a daemon finds of an earlier one: guests that still run, guests that have ended meanwhile, and operations that were half done.
+//! What a daemon finds of an earlier one: guests that still run, guests that have ended meanwhile, and operations that
+//! were half done.
 
 use std::io;
 use std::sync::Arc;
@@ -95,7 +96,8 @@ impl Daemon {
         tokio::spawn(async move {
             let reconfiguring = vm.reconfiguring.lock().await;
             daemon.reconcile(&vm).await;
-            // The earlier daemon may have been killed before it recorded the last change. A clone that has not booted has its template's configuration.
+            // The earlier daemon may have been killed before it recorded the last change. A clone that has not booted
+            // has its template's configuration.
             if !vm.now().loaded {
                 daemon.keep_later_config(&vm).await;
             }

@@ -31,7 +31,8 @@ use host::report::chain;
 use host::signals;
 use host::socket::{ApiSocket, SocketError};
 
-/// Most threads for work that waits for the disk, the size of their stacks, and how long one waits for more such work before it ends.
+/// Most threads for work that waits for the disk, the size of their stacks, and how long one waits for more such work
+/// before it ends.
 const THREADS: usize = 4;
 const STACK: usize = 256 << 10;
 const IDLE: Duration = Duration::from_secs(2);
@@ -55,7 +56,8 @@ pub struct Options {
     pub jail: Option<JailPolicy>,
     /// Where guests are to be stopped when it ends: for how long each may take to shut down.
     pub stop_guests: Option<Duration>,
-    /// Whether each guest's process is executed, so that its memory has a layout of its own, and is no copy of a zygote.
+    /// Whether each guest's process is executed, so that its memory has a layout of its own, and is no copy of a
+    /// zygote.
     pub own_layout: bool,
 }
 
@@ -156,13 +158,14 @@ fn bind(options: &Options) -> Result<(ApiSocket, UnixListener), ServeError> {
     Ok((socket, listener))
 }
 
-/// How long a daemon waits for the lock and the socket of an earlier one. Where that one was killed while it started a process, the process has the
-/// descriptors of both until it executes another program.
+/// How long a daemon waits for the lock and the socket of an earlier one. Where that one was killed while it started a
+/// process, the process has the descriptors of both until it executes another program.
 const LEFT_BEHIND: Duration = Duration::from_secs(2);
 /// Between two attempts.
 const RETRY: Duration = Duration::from_millis(10);
 
-/// Makes an attempt again until it does not fail because another process uses what it is for, but not for longer than [`LEFT_BEHIND`].
+/// Makes an attempt again until it does not fail because another process uses what it is for, but not for longer than
+/// [`LEFT_BEHIND`].
 async fn once_free<T>(mut attempt: impl FnMut() -> Result<T, ServeError>) -> Result<T, ServeError> {
     let begun = Instant::now();
     loop {

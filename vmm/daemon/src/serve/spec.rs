@@ -1,4 +1,5 @@
-//! The checks of what `POST /vms` asks for, and the configuration that comes of it: images and templates have their names replaced by files.
+//! The checks of what `POST /vms` asks for, and the configuration that comes of it: images and templates have their
+//! names replaced by files.
 
 use std::collections::BTreeSet;
 use std::iter::once;
@@ -161,8 +162,8 @@ impl VmSpec {
         Ok(())
     }
 
-    /// The configuration that the guest, which has `folder`, is to be started with, with the paths of images: the later one where there is one, else its
-    /// template's, else the one that it was made with.
+    /// The configuration that the guest, which has `folder`, is to be started with, with the paths of images: the later
+    /// one where there is one, else its template's, else the one that it was made with.
     ///
     /// # Errors
     /// `Json`, `Config`, `Invalid`, `NoImage`, `NoTemplate`.

@@ -77,7 +77,8 @@ pub struct VmStatus {
     /// The user of the host that it runs as, in a jail with a user of its own: its disks have to be open to that one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_uid: Option<u32>,
-    /// Its configuration, as it was made, or as it was changed since over its own API. Only where one guest is asked for.
+    /// Its configuration, as it was made, or as it was changed since over its own API. Only where one guest is asked
+    /// for.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<config::VmConfig>)]
     pub config: Option<Value>,

@@ -1,5 +1,5 @@
-//! How a guest is stopped, and deleted. The guest is asked to shut down, and has a grace period for that; then its process is asked to end by `SIGTERM`, and
-//! then killed by `SIGKILL`.
+//! How a guest is stopped, and deleted. The guest is asked to shut down, and has a grace period for that; then its
+//! process is asked to end by `SIGTERM`, and then killed by `SIGKILL`.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -13,10 +13,10 @@
 //!           /api.sock, /console.sock, /vsock.sock
 //! ```
 //!
-//! A file is written under another name, and renamed when it is complete. The order makes a crash at any step harmless: the folder exists
-//! before the process, with `vm.json` saying `creating`; the process does nothing before its number is in `pid.json` (see
-//! `process`); `vm.json` says `present` when the guest is as it was asked for, and `deleting` before anything of it is removed. The next
-//! daemon removes every guest that it finds as `creating` or `deleting`.
+//! A file is written under another name, and renamed when it is complete. The order makes a crash at any step harmless:
+//! the folder exists before the process, with `vm.json` saying `creating`; the process does nothing before its number
+//! is in `pid.json` (see `process`); `vm.json` says `present` when the guest is as it was asked for, and `deleting`
+//! before anything of it is removed. The next daemon removes every guest that it finds as `creating` or `deleting`.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -114,7 +114,8 @@ fn unfinished(path: &Path) -> PathBuf {
     new.into()
 }
 
-/// Removes the half-written file that a process leaves when it is killed while it writes `path`. A folder of that name is left alone.
+/// Removes the half-written file that a process leaves when it is killed while it writes `path`. A folder of that name
+/// is left alone.
 pub fn remove_unfinished(path: &Path) {
     // Most often there is no such file; and one that cannot be removed does no harm.
     let _ = fs::remove_file(unfinished(path));
@@ -126,7 +127,8 @@ pub fn remove_unfinished(path: &Path) {
 /// The host's error.
 pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<()> {
     let new = unfinished(path);
-    // A process in a jail may have put a link of that name there, which must not be written through. A folder of that name makes `create_new` fail.
+    // A process in a jail may have put a link of that name there, which must not be written through. A folder of that
+    // name makes `create_new` fail.
     let _ = fs::remove_file(&new);
     let written = || {
         let mut options = OpenOptions::new();

@@ -1,4 +1,5 @@
-//! The supervision of guests' processes: each is brought up, watched, and brought up again when it has ended, as the restart policy of its guest says.
+//! The supervision of guests' processes: each is brought up, watched, and brought up again when it has ended, as the
+//! restart policy of its guest says.
 //!
 //! ```text
 //! bring_up ──> watch ── the process ends ──> ended ──> apply_restart_policy ──> Stopped, Failed
@@ -53,8 +54,8 @@ impl Daemon {
         }
     }
 
-    /// Starts the process of a guest, and waits until it answers. Gives the state that the guest is in then: one that has ended already, in good order, is
-    /// `Stopped`.
+    /// Starts the process of a guest, and waits until it answers. Gives the state that the guest is in then: one that
+    /// has ended already, in good order, is `Stopped`.
     ///
     /// # Errors
     /// `Spawn`, `DidNotStart`.
@@ -214,7 +215,8 @@ impl Daemon {
         self.watch(vm, &process, before);
     }
 
-    /// Starts a task that waits for the end of a process. `before` is how often its control group had met its limits before.
+    /// Starts a task that waits for the end of a process. `before` is how often its control group had met its limits
+    /// before.
     pub fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>, before: LimitHits) {
         let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
         tokio::spawn(async move {
@@ -248,7 +250,8 @@ impl Daemon {
                 report,
                 time_ms: now_ms(),
             });
-            // How long it ran is not known where it ended while there was no daemon, which happens once for each daemon at most.
+            // How long it ran is not known where it ended while there was no daemon, which happens once for each daemon
+            // at most.
             if ran.is_none_or(|ran| ran >= LONG) {
                 now.failures = 0;
             }
@@ -269,7 +272,8 @@ impl Daemon {
         }
     }
 
-    /// Decides by its restart policy what becomes of a guest whose process has ended. Does nothing where the guest has a process.
+    /// Decides by its restart policy what becomes of a guest whose process has ended. Does nothing where the guest has
+    /// a process.
     pub fn apply_restart_policy(self: &Arc<Self>, vm: &Arc<Vm>) {
         let (kind, text, delay) = {
             let mut now = vm.now();

@@ -1,4 +1,5 @@
-//! Work that leaves the daemon's one thread: calls that wait for the host, and operations that outlive the connection of their caller.
+//! Work that leaves the daemon's one thread: calls that wait for the host, and operations that outlive the connection
+//! of their caller.
 
 use std::future::Future;
 

@@ -1,10 +1,11 @@
 //! How a guest becomes a template, and how a template is deleted.
 //!
-//! A template is made in the folder of its guest, as the guest's process may write nowhere else, and moved when it is complete. The record of the guest
-//! says that before it begins: see `pending`.
+//! A template is made in the folder of its guest, as the guest's process may write nowhere else, and moved when it is
+//! complete. The record of the guest says that before it begins: see `pending`.
 //!
-//! A guest that becomes a template is paused, saved, and resumed. Each disk that it writes to stays as it is for the clones, and from then on the
-//! guest has a child of that disk, as every clone does. A clone can become a template in its turn, of whose memory only the delta to its own template is saved.
+//! A guest that becomes a template is paused, saved, and resumed. Each disk that it writes to stays as it is for the
+//! clones, and from then on the guest has a child of that disk, as every clone does. A clone can become a template in
+//! its turn, of whose memory only the delta to its own template is saved.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -40,7 +41,8 @@ fn has_drive(config: &VmConfig, id: &str) -> bool {
     config.drives.iter().any(|drive| drive.drive_id == id)
 }
 
-/// Checks that a pmem device does not have the name of a drive, too: the record of a guest has the disks of both by these names.
+/// Checks that a pmem device does not have the name of a drive, too: the record of a guest has the disks of both by
+/// these names.
 fn of_no_drive(config: &VmConfig, id: &str) -> Result<(), Fault> {
     if has_drive(config, id) {
         return Err(Fault::Invalid {
@@ -188,7 +190,8 @@ impl Daemon {
                 "snapshot_type": if parent.is_some() { "Diff" } else { "Full" },
                 "snapshot_path": made.join("state"),
                 "mem_file_path": made.join("memory"),
-                // The template's folder is renamed, and may be deleted while the guest runs, so the guest's next delta must not refer to it.
+                // The template's folder is renamed, and may be deleted while the guest runs, so the guest's next delta
+                // must not refer to it.
                 "is_base": false,
             }),
         )

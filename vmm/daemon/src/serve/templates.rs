@@ -1,4 +1,5 @@
-//! Templates: guests that were saved once, and that any number of guests start as clones of. How one is made and deleted is in `template_creation`.
+//! Templates: guests that were saved once, and that any number of guests start as clones of. How one is made and
+//! deleted is in `template_creation`.
 //!
 //! ```text
 //! DIR/templates/NAME/state          the state of the guest without its memory
@@ -120,7 +121,8 @@ impl Templates {
         self.0.values().cloned().collect()
     }
 
-    /// The template whose disk is the parent of `disk`, the one that the guest's drive has: the daemon gives such disks names by which it knows them.
+    /// The template whose disk is the parent of `disk`, the one that the guest's drive has: the daemon gives such disks
+    /// names by which it knows them.
     pub fn parent_of(&self, vm: &Vm, drive: &str, disk: &Path) -> Option<&str> {
         let of_drive = self.0.values().filter(|t| t.disks.contains_key(drive));
         let mut parents = of_drive.filter(|t| {

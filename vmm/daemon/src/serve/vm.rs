@@ -1,7 +1,8 @@
 //! A guest as the daemon knows it.
 //!
-//! What changes of it is behind one lock that is held for a few lines at a time. Longer work, such as a start or a deletion, takes the lock `operation`,
-//! so that there is one at a time. A task that waits for a state waits for `changed`.
+//! What changes of it is behind one lock that is held for a few lines at a time. Longer work, such as a start or a
+//! deletion, takes the lock `operation`, so that there is one at a time. A task that waits for a state waits for
+//! `changed`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,8 @@ use super::status::{MemorySplit, VmStatus, VsockStatus};
 use super::store::VSOCK_SOCKET;
 use config::VmConfig;
 
-/// Requests to a guest's process at the same time. The process serves twice as many, so that its other clients are not kept out.
+/// Requests to a guest's process at the same time. The process serves twice as many, so that its other clients are not
+/// kept out.
 const REQUESTS: usize = 4;
 
 /// What was measured of a process.
@@ -106,7 +108,8 @@ pub struct Vm {
     pub folder: PathBuf,
     /// Locked by an operation that takes long, such as a start or a deletion.
     pub operation: Arc<AsyncMutex<()>>,
-    /// Locked from a request over the guest's own API that changes its lasting configuration until that is in `later`. Taken after `operation`.
+    /// Locked from a request over the guest's own API that changes its lasting configuration until that is in `later`.
+    /// Taken after `operation`.
     pub reconfiguring: AsyncMutex<()>,
     /// Locked while `vm.json` is written.
     pub saving: AsyncMutex<()>,

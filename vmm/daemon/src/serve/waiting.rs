@@ -1,14 +1,15 @@
 //! A guest that waits to be configured over its own API, and how it starts.
 //!
 //! ```text
-//! configuring process ── InstanceStart ──> recorded: later configuration, `pending.start` ──> it ends ──> the guest's process, jailed ──> off the record
-//!        ^                                                                                                     │ cannot start
-//!        └────────────────────────────────── started again, with the later configuration <─────────────────────┘
+//! configuring process ── InstanceStart ──> `later` and `pending.start` recorded ──> it ends ──> guest's process, jailed
+//!        ^                                                                                     │ cannot    │ answers
+//!        └─────────── started again, with the later configuration <───────────────────────────┘ start     └─> off the record
 //! ```
 //!
-//! A jail allows what the guest's process needs of the host, which is not known before such a guest is configured. So its process at first is one that only
-//! takes configuration (`--only-configure`): it never runs a guest, and is in no jail. When the guest starts, it gets another process, which has the whole
-//! configuration from its beginning. The next daemon that finds `pending.start` looks how far that came: the guest runs, or waits again.
+//! A jail allows what the guest's process needs of the host, which is not known before such a guest is configured. So
+//! its process at first is one that only takes configuration (`--only-configure`): it never runs a guest, and is in no
+//! jail. When the guest starts, it gets another process, which has the whole configuration from its beginning. The next
+//! daemon that finds `pending.start` looks how far that came: the guest runs, or waits again.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -80,7 +81,8 @@ impl Daemon {
         write_config(vm, config.clone()).await
     }
 
-    /// Ends the process of a guest that is `Starting`: what becomes of the guest is decided here, and not by the end of that process.
+    /// Ends the process of a guest that is `Starting`: what becomes of the guest is decided here, and not by the end of
+    /// that process.
     async fn end_waiting(&self, vm: &Vm) -> Result<(), Fault> {
         let Some(process) = vm.now().process.clone() else {
             return Ok(());
@@ -98,7 +100,8 @@ impl Daemon {
         self.save(vm).await;
     }
 
-    /// Has a guest that could not start wait as before. Where that fails, too, the guest has failed, and can be started from there.
+    /// Has a guest that could not start wait as before. Where that fails, too, the guest has failed, and can be started
+    /// from there.
     async fn wait_again(self: &Arc<Self>, vm: &Arc<Vm>) {
         let waits = async {
             self.end_waiting(vm).await?;
@@ -122,8 +125,8 @@ impl Daemon {
         }
     }
 
-    /// Completes the start of a guest that an earlier daemon had begun when it was killed. `found` is the process that the guest has: the configuring one, or
-    /// its own.
+    /// Completes the start of a guest that an earlier daemon had begun when it was killed. `found` is the process that
+    /// the guest has: the configuring one, or its own.
     pub fn resume_start(self: &Arc<Self>, vm: &Arc<Vm>, found: Option<Process>) {
         vm.change(|now| now.state = State::Starting);
         if let Some(process) = found {

@@ -56,7 +56,8 @@ impl ZygoteProcess {
             .arg0("coppice")
             .args(["zygote", "--room", &".".repeat(ROOM)])
             .env_remove(MANAGER)
-            // Free chunks that a thread caches keep pages of the heap in use, and threads of a guest's process allocate too seldom to gain by a cache.
+            // Free chunks that a thread caches keep pages of the heap in use, and threads of a guest's process allocate
+            // too seldom to gain by a cache.
             .env("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
@@ -126,7 +127,8 @@ impl Zygote {
                     return Err(of_host.unwrap_or_else(|| io::Error::other(why)));
                 }
                 Err(error) => {
-                    // Where the process was spawned all the same, it ends: it waits on its standard input, which is closed now.
+                    // Where the process was spawned all the same, it ends: it waits on its standard input, which is
+                    // closed now.
                     *running = None;
                     if !std::mem::take(&mut again) {
                         return Err(error);

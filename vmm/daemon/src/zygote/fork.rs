@@ -7,8 +7,8 @@ use rustix::process::Pid;
 
 /// Copies this process. Returns `None` in the copy, which is a child of this process' parent.
 ///
-/// `fork(3)` would make it a child of this process, and has no namespaces. What it does beside for the C library is to update the thread's number, which the
-/// library keeps; here the kernel writes it to that place.
+/// `fork(3)` would make it a child of this process, and has no namespaces. What it does beside for the C library is to
+/// update the thread's number, which the library keeps; here the kernel writes it to that place.
 ///
 /// # Errors
 /// Where this process has threads; the host's error.
@@ -20,8 +20,9 @@ pub(super) fn fork(own_processes: bool) -> io::Result<Option<Pid>> {
         | libc::CLONE_CHILD_SETTID
         | libc::CLONE_CHILD_CLEARTID
         | if own_processes { libc::CLONE_NEWPID } else { 0 };
-    // SAFETY: without CLONE_VM the copy has all memory for itself, and its stack where it is (a null stack). There is no other thread, which could hold a
-    // lock of the copy's for ever. `number` is where the kernel has written this thread's number before.
+    // SAFETY: without CLONE_VM the copy has all memory for itself, and its stack where it is (a null stack). There is
+    // no other thread, which could hold a lock of the copy's for ever. `number` is where the kernel has written this
+    // thread's number before.
     let pid = unsafe { libc::syscall(libc::SYS_clone, libc::c_long::from(flags), 0, 0, number, 0) };
     match i32::try_from(pid) {
         Ok(0) => Ok(None),

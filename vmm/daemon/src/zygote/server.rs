@@ -20,8 +20,8 @@ pub struct Spawned {
     pub args: Vec<String>,
 }
 
-/// Serves requests from standard input, and returns `None` when that is closed. In each copy it returns `Some`, and the copy is to do what its command line
-/// says.
+/// Serves requests from standard input, and returns `None` when that is closed. In each copy it returns `Some`, and the
+/// copy is to do what its command line says.
 ///
 /// # Errors
 /// The host's error.

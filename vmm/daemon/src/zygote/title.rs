@@ -26,8 +26,9 @@ pub(super) fn set(words: &[String]) -> io::Result<()> {
     let bytes = words.take(end - start - 1).chain(std::iter::repeat(0));
     for (address, byte) in (start..end).zip(bytes) {
         let place = std::ptr::with_exposed_provenance_mut::<u8>(address);
-        // SAFETY: the kernel has put the words there, on the stack above all frames, when the program was executed; it is writable, and nobody holds a
-        // reference into it: Rust copies arguments when it is asked for them, and this process has one thread.
+        // SAFETY: the kernel has put the words there, on the stack above all frames, when the program was executed; it
+        // is writable, and nobody holds a reference into it: Rust copies arguments when it is asked for them, and this
+        // process has one thread.
         unsafe { place.write_volatile(byte) };
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! The protocol between the daemon and its zygote: JSON in packets. Both are always the same program, so it may change from one version to the next.
+//! The protocol between the daemon and its zygote: JSON in packets. Both are always the same program, so it may change
+//! from one version to the next.
 
 use serde::{Deserialize, Serialize};
 
@@ -6,7 +7,8 @@ use serde::{Deserialize, Serialize};
 pub(super) const LONGEST: usize = 64 << 10;
 /// Descriptors of a request: standard input, standard error, the folder.
 pub(super) const DESCRIPTORS: usize = 3;
-/// Bytes of an argument that the zygote is started with and does not use: its copies write their own command lines there.
+/// Bytes of an argument that the zygote is started with and does not use: its copies write their own command lines
+/// there.
 pub(super) const ROOM: usize = 4 << 10;
 
 /// A request to the zygote: to spawn a process.

@@ -4,7 +4,7 @@
 //! for all. What is no whole page of a file, such as sectors that two layers share a page of, or the end of a file, is copied.
 //!
 //! A mapping is right as long as nobody uses that space of the file for anything else. [`Disk::resolve_read`] promises just that until the
-//! ticket is given back, so the tickets are kept until the guest has stopped. A disk that is open for reading changes nothing anyway, nor
+//! request ends, so the requests are kept until the guest has stopped. A disk that is open for reading changes nothing anyway, nor
 //! does any parent: others are kept from writing by locks. In a disk that is open for writing, the writes of this guest's own
 //! flushes alone reach mapped pages, with what the guest's copy of the page holds.
 
@@ -17,7 +17,7 @@ use memshare::{
     Backing, FileRegistry, LostPage, PAGE_SIZE, PageState, SharedFile, Table, Window, max_map_count,
 };
 use parking_lot::{Mutex, MutexGuard};
-use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, Ticket, blocking};
+use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, RequestId, blocking};
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
 const UNIT: u64 = 2 << 20;
@@ -102,7 +102,7 @@ pub(super) struct MappedDisk {
     disk: Mutex<Arc<dyn Disk>>,
     window: Arc<Window>,
     /// What keeps the mapped space of the files as it is.
-    tickets: Mutex<Vec<Ticket>>,
+    requests: Mutex<Vec<RequestId>>,
     /// Which pages are files', from the first of the window on.
     table: Table,
     /// Which pages are those of another file, laid over the disk's.
@@ -131,11 +131,11 @@ impl MappedDisk {
             // A kernel without huge pages has none to keep out.
             tracing::debug!(%error, "madvise(MADV_NOHUGEPAGE)");
         }
-        // From here on dropped, with all tickets there are, where something fails.
+        // From here on dropped, with all requests that there are, where something fails.
         let mut mapped = Self {
             disk: Mutex::new(disk.clone()),
             window: window.clone(),
-            tickets: Mutex::default(),
+            requests: Mutex::default(),
             table: Table::default(),
             laid: Mutex::default(),
             figures: MappingFigures::default(),
@@ -158,8 +158,8 @@ impl MappedDisk {
         for offset in (0..size).step_by(PIECE as usize) {
             let len = PIECE.min(size - offset);
             let range = ByteRange::new(offset, len).ok_or(DiskError::Range { offset, len })?;
-            let ticket = disk.resolve_read(range, &mut extents)?;
-            mapped.tickets().push(ticket);
+            let request = disk.resolve_read(range, &mut extents)?;
+            mapped.requests().push(request);
             for extent in extents.drain(..) {
                 mapper.add(&extent)?;
             }
@@ -169,8 +169,8 @@ impl MappedDisk {
         Ok(mapped)
     }
 
-    fn tickets(&self) -> MutexGuard<'_, Vec<Ticket>> {
-        self.tickets.lock()
+    fn requests(&self) -> MutexGuard<'_, Vec<RequestId>> {
+        self.requests.lock()
     }
 
     pub(super) fn disk(&self) -> Arc<dyn Disk> {
@@ -195,7 +195,7 @@ impl MappedDisk {
             Err(error) => {
                 if let Err(error) = self.take_again(&disk) {
                     // Nothing moves what is mapped but a discard, which these devices do not have.
-                    tracing::error!(%error, "what is mapped of a disk is not kept by a ticket any more");
+                    tracing::error!(%error, "what is mapped of a disk is kept by no request any more");
                 }
                 return Err(error);
             }
@@ -209,7 +209,8 @@ impl MappedDisk {
         for offset in (0..size).step_by(PIECE as usize) {
             let len = PIECE.min(size - offset);
             let range = ByteRange::new(offset, len).ok_or(DiskError::Range { offset, len })?;
-            self.tickets().push(disk.resolve_read(range, &mut extents)?);
+            self.requests()
+                .push(disk.resolve_read(range, &mut extents)?);
             extents.clear();
         }
         Ok(())
@@ -255,8 +256,8 @@ impl MappedDisk {
     }
 
     fn give_back(&self, disk: &Arc<dyn Disk>) {
-        for ticket in std::mem::take(&mut *self.tickets()) {
-            disk.finish(ticket, true);
+        for request in std::mem::take(&mut *self.requests()) {
+            disk.finish(request, true);
         }
     }
 }
@@ -321,7 +322,7 @@ impl Mapper<'_> {
 
     /// A file that this guest writes to is nobody else's anyway.
     fn is_admitted(&mut self, file: &Arc<File>) -> bool {
-        if !self.disk.is_settled(file) {
+        if !self.disk.is_immutable(file) {
             return true;
         }
         match &self.asked {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use memshare::PageKind;
 use storage::vhdx::{ChildOptions, CreateOptions, Vhdx};
 use storage::{
-    ByteRange, Disk, DiskError, Extent, Format, Geometry, Mapping, SectorSize, Ticket, blocking,
+    ByteRange, Disk, DiskError, Extent, Format, Geometry, Mapping, RequestId, SectorSize, blocking,
 };
 
 use super::map::{MapBudget, MapError, MappedDisk};
@@ -380,14 +380,22 @@ impl Disk for Failing {
             ..self.disk.geometry()
         }
     }
-    fn resolve_read(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_read(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         self.disk.resolve_read(range, out)
     }
-    fn resolve_write(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<Ticket, DiskError> {
+    fn resolve_write(
+        &self,
+        range: ByteRange,
+        out: &mut Vec<Extent>,
+    ) -> Result<RequestId, DiskError> {
         Self::fail(&self.writes)?;
         self.disk.resolve_write(range, out)
     }
-    fn finish(&self, ticket: Ticket, ok: bool) {
+    fn finish(&self, ticket: RequestId, ok: bool) {
         self.disk.finish(ticket, ok);
     }
     fn flush_by_sync(&self) -> Option<Arc<File>> {

@@ -12,7 +12,7 @@ use storage::vhdx::{ChildOptions, CreateOptions, Vhdx};
 use storage::{ByteRange, Disk, Format, OpenOptions, Progress};
 
 use super::watch::Watch;
-use super::{Answer, Output, ToolError, block_size, human};
+use super::{Outcome, Output, ToolError, block_size, human};
 use config::Bytes;
 
 /// Layers of the chain that is read beside a single file.
@@ -91,7 +91,7 @@ impl Places {
 }
 
 impl Bench {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let scratch = tempfile::Builder::new()
             .prefix(".coppice-bench-")
             .tempdir_in(&self.folder)
@@ -158,7 +158,7 @@ impl Bench {
             json["sparse_allocation"] = peers;
             text += &table;
         }
-        Ok(Answer::new(json, text))
+        Ok(Outcome::new(json, text))
     }
 
     /// Makes a disk, fills it unless it is to be allocated, and measures.

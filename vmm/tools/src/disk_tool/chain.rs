@@ -7,8 +7,9 @@ use serde_json::json;
 use storage::OpenOptions;
 use storage::vhdx::{ChildOptions, Vhdx, children_in};
 
+use super::ending::{Form, form};
 use super::watch::Watch;
-use super::{Answer, Output, ToolError, human};
+use super::{Outcome, Output, ToolError, human};
 
 /// `coppice disk commit`.
 #[derive(Debug, Args)]
@@ -26,7 +27,7 @@ pub struct Commit {
 }
 
 impl Commit {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let info = Vhdx::info(&self.file)?;
         let parent = info.parent_path.clone().unwrap_or_default();
         let siblings = self.siblings(&parent)?;
@@ -47,7 +48,7 @@ impl Commit {
             std::fs::remove_file(&self.file)
                 .map_err(ToolError::io(format!("remove {}", self.file.display())))?;
         }
-        Ok(Answer::new(
+        Ok(Outcome::new(
             json!({
                 "file": self.file,
                 "parent": parent,
@@ -96,8 +97,8 @@ pub struct Rebase {
     /// The parent.
     #[arg(long, value_name = "FILE")]
     parent: PathBuf,
-    /// Take the parent although its identifier is not the one that the child was made on: its content has to be as it was then,
-    /// which nobody checks.
+    /// Take the parent although its identifier is not the one that the child was made on: its content has to be as it
+    /// was then, which nobody checks.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -105,7 +106,7 @@ pub struct Rebase {
 }
 
 impl Rebase {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         Vhdx::rebase(
             &self.file,
             &self.parent,
@@ -114,7 +115,7 @@ impl Rebase {
         )
         .map_err(ToolError::chain(&self.file, watch))?;
         let info = Vhdx::info(&self.file)?;
-        Ok(Answer::new(
+        Ok(Outcome::new(
             super::examine::layer(&info),
             format!(
                 "{} stands on {} now",
@@ -137,7 +138,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    pub(super) fn run(&self) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self) -> Result<Outcome, ToolError> {
+        form(&self.new, Some(Form::Vhdx))?;
         let options = ChildOptions {
             same_disk: true,
             ..ChildOptions::default()
@@ -145,7 +147,7 @@ impl Snapshot {
         Vhdx::create_child(&self.new, &self.file, &options)?;
         let frozen = Vhdx::info(&self.file)?;
         let guid = frozen.identifiers.data_write_guid.to_string();
-        Ok(Answer::new(
+        Ok(Outcome::new(
             json!({"file": self.file, "new": self.new, "data_write_guid": guid}),
             format!(
                 "go on with {}; what changes from now on: coppice disk diff --since {guid} {}",

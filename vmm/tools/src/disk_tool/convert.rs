@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use serde_json::json;
-use storage::convert::{ConvertError, Target, convert};
+use storage::convert::{ConvertError, ConvertOptions, Target, convert};
 use storage::foreign::{self, SourceFormat};
 
+use super::ending::{Form, form};
+use super::repair::{lost_json, lost_text, total};
 use super::watch::Watch;
-use super::{Answer, Output, Sector, ToolError, block_size, human};
+use super::{LOST, Outcome, Output, Sector, ToolError, block_size, human};
 use config::Bytes;
 
 /// A format to read.
@@ -21,13 +23,6 @@ enum From {
     Vmdk,
 }
 
-/// A format to write.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum To {
-    Vhdx,
-    Raw,
-}
-
 /// `coppice disk convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
@@ -38,9 +33,9 @@ pub struct Convert {
     /// Format of the source; found by its signature if not given. Name it for a raw disk that a guest could write.
     #[arg(long, value_enum, value_name = "FORMAT")]
     from: Option<From>,
-    /// Format of the new file.
-    #[arg(long, value_enum, value_name = "FORMAT", default_value = "vhdx")]
-    to: To,
+    /// Format of the new file [default: as its name ends, else vhdx].
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    to: Option<Form>,
     /// Size of a payload block, 1M to 256M, a power of two.
     #[arg(long, value_name = "SIZE", default_value = "2M")]
     block_size: Bytes,
@@ -53,12 +48,15 @@ pub struct Convert {
     /// Replace the new file if it is there.
     #[arg(long)]
     overwrite: bool,
+    /// Copy what can be read of a damaged disk, and list what cannot, which becomes zeros; exits 3 then.
+    #[arg(long)]
+    salvage: bool,
     #[command(flatten)]
     pub(super) output: Output,
 }
 
 impl Convert {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let format = self.from.map(|format| match format {
             From::Raw => SourceFormat::Raw,
             From::Vhdx => SourceFormat::Vhdx,
@@ -66,18 +64,23 @@ impl Convert {
             From::Vhd => SourceFormat::Vhd,
             From::Vmdk => SourceFormat::Vmdk,
         });
-        let (format, mut source) =
-            foreign::open(&self.src, format).map_err(|error| match error {
-                // It names its file itself.
-                foreign::SourceError::Open(error) => ToolError::Open(error),
-                error => ToolError::Convert(ConvertError::Source {
-                    path: self.src.clone(),
-                    error,
-                }),
-            })?;
-        let target = match self.to {
-            To::Raw => Target::Raw,
-            To::Vhdx => Target::Vhdx {
+        let form = form(&self.dst, self.to)?;
+        let open = if self.salvage {
+            foreign::open_damaged
+        } else {
+            foreign::open
+        };
+        let (format, mut source) = open(&self.src, format).map_err(|error| match error {
+            // It names its file itself.
+            foreign::SourceError::Open(error) => ToolError::Open(error),
+            error => ToolError::Convert(ConvertError::Source {
+                path: self.src.clone(),
+                error,
+            }),
+        })?;
+        let target = match form {
+            Form::Raw => Target::Raw,
+            Form::Vhdx => Target::Vhdx {
                 block_size: block_size(self.block_size)?,
                 logical_sector: self.sector.map(Into::into),
                 fixed: self.fixed,
@@ -86,8 +89,11 @@ impl Convert {
         let done = convert(
             (&self.src, &mut *source),
             &self.dst,
-            target,
-            self.overwrite,
+            &ConvertOptions {
+                target,
+                overwrite: self.overwrite,
+                salvage: self.salvage,
+            },
             watch,
         )
         .map_err(|error| match error {
@@ -101,22 +107,30 @@ impl Convert {
             )),
             error => ToolError::Convert(error),
         })?;
-        Ok(Answer::new(
+        let mut text = format!(
+            "{} ({}) is {} now: {}, {} of it data\n",
+            self.src.display(),
+            format.name(),
+            self.dst.display(),
+            human(done.size),
+            human(done.written)
+        );
+        text += &lost_text(&done.lost);
+        let mut outcome = Outcome::new(
             json!({
                 "source": self.src,
                 "source_format": format.name(),
                 "file": self.dst,
                 "size": done.size,
                 "bytes_written": done.written,
+                "lost": lost_json(&done.lost),
+                "lost_bytes": total(&done.lost),
             }),
-            format!(
-                "{} ({}) is {} now: {}, {} of it data",
-                self.src.display(),
-                format.name(),
-                self.dst.display(),
-                human(done.size),
-                human(done.written)
-            ),
-        ))
+            text,
+        );
+        if !done.lost.is_empty() {
+            outcome.code = LOST;
+        }
+        Ok(outcome)
     }
 }

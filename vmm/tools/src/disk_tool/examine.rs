@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
+use storage::foreign::SourceFormat;
 use storage::vhdx::{Checked, Guid, Vhdx};
-use storage::{ByteRange, ExtentState, Format, Mapping, OpenOptions};
+use storage::{ByteRange, Disk, ExtentState, Format, Mapping, OpenOptions, Refusal, alignment};
 
+use super::repair::{lost_json, lost_text};
 use super::watch::Watch;
-use super::{Answer, Output, ToolError, human, lines};
+use super::{Outcome, Output, ToolError, human, lines};
 
 /// Extents are asked for in pieces of this many bytes.
 const STRIDE: u64 = 1 << 34;
@@ -121,27 +123,59 @@ fn describe(info: &storage::vhdx::Info) -> String {
     text
 }
 
+/// What keeps guests from sharing pages of a disk, for programs and for people.
+fn unshared(disk: &dyn Disk) -> Result<(Value, String), storage::DiskError> {
+    let found = alignment::unshared(disk)?;
+    let json = found
+        .iter()
+        .map(|found| json!({"partition": found.partition, "reason": found.to_string()}))
+        .collect();
+    let text = found
+        .iter()
+        .map(|found| lines([("not shared", found.to_string())]))
+        .collect();
+    Ok((json, text))
+}
+
 impl Info {
-    pub(super) fn run(&self) -> Result<Answer, ToolError> {
-        if !is_vhdx(&self.file)? {
-            let disk = storage::open(&self.file, &OpenOptions::read_only())?;
-            let metadata = std::fs::metadata(&self.file)
-                .map_err(ToolError::io(format!("look at {}", self.file.display())))?;
-            let host = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
-            let size = disk.geometry().size;
-            return Ok(Answer::new(
-                json!({"layers": [{"file": self.file, "format": "raw", "size": size, "file_bytes": metadata.len(), "host_bytes": host}]}),
-                lines([
-                    ("file", self.file.display().to_string()),
-                    ("format", "raw".into()),
-                    ("size", format!("{} ({size} bytes)", human(size))),
-                    (
-                        "file length",
-                        format!("{}, {} on the host", human(metadata.len()), human(host)),
-                    ),
-                ]),
-            ));
+    pub(super) fn run(&self) -> Result<Outcome, ToolError> {
+        if storage::detect(&self.file)? == SourceFormat::Vhdx {
+            self.vhdx()
+        } else {
+            self.raw()
         }
+    }
+
+    fn raw(&self) -> Result<Outcome, ToolError> {
+        let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+        let metadata = std::fs::metadata(&self.file)
+            .map_err(ToolError::io(format!("look at {}", self.file.display())))?;
+        let host = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
+        let size = disk.geometry().size;
+        let (unshared, reasons) = unshared(&*disk).map_err(|error| ToolError::Disk {
+            path: self.file.clone(),
+            error,
+        })?;
+        let mut text = lines([
+            ("file", self.file.display().to_string()),
+            ("format", "raw".into()),
+            ("size", format!("{} ({size} bytes)", human(size))),
+            (
+                "file length",
+                format!("{}, {} on the host", human(metadata.len()), human(host)),
+            ),
+        ]);
+        text += &reasons;
+        Ok(Outcome::new(
+            json!({
+                "layers": [{"file": self.file, "format": "raw", "size": size, "file_bytes": metadata.len(), "host_bytes": host}],
+                "unshared": unshared,
+            }),
+            text,
+        ))
+    }
+
+    fn vhdx(&self) -> Result<Outcome, ToolError> {
         let mut layers = vec![Vhdx::info(&self.file)?];
         // A cycle ends where it begins.
         while let Some(next) = layers.last().and_then(|info| info.parent_path.clone())
@@ -149,18 +183,25 @@ impl Info {
         {
             layers.push(Vhdx::info(&next)?);
         }
-        // Says what is wrong with the chain, if anything is.
-        let problem = Vhdx::open(&self.file, &OpenOptions::read_only())
-            .err()
-            .map(|error| error.to_string());
         let mut text = layers.iter().map(describe).collect::<Vec<_>>().join("\n");
+        // Says what is wrong with the chain, if anything is.
+        let (looked, problem) = match Vhdx::open(&self.file, &OpenOptions::read_only()) {
+            Ok(disk) => match unshared(&disk) {
+                Ok(found) => (Some(found), None),
+                Err(error) => (None, Some(super::with_cause(&error))),
+            },
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let (unshared, reasons) = looked.unwrap_or_default();
+        text += &reasons;
         if let Some(problem) = &problem {
-            let _ = writeln!(text, "\ncannot be opened: {problem}");
+            let _ = writeln!(text, "\ncannot be read: {problem}");
         }
-        Ok(Answer::new(
+        Ok(Outcome::new(
             json!({
                 "layers": layers.iter().map(layer).collect::<Vec<_>>(),
                 "problem": problem,
+                "unshared": unshared,
             }),
             text,
         ))
@@ -172,21 +213,20 @@ fn same(a: &Path, b: &Path) -> bool {
         .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
-fn is_vhdx(path: &Path) -> Result<bool, ToolError> {
-    let failed = |error| ToolError::Io {
-        operation: format!("read {}", path.display()),
-        error,
-    };
-    // What is no regular file is refused when it is opened, in better words.
-    if !std::fs::metadata(path).map_err(failed)?.is_file() {
-        return Ok(false);
-    }
-    let mut signature = [0; 8];
-    let file = std::fs::File::open(path).map_err(failed)?;
-    match std::os::unix::fs::FileExt::read_exact_at(&file, &mut signature, 0) {
-        Ok(()) => Ok(&signature == b"vhdxfile"),
-        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(failed(error)),
+/// Whether a file is a raw disk, or is in a format that is refused as soon as it is opened as one. What is called a
+/// VHDX is not, however damaged it is.
+pub(super) fn is_raw(path: &Path) -> Result<bool, ToolError> {
+    match storage::detect(path) {
+        Ok(SourceFormat::Vhdx) => Ok(false),
+        Ok(SourceFormat::Raw) => {
+            let ending = path.extension();
+            Ok(!ending.is_some_and(|ending| ending.eq_ignore_ascii_case("vhdx")))
+        }
+        Ok(SourceFormat::Qcow2 | SourceFormat::Vhd | SourceFormat::Vmdk) => Ok(true),
+        Err(error) => match error.reason() {
+            Refusal::Corrupt { .. } => Ok(false),
+            _ => Err(error.into()),
+        },
     }
 }
 
@@ -202,7 +242,7 @@ pub struct Check {
     pub(super) output: Output,
 }
 
-fn report(file: &Path, checked: &Checked) -> (Value, String) {
+pub(super) fn report(file: &Path, checked: &Checked) -> (Value, String) {
     let mut text = String::new();
     for problem in &checked.problems {
         let _ = writeln!(text, "wrong: {problem}");
@@ -210,6 +250,7 @@ fn report(file: &Path, checked: &Checked) -> (Value, String) {
     if checked.more > 0 {
         let _ = writeln!(text, "wrong: {} more", checked.more);
     }
+    text += &lost_text(&checked.lost);
     for note in &checked.notes {
         let _ = writeln!(text, "note: {note}");
     }
@@ -231,6 +272,7 @@ fn report(file: &Path, checked: &Checked) -> (Value, String) {
         "repairable": checked.repairable,
         "problems": checked.problems,
         "more_problems": checked.more,
+        "lost": lost_json(&checked.lost),
         "notes": checked.notes,
         "file_bytes": checked.file_bytes,
         "free_bytes": checked.free_bytes,
@@ -242,13 +284,49 @@ fn report(file: &Path, checked: &Checked) -> (Value, String) {
 }
 
 impl Check {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
+        if is_raw(&self.file)? {
+            return self.raw(watch);
+        }
         let checked =
             Vhdx::check(&self.file, watch).map_err(ToolError::chain(&self.file, watch))?;
         let (mut json, mut text) = report(&self.file, &checked);
-        if self.hash && checked.is_sound() {
-            let disk = Vhdx::open(&self.file, &OpenOptions::read_only())?;
-            let digest = Vhdx::digest(&disk, watch).map_err(ToolError::disk(&self.file, watch))?;
+        if checked.is_sound() {
+            match Vhdx::open(&self.file, &OpenOptions::read_only()) {
+                Ok(disk) => self.content(&disk, watch, &mut json, &mut text)?,
+                Err(error) if self.hash => return Err(error.into()),
+                // Something is wrong with another file of the chain.
+                Err(_) => {}
+            }
+        }
+        let mut outcome = Outcome::new(json, text);
+        outcome.code = u8::from(!checked.is_sound());
+        Ok(outcome)
+    }
+
+    /// A raw disk has nothing that could be wrong.
+    fn raw(&self, watch: &Watch) -> Result<Outcome, ToolError> {
+        let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+        let mut text = format!("{}: a raw disk, without structures\n", self.file.display());
+        let mut json = json!({"file": self.file, "sound": true, "problems": [], "notes": []});
+        self.content(&*disk, watch, &mut json, &mut text)?;
+        Ok(Outcome::new(json, text))
+    }
+
+    /// Says what is to be said of what a disk holds.
+    fn content(
+        &self,
+        disk: &dyn Disk,
+        watch: &Watch,
+        json: &mut Value,
+        text: &mut String,
+    ) -> Result<(), ToolError> {
+        let failed = || ToolError::disk(&self.file, watch);
+        let (unshared, reasons) = unshared(disk).map_err(failed())?;
+        *text += &reasons;
+        json["unshared"] = unshared;
+        if self.hash {
+            let digest = Vhdx::digest(disk, watch).map_err(failed())?;
             let hex = digest.iter().fold(String::new(), |mut hex, byte| {
                 let _ = write!(hex, "{byte:02x}");
                 hex
@@ -256,41 +334,7 @@ impl Check {
             let _ = writeln!(text, "content {hex}");
             json["content"] = hex.into();
         }
-        let mut answer = Answer::new(json, text);
-        answer.code = u8::from(!checked.is_sound());
-        Ok(answer)
-    }
-}
-
-/// `coppice disk repair`.
-#[derive(Debug, Args)]
-pub struct Repair {
-    /// The file.
-    file: PathBuf,
-    #[command(flatten)]
-    pub(super) output: Output,
-}
-
-impl Repair {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
-        let failed = || ToolError::chain(&self.file, watch);
-        let before = Vhdx::repair(&self.file, watch).map_err(failed())?;
-        let after = Vhdx::check(&self.file, watch).map_err(failed())?;
-        let (_, mut text) = report(&self.file, &after);
-        for problem in &before.problems {
-            text = format!("was wrong: {problem}\n{text}");
-        }
-        let mut answer = Answer::new(
-            json!({
-                "file": self.file,
-                "repaired": before.problems,
-                "sound": after.is_sound(),
-                "problems": after.problems,
-            }),
-            text,
-        );
-        answer.code = u8::from(!after.is_sound());
-        Ok(answer)
+        Ok(())
     }
 }
 
@@ -346,7 +390,7 @@ fn extents(mappings: &[Mapping]) -> (Vec<Value>, String) {
 }
 
 impl Map {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         use storage::Progress;
         let disk = storage::open(&self.file, &OpenOptions::read_only())?;
         let size = disk.geometry().size;
@@ -367,7 +411,7 @@ impl Map {
             at += len;
         }
         let (json, text) = extents(&all);
-        Ok(Answer::new(
+        Ok(Outcome::new(
             json!({"file": self.file, "size": size, "extents": json}),
             text,
         ))
@@ -393,7 +437,8 @@ fn join(all: &mut Vec<Mapping>, at: usize) {
 /// `coppice disk diff`.
 #[derive(Debug, Args)]
 pub struct Diff {
-    /// Tell what changed since the disk, or a disk it stands on, had this DataWriteGuid; by what its layers say, no data is read.
+    /// Tell what changed since the disk, or a disk it stands on, had this DataWriteGuid; by what its layers say, no
+    /// data is read.
     #[arg(long, value_name = "GUID", conflicts_with = "other")]
     since: Option<String>,
     /// The disk.
@@ -406,7 +451,7 @@ pub struct Diff {
 }
 
 impl Diff {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let failed = || ToolError::disk(&self.file, watch);
         let open = |path| storage::open(path, &OpenOptions::read_only());
         if let Some(since) = &self.since {
@@ -422,12 +467,12 @@ impl Diff {
             let disk = Vhdx::open(&self.file, &options)?;
             let changed = disk.changed_since(identifier).map_err(failed())?;
             let (json, text) = extents(&changed);
-            let mut answer = Answer::new(
+            let mut outcome = Outcome::new(
                 json!({"file": self.file, "since": since, "extents": json}),
                 text,
             );
-            answer.code = u8::from(!changed.is_empty());
-            return Ok(answer);
+            outcome.code = u8::from(!changed.is_empty());
+            return Ok(outcome);
         }
         let other = self.other.clone().unwrap_or_default();
         let found = storage::blocking::differences(&*open(&self.file)?, &*open(&other)?, watch)
@@ -450,11 +495,11 @@ impl Diff {
             .iter()
             .map(|range| json!({"offset": range.offset(), "length": range.len()}))
             .collect();
-        let mut answer = Answer::new(
+        let mut outcome = Outcome::new(
             json!({"file": self.file, "other": other, "differences": ranges}),
             text,
         );
-        answer.code = u8::from(!found.is_empty());
-        Ok(answer)
+        outcome.code = u8::from(!found.is_empty());
+        Ok(outcome)
     }
 }

@@ -7,8 +7,9 @@ use serde_json::json;
 use storage::vhdx::{ChildOptions, CompactOptions, CreateOptions, Vhdx};
 use storage::{Disk, OpenOptions};
 
+use super::ending::{Form, form};
 use super::watch::Watch;
-use super::{Answer, Output, Sector, ToolError, block_size, human};
+use super::{Outcome, Output, Sector, ToolError, block_size, human};
 use config::Bytes;
 
 /// `coppice disk create`.
@@ -39,7 +40,8 @@ pub struct Create {
 }
 
 impl Create {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
+        form(&self.out, Some(Form::Vhdx))?;
         let block = self.block_size.map(block_size).transpose()?;
         if let Some(parent) = &self.parent {
             let options = ChildOptions {
@@ -64,7 +66,7 @@ impl Create {
             )?;
         }
         let info = Vhdx::info(&self.out)?;
-        Ok(Answer::new(
+        Ok(Outcome::new(
             super::examine::layer(&info),
             format!("made {}, {}", self.out.display(), human(info.size)),
         ))
@@ -102,7 +104,7 @@ pub struct Resize {
 }
 
 impl Resize {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let disk = Vhdx::open(&self.file, &OpenOptions::default())?;
         let before = disk.geometry().size;
         disk.resize(self.size.0, self.shrink)
@@ -113,7 +115,7 @@ impl Resize {
                 }
                 error => ToolError::disk(&self.file, watch)(error),
             })?;
-        Ok(Answer::new(
+        Ok(Outcome::new(
             json!({"file": self.file, "size_before": before, "size": self.size.0}),
             format!(
                 "{} is {} now, was {}",
@@ -138,7 +140,7 @@ pub struct Compact {
 }
 
 impl Compact {
-    pub(super) fn run(&self, watch: &Watch) -> Result<Answer, ToolError> {
+    pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let disk = Vhdx::open(&self.file, &OpenOptions::default())?;
         let options = CompactOptions {
             find_zeros: self.find_zeros,
@@ -146,7 +148,7 @@ impl Compact {
         let done = disk
             .compact(options, watch)
             .map_err(ToolError::disk(&self.file, watch))?;
-        Ok(Answer::new(
+        Ok(Outcome::new(
             json!({
                 "file": self.file,
                 "file_bytes_before": done.before,

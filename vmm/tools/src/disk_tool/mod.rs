@@ -1,14 +1,16 @@
 //! `coppice disk`: virtual disks from the command line.
 //!
-//! A module a kind of work. Each operation gives an `Answer`, which is shown to people or, with `--json`, to programs; errors are
-//! one line on standard error either way. What takes long is watched by `Watch`: a bar on a terminal, and an end in good order
-//! when a signal asks for it.
+//! A module a kind of work. Each operation gives an `Outcome`, which is shown to people or, with `--json`, to programs;
+//! errors are one line on standard error either way. What takes long is watched by `Watch`: a bar on a terminal, and an
+//! end in good order when a signal asks for it.
 
 mod bench;
 mod chain;
 mod convert;
+mod ending;
 mod examine;
 mod make;
+mod repair;
 mod watch;
 
 use std::fmt::Write as _;
@@ -28,10 +30,14 @@ pub const EXAMPLES: &str = "Examples:
   coppice disk create --parent base.vhdx guest.vhdx
   coppice disk info --json guest.vhdx
   coppice disk commit guest.vhdx
-Sizes are binary: 512, 4K, 32M, 10G, 2T. With --json the answer is JSON on standard output.
-Exit codes: 0 done, 1 failed or (check, diff) something was found, 2 wrong usage, 130 interrupted.";
+Sizes are binary: 512, 4K, 32M, 1.5G, 10GiB. With --json the answer is JSON on standard output.
+Exit codes: 0 done, 1 failed or (check, diff) something was found, 2 wrong usage, 3 (repair, convert --salvage) done, and a part of
+the disk is lost, 130 interrupted.";
 
-/// How the answer is written.
+/// The exit code of what is done, but for a part of the disk that is lost.
+const LOST: u8 = 3;
+
+/// How the outcome is written.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Output {
     /// Write JSON.
@@ -66,10 +72,10 @@ pub enum DiskCommand {
     Create(make::Create),
     /// Say what a disk is: size, kind, identifiers, chain.
     Info(examine::Info),
-    /// Check every structure of a file. Exits 1 if something is wrong.
+    /// Check every structure of a file, and whether guests can share its pages. Exits 1 if something is wrong.
     Check(examine::Check),
-    /// Put right what a check found; blocks whose entries lead nowhere are given up.
-    Repair(examine::Repair),
+    /// Put right what a check found. Blocks whose entries lead nowhere are given up and named; exits 3 then.
+    Repair(repair::Repair),
     /// Copy a disk (raw, qcow2, VHD, VMDK, VHDX) into a VHDX or a raw file, keeping holes.
     Convert(convert::Convert),
     /// Give a disk another size.
@@ -107,7 +113,7 @@ pub enum ToolError {
     Disk {
         /// The disk.
         path: PathBuf,
-        /// What it said.
+        /// Its error.
         error: storage::DiskError,
     },
     /// Something of a chain.
@@ -115,7 +121,7 @@ pub enum ToolError {
     Chain {
         /// The disk.
         path: PathBuf,
-        /// What it said.
+        /// Its error.
         error: storage::vhdx::ChainError,
     },
     /// What was asked for cannot be done.
@@ -126,10 +132,10 @@ pub enum ToolError {
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The error of the host.
         error: std::io::Error,
     },
-    /// The answer could not be written as JSON.
+    /// The outcome could not be written as JSON.
     #[error("cannot write JSON: {0}")]
     Json(#[from] serde_json::Error),
     /// A signal, by its number.
@@ -177,14 +183,14 @@ impl ToolError {
 }
 
 /// What an operation found or did.
-struct Answer {
+struct Outcome {
     json: Value,
     text: String,
     /// The exit code.
     code: u8,
 }
 
-impl Answer {
+impl Outcome {
     fn new(json: Value, text: impl Into<String>) -> Self {
         Self {
             json,
@@ -194,7 +200,7 @@ impl Answer {
     }
 }
 
-/// Does what a command says, and writes the answer; gives the exit code.
+/// Does what a command says, and writes the outcome; gives the exit code.
 ///
 /// # Errors
 /// See [`ToolError`]. Files are then as they were, or as the operation's own documentation says.
@@ -216,7 +222,7 @@ pub fn run(command: &DiskCommand) -> Result<u8, ToolError> {
     };
     // First of all: signals are blocked in the threads that are started later.
     let watch = Watch::new(!output.json).map_err(ToolError::io("watch for signals"))?;
-    let answer = match command {
+    let outcome = match command {
         DiskCommand::Create(command) => command.run(&watch),
         DiskCommand::Info(command) => command.run(),
         DiskCommand::Check(command) => command.run(&watch),
@@ -232,18 +238,18 @@ pub fn run(command: &DiskCommand) -> Result<u8, ToolError> {
         DiskCommand::Bench(command) => command.run(&watch),
     };
     watch.finish();
-    let answer = answer?;
+    let outcome = outcome?;
     let text = if output.json {
-        serde_json::to_string_pretty(&answer.json)?
+        serde_json::to_string_pretty(&outcome.json)?
     } else {
-        answer.text
+        outcome.text
     };
     let mut stdout = std::io::stdout().lock();
     match std::io::Write::write_all(&mut stdout, format!("{}\n", text.trim_end()).as_bytes()) {
-        Ok(()) => Ok(answer.code),
+        Ok(()) => Ok(outcome.code),
         // Whoever read it has seen enough.
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(answer.code),
-        Err(error) => Err(ToolError::io("write the answer")(error)),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(outcome.code),
+        Err(error) => Err(ToolError::io("write the outcome")(error)),
     }
 }
 

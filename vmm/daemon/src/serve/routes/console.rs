@@ -11,7 +11,8 @@ use super::request::{Context, Handled, raw};
 use crate::serve::console;
 use crate::serve::fault::{Fault, FaultBody};
 
-/// The output of a guest's serial console: the last of it, and then what comes. With `Upgrade: coppice-console`, the connection becomes the serial line.
+/// The output of a guest's serial console: the last of it, and then what comes. With `Upgrade: coppice-console`, the
+/// connection becomes the serial line.
 #[utoipa::path(get, path = "/vms/{id}/console", tag = "guests", params(("id" = String, Path)), responses(
     (status = 200, content_type = "application/octet-stream", description = "A stream, to the end of the guest."),
     (status = 101, description = "The connection is the line."),

@@ -1,4 +1,5 @@
-//! The guest's own API: its requests are passed on to the guest's process. What the daemon has to know of their outcome is recorded on the way.
+//! The guest's own API: its requests are passed on to the guest's process. What the daemon has to know of their outcome
+//! is recorded on the way.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -67,7 +68,6 @@ async fn pass_on(
     path: String,
     mut body: Bytes,
 ) -> Handled<Response> {
-    let changes = method != Method::GET;
     let place = path.split('?').next().unwrap_or_default();
     // What is no operation changes nothing: the guest's process refuses it.
     let operation = GuestOperation::find(method.as_str(), place);

@@ -174,7 +174,8 @@ pub(in crate::serve) async fn start(
     Ok(status(&*detached(daemon.start(vm)).await?))
 }
 
-/// Ends a guest: by Ctrl-Alt-Del, after `timeout_s` by SIGTERM, with its disks closed, and by force 5 s later. The guest can be started again.
+/// Ends a guest: by Ctrl-Alt-Del, after `timeout_s` by SIGTERM, with its disks closed, and by force 5 s later. The
+/// guest can be started again.
 #[utoipa::path(post, path = "/vms/{id}/stop", tag = "guests", params(("id" = String, Path)),
     request_body = Option<Stop>, responses(
     (status = 200, body = VmStatus), (status = 400, body = FaultBody), (status = 404, body = FaultBody),

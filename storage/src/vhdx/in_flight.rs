@@ -8,13 +8,13 @@ use std::collections::VecDeque;
 
 /// The counts. The caller locks.
 #[derive(Debug)]
-pub(super) struct Flights {
-    /// Epochs that have requests, and how many, by age; the present one is the last, whether it has some or not. So a request that
-    /// lasts, such as that of a mapping, keeps no memory for the epochs that pass meanwhile.
+pub(super) struct RequestsInFlight {
+    /// Epochs that have requests, and how many, by age; the present one is the last, whether it has some or not. So a
+    /// request that lasts, such as that of a mapping, keeps no memory for the epochs that pass meanwhile.
     epochs: VecDeque<(u64, u64)>,
 }
 
-impl Default for Flights {
+impl Default for RequestsInFlight {
     fn default() -> Self {
         Self {
             epochs: VecDeque::from([(0, 0)]),
@@ -22,7 +22,7 @@ impl Default for Flights {
     }
 }
 
-impl Flights {
+impl RequestsInFlight {
     /// A request begins; gives its epoch.
     pub(super) fn enter(&mut self) -> u64 {
         if let Some((_, count)) = self.epochs.back_mut() {
@@ -36,7 +36,7 @@ impl Flights {
         let found = self
             .epochs
             .binary_search_by_key(&epoch, |(epoch, _)| *epoch);
-        debug_assert!(found.is_ok(), "a ticket is given back once");
+        debug_assert!(found.is_ok(), "a request ends once");
         let Ok(at) = found else { return };
         let (_, count) = &mut self.epochs[at];
         *count = count.saturating_sub(1);
@@ -73,34 +73,34 @@ mod tests {
 
     #[test]
     fn an_epoch_is_over_when_it_and_all_before_have_no_request_left() {
-        let mut flights = Flights::default();
-        let first = flights.enter();
-        let ended = flights.advance();
-        let second = flights.enter();
-        let later = flights.advance();
-        assert!(!flights.is_over(ended) && !flights.is_over(later));
-        flights.exit(second);
-        assert!(!flights.is_over(later));
-        flights.exit(first);
-        assert!(flights.is_over(ended) && flights.is_over(later));
-        let empty = flights.advance();
-        assert!(flights.is_over(empty));
+        let mut in_flight = RequestsInFlight::default();
+        let first = in_flight.enter();
+        let ended = in_flight.advance();
+        let second = in_flight.enter();
+        let later = in_flight.advance();
+        assert!(!in_flight.is_over(ended) && !in_flight.is_over(later));
+        in_flight.exit(second);
+        assert!(!in_flight.is_over(later));
+        in_flight.exit(first);
+        assert!(in_flight.is_over(ended) && in_flight.is_over(later));
+        let empty = in_flight.advance();
+        assert!(in_flight.is_over(empty));
     }
 
     #[test]
     fn a_request_that_lasts_keeps_its_epoch_and_no_memory_for_those_that_pass() {
-        let mut flights = Flights::default();
-        let lasting = flights.enter();
-        let ended = flights.advance();
+        let mut in_flight = RequestsInFlight::default();
+        let lasting = in_flight.enter();
+        let ended = in_flight.advance();
         for _ in 0..1000 {
-            let epoch = flights.enter();
-            let passed = flights.advance();
-            flights.exit(epoch);
-            assert!(!flights.is_over(ended) && !flights.is_over(passed));
+            let epoch = in_flight.enter();
+            let passed = in_flight.advance();
+            in_flight.exit(epoch);
+            assert!(!in_flight.is_over(ended) && !in_flight.is_over(passed));
         }
-        assert_eq!(flights.epochs.len(), 2);
-        let last = flights.advance();
-        flights.exit(lasting);
-        assert!(flights.is_over(ended) && flights.is_over(last));
+        assert_eq!(in_flight.epochs.len(), 2);
+        let last = in_flight.advance();
+        in_flight.exit(lasting);
+        assert!(in_flight.is_over(ended) && in_flight.is_over(last));
     }
 }
