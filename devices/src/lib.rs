@@ -5,6 +5,7 @@
 //!
 //! Each device has the same life, see [`lifecycle`], and each kind is one line of the table [`KINDS`].
 
+mod activate_error;
 pub mod bus;
 pub mod device_list;
 mod kinds;

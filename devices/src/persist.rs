@@ -23,7 +23,7 @@
 //! with a [`RestoreError`]; after that the device is of no use. What passes can do no more than the guest itself could
 //! have done: the contents of rings are looked at when they are served, as ever.
 
-use crate::virtio::activate_error::ActivateError;
+use crate::activate_error::ActivateError;
 
 /// A saved state is not one that this device can go on from.
 #[derive(Debug, thiserror::Error)]

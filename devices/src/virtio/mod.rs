@@ -1,6 +1,5 @@
 //! virtio 1.2: the device model that the transport and the devices share.
 
-pub(crate) mod activate_error;
 pub mod balloon;
 pub mod block;
 pub mod chain;
@@ -15,7 +14,7 @@ pub mod vsock;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-pub use activate_error::ActivateError;
+pub use crate::activate_error::ActivateError;
 pub use ring_position::RingPosition;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};

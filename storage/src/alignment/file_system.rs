@@ -1,6 +1,6 @@
 //! File systems by their superblocks, and the units in which they keep files.
 
-use super::{Window, le16, le32};
+use super::window::{Window, le16, le32};
 use crate::disk::ByteRange;
 
 /// A file system that was found.

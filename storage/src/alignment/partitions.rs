@@ -1,7 +1,8 @@
 //! Partition tables: GPT (UEFI 2.10, 5.3) and that of the master boot record (UEFI 2.10, 5.2) with its chain of logical
 //! partitions.
 
-use super::{Window, file_system, le32, le64};
+use super::file_system;
+use super::window::{Window, le32, le64};
 use crate::disk::ByteRange;
 
 /// Most entries of a GPT that are looked at; it has 128.

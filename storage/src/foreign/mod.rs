@@ -5,91 +5,26 @@
 
 mod qcow2;
 pub(crate) mod signature;
+mod source;
 mod vhd;
 mod vmdk;
 
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 pub use signature::SourceFormat;
+use source::hole_or_data;
+pub use source::{Source, SourceError};
 
 use crate::blocking::{self, Span};
-use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
+use crate::disk::{ByteRange, Disk, SectorSize};
 use crate::lock::OpenMode;
-use crate::medium::{Holes, Medium};
+use crate::medium::Medium;
 use crate::open::{Format, OpenOptions, detect_in, open_locked};
 use crate::refusal::OpenError;
 use crate::vhdx::Vhdx;
-
-/// A disk that can be read, whatever it is.
-pub trait Source {
-    /// Size in bytes.
-    fn size(&self) -> u64;
-    /// Sectors of the disk.
-    fn logical_sector(&self) -> SectorSize {
-        SectorSize::B512
-    }
-    /// What lies at an offset inside the disk, up to where that changes or a little before.
-    fn span_at(&mut self, offset: u64) -> Result<Span, SourceError>;
-    /// Fills a buffer from an offset of the disk.
-    fn read_at(&mut self, buffer: &mut [u8], offset: u64) -> Result<(), SourceError>;
-    /// What is known to be lost from the start, in order: it cannot be asked for.
-    fn lost(&self) -> &[ByteRange] {
-        &[]
-    }
-}
-
-/// Why a disk cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum SourceError {
-    /// It cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// The disk said so.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    /// The host refused.
-    #[error("cannot {operation}: {error}")]
-    Io {
-        /// What was tried.
-        operation: String,
-        /// The error of the host.
-        error: io::Error,
-    },
-    /// The file says something that its format forbids.
-    #[error("{structure} at file offset {offset:#x} is corrupt: {expected}")]
-    Corrupt {
-        /// The structure of the format.
-        structure: &'static str,
-        /// Where it lies in the file, in bytes.
-        offset: u64,
-        /// What was expected.
-        expected: String,
-    },
-    /// The file is sound as far as can be seen, but uses what cannot be read.
-    #[error("{0}")]
-    Unsupported(String),
-}
-
-impl SourceError {
-    fn io(operation: impl Into<String>, error: io::Error) -> Self {
-        Self::Io {
-            operation: operation.into(),
-            error,
-        }
-    }
-
-    fn corrupt(structure: &'static str, offset: u64, expected: impl Into<String>) -> Self {
-        Self::Corrupt {
-            structure,
-            offset,
-            expected: expected.into(),
-        }
-    }
-}
 
 /// A VHDX as a source.
 struct Own(Arc<dyn Disk>);
@@ -221,51 +156,4 @@ fn open_with(
         SourceFormat::Vmdk => Box::new(vmdk::Vmdk::open(path, file)?),
     };
     Ok((format, source))
-}
-
-/// A file next to another that names it; nowhere else.
-fn beside(path: &Path, name: &str) -> Result<PathBuf, SourceError> {
-    let outside = || {
-        SourceError::Unsupported(format!(
-            "names the file {name:?}, which does not lie in its own folder or below; only such files are opened"
-        ))
-    };
-    let io = |e| SourceError::io(format!("find the file {name:?}"), e);
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."))
-        .canonicalize()
-        .map_err(io)?;
-    let found = folder.join(name).canonicalize().map_err(io)?;
-    if found.starts_with(&folder) {
-        Ok(found)
-    } else {
-        Err(outside())
-    }
-}
-
-/// A run of a file that is the disk, or a part of it.
-fn hole_or_data(file: &Arc<File>, offset: u64, left: u64) -> Result<Span, SourceError> {
-    let failed = |e| SourceError::io(format!("look for holes from {offset:#x}"), e);
-    let end = offset.saturating_add(left);
-    let data = file.next_data(offset).map_err(failed)?;
-    Ok(match data.filter(|data| *data < end) {
-        Some(data) if data <= offset => Span {
-            len: file
-                .next_hole(offset)
-                .map_err(failed)?
-                .clamp(offset + 1, end)
-                - offset,
-            is_data: true,
-        },
-        Some(data) => Span {
-            len: data - offset,
-            is_data: false,
-        },
-        None => Span {
-            len: left,
-            is_data: false,
-        },
-    })
 }

@@ -11,7 +11,8 @@ use imago::format::builder::FormatDriverBuilder;
 use imago::format::gate::ImplicitOpenGate;
 use imago::{FormatAccess, Mapping, StorageOpenOptions};
 
-use super::{Source, SourceError, Span};
+use super::source::{Source, SourceError};
+use crate::blocking::Span;
 
 /// An open image.
 pub(super) struct Qcow2 {

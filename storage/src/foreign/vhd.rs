@@ -8,7 +8,8 @@ use std::sync::Arc;
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Source, SourceError, Span};
+use super::source::{Source, SourceError};
+use crate::blocking::Span;
 
 /// First bytes of a footer ("Hard Disk Footer Format").
 const COOKIE: &[u8; 8] = b"conectix";
@@ -240,7 +241,7 @@ impl Source for Vhd {
 
     fn span_at(&mut self, offset: u64) -> Result<Span, SourceError> {
         match &self.layout {
-            Layout::Fixed => super::hole_or_data(&self.file, offset, self.size - offset),
+            Layout::Fixed => super::source::hole_or_data(&self.file, offset, self.size - offset),
             Layout::Dynamic { block_size, table } => {
                 let block = offset / block_size;
                 let is_data = self.block(*block_size, table, block)?.is_some();

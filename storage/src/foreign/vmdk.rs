@@ -12,7 +12,8 @@ use flate2::read::ZlibDecoder;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::{Source, SourceError, Span, beside};
+use super::source::{Source, SourceError, beside};
+use crate::blocking::Span;
 use crate::lock::OpenMode;
 use crate::open::open_locked;
 
@@ -457,7 +458,7 @@ impl Source for Vmdk {
                 is_data: false,
             }),
             Extent::Flat { file, offset: from } => {
-                super::hole_or_data(file, *from + (offset - start), end - offset)
+                super::source::hole_or_data(file, *from + (offset - start), end - offset)
             }
             Extent::Sparse(sparse) => {
                 let inside = offset - start;

@@ -15,15 +15,8 @@ pub const LEVELS: &[(&str, &str)] = &[
     ("cli", "crate"),
     ("cli", "crate::remote"),
     ("config", "crate"),
-    ("control", "crate::api"),
-    ("control", "crate::control"),
-    ("control", "crate::mmds"),
     ("daemon", "crate::serve"),
     ("daemon", "crate::serve::routes"),
-    ("devices", "crate"),
-    ("devices", "crate::virtio::balloon"),
-    ("devices", "crate::virtio::block"),
-    ("devices", "crate::virtio::pmem"),
     ("jail", "crate"),
     ("kvm", "crate::boot"),
     ("kvm", "crate::vm"),
@@ -33,8 +26,6 @@ pub const LEVELS: &[(&str, &str)] = &[
     ("machine", "crate::machine"),
     ("machine", "crate::snapshot"),
     ("storage", "crate"),
-    ("storage", "crate::foreign"),
-    ("storage", "crate::vhdx"),
     ("tools", "crate::disk_tool"),
     ("tools", "crate::doctor"),
     ("tools", "crate::top"),
@@ -66,7 +57,6 @@ mod tests {
         assert_eq!(all.len(), LEVELS.len(), "a level is listed twice");
         assert_eq!(cut(&all), []);
         assert!(all.iter().all(is_known));
-        assert!(!is_known(&("storage", "crate::new".to_owned())));
         let without_first: BTreeSet<_> = all.iter().skip(1).cloned().collect();
         assert_eq!(
             cut(&without_first),

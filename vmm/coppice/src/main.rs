@@ -53,7 +53,12 @@ fn carry_out(command: Command) -> ExitCode {
 fn execute_tools() -> ExitCode {
     let tools = match program::beside_this(program::TOOLS) {
         Ok(tools) => tools,
-        Err(error) => return fail(exit::FAILURE, format_args!("{}: {error}", program::TOOLS)),
+        Err(error) => {
+            return fail(
+                exit::FAILURE,
+                format_args!("{}: {}", program::TOOLS, chain(&error)),
+            );
+        }
     };
     let error = process::Command::new(&tools)
         .args(env::args_os().skip(1))
@@ -64,7 +69,7 @@ fn execute_tools() -> ExitCode {
     };
     fail(
         exit::FAILURE,
-        format_args!("{}: {error}{hint}", tools.display()),
+        format_args!("{}: {}{hint}", tools.display(), chain(&error)),
     )
 }
 

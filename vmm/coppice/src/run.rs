@@ -25,6 +25,7 @@ use host::exit::GuestEnd;
 use host::exit::{EndReport, ExitReason};
 use host::heap;
 use host::output::open_output;
+use host::report::chain;
 use host::signals::{self, Signals};
 use host::socket::{ApiSocket, SocketError};
 use host::stack;
@@ -47,7 +48,7 @@ pub enum RunError {
     #[error("standard input was closed before the guest was to begin")]
     Abandoned,
     /// The event loop.
-    #[error("event loop: {0}")]
+    #[error("event loop")]
     EventLoop(#[from] event_manager::Error),
     /// The jail.
     #[error(transparent)]
@@ -56,7 +57,7 @@ pub enum RunError {
     #[error(transparent)]
     Metadata(#[from] MetadataFileError),
     /// The host has no more of something.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Host {
         /// What was to be had.
         what: &'static str,
@@ -88,7 +89,7 @@ impl Ending {
     fn tell(&self, reason: ExitReason) {
         self.reason.lock().get_or_insert(reason);
         if let Err(error) = self.event.write(1) {
-            tracing::error!(%error, "the end of the guest cannot be told");
+            tracing::error!(error = %chain(&error), "the end of the guest cannot be told");
         }
     }
 
@@ -114,7 +115,7 @@ impl MutEventSubscriber for Wakeups {
         let events = [self.signals.as_raw_fd(), self.ending.event.as_raw_fd()];
         for fd in events {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-                tracing::error!(%error, "the end of the guest cannot be seen");
+                tracing::error!(error = %chain(&error), "the end of the guest cannot be seen");
             }
         }
     }
@@ -214,7 +215,7 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
             Err(error) => EndReport::failed(error),
         };
         if let Err(error) = end.write(&path) {
-            tracing::error!(%error, path = %path.display(), "why the guest ended cannot be written");
+            tracing::error!(error = %chain(&error), path = %path.display(), "why the guest ended cannot be written");
         }
     }
     ended
@@ -309,7 +310,7 @@ fn serve_to_end(
         }
         if let Err(error) = manager.run() {
             // Nothing serves the guest any more, but its disks can be closed.
-            break ExitReason::Guest(GuestEnd::Failed(format!("event loop: {error}")));
+            break ExitReason::Guest(GuestEnd::Failed(format!("event loop: {}", chain(&error))));
         }
     };
     tracing::info!(?reason, "ending");
@@ -430,6 +431,6 @@ fn warmer(config: &VmConfig, held: bool) -> Option<Warmer> {
     };
     let started = wanted.then(Warmer::start)?;
     started
-        .inspect_err(|error| tracing::warn!(%error, "no reference image is made"))
+        .inspect_err(|error| tracing::warn!(error = %chain(error), "no reference image is made"))
         .ok()
 }

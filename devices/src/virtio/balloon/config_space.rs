@@ -4,7 +4,7 @@ use zerocopy::little_endian::U32;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::super::{RING_FEATURES, read_config_bytes};
-use super::BalloonConfig;
+use super::config::BalloonConfig;
 
 /// There is a statistics queue.
 pub(super) const F_STATS_VQ: u32 = 1;

@@ -14,6 +14,7 @@
 //! in it. Linux lets go of a hinted block after it has notified the device, not before; so the notifications of the
 //! hinting queue have no ioeventfd, and a block is given back while the vCPU that hints it stands in its notification.
 
+mod config;
 mod config_space;
 mod event_handler;
 mod hinting;
@@ -37,6 +38,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::config::BalloonConfig;
 use self::config_space::{ConfigSpace, F_FREE_PAGE_HINT, bit};
 use self::hinting::{Command, Hinting};
 pub use self::metrics::{BalloonMetrics, Returned};
@@ -61,21 +63,6 @@ pub(crate) const KIND: DeviceKind = DeviceKind {
         label: None,
     }),
 };
-
-/// What a balloon device is made of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BalloonConfig {
-    /// Pages of 4 KiB that the balloon is to have.
-    pub target_pages: u32,
-    /// The guest takes pages out of the balloon rather than run out of memory.
-    pub deflate_on_oom: bool,
-    /// Seconds from one set of statistics to the next; without statistics where 0.
-    pub statistics_interval: u16,
-    /// The host can ask for hints of free pages.
-    pub hinting: bool,
-    /// The driver reports free pages.
-    pub reporting: bool,
-}
 
 /// A balloon device cannot do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -395,7 +382,7 @@ impl VirtioDevice for VirtioBalloon {
         let queues: [_; QUEUES] =
             std::array::from_fn(|queue| Some((roles[queue]?, ready[queue].take()?)));
         let restored = self.restored_buffer.take();
-        let statistics_buffer = persist::kept_buffer(restored, queues.iter().flatten())?;
+        let statistics_buffer = queues::kept_buffer(restored, queues.iter().flatten())?;
         self.active = Some(Active {
             memory,
             queues,

@@ -3,16 +3,13 @@
 //! Which pages are in the balloon only the guest knows: the device has their number, as the driver reports it.
 
 use serde::{Deserialize, Serialize};
-use virtio_queue::{Queue, QueueT};
 
 use super::config_space::{F_FREE_PAGE_HINT, F_STATS_VQ, bit};
 use super::hinting::{Command, Hinting};
-use super::queues::Role;
 use super::statistics::{STATISTICS, Values};
-use super::{KIND, QUEUE_SIZE, RingPosition, VirtioBalloon};
+use super::{KIND, QUEUE_SIZE, VirtioBalloon};
 use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same, invalid};
-use crate::virtio::ActivateError;
 
 /// What a balloon has, and where it is in what it asks of the driver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,34 +133,5 @@ impl VirtioBalloon {
         self.restored_buffer = state.statistics_buffer;
         self.pause();
         Ok(())
-    }
-}
-
-/// The statistics buffer that a device keeps as it starts: none, but of rings that were in use before the guest was
-/// saved.
-///
-/// # Errors
-/// Where the rings say that the device keeps other buffers than it does.
-pub(super) fn kept_buffer<'a>(
-    restored: Option<u16>,
-    queues: impl Iterator<Item = &'a (Role, Queue)>,
-) -> Result<Option<u16>, ActivateError> {
-    let mut kept = None;
-    for (role, queue) in queues {
-        match (role, RingPosition::of(queue).in_flight()) {
-            (_, 0) => {}
-            (Role::Statistics, 1) => {
-                kept = restored.filter(|head| *head < queue.size());
-                if kept.is_none() {
-                    return Err(ActivateError::NoStatisticsBuffer);
-                }
-            }
-            (_, _) => return Err(ActivateError::InFlight),
-        }
-    }
-    if kept == restored {
-        Ok(kept)
-    } else {
-        Err(ActivateError::StrayBuffer)
     }
 }

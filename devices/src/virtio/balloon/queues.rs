@@ -1,5 +1,8 @@
 //! Which queue is for what (VIRTIO 1.2, 5.5.2).
 
+use virtio_queue::{Queue, QueueT};
+
+use super::super::{ActivateError, RingPosition};
 use super::config_space::{F_FREE_PAGE_HINT, F_REPORTING, F_STATS_VQ, bit};
 
 /// Queues of a device, whatever it offers.
@@ -63,6 +66,35 @@ pub(super) fn roles(features: u64, is_ready: impl Fn(usize) -> bool) -> [Option<
         *slot = Some(role);
     }
     compact
+}
+
+/// The statistics buffer that a device keeps as it starts: none, but of rings that were in use before the guest was
+/// saved.
+///
+/// # Errors
+/// Where the rings say that the device keeps other buffers than it does.
+pub(super) fn kept_buffer<'a>(
+    restored: Option<u16>,
+    queues: impl Iterator<Item = &'a (Role, Queue)>,
+) -> Result<Option<u16>, ActivateError> {
+    let mut kept = None;
+    for (role, queue) in queues {
+        match (role, RingPosition::of(queue).in_flight()) {
+            (_, 0) => {}
+            (Role::Statistics, 1) => {
+                kept = restored.filter(|head| *head < queue.size());
+                if kept.is_none() {
+                    return Err(ActivateError::NoStatisticsBuffer);
+                }
+            }
+            (_, _) => return Err(ActivateError::InFlight),
+        }
+    }
+    if kept == restored {
+        Ok(kept)
+    } else {
+        Err(ActivateError::StrayBuffer)
+    }
 }
 
 #[cfg(test)]

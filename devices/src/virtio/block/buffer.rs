@@ -9,8 +9,8 @@ use storage::io::{IoBuffer, Source};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend};
 
 use super::super::chain::{ChainError, Segment};
-use super::RingFault;
 use super::ring::{InFlight, Ring};
+use super::ring_fault::RingFault;
 use super::sharing::{Copied, DriveSharing};
 use crate::GuestMemory;
 

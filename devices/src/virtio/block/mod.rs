@@ -18,6 +18,7 @@ mod metrics;
 mod persist;
 mod request;
 mod ring;
+mod ring_fault;
 mod sharing;
 #[cfg(test)]
 mod tests;
@@ -38,6 +39,7 @@ pub use self::metrics::BlockMetrics;
 pub use self::persist::BlockState;
 use self::request::{Command, ID_LEN, Rules};
 use self::ring::{Next, Ring};
+use self::ring_fault::RingFault;
 pub use self::sharing::DriveSharing;
 use super::chain;
 use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
@@ -405,17 +407,6 @@ impl VirtioBlock {
         self.disk.drain();
         while self.disk.completion().is_some() {}
     }
-}
-
-/// The driver broke a ring.
-#[derive(Debug, thiserror::Error)]
-enum RingFault {
-    #[error(transparent)]
-    Queue(#[from] virtio_queue::Error),
-    #[error(transparent)]
-    Chain(#[from] chain::ChainError),
-    #[error("a request without a status byte")]
-    NoStatus,
 }
 
 impl Device for VirtioBlock {

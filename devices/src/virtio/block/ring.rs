@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::super::RingPosition;
 use super::super::chain::{self, Chain, ChainError};
-use super::RingFault;
+use super::ring_fault::RingFault;
 use crate::GuestMemory;
 
 /// What a ring has to offer.

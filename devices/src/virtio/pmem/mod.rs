@@ -20,6 +20,7 @@ mod hostile;
 mod metrics;
 mod persist;
 mod request;
+mod ring_fault;
 #[cfg(test)]
 mod tests;
 
@@ -37,7 +38,8 @@ use self::flusher::{Flusher, Outcome};
 pub use self::metrics::{MappingFigures, PmemMetrics};
 pub use self::persist::PmemState;
 use self::request::{Command, Response, ResponseCode};
-use super::chain::{self, Chain};
+use self::ring_fault::RingFault;
+use super::chain::Chain;
 use super::{
     ActivateError, Activation, Interrupt, RING_FEATURES, RingPosition, VirtioDevice,
     read_config_bytes,
@@ -294,17 +296,6 @@ impl VirtioPmem {
         self.covered.clear();
         self.stalled = false;
     }
-}
-
-/// The driver broke the ring.
-#[derive(Debug, thiserror::Error)]
-enum RingFault {
-    #[error(transparent)]
-    Queue(#[from] virtio_queue::Error),
-    #[error(transparent)]
-    Chain(#[from] chain::ChainError),
-    #[error("a request without room for a response")]
-    NoResponse,
 }
 
 impl Device for VirtioPmem {

@@ -2,7 +2,7 @@
 //! way.
 
 use super::super::chain::{self, Chain, Segment};
-use super::RingFault;
+use super::ring_fault::RingFault;
 use crate::GuestMemory;
 
 /// `VIRTIO_PMEM_REQ_TYPE_FLUSH`.

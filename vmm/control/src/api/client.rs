@@ -40,8 +40,8 @@ pub enum ClientError {
     #[error(transparent)]
     Request(#[from] hyper::http::Error),
     /// The answer cannot be read.
-    #[error("the answer cannot be read: {0}")]
-    Body(Box<dyn std::error::Error + Send + Sync>),
+    #[error("the answer cannot be read")]
+    Body(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The connection was closed before the answer.
     #[error("the connection was closed without an answer")]
     Closed,

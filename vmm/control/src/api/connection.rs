@@ -8,8 +8,11 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use rustix::event::Timespec;
 
+use super::connections::OpenConnection;
+use super::context::Context;
 use super::polled::{self, Stream};
-use super::{Admitted, Context, routes};
+use super::routes;
+use host::report::chain;
 
 /// How long a client may say nothing.
 const IDLE: Timespec = Timespec {
@@ -20,29 +23,30 @@ const IDLE: Timespec = Timespec {
 const BUFFER: usize = 8192;
 
 /// Serves a client until it goes.
-pub(super) fn serve(socket: UnixStream, context: &Context, place: &Admitted) {
+pub(super) fn serve(socket: UnixStream, context: &Context, open: &OpenConnection) {
     let waiting = match socket
         .set_nonblocking(true)
         .and_then(|()| socket.try_clone())
     {
         Ok(waiting) => waiting,
         Err(error) => {
-            tracing::warn!(%error, "a REST connection cannot be served");
+            tracing::warn!(error = %chain(&error), "a REST connection cannot be served");
             return;
         }
     };
     let (stream, interest) = Stream::new(socket);
-    let answer =
-        service_fn(|request| async { Ok::<_, Infallible>(routes::answer(context, request).await) });
+    let service = service_fn(|request| async {
+        Ok::<_, Infallible>(routes::respond(context, request).await)
+    });
     // A client that has said all may close its side and still read the answer.
     let connection = http1::Builder::new()
         .half_close(true)
         .max_buf_size(BUFFER)
-        .serve_connection(stream, answer);
-    let busy = || place.busy();
+        .serve_connection(stream, service);
+    let busy = || open.busy();
     match polled::run(connection, waiting.as_fd(), &interest, &IDLE, busy) {
         Some(Ok(())) => {}
-        Some(Err(error)) => tracing::info!(%error, "a REST connection ended"),
+        Some(Err(error)) => tracing::info!(error = %chain(&error), "a REST connection ended"),
         None => tracing::info!("an idle REST connection was closed"),
     }
 }

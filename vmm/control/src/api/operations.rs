@@ -3,8 +3,8 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Context;
-use super::routes::{Answer, Fault, control, parse, tell};
+use super::context::Context;
+use super::response::{Content, Fault, parse, to_json};
 use crate::control::{Control, ControlError};
 use config::bodies::{
     Action, ActionType, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobEnd,
@@ -15,17 +15,17 @@ use config::{CreateSnapshot, LoadSnapshot};
 use config::{DriveConfig, DriveUpdate, HintingStart, PmemConfig, VmConfig};
 
 /// Carries out a request: of what, in the path, and with which body.
-type Handler = fn(&Context, &str, &[u8]) -> Result<Answer, Fault>;
+type Handler = fn(&Context, &str, &[u8]) -> Result<Content, Fault>;
 
 /// Changes something by a body. It is read before the guest is locked.
 fn change<T: DeserializeOwned>(
     context: &Context,
     body: &[u8],
     change: impl FnOnce(&mut Control, T) -> Result<(), ControlError>,
-) -> Result<Answer, Fault> {
+) -> Result<Content, Fault> {
     let asked = parse(body)?;
-    change(&mut control(context), asked)?;
-    Ok(Answer::Done)
+    change(&mut context.control(), asked)?;
+    Ok(Content::Empty)
 }
 
 /// As [`change`], of something whose name is in the path and in the body.
@@ -34,25 +34,25 @@ fn change_named<T: DeserializeOwned>(
     (id, body): (&str, &[u8]),
     name: impl FnOnce(&T) -> &str,
     change: impl FnOnce(&mut Control, T) -> Result<(), ControlError>,
-) -> Result<Answer, Fault> {
+) -> Result<Content, Fault> {
     let asked: T = parse(body)?;
     if name(&asked) != id {
         return Err(Fault::OtherId);
     }
-    change(&mut control(context), asked)?;
-    Ok(Answer::Done)
+    change(&mut context.control(), asked)?;
+    Ok(Content::Empty)
 }
 
 /// Answers what `ask` says, or refuses as it does.
 fn ask<T: Serialize>(
     context: &Context,
     ask: impl FnOnce(&mut Control) -> Result<T, ControlError>,
-) -> Result<Answer, Fault> {
-    tell(ask(&mut control(context))?)
+) -> Result<Content, Fault> {
+    to_json(ask(&mut context.control())?)
 }
 
 fn act(context: &Context, Action { action_type }: Action) -> Result<(), ControlError> {
-    let mut control = control(context);
+    let mut control = context.control();
     match action_type {
         ActionType::InstanceStart => {
             control.start(|config, origin| (context.launch)(config, origin))
@@ -68,7 +68,7 @@ pub(super) fn carry_out(
     context: &Context,
     id: &str,
     body: &[u8],
-) -> Result<Answer, Fault> {
+) -> Result<Content, Fault> {
     let handler = HANDLERS.iter().find(|(handled, _)| *handled == kind);
     // A test holds that each operation has one.
     let (_, handler) = handler.ok_or(Fault::NoHandler(kind))?;
@@ -77,16 +77,16 @@ pub(super) fn carry_out(
 
 static HANDLERS: [(Kind, Handler); 45] = [
     (Kind::InstanceInfo, |context, _, _| {
-        tell(control(context).instance_info())
+        to_json(context.control().instance_info())
     }),
     (Kind::Version, |_, _, _| {
         let firecracker_version = env!("CARGO_PKG_VERSION");
-        tell(Version {
+        to_json(Version {
             firecracker_version,
         })
     }),
     (Kind::Config, |context, _, _| {
-        tell(control(context).config())
+        to_json(context.control().config())
     }),
     (Kind::Sharing, |context, _, _| {
         ask(context, Control::sharing)
@@ -99,7 +99,9 @@ static HANDLERS: [(Kind, Handler); 45] = [
         let page = page.parse()?;
         ask(context, |control| control.pages_of(page))
     }),
-    (Kind::Jail, |context, _, _| tell(control(context).jail())),
+    (Kind::Jail, |context, _, _| {
+        to_json(context.control().jail())
+    }),
     (Kind::UpdateState, |context, _, body| {
         change(context, body, |control, VmUpdate { state }| match state {
             VmState::Paused => control.pause(),
@@ -108,10 +110,10 @@ static HANDLERS: [(Kind, Handler); 45] = [
     }),
     (Kind::Act, |context, _, body| {
         act(context, parse(body)?)?;
-        Ok(Answer::Done)
+        Ok(Content::Empty)
     }),
     (Kind::MachineConfig, |context, _, _| {
-        tell(&control(context).config().machine_config)
+        to_json(&context.control().config().machine_config)
     }),
     (Kind::SetMachineConfig, |context, _, body| {
         change(context, body, Control::set_machine_config)
@@ -191,7 +193,7 @@ static HANDLERS: [(Kind, Handler); 45] = [
         change(context, body, Control::set_vsock)
     }),
     (Kind::Metadata, |context, _, _| {
-        tell(control(context).mmds().get())
+        to_json(context.control().mmds().get())
     }),
     (Kind::SetMetadata, |context, _, body| {
         change(context, body, Control::set_metadata)
@@ -212,8 +214,8 @@ static HANDLERS: [(Kind, Handler); 45] = [
         change(context, body, |control, logger| control.set_logger(&logger))
     }),
     (Kind::Metrics, |context, _, _| {
-        let scrape = control(context).scrape();
-        Ok(Answer::Metrics(scrape.encode()?))
+        let scrape = context.control().scrape();
+        Ok(Content::Metrics(scrape.encode()?))
     }),
     (Kind::SetMetrics, |context, _, body| {
         change(context, body, |control, metrics| {
@@ -243,15 +245,15 @@ static HANDLERS: [(Kind, Handler); 45] = [
             [] => HintingStart::default(),
             body => parse(body)?,
         };
-        control(context).start_hinting(start)?;
-        Ok(Answer::Done)
+        context.control().start_hinting(start)?;
+        Ok(Content::Empty)
     }),
     (Kind::StopHinting, |context, _, body| {
         if !body.is_empty() {
             let HintingStop {} = parse(body)?;
         }
-        control(context).stop_hinting()?;
-        Ok(Answer::Done)
+        context.control().stop_hinting()?;
+        Ok(Content::Empty)
     }),
     (Kind::CreateSnapshot, |context, _, body| {
         change(context, body, |control, request: CreateSnapshot| {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context as TaskContext, Poll, Wake, Waker};
 
+use host::report::chain;
 use hyper::rt::ReadBufCursor;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -133,7 +134,7 @@ pub(super) fn run<T, B>(
             Ok(0) => return None,
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
-                tracing::warn!(%error, "a REST connection cannot be waited for");
+                tracing::warn!(error = %chain(&error), "a REST connection cannot be waited for");
                 return None;
             }
         }

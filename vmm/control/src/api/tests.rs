@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use config::VmConfig;
+
+use super::connections::MAX_CONNECTIONS;
 use super::*;
 use crate::control::tests::{Calls, control, file, launch};
 
@@ -681,7 +684,7 @@ fn clients_beyond_the_limit_wait_for_their_turn() {
     }
     let mut late = bench.connect();
     late.write_all(request("GET", "/", "").as_bytes()).unwrap();
-    assert_eq!(bench.server.0.counts().open, MAX_CONNECTIONS);
+    assert_eq!(bench.server.0.open(), MAX_CONNECTIONS);
     drop(idle);
     let mut answer = [0; 12];
     late.read_exact(&mut answer).unwrap();

@@ -24,6 +24,7 @@ use rustix::termios::{isatty, tcgetpgrp};
 use vmm_sys_util::eventfd::EventFd;
 
 use devices::legacy::SerialConsole;
+use host::report::chain;
 
 pub use escape::{Command, Escape, HELP};
 pub use socket::ConsoleSocket;
@@ -102,7 +103,7 @@ impl Console {
     pub fn connect(&mut self, serial: Box<dyn SerialInput>) {
         self.serial = Some(serial);
         if let Err(error) = self.drained.write(1) {
-            tracing::warn!(%error, "console input waits");
+            tracing::warn!(error = %chain(&error), "console input waits");
         }
     }
 
@@ -122,7 +123,7 @@ impl Console {
             Ok(len) => len,
             Err(Errno::AGAIN | Errno::INTR) => return false,
             Err(error) => {
-                tracing::debug!(%error, "console input ends");
+                tracing::debug!(error = %chain(&error), "console input ends");
                 0
             }
         };
@@ -172,7 +173,9 @@ impl Console {
                     self.source = Source::Ready;
                     self.balance(ops);
                 }
-                Err(error) => tracing::warn!(%error, "console input cannot be read"),
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "console input cannot be read")
+                }
             },
             (Source::Polled, false) => {
                 self.stop_polling(ops);
@@ -185,7 +188,7 @@ impl Console {
 
     fn stop_polling(&self, ops: &mut EventOps) {
         if let Err(error) = ops.remove(Events::empty(&self.input)) {
-            tracing::warn!(%error, "console input cannot be left alone");
+            tracing::warn!(error = %chain(&error), "console input cannot be left alone");
         }
     }
 }
@@ -194,7 +197,7 @@ impl Console {
 fn show_help() {
     let text = format!("\r\n{}\r\n", HELP.replace('\n', "\r\n"));
     if let Err(error) = io::stderr().write_all(text.as_bytes()) {
-        tracing::debug!(%error, "the help cannot be shown");
+        tracing::debug!(error = %chain(&error), "the help cannot be shown");
     }
 }
 
@@ -214,7 +217,7 @@ impl MutEventSubscriber for Console {
 
     fn init(&mut self, ops: &mut EventOps) {
         if let Err(error) = ops.add(Events::new(&self.drained, EventSet::IN)) {
-            tracing::warn!(%error, "console input cannot be given to the guest");
+            tracing::warn!(error = %chain(&error), "console input cannot be given to the guest");
         }
         self.balance(ops);
     }

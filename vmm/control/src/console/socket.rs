@@ -22,6 +22,7 @@ use rustix::net::SendFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::Console;
+use host::report::chain;
 
 /// How much of the output a client is shown that comes later, in bytes; and how far one may lag behind.
 pub const HISTORY: usize = 32 << 10;
@@ -161,7 +162,7 @@ impl ConsoleSocket {
                     if let Some(file) = &mut self.file
                         && let Err(error) = io::Write::write_all(file, bytes)
                     {
-                        tracing::debug!(%error, "serial output is lost");
+                        tracing::debug!(error = %chain(&error), "serial output is lost");
                     }
                 }
                 Err(Errno::INTR) => {}
@@ -184,7 +185,7 @@ impl ConsoleSocket {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    tracing::warn!(%error, "a console client cannot be accepted");
+                    tracing::warn!(error = %chain(&error), "a console client cannot be accepted");
                     return;
                 }
             };
@@ -193,7 +194,7 @@ impl ConsoleSocket {
                 continue;
             }
             if let Err(error) = stream.set_nonblocking(true) {
-                tracing::warn!(%error, "a console client cannot be served");
+                tracing::warn!(error = %chain(&error), "a console client cannot be served");
                 continue;
             }
             let mut client = Client {
@@ -206,7 +207,9 @@ impl ConsoleSocket {
             }
             match ops.add(client.events()) {
                 Ok(()) => self.clients.push(client),
-                Err(error) => tracing::warn!(%error, "a console client cannot be served"),
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "a console client cannot be served")
+                }
             }
         }
     }
@@ -228,7 +231,7 @@ impl ConsoleSocket {
     fn part(&mut self, at: usize, ops: &mut EventOps) {
         let client = self.clients.swap_remove(at);
         if let Err(error) = ops.remove(Events::empty(&client.stream)) {
-            tracing::debug!(%error, "a console client cannot be left alone");
+            tracing::debug!(error = %chain(&error), "a console client cannot be left alone");
         }
     }
 
@@ -242,7 +245,7 @@ impl ConsoleSocket {
             } else if waited != client.waits_for_room
                 && let Err(error) = ops.modify(client.events())
             {
-                tracing::warn!(%error, "a console client cannot be served");
+                tracing::warn!(error = %chain(&error), "a console client cannot be served");
                 self.part(at, ops);
             }
         }
@@ -274,7 +277,7 @@ impl MutEventSubscriber for ConsoleSocket {
     fn init(&mut self, ops: &mut EventOps) {
         for fd in [self.listener.as_raw_fd(), self.output.as_raw_fd()] {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-                tracing::warn!(%error, "the console socket cannot be served");
+                tracing::warn!(error = %chain(&error), "the console socket cannot be served");
             }
         }
     }

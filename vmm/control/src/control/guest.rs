@@ -191,9 +191,9 @@ pub enum LaunchError {
     )]
     OnlyConfigured,
     /// The output of its serial console.
-    #[error("serial.serial_out_path: {0}")]
-    Serial(std::io::Error),
+    #[error("serial.serial_out_path")]
+    Serial(#[source] std::io::Error),
     /// The event loop does not answer: the process is about to end.
-    #[error("the event loop has stopped: {0}")]
+    #[error("the event loop has stopped")]
     EventLoop(#[from] event_manager::Error),
 }

@@ -10,6 +10,7 @@
 
 mod balloon;
 mod drive;
+mod error;
 mod guest;
 mod metadata;
 mod output;
@@ -21,26 +22,26 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use devices::virtio::balloon::BalloonError;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::logging::{Log, LogError};
+use crate::logging::Log;
 use crate::metrics::{self, ApiMetrics, MetricsFile};
-use crate::mmds::{Mmds, MmdsError};
+use crate::mmds::Mmds;
 use config::{
-    BootSourceConfig, ConfigError, EntropyConfig, MachineConfig, PmemConfig, SharingConfig,
+    BootSourceConfig, EntropyConfig, MachineConfig, MetricsConfig, PmemConfig, SharingConfig,
     VmConfig, VsockConfig,
 };
 use config::{CreateSnapshot, LoadSnapshot};
+use host::report::chain;
 use jail::JailReport;
-use machine::snapshot::{Loading, SnapshotError};
-use machine::{Address, FilePage, FilePageReport, MachineError, PageReport, SharingReport};
+use machine::snapshot::Loading;
+use machine::{Address, FilePage, FilePageReport, PageReport, SharingReport};
 
 pub use balloon::HintingState;
+pub use error::ControlError;
 pub use guest::{Guest, LaunchError, Origin};
 
-use output::open_metrics;
 use times::Times;
 
 /// What is known about the guest, as `GET /` tells it.
@@ -69,63 +70,6 @@ pub enum State {
     Paused,
 }
 
-/// A request that is refused. Nothing has changed.
-#[derive(Debug, thiserror::Error)]
-pub enum ControlError {
-    /// The configuration cannot be.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A file that the process, in its jail, cannot open.
-    #[error(
-        "{0} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)"
-    )]
-    Jailed(ConfigError),
-    /// Only a guest that has not started can be configured.
-    #[error("The requested operation is not supported after starting the microVM.")]
-    AfterStart,
-    /// Only a started guest can do it.
-    #[error("The requested operation is not supported before starting the microVM.")]
-    BeforeStart,
-    /// The guest has come to its end, and so does the process.
-    #[error("The guest has ended.")]
-    Ended,
-    /// There is no drive of that name.
-    #[error("there is no drive {0}")]
-    NoDrive(String),
-    /// The guest has no balloon.
-    #[error("there is no balloon")]
-    NoBalloon,
-    /// The metadata cannot be.
-    #[error(transparent)]
-    Mmds(#[from] MmdsError),
-    /// The balloon refuses.
-    #[error(transparent)]
-    Balloon(#[from] BalloonError),
-    /// The guest cannot start.
-    #[error("the guest cannot start: {0}")]
-    Launch(#[from] LaunchError),
-    /// The running guest refuses.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// A guest that runs cannot be saved.
-    #[error("the guest runs: pause it before you save it")]
-    NotPaused,
-    /// A guest that something is configured for cannot be loaded.
-    #[error(
-        "a snapshot brings its own {0}: load it before anything but logger, metrics and serial is configured"
-    )]
-    Configured(&'static str),
-    /// A snapshot.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// The log cannot be changed.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// The metrics cannot be written.
-    #[error("metrics.metrics_path: {0}")]
-    Metrics(std::io::Error),
-}
-
 enum Life {
     NotStarted,
     Started { guest: Box<dyn Guest>, paused: bool },
@@ -146,6 +90,10 @@ pub struct Control {
     noted: BTreeMap<String, PathBuf>,
     times: Times,
     mmds: Arc<Mmds>,
+}
+
+fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
+    MetricsFile::open(&config.metrics_path).map_err(ControlError::Metrics)
 }
 
 impl Control {
@@ -487,7 +435,7 @@ impl Control {
         if let Some(file) = &mut self.metrics
             && let Err(error) = file.write(&metrics::snapshot(&self.api, Some(&devices)))
         {
-            tracing::warn!(%error, "the last metrics cannot be written");
+            tracing::warn!(error = %chain(&error), "the last metrics cannot be written");
         }
     }
 }

@@ -1,12 +1,8 @@
 //! Where a guest's console, log and metrics go.
 
-use super::{Control, ControlError};
-use crate::metrics::{self, MetricsFile};
+use super::{Control, ControlError, open_metrics};
+use crate::metrics;
 use config::{LoggerConfig, MetricsConfig, SerialConfig, VmConfig};
-
-pub(super) fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
-    MetricsFile::open(&config.metrics_path).map_err(ControlError::Metrics)
-}
 
 impl Control {
     /// `PUT /serial`.

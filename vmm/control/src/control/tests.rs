@@ -11,10 +11,12 @@ use super::*;
 use crate::logging::{LogFilter, LogFormat};
 use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, HintingStart, LoggerConfig,
-    MetricsConfig, PmemMode, SerialConfig,
+    PmemMode, SerialConfig,
 };
+use machine::snapshot::SnapshotError;
 use machine::{
-    DriveError, DriveParent, DriveTask, JobState, JobStatus, MachineMetrics, StartError,
+    DriveError, DriveParent, DriveTask, JobState, JobStatus, MachineError, MachineMetrics,
+    StartError,
 };
 
 /// What was asked of a [`Double`], in order.

@@ -82,7 +82,7 @@ pub struct FilterError(String);
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
     /// The file cannot be opened.
-    #[error("logger.log_path: cannot open {}: {source}", path.display())]
+    #[error("logger.log_path: cannot open {}", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -90,7 +90,7 @@ pub enum LogError {
         source: io::Error,
     },
     /// Nobody listens to the log any more.
-    #[error("the log cannot be changed: {0}")]
+    #[error("the log cannot be changed")]
     Reload(#[from] reload::Error),
 }
 

@@ -1,17 +1,18 @@
-//! One request of a guest: HTTP/1.1 (RFC 9112), `GET` alone, and the connection is closed behind the answer.
+//! One request of a guest: HTTP/1.1 (RFC 9112), `GET` alone, and the connection is closed after the response.
 
 use std::sync::Arc;
 
 use devices::virtio::vsock::Session;
 use serde_json::{Map, Value};
 
-use super::Mmds;
+use super::metadata::Mmds;
+use host::report::chain;
 
 /// Longest head of a request in bytes, and most header fields in it.
 const LONGEST_HEAD: usize = 4096;
 const MAX_FIELDS: usize = 32;
 
-/// A request that is being read, and then its answer.
+/// A request that is being read, and then its response.
 pub(super) struct Request {
     metadata: Arc<Mmds>,
     imds_compat: bool,
@@ -20,17 +21,17 @@ pub(super) struct Request {
 
 enum Stage {
     Reading(Vec<u8>),
-    Answering { answer: Vec<u8>, sent: usize },
+    Sending { response: Vec<u8>, sent: usize },
 }
 
-/// An answer: status, the kind of its body, and that.
-struct Answer {
+/// A response: its status, the media type of its body, and the body.
+struct Response {
     status: &'static str,
     kind: &'static str,
     body: String,
 }
 
-impl Answer {
+impl Response {
     fn text(status: &'static str, body: impl Into<String>) -> Self {
         Self {
             status,
@@ -101,34 +102,34 @@ impl Request {
         }
     }
 
-    /// The answer to what has been read; `None` where there is more to come.
-    fn answer(&self, head: &[u8]) -> Option<Answer> {
+    /// The response to the bytes that have been read; `None` where the request goes on.
+    fn respond(&self, head: &[u8]) -> Option<Response> {
         let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
         let mut request = httparse::Request::new(&mut fields);
         match request.parse(head) {
             Ok(httparse::Status::Complete(_)) => {}
             Ok(httparse::Status::Partial) if head.len() < LONGEST_HEAD => return None,
             Ok(httparse::Status::Partial) | Err(httparse::Error::TooManyHeaders) => {
-                return Some(Answer::text(
+                return Some(Response::text(
                     "431 Request Header Fields Too Large",
                     "The request is too long.",
                 ));
             }
             Err(error) => {
-                return Some(Answer::text(
+                return Some(Response::text(
                     "400 Bad Request",
-                    format!("The request is no HTTP: {error}."),
+                    format!("The request is no HTTP: {}.", chain(&error)),
                 ));
             }
         }
         if request.method != Some("GET") {
-            return Some(Answer::text(
+            return Some(Response::text(
                 "405 Method Not Allowed",
                 "Metadata can be asked for with GET alone; session tokens (V2) are not needed.",
             ));
         }
         let Some(path) = request.path.and_then(path_of) else {
-            return Some(Answer::text("400 Bad Request", "Invalid URI."));
+            return Some(Response::text("400 Bad Request", "Invalid URI."));
         };
         let wants_json = request.headers.iter().any(|field| {
             let accepts = |kind: &str| kind.trim().eq_ignore_ascii_case("application/json");
@@ -142,11 +143,11 @@ impl Request {
         Some(self.value(path, wants_json && !self.imds_compat))
     }
 
-    fn value(&self, path: &str, as_json: bool) -> Answer {
+    fn value(&self, path: &str, as_json: bool) -> Response {
         let metadata = self.metadata.lock();
         let none = Map::new();
         let Some(found) = find(metadata.as_ref().unwrap_or(&none), path) else {
-            return Answer::text("404 Not Found", format!("Resource not found: {path}."));
+            return Response::text("404 Not Found", format!("Resource not found: {path}."));
         };
         if as_json {
             let text = match found {
@@ -154,7 +155,7 @@ impl Request {
                 Found::Part(value) => serde_json::to_string(value),
             };
             // A value of JSON always has a text.
-            return Answer {
+            return Response {
                 status: "200 OK",
                 kind: "application/json",
                 body: text.unwrap_or_default(),
@@ -162,11 +163,11 @@ impl Request {
         }
         match found {
             Found::All(object) | Found::Part(Value::Object(object)) => {
-                Answer::text("200 OK", listing(object))
+                Response::text("200 OK", listing(object))
             }
-            Found::Part(Value::String(text)) => Answer::text("200 OK", text),
+            Found::Part(Value::String(text)) => Response::text("200 OK", text),
             Found::Part(Value::Null | Value::Bool(_) | Value::Number(_) | Value::Array(_)) => {
-                Answer::text(
+                Response::text(
                     "501 Not Implemented",
                     "Cannot retrieve value. The value has an unsupported type.",
                 )
@@ -184,9 +185,9 @@ impl Session for Request {
         let room = LONGEST_HEAD - head.len().min(LONGEST_HEAD);
         head.extend(bytes.iter().take(room));
         let head = std::mem::take(head);
-        self.stage = match self.answer(&head) {
-            Some(answer) => Stage::Answering {
-                answer: answer.bytes(),
+        self.stage = match self.respond(&head) {
+            Some(response) => Stage::Sending {
+                response: response.bytes(),
                 sent: 0,
             },
             None => Stage::Reading(head),
@@ -194,10 +195,10 @@ impl Session for Request {
     }
 
     fn send(&mut self, buffer: &mut [u8]) -> Option<usize> {
-        let Stage::Answering { answer, sent } = &mut self.stage else {
+        let Stage::Sending { response, sent } = &mut self.stage else {
             return None;
         };
-        let rest = answer.get(*sent..).unwrap_or_default();
+        let rest = response.get(*sent..).unwrap_or_default();
         let len = rest.len().min(buffer.len());
         buffer[..len].copy_from_slice(&rest[..len]);
         *sent += len;

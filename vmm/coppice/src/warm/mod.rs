@@ -60,10 +60,10 @@ pub enum WarmError {
     #[error("the kernel is not mapped from the cache, so that its pages cannot be shared: {0}")]
     NotMapped(PathBuf),
     /// The event loop.
-    #[error("event loop: {0}")]
+    #[error("event loop")]
     EventLoop(#[from] event_manager::Error),
     /// A file.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Io {
         /// What was tried.
         what: String,
