@@ -25,6 +25,7 @@ use config::{
     SharingConfig, VmConfig, is_guest_id,
 };
 use control::console;
+use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use control::logging::{LogFilter, LogFormat};
 use control::mmds::MetadataFileError;
 use host::exit;
@@ -307,14 +308,10 @@ pub struct RunArguments {
     /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
     #[arg(long)]
     pub no_start: bool,
-    /// Take the guest's configuration over REST, and never start the guest: whoever has started this process reads the configuration from it, and starts
-    /// the guest in another one.
-    #[arg(long, hide = true)]
-    pub only_configure: bool,
-    /// Begin a session, and wait for a byte on standard input before anything else: end where there is none.
+    /// Begin a session, and wait on standard input to be told of the guest, in a line of JSON, before anything else: end where there is none.
     ///
     /// Whoever starts the process notes its number first. A process that is in no notes has ended.
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, requires = "api_sock", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "metadata", "config", "restore", "no_start", "jail"])]
     pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
@@ -441,8 +438,8 @@ impl RunArguments {
             console_socket: self.console_sock.take(),
             end_file: self.end_file.take(),
             no_start: self.no_start,
-            only_configure: self.only_configure,
-            held: self.held,
+            only_configure: false,
+            held: false,
             restore: self.restore.take().map(|RestoreArgument(load)| load),
             metadata: self.metadata.take(),
             confinement: self.confinement(),
@@ -453,6 +450,37 @@ impl RunArguments {
             return Err(UsageError::NothingToRun);
         }
         Ok(RunOptions { config, ..options })
+    }
+
+    /// Joins the arguments of a process that the host daemon has started with what the daemon told it, and checks the whole.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_launched(mut self, spec: LaunchSpec) -> Result<RunOptions, UsageError> {
+        let (only_configure, restore) = match spec.purpose {
+            Purpose::Configure => (true, None),
+            Purpose::Boot => (false, None),
+            Purpose::Restore(load) => (false, Some(load)),
+        };
+        if restore.is_none() {
+            self.config = Some(CONFIG.into());
+        }
+        Ok(RunOptions {
+            id: self.id.take(),
+            api_socket: self.api_sock.take(),
+            console_socket: self.console_sock.take(),
+            end_file: self.end_file.take(),
+            no_start: false,
+            only_configure,
+            held: true,
+            restore,
+            metadata: spec.metadata,
+            confinement: Confinement {
+                jail: spec.jail,
+                seccomp: self.seccomp,
+            },
+            config: self.into_config()?,
+        })
     }
 
     /// The guest alone, of the arguments and the configuration file.

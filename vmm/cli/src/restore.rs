@@ -122,9 +122,8 @@ mod tests {
         assert!(!all.verify_memory && !all.resume_vm);
         let drives: Vec<_> = all.drives.iter().map(|d| (&*d.drive_id, d.clone)).collect();
         assert_eq!(drives, [("data", false), ("root", true)]);
-        // As the host daemon writes it for a clone of a template.
-        let clone = "/t,,s/state,memory=/t,,s/memory,trust,paused,disk.root=/d/root.vhdx,clone.root=/vms/b/disk-root-t.vhdx";
-        assert_eq!(parse(clone).unwrap().drives.len(), 2);
+        let moved = parse("s,disk.root=/d/root.vhdx,clone.root=/d/b.vhdx").unwrap();
+        assert_eq!(moved.drives.len(), 2);
         let vsock = parse("s,vsock=v,cid=9").unwrap().vsock_override.unwrap();
         assert_eq!(vsock.uds_path, Some(PathBuf::from("v")));
         assert_eq!(vsock.guest_cid, Some(9));

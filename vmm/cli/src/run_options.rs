@@ -24,7 +24,7 @@ pub struct RunOptions {
     pub no_start: bool,
     /// The guest is configured here, and started in another process.
     pub only_configure: bool,
-    /// The process waits for a byte on standard input.
+    /// The host daemon has started the process.
     pub held: bool,
     /// The snapshot that the guest goes on from.
     pub restore: Option<LoadSnapshot>,

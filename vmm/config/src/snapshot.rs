@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The body of `PUT /snapshot/create`, as Firecracker has it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
@@ -34,7 +34,7 @@ pub enum SnapshotType {
 }
 
 /// The body of `PUT /snapshot/load`: Firecracker's, and what Coppice knows beyond it.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoadSnapshot {
     /// The state file.
@@ -80,7 +80,7 @@ impl LoadSnapshot {
 }
 
 /// What of a vsock device is another than it was.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
     /// The socket; the one that the guest had where absent.
@@ -96,7 +96,7 @@ const fn yes() -> bool {
 }
 
 /// Where guest memory comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
     /// The file, or the socket.
@@ -106,7 +106,7 @@ pub struct MemoryBackend {
 }
 
 /// Kinds of [`MemoryBackend`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MemoryBackendType {
     /// A memory file, which is mapped.
     File,
@@ -115,7 +115,7 @@ pub enum MemoryBackendType {
 }
 
 /// Another disk for a drive of a snapshot, or for a pmem device.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
     /// Of the drive; of the pmem device, where no drive has it.

@@ -1,16 +1,18 @@
 //! The `coppice` command.
 
 use std::env;
+use std::error::Error;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{self, ExitCode};
 
 use cli::{Cli, Command, ImageCommand, RunArguments, ServeArguments, VmArguments, VmCommand};
 use control::logging::Log;
 use coppice::command_line::{fail, fail_with, log_warnings, parse};
-use coppice::run;
 use coppice::warm::{self, Warmed};
+use coppice::{gate, run};
 use daemon::{remote, serve, zygote};
 use host::report::chain;
 use host::{exit, heap, program};
@@ -82,23 +84,32 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
         return fail_with(exit::FAILURE, &error);
     }
     let end_file = arguments.end_file.clone();
-    let options = match arguments.into_options() {
-        Ok(options) => options,
-        Err(error) => {
-            let end = exit::EndReport {
-                code: Some(exit::USAGE),
-                ..exit::EndReport::failed(&error)
-            };
-            if let Some(Err(error)) = end_file.map(|path| end.write(&path)) {
-                tracing::error!(error = %chain(&error), "why the guest ended cannot be written");
-            }
-            return fail_with(exit::USAGE, &error);
+    let options = if arguments.held {
+        match gate::wait() {
+            Ok(spec) => arguments.into_launched(spec),
+            Err(error) if error.is_abandonment() => return fail_with(exit::FAILURE, &error),
+            Err(error) => return refuse(end_file.as_deref(), &error),
         }
+    } else {
+        arguments.into_options()
     };
-    match run::run(options, log) {
-        Ok(reason) => ExitCode::from(&reason),
-        Err(error) => fail_with(exit::FAILURE, &error),
+    match options.map(|options| run::run(options, log)) {
+        Ok(Ok(reason)) => ExitCode::from(&reason),
+        Ok(Err(error)) => fail_with(exit::FAILURE, &error),
+        Err(error) => refuse(end_file.as_deref(), &error),
     }
+}
+
+/// Ends a process that was not asked for a guest in the right way, and says so in its end file, too.
+fn refuse(end_file: Option<&Path>, error: &dyn Error) -> ExitCode {
+    let end = exit::EndReport {
+        code: Some(exit::USAGE),
+        ..exit::EndReport::failed(error)
+    };
+    if let Some(Err(error)) = end_file.map(|path| end.write(path)) {
+        tracing::error!(error = %chain(&error), "why the guest ended cannot be written");
+    }
+    fail_with(exit::USAGE, error)
 }
 
 fn serve_guests(arguments: ServeArguments) -> ExitCode {

@@ -44,9 +44,6 @@ pub enum RunError {
     /// The REST socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
-    /// Whoever started the process is gone.
-    #[error("standard input was closed before the guest was to begin")]
-    Abandoned,
     /// The event loop.
     #[error("event loop")]
     EventLoop(#[from] event_manager::Error),
@@ -204,9 +201,6 @@ impl Launcher {
 /// [`RunError`]: the guest could not start.
 pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     let begun = Instant::now();
-    if options.held {
-        be_held()?;
-    }
     let end_file = options.end_file.clone();
     let ended = run_to_end(options, log, begun);
     if let Some(path) = end_file {
@@ -219,21 +213,6 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
         }
     }
     ended
-}
-
-/// Leaves the session of whoever started the process, and waits for their word.
-fn be_held() -> Result<(), RunError> {
-    // A process that leads its group already is in a session of its own making.
-    let _ = rustix::process::setsid();
-    // The kernel calls it after the file by which it was started, which is /proc/self/exe.
-    let _ = rustix::thread::set_name(c"coppice");
-    loop {
-        match rustix::io::read(io::stdin(), &mut [0; 1]) {
-            Ok(1) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => {}
-            Ok(_) | Err(_) => return Err(RunError::Abandoned),
-        }
-    }
 }
 
 /// What is there before the guest is.

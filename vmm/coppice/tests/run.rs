@@ -6,6 +6,7 @@ mod process;
 mod top;
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 
 use process::{Coppice, Terminal};
@@ -259,18 +260,52 @@ fn the_end_is_written_to_a_file() {
     assert_eq!(report()["code"], 2);
 }
 
-#[test]
-fn a_held_process_ends_where_nobody_lets_it_go() {
+/// What becomes of a process of the daemon that is told this: its exit code, and its report, if there is one.
+fn told(line: &[u8]) -> (i32, Option<Value>) {
     let folder = tempfile::tempdir().unwrap();
-    let socket = folder.path().join("s");
     let mut child = process::command()
-        .args(["run", "--held", "--id", "web-1", "--api-sock"])
-        .arg(&socket)
+        .args(["run", "--held", "--id", "web-1", "--api-sock", "s"])
+        .args(["--end-file", "end"])
+        .current_dir(folder.path())
         .stdin(std::process::Stdio::piped())
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    drop(child.stdin.take());
-    assert_eq!(child.wait().unwrap().code(), Some(1));
-    assert!(!socket.exists());
+    let mut gate = child.stdin.take().unwrap();
+    // One that has ended meanwhile takes no more.
+    let _ = gate.write_all(line);
+    drop(gate);
+    let code = child.wait().unwrap().code().unwrap();
+    assert!(!folder.path().join("s").exists());
+    let report = fs::read(folder.path().join("end")).ok();
+    (
+        code,
+        report.map(|report| serde_json::from_slice(&report).unwrap()),
+    )
+}
+
+#[test]
+fn a_held_process_ends_where_nobody_lets_it_go() {
+    for line in ["", "{\"purpose\": \"boot\"}"] {
+        assert_eq!(told(line.as_bytes()), (1, None), "{line}");
+    }
+}
+
+#[test]
+fn a_held_process_that_is_told_nonsense_says_so() {
+    let long = " ".repeat(1 << 20);
+    for (line, named) in [
+        ("\n", "launch specification"),
+        ("{\"purpose\": \"fly\"}\n", "fly"),
+        ("{\"purpose\": \"boot\"}\n\n", "more than one"),
+        // There is no such file.
+        ("{\"purpose\": \"boot\"}\n", "config.json"),
+        (&long, "at most"),
+    ] {
+        let (code, report) = told(line.as_bytes());
+        let report = report.unwrap();
+        assert_eq!((code, &report["code"]), (2, &json!(2)));
+        let text = report["text"].as_str().unwrap();
+        assert!(text.contains(named), "{text}");
+    }
 }

@@ -7,8 +7,11 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
+use serde::{Deserialize, Serialize};
+
 /// A group and its limits; what is absent is not limited.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CgroupConfig {
     /// The group, by its path below the root of the hierarchy.
     pub name: PathBuf,

@@ -25,7 +25,7 @@ use std::fmt::{self, Display};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use config::VmConfig;
 
@@ -35,7 +35,8 @@ pub use process::{Spawned, spawn};
 pub use seccomp::SeccompMode;
 
 /// What a jail is to be, beyond what there is in any case.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct JailConfig {
     /// The user that the process becomes; as it is where absent.
     pub uid: Option<u32>,

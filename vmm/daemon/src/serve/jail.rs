@@ -34,7 +34,7 @@ use super::own_disks::own_disks;
 use super::record::JailResources;
 use super::store::named;
 use host::report::chain;
-use jail::{CgroupConfig, cgroup_root};
+use jail::{CgroupConfig, JailConfig, cgroup_root};
 
 /// Users of guests where none are named: numbers that neither distributions, nor systemd, nor containers hand out
 /// (systemd's UIDS-GIDS.md: 1879048192 to 2147483647 are unused).
@@ -246,8 +246,8 @@ impl Jails {
         }
     }
 
-    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives the value
-    /// of its `--jail`, if it is to be in one.
+    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives its jail, if
+    /// it is to be in one.
     ///
     /// # Errors
     /// The host's error.
@@ -256,7 +256,7 @@ impl Jails {
         jailed: Option<&JailResources>,
         folder: &Path,
         ram_mib: u32,
-    ) -> io::Result<Option<String>> {
+    ) -> io::Result<Option<JailConfig>> {
         let (Some(policy), Some(jailed)) = (&self.policy, jailed) else {
             return Ok(None);
         };
@@ -265,32 +265,23 @@ impl Jails {
             give_folder(folder, uid).map_err(named(folder))?;
         }
         let own = own_disks(folder).map_err(named(folder))?;
-        argument(policy, jailed, &own).map(Some)
+        Ok(Some(jail_config(policy, jailed, own)))
     }
 }
 
-/// The value of `--jail` for the process of a guest, which works in its folder and has the files `own` there.
-fn argument(policy: &JailPolicy, jailed: &JailResources, own: &[PathBuf]) -> io::Result<String> {
-    let mut options = Vec::new();
-    if let Some(uid) = jailed.uid {
-        options.extend([format!("uid={uid}"), format!("gid={uid}")]);
+/// The jail of a guest's process, which works in its folder and has the files `own` there.
+fn jail_config(policy: &JailPolicy, jailed: &JailResources, own: Vec<PathBuf>) -> JailConfig {
+    let mut allow = vec![PathBuf::from(".")];
+    allow.extend(own);
+    allow.extend(policy.allow.iter().cloned());
+    JailConfig {
+        uid: jailed.uid,
+        gid: jailed.uid,
+        // The daemon has made it, with its limits.
+        cgroup: jailed.cgroup(),
+        allow,
+        require_all: policy.require_all,
     }
-    let mut path = |option: &str, path: &Path| {
-        let path = path.to_str().ok_or_else(|| invalid("a path is no UTF-8"))?;
-        options.push(format!("{option}={}", path.replace(',', ",,")));
-        Ok::<_, io::Error>(())
-    };
-    if let Some(group) = &jailed.cgroup {
-        path("cgroup", group)?;
-    }
-    path("allow", Path::new("."))?;
-    for allowed in own.iter().chain(&policy.allow) {
-        path("allow", allowed)?;
-    }
-    if policy.require_all {
-        options.push("require=all".to_owned());
-    }
-    Ok(options.join(","))
 }
 
 /// Removes the control group of a guest whose process has ended.
@@ -437,10 +428,12 @@ mod tests {
             uid: Some(7),
             cgroup: Some("guests/g".into()),
         };
-        assert_eq!(
-            argument(&policy, &jailed, &["./d".into()]).unwrap(),
-            "uid=7,gid=7,cgroup=guests/g,allow=.,allow=./d,allow=/disks/a,,b,require=all"
-        );
+        let jail = jail_config(&policy, &jailed, vec!["./d".into()]);
+        let allow = [".", "./d", "/disks/a,b"].map(PathBuf::from);
+        assert_eq!((jail.uid, jail.gid), (Some(7), Some(7)));
+        assert_eq!(jail.cgroup.unwrap().name, Path::new("guests/g"));
+        assert_eq!(jail.allow, allow);
+        assert!(jail.require_all);
     }
 
     #[test]

@@ -23,7 +23,6 @@ use super::daemon::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::identity;
-use super::process::Purpose;
 use super::proxy;
 use super::record::{LaterConfig, Pending, Phase, Record, State, VmSpec};
 use super::spec::Resolved;
@@ -31,6 +30,7 @@ use super::status::now_ms;
 use super::task::blocking;
 use super::vm::Vm;
 use config::VmConfig;
+use control::launch_spec::Purpose;
 use host::report::chain;
 
 /// How old the measured memory of guests may be for admission.
@@ -141,7 +141,7 @@ impl Daemon {
                 Some(id) => {
                     let template = self.templates().get(id)?;
                     let own = self.store.template(id);
-                    Purpose::Restore(template.restore(
+                    Purpose::Restore(template.snapshot(
                         &own,
                         &vm.folder,
                         vm.spec.start,

@@ -1,7 +1,7 @@
 //! The process of a guest: started behind a gate, identified for certain, and watched.
 //!
 //! ```text
-//! spawn ──> gated: waits on its standard input ── pid.json is written ── release ──> runs
+//! spawn ──> gated: waits on its standard input ── pid.json is written ── its LaunchSpec ──> runs
 //!              └── the daemon dies: standard input ends, and so does the process
 //! ```
 //!
@@ -30,6 +30,7 @@ use tokio::io::unix::AsyncFd;
 use super::record::PidFile;
 use super::store;
 use crate::zygote::{MANAGER, SpawnOptions, Zygote};
+use control::launch_spec::LaunchSpec;
 use host::procfs;
 use host::report::chain;
 
@@ -40,17 +41,6 @@ const LOG_ROOM: u64 = 4 << 10;
 /// Time from one cut of logs that are too long to the next.
 pub const TRIM: Duration = Duration::from_mins(1);
 
-/// What a process is started for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Purpose {
-    /// To be configured over the guest's own API; it never runs the guest.
-    Configure,
-    /// To run the guest of `config.json`.
-    Boot,
-    /// To load a snapshot, by this value of `--restore`.
-    Restore(String),
-}
-
 /// How a process is started.
 #[derive(Clone, Copy, Debug)]
 pub struct Launch<'a> {
@@ -58,12 +48,8 @@ pub struct Launch<'a> {
     pub id: &'a str,
     /// Its folder, which the process works in.
     pub folder: &'a Path,
-    /// What it is started for.
-    pub purpose: &'a Purpose,
-    /// Its jail, if it is to be in one.
-    pub jail: Option<&'a str>,
-    /// Whether the guest has a file with metadata.
-    pub metadata: bool,
+    /// What it is told when it is released.
+    pub spec: &'a LaunchSpec,
 }
 
 /// How a process ended, as far as the daemon can see.
@@ -90,6 +76,8 @@ pub struct GatedProcess {
     pid: u32,
     fd: OwnedFd,
     gate: PipeWriter,
+    /// What it is told through its gate.
+    line: Vec<u8>,
     start_us: u64,
 }
 
@@ -145,14 +133,15 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
         Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
         Err(error) => return Err(store::named(&path)(error.into())),
     }
+    let line = launch.spec.to_line().map_err(io::Error::other)?;
     let (stdin, gate) = io::pipe()?;
     let folder = File::open(launch.folder).map_err(store::named(launch.folder))?;
     let options = SpawnOptions {
-        args: arguments(launch),
+        args: arguments(launch.id),
         stdin: stdin.as_fd(),
         stderr: log.as_fd(),
         folder: folder.as_fd(),
-        own_processes: launch.jail.is_some(),
+        own_processes: launch.spec.jail.is_some(),
     };
     let pid = match zygote {
         Some(zygote) => zygote.spawn(&options)?,
@@ -165,6 +154,7 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
             pid,
             fd,
             gate,
+            line,
             start_us,
         }),
         Err(error) => {
@@ -178,21 +168,11 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
     }
 }
 
-fn arguments(launch: &Launch<'_>) -> Vec<String> {
-    let mut args = vec!["coppice", "run", "--held", "--id", launch.id];
+/// What is the same for all guests, and the name of this one. All else is in its `LaunchSpec`.
+fn arguments(id: &str) -> Vec<String> {
+    let mut args = vec!["coppice", "run", "--held", "--id", id];
     args.extend(["--api-sock", "api.sock", "--console-sock", "console.sock"]);
     args.extend(["--end-file", "end.json"]);
-    match launch.purpose {
-        Purpose::Restore(restore) => args.extend(["--restore", restore]),
-        Purpose::Boot => args.extend(["--config", "config.json"]),
-        Purpose::Configure => args.extend(["--config", "config.json", "--only-configure"]),
-    }
-    if launch.metadata {
-        args.extend(["--metadata", store::METADATA]);
-    }
-    if let Some(value) = launch.jail {
-        args.extend(["--jail", value]);
-    }
     args.into_iter().map(str::to_owned).collect()
 }
 
@@ -233,7 +213,7 @@ pub fn trim_log(folder: &Path) -> io::Result<()> {
 }
 
 impl GatedProcess {
-    /// Writes `pid.json`, and lets the process begin. Where that cannot be written, the process is ended.
+    /// Writes `pid.json`, and tells the process how to begin. Where that cannot be written, the process is ended.
     ///
     /// # Errors
     /// The host's error.
@@ -243,8 +223,9 @@ impl GatedProcess {
             start_us: self.start_us,
             boot_id: store::boot_id()?,
         };
+        // The process reads the line in any case, so this does not wait for long where the pipe takes less at once.
         let written = store::write(&folder.join("pid.json"), &file, false);
-        if let Err(error) = written.and_then(|()| self.gate.write_all(b"\n")) {
+        if let Err(error) = written.and_then(|()| self.gate.write_all(&self.line)) {
             drop(self.gate);
             let _ = pidfd_send_signal(&self.fd, Signal::KILL);
             let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED);

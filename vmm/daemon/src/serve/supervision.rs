@@ -18,14 +18,15 @@ use super::end_reason::reason;
 use super::events::EventKind;
 use super::fault::Fault;
 use super::identity;
-use super::process::{self, Exit, Launch, Process, Purpose};
+use super::process::{self, Exit, Launch, Process};
 use super::proxy;
 use super::record::{Ended, JailResources, RestartPolicy, State};
 use super::status::now_ms;
-use super::store;
+use super::store::{self, METADATA};
 use super::task::blocking;
 use super::vm::Vm;
 use config::VmConfig;
+use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use host::exit::{EndKind, EndReport};
 use host::report::chain;
 use jail::{CgroupConfig, LimitHits};
@@ -41,7 +42,7 @@ const LONG: Duration = Duration::from_mins(1);
 /// # Errors
 /// `Store`.
 pub async fn write_config(vm: &Vm, config: VmConfig) -> Result<(), Fault> {
-    let path = vm.folder.join("config.json");
+    let path = vm.folder.join(CONFIG);
     let written = blocking(move || store::write(&path, &config, false)).await?;
     written.map_err(Fault::Store)
 }
@@ -82,12 +83,15 @@ impl Daemon {
                     daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?
                 }
             };
+            let spec = LaunchSpec {
+                purpose,
+                jail,
+                metadata: metadata.then(|| METADATA.into()),
+            };
             let launch = Launch {
                 id: &id,
                 folder: &folder,
-                purpose: &purpose,
-                jail: jail.as_deref(),
-                metadata,
+                spec: &spec,
             };
             let gated = process::spawn(&launch, daemon.zygote.as_ref())?;
             Ok((gated.release(&folder)?, before))

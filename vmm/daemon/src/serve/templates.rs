@@ -9,7 +9,6 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,7 +20,7 @@ use super::fault::Fault;
 use super::own_disks::{is_free_disk_of, own_disk};
 use super::store::{self, VSOCK_SOCKET};
 use super::vm::Vm;
-use config::VmConfig;
+use config::{DriveOverride, LoadSnapshot, VmConfig, VsockOverride};
 use host::report::chain;
 
 /// The body of `POST /templates`.
@@ -141,11 +140,6 @@ impl Templates {
     }
 }
 
-/// A comma in a path is written twice.
-fn escaped(path: &Path) -> String {
-    path.display().to_string().replace(',', ",,")
-}
-
 impl Template {
     /// The configuration that its clone in `folder` boots with, with the disks that the clone has then.
     pub fn config_of(&self, folder: &Path) -> VmConfig {
@@ -162,31 +156,39 @@ impl Template {
         config
     }
 
-    /// The value of `--restore` for a clone in `folder`, with the identifier `cid` if it has a vsock device.
-    pub fn restore(&self, own: &Path, folder: &Path, resume: bool, cid: Option<u32>) -> String {
-        let mut value = format!(
-            "{},memory={},trust",
-            escaped(&own.join("state")),
-            escaped(&own.join("memory"))
-        );
-        if !resume {
-            value.push_str(",paused");
+    /// The snapshot that a clone in `folder` goes on from, with the identifier `cid` if it has a vsock device. `own` is
+    /// the template's folder.
+    pub fn snapshot(
+        &self,
+        own: &Path,
+        folder: &Path,
+        resume: bool,
+        cid: Option<u32>,
+    ) -> LoadSnapshot {
+        let disks = || self.disks.iter();
+        let moved = disks().map(|(id, disk)| DriveOverride {
+            drive_id: id.clone(),
+            path_on_host: disk.clone(),
+            clone: false,
+        });
+        let cloned = disks().map(|(id, _)| DriveOverride {
+            drive_id: id.clone(),
+            path_on_host: own_disk(folder, id, &self.id),
+            clone: true,
+        });
+        LoadSnapshot {
+            mem_file_path: Some(own.join("memory")),
+            resume_vm: resume,
+            // The template's files are the daemon's alone.
+            verify_memory: false,
+            // A disk is cloned from where it is now, so all moves are before the clones.
+            drives: moved.chain(cloned).collect(),
+            vsock_override: cid.map(|cid| VsockOverride {
+                uds_path: Some(VSOCK_SOCKET.into()),
+                guest_cid: Some(cid),
+            }),
+            ..LoadSnapshot::new(own.join("state"))
         }
-        if let Some(cid) = cid {
-            // Writing to a string does not fail.
-            let _ = write!(value, ",vsock={VSOCK_SOCKET},cid={cid}");
-        }
-        for (drive, disk) in &self.disks {
-            let clone = own_disk(folder, drive, &self.id);
-            // Writing to a string does not fail.
-            let _ = write!(
-                value,
-                ",disk.{drive}={},clone.{drive}={}",
-                escaped(disk),
-                escaped(&clone)
-            );
-        }
-        value
     }
 }
 
@@ -224,13 +226,26 @@ mod tests {
                 Path::new("/d/base.vhdx")
             ]
         );
-        let restore = template().restore(Path::new("/t,s"), Path::new("/vms/b"), false, None);
+        let clone =
+            |resume, cid| template().snapshot(Path::new("/t,s"), Path::new("/vms/b"), resume, cid);
+        let paused = clone(false, None);
+        assert_eq!(paused.snapshot_path, Path::new("/t,s/state"));
+        assert_eq!(paused.mem_file_path, Some("/t,s/memory".into()));
+        assert!(!paused.verify_memory && !paused.resume_vm && paused.vsock_override.is_none());
+        let drives = paused.drives.iter();
+        let drives = drives.map(|d| (&*d.drive_id, &*d.path_on_host, d.clone));
         assert_eq!(
-            restore,
-            "/t,,s/state,memory=/t,,s/memory,trust,paused,disk.root=/d/root.vhdx,clone.root=/vms/b/disk-root-t.vhdx"
+            drives.collect::<Vec<_>>(),
+            [
+                ("root", Path::new("/d/root.vhdx"), false),
+                ("root", Path::new("/vms/b/disk-root-t.vhdx"), true)
+            ]
         );
-        let named = template().restore(Path::new("/t"), Path::new("/vms/b"), true, Some(4));
-        assert!(named.contains(",vsock=vsock.sock,cid=4,"), "{named}");
+        let running = clone(true, Some(4));
+        assert!(running.resume_vm);
+        let vsock = running.vsock_override.unwrap();
+        assert_eq!(vsock.uds_path, Some(VSOCK_SOCKET.into()));
+        assert_eq!(vsock.guest_cid, Some(4));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A jail allows what the guest's process needs of the host, which is not known before such a guest is configured. So
-//! its process at first is one that only takes configuration (`--only-configure`): it never runs a guest, and is in no
+//! its process at first is one that only takes configuration (`Purpose::Configure`): it never runs a guest, and is in no
 //! jail. When the guest starts, it gets another process, which has the whole configuration from its beginning. The next
 //! daemon that finds `pending.start` looks how far that came: the guest runs, or waits again.
 
@@ -20,13 +20,14 @@ use serde_json::json;
 use super::daemon::Daemon;
 use super::events::EventKind;
 use super::fault::Fault;
-use super::process::{Process, Purpose};
+use super::process::Process;
 use super::proxy;
 use super::record::State;
 use super::stopping::end_by_signals;
 use super::supervision::write_config;
 use super::vm::Vm;
 use config::VmConfig;
+use control::launch_spec::Purpose;
 use host::report::chain;
 
 impl Daemon {
