@@ -15,6 +15,7 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -159,6 +160,8 @@ pub struct SharedMemory {
     files: FileRegistry,
     limits: Limits,
     stats: Stats,
+    /// The log has it already that the guest's reads are mostly unaligned.
+    warned_of_unaligned: AtomicBool,
     started: Instant,
     state: Mutex<State>,
     wake_up: Condvar,
@@ -194,6 +197,7 @@ impl SharedMemory {
             files: FileRegistry::default(),
             limits,
             stats: Stats::default(),
+            warned_of_unaligned: AtomicBool::new(false),
             started: Instant::now(),
             state: Mutex::default(),
             wake_up: Condvar::new(),
@@ -332,9 +336,7 @@ impl SharedMemory {
     /// same place within their pages on both sides, can come to be shared.
     pub fn note_read(&self, address: u64, len: u64, file: &Arc<File>, offset: u64) {
         if address % PAGE_SIZE != offset % PAGE_SIZE {
-            return self
-                .stats
-                .refuse(Refusal::Unaligned, len.div_ceil(PAGE_SIZE));
+            return self.refuse_unaligned(len.div_ceil(PAGE_SIZE));
         }
         let pages = whole_pages(address, len);
         let count = pages.end - pages.start;
@@ -376,6 +378,19 @@ impl SharedMemory {
         drop(state);
         if is_first {
             self.wake_up.notify_all();
+        }
+    }
+
+    fn refuse_unaligned(&self, pages: u64) {
+        self.stats.refuse(Refusal::Unaligned, pages);
+        if self.stats.is_mostly_unaligned()
+            && !self.warned_of_unaligned.swap(true, Ordering::Relaxed)
+        {
+            tracing::warn!(
+                "most of what the guest reads cannot be shared, as it is not aligned to pages of 4 KiB: a file system has \
+                 blocks of less than 4 KiB, or a partition does not begin at a multiple of 4 KiB; \
+                 `coppice disk info` says which"
+            );
         }
     }
 

@@ -48,6 +48,9 @@ impl Refusal {
     ];
 }
 
+/// Fewer pages than these say nothing of how a disk is laid out: a boot sector, a table of partitions, superblocks.
+const FEW_PAGES: u64 = 1000;
+
 /// Counters since the start; only ever added to, and read from any thread.
 #[derive(Debug, Default)]
 pub struct Stats {
@@ -100,10 +103,42 @@ impl Stats {
         }
     }
 
+    /// Whether most of the pages that were read from files that can be shared were not aligned as the file is, so that
+    /// sharing does little for this guest. False as long as few pages were read.
+    ///
+    /// This is so for a file system with blocks of less than a page, and in a partition that does not begin at a
+    /// multiple of a page.
+    pub fn is_mostly_unaligned(&self) -> bool {
+        let unaligned = self.refused(Refusal::Unaligned);
+        let refused =
+            [Refusal::Partial, Refusal::Split, Refusal::Domain].map(|why| self.refused(why));
+        let taken = [&self.noted, &self.placed].map(|counter| counter.load(Ordering::Relaxed));
+        let read = unaligned + refused.iter().chain(&taken).sum::<u64>();
+        read >= FEW_PAGES && unaligned > read / 2
+    }
+
     /// Pages that were not shared for this reason.
     pub fn refused(&self, why: Refusal) -> u64 {
         self.refused
             .get(why as usize)
             .map_or(0, |counter| counter.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_are_mostly_unaligned_where_more_than_half_of_many_pages_are() {
+        let stats = Stats::default();
+        stats.refuse(Refusal::Unaligned, FEW_PAGES - 1);
+        assert!(!stats.is_mostly_unaligned(), "too few to say");
+        add(&stats.noted, 1);
+        assert!(stats.is_mostly_unaligned());
+        add(&stats.placed, FEW_PAGES - 3);
+        assert!(stats.is_mostly_unaligned());
+        stats.refuse(Refusal::Partial, 1);
+        assert!(!stats.is_mostly_unaligned(), "half of them are aligned");
     }
 }

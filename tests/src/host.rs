@@ -9,10 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::peer;
+use crate::programs::{TARGET, command, workspace};
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios::{self, Kind, Machine, Scenario};
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Least size of the lab disk, beside what is put on it.
 const SPARE: u64 = 768 << 20;
 /// A host that does not name another scenario for so long is stuck: longer than the agent's own limit.
@@ -22,14 +22,6 @@ const STALL: Duration = Duration::from_mins(6);
 const HOSTS: usize = 3;
 /// Hosts that may run side by side.
 const LANES: usize = 2;
-
-/// The root of the sources.
-pub fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("/"))
-        .to_owned()
-}
 
 /// Runs the scenarios whose names start with one of `names`; true where all passed.
 pub fn run(
@@ -220,24 +212,6 @@ fn choose(names: &[String]) -> Result<Vec<&'static Scenario>, Failure> {
         })
     };
     Ok(scenarios::ALL.iter().filter(wanted).collect())
-}
-
-/// Runs a command whose failure is the lab's.
-fn command(mut command: impl std::borrow::BorrowMut<Command>) -> Result<(), Failure> {
-    let command = command.borrow_mut();
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .map_err(Failure::io(format!("{command:?}")))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let text = [output.stdout, output.stderr].concat();
-    Failure::claim(format!(
-        "{command:?}: {}\n{}",
-        output.status,
-        String::from_utf8_lossy(&text)
-    ))
 }
 
 /// Static binaries: they run in a host that has no libraries.
@@ -471,72 +445,4 @@ fn judge(scenario: &Scenario, out: &Path) -> Outcome {
         outcome.failure = Some(failure.to_string());
     }
     outcome
-}
-
-/// Runs Coppice on this machine.
-pub fn coppice(arguments: &[&str]) -> Result<(), Failure> {
-    let program = workspace()
-        .join("target")
-        .join(TARGET)
-        .join("release/coppice");
-    command(Command::new(program).args(arguments))
-}
-
-/// What programs of this machine find on a disk that a guest has written.
-pub mod disk {
-    use super::{Command, Failure, Path, PathBuf, command};
-
-    /// `qemu-img check` finds nothing, and the disk converts to raw.
-    pub fn to_raw(vhdx: &Path) -> Result<PathBuf, Failure> {
-        command(
-            Command::new("qemu-img")
-                .args(["check", "-f", "vhdx"])
-                .arg(vhdx),
-        )?;
-        let raw = vhdx.with_extension("raw");
-        command(
-            Command::new("qemu-img")
-                .args(["convert", "-f", "vhdx", "-O", "raw"])
-                .args([vhdx, &raw]),
-        )?;
-        Ok(raw)
-    }
-
-    /// `e2fsck` finds nothing, in a file system that was unmounted.
-    pub fn fsck_clean(raw: &Path) -> Result<(), Failure> {
-        command(Command::new("e2fsck").arg("-fn").arg(raw))
-    }
-
-    /// `e2fsck` finds nothing once it has replayed the journal, in a file system that was cut off.
-    pub fn fsck_after_replay(raw: &Path) -> Result<(), Failure> {
-        // The first run replays the journal; it exits with 1 for that.
-        let replay = Command::new("e2fsck")
-            .arg("-p")
-            .arg(raw)
-            .output()
-            .map_err(Failure::io("e2fsck -p"))?;
-        if !matches!(replay.status.code(), Some(0 | 1)) {
-            return Failure::claim(format!(
-                "e2fsck -p: {}",
-                String::from_utf8_lossy(&replay.stdout)
-            ));
-        }
-        fsck_clean(raw)
-    }
-
-    /// The MD5 of a file in the file system, as `md5sum` says it.
-    pub fn md5_of(raw: &Path, file: &str) -> Result<String, Failure> {
-        let copy = raw.with_extension("file");
-        command(
-            Command::new("debugfs")
-                .args(["-R", &format!("dump {file} {}", copy.display())])
-                .arg(raw),
-        )?;
-        let output = Command::new("md5sum")
-            .arg(&copy)
-            .output()
-            .map_err(Failure::io("md5sum"))?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok(text.split(' ').next().unwrap_or_default().to_owned())
-    }
 }

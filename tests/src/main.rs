@@ -20,6 +20,7 @@ mod host;
 #[path = "../../vmm/machine/tests/page_server/mod.rs"]
 mod page_server;
 mod peer;
+mod programs;
 mod result;
 mod scenarios;
 mod socket;

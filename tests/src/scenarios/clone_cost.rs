@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::memory::{available, mib_each};
+use super::memory::{available, mib_each, newer_mmu};
 use super::serve::{Daemon, guest_processes};
 use super::snapshot::SETTLE;
 use crate::result::{Failure, Figures};
@@ -155,11 +155,6 @@ fn process(proc: &Path, template: &Path) -> Result<Process, Failure> {
         }
     }
     Ok(found)
-}
-
-/// Has KVM of the lab's host use the MMU that it uses where nobody says otherwise: `guest/build.sh` says why the lab does.
-pub fn newer_mmu() -> Result<(), Failure> {
-    fs::write("/sys/module/kvm/parameters/tdp_mmu", "Y").map_err(Failure::io("choose the MMU"))
 }
 
 /// A further idle clone of the daemon's, taken apart.

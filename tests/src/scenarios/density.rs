@@ -9,9 +9,8 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::guest::KERNEL_CACHE;
-use crate::host;
+use crate::programs;
 use crate::result::{Failure, Figures};
-use crate::scenarios;
 
 /// RAM in MiB of the host in which densities are measured.
 pub const MEMORY: u32 = 8192;
@@ -25,6 +24,17 @@ const WORKLOADS: &str = "read";
 const SETTLE: &str = "10";
 /// What the scenarios' names begin with; the name of a configuration follows.
 const PREFIX: &str = "density_";
+/// The scenarios that measure a configuration each.
+pub const ALL: [&str; 8] = [
+    "density_share_off",
+    "density_share_boot",
+    "density_share_read",
+    "density_share_all",
+    "density_share_all_tracefs",
+    "density_pmem",
+    "density_qemu_microvm",
+    "density_qemu_microvm_ksm",
+];
 /// The file that the benchmark's guests read.
 const DATA: &str = "/data/40M";
 
@@ -112,10 +122,9 @@ fn summary(report: &Value) -> Figures {
 /// scenario's folder.
 pub fn draw(folder: &Path, _: &Figures) -> Result<(), Failure> {
     let out = folder.parent().unwrap_or(folder);
-    let arguments = scenarios::ALL
+    let arguments = ALL
         .iter()
-        .filter(|scenario| scenario.name.starts_with(PREFIX))
-        .map(|scenario| out.join(scenario.name).join("result.json"))
+        .map(|name| out.join(name).join("result.json"))
         .filter(|result| result.exists())
         .flat_map(|result| ["--plot".to_owned(), result.to_string_lossy().into_owned()]);
     let mut arguments: Vec<_> = arguments.collect();
@@ -126,7 +135,7 @@ pub fn draw(folder: &Path, _: &Figures) -> Result<(), Failure> {
     arguments.extend(["--out".to_owned(), density.to_string_lossy().into_owned()]);
     let words = ["bench", "density"].into_iter();
     let words: Vec<_> = words.chain(arguments.iter().map(String::as_str)).collect();
-    host::coppice(&words)?;
+    programs::coppice(&words)?;
     println!("lab: {}", density.join("table.txt").display());
     Ok(())
 }
@@ -226,9 +235,9 @@ pub fn check_two_guests(folder: &Path, _: &Figures) -> Result<(), Failure> {
         ));
     }
     let disk = folder.join("bench.vhdx");
-    fs::copy(host::workspace().join("target/guest/bench.vhdx"), &disk)
+    fs::copy(programs::workspace().join("target/guest/bench.vhdx"), &disk)
         .map_err(Failure::io("copy the disk"))?;
-    let md5 = host::disk::md5_of(&host::disk::to_raw(&disk)?, DATA)?;
+    let md5 = programs::md5_of(&programs::to_raw(&disk)?, DATA)?;
     let mut private = 0.0;
     for guest in count(run, "guests", 2)? {
         if guest["checksum"] != json!(md5) {

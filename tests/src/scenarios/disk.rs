@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::api::expect_ok;
 use crate::guest::{Guest, Start, script_word};
-use crate::host::disk::{fsck_after_replay, fsck_clean, md5_of, to_raw};
+use crate::programs::{fsck_after_replay, fsck_clean, md5_of, to_raw};
 use crate::result::{Failure, Figures};
 
 const DISK: &str = "disk.vhdx";

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::guest::{Guest, Start};
-use crate::host::disk::{fsck_after_replay, md5_of, to_raw};
+use crate::programs::{fsck_after_replay, md5_of, to_raw};
 use crate::result::{Failure, Figures};
 
 const DISK: &str = "disk.vhdx";

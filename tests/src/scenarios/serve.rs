@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::bench;
 use super::jail::expect_layers;
-use super::memory::{available, mib_each};
+use super::memory::{available, mib_each, newer_mmu};
 use crate::api::request;
 use crate::guest::{KERNEL_CACHE, script_word};
 use crate::result::{Failure, Figures};
@@ -294,7 +294,7 @@ const MANY: u32 = 200;
 
 /// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot in full.
 pub fn many(out: &Path) -> Result<Figures, Failure> {
-    super::clone_cost::newer_mmu()?;
+    newer_mmu()?;
     let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
     daemon.boot(out, "source")?;
     daemon.template("t", "source")?;

@@ -11,7 +11,6 @@ pub type Level<'a> = (&'a str, String);
 /// Nearly all are of one kind: `mod.rs` defines an error or an options type that its children use, and uses the
 /// children. They are cut by giving that type a file of its own.
 pub const LEVELS: &[(&str, &str)] = &[
-    ("bench", "crate"),
     ("cli", "crate"),
     ("cli", "crate::remote"),
     ("config", "crate"),
@@ -20,15 +19,10 @@ pub const LEVELS: &[(&str, &str)] = &[
     ("jail", "crate"),
     ("kvm", "crate::boot"),
     ("kvm", "crate::vm"),
-    ("lab", "crate"),
-    ("lab", "crate::scenarios"),
     ("machine", "crate::fault"),
     ("machine", "crate::machine"),
     ("machine", "crate::snapshot"),
     ("storage", "crate"),
-    ("tools", "crate::disk_tool"),
-    ("tools", "crate::doctor"),
-    ("tools", "crate::top"),
 ];
 
 /// The levels that are listed and not among those found.

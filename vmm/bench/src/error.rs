@@ -4,7 +4,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{Configuration, Workload};
+use super::configuration::Configuration;
+use super::workload::Workload;
 use host::procfs::ProcError;
 use kvm::boot::BootError;
 

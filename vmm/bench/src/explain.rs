@@ -6,21 +6,18 @@
 //! The kernel's `/proc/PID/pagemap` says it, which tells copied pages of a private mapping from those that are still the file's.
 
 use std::fmt;
-use std::fs::File;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 use memshare::PageKind;
 use serde::{Deserialize, Serialize};
 
+use super::configuration::Configuration;
 use super::kernel_map::Part;
-use super::report::float;
-use super::{BenchError, Configuration, Use, Workload};
+use super::number::float;
+use super::page_use::Use;
+use super::pagemap::PAGE;
+use super::workload::Workload;
 use host::text_table;
 
-pub(super) const PAGE: u64 = 4096;
-/// `pagemap` and `kpageflags` have 64 bits for each page (Linux, Documentation/admin-guide/mm/pagemap.rst).
-pub(super) const ENTRY: u64 = 8;
 /// An area of guest RAM, in KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Area {
@@ -54,21 +51,6 @@ pub(super) fn initrd(ram: u64, bytes: u64) -> Part {
         name: "initrd".to_owned(),
         range: start..(start + bytes).next_multiple_of(PAGE),
     }
-}
-
-/// The entries of `/proc/PID/pagemap` for a range of addresses.
-pub(super) fn pagemap(pid: u32, range: &Range<u64>) -> Result<Vec<u64>, BenchError> {
-    let path = format!("/proc/{pid}/pagemap");
-    let pages = (range.end - range.start) / PAGE;
-    let mut bytes = vec![0; (pages * ENTRY) as usize];
-    File::open(&path)
-        .and_then(|file| file.read_exact_at(&mut bytes, range.start / PAGE * ENTRY))
-        .map_err(BenchError::io(format!("read {path}")))?;
-    let (entries, _) = bytes.as_chunks();
-    Ok(entries
-        .iter()
-        .map(|entry| u64::from_ne_bytes(*entry))
-        .collect())
 }
 
 /// Sorts the pages of guest RAM, which starts at guest address 0, into `parts` and the rest.
@@ -182,8 +164,12 @@ impl fmt::Display for Explanation {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::fs::File;
+    use std::ops::Range;
+
     use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 
+    use super::super::pagemap::pagemap;
     use super::*;
 
     const PRESENT: u64 = PageKind::PRESENT;

@@ -2,11 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Run;
-use super::report::{Extrapolation, float};
+use super::number::float;
 
 /// Hosts that are asked about, in GiB.
-const HOSTS: [u64; 2] = [64, 256];
+pub(super) const HOSTS: [u64; 2] = [64, 256];
 /// Part of a host's memory that guests may take; the rest is for the host itself.
 const FOR_GUESTS: f64 = 0.96;
 
@@ -24,6 +23,15 @@ pub struct Line {
     pub guest_kib: f64,
 }
 
+/// How many guests a host holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extrapolation {
+    /// Memory of the host in GiB.
+    pub host_gib: u64,
+    /// Guests.
+    pub guests: u64,
+}
+
 /// The middle one, or between the two in the middle; none of none.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
@@ -35,7 +43,7 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 impl Line {
     /// The line through points (guests, KiB in use), in their order, whose slope is the median of the slopes from one to the next; through the origin where
     /// there is but one. None where guests take nothing: noise, or no points.
-    fn through(points: &[(f64, f64)]) -> Option<Self> {
+    pub(super) fn through(points: &[(f64, f64)]) -> Option<Self> {
         let slopes = points.iter().zip(points.iter().skip(1));
         let slopes = slopes.map(|(from, to)| (to.1 - from.1) / (to.0 - from.0));
         let line = if let [(guests, used)] = points {
@@ -61,36 +69,10 @@ impl Line {
         clippy::cast_sign_loss,
         reason = "a negative number of guests becomes none"
     )]
-    fn guests(&self, host_gib: u64) -> u64 {
+    pub(super) fn guests(&self, host_gib: u64) -> u64 {
         let room = float(host_gib << 20) * FOR_GUESTS;
         // What is fixed is at times a little below zero, which gains no room.
         ((room - self.fixed_kib.max(0.0)) / self.guest_kib).max(0.0) as u64
-    }
-}
-
-impl Run {
-    /// Computes from its points what it comes to.
-    pub(super) fn conclude(&mut self) {
-        let used = self.used();
-        self.host_kib_per_guest = used
-            .last()
-            .map_or(0.0, |(count, used)| used / count.max(1.0));
-        // The first has what is fixed.
-        let further: Vec<_> = used
-            .into_iter()
-            .filter(|(count, _)| *count >= 1.0)
-            .collect();
-        self.line = Line::through(&further);
-        self.extrapolation = self
-            .line
-            .iter()
-            .flat_map(|line| {
-                HOSTS.map(|host_gib| Extrapolation {
-                    host_gib,
-                    guests: line.guests(host_gib),
-                })
-            })
-            .collect();
     }
 }
 

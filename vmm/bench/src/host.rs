@@ -4,11 +4,26 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use super::{BenchError, Host};
+use super::error::BenchError;
 
 const MEMINFO: &str = "/proc/meminfo";
 const ZONEINFO: &str = "/proc/zoneinfo";
 const PAGE_KIB: u64 = 4;
+
+/// What was measured on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// Its kernel.
+    pub kernel: String,
+    /// Its CPUs.
+    pub cpus: usize,
+    /// Its memory.
+    pub memory_kib: u64,
+    /// Its policy on transparent huge pages.
+    pub huge_pages: String,
+    /// Whether the page cache was dropped before each reading. Where it was not, what the host kept of files may be in a reading or not.
+    pub caches_dropped: bool,
+}
 
 /// The host's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

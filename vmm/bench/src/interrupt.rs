@@ -3,7 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::BenchError;
+use super::error::BenchError;
 use host::signals::Signals;
 
 /// How long a signal may go unnoticed.

@@ -4,8 +4,10 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
+use super::error::BenchError;
 use super::interrupt::Interrupt;
-use super::{BenchError, KsmFigures};
 use host::procfs;
 
 const FOLDER: &str = "/sys/kernel/mm/ksm";
@@ -16,6 +18,25 @@ const SCANS: u64 = 3;
 /// Scans of what changes all the time come to no end.
 const PATIENCE: Duration = Duration::from_mins(5);
 const POLL: Duration = Duration::from_millis(500);
+
+/// The page merger of the host's kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct KsmFigures {
+    /// Pages it looks at before it sleeps.
+    pub pages_to_scan: u64,
+    /// How long it sleeps.
+    pub sleep_millisecs: u64,
+    /// Pages that stand for others.
+    pub pages_shared: u64,
+    /// Pages that others stand for.
+    pub pages_sharing: u64,
+    /// Whether whole scans found nothing more.
+    pub settled: bool,
+    /// How long that took, after the last guest.
+    pub settled_after_seconds: f64,
+    /// CPU time of its thread since the host's start.
+    pub cpu_seconds: f64,
+}
 
 fn read(name: &str) -> Result<u64, BenchError> {
     let path = Path::new(FOLDER).join(name);

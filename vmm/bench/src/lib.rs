@@ -1,7 +1,7 @@
 //! `coppice bench density`: how many guests a host holds, and what each of them costs.
 //!
 //! ```text
-//! Options ── run ──┬─ configuration, peer     how a guest is started
+//! Options ── run ──┬─ command, peer           how a guest is started
 //!                  ├─ workload                what it does, and the checksum that it has to print
 //!                  ├─ guest                   its process, and its console
 //!                  ├─ host, process, ksm      readings of /proc and /sys
@@ -13,17 +13,21 @@
 //! host kernel's. One thread drives all; a thread for each guest reads its console, and another its log.
 
 mod arguments;
+mod command;
 mod configuration;
 mod error;
 mod explain;
 mod extrapolate;
 mod guest;
 mod host;
+mod inputs;
 mod interrupt;
 mod kernel_map;
 mod ksm;
+mod number;
 mod options;
 mod page_use;
+mod pagemap;
 mod peer;
 mod plot;
 mod process;
@@ -36,11 +40,13 @@ pub use arguments::{BenchCommand, DensityArguments, DensityTask};
 pub use configuration::Configuration;
 pub use error::BenchError;
 pub use explain::{Area, Explanation};
-pub use extrapolate::Line;
-pub use host::HostMemory;
-pub use options::{Inputs, Options};
+pub use extrapolate::{Extrapolation, Line};
+pub use host::{Host, HostMemory};
+pub use inputs::Inputs;
+pub use ksm::KsmFigures;
+pub use options::Options;
 pub use page_use::Use;
 pub use peer::Peer;
-pub use report::{GuestFigures, Host, KsmFigures, Point, Report, Run, Second};
+pub use report::{GuestFigures, Point, Report, Run, Second};
 pub use run::{density, explanations, plot};
 pub use workload::Workload;

@@ -1,46 +1,15 @@
 //! What is to be measured.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use super::{BenchError, Configuration, Peer, Workload};
+use super::configuration::Configuration;
+use super::error::BenchError;
+use super::inputs::Inputs;
+use super::ksm;
+use super::peer::Peer;
+use super::workload::Workload;
 use clap::ValueEnum;
-
-/// The files a guest is made of.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Inputs {
-    /// The kernel.
-    pub kernel: PathBuf,
-    /// The initrd, whose `/init` runs the script on the command line.
-    pub initrd: PathBuf,
-    /// The disk of all workloads but Python's.
-    pub disk: PathBuf,
-    /// A disk with Python on it.
-    pub python_disk: PathBuf,
-}
-
-impl Default for Inputs {
-    /// What `make guest` makes.
-    fn default() -> Self {
-        let folder = Path::new("target/guest");
-        Self {
-            kernel: folder.join("vmlinuz"),
-            initrd: folder.join("initrd.cpio.gz"),
-            disk: folder.join("bench.vhdx"),
-            python_disk: folder.join("full.vhdx"),
-        }
-    }
-}
-
-impl Inputs {
-    /// The disk of a workload.
-    pub(super) fn disk(&self, workload: Workload) -> &Path {
-        match workload {
-            Workload::Idle | Workload::Read | Workload::Write => &self.disk,
-            Workload::Python => &self.python_disk,
-        }
-    }
-}
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -99,8 +68,22 @@ impl Options {
         Configuration::value_variants()
             .iter()
             .copied()
-            .filter(|configuration| configuration.applies(self))
+            .filter(|configuration| self.can_have(*configuration))
             .collect()
+    }
+
+    /// Whether a configuration is measured where nobody says what is to be: what is there, and each only under one name.
+    fn can_have(&self, configuration: Configuration) -> bool {
+        match configuration {
+            Configuration::ShareOff
+            | Configuration::ShareBoot
+            | Configuration::ShareRead
+            | Configuration::ShareAll
+            | Configuration::ShareAllTracefs
+            | Configuration::Pmem => true,
+            Configuration::QemuMicrovm => self.peer.is_there(),
+            Configuration::QemuMicrovmKsm => self.peer.is_there() && ksm::can_be_set(),
+        }
     }
 
     /// Refuses what would fail only when much was measured.

@@ -10,9 +10,9 @@ use std::os::unix::fs::FileExt;
 use memshare::PageKind;
 use serde::{Deserialize, Serialize};
 
-use super::BenchError;
-use super::explain::{ENTRY, PAGE};
+use super::error::BenchError;
 use super::kernel_map::Part;
+use super::pagemap::{ENTRY, PAGE};
 use kvm::layout::MMIO_HOLE_START;
 
 /// Bits of `kpageflags` (Linux, include/uapi/linux/kernel-page-flags.h).

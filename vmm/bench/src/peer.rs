@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::str::FromStr;
 
-use super::options::Inputs;
+use super::inputs::Inputs;
 
 /// Where Debian has it.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64-microvm";

@@ -5,8 +5,13 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::host::HostMemory;
-use super::{BenchError, Configuration, Line, Workload};
+use super::configuration::Configuration;
+use super::error::BenchError;
+use super::extrapolate::{Extrapolation, HOSTS, Line};
+use super::host::{Host, HostMemory};
+use super::ksm::KsmFigures;
+use super::number::float;
+use super::workload::Workload;
 
 /// All of a benchmark.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,21 +22,6 @@ pub struct Report {
     pub host: Host,
     /// Each configuration under each workload.
     pub runs: Vec<Run>,
-}
-
-/// What was measured on.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Host {
-    /// Its kernel.
-    pub kernel: String,
-    /// Its CPUs.
-    pub cpus: usize,
-    /// Its memory.
-    pub memory_kib: u64,
-    /// Its policy on transparent huge pages.
-    pub huge_pages: String,
-    /// Whether the page cache was dropped before each reading. Where it was not, what the host kept of files may be in a reading or not.
-    pub caches_dropped: bool,
 }
 
 /// One configuration under one workload.
@@ -61,15 +51,6 @@ pub struct Run {
     pub cpu: Vec<Second>,
     /// The page merger of the host's kernel, where it ran.
     pub ksm: Option<KsmFigures>,
-}
-
-/// How many guests a host holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Extrapolation {
-    /// Memory of the host in GiB.
-    pub host_gib: u64,
-    /// Guests.
-    pub guests: u64,
 }
 
 /// The host with some guests.
@@ -130,40 +111,31 @@ pub struct Second {
     pub ksmd_cpu_seconds: f64,
 }
 
-/// The page merger of the host's kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct KsmFigures {
-    /// Pages it looks at before it sleeps.
-    pub pages_to_scan: u64,
-    /// How long it sleeps.
-    pub sleep_millisecs: u64,
-    /// Pages that stand for others.
-    pub pages_shared: u64,
-    /// Pages that others stand for.
-    pub pages_sharing: u64,
-    /// Whether whole scans found nothing more.
-    pub settled: bool,
-    /// How long that took, after the last guest.
-    pub settled_after_seconds: f64,
-    /// CPU time of its thread since the host's start.
-    pub cpu_seconds: f64,
-}
-
-#[allow(
-    clippy::cast_precision_loss,
-    reason = "memory in KiB and counts of guests are far below 2^52"
-)]
-pub(super) fn float(value: u64) -> f64 {
-    value as f64
-}
-
-/// The mean of a figure.
-pub(super) fn mean<T>(items: &[T], figure: impl Fn(&T) -> f64) -> f64 {
-    // No items have the mean 0, and the sum of none is -0.
-    items.iter().map(figure).fold(0.0, |sum, item| sum + item) / float(items.len().max(1) as u64)
-}
-
 impl Run {
+    /// Computes from its points what it comes to.
+    pub(super) fn conclude(&mut self) {
+        let used = self.used();
+        self.host_kib_per_guest = used
+            .last()
+            .map_or(0.0, |(count, used)| used / count.max(1.0));
+        // The first has what is fixed.
+        let further: Vec<_> = used
+            .into_iter()
+            .filter(|(count, _)| *count >= 1.0)
+            .collect();
+        self.line = Line::through(&further);
+        self.extrapolation = self
+            .line
+            .iter()
+            .flat_map(|line| {
+                HOSTS.map(|host_gib| Extrapolation {
+                    host_gib,
+                    guests: line.guests(host_gib),
+                })
+            })
+            .collect();
+    }
+
     /// What the host lost of a figure with each guest, in KiB; what grows with guests is positive.
     pub(super) fn per_guest(&self, figure: impl Fn(&HostMemory) -> u64) -> f64 {
         let (Some(first), Some(last)) = (self.points.first(), self.points.last()) else {

@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
 
-use super::configuration::CMDLINE;
-use super::configuration::coppice;
+use super::command::{CMDLINE, coppice};
 use super::guest::{Guest, Times};
 use super::host::{self, HostMemory};
 use super::interrupt::Interrupt;
 use super::kernel_map::{self, Part};
 use super::ksm::Ksm;
 use super::page_use::{self, Ram};
+use super::pagemap;
 use super::process::{self, ProcessMemory};
 use super::{
     BenchError, Configuration, Explanation, GuestFigures, KsmFigures, Options, Point, Report, Run,
@@ -350,7 +350,7 @@ impl<'a> Bench<'a> {
         self.settle(None)?;
         let pid = resting.guest.pid();
         let (_, ram) = process::mappings(pid, memory)?;
-        let entries = explain::pagemap(pid, &ram)?;
+        let entries = pagemap::pagemap(pid, &ram)?;
         let parts = self.parts()?;
         let flags = disk.map(|disk| page_use::flags(disk.as_file(), memory));
         let uses = match flags.transpose()?.flatten() {

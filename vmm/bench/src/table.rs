@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::report::{Report, Run, float, mean};
+use super::number::{float, mean};
+use super::report::{Report, Run};
 use super::{GuestFigures, extrapolate};
 use host::text_table::columns;
 

@@ -69,9 +69,16 @@ pub fn run(socket: &Path, json: bool, command: GuestCommand) -> Result<(), Remot
         GuestCommand::Show { id } => {
             let mut vm = client.call(Method::GET, &format!("/vms/{}?stats", escaped(&id)), None)?;
             if !vm["pid"].is_null() {
-                // Only its process knows its jail. A guest whose process hangs or has just ended is shown without.
-                let path = format!("/vms/{}/vm/jail", escaped(&id));
-                vm["jail"] = client.call(Method::GET, &path, None).unwrap_or_default();
+                // Only its process knows these. A guest whose process hangs or has just ended is shown without, and is
+                // not asked again after it has failed to answer once.
+                for part in ["jail", "sharing"] {
+                    let path = format!("/vms/{}/vm/{part}", escaped(&id));
+                    let Ok(report) = client.call(Method::GET, &path, None) else {
+                        vm[part] = Value::Null;
+                        break;
+                    };
+                    vm[part] = report;
+                }
             }
             show(&vm, json, details);
         }
@@ -221,6 +228,18 @@ fn jail(report: &Value) -> String {
     text
 }
 
+/// What is shared of a guest's memory in a line, and why it is little where the layout of a disk is to blame.
+fn sharing(report: &Value) -> String {
+    let mut text = word(&report["mode"]);
+    if report["mostly_unaligned"] == true {
+        let _ = write!(
+            text,
+            "; reads are mostly unaligned, and not shared: see `coppice disk info` of its disks"
+        );
+    }
+    text
+}
+
 /// One fact a line.
 fn details(vm: &Value) -> String {
     let facts = vm.as_object().into_iter().flatten();
@@ -230,6 +249,7 @@ fn details(vm: &Value) -> String {
         let value = match (name.as_str(), value) {
             ("end", Value::Object(end)) => word(&end["text"]),
             ("jail", Value::Object(_)) => jail(value),
+            ("sharing", Value::Object(_)) => sharing(value),
             _ => word(value),
         };
         // Writing to a string does not fail.
@@ -268,5 +288,18 @@ mod tests {
         report["jailed"] = json!(false);
         assert_eq!(jail(&report), "tree seccomp; no jail");
         assert!(details(&json!({"jail": report})).contains("no jail"));
+    }
+
+    #[test]
+    fn a_guest_whose_reads_are_mostly_unaligned_is_told_of() {
+        let mut report = json!({"mode": "all", "mostly_unaligned": false});
+        assert_eq!(sharing(&report), "all");
+        report["mostly_unaligned"] = json!(true);
+        let text = details(&json!({"sharing": report}));
+        assert!(
+            text.starts_with("sharing        all; reads are mostly unaligned"),
+            "{text}"
+        );
+        assert!(text.contains("`coppice disk info`"), "{text}");
     }
 }

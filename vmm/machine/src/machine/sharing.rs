@@ -396,6 +396,7 @@ impl Sharing {
             copied_pages: get(&stats.copied),
             noted_pages: get(&stats.noted),
             refused_pages: refused.into_iter().collect(),
+            mostly_unaligned: stats.is_mostly_unaligned(),
             changed_files: get(&stats.changed_files),
             given_back_bytes: get(&stats.given_back),
             holds: get(&stats.holds),
@@ -474,6 +475,10 @@ pub struct SharingReport {
     pub noted_pages: u64,
     /// Pages that were not shared, by reason, in total.
     pub refused_pages: std::collections::BTreeMap<&'static str, u64>,
+    /// Whether more than half of at least 1,000 pages that were read from disks whose reads can be shared could not be,
+    /// as they were unaligned: a file system has blocks of less than 4 KiB, or a partition does not begin at a multiple
+    /// of 4 KiB. `coppice disk info` says which.
+    pub mostly_unaligned: bool,
     /// Files that have changed under the guest although they were not to.
     pub changed_files: u64,
     /// Bytes that the guest gave back, in total.

@@ -11,8 +11,10 @@ use storage::io::{DiskQueue, EngineKind, OwnedBuffer, Request};
 use storage::vhdx::{ChildOptions, CreateOptions, Vhdx};
 use storage::{ByteRange, Disk, Format, OpenOptions, Progress};
 
+use super::error::ToolError;
+use super::outcome::{Outcome, Output};
+use super::size::{block_size, human};
 use super::watch::Watch;
-use super::{Outcome, Output, ToolError, block_size, human};
 use config::Bytes;
 
 /// Layers of the chain that is read beside a single file.

@@ -8,8 +8,10 @@ use storage::OpenOptions;
 use storage::vhdx::{ChildOptions, Vhdx, children_in};
 
 use super::ending::{Form, form};
+use super::error::ToolError;
+use super::outcome::{Outcome, Output};
+use super::size::human;
 use super::watch::Watch;
-use super::{Outcome, Output, ToolError, human};
 
 /// `coppice disk commit`.
 #[derive(Debug, Args)]

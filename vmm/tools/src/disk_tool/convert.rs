@@ -8,9 +8,11 @@ use storage::convert::{ConvertError, ConvertOptions, Target, convert};
 use storage::foreign::{self, SourceFormat};
 
 use super::ending::{Form, form};
-use super::repair::{lost_json, lost_text, total};
+use super::error::ToolError;
+use super::lost::{lost_json, lost_text, total};
+use super::outcome::{LOST, Outcome, Output};
+use super::size::{Sector, block_size, human};
 use super::watch::Watch;
-use super::{LOST, Outcome, Output, Sector, ToolError, block_size, human};
 use config::Bytes;
 
 /// A format to read.

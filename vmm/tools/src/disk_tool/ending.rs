@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::ToolError;
+use super::error::ToolError;
 
 /// The form of a new file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

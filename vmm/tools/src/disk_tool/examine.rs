@@ -9,9 +9,11 @@ use storage::foreign::SourceFormat;
 use storage::vhdx::{Checked, Guid, Vhdx};
 use storage::{ByteRange, Disk, ExtentState, Format, Mapping, OpenOptions, Refusal, alignment};
 
-use super::repair::{lost_json, lost_text};
+use super::error::{ToolError, with_cause};
+use super::lost::{lost_json, lost_text};
+use super::outcome::{Outcome, Output, lines};
+use super::size::human;
 use super::watch::Watch;
-use super::{Outcome, Output, ToolError, human, lines};
 
 /// Extents are asked for in pieces of this many bytes.
 const STRIDE: u64 = 1 << 34;
@@ -188,7 +190,7 @@ impl Info {
         let (looked, problem) = match Vhdx::open(&self.file, &OpenOptions::read_only()) {
             Ok(disk) => match unshared(&disk) {
                 Ok(found) => (Some(found), None),
-                Err(error) => (None, Some(super::with_cause(&error))),
+                Err(error) => (None, Some(with_cause(&error))),
             },
             Err(error) => (None, Some(error.to_string())),
         };

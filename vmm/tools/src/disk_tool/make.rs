@@ -8,8 +8,10 @@ use storage::vhdx::{ChildOptions, CompactOptions, CreateOptions, Vhdx};
 use storage::{Disk, OpenOptions};
 
 use super::ending::{Form, form};
+use super::error::ToolError;
+use super::outcome::{Outcome, Output};
+use super::size::{Sector, block_size, human};
 use super::watch::Watch;
-use super::{Outcome, Output, Sector, ToolError, block_size, human};
 use config::Bytes;
 
 /// `coppice disk create`.

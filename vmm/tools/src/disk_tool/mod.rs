@@ -8,19 +8,21 @@ mod bench;
 mod chain;
 mod convert;
 mod ending;
+mod error;
 mod examine;
+mod lost;
 mod make;
+mod outcome;
 mod repair;
+mod size;
 mod watch;
 
-use std::fmt::Write as _;
-use std::path::PathBuf;
+use clap::Subcommand;
 
-use clap::{Args, Subcommand, ValueEnum};
-use serde_json::Value;
-use storage::SectorSize;
+pub use error::ToolError;
+pub use outcome::Output;
+pub use size::Sector;
 
-use config::Bytes;
 use watch::Watch;
 
 /// Shown behind the help.
@@ -33,37 +35,6 @@ pub const EXAMPLES: &str = "Examples:
 Sizes are binary: 512, 4K, 32M, 1.5G, 10GiB. With --json the answer is JSON on standard output.
 Exit codes: 0 done, 1 failed or (check, diff) something was found, 2 wrong usage, 3 (repair, convert --salvage) done, and a part of
 the disk is lost, 130 interrupted.";
-
-/// The exit code of what is done, but for a part of the disk that is lost.
-const LOST: u8 = 3;
-
-/// How the outcome is written.
-#[derive(Clone, Copy, Debug, Args)]
-pub struct Output {
-    /// Write JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-/// A sector size of the command line.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Sector {
-    /// 512 bytes.
-    #[value(name = "512")]
-    B512,
-    /// 4096 bytes.
-    #[value(name = "4096")]
-    B4096,
-}
-
-impl From<Sector> for SectorSize {
-    fn from(sector: Sector) -> Self {
-        match sector {
-            Sector::B512 => Self::B512,
-            Sector::B4096 => Self::B4096,
-        }
-    }
-}
 
 /// What can be done with disks.
 #[derive(Debug, Subcommand)]
@@ -94,110 +65,6 @@ pub enum DiskCommand {
     Diff(examine::Diff),
     /// Measure reads, writes and trims of a VHDX beside a raw file.
     Bench(bench::Bench),
-}
-
-/// Why a tool failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ToolError {
-    /// A disk cannot be opened.
-    #[error(transparent)]
-    Open(#[from] storage::OpenError),
-    /// A disk cannot be made.
-    #[error(transparent)]
-    Create(#[from] storage::vhdx::CreateError),
-    /// A conversion failed.
-    #[error(transparent)]
-    Convert(storage::convert::ConvertError),
-    /// Something of a disk.
-    #[error("{}: {}", path.display(), with_cause(error))]
-    Disk {
-        /// The disk.
-        path: PathBuf,
-        /// Its error.
-        error: storage::DiskError,
-    },
-    /// Something of a chain.
-    #[error("{}: {error}", path.display())]
-    Chain {
-        /// The disk.
-        path: PathBuf,
-        /// Its error.
-        error: storage::vhdx::ChainError,
-    },
-    /// What was asked for cannot be done.
-    #[error("{0}")]
-    Refused(String),
-    /// The host refused.
-    #[error("cannot {operation}: {error}")]
-    Io {
-        /// What was tried.
-        operation: String,
-        /// The error of the host.
-        error: std::io::Error,
-    },
-    /// The outcome could not be written as JSON.
-    #[error("cannot write JSON: {0}")]
-    Json(#[from] serde_json::Error),
-    /// A signal, by its number.
-    #[error("interrupted by signal {0}")]
-    Cancelled(u8),
-}
-
-fn with_cause(error: &storage::DiskError) -> String {
-    match std::error::Error::source(error) {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    }
-}
-
-impl ToolError {
-    fn io(operation: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
-        let operation = operation.into();
-        move |error| Self::Io { operation, error }
-    }
-
-    /// An error of the disk at `path`; a cancellation is told by what the watch saw.
-    fn disk(path: &std::path::Path, watch: &Watch) -> impl FnOnce(storage::DiskError) -> Self {
-        let (path, signal) = (path.to_owned(), watch.signal());
-        move |error| match error {
-            storage::DiskError::Cancelled => Self::Cancelled(signal),
-            error => Self::Disk { path, error },
-        }
-    }
-
-    fn chain(
-        path: &std::path::Path,
-        watch: &Watch,
-    ) -> impl FnOnce(storage::vhdx::ChainError) -> Self {
-        use storage::vhdx::ChainError;
-        let (path, signal) = (path.to_owned(), watch.signal());
-        move |error| match error {
-            ChainError::Disk(storage::DiskError::Cancelled) => Self::Cancelled(signal),
-            ChainError::Disk(error) => Self::Disk { path, error },
-            // They name their files themselves.
-            ChainError::Create(error) => error.into(),
-            ChainError::Open(error) => error.into(),
-            error @ ChainError::Refused(_) => Self::Chain { path, error },
-        }
-    }
-}
-
-/// What an operation found or did.
-struct Outcome {
-    json: Value,
-    text: String,
-    /// The exit code.
-    code: u8,
-}
-
-impl Outcome {
-    fn new(json: Value, text: impl Into<String>) -> Self {
-        Self {
-            json,
-            text: text.into(),
-            code: 0,
-        }
-    }
 }
 
 /// Does what a command says, and writes the outcome; gives the exit code.
@@ -250,63 +117,5 @@ pub fn run(command: &DiskCommand) -> Result<u8, ToolError> {
         // Whoever read it has seen enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(outcome.code),
         Err(error) => Err(ToolError::io("write the outcome")(error)),
-    }
-}
-
-/// A size for people, with the exact number where that is another.
-fn human(bytes: u64) -> String {
-    for (unit, shift) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] {
-        if bytes >= 1 << shift {
-            let whole = bytes >> shift;
-            if bytes.is_multiple_of(1 << shift) {
-                return format!("{whole} {unit}");
-            }
-            #[allow(
-                clippy::cast_precision_loss,
-                reason = "one digit behind the point is shown"
-            )]
-            let part = bytes as f64 / (1_u64 << shift) as f64;
-            return format!("{part:.1} {unit}");
-        }
-    }
-    format!("{bytes} B")
-}
-
-/// Lines of names and values.
-fn lines<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> String {
-    let mut text = String::new();
-    for (name, value) in pairs {
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "{name:<20} {value}");
-    }
-    text
-}
-
-/// The block size of the command line as the format takes it.
-fn block_size(size: Bytes) -> Result<u32, ToolError> {
-    u32::try_from(size.0).map_err(|_| {
-        ToolError::Refused(format!(
-            "block size {}: expected a power of two from 1M to 256M",
-            human(size.0)
-        ))
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::human;
-
-    #[test]
-    fn sizes_are_shown_in_the_largest_unit_they_fill() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (512, "512 B"),
-            (4096, "4 KiB"),
-            (10 << 30, "10 GiB"),
-            ((10 << 30) + (512 << 20), "10.5 GiB"),
-            (64 << 40, "64 TiB"),
-        ] {
-            assert_eq!(human(bytes), text);
-        }
     }
 }

@@ -4,16 +4,17 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::json;
 use storage::ByteRange;
 use storage::vhdx::Vhdx;
 
+use super::error::ToolError;
 use super::examine::{is_raw, report};
+use super::lost::{lost_json, lost_text, total};
+use super::outcome::{LOST, Outcome, Output};
+use super::size::human;
 use super::watch::Watch;
-use super::{LOST, Outcome, Output, ToolError, human};
 
-/// Ranges that are written out for people; all are in the JSON.
-const SHOWN: usize = 100;
 /// Most names that are tried for a backup.
 const MOST_BACKUPS: u32 = 100;
 
@@ -38,37 +39,6 @@ pub struct Repair {
     undo: Option<PathBuf>,
     #[command(flatten)]
     pub(super) output: Output,
-}
-
-/// What is lost of a disk, for programs.
-pub(super) fn lost_json(lost: &[ByteRange]) -> Value {
-    lost.iter()
-        .map(|range| json!({"offset": range.offset(), "length": range.len()}))
-        .collect()
-}
-
-/// What is lost of a disk, for people: a line a range.
-pub(super) fn lost_text(lost: &[ByteRange]) -> String {
-    let mut text = String::new();
-    for range in lost.iter().take(SHOWN) {
-        // Writing to a string does not fail.
-        let _ = writeln!(
-            text,
-            "lost: {} of the disk at {:#x}",
-            human(range.len()),
-            range.offset()
-        );
-    }
-    let more = lost.len().saturating_sub(SHOWN);
-    if more > 0 {
-        let _ = writeln!(text, "lost: {more} more ranges, which --json lists");
-    }
-    text
-}
-
-/// Bytes of ranges.
-pub(super) fn total(ranges: &[ByteRange]) -> u64 {
-    ranges.iter().map(|range| range.len()).sum()
 }
 
 /// A name for the backup of a disk that no file has.

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use io_uring::IoUring;
 
-use super::{Check, syscall};
+use super::check::Check;
+use super::syscall;
 
 const IO_URING: &str = "io_uring";
 const CGROUP: &str = "cgroup_v2";

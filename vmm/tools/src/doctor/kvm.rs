@@ -3,7 +3,8 @@
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::Kvm;
 
-use super::{Check, speed};
+use super::check::Check;
+use super::speed;
 use kvm::vm::{REQUIRED_CAPABILITIES, open_advice};
 
 const DEVICE: &str = "kvm";

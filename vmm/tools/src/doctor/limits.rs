@@ -4,7 +4,7 @@ use std::fs;
 
 use rustix::process::{Resource, getrlimit};
 
-use super::Check;
+use super::check::Check;
 
 const MAPPINGS: &str = "max_map_count";
 const OPEN_FILES: &str = "open_files";

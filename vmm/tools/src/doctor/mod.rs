@@ -11,65 +11,14 @@ use std::fmt;
 
 use serde::Serialize;
 
+mod check;
 mod kernel;
 mod kvm;
 mod limits;
 mod speed;
 mod syscall;
 
-/// How a check ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Status {
-    /// As it should be.
-    Ok,
-    /// Guests run, but slower, fewer, or less confined than they could be.
-    Warn,
-    /// Guests do not run here.
-    Fail,
-}
-
-/// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Check {
-    /// What was looked at; stable, for programs.
-    pub name: &'static str,
-    /// How it ended.
-    pub status: Status,
-    /// What was found, for people.
-    pub found: String,
-    /// What to do about it, where there is something to do.
-    pub advice: Option<String>,
-}
-
-impl Check {
-    fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self {
-            name,
-            status: Status::Ok,
-            found: found.into(),
-            advice: None,
-        }
-    }
-
-    fn warn(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self {
-            name,
-            status: Status::Warn,
-            found: found.into(),
-            advice: Some(advice.into()),
-        }
-    }
-
-    fn fail(name: &'static str, found: impl Into<String>, advice: impl Into<String>) -> Self {
-        Self {
-            name,
-            status: Status::Fail,
-            found: found.into(),
-            advice: Some(advice.into()),
-        }
-    }
-}
+pub use check::{Check, Status};
 
 /// What the host is like. As JSON: `{"can_run_guests": bool, "checks": [{"name", "status", "found", "advice"}]}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

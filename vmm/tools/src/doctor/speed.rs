@@ -13,7 +13,7 @@ use devices::bus::{Bus, BusDevice, BusRangeError};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Check;
+use super::check::Check;
 use kvm::vm::{Buses, HugePages, VcpuExit, Vm, VmError, VmSettings};
 
 const NAME: &str = "guest_speed";

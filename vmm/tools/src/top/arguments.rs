@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Column, Options};
+use super::column::Column;
+use super::options::Options;
 
 /// Shown behind the help.
 pub const HELP: &str = "Keys:

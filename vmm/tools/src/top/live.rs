@@ -12,9 +12,10 @@ use ratatui::crossterm::event;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::{Errno, read, write};
 
+use super::error::TopError;
+use super::options::Options;
 use super::reading::{Reader, Reading};
 use super::screen::{Outcome, Screen};
-use super::{Options, TopError};
 use host::signals::Signals;
 
 type Told = Result<Reading, TopError>;

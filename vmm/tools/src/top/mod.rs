@@ -10,55 +10,26 @@
 
 mod arguments;
 mod column;
+mod error;
 mod guest;
 mod live;
+mod options;
 mod reading;
 mod screen;
 
 use std::io::{self, IsTerminal, Write};
-use std::time::Duration;
 
 use serde_json::json;
 
 pub use arguments::{HELP, TopArguments};
 pub use column::Column;
+pub use error::TopError;
+pub use options::Options;
 pub use reading::{FileRow, GuestRow, Reading};
 
 use column::Table;
 use host::text_table::columns;
 use reading::Reader;
-
-/// What `coppice top` was asked for.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// How long to wait between two readings.
-    pub delay: Duration,
-    /// The column to sort by.
-    pub sort: Column,
-    /// Print one table.
-    pub once: bool,
-    /// Print JSON.
-    pub json: bool,
-    /// Show files.
-    pub files: bool,
-}
-
-/// Why guests cannot be shown.
-#[derive(Debug, thiserror::Error)]
-pub enum TopError {
-    /// The host does not list processes.
-    #[error("cannot read /proc: {0}")]
-    Processes(io::Error),
-    /// The terminal, or what waits for it.
-    #[error("terminal: {0}")]
-    Terminal(io::Error),
-    /// Nobody reads the output.
-    #[error("standard output: {0}")]
-    Output(#[from] io::Error),
-    /// JSON cannot be made.
-    #[error(transparent)]
-    Json(#[from] serde_json::Error),
-}
 
 /// Shows the guests: on a terminal until the user quits, and else once. The signal that ended it, if one did.
 ///

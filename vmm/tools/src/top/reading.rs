@@ -6,7 +6,7 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::TopError;
+use super::error::TopError;
 use super::guest::{self, Described};
 use control::api;
 use host::procfs::{self, ProcError};

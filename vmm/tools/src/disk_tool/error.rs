@@ -1,0 +1,90 @@
+//! Why a tool failed.
+
+use std::path::{Path, PathBuf};
+
+use storage::DiskError;
+use storage::vhdx::ChainError;
+
+use super::watch::Watch;
+
+/// Why a tool failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// A disk cannot be opened.
+    #[error(transparent)]
+    Open(#[from] storage::OpenError),
+    /// A disk cannot be made.
+    #[error(transparent)]
+    Create(#[from] storage::vhdx::CreateError),
+    /// A conversion failed.
+    #[error(transparent)]
+    Convert(storage::convert::ConvertError),
+    /// Something of a disk.
+    #[error("{}: {}", path.display(), with_cause(error))]
+    Disk {
+        /// The disk.
+        path: PathBuf,
+        /// Its error.
+        error: DiskError,
+    },
+    /// Something of a chain.
+    #[error("{}: {error}", path.display())]
+    Chain {
+        /// The disk.
+        path: PathBuf,
+        /// Its error.
+        error: ChainError,
+    },
+    /// What was asked for cannot be done.
+    #[error("{0}")]
+    Refused(String),
+    /// The host refused.
+    #[error("cannot {operation}: {error}")]
+    Io {
+        /// What was tried.
+        operation: String,
+        /// The error of the host.
+        error: std::io::Error,
+    },
+    /// The outcome could not be written as JSON.
+    #[error("cannot write JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A signal, by its number.
+    #[error("interrupted by signal {0}")]
+    Cancelled(u8),
+}
+
+pub(super) fn with_cause(error: &DiskError) -> String {
+    match std::error::Error::source(error) {
+        Some(cause) => format!("{error}: {cause}"),
+        None => error.to_string(),
+    }
+}
+
+impl ToolError {
+    pub(super) fn io(operation: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let operation = operation.into();
+        move |error| Self::Io { operation, error }
+    }
+
+    /// An error of the disk at `path`; a cancellation is told by what the watch saw.
+    pub(super) fn disk(path: &Path, watch: &Watch) -> impl FnOnce(DiskError) -> Self {
+        let (path, signal) = (path.to_owned(), watch.signal());
+        move |error| match error {
+            DiskError::Cancelled => Self::Cancelled(signal),
+            error => Self::Disk { path, error },
+        }
+    }
+
+    pub(super) fn chain(path: &Path, watch: &Watch) -> impl FnOnce(ChainError) -> Self {
+        let (path, signal) = (path.to_owned(), watch.signal());
+        move |error| match error {
+            ChainError::Disk(DiskError::Cancelled) => Self::Cancelled(signal),
+            ChainError::Disk(error) => Self::Disk { path, error },
+            // They name their files themselves.
+            ChainError::Create(error) => error.into(),
+            ChainError::Open(error) => error.into(),
+            error @ ChainError::Refused(_) => Self::Chain { path, error },
+        }
+    }
+}
