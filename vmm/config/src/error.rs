@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-use crate::limits::MAX_VIRTIO_DEVICES;
+use crate::limits::{MAX_FILE_SIZE, MAX_VIRTIO_DEVICES};
 
 /// A configuration that cannot be used. Its one-line `Display` names the field.
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The configuration file is too long.
-    #[error("configuration file {}: longer than {} bytes", path.display(), super::MAX_FILE_SIZE)]
+    #[error("configuration file {}: longer than {} bytes", path.display(), MAX_FILE_SIZE)]
     TooLong {
         /// The file.
         path: PathBuf,

@@ -8,7 +8,7 @@ use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use super::VmError;
+use super::error::VmError;
 use config::HugePageConfig;
 
 use crate::layout::{HIGH_RAM_START, MMIO_HOLE_END, MMIO_HOLE_START};

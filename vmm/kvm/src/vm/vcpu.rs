@@ -9,8 +9,9 @@ use vmm_sys_util::errno;
 
 use host::exit::GuestEnd;
 
+use super::error::VmError;
 use super::exits::{ExitCounters, ExitKind};
-use super::{Buses, VmError};
+use super::settings::Buses;
 
 /// Why a vCPU ends the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use memshare::{FileChange, LostPage, SharedFile, SharedMemory};
 
-use super::start::OnEnd;
+use super::surroundings::OnEnd;
 use crate::fault::{ADVICE, FaultWatch, GuestRange};
 use crate::pmem::PmemMemory;
 use host::exit::GuestEnd;

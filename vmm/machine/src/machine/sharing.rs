@@ -17,9 +17,9 @@ use serde::Serialize;
 use vm_memory::GuestAddress;
 
 use super::domain::SharingDomain;
+use super::error::{StartError, host};
 use super::faults::Faults;
-use super::start::OnEnd;
-use super::{StartError, host};
+use super::surroundings::OnEnd;
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
 use crate::reference::{Key, Size, WarmRequest, Warmer, Warming};

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use devices::lifecycle::SaveError;
 
-use super::UffdError;
+use super::uffd::UffdError;
+use super::version::VERSION;
 use crate::pmem::{OwnPagesError, WritebackError};
 use kvm::vm::StateError;
 
@@ -26,7 +27,7 @@ pub enum SnapshotError {
     #[error("{} is not the state of a snapshot", .0.display())]
     NotAState(PathBuf),
     /// Written by a Coppice that is newer, or that nobody has any more.
-    #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), super::VERSION)]
+    #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), VERSION)]
     Version {
         /// The file.
         path: PathBuf,
