@@ -14,7 +14,7 @@ use crate::limits::{MAX_FILE_SIZE, MAX_VIRTIO_DEVICES};
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The configuration file cannot be read.
-    #[error("configuration file {}: {source}", path.display())]
+    #[error("configuration file {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -28,7 +28,7 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// The configuration file is not JSON of the expected shape.
-    #[error("configuration file {}: {source}", path.display())]
+    #[error("configuration file {}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -36,7 +36,7 @@ pub enum ConfigError {
         source: serde_json::Error,
     },
     /// A request body, or a part of one, is not of the expected shape.
-    #[error("{0}")]
+    #[error(transparent)]
     Shape(serde_json::Error),
     /// A value that Coppice cannot honour.
     #[error("{field}: not supported")]
@@ -55,7 +55,7 @@ pub enum ConfigError {
         expected: String,
     },
     /// A file cannot be opened.
-    #[error("{field}: cannot open {}: {source}", path.display())]
+    #[error("{field}: cannot open {}", path.display())]
     File {
         /// The field that names it.
         field: &'static str,

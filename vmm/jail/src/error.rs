@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::report::Layer;
+use host::report::chain;
 
 /// Why a process is not jailed as asked. It is in no defined state then, and has to end.
 #[derive(Debug, thiserror::Error)]
@@ -17,8 +18,8 @@ pub enum JailError {
         why: String,
     },
     /// The filters of system calls.
-    #[error("--seccomp: {0}")]
-    Seccomp(io::Error),
+    #[error("--seccomp")]
+    Seccomp(#[source] io::Error),
     /// A file of the guest is closed to the user that the process has become.
     #[error(
         "--jail: user {uid} may not {access} {}, which is user {owner}'s, with mode {mode:o}: the guest's files have to be open to the user of its jail (chown or chmod; or no jail: for guests of a daemon, coppice serve --jail off)",
@@ -37,7 +38,7 @@ pub enum JailError {
         mode: u32,
     },
     /// What the guest needs cannot be found or made.
-    #[error("--jail: {}: {source}", path.display())]
+    #[error("--jail: {}", path.display())]
     Path {
         /// The path.
         path: PathBuf,
@@ -50,6 +51,6 @@ pub enum JailError {
 pub(super) fn required(layer: Layer) -> impl FnOnce(io::Error) -> JailError {
     move |error| JailError::Missing {
         layer,
-        why: error.to_string(),
+        why: chain(&error).to_string(),
     }
 }

@@ -6,6 +6,7 @@ use std::io;
 use serde::Serialize;
 
 use super::seccomp::SeccompMode;
+use host::report::chain;
 
 /// A layer of the jail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, utoipa::ToSchema)]
@@ -104,7 +105,7 @@ impl JailReport {
     pub(super) fn note(&mut self, layer: Layer, made: io::Result<()>) {
         match made {
             Ok(()) => self.has(layer),
-            Err(error) => self.lacks(layer, error.to_string()),
+            Err(error) => self.lacks(layer, chain(&error).to_string()),
         }
     }
 

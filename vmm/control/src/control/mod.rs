@@ -77,7 +77,8 @@ pub enum ControlError {
     Config(#[from] ConfigError),
     /// A file that the process, in its jail, cannot open.
     #[error(
-        "{0} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)"
+        "{} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)",
+        host::report::chain(.0)
     )]
     Jailed(ConfigError),
     /// Only a guest that has not started can be configured.

@@ -3,12 +3,13 @@
 use super::Control;
 use crate::metrics::Scrape;
 use host::procfs;
+use host::report::chain;
 
 impl Control {
     /// `GET /metrics`: all counters, as far as the guest has come.
     pub fn scrape(&mut self) -> Scrape {
         let told = |what, error: &dyn std::error::Error| {
-            tracing::warn!(%error, "{what} is missing from the metrics");
+            tracing::warn!(error = %chain(error), "{what} is missing from the metrics");
         };
         let process = procfs::memory(std::process::id());
         let (sharing, devices) = match self.guest() {

@@ -283,7 +283,8 @@ mod tests {
         let (source, cache) = (dir.path().join("vmlinuz"), dir.path().join("cache"));
         for (compression, bytes) in compression::packed(&kernel()) {
             fs::write(&source, &bytes[..bytes.len() / 2]).unwrap();
-            let error = open(&source, compression, &cache).unwrap_err().to_string();
+            let error = open(&source, compression, &cache).unwrap_err();
+            let error = host::report::chain(&error).to_string();
             assert!(
                 error.contains(compression.name()) && error.contains("vmlinuz"),
                 "{error}"
@@ -291,7 +292,12 @@ mod tests {
         }
         fs::write(&source, compression::lz4_legacy(b"no kernel")).unwrap();
         let error = open(&source, Compression::Lz4Legacy, &cache).unwrap_err();
-        assert!(error.to_string().contains("no ELF kernel"), "{error}");
+        assert!(
+            host::report::chain(&error)
+                .to_string()
+                .contains("no ELF kernel"),
+            "{error}"
+        );
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);
     }
 

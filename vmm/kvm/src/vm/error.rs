@@ -8,8 +8,8 @@ use config::limits::MAX_VCPUS;
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// `/dev/kvm` cannot be opened.
-    #[error("cannot open /dev/kvm: {0}; {advice}", advice = open_advice(*.0))]
-    Open(errno::Error),
+    #[error("cannot open /dev/kvm ({advice})", advice = open_advice(*.0))]
+    Open(#[source] errno::Error),
     /// An API that no kernel since 2007 speaks.
     #[error("KVM speaks API version {0}, not 12")]
     ApiVersion(i32),
@@ -32,7 +32,7 @@ pub enum VmError {
         max: u64,
     },
     /// The host does not map the RAM.
-    #[error("cannot map {size:#x} bytes of guest RAM: {source}")]
+    #[error("cannot map {size:#x} bytes of guest RAM")]
     MapMemory {
         /// Asked for, in bytes.
         size: u64,
@@ -56,7 +56,7 @@ pub enum VmError {
     #[error("KVM refuses to set MSR {0:#x}")]
     Msr(u32),
     /// A KVM request failed.
-    #[error("{request} failed: {source}")]
+    #[error("{request} failed")]
     Kvm {
         /// The ioctl or system call.
         request: &'static str,
@@ -64,7 +64,7 @@ pub enum VmError {
         source: errno::Error,
     },
     /// The host starts no more threads.
-    #[error("cannot start the thread of vCPU {index}: {source}")]
+    #[error("cannot start the thread of vCPU {index}")]
     Thread {
         /// Number of the vCPU.
         index: u8,

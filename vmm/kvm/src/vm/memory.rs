@@ -69,7 +69,7 @@ pub(super) fn map(size: u64, huge_pages: HugePages) -> Result<GuestMemory, VmErr
     }
     GuestMemory::from_regions(regions).map_err(|error| VmError::MapMemory {
         size,
-        source: std::io::Error::other(error.to_string()),
+        source: std::io::Error::other(error),
     })
 }
 

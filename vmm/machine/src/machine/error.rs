@@ -29,7 +29,7 @@ pub enum StartError {
     #[error(transparent)]
     Boot(#[from] BootError),
     /// A drive's file.
-    #[error("drive {drive}: {source}")]
+    #[error("drive {drive}")]
     Drive {
         /// `drive_id`.
         drive: String,
@@ -37,7 +37,7 @@ pub enum StartError {
         source: storage::OpenError,
     },
     /// A drive's device.
-    #[error("drive {drive}: {source}")]
+    #[error("drive {drive}")]
     Block {
         /// `drive_id`.
         drive: String,
@@ -45,7 +45,7 @@ pub enum StartError {
         source: BlockError,
     },
     /// A pmem device.
-    #[error("pmem {pmem}: {source}")]
+    #[error("pmem {pmem}")]
     Pmem {
         /// `id`.
         pmem: String,
@@ -59,7 +59,7 @@ pub enum StartError {
     #[error(transparent)]
     Bus(#[from] BusRangeError),
     /// The socket of the vsock device.
-    #[error("vsock: {0}")]
+    #[error("vsock")]
     Vsock(#[from] SocketError),
     /// The generation ID.
     #[error(transparent)]
@@ -71,7 +71,7 @@ pub enum StartError {
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     /// The host has no more of something.
-    #[error("cannot make the {device}: {source}")]
+    #[error("cannot make the {device}")]
     Host {
         /// The device.
         device: &'static str,
@@ -98,7 +98,7 @@ pub enum MachineError {
     #[error("there is no pmem device {0}")]
     NoPmem(String),
     /// The disk of a pmem device cannot be changed as was asked for.
-    #[error("pmem {pmem}: {source}")]
+    #[error("pmem {pmem}")]
     ChangePmem {
         /// `id`.
         pmem: String,
@@ -106,7 +106,7 @@ pub enum MachineError {
         source: Box<DriveError>,
     },
     /// The new file of a drive cannot be used.
-    #[error("drive {drive}: {source}")]
+    #[error("drive {drive}")]
     Drive {
         /// `drive_id`.
         drive: String,
@@ -114,7 +114,7 @@ pub enum MachineError {
         source: storage::OpenError,
     },
     /// The new file differs in what the guest has been promised.
-    #[error("drive {drive}: {source}")]
+    #[error("drive {drive}")]
     Replacement {
         /// `drive_id`.
         drive: String,
@@ -122,7 +122,7 @@ pub enum MachineError {
         source: BlockError,
     },
     /// The disk of a drive cannot be changed as was asked for.
-    #[error("drive {drive}: {source}")]
+    #[error("drive {drive}")]
     Change {
         /// `drive_id`.
         drive: String,
@@ -130,8 +130,8 @@ pub enum MachineError {
         source: DriveError,
     },
     /// The host does not say where the guest's memory is.
-    #[error("where guest memory is cannot be told: {0}")]
-    Sharing(std::io::Error),
+    #[error("where guest memory is cannot be told")]
+    Sharing(#[source] std::io::Error),
     /// The guest has not read the keys typed before.
     #[error("the guest has not taken the last Ctrl-Alt-Del yet")]
     KeyboardBusy,
@@ -148,13 +148,14 @@ pub enum DriveError {
     NoParent,
     /// The file of the parent may not be written to.
     #[error(
-        "cannot be merged into {}: {error}. In a jail, parents are read-only: name it by --jail allow=PATH, and have it open to the guest's user",
+        "cannot be merged into {} (in a jail, parents are read-only: name it by --jail allow=PATH, and have it open to the guest's user)",
         base.display()
     )]
     ParentClosed {
         /// The file.
         base: PathBuf,
         /// What the host said.
+        #[source]
         error: std::io::Error,
     },
     /// A job is not over.
@@ -179,11 +180,12 @@ pub enum DriveError {
     #[error(transparent)]
     Block(#[from] BlockError),
     /// The host refused.
-    #[error("cannot {operation}: {error}")]
+    #[error("cannot {operation}")]
     Io {
         /// What was tried.
         operation: String,
         /// What the host said.
+        #[source]
         error: std::io::Error,
     },
 }

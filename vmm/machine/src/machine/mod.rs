@@ -42,6 +42,7 @@ use crate::snapshot::{MemoryState, Served};
 use config::DriveConfig;
 pub use drive_job::{DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child};
 pub use error::{DriveError, MachineError, StartError};
+use host::report::chain;
 use host::socket::ApiSocket;
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
@@ -302,12 +303,12 @@ impl Machine {
         self.devices.reset();
         for (id, drive) in &self.drives {
             if let Err(error) = lock(drive).disk().close() {
-                tracing::error!(drive = %id, %error, "the disk could not be closed cleanly");
+                tracing::error!(drive = %id, error = %chain(&error), "the disk could not be closed cleanly");
             }
         }
         for (id, pmem) in &self.pmem {
             if let Err(error) = pmem.close() {
-                tracing::error!(pmem = %id, %error, "not all that the guest wrote is on the disk");
+                tracing::error!(pmem = %id, error = %chain(&error), "not all that the guest wrote is on the disk");
             }
         }
     }

@@ -14,7 +14,7 @@ use kvm::vm::StateError;
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// A file of the snapshot cannot be used.
-    #[error("cannot {operation} {}: {source}", path.display())]
+    #[error("cannot {operation} {}", path.display())]
     File {
         /// What was to be done.
         operation: &'static str,
@@ -59,7 +59,7 @@ pub enum SnapshotError {
     #[error("the state says {0}")]
     Contradiction(String),
     /// Its values are none that this Coppice could have written.
-    #[error("{} cannot be understood: {source}", path.display())]
+    #[error("{} cannot be understood", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -82,7 +82,7 @@ pub enum SnapshotError {
     #[error("the snapshot has no drive and no pmem device {0}")]
     NoDrive(String),
     /// The disk of a device does not close.
-    #[error("{device}: {source}")]
+    #[error("{device}")]
     Disk {
         /// `drive ID` or `pmem ID`.
         device: String,
@@ -90,7 +90,7 @@ pub enum SnapshotError {
         source: storage::DiskError,
     },
     /// Not all that the guest has written to memory that is a disk gets there.
-    #[error("pmem {pmem}: what the guest wrote cannot be brought to its disk: {source}")]
+    #[error("pmem {pmem}: what the guest wrote cannot be brought to its disk")]
     Writeback {
         /// `id`.
         pmem: String,
@@ -98,7 +98,7 @@ pub enum SnapshotError {
         source: WritebackError,
     },
     /// What the guest has written to a pmem device in mode `cow` is not found.
-    #[error("pmem {pmem}: what the guest wrote cannot be saved: {source}")]
+    #[error("pmem {pmem}: what the guest wrote cannot be saved")]
     OwnPages {
         /// `id`.
         pmem: String,
@@ -140,8 +140,8 @@ pub enum SnapshotError {
     #[error(transparent)]
     State(#[from] StateError),
     /// Where the guest's memory is cannot be told, or not be changed.
-    #[error("guest memory: {0}")]
-    Memory(io::Error),
+    #[error("guest memory")]
+    Memory(#[source] io::Error),
 }
 
 impl SnapshotError {

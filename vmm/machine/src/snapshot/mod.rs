@@ -29,6 +29,7 @@ use crate::disk::open_disk;
 use crate::pmem::PmemMemory;
 use config::{CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackendType, SnapshotType};
 use config::{DriveConfig, VmConfig};
+use host::report::chain;
 
 pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
@@ -240,8 +241,8 @@ impl Loading {
         };
         path.clone_from(&request.path_on_host);
         if request.clone {
-            let failed = |error: &dyn std::fmt::Display| {
-                SnapshotError::Unsupported(format!("{device}: {error}"))
+            let failed = |error: &dyn std::error::Error| {
+                SnapshotError::Unsupported(format!("{device}: {}", chain(error)))
             };
             let opened = open_disk(&below).map_err(|error| failed(&error))?;
             self.state.check_disk(device, &opened)?;
