@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
-use crate::limits::MAX_VIRTIO_DEVICES;
+use crate::limits::{MAX_FILE_SIZE, MAX_VIRTIO_DEVICES};
 
 /// A configuration that cannot be used. Its one-line `Display` names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The configuration file cannot be read.
-    #[error("configuration file {}: {source}", path.display())]
+    #[error("configuration file {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -22,13 +22,13 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// The configuration file is too long.
-    #[error("configuration file {}: longer than {} bytes", path.display(), super::MAX_FILE_SIZE)]
+    #[error("configuration file {}: longer than {} bytes", path.display(), MAX_FILE_SIZE)]
     TooLong {
         /// The file.
         path: PathBuf,
     },
     /// The configuration file is not JSON of the expected shape.
-    #[error("configuration file {}: {source}", path.display())]
+    #[error("configuration file {}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -36,7 +36,7 @@ pub enum ConfigError {
         source: serde_json::Error,
     },
     /// A request body, or a part of one, is not of the expected shape.
-    #[error("{0}")]
+    #[error(transparent)]
     Shape(serde_json::Error),
     /// A value that Coppice cannot honour.
     #[error("{field}: not supported")]
@@ -55,7 +55,7 @@ pub enum ConfigError {
         expected: String,
     },
     /// A file cannot be opened.
-    #[error("{field}: cannot open {}: {source}", path.display())]
+    #[error("{field}: cannot open {}", path.display())]
     File {
         /// The field that names it.
         field: &'static str,

@@ -43,6 +43,7 @@ pub use boot_source::{BootProtocol, BootSourceConfig};
 pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
 pub use error::ConfigError;
 pub use id::is_guest_id;
+pub use limits::MAX_FILE_SIZE;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
@@ -53,9 +54,6 @@ pub use snapshot::{
     VsockOverride,
 };
 pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
-
-/// Longest configuration file, in bytes.
-pub const MAX_FILE_SIZE: u64 = 1 << 20;
 
 /// Everything about one guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]

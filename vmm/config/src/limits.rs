@@ -10,3 +10,6 @@ pub const CMDLINE_MAX: u64 = 0x1_0000;
 pub const MAX_BODY: usize = 51200;
 /// The kernel command line of a guest that is given none.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
+
+/// Longest configuration file, in bytes.
+pub const MAX_FILE_SIZE: u64 = 1 << 20;

@@ -299,7 +299,7 @@ fn a_configuration_file_that_cannot_be_used_is_named() {
     std::fs::write(&path, b"{\"drives\": 7}").unwrap();
     let error = refused();
     assert!(
-        matches!(error, ConfigError::Json { .. }) && error.to_string().contains("line 1"),
+        matches!(&error, ConfigError::Json { source, .. } if source.to_string().contains("line 1")),
         "{error}"
     );
     std::fs::write(&path, vec![b' '; MAX_FILE_SIZE as usize + 1]).unwrap();

@@ -29,7 +29,7 @@ pub enum SocketError {
         path: PathBuf,
     },
     /// The host refuses.
-    #[error("socket {}: {source}", path.display())]
+    #[error("socket {}", path.display())]
     Io {
         /// The path.
         path: PathBuf,

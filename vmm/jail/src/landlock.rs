@@ -7,7 +7,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
-use super::needs::{Access, Need};
+use super::need::{Access, Need};
 
 /// The newest that is used; what an older kernel does not have is left out.
 const FILES: ABI = ABI::V9;

@@ -5,7 +5,7 @@ use std::{fs, io};
 use rustix::process::{getegid, geteuid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{JailReport, Layer};
+use super::report::{JailReport, Layer};
 
 /// Each on its own: a host may allow one and not another.
 const OWN: [(Layer, UnshareFlags); 4] = [

@@ -9,38 +9,13 @@ use memshare::ShareMode;
 use rustix::fs::{Access as Mode, access};
 use storage::vhdx::Vhdx;
 
-use super::{JailConfig, JailError, landlock};
+use super::error::JailError;
+use super::landlock;
+use super::need::{Access, Need};
+use super::options::JailConfig;
 use config::{DriveFormat, VmConfig};
 use host::output::open_output;
 use kvm::boot;
-
-/// What is done with a file or folder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
-    /// It is read.
-    Read,
-    /// It is read and written; in a folder, files come and go.
-    Write,
-    /// It is a device.
-    Device,
-    /// A file in it is removed at the end.
-    Remove,
-    /// It is a socket that is connected to.
-    Connect,
-}
-
-/// A file or folder that a guest needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Need {
-    /// Where it is on the host.
-    pub source: PathBuf,
-    /// Where the guest process looks for it.
-    pub target: PathBuf,
-    /// What is done with it.
-    pub access: Access,
-    /// What the guest has to be able to do with it, to start.
-    pub vital: Option<Access>,
-}
 
 /// Longest chain of disks that is looked along; a longer one is refused where it is opened.
 const LONGEST_CHAIN: usize = 256;

@@ -18,7 +18,7 @@ use rustix::mount::{
 };
 use rustix::process::{chroot, fchdir, pivot_root};
 
-use super::needs::{Access, Need};
+use super::need::{Access, Need};
 
 /// Folders, links and empty files: all that is in the file system itself.
 const SIZE: &str = "1m";

@@ -4,6 +4,7 @@ use std::io;
 
 use config::ConfigError;
 use devices::virtio::balloon::BalloonError;
+use host::report::chain;
 use machine::MachineError;
 use machine::snapshot::SnapshotError;
 
@@ -19,9 +20,10 @@ pub enum ControlError {
     Config(#[from] ConfigError),
     /// A file that the process, in its jail, cannot open.
     #[error(
-        "{0} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)"
+        "{} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)",
+        chain(.0)
     )]
-    Jailed(#[source] ConfigError),
+    Jailed(ConfigError),
     /// Only a guest that has not started can be configured.
     #[error("The requested operation is not supported after starting the microVM.")]
     AfterStart,

@@ -20,7 +20,7 @@ pub use smaps::{Mapping, Usage, guest_ram, parse, split};
 #[derive(Debug, thiserror::Error)]
 pub enum ProcError {
     /// It has ended, or is another user's.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,

@@ -20,7 +20,8 @@ use devices::GuestMemory;
 use devices::legacy::{CmosRtc, RESET_VALUE, S5_SLEEP_TYPE, SerialPort};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BootError, MmioDevice};
+use super::error::BootError;
+use super::mmio_device::MmioDevice;
 use crate::layout;
 
 const OEM_ID: [u8; 6] = *b"COPPIC";

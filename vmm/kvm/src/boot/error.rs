@@ -10,7 +10,7 @@ use crate::layout::HIGH_RAM_START;
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be opened or read.
-    #[error("{}: cannot {action} the {role}: {source}", path.display())]
+    #[error("{}: cannot {action} the {role}", path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -66,7 +66,7 @@ pub enum BootError {
         compression: &'static str,
     },
     /// A compressed kernel that cannot be unpacked.
-    #[error("{}: cannot unpack the {compression} kernel: {source}", path.display())]
+    #[error("{}: cannot unpack the {compression} kernel", path.display())]
     Unpack {
         /// The file.
         path: PathBuf,
@@ -139,7 +139,7 @@ pub enum BootError {
         room: u64,
     },
     /// Guest memory does not hold a boot structure.
-    #[error("cannot write the {structure} to guest memory: {source}")]
+    #[error("cannot write the {structure} to guest memory")]
     Memory {
         /// The structure.
         structure: &'static str,

@@ -60,7 +60,7 @@ pub(super) fn copy(
         let address = GuestAddress(segment.address_of(data.start));
         memory
             .read_exact_volatile_from(address, &mut file, (data.end - data.start) as usize)
-            .map_err(|failed| error(std::io::Error::other(failed.to_string())))?;
+            .map_err(|failed| error(std::io::Error::other(failed)))?;
         at = data.end;
     }
     Ok(())

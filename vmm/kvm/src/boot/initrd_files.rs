@@ -9,7 +9,7 @@ use cpio::newc;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::compression::Compression;
-use super::unpack::PageWriter;
+use super::page_writer::PageWriter;
 
 /// Bits of a mode that tell the type of a file, and those of a regular one (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
 const TYPE: u32 = 0o170_000;

@@ -10,8 +10,10 @@ use vm_memory::{Address, GuestAddress};
 use super::compression::Compression;
 use super::elf::LoadSegment;
 use super::files::open_file;
+use super::registers::EntryPoint;
+use super::source::{BootSource, Protocol};
 use super::unpack::{self, Form, Packed, Unpacked};
-use super::{BootError, BootSource, EntryPoint, Protocol, bzimage, elf};
+use super::{BootError, bzimage, elf};
 
 /// Longest command line of a kernel that does not say: Linux' `COMMAND_LINE_SIZE` on x86 without the terminating zero, past which it
 /// cuts in silence.

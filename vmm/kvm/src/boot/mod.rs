@@ -18,7 +18,7 @@ use memshare::{FileRegistry, SharedFile, SharedMemory};
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::HIGH_RAM_START;
-use config::{BootProtocol, BootSourceConfig};
+use config::BootSourceConfig;
 
 mod acpi;
 mod bzimage;
@@ -28,94 +28,23 @@ mod error;
 mod files;
 mod initrd_files;
 mod kernel;
+mod mmio_device;
+mod page_writer;
 mod params;
 mod registers;
 mod reset_vector;
+mod source;
 mod unpack;
 
 pub use elf::LoadSegment;
 pub use error::BootError;
-pub use registers::BootState;
+pub use mmio_device::MmioDevice;
+pub use registers::{BootState, EntryPoint};
+pub use source::{BootSource, Protocol};
 
 use files::{copy, open_file};
 use kernel::{Kernel, check_entry, find_kernel};
 use params::{Initrd, Told};
-
-/// What to boot.
-#[derive(Clone, Debug)]
-pub struct BootSource {
-    /// ELF `vmlinux`, `bzImage`, or a compressed `vmlinux`.
-    pub kernel: PathBuf,
-    /// Initial RAM file system.
-    pub initrd: Option<PathBuf>,
-    /// The kernel command line, complete.
-    pub cmdline: String,
-    /// How the kernel is entered.
-    pub protocol: Protocol,
-    /// The sharing domain whose cache it is, where that has a name.
-    pub domain: Option<String>,
-}
-
-/// How a kernel is entered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Protocol {
-    /// PVH where the kernel has it, else 64-bit; a bzImage that cannot be unpacked on the host unpacks itself.
-    #[default]
-    Auto,
-    /// The PVH entry of an ELF kernel.
-    Pvh,
-    /// The 64-bit entry of an ELF kernel.
-    Linux64,
-    /// A bzImage as it is: the guest unpacks it.
-    BzImage,
-}
-
-impl From<BootProtocol> for Protocol {
-    fn from(protocol: BootProtocol) -> Self {
-        match protocol {
-            BootProtocol::Auto => Self::Auto,
-            BootProtocol::Pvh => Self::Pvh,
-            BootProtocol::Linux64 => Self::Linux64,
-            BootProtocol::BzImage => Self::BzImage,
-        }
-    }
-}
-
-/// A virtio-mmio device, as the kernel is told of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MmioDevice {
-    /// First guest physical address of its registers.
-    pub base: u32,
-    /// Bytes of its registers.
-    pub size: u32,
-    /// Its interrupt.
-    pub gsi: u32,
-}
-
-impl MmioDevice {
-    /// The device for the command line of a kernel without ACPI (Linux, `virtio_mmio.device=`).
-    pub fn cmdline(&self) -> String {
-        format!(
-            "virtio_mmio.device={:#x}@{:#x}:{}",
-            self.size, self.base, self.gsi
-        )
-    }
-}
-
-/// How the first vCPU enters the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EntryPoint {
-    /// 64-bit Linux boot protocol (Linux, Documentation/arch/x86/boot.rst): long mode, `rsi` = zero page.
-    Linux64 {
-        /// First instruction, guest physical.
-        rip: GuestAddress,
-    },
-    /// PVH (Xen, docs/misc/pvh.pandoc): 32-bit protected mode, no paging, `ebx` = start info.
-    Pvh {
-        /// First instruction, guest physical.
-        rip: GuestAddress,
-    },
-}
 
 /// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. Where that is `shared`, kernel and initrd are mapped
 /// from copies of their files in the cache, and read only where that cannot be.

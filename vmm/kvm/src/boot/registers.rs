@@ -4,7 +4,7 @@ use devices::GuestMemory;
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{BootError, EntryPoint};
+use super::error::BootError;
 use crate::layout::{BOOT_GDT, BOOT_IDT, BOOT_PAGE_TABLES, PVH_START_INFO, ZERO_PAGE};
 
 const CR0_PE: u64 = 1 << 0;
@@ -29,6 +29,21 @@ const _: () = assert!(BOOT_GDT + GDT_LEN as u64 * 8 <= BOOT_IDT);
 const PTE_PRESENT_WRITABLE: u64 = 0b11;
 const PTE_LARGE: u64 = 1 << 7;
 const PAGE_TABLE_LEN: u64 = 4096;
+
+/// How the first vCPU enters the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryPoint {
+    /// 64-bit Linux boot protocol (Linux, Documentation/arch/x86/boot.rst): long mode, `rsi` = zero page.
+    Linux64 {
+        /// First instruction, guest physical.
+        rip: GuestAddress,
+    },
+    /// PVH (Xen, docs/misc/pvh.pandoc): 32-bit protected mode, no paging, `ebx` = start info.
+    Pvh {
+        /// First instruction, guest physical.
+        rip: GuestAddress,
+    },
+}
 
 /// Enters the kernel: what [`super::load`] has prepared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 use sha2::{Digest, Sha256};
 
-use super::VmError;
+use super::error::VmError;
 
 const FEATURES: u32 = 0x1;
 const CACHE: u32 = 0x4;

@@ -8,7 +8,7 @@ use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
-use super::VmError;
+use super::error::VmError;
 use config::HugePageConfig;
 
 use crate::layout::{HIGH_RAM_START, MMIO_HOLE_END, MMIO_HOLE_START};
@@ -69,7 +69,7 @@ pub(super) fn map(size: u64, huge_pages: HugePages) -> Result<GuestMemory, VmErr
     }
     GuestMemory::from_regions(regions).map_err(|error| VmError::MapMemory {
         size,
-        source: std::io::Error::other(error.to_string()),
+        source: std::io::Error::other(error),
     })
 }
 

@@ -9,13 +9,12 @@ use std::os::fd::{FromRawFd, IntoRawFd};
 use std::sync::{Arc, OnceLock};
 
 use devices::GuestMemory;
-use devices::bus::Bus;
 use kvm_bindings::{
     KVM_API_VERSION, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
-use vmm_sys_util::errno;
+use memshare::Window;
 use vmm_sys_util::eventfd::EventFd;
 
 use config::limits::MAX_VCPUS;
@@ -23,9 +22,11 @@ use config::limits::MAX_VCPUS;
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
 mod cpuid;
+mod error;
 mod exits;
 mod memory;
 mod pmu;
+mod settings;
 mod slots;
 mod state;
 mod threads;
@@ -34,124 +35,16 @@ mod vcpu;
 #[cfg(test)]
 mod native_kvm;
 
+pub use error::{VmError, open_advice};
 pub use exits::{ExitCounters, ExitKind};
 pub use memory::HugePages;
 #[cfg(test)]
 pub(crate) use memory::shared as shared_memory;
+pub use settings::{Buses, ConfineThread, VmSettings};
 pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
 pub use state::{StateError, VcpuState, VmState};
 pub use threads::{Brake, Held, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
-
-/// Gives away what the calling thread does not need.
-pub type ConfineThread = fn() -> std::io::Result<()>;
-
-/// Size and shape of a VM.
-#[derive(Clone, Copy, Debug)]
-pub struct VmSettings {
-    /// Guest RAM in bytes, a multiple of 4 KiB.
-    pub memory_bytes: u64,
-    /// vCPUs, 1 to 32.
-    pub vcpus: u8,
-    /// How RAM is backed.
-    pub huge_pages: HugePages,
-    /// Called by each vCPU's thread before its vCPU enters the guest, to give away what a vCPU does not need; an error ends the guest.
-    pub confine_vcpu: ConfineThread,
-}
-
-/// The port I/O and memory-mapped I/O of a VM.
-pub struct Buses {
-    /// I/O ports.
-    pub pio: Bus,
-    /// Guest physical addresses outside RAM.
-    pub mmio: Bus,
-}
-
-/// Why a VM cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum VmError {
-    /// `/dev/kvm` cannot be opened.
-    #[error("cannot open /dev/kvm: {0}; {advice}", advice = open_advice(*.0))]
-    Open(errno::Error),
-    /// An API that no kernel since 2007 speaks.
-    #[error("KVM speaks API version {0}, not 12")]
-    ApiVersion(i32),
-    /// The host's KVM lacks a capability.
-    #[error("the host's KVM lacks {0}; a newer kernel has it")]
-    Capability(&'static str),
-    /// Too few or too many vCPUs.
-    #[error("a guest has 1 to {MAX_VCPUS} vCPUs, not {0}")]
-    Vcpus(u8),
-    /// A size of RAM that cannot be.
-    #[error(
-        "guest RAM of {size:#x} bytes: it has to be a multiple of 4 KiB from {min:#x} to {max:#x}"
-    )]
-    MemorySize {
-        /// Asked for, in bytes.
-        size: u64,
-        /// Least, in bytes.
-        min: u64,
-        /// Most, in bytes.
-        max: u64,
-    },
-    /// The host does not map the RAM.
-    #[error("cannot map {size:#x} bytes of guest RAM: {source}")]
-    MapMemory {
-        /// Asked for, in bytes.
-        size: u64,
-        /// What the host said.
-        source: std::io::Error,
-    },
-    /// Memory beside RAM that the guest has no addresses for.
-    #[error(
-        "the guest's addresses, of {bits} bits, have no room for {size:#x} bytes above its RAM"
-    )]
-    WindowSize {
-        /// Asked for, in bytes.
-        size: u64,
-        /// Bits of a guest physical address.
-        bits: u32,
-    },
-    /// More CPUID leaves than KVM takes.
-    #[error("CPUID of {0} leaves is longer than KVM takes")]
-    CpuidTooLong(usize),
-    /// KVM does not let an MSR be set.
-    #[error("KVM refuses to set MSR {0:#x}")]
-    Msr(u32),
-    /// A KVM request failed.
-    #[error("{request} failed: {source}")]
-    Kvm {
-        /// The ioctl or system call.
-        request: &'static str,
-        /// What the kernel said.
-        source: errno::Error,
-    },
-    /// The host starts no more threads.
-    #[error("cannot start the thread of vCPU {index}: {source}")]
-    Thread {
-        /// Number of the vCPU.
-        index: u8,
-        /// What the host said.
-        source: std::io::Error,
-    },
-}
-
-impl VmError {
-    fn kvm(request: &'static str) -> impl FnOnce(errno::Error) -> Self {
-        move |source| Self::Kvm { request, source }
-    }
-}
-
-/// What to do where `/dev/kvm` cannot be opened.
-pub fn open_advice(error: errno::Error) -> &'static str {
-    match error.errno() {
-        libc::ENOENT | libc::ENODEV | libc::ENXIO => {
-            "load kvm_amd or kvm_intel; if that fails, enable virtualization in the firmware, or nesting in the hypervisor below"
-        }
-        libc::EACCES | libc::EPERM => "add yourself to the group kvm, and log in again",
-        _ => "see dmesg for what KVM says",
-    }
-}
 
 /// What the VM cannot do without.
 pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
@@ -282,6 +175,27 @@ impl Vm {
     /// Guest RAM, of which pages can be shared within `limits`. Called once: each answer keeps its own record of what is mapped.
     pub fn share(&self, limits: memshare::Limits) -> memshare::SharedMemory {
         memory::shared(&self.memory, limits)
+    }
+
+    /// Puts a window into the guest's addresses, after RAM and the windows before it.
+    pub fn add_window(
+        &mut self,
+        window: Arc<Window>,
+        access: WindowAccess,
+    ) -> Result<PlacedWindow, VmError> {
+        let physical_bits = self.cpuid.physical_bits();
+        self.windows
+            .add(&self.fd, (&self.memory, physical_bits), window, access)
+    }
+
+    /// Gives the VM, which has not run, what KVM held of another, and each vCPU its state.
+    ///
+    /// # Errors
+    /// [`StateError`]; the VM is of no use then.
+    pub fn restore(&mut self, state: &VmState, vcpus: &[VcpuState]) -> Result<(), StateError> {
+        state.restore(&self.fd, self.has_pit, (&mut self.vcpus, vcpus))?;
+        self.restored = true;
+        Ok(())
     }
 
     /// A write to `event` raises `gsi`.

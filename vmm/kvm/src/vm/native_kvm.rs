@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use devices::bus::{Bus, BusDevice};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
@@ -336,7 +337,7 @@ fn ram_lies_on_both_sides_of_the_hole() {
 
 /// Runs a guest that reads a byte of a window and writes the next one; what it read, and the bytes afterwards.
 fn guest_with_window(access: WindowAccess) -> (Access, [u8; 2], PlacedWindow) {
-    let window = Arc::new(memshare::Window::reserve(64 << 20).unwrap());
+    let window = Arc::new(Window::reserve(64 << 20).unwrap());
     let mut vm = vm(1, 4 << 20);
     let placed = vm.add_window(window.clone(), access).unwrap();
     assert_eq!(placed.address, 4 << 30);

@@ -6,7 +6,7 @@
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 
-use super::VmError;
+use super::error::VmError;
 
 /// `PERF_LEGACY_CTL0` to `3`, then `PERF_LEGACY_CTR0` to `3` (AMD64 APM volume 2, appendix A).
 const AMD_COUNTERS: u32 = 0xc001_0000;

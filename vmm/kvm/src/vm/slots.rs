@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, VmFd};
 use memshare::Window;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Vm, VmError};
+use super::error::VmError;
 use crate::layout::{MMIO_HOLE_END, WINDOW_ALIGNMENT};
 
 /// What a guest may do with a window.
@@ -85,22 +85,24 @@ fn end_of_ram(memory: &GuestMemory) -> u64 {
     ends.max().unwrap_or_default().max(MMIO_HOLE_END)
 }
 
-impl Vm {
-    /// Puts a window into the guest's addresses, after RAM and the windows before it.
-    pub fn add_window(
+impl Windows {
+    /// Puts a window into the addresses, of `physical_bits`, of the guest with `memory`, after that and the windows before it.
+    pub(super) fn add(
         &mut self,
+        fd: &Arc<VmFd>,
+        (memory, physical_bits): (&GuestMemory, u32),
         window: Arc<Window>,
         access: WindowAccess,
     ) -> Result<PlacedWindow, VmError> {
         let len = window.len();
-        let end = self.windows.end.max(end_of_ram(&self.memory));
-        let address = place(end, len, self.cpuid.physical_bits()).ok_or(VmError::WindowSize {
+        let end = self.end.max(end_of_ram(memory));
+        let address = place(end, len, physical_bits).ok_or(VmError::WindowSize {
             size: len,
-            bits: self.cpuid.physical_bits(),
+            bits: physical_bits,
         })?;
         let flags = match access {
             WindowAccess::Read => {
-                if !self.fd.check_extension(Cap::ReadonlyMem) {
+                if !fd.check_extension(Cap::ReadonlyMem) {
                     return Err(VmError::Capability("KVM_CAP_READONLY_MEM"));
                 }
                 KVM_MEM_READONLY
@@ -108,7 +110,7 @@ impl Vm {
             WindowAccess::Write => 0,
             WindowAccess::LoggedWrite => KVM_MEM_LOG_DIRTY_PAGES,
         };
-        let slot = (self.memory.num_regions() + self.windows.mapped.len()) as u32;
+        let slot = (memory.num_regions() + self.mapped.len()) as u32;
         let region = kvm_userspace_memory_region {
             slot,
             guest_phys_addr: address,
@@ -118,12 +120,12 @@ impl Vm {
         };
         // SAFETY: the range is a whole window, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU can run. Slots are numbered
         // after those of RAM, and the guest range lies after all that there is.
-        unsafe { self.fd.set_user_memory_region(region) }
+        unsafe { fd.set_user_memory_region(region) }
             .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
-        self.windows.mapped.push(window);
-        self.windows.end = address + len;
+        self.mapped.push(window);
+        self.end = address + len;
         let log = (access == WindowAccess::LoggedWrite).then(|| DirtyLog {
-            vm: self.fd.clone(),
+            vm: fd.clone(),
             slot,
             len,
         });

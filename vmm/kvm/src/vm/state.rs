@@ -13,8 +13,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::error::VmError;
 use super::vcpu::Vcpu;
-use super::{Vm, VmError};
 
 /// Why the state of a guest cannot be taken, or not be given to another.
 #[derive(Debug, thiserror::Error)]
@@ -200,43 +200,46 @@ fn lacks(saved: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Option<String
     None
 }
 
-impl Vm {
-    /// Gives the VM, which has not run, what KVM held of another, and each vCPU its state.
+impl VmState {
+    /// Gives a VM, which has not run, what KVM held of another, and each of its vCPUs its state.
     ///
     /// # Errors
     /// [`StateError`]; the VM is of no use then.
-    pub fn restore(&mut self, state: &VmState, vcpus: &[VcpuState]) -> Result<(), StateError> {
-        if vcpus.len() != self.vcpus.len() {
+    pub(super) fn restore(
+        &self,
+        fd: &VmFd,
+        has_pit: bool,
+        (vcpus, states): (&mut [Vcpu], &[VcpuState]),
+    ) -> Result<(), StateError> {
+        if states.len() != vcpus.len() {
             return Err(StateError::Vcpus {
-                saved: vcpus.len(),
-                present: self.vcpus.len(),
+                saved: states.len(),
+                present: vcpus.len(),
             });
         }
-        if state.pit.is_some() != self.has_pit {
-            return Err(StateError::Pit(state.pit.is_some()));
+        if self.pit.is_some() != has_pit {
+            return Err(StateError::Pit(self.pit.is_some()));
         }
-        for (vcpu, state) in self.vcpus.iter_mut().zip(vcpus) {
+        for (vcpu, state) in vcpus.iter_mut().zip(states) {
             if let Some(lack) = lacks(&state.cpuid, vcpu.cpuid.as_slice()) {
                 return Err(StateError::Processor(lack));
             }
             vcpu.restore(state)?;
         }
-        let fd = &self.fd;
-        for chip in [&state.pic_master, &state.pic_slave, &state.ioapic] {
+        for chip in [&self.pic_master, &self.pic_slave, &self.ioapic] {
             fd.set_irqchip(chip)
                 .map_err(VmError::kvm("KVM_SET_IRQCHIP"))?;
         }
-        if let Some(pit) = &state.pit {
+        if let Some(pit) = &self.pit {
             fd.set_pit2(pit).map_err(VmError::kvm("KVM_SET_PIT2"))?;
         }
         let clock = kvm_clock_data {
-            clock: state.clock.clock,
+            clock: self.clock.clock,
             flags: CLOCK_FLAGS_TAKEN,
             ..Default::default()
         };
         fd.set_clock(&clock)
             .map_err(VmError::kvm("KVM_SET_CLOCK"))?;
-        self.restored = true;
         Ok(())
     }
 }

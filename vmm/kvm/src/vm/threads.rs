@@ -18,10 +18,11 @@ use memshare::Window;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
+use super::error::VmError;
 use super::exits::{ExitCounters, ExitKind};
+use super::settings::{Buses, ConfineThread};
 use super::state::{self, StateError, VcpuState, VmState};
 use super::vcpu::{Step, Vcpu, VcpuError, VcpuExit};
-use super::{Buses, ConfineThread, VmError};
 
 /// A vCPU thread runs device register accesses and little else.
 const STACK_SIZE: usize = 128 << 10;

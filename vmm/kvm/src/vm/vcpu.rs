@@ -8,9 +8,11 @@ use kvm_ioctls::{VcpuExit as KvmExit, VcpuFd};
 use vmm_sys_util::errno;
 
 use host::exit::GuestEnd;
+use host::report::chain;
 
+use super::error::VmError;
 use super::exits::{ExitCounters, ExitKind};
-use super::{Buses, VmError};
+use super::settings::Buses;
 
 /// Why a vCPU ends the guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +36,7 @@ impl From<VcpuExit> for GuestEnd {
             VcpuExit::Reset => Self::Reset,
             VcpuExit::Crash => Self::Panic,
             VcpuExit::TripleFault => Self::TripleFault,
-            VcpuExit::Failed(error) => Self::Failed(error.to_string()),
+            VcpuExit::Failed(error) => Self::Failed(chain(&error).to_string()),
         }
     }
 }
@@ -43,7 +45,7 @@ impl From<VcpuExit> for GuestEnd {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VcpuError {
     /// `KVM_RUN` failed.
-    #[error("vCPU {index}: KVM_RUN failed: {source}")]
+    #[error("vCPU {index}: KVM_RUN failed")]
     Run {
         /// Number of the vCPU.
         index: u8,

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-use super::{GuestRange, end, report};
+use super::range::GuestRange;
+use super::report::{end, report};
 use kvm::layout::VIRTIO_GSIS;
 
 /// RAM below and above the hole, and a window for each device at most.
@@ -74,12 +75,6 @@ pub(super) fn forget() {
     for slot in &GUEST {
         slot.set(0, &(0..0));
     }
-}
-
-/// Ends the process with no more than a system call, whatever its threads hold.
-pub(super) fn exit_at_once(code: u8) -> ! {
-    // SAFETY: `_exit` takes any number and does not return.
-    unsafe { libc::_exit(code.into()) }
 }
 
 fn set_action(handler: libc::sighandler_t, flags: libc::c_int) -> io::Result<()> {

@@ -12,48 +12,16 @@
 
 mod handler;
 mod maps;
+mod range;
+mod report;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::os::fd::AsFd;
 
-use memshare::{FileChange, LostPage, PAGE_SIZE, Window};
-
-use host::exit;
-use host::terminal::restore_terminal;
-
-/// What to do about a lost page, at the end of every report.
-pub const ADVICE: &str =
-    "the guest ends, as it cannot have those bytes; put the file back as it was, and start anew";
-
-/// Where guest memory is in this process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct GuestRange {
-    /// First guest physical address.
-    pub address: u64,
-    /// First address of the process.
-    host: usize,
-    /// Bytes.
-    len: usize,
-}
-
-impl GuestRange {
-    /// The memory of a window that the guest has at `address`.
-    pub fn new(address: u64, window: &Window) -> Self {
-        Self {
-            address,
-            host: window.as_ptr() as usize,
-            // A window is a part of an address space.
-            len: window.len() as usize,
-        }
-    }
-
-    /// The guest physical address of a page of it.
-    fn page_of(&self, host: usize) -> u64 {
-        self.address + (host - self.host) as u64 / PAGE_SIZE * PAGE_SIZE
-    }
-}
+pub use range::GuestRange;
+pub use report::ADVICE;
+pub(crate) use report::end;
 
 /// Ends the process with a report when a thread touches a lost page, as long as this lives. There is one in a process.
 #[derive(Debug)]
@@ -74,39 +42,4 @@ impl Drop for FaultWatch {
     fn drop(&mut self) {
         handler::forget();
     }
-}
-
-/// What is known of the page at an address of the process.
-fn report(host: usize, range: GuestRange) -> String {
-    let address = range.page_of(host);
-    match maps::of_process(host) {
-        Some(mapping) => {
-            let lost = LostPage {
-                address,
-                change: mapping
-                    .file_len()
-                    .filter(|len| *len < mapping.offset + PAGE_SIZE)
-                    .map(|len| FileChange::Truncated { len }),
-                file: mapping.path,
-                offset: mapping.offset,
-            };
-            format!("{lost}; {ADVICE}")
-        }
-        None => format!("guest page {address:#x} cannot be read; {ADVICE}"),
-    }
-}
-
-/// Ends the process without a lock: not even that of standard error, which a thread that writes to the log holds.
-pub(crate) fn end(report: &str) -> ! {
-    restore_terminal();
-    let line = format!("coppice: {report}\n");
-    let mut left = line.as_bytes();
-    while !left.is_empty() {
-        match rustix::io::write(io::stderr().as_fd(), left) {
-            Ok(written) => left = left.get(written..).unwrap_or_default(),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(_) => break,
-        }
-    }
-    handler::exit_at_once(exit::FAILURE)
 }

@@ -5,6 +5,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 
+use memshare::{PAGE_SIZE, Window};
+
 use super::*;
 
 const CASE: &str = "COPPICE_FAULT_CASE";

@@ -6,7 +6,8 @@ use devices::virtio::balloon::{GiveBack, VirtioBalloon};
 use memshare::SharedMemory;
 use vm_memory::Address;
 
-use super::{StartError, host, new_interrupt};
+use super::error::{StartError, host};
+use super::events::new_interrupt;
 use config::BalloonConfig;
 
 /// The device that `config` asks for. Its pages go back to the host, through `memory`, at once.

@@ -22,9 +22,13 @@ use event_manager::MutEventSubscriber;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon;
+use super::domain::SharingDomain;
+use super::error::{StartError, host};
+use super::events::{event, new_interrupt};
 use super::sharing::Plan;
+use super::surroundings::Subscriber;
 use super::vsock::{Vsock, VsockHost};
-use super::{SharingDomain, StartError, Subscriber, balloon, event, host, new_interrupt};
 use crate::disk::open_disk;
 use crate::pmem::{MapBudget, Pmem};
 use config::{BalloonConfig, DriveConfig, VmConfig};

@@ -4,65 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use devices::virtio::block::{BlockError, VirtioBlock};
+use devices::virtio::block::VirtioBlock;
 use serde::{Deserialize, Serialize};
 use storage::vhdx::{ChainError, CompactOptions, Vhdx};
 use storage::{Disk, DiskError, Progress, Refusal};
 
-use super::lock;
-use super::sharing::{Sharing, Unsharing};
-use crate::pmem::WritebackError;
+use host::report::chain;
 
-/// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
-#[derive(Debug, thiserror::Error)]
-pub enum DriveError {
-    /// A raw disk.
-    #[error("is not a VHDX")]
-    NotVhdx,
-    /// A disk without parent.
-    #[error("has no parent that it could be merged into")]
-    NoParent,
-    /// The file of the parent may not be written to.
-    #[error(
-        "cannot be merged into {}: {error}. In a jail, parents are read-only: name it by --jail allow=PATH, and have it open to the guest's user",
-        base.display()
-    )]
-    ParentClosed {
-        /// The file.
-        base: PathBuf,
-        /// What the host said.
-        error: std::io::Error,
-    },
-    /// A job is not over.
-    #[error("has a {0} that is not over")]
-    Busy(&'static str),
-    /// No job was started.
-    #[error("has no job")]
-    NoJob,
-    /// The chain of the disk cannot be changed.
-    #[error("{}", chain(.0))]
-    Chain(#[from] ChainError),
-    /// The disk refused.
-    #[error("{}", cause(.0))]
-    Disk(#[from] DiskError),
-    /// Memory that is a disk, and is only read.
-    #[error("is not written to")]
-    NotWritten,
-    /// Not all that the guest has written is on the disk.
-    #[error(transparent)]
-    Writeback(#[from] WritebackError),
-    /// The device refused.
-    #[error(transparent)]
-    Block(#[from] BlockError),
-    /// The host refused.
-    #[error("cannot {operation}: {error}")]
-    Io {
-        /// What was tried.
-        operation: String,
-        /// What the host said.
-        error: std::io::Error,
-    },
-}
+use super::error::DriveError;
+use super::sharing::{Sharing, Unsharing};
+use devices::lock;
 
 /// Why nothing can be merged into a file.
 fn parent_refuses(error: ChainError, base: &Path) -> DriveError {
@@ -77,20 +28,6 @@ fn parent_refuses(error: ChainError, base: &Path) -> DriveError {
             }
         }
         other => other.into(),
-    }
-}
-
-fn cause(error: &DiskError) -> String {
-    match std::error::Error::source(error) {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    }
-}
-
-fn chain(error: &ChainError) -> String {
-    match error {
-        ChainError::Disk(error) => cause(error),
-        other => other.to_string(),
     }
 }
 
@@ -271,7 +208,7 @@ impl DriveJob {
                 let end = match worker.run(&drive, &unsharing) {
                     Ok(()) => (JobState::Done, None),
                     Err(DriveError::Disk(DiskError::Cancelled)) => (JobState::Cancelled, None),
-                    Err(error) => (JobState::Failed, Some(error.to_string())),
+                    Err(error) => (JobState::Failed, Some(chain(&error).to_string())),
                 };
                 tracing::info!(operation = worker.name(), state = ?end.0, "drive job over");
                 *worker.end.lock() = Some(end);

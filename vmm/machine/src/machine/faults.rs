@@ -9,10 +9,11 @@ use std::sync::Arc;
 
 use memshare::{FileChange, LostPage, SharedFile, SharedMemory};
 
-use super::start::OnEnd;
+use super::surroundings::OnEnd;
 use crate::fault::{ADVICE, FaultWatch, GuestRange};
 use crate::pmem::PmemMemory;
 use host::exit::GuestEnd;
+use host::report::chain;
 use kvm::vm::VcpuExit;
 
 /// Whose pages can be lost, and who is to know.
@@ -67,7 +68,7 @@ impl Faults {
         };
         match (lost, exit) {
             (Some(lost), VcpuExit::Failed(error)) => {
-                GuestEnd::Failed(format!("{lost}; {ADVICE} ({error})"))
+                GuestEnd::Failed(format!("{lost}; {ADVICE} ({})", chain(&error)))
             }
             (_, exit) => exit.into(),
         }

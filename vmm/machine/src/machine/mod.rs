@@ -13,186 +13,45 @@ mod builder;
 mod cmdline;
 mod domain;
 mod drive_job;
+mod error;
+mod events;
 mod faults;
 mod pages;
 mod sharing;
 mod snapshot;
 mod start;
+mod surroundings;
 mod vsock;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use devices::bus::BusRangeError;
 use devices::device_list::{DeviceList, DeviceMetrics};
 use devices::legacy::{BootMark, I8042, SerialConsole};
 use devices::lock;
-use devices::persist::RestoreError;
-use devices::virtio::Interrupt;
 use devices::virtio::balloon::VirtioBalloon;
-use devices::virtio::block::{BlockError, VirtioBlock};
-use devices::vmgenid::VmGenIdError;
-use event_manager::MutEventSubscriber;
+use devices::virtio::block::VirtioBlock;
 use memshare::SharedMemory;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::open_disk;
-use crate::pmem::{Pmem, PmemError};
-use crate::reference::Warmer;
-use crate::snapshot::{MemoryState, Served, SnapshotError};
+use crate::pmem::Pmem;
+use crate::snapshot::{MemoryState, Served};
 use config::DriveConfig;
-pub(crate) use domain::SharingDomain;
-pub use drive_job::{
-    DriveError, DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child,
-};
-use host::exit::GuestEnd;
-use host::socket::{ApiSocket, SocketError};
-use kvm::boot::BootError;
-use kvm::layout;
+pub use drive_job::{DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child};
+pub use error::{DriveError, MachineError, StartError};
+use host::report::chain;
+use host::socket::ApiSocket;
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
+pub use surroundings::{OnEnd, Subscriber, Surroundings};
 pub use vsock::VsockHost;
 
 use sharing::Sharing;
 
-use kvm::vm::{ExitKind, Vcpus, VmError};
-
-/// What the event loop serves.
-pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
-
-/// What a machine is given by the program that runs it.
-pub struct Surroundings {
-    /// Where the guest's serial console writes.
-    pub serial_out: OwnedFd,
-    /// Becomes readable when the guest has read all input of its console.
-    pub serial_drained: EventFd,
-    /// Told once how the guest ended, on a thread that must not be held up.
-    pub on_end: Arc<dyn Fn(GuestEnd) + Send + Sync>,
-    /// Who makes a reference image of the guest's kernel, where there is none yet.
-    pub warm: Option<Warmer>,
-    /// What its vsock device finds, where it has one.
-    pub vsock: VsockHost,
-}
-
-/// Why a guest cannot be started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// No kernel is configured.
-    #[error("no kernel is configured: set boot-source")]
-    NoKernel,
-    /// The VM.
-    #[error(transparent)]
-    Vm(#[from] VmError),
-    /// The kernel or the initrd.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// A drive's file.
-    #[error("drive {drive}: {source}")]
-    Drive {
-        /// `drive_id`.
-        drive: String,
-        /// What is wrong with its file.
-        source: storage::OpenError,
-    },
-    /// A drive's device.
-    #[error("drive {drive}: {source}")]
-    Block {
-        /// `drive_id`.
-        drive: String,
-        /// What is wrong with its settings.
-        source: BlockError,
-    },
-    /// A pmem device.
-    #[error("pmem {pmem}: {source}")]
-    Pmem {
-        /// `id`.
-        pmem: String,
-        /// Why it cannot be.
-        source: Box<PmemError>,
-    },
-    /// More devices than interrupt lines.
-    #[error("a guest has at most {} virtio devices", layout::VIRTIO_GSIS.len())]
-    TooManyDevices,
-    /// Two devices want the same addresses.
-    #[error(transparent)]
-    Bus(#[from] BusRangeError),
-    /// The socket of the vsock device.
-    #[error("vsock: {0}")]
-    Vsock(#[from] SocketError),
-    /// The generation ID.
-    #[error(transparent)]
-    Generation(#[from] VmGenIdError),
-    /// What a device was is not what it can be here.
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
-    /// The snapshot.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// The host has no more of something.
-    #[error("cannot make the {device}: {source}")]
-    Host {
-        /// The device.
-        device: &'static str,
-        /// What the host said.
-        source: std::io::Error,
-    },
-}
-
-/// Why a running guest refuses a request.
-#[derive(Debug, thiserror::Error)]
-pub enum MachineError {
-    /// There is no drive of that name.
-    #[error("there is no drive {0}")]
-    NoDrive(String),
-    /// There is no RAM at that guest physical address.
-    #[error("there is no RAM at {0:#x}")]
-    NotRam(u64),
-    /// There is no pmem device of that name.
-    #[error("there is no pmem device {0}")]
-    NoPmem(String),
-    /// The disk of a pmem device cannot be changed as was asked for.
-    #[error("pmem {pmem}: {source}")]
-    ChangePmem {
-        /// `id`.
-        pmem: String,
-        /// Why not.
-        source: Box<DriveError>,
-    },
-    /// The new file of a drive cannot be used.
-    #[error("drive {drive}: {source}")]
-    Drive {
-        /// `drive_id`.
-        drive: String,
-        /// What is wrong with its file.
-        source: storage::OpenError,
-    },
-    /// The new file differs in what the guest has been promised.
-    #[error("drive {drive}: {source}")]
-    Replacement {
-        /// `drive_id`.
-        drive: String,
-        /// In what it differs.
-        source: BlockError,
-    },
-    /// The disk of a drive cannot be changed as was asked for.
-    #[error("drive {drive}: {source}")]
-    Change {
-        /// `drive_id`.
-        drive: String,
-        /// Why not.
-        source: DriveError,
-    },
-    /// The host does not say where the guest's memory is.
-    #[error("where guest memory is cannot be told: {0}")]
-    Sharing(std::io::Error),
-    /// The guest has not read the keys typed before.
-    #[error("the guest has not taken the last Ctrl-Alt-Del yet")]
-    KeyboardBusy,
-}
+use kvm::vm::{ExitKind, Vcpus};
 
 /// The counters of a machine's devices and vCPUs.
 #[derive(Debug)]
@@ -229,18 +88,6 @@ pub struct Machine {
 
 /// How often an ending machine looks whether a job has stopped.
 const JOB_POLL: std::time::Duration = std::time::Duration::from_millis(5);
-
-fn host(device: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
-    move |source| StartError::Host { device, source }
-}
-
-fn event(device: &'static str) -> Result<EventFd, StartError> {
-    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host(device))
-}
-
-fn new_interrupt(device: &'static str) -> Result<Arc<Interrupt>, StartError> {
-    Ok(Arc::new(Interrupt::new(event(device)?)))
-}
 
 fn changed(drive: &str, source: DriveError) -> MachineError {
     MachineError::Change {
@@ -456,12 +303,12 @@ impl Machine {
         self.devices.reset();
         for (id, drive) in &self.drives {
             if let Err(error) = lock(drive).disk().close() {
-                tracing::error!(drive = %id, %error, "the disk could not be closed cleanly");
+                tracing::error!(drive = %id, error = %chain(&error), "the disk could not be closed cleanly");
             }
         }
         for (id, pmem) in &self.pmem {
             if let Err(error) = pmem.close() {
-                tracing::error!(pmem = %id, %error, "not all that the guest wrote is on the disk");
+                tracing::error!(pmem = %id, error = %chain(&error), "not all that the guest wrote is on the disk");
             }
         }
     }

@@ -17,15 +17,16 @@ use serde::Serialize;
 use vm_memory::GuestAddress;
 
 use super::domain::SharingDomain;
+use super::error::{StartError, host};
 use super::faults::Faults;
-use super::start::OnEnd;
-use super::{StartError, host};
+use super::surroundings::OnEnd;
 use crate::fault::FaultWatch;
 use crate::pmem::Pmem;
 use crate::reference::{Key, Size, WarmRequest, Warmer, Warming};
 use config::{DriveConfig, VmConfig};
 use host::heap;
 use host::procfs;
+use host::report::chain;
 use kvm::boot::{self, BootSource, MappedKernel};
 use kvm::vm::{self, Brake, HugePages, Vm, VmError};
 
@@ -152,7 +153,7 @@ impl Plan {
             files.map_or(Ok(()), |files| self.memory.add_unpacked(&Arc::new(files)))
         });
         if let Err(error) = added {
-            tracing::warn!(%error, initrd = %initrd.display(), "what the guest unpacks of its initrd is not shared");
+            tracing::warn!(error = %chain(&error), initrd = %initrd.display(), "what the guest unpacks of its initrd is not shared");
         }
     }
 
@@ -183,7 +184,7 @@ impl Plan {
                     .transpose()
             });
             let reference = reference.unwrap_or_else(|error| {
-                tracing::warn!(%error, "the kernel is not compared with a reference image");
+                tracing::warn!(error = %chain(&error), "the kernel is not compared with a reference image");
                 None
             });
             (addresses, reference)
@@ -214,7 +215,7 @@ impl Plan {
         if let Some(reference) = reference.flatten()
             && let Err(error) = reference.add(&self.memory)
         {
-            tracing::warn!(%error, "the kernel is not compared with a reference image");
+            tracing::warn!(error = %chain(&error), "the kernel is not compared with a reference image");
         }
         Ok(Sharing {
             kernel: addresses,
@@ -259,7 +260,7 @@ impl MappedFrom {
             std::io::Result::Ok(())
         };
         if let Err(error) = copy() {
-            tracing::debug!(%error, image = %image.display(), "pages of the kernel are copied one by one when it writes to them");
+            tracing::debug!(error = %chain(&error), image = %image.display(), "pages of the kernel are copied one by one when it writes to them");
         }
     }
 
@@ -322,7 +323,7 @@ impl Reference {
                 let added =
                     made.and_then(|()| memory.upgrade().map_or(Ok(()), |memory| add(&memory)));
                 if let Err(error) = added {
-                    tracing::warn!(%error, "there is no reference image of the kernel");
+                    tracing::warn!(error = %chain(&error), "there is no reference image of the kernel");
                 }
             })?;
         Ok(())

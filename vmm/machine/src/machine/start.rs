@@ -17,12 +17,14 @@ use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Machine;
 use super::builder::{Builder, Legacy, attach_pmem};
 use super::cmdline::{self, Lean, Wanted};
+use super::error::{StartError, host};
 use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan, Reference};
+use super::surroundings::{OnEnd, Subscriber, Surroundings};
 use super::vsock::{Vsock, VsockHost};
-use super::{Machine, StartError, Subscriber, Surroundings, host};
 use crate::pmem::Pmem;
 use crate::reference::Size;
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
@@ -30,8 +32,6 @@ use config::VmConfig;
 use host::exit::GuestEnd;
 use kvm::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
 use kvm::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
-
-pub(super) type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
 /// Passes on the first call alone: a guest that panics and then resets has panicked.
 fn only_first(on_end: OnEnd) -> OnEnd {

@@ -4,7 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use devices::virtio::vsock::{Service, VirtioVsock, VsockConfig as Device};
 
-use super::{StartError, host, new_interrupt};
+use super::error::{StartError, host};
+use super::events::new_interrupt;
 use config::{MmdsConfig, VmConfig};
 use host::socket::ApiSocket;
 

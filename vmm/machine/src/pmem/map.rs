@@ -46,24 +46,16 @@ pub enum MapError {
         len: u64,
     },
     /// The disk does not say where its bytes are.
-    #[error("{}", with_cause(.0))]
+    #[error(transparent)]
     Disk(#[from] DiskError),
     /// The host does not map it.
-    #[error("cannot map {len:#x} bytes: {source}")]
+    #[error("cannot map {len:#x} bytes")]
     Host {
         /// How many bytes.
         len: u64,
         /// What the host said.
         source: io::Error,
     },
-}
-
-/// An error of a disk in one line.
-pub(super) fn with_cause(error: &DiskError) -> String {
-    match std::error::Error::source(error) {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    }
 }
 
 /// How many mappings are left to the disks of a guest.
@@ -195,7 +187,7 @@ impl MappedDisk {
             Err(error) => {
                 if let Err(error) = self.take_again(&disk) {
                     // Nothing moves what is mapped but a discard, which these devices do not have.
-                    tracing::error!(%error, "what is mapped of a disk is kept by no request any more");
+                    tracing::error!(error = %host::report::chain(&error), "what is mapped of a disk is kept by no request any more");
                 }
                 return Err(error);
             }

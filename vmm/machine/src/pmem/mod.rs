@@ -44,7 +44,7 @@ pub enum PmemError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// The disk cannot be mapped.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     Map {
         /// Its file.
         path: PathBuf,
@@ -55,8 +55,8 @@ pub enum PmemError {
     #[error(transparent)]
     Vm(#[from] VmError),
     /// The host has no file descriptor left.
-    #[error("cannot make the device: {0}")]
-    Host(io::Error),
+    #[error("cannot make the device")]
+    Host(#[source] io::Error),
 }
 
 /// A pmem device of a guest, and the disk behind it.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use memshare::{Backing, PAGE_SIZE, PageKind, PageState, Run, SharedFile};
 use storage::{Disk, DiskError, blocking};
 
-use super::map::{MappedDisk, with_cause};
+use super::map::MappedDisk;
 
 /// Bytes whose page tables are looked at together: bounds what the answer takes.
 const PIECE: u64 = 1 << 30;
@@ -21,10 +21,10 @@ const STEP: u64 = 256 << 10;
 #[derive(Debug, thiserror::Error)]
 pub enum OwnPagesError {
     /// The page tables are not to be seen.
-    #[error("the host does not say which pages were written: {0}")]
+    #[error("the host does not say which pages were written")]
     PageTables(#[from] io::Error),
     /// The disk does not say what it has there.
-    #[error("{}", with_cause(.0))]
+    #[error(transparent)]
     Disk(#[from] DiskError),
 }
 

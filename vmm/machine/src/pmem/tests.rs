@@ -203,7 +203,7 @@ fn a_file_in_too_many_pieces_is_refused_with_the_count_and_the_way_out() {
         path: path.clone(),
         source: refused(15).unwrap(),
     };
-    let text = error.to_string();
+    let text = host::report::chain(&error).to_string();
     for part in ["disk: is in", "16 mappings", "coppice disk convert"] {
         assert!(text.contains(part), "{part} in {text}");
     }
@@ -431,7 +431,8 @@ fn what_a_failed_flush_did_not_keep_is_tried_again_by_the_next() {
         });
         let guest = Guest::over(&(failing as Arc<dyn Disk>));
         guest.writes(8192, &pattern(5, 4096));
-        let error = guest.writeback.write_back().unwrap_err().to_string();
+        let error = guest.writeback.write_back().unwrap_err();
+        let error = host::report::chain(&error).to_string();
         assert!(error.contains("as it wants"), "{error}");
         guest.writes(65536, &pattern(6, 4096));
         assert_eq!(guest.writeback.write_back().unwrap(), 2 * PAGE_SIZE);

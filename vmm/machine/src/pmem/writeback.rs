@@ -8,7 +8,7 @@ use memshare::PAGE_SIZE;
 use parking_lot::{Mutex, MutexGuard};
 use storage::{Disk, DiskError, blocking};
 
-use super::map::{MappedDisk, with_cause};
+use super::map::MappedDisk;
 use kvm::vm::DirtyLog;
 
 /// Bytes that are written at once.
@@ -33,10 +33,10 @@ impl DirtyPages for DirtyLog {
 #[derive(Debug, thiserror::Error)]
 pub enum WritebackError {
     /// It is not known what the guest has written.
-    #[error("KVM does not say which pages were written: {0}")]
-    Log(io::Error),
+    #[error("KVM does not say which pages were written")]
+    Log(#[source] io::Error),
     /// The disk refuses.
-    #[error("{}", with_cause(.0))]
+    #[error(transparent)]
     Disk(#[from] DiskError),
     /// The guest has written where the memory has a page and the disk no byte.
     #[error("the guest wrote at {0:#x}, past the end of the disk")]

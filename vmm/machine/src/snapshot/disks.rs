@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use storage::Disk;
 
-use super::{GuestState, SnapshotError};
+use super::error::SnapshotError;
 
 /// A disk at one moment, as far as it can be told from others and from itself at another.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,46 +112,6 @@ impl DiskOf<'_> {
         identity.ok_or_else(|| {
             SnapshotError::Unsupported(format!("{self}: its disk cannot be told from others"))
         })
-    }
-}
-
-impl GuestState {
-    /// Checks that a disk is the one that the device had; one of which nothing was noted can be any.
-    ///
-    /// # Errors
-    /// `OtherDisk`.
-    pub(crate) fn check_disk(
-        &self,
-        device: DiskOf<'_>,
-        disk: &Arc<dyn Disk>,
-    ) -> Result<(), SnapshotError> {
-        let saved = match device {
-            DiskOf::Drive(id) => {
-                let drive = self.drives.iter().find(|drive| drive.drive_id == id);
-                drive.map(|drive| &drive.disk)
-            }
-            DiskOf::Pmem(id) => self.pmem.get(id),
-        };
-        let Some(saved) = saved else {
-            return Ok(());
-        };
-        let found = DiskIdentity::of(disk);
-        if found.as_ref() == Some(saved) {
-            return Ok(());
-        }
-        Err(SnapshotError::OtherDisk {
-            device: device.to_string(),
-            saved: saved.to_string(),
-            found: found.map_or_else(|| "unknown".to_owned(), |found| found.to_string()),
-        })
-    }
-
-    /// The device has another disk, which is new.
-    pub(super) fn forget_disk(&mut self, device: DiskOf<'_>) {
-        match device {
-            DiskOf::Drive(id) => self.drives.retain(|drive| drive.drive_id != id),
-            DiskOf::Pmem(id) => drop(self.pmem.remove(id)),
-        }
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use devices::lifecycle::SaveError;
 
-use super::UffdError;
+use super::uffd::UffdError;
+use super::version::VERSION;
 use crate::pmem::{OwnPagesError, WritebackError};
 use kvm::vm::StateError;
 
@@ -13,7 +14,7 @@ use kvm::vm::StateError;
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     /// A file of the snapshot cannot be used.
-    #[error("cannot {operation} {}: {source}", path.display())]
+    #[error("cannot {operation} {}", path.display())]
     File {
         /// What was to be done.
         operation: &'static str,
@@ -26,7 +27,7 @@ pub enum SnapshotError {
     #[error("{} is not the state of a snapshot", .0.display())]
     NotAState(PathBuf),
     /// Written by a Coppice that is newer, or that nobody has any more.
-    #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), super::VERSION)]
+    #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), VERSION)]
     Version {
         /// The file.
         path: PathBuf,
@@ -58,7 +59,7 @@ pub enum SnapshotError {
     #[error("the state says {0}")]
     Contradiction(String),
     /// Its values are none that this Coppice could have written.
-    #[error("{} cannot be understood: {source}", path.display())]
+    #[error("{} cannot be understood", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -81,7 +82,7 @@ pub enum SnapshotError {
     #[error("the snapshot has no drive and no pmem device {0}")]
     NoDrive(String),
     /// The disk of a device does not close.
-    #[error("{device}: {source}")]
+    #[error("{device}")]
     Disk {
         /// `drive ID` or `pmem ID`.
         device: String,
@@ -89,7 +90,7 @@ pub enum SnapshotError {
         source: storage::DiskError,
     },
     /// Not all that the guest has written to memory that is a disk gets there.
-    #[error("pmem {pmem}: what the guest wrote cannot be brought to its disk: {source}")]
+    #[error("pmem {pmem}: what the guest wrote cannot be brought to its disk")]
     Writeback {
         /// `id`.
         pmem: String,
@@ -97,7 +98,7 @@ pub enum SnapshotError {
         source: WritebackError,
     },
     /// What the guest has written to a pmem device in mode `cow` is not found.
-    #[error("pmem {pmem}: what the guest wrote cannot be saved: {source}")]
+    #[error("pmem {pmem}: what the guest wrote cannot be saved")]
     OwnPages {
         /// `id`.
         pmem: String,
@@ -139,8 +140,8 @@ pub enum SnapshotError {
     #[error(transparent)]
     State(#[from] StateError),
     /// Where the guest's memory is cannot be told, or not be changed.
-    #[error("guest memory: {0}")]
-    Memory(io::Error),
+    #[error("guest memory")]
+    Memory(#[source] io::Error),
 }
 
 impl SnapshotError {

@@ -19,10 +19,9 @@ use serde::de::DeserializeOwned;
 use tempfile::{NamedTempFile, TempPath};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::SnapshotError;
+use super::error::SnapshotError;
+use super::version::VERSION;
 
-/// Of the format. A change that an older reader would misunderstand gets a new one.
-pub const VERSION: u32 = 1;
 const MAGIC: [u8; 8] = *b"COPPSNAP";
 /// Longest state that is read, in bytes: many times that of the largest guest.
 const MAX_LEN: u64 = 64 << 20;

@@ -15,47 +15,34 @@ mod error;
 mod file;
 mod memory;
 mod own_pages;
+mod runs;
+mod state;
 mod uffd;
+mod version;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use devices::device_list::DeviceStates;
 use memshare::SharedMemory;
-use serde::{Deserialize, Serialize};
 use storage::vhdx::{ChildOptions, Vhdx};
 
 use crate::disk::open_disk;
 use crate::pmem::PmemMemory;
 use config::{CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackendType, SnapshotType};
 use config::{DriveConfig, VmConfig};
-use kvm::vm::{VcpuState, VmState};
+use host::report::chain;
 
 pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
 pub(crate) use file::NewFile;
-pub use file::VERSION;
-use memory::Blocks;
-pub use memory::{Layer, MemoryState, OpenMemory, SavedRun};
+pub use memory::{Layer, MemoryState, OpenMemory};
 pub use own_pages::{AllOwnPages, OwnPages};
+pub use runs::SavedRun;
+pub(crate) use state::GuestState;
 pub use uffd::{PageServer, Served, UffdError};
+pub use version::VERSION;
 
-/// All that is known of a guest that stands still, but for its memory.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct GuestState {
-    /// What it was started with, and what has become of it.
-    pub config: VmConfig,
-    pub vm: VmState,
-    pub vcpus: Vec<VcpuState>,
-    pub devices: DeviceStates,
-    pub drives: Vec<DriveState>,
-    /// By id; of none that was saved before these were noted.
-    #[serde(default)]
-    pub pmem: BTreeMap<String, DiskIdentity>,
-    pub memory: MemoryState,
-}
+use runs::Blocks;
 
 /// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to, and what its pmem
 /// devices have that no disk has. Returns the layers of the whole, and the file, which gets its name with that of the state.
@@ -254,8 +241,8 @@ impl Loading {
         };
         path.clone_from(&request.path_on_host);
         if request.clone {
-            let failed = |error: &dyn std::fmt::Display| {
-                SnapshotError::Unsupported(format!("{device}: {error}"))
+            let failed = |error: &dyn std::error::Error| {
+                SnapshotError::Unsupported(format!("{device}: {}", chain(error)))
             };
             let opened = open_disk(&below).map_err(|error| failed(&error))?;
             self.state.check_disk(device, &opened)?;

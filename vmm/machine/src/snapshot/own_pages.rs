@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
 use super::file::NewFile;
-use super::memory::{Blocks, SavedRun};
+use super::runs::{Blocks, SavedRun};
 use crate::pmem::{MapBudget, PmemMemory};
 
 /// The pages of a pmem device that are not as its disk has them.

@@ -45,7 +45,7 @@ pub(super) fn check() -> Check {
             );
             Check::fail(NAME, found, advice)
         }
-        Err(error) => Check::fail(NAME, error.to_string(), advice),
+        Err(error) => Check::fail(NAME, host::report::chain(&error).to_string(), advice),
     }
 }
 

@@ -36,7 +36,7 @@ use self::watch::Watch;
 pub enum UffdError {
     /// Nobody listens.
     #[error(
-        "cannot connect to the page-fault handler at {}: {source}; start it first, and let it listen there (in a jail, its socket has to be given as allow=)",
+        "cannot connect to the page-fault handler at {} (start it first, and let it listen there; in a jail, its socket has to be given as allow=)",
         path.display()
     )]
     Connect {
@@ -57,12 +57,12 @@ pub enum UffdError {
     },
     /// A kernel without what is needed.
     #[error(
-        "the host's userfaultfd does not tell of pages that are given back (UFFD_FEATURE_EVENT_REMOVE): {0}; Linux from 4.11 on does"
+        "the host's userfaultfd does not tell of pages that are given back (UFFD_FEATURE_EVENT_REMOVE), as Linux from 4.11 on does"
     )]
-    Features(io::Error),
+    Features(#[source] io::Error),
     /// RAM cannot be registered.
-    #[error("cannot register guest RAM with userfaultfd: {0}")]
-    Register(io::Error),
+    #[error("cannot register guest RAM with userfaultfd")]
+    Register(#[source] io::Error),
     /// RAM of another size.
     #[error("the state says memory is {saved:#x} bytes, and the guest has {present:#x}")]
     Size {
@@ -72,7 +72,7 @@ pub enum UffdError {
         present: u64,
     },
     /// The handler does not take what it is to have.
-    #[error("the page-fault handler at {} does not take the descriptor: {source}", path.display())]
+    #[error("the page-fault handler at {} does not take the descriptor", path.display())]
     Send {
         /// The socket.
         path: PathBuf,
@@ -80,8 +80,8 @@ pub enum UffdError {
         source: io::Error,
     },
     /// The host has no thread or descriptor left.
-    #[error("cannot watch over the page-fault handler: {0}")]
-    Watch(io::Error),
+    #[error("cannot watch over the page-fault handler")]
+    Watch(#[source] io::Error),
 }
 
 impl From<OpenFailure> for UffdError {

@@ -1,0 +1,91 @@
+//! Why a VM cannot be made.
+
+use vmm_sys_util::errno;
+
+use config::limits::MAX_VCPUS;
+
+/// Why a VM cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// `/dev/kvm` cannot be opened.
+    #[error("cannot open /dev/kvm ({advice})", advice = open_advice(*.0))]
+    Open(#[source] errno::Error),
+    /// An API that no kernel since 2007 speaks.
+    #[error("KVM speaks API version {0}, not 12")]
+    ApiVersion(i32),
+    /// The host's KVM lacks a capability.
+    #[error("the host's KVM lacks {0}; a newer kernel has it")]
+    Capability(&'static str),
+    /// Too few or too many vCPUs.
+    #[error("a guest has 1 to {MAX_VCPUS} vCPUs, not {0}")]
+    Vcpus(u8),
+    /// A size of RAM that cannot be.
+    #[error(
+        "guest RAM of {size:#x} bytes: it has to be a multiple of 4 KiB from {min:#x} to {max:#x}"
+    )]
+    MemorySize {
+        /// Asked for, in bytes.
+        size: u64,
+        /// Least, in bytes.
+        min: u64,
+        /// Most, in bytes.
+        max: u64,
+    },
+    /// The host does not map the RAM.
+    #[error("cannot map {size:#x} bytes of guest RAM")]
+    MapMemory {
+        /// Asked for, in bytes.
+        size: u64,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// Memory beside RAM that the guest has no addresses for.
+    #[error(
+        "the guest's addresses, of {bits} bits, have no room for {size:#x} bytes above its RAM"
+    )]
+    WindowSize {
+        /// Asked for, in bytes.
+        size: u64,
+        /// Bits of a guest physical address.
+        bits: u32,
+    },
+    /// More CPUID leaves than KVM takes.
+    #[error("CPUID of {0} leaves is longer than KVM takes")]
+    CpuidTooLong(usize),
+    /// KVM does not let an MSR be set.
+    #[error("KVM refuses to set MSR {0:#x}")]
+    Msr(u32),
+    /// A KVM request failed.
+    #[error("{request} failed")]
+    Kvm {
+        /// The ioctl or system call.
+        request: &'static str,
+        /// What the kernel said.
+        source: errno::Error,
+    },
+    /// The host starts no more threads.
+    #[error("cannot start the thread of vCPU {index}")]
+    Thread {
+        /// Number of the vCPU.
+        index: u8,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+impl VmError {
+    pub(super) fn kvm(request: &'static str) -> impl FnOnce(errno::Error) -> Self {
+        move |source| Self::Kvm { request, source }
+    }
+}
+
+/// What to do where `/dev/kvm` cannot be opened.
+pub fn open_advice(error: errno::Error) -> &'static str {
+    match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => {
+            "load kvm_amd or kvm_intel; if that fails, enable virtualization in the firmware, or nesting in the hypervisor below"
+        }
+        libc::EACCES | libc::EPERM => "add yourself to the group kvm, and log in again",
+        _ => "see dmesg for what KVM says",
+    }
+}

@@ -1,0 +1,29 @@
+//! What a VM is made with, and what its vCPUs find beside RAM.
+
+use devices::bus::Bus;
+
+use super::memory::HugePages;
+
+/// Gives away what the calling thread does not need.
+pub type ConfineThread = fn() -> std::io::Result<()>;
+
+/// Size and shape of a VM.
+#[derive(Clone, Copy, Debug)]
+pub struct VmSettings {
+    /// Guest RAM in bytes, a multiple of 4 KiB.
+    pub memory_bytes: u64,
+    /// vCPUs, 1 to 32.
+    pub vcpus: u8,
+    /// How RAM is backed.
+    pub huge_pages: HugePages,
+    /// Called by each vCPU's thread before its vCPU enters the guest, to give away what a vCPU does not need; an error ends the guest.
+    pub confine_vcpu: ConfineThread,
+}
+
+/// The port I/O and memory-mapped I/O of a VM.
+pub struct Buses {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Guest physical addresses outside RAM.
+    pub mmio: Bus,
+}

@@ -1,0 +1,191 @@
+//! Why a guest cannot be started, and why a running one refuses a request.
+
+use std::path::PathBuf;
+
+use devices::bus::BusRangeError;
+use devices::persist::RestoreError;
+use devices::virtio::block::BlockError;
+use devices::vmgenid::VmGenIdError;
+use storage::DiskError;
+use storage::vhdx::ChainError;
+
+use crate::pmem::{PmemError, WritebackError};
+use crate::snapshot::SnapshotError;
+use host::socket::SocketError;
+use kvm::boot::BootError;
+use kvm::layout;
+use kvm::vm::VmError;
+
+/// Why a guest cannot be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No kernel is configured.
+    #[error("no kernel is configured: set boot-source")]
+    NoKernel,
+    /// The VM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// The kernel or the initrd.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A drive's file.
+    #[error("drive {drive}")]
+    Drive {
+        /// `drive_id`.
+        drive: String,
+        /// What is wrong with its file.
+        source: storage::OpenError,
+    },
+    /// A drive's device.
+    #[error("drive {drive}")]
+    Block {
+        /// `drive_id`.
+        drive: String,
+        /// What is wrong with its settings.
+        source: BlockError,
+    },
+    /// A pmem device.
+    #[error("pmem {pmem}")]
+    Pmem {
+        /// `id`.
+        pmem: String,
+        /// Why it cannot be.
+        source: Box<PmemError>,
+    },
+    /// More devices than interrupt lines.
+    #[error("a guest has at most {} virtio devices", layout::VIRTIO_GSIS.len())]
+    TooManyDevices,
+    /// Two devices want the same addresses.
+    #[error(transparent)]
+    Bus(#[from] BusRangeError),
+    /// The socket of the vsock device.
+    #[error("vsock")]
+    Vsock(#[from] SocketError),
+    /// The generation ID.
+    #[error(transparent)]
+    Generation(#[from] VmGenIdError),
+    /// What a device was is not what it can be here.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The host has no more of something.
+    #[error("cannot make the {device}")]
+    Host {
+        /// The device.
+        device: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+/// The error for a device that the host has no room for.
+pub(super) fn host(device: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
+    move |source| StartError::Host { device, source }
+}
+
+/// Why a running guest refuses a request.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// There is no drive of that name.
+    #[error("there is no drive {0}")]
+    NoDrive(String),
+    /// There is no RAM at that guest physical address.
+    #[error("there is no RAM at {0:#x}")]
+    NotRam(u64),
+    /// There is no pmem device of that name.
+    #[error("there is no pmem device {0}")]
+    NoPmem(String),
+    /// The disk of a pmem device cannot be changed as was asked for.
+    #[error("pmem {pmem}")]
+    ChangePmem {
+        /// `id`.
+        pmem: String,
+        /// Why not.
+        source: Box<DriveError>,
+    },
+    /// The new file of a drive cannot be used.
+    #[error("drive {drive}")]
+    Drive {
+        /// `drive_id`.
+        drive: String,
+        /// What is wrong with its file.
+        source: storage::OpenError,
+    },
+    /// The new file differs in what the guest has been promised.
+    #[error("drive {drive}")]
+    Replacement {
+        /// `drive_id`.
+        drive: String,
+        /// In what it differs.
+        source: BlockError,
+    },
+    /// The disk of a drive cannot be changed as was asked for.
+    #[error("drive {drive}")]
+    Change {
+        /// `drive_id`.
+        drive: String,
+        /// Why not.
+        source: DriveError,
+    },
+    /// The host does not say where the guest's memory is.
+    #[error("where guest memory is cannot be told")]
+    Sharing(#[source] std::io::Error),
+    /// The guest has not read the keys typed before.
+    #[error("the guest has not taken the last Ctrl-Alt-Del yet")]
+    KeyboardBusy,
+}
+
+/// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
+#[derive(Debug, thiserror::Error)]
+pub enum DriveError {
+    /// A raw disk.
+    #[error("is not a VHDX")]
+    NotVhdx,
+    /// A disk without parent.
+    #[error("has no parent that it could be merged into")]
+    NoParent,
+    /// The file of the parent may not be written to.
+    #[error(
+        "cannot be merged into {} (in a jail, parents are read-only: name it by --jail allow=PATH, and have it open to the guest's user)",
+        base.display()
+    )]
+    ParentClosed {
+        /// The file.
+        base: PathBuf,
+        /// What the host said.
+        #[source]
+        error: std::io::Error,
+    },
+    /// A job is not over.
+    #[error("has a {0} that is not over")]
+    Busy(&'static str),
+    /// No job was started.
+    #[error("has no job")]
+    NoJob,
+    /// The chain of the disk cannot be changed.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// The disk refused.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Memory that is a disk, and is only read.
+    #[error("is not written to")]
+    NotWritten,
+    /// Not all that the guest has written is on the disk.
+    #[error(transparent)]
+    Writeback(#[from] WritebackError),
+    /// The device refused.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The host refused.
+    #[error("cannot {operation}")]
+    Io {
+        /// What was tried.
+        operation: String,
+        /// What the host said.
+        #[source]
+        error: std::io::Error,
+    },
+}

@@ -1,0 +1,31 @@
+//! What a machine is given by the program that runs it.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use event_manager::MutEventSubscriber;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::vsock::VsockHost;
+use crate::reference::Warmer;
+use host::exit::GuestEnd;
+
+/// Told how the guest ended.
+pub type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
+
+/// What the event loop serves.
+pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// What a machine is given by the program that runs it.
+pub struct Surroundings {
+    /// Where the guest's serial console writes.
+    pub serial_out: OwnedFd,
+    /// Becomes readable when the guest has read all input of its console.
+    pub serial_drained: EventFd,
+    /// Told once how the guest ended, on a thread that must not be held up.
+    pub on_end: OnEnd,
+    /// Who makes a reference image of the guest's kernel, where there is none yet.
+    pub warm: Option<Warmer>,
+    /// What its vsock device finds, where it has one.
+    pub vsock: VsockHost,
+}
