@@ -176,7 +176,7 @@ impl Console {
                     self.balance(ops);
                 }
                 Err(error) => {
-                    tracing::warn!(error = %chain(&error), "console input cannot be read")
+                    tracing::warn!(error = %chain(&error), "console input cannot be read");
                 }
             },
             (Source::Polled, false) => {

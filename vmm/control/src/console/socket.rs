@@ -208,7 +208,7 @@ impl ConsoleSocket {
             match ops.add(client.events()) {
                 Ok(()) => self.clients.push(client),
                 Err(error) => {
-                    tracing::warn!(error = %chain(&error), "a console client cannot be served")
+                    tracing::warn!(error = %chain(&error), "a console client cannot be served");
                 }
             }
         }
