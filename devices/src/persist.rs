@@ -8,16 +8,16 @@
 //! A state holds what the guest can see or has set, and nothing of the host: neither files nor counters. Each device
 //! has its own in its module `persist`; `AcpiPm`, `BootTimer` and `Pvpanic` have none, as they remember nothing.
 //!
-//! **Saving** is for a guest that is paused: its vCPUs stand, and the devices have been paused after them. A pause waits for every request in
-//! flight and gives it back to the driver, so that there is nothing to save of requests; what the driver has put into a
-//! ring and the device has not taken stays in guest memory. A pause may write to guest memory and raise interrupts, so
-//! memory and the interrupt controllers of the VM are saved after it.
+//! **Saving** is for a guest that is paused: its vCPUs stand, and the devices have been paused after them. A pause
+//! waits for every request in flight and gives it back to the driver, so that there is nothing to save of requests;
+//! what the driver has put into a ring and the device has not taken stays in guest memory. A pause may write to guest
+//! memory and raise interrupts, so memory and the interrupt controllers of the VM are saved after it.
 //!
-//! **Restoring** goes in the order of the picture: first the device, which compares itself with the saved one and is paused from then on; then
-//! its transport, which activates it if the driver had. Neither touches guest memory or raises an interrupt. That is
-//! for `resume`, once all of the VM is there: the device looks at each of its queues, since a kick may have been lost,
-//! and raises its line if an interrupt was pending, since that may have been lost too. The calls and their order are
-//! those of [`lifecycle`](crate::lifecycle).
+//! **Restoring** goes in the order of the picture: first the device, which compares itself with the saved one and is
+//! paused from then on; then its transport, which activates it if the driver had. Neither touches guest memory or
+//! raises an interrupt. That is for `resume`, once all of the VM is there: the device looks at each of its queues,
+//! since a kick may have been lost, and raises its line if an interrupt was pending, since that may have been lost too.
+//! The calls and their order are those of [`lifecycle`](crate::lifecycle).
 //!
 //! A state is hostile: whoever could write to the file can have put anything there. All of it is checked, and refused
 //! with a [`RestoreError`]; after that the device is of no use. What passes can do no more than the guest itself could

@@ -1,7 +1,7 @@
 //! Counters, written as lines of JSON, and read by Prometheus.
 //!
-//! Names are Firecracker's where it counts the same thing. Unlike there, every line holds totals since the start: a line that is lost
-//! loses nothing.
+//! Names are Firecracker's where it counts the same thing. Unlike there, every line holds totals since the start: a
+//! line that is lost loses nothing.
 
 mod prometheus;
 

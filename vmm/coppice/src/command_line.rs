@@ -11,10 +11,12 @@ use control::logging::{Log, LogFilter, LogFormat};
 use host::exit;
 use host::report::chain;
 
-/// Bytes of the parser's stack: enough for a build without optimization, and too few for the host to make a huge page of them.
+/// Bytes of the parser's stack: enough for a build without optimization, and too few for the host to make a huge page
+/// of them.
 const PARSER_STACK: usize = 1 << 20;
 
-/// Parses the command line on a stack that goes with its thread: it is deep, and would stay with a guest's process for ever.
+/// Parses the command line on a stack that goes with its thread: it is deep, and would stay with a guest's process for
+/// ever.
 pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitCode> {
     let parsed = || {
         let parser = std::thread::Builder::new().stack_size(PARSER_STACK);

@@ -1,7 +1,7 @@
 //! `coppice run`: one guest from its start to its end.
 //!
-//! The main thread serves the event loop: the devices, the console, signals and the end of the guest. The vCPUs have a thread each,
-//! and the REST socket has one for itself and one for each connection, where there is one.
+//! The main thread serves the event loop: the devices, the console, signals and the end of the guest. The vCPUs have a
+//! thread each, and the REST socket has one for itself and one for each connection, where there is one.
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -53,12 +53,12 @@ pub enum RunError {
     /// The metadata of the guest.
     #[error(transparent)]
     Metadata(#[from] MetadataFileError),
-    /// The host has no more of something.
+    /// The host refused a resource.
     #[error("{what}")]
     Host {
-        /// What was to be had.
+        /// The resource.
         what: &'static str,
-        /// What the host said.
+        /// The error of the host.
         source: io::Error,
     },
 }
@@ -67,7 +67,7 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> RunError {
     move |source| RunError::Host { what, source }
 }
 
-/// The first reason to end, and the event that wakes the main thread for it.
+/// Why the process is to end, and the event that wakes the main thread for it.
 struct Ending {
     reason: Mutex<Option<ExitReason>>,
     event: EventFd,
@@ -82,15 +82,15 @@ impl Ending {
         }))
     }
 
-    /// Later reasons are consequences of the first, or too late.
-    fn tell(&self, reason: ExitReason) {
+    /// Asks for the end. Only the first reason is kept: later ones follow from it, or come too late.
+    fn request(&self, reason: ExitReason) {
         self.reason.lock().get_or_insert(reason);
         if let Err(error) = self.event.write(1) {
-            tracing::error!(error = %chain(&error), "the end of the guest cannot be told");
+            tracing::error!(error = %chain(&error), "the main thread cannot be woken for the end of the guest");
         }
     }
 
-    fn told(&self) -> Option<ExitReason> {
+    fn reason(&self) -> Option<ExitReason> {
         self.reason.lock().clone()
     }
 }
@@ -104,7 +104,7 @@ struct Wakeups {
 impl MutEventSubscriber for Wakeups {
     fn process(&mut self, _: Events, _: &mut EventOps) {
         if let Some(number) = self.signals.next() {
-            self.ending.tell(ExitReason::Signal(number));
+            self.ending.request(ExitReason::Signal(number));
         }
     }
 
@@ -112,7 +112,7 @@ impl MutEventSubscriber for Wakeups {
         let events = [self.signals.as_raw_fd(), self.ending.event.as_raw_fd()];
         for fd in events {
             if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
-                tracing::error!(error = %chain(&error), "the end of the guest cannot be seen");
+                tracing::error!(error = %chain(&error), "the end of the guest cannot be waited for");
             }
         }
     }
@@ -147,7 +147,7 @@ impl Launcher {
         let serial_out: OwnedFd = serial_out.map_err(LaunchError::Serial)?;
         let serial_drained = self.console().drained().map_err(LaunchError::Serial)?;
         let ending = self.ending.clone();
-        let on_end = Arc::new(move |end: GuestEnd| ending.tell(ExitReason::Guest(end)));
+        let on_end = Arc::new(move |end: GuestEnd| ending.request(ExitReason::Guest(end)));
         Ok(Surroundings {
             serial_out,
             serial_drained,
@@ -215,7 +215,7 @@ pub fn run(options: RunOptions, log: Log) -> Result<ExitReason, RunError> {
     ended
 }
 
-/// What is there before the guest is.
+/// What has been opened or started before the guest is.
 struct Prepared {
     /// Removed when it goes, so also where the guest cannot start.
     socket: Option<ApiSocket>,
@@ -258,7 +258,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     let socket = api_path.map(ApiSocket::bind).transpose()?;
     let console_socket = console_path.map(ApiSocket::bind).transpose()?;
     let vsock_path = wanted.vsock.as_ref().map(VsockConfig::path);
-    // While it can be made anywhere: what is done later is done in the jail.
+    // It is bound here because the process can make files anywhere only before it enters the jail.
     let vsock_socket = vsock_path.map(ApiSocket::bind).transpose()?;
     let sockets = api_path.into_iter().chain(console_path).chain(vsock_path);
     let sockets: Vec<_> = sockets.collect();
@@ -284,7 +284,7 @@ fn serve_to_end(
     control: &Mutex<Control>,
 ) -> Result<ExitReason, RunError> {
     let reason = loop {
-        if let Some(reason) = ending.told() {
+        if let Some(reason) = ending.reason() {
             break reason;
         }
         if let Err(error) = manager.run() {
@@ -323,7 +323,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     let mut manager = EventManager::<Subscriber>::new_with_capacity(32)?;
     let on_quit = {
         let ending = ending.clone();
-        Arc::new(move || ending.tell(ExitReason::Quit))
+        Arc::new(move || ending.request(ExitReason::Quit))
     };
     let input = console::stdin().map_err(host("standard input"))?;
     let raw_mode = RawMode::enter(&input).map_err(host("terminal"))?;
@@ -395,17 +395,19 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     drop(vsock_socket.lock().take());
     drop(raw_mode);
     if let ExitReason::Guest(GuestEnd::Failed(error)) = &reason {
-        // Which may be a file on a full disk.
+        // Standard error may be a file on a full disk.
         let _ = writeln!(io::stderr(), "coppice: {error}");
     }
     Ok(reason)
 }
 
-/// Who makes a reference image of the kernel, where one may be wanted that is not there: nobody can be started later.
+/// Starts the process that makes a reference image of the kernel, where one may be wanted that does not exist: in the
+/// jail this process can start no other.
 fn warmer(config: &VmConfig, held: bool) -> Option<Warmer> {
     let wanted = match &config.boot_source {
         Some(_) => config.sharing.mode == ShareMode::All && !reference::is_there(config),
-        // It is another process for as long as the guest waits: not where there may be thousands that do.
+        // The process lives as long as this one waits for its configuration, so that a held guest, of which there may
+        // be thousands, has none.
         None => !held,
     };
     let started = wanted.then(Warmer::start)?;

@@ -27,13 +27,13 @@ const PATIENCE: Timespec = Timespec {
 /// Longest answer in bytes.
 const MAX_ANSWER: usize = 1 << 20;
 
-/// Why there is no answer.
+/// Why a request has no usable response.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens, or too many wait.
+    /// No process listens on the socket, or too many clients wait for it.
     #[error(transparent)]
     Socket(#[from] io::Error),
-    /// What came is not HTTP, or broke off.
+    /// The response is not HTTP, or it broke off.
     #[error(transparent)]
     Http(#[from] hyper::Error),
     /// Not a path.

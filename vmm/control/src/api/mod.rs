@@ -4,9 +4,9 @@
 //! socket ── accept (a thread) ──> connection (a thread each, 8 at most) ── hyper ──> routes ──> operations ──> Control
 //! ```
 //!
-//! The socket is seldom used and its requests wait for each other anyway, so a thread for each connection does, and there is no async
-//! runtime: a connection polls its own descriptor (`polled`). Connections beyond the limit wait in the socket's backlog; one that
-//! is idle for a minute is closed. Where no socket was asked for, none of this exists.
+//! The socket is seldom used and its requests wait for each other anyway, so a thread for each connection does, and
+//! there is no async runtime: a connection polls its own descriptor (`polled`). Connections beyond the limit wait in
+//! the socket's backlog; one that is idle for a minute is closed. Where no socket was asked for, none of this exists.
 
 mod client;
 mod connection;
@@ -36,10 +36,11 @@ pub use client::{ClientError, get};
 pub use context::Launch;
 pub use response::parse_object;
 
-/// What a client of the host daemon asks to upgrade to (`Upgrade:`), for its connection to become the line of a guest's serial console.
+/// What a client of the host daemon asks to upgrade to (`Upgrade:`), for its connection to become the line of a guest's
+/// serial console.
 pub const CONSOLE_PROTOCOL: &str = "coppice-console";
-/// Stack of a thread here in bytes: the state of a snapshot is read there, which takes more than 256 KiB where nothing is optimized. Only what is
-/// touched of it takes memory.
+/// Stack of a thread here in bytes: the state of a snapshot is read there, which takes more than 256 KiB where nothing
+/// is optimized. Only what is touched of it takes memory.
 const STACK: usize = 1 << 20;
 /// How long the end of the process waits for answers to be written.
 const FINISH: Duration = Duration::from_secs(1);

@@ -19,10 +19,10 @@ use rustix::io::Errno;
 
 const CHUNK: usize = 4096;
 
-/// What the future waits for, told by its stream to its executor.
+/// The events that the future waits for: its stream sets them, and its executor polls for them.
 pub(super) type Interest = Rc<Cell<PollFlags>>;
 
-/// A socket that says what it waits for instead of waiting.
+/// A socket that records in its [`Interest`] what it would wait for, instead of waiting.
 pub(super) struct Stream {
     socket: UnixStream,
     interest: Interest,
@@ -101,8 +101,8 @@ impl Wake for Woken {
     }
 }
 
-/// Runs `future` to its end; between its steps waits for what its stream is interested in. `None` where the other end was
-/// idle for too long. What `busy` makes lives through each step.
+/// Runs `future` to its end, and waits between its steps for the events that its stream is interested in. `None` where
+/// the other end was idle for too long. The value that `busy` returns lives as long as a step.
 pub(super) fn run<T, B>(
     future: impl Future<Output = T>,
     socket: BorrowedFd<'_>,

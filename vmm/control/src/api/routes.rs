@@ -1,7 +1,7 @@
 //! From a request to the operation that carries it out.
 //!
-//! As with Firecracker: 200 with JSON, or 204, for a request that is carried out; 400 with a `fault_message` for one that
-//! is refused, also for unknown paths and methods; 413 for a body that is too long.
+//! As with Firecracker: 200 with JSON, or 204, for a request that is carried out; 400 with a `fault_message` for one
+//! that is refused, also for unknown paths and methods; 413 for a body that is too long.
 
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::StatusCode;

@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The main thread owns all of it, through the event loop. A terminal is read at all times, so that `Ctrl-A x` is heard
-//! however little the guest reads, and what is typed beyond [`TYPED_AHEAD`] bytes is lost, as on a real line. Anything else, a
-//! pipe or a file, is read only as fast as the guest takes it, from the guest's start on, and nothing of it is lost.
+//! however little the guest reads, and what is typed beyond [`TYPED_AHEAD`] bytes is lost, as on a real line. Anything
+//! else, a pipe or a file, is read only as fast as the guest takes it, from the guest's start on, and nothing of it is
+//! lost.
 
 mod escape;
 mod socket;
@@ -49,12 +50,12 @@ impl SerialInput for SerialConsole {
 /// How the input is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
-    /// When epoll says so.
+    /// When epoll reports it readable.
     Polled,
     /// Whenever the guest takes more: a file, which epoll does not take.
     Ready,
     /// Not at the moment: the guest has to take what was read before.
-    Held,
+    Paused,
     /// It has come to its end.
     Ended,
 }
@@ -82,7 +83,7 @@ impl Console {
         Ok(Self {
             input,
             terminal,
-            source: Source::Held,
+            source: Source::Paused,
             escape: Escape::default(),
             pending: Vec::new(),
             serial: None,
@@ -107,7 +108,8 @@ impl Console {
         }
     }
 
-    /// Takes input from elsewhere, such as a socket. What is beyond [`TYPED_AHEAD`] bytes, or comes before the guest is there, is lost.
+    /// Takes input from elsewhere, such as a socket. What is beyond [`TYPED_AHEAD`] bytes, or comes before the guest is
+    /// there, is lost.
     pub fn feed(&mut self, typed: &[u8]) {
         if self.serial.is_some() {
             self.pending.extend(typed);
@@ -166,7 +168,7 @@ impl Console {
         }
         let wanted = self.terminal || (empty && self.serial.is_some());
         match (self.source, wanted) {
-            (Source::Held, true) => match ops.add(Events::new(&self.input, EventSet::IN)) {
+            (Source::Paused, true) => match ops.add(Events::new(&self.input, EventSet::IN)) {
                 Ok(()) => self.source = Source::Polled,
                 // A regular file and /dev/null are always ready, so epoll does not take them.
                 Err(event_manager::Error::Epoll(error)) if error.errno() == libc::EPERM => {
@@ -174,14 +176,14 @@ impl Console {
                     self.balance(ops);
                 }
                 Err(error) => {
-                    tracing::warn!(error = %chain(&error), "console input cannot be read")
+                    tracing::warn!(error = %chain(&error), "console input cannot be read");
                 }
             },
             (Source::Polled, false) => {
                 self.stop_polling(ops);
-                self.source = Source::Held;
+                self.source = Source::Paused;
             }
-            (Source::Held | Source::Ready | Source::Ended, false)
+            (Source::Paused | Source::Ready | Source::Ended, false)
             | (Source::Polled | Source::Ready | Source::Ended, true) => {}
         }
     }
@@ -223,8 +225,8 @@ impl MutEventSubscriber for Console {
     }
 }
 
-/// Standard input as a descriptor of its own. A process in the background (`coppice run ... &`) gets `/dev/null` for its terminal: that is
-/// somebody else's then, and reading it, or making it raw, would stop the one or upset the other.
+/// Standard input as a descriptor of its own. A process in the background (`coppice run ... &`) gets `/dev/null` for
+/// its terminal: that is somebody else's then, and reading it, or making it raw, would stop the one or upset the other.
 ///
 /// # Errors
 /// Where the host has no file descriptor left.

@@ -6,8 +6,8 @@
 //! client ──> Console::feed ──> UART
 //! ```
 //!
-//! The event loop serves all of it. The pipe is emptied whatever the clients do: a client is a place in the history, so that one that
-//! reads too slowly loses output, takes no memory for it, and never holds up the guest.
+//! The event loop serves all of it. The pipe is emptied whatever the clients do: a client is a place in the history, so
+//! that one that reads too slowly loses output, takes no memory for it, and never holds up the guest.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -208,7 +208,7 @@ impl ConsoleSocket {
             match ops.add(client.events()) {
                 Ok(()) => self.clients.push(client),
                 Err(error) => {
-                    tracing::warn!(error = %chain(&error), "a console client cannot be served")
+                    tracing::warn!(error = %chain(&error), "a console client cannot be served");
                 }
             }
         }

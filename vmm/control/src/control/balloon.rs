@@ -14,9 +14,9 @@ use config::{
 /// What `GET /balloon/hinting/status` answers: the numbers of `free_page_hint_cmd_id`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct HintingState {
-    /// What the host wants: 0 nothing, 1 that the guest uses again what it has told of, else a run's number.
+    /// What the host wants: 0 nothing, 1 that the guest uses the hinted pages again, else the number of a run.
     pub host_cmd: u32,
-    /// What the guest sent last: 0 where it has told all, else a run's number.
+    /// What the guest sent last: 0 where it has hinted all, else the number of a run.
     pub guest_cmd: Option<u32>,
 }
 

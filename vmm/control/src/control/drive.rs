@@ -8,7 +8,7 @@ use jail::Layer;
 use machine::{DriveParent, DriveTask, JobStatus, MachineError};
 
 impl Control {
-    /// A commit gives a drive another file when it gets that far.
+    /// Takes the files of drives into the configuration to which commits have moved them since the last call.
     pub(super) fn note_commits(&mut self) {
         let Life::Started { guest, .. } = &self.life else {
             return;

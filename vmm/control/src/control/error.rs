@@ -4,7 +4,6 @@ use std::io;
 
 use config::ConfigError;
 use devices::virtio::balloon::BalloonError;
-use host::report::chain;
 use machine::MachineError;
 use machine::snapshot::SnapshotError;
 
@@ -15,22 +14,21 @@ use crate::mmds::MmdsError;
 /// A request that is refused. Nothing has changed.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// The configuration cannot be.
+    /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A file that the process, in its jail, cannot open.
+    /// The process cannot open a file from inside its jail.
     #[error(
-        "{} (the guest is in a jail: what it is told of later has to be given by --jail allow=PATH, or to lie in its own folder of the daemon)",
-        chain(.0)
+        "the guest is in a jail: a file that is configured later has to be given by --jail allow=PATH, or to lie in the guest's own folder of the daemon"
     )]
-    Jailed(ConfigError),
+    Jailed(#[source] ConfigError),
     /// Only a guest that has not started can be configured.
     #[error("The requested operation is not supported after starting the microVM.")]
     AfterStart,
     /// Only a started guest can do it.
     #[error("The requested operation is not supported before starting the microVM.")]
     BeforeStart,
-    /// The guest has come to its end, and so does the process.
+    /// The guest has ended, and the process is about to.
     #[error("The guest has ended.")]
     Ended,
     /// There is no drive of that name.
@@ -39,7 +37,7 @@ pub enum ControlError {
     /// The guest has no balloon.
     #[error("there is no balloon")]
     NoBalloon,
-    /// The metadata cannot be.
+    /// The metadata are not valid.
     #[error(transparent)]
     Mmds(#[from] MmdsError),
     /// The balloon refuses.
@@ -54,12 +52,12 @@ pub enum ControlError {
     /// A guest that runs cannot be saved.
     #[error("the guest runs: pause it before you save it")]
     NotPaused,
-    /// A guest that something is configured for cannot be loaded.
+    /// A snapshot cannot be loaded where something of the guest is configured already.
     #[error(
         "a snapshot brings its own {0}: load it before anything but logger, metrics and serial is configured"
     )]
     Configured(&'static str),
-    /// A snapshot.
+    /// The snapshot cannot be made or loaded.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     /// The log cannot be changed.

@@ -185,7 +185,7 @@ pub enum LaunchError {
     /// The guest or one of its devices.
     #[error(transparent)]
     Start(#[from] StartError),
-    /// It is started elsewhere.
+    /// The process only takes the configuration; the daemon starts the guest in another process.
     #[error(
         "this process only takes the configuration: the daemon starts the guest in another one"
     )]

@@ -1,4 +1,4 @@
-//! What the guest is told of itself.
+//! The metadata that the guest can read about itself.
 
 use std::sync::Arc;
 

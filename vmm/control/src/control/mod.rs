@@ -5,8 +5,8 @@
 //!  (configure)               └───────── end ──────────────┘
 //! ```
 //!
-//! Every request either takes effect in full or changes nothing. A [`Control`] stands behind a mutex: the threads of the REST socket call it, and
-//! the main thread when it starts and ends the guest.
+//! Every request either takes effect in full or changes nothing. A [`Control`] stands behind a mutex: the threads of
+//! the REST socket call it, and the main thread when it starts and ends the guest.
 
 mod balloon;
 mod drive;
@@ -44,7 +44,7 @@ pub use guest::{Guest, LaunchError, Origin};
 
 use times::Times;
 
-/// What is known about the guest, as `GET /` tells it.
+/// What `GET /` answers about the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct InstanceInfo {
     /// Always `Coppice`.
@@ -84,9 +84,9 @@ pub struct Control {
     log: Log,
     api: Arc<ApiMetrics>,
     metrics: Option<MetricsFile>,
-    /// What the process gave away.
+    /// The layers of the jail that the process has entered.
     jail: JailReport,
-    /// Files that commits gave to drives, and that are in the configuration.
+    /// The files that commits have given to drives, as far as the configuration has them.
     noted: BTreeMap<String, PathBuf>,
     times: Times,
     mmds: Arc<Mmds>,
@@ -118,7 +118,7 @@ impl Control {
         self.id = id;
     }
 
-    /// The guest is started without a request of its own: its time counts from the start of the process.
+    /// The guest is started without a request: its time counts from the start of the process.
     pub fn count_from(&mut self, process: Instant) {
         self.times.count_from(process);
     }
@@ -340,7 +340,7 @@ impl Control {
         self.guest()?;
         self.note_commits();
         let mut config = self.config.clone();
-        // It may be loaded from another folder.
+        // The snapshot may be loaded by a process in another folder.
         config.make_paths_absolute()?;
         match self.guest()? {
             (_, false) => Err(ControlError::NotPaused),
@@ -358,7 +358,7 @@ impl Control {
         launch: impl FnOnce(&VmConfig, Origin) -> Result<Box<dyn Guest>, LaunchError>,
     ) -> Result<(), ControlError> {
         self.unconfigured()?;
-        // To read it is part of it.
+        // The time of a restore includes reading the snapshot.
         let asked = Instant::now();
         let loading = Loading::read(request)?;
         self.load_since(asked, loading, request.resume_vm, launch)

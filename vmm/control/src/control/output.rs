@@ -45,7 +45,8 @@ impl Control {
         Ok(())
     }
 
-    /// `FlushMetrics`: writes a line where `PUT /metrics` has said. Without, there is nothing to do, as with Firecracker.
+    /// `FlushMetrics`: writes a line to the file that `PUT /metrics` has named. Without one it does nothing, like
+    /// Firecracker.
     ///
     /// # Errors
     /// `BeforeStart`, `Ended`, `Metrics`.

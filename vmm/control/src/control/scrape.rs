@@ -8,7 +8,7 @@ use host::report::chain;
 impl Control {
     /// `GET /metrics`: all counters, as far as the guest has come.
     pub fn scrape(&mut self) -> Scrape {
-        let told = |what, error: &dyn std::error::Error| {
+        let warn = |what, error: &dyn std::error::Error| {
             tracing::warn!(error = %chain(error), "{what} is missing from the metrics");
         };
         let process = procfs::memory(std::process::id());
@@ -22,10 +22,10 @@ impl Control {
             restore: self.times.restore,
             api: self.api.clone(),
             process: process
-                .inspect_err(|error| told("the process's memory", error))
+                .inspect_err(|error| warn("the process's memory", error))
                 .ok(),
             sharing: sharing
-                .and_then(|report| report.inspect_err(|error| told("sharing", error)).ok()),
+                .and_then(|report| report.inspect_err(|error| warn("sharing", error)).ok()),
             devices,
         }
     }

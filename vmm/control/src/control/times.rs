@@ -1,8 +1,8 @@
-//! How long it took a guest to get to where it runs.
+//! How long a guest took to boot or to be restored.
 
 use std::time::{Duration, Instant};
 
-/// What is counted from when.
+/// The moments from which the times of boot and restore are counted.
 #[derive(Debug, Default)]
 pub(super) struct Times {
     /// The start of the process, until the guest that it is for has been started.
@@ -14,7 +14,7 @@ pub(super) struct Times {
 }
 
 impl Times {
-    /// The first guest counts from here, if nobody has to ask for it.
+    /// The first guest's time counts from here, if the process starts it without a request.
     pub(super) fn count_from(&mut self, process: Instant) {
         self.process = Some(process);
     }
@@ -32,7 +32,8 @@ impl Times {
         self.restore = Some(asked.elapsed());
     }
 
-    /// How long a guest took to boot that told at `booted` that it has: not where it had booted before it was saved.
+    /// How long a guest took to boot that reported at `booted` that it had. `None` for a guest that had booted before
+    /// it was saved.
     pub(super) fn boot(&self, booted: Option<Instant>) -> Option<Duration> {
         Some(booted?.saturating_duration_since(self.boots_since?))
     }

@@ -1,5 +1,5 @@
-//! What the log stands on: events alone. Nothing of the project opens a span, and the registry that keeps them has a table of 32 KiB from the start,
-//! in every guest's process.
+//! What the log stands on: events alone. Nothing of the project opens a span, and the registry that keeps them has a
+//! table of 32 KiB from the start, in every guest's process.
 
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::Interest;

@@ -36,8 +36,8 @@ pub enum LogFormat {
     Json,
 }
 
-/// What is logged: a level, or levels by module, such as `info` or `error,control::api=debug`. Modules that are not named log at the level that
-/// stands alone, or else at `warn`.
+/// What is logged: a level, or levels by module, such as `info` or `error,control::api=debug`. Modules that are not
+/// named log at the level that stands alone, or else at `warn`.
 #[derive(Clone, Debug)]
 pub struct LogFilter(Targets);
 
@@ -89,7 +89,7 @@ pub enum LogError {
         /// What the host said.
         source: io::Error,
     },
-    /// Nobody listens to the log any more.
+    /// The subscriber of the log is gone.
     #[error("the log cannot be changed")]
     Reload(#[from] reload::Error),
 }
@@ -244,7 +244,8 @@ impl Write for Line {
             }
             None => io::stderr().write_all(line),
         };
-        // A full disk costs the line, and not the guest: who is told of it says so on standard error, and panics where that is full, too.
+        // Where the disk is full, the line is lost and the guest goes on. The error is not returned: the formatter
+        // would report it on standard error, and panic where that is full, too.
         let _ = written;
         Ok(line.len())
     }

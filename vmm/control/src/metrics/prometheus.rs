@@ -1,6 +1,7 @@
 //! The same counters for Prometheus, as `OpenMetrics` text.
 //!
-//! Names follow Prometheus: base units, the unit behind the name, `_total` behind what only grows. A label is what can be summed over.
+//! Names follow Prometheus: base units, the unit behind the name, `_total` behind what only grows. A label is what can
+//! be summed over.
 
 mod families;
 
@@ -35,7 +36,7 @@ pub struct Scrape {
     pub sharing: Option<SharingReport>,
     /// Counters of devices; only of a started guest.
     pub devices: Option<MachineMetrics>,
-    /// How long it took to boot, where the guest has told that it has.
+    /// How long it took to boot, where the guest has reported that it has booted.
     pub boot: Option<Duration>,
     /// How long it took to go on from a snapshot, where it did.
     pub restore: Option<Duration>,

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use config::limits::MAX_BODY;
 
-/// Metadata that cannot be.
+/// Why metadata are refused.
 #[derive(Debug, thiserror::Error)]
 pub enum MmdsError {
     /// Only an object can be extended and asked for parts.

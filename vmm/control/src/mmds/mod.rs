@@ -1,10 +1,10 @@
-//! What a guest is told of itself: Firecracker's microVM metadata service, asked over vsock.
+//! The metadata that a guest can read about itself: Firecracker's microVM metadata service, asked over vsock.
 //!
 //! ```text
 //! PUT, PATCH /mmds ──> Mmds (one JSON object, bounded) <── GET ── http <── vsock ── guest: CID 2, port 80
 //! ```
 //!
-//! A guest has no network here. So it connects to a port of its host, and is answered by its own VMM.
+//! A guest has no network here, so that it connects to a port of its host, where its own VMM answers.
 
 mod http;
 mod metadata;
@@ -17,9 +17,9 @@ pub use metadata::{MetadataFileError, Mmds, MmdsError};
 
 /// Answers a guest's connections.
 pub struct MmdsService {
-    /// What it answers.
+    /// The metadata of the guest.
     pub metadata: Arc<Mmds>,
-    /// Whether it answers in IMDS's format alone.
+    /// Whether it answers in the format of IMDS alone, whatever the guest accepts.
     pub imds_compat: bool,
 }
 

@@ -1,7 +1,7 @@
 //! `coppice-tools`: what `coppice` does beside running guests, in a program of its own.
 //!
-//! `coppice disk`, `bench`, `top`, `doctor`, `completions` and `man` execute it with their words. So the process of a guest, of which a host has thousands, is
-//! linked with none of it.
+//! `coppice disk`, `bench`, `top`, `doctor`, `completions` and `man` execute it with their words. So the process of a
+//! guest, of which a host has thousands, is linked with none of it.
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! The initrd of a guest that boots and powers off: one program, of one system call and another.
+//! The initrd of a guest that boots and powers off: one program of two system calls.
 
 use std::io::{self, Write};
 
@@ -52,7 +52,7 @@ fn program() -> Vec<u8> {
 /// The archive.
 ///
 /// # Errors
-/// None that memory gives.
+/// None: writing to memory does not fail.
 pub(super) fn archive() -> io::Result<Vec<u8>> {
     const EXECUTABLE: u32 = 0o100_755;
     let (mut archive, program) = (Vec::new(), program());

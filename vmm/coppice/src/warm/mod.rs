@@ -21,10 +21,10 @@ use kvm::vm::{self, VmError};
 use machine::reference::{Key, WarmRequest, text_words};
 use machine::{Machine, StartError, Subscriber, Surroundings, VsockHost};
 
-/// A kernel that takes longer does not come to an end.
+/// How long a kernel may take to boot and power off; one that takes longer is taken to hang.
 const PATIENCE: Duration = Duration::from_mins(2);
 
-/// What was done.
+/// What became of a request for a reference image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Warmed {
     /// The image was there already.
@@ -38,7 +38,7 @@ pub enum Warmed {
     },
 }
 
-/// Why there is no image.
+/// Why there is no reference image.
 #[derive(Debug, thiserror::Error)]
 pub enum WarmError {
     /// The guest does not start.
@@ -62,12 +62,12 @@ pub enum WarmError {
     /// The event loop.
     #[error("event loop")]
     EventLoop(#[from] event_manager::Error),
-    /// A file.
+    /// An operation on a file failed.
     #[error("{what}")]
     Io {
-        /// What was tried.
+        /// The operation, or the file.
         what: String,
-        /// What the host said.
+        /// The error of the host.
         source: io::Error,
     },
 }
@@ -77,10 +77,11 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> WarmError {
     move |source| WarmError::Io { what, source }
 }
 
-/// Makes the reference image of a kernel, if it is not there. Of several that are asked for at once, one is made at a time.
+/// Makes the reference image of a kernel, if it is not there. Of several that are asked for at once, one is made at a
+/// time.
 ///
 /// # Errors
-/// [`WarmError`]. An empty file tells of a kernel that does not boot that far; nothing else is left behind.
+/// [`WarmError`]. An empty file is left behind for a kernel that does not boot to its end, and nothing else.
 pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     let size = request.size.representative();
     let cpu = vm::cpu_model(size.vcpus)?;
@@ -135,7 +136,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     match boot_and_keep(&config, &path) {
         Ok(pages) => Ok(Warmed::Made { path, pages }),
         Err(error @ (WarmError::End(_) | WarmError::Slow)) => {
-            // Or every guest to come would have it tried again. An empty image is none to anybody.
+            // Without the empty file, every later guest with this kernel would try again. No guest uses an empty image.
             File::create(&path).map_err(failed(path.display().to_string()))?;
             Err(error)
         }
@@ -143,7 +144,8 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     }
 }
 
-/// What the process does: makes the image that it is told of on standard input. `None` if nobody tells it of any.
+/// Makes the image that a [`WarmRequest`] on standard input asks for; `None` where standard input is closed without
+/// one.
 ///
 /// # Errors
 /// [`WarmError`].
@@ -165,11 +167,11 @@ pub fn warm_when_told() -> Result<Option<Warmed>, WarmError> {
 
 fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     let mut manager = EventManager::<Subscriber>::new_with_capacity(8)?;
-    let (told, end) = mpsc::channel();
-    let told = Mutex::new(told);
+    let (sender, end) = mpsc::channel();
+    let sender = Mutex::new(sender);
     let on_end = Arc::new(move |how: GuestEnd| {
-        // Nobody waits for it any more where that fails.
-        let _ = told.lock().send(how);
+        // It fails only where the receiver has given up waiting.
+        let _ = sender.lock().send(how);
     });
     let nowhere = File::options().write(true).open("/dev/null");
     let surroundings = Surroundings {
@@ -197,8 +199,8 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     kept
 }
 
-/// Writes the guest's own pages, each at its address. Zeros are left out, but for those of the kernel's file: that a guest writes to a page is worth knowing
-/// before it does.
+/// Writes the guest's own pages, each at its address. Pages of zeros are left out, except in the range of the kernel: from
+/// such a page a later guest learns beforehand that its kernel is going to write there.
 fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
     let io = |source| failed(path.display().to_string())(source);
     let kernel = machine

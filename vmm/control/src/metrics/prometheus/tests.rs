@@ -41,7 +41,8 @@ fn check_labels(labels: &str) {
     }
 }
 
-/// Reads `OpenMetrics` text 1.0 as strictly as its specification and Prometheus' naming rules are, as far as this program uses it.
+/// Reads `OpenMetrics` text 1.0 as strictly as its specification and Prometheus' naming rules are, as far as this
+/// program uses it.
 fn parse(text: &str) -> BTreeMap<String, Family> {
     let mut families: BTreeMap<String, Family> = BTreeMap::new();
     let mut current = String::new();
