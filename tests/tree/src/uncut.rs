@@ -12,8 +12,6 @@ pub type Level<'a> = (&'a str, String);
 /// children. They are cut by giving that type a file of its own.
 pub const LEVELS: &[(&str, &str)] = &[
     ("bench", "crate"),
-    ("cli", "crate"),
-    ("cli", "crate::remote"),
     ("config", "crate"),
     ("control", "crate::api"),
     ("control", "crate::control"),
