@@ -169,7 +169,7 @@ pub struct RunArguments {
     /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
     #[arg(long)]
     pub no_start: bool,
-    /// Begin a session, and wait on standard input to be told of the guest, in a line of JSON, before anything else: end where there is none.
+    /// Begin a session, and wait for a line of JSON on standard input, which tells of the guest: end where there is none.
     ///
     /// Whoever starts the process notes its number first. A process that is in no notes has ended.
     #[arg(long, hide = true, requires = "api_sock", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "metadata", "config", "restore", "no_start", "jail"])]
@@ -255,7 +255,8 @@ impl RunArguments {
         Ok(RunOptions { config, ..options })
     }
 
-    /// Joins the arguments of a process that the host daemon has started with what the daemon told it, and checks the whole.
+    /// Joins the arguments of a process that the host daemon has started with what the daemon told it, and checks the
+    /// whole.
     ///
     /// # Errors
     /// [`UsageError`].
