@@ -10,7 +10,7 @@ pub type Level<'a> = (&'a str, String);
 ///
 /// Nearly all are of one kind: `mod.rs` defines an error or an options type that its children use, and uses the
 /// children. They are cut by giving that type a file of its own.
-pub const LEVELS: &[(&str, &str)] = &[("cli", "crate"), ("storage", "crate")];
+pub const LEVELS: &[(&str, &str)] = &[("storage", "crate")];
 
 /// The levels that are listed and not among those found.
 pub fn cut(found: &BTreeSet<Level<'_>>) -> Vec<Level<'static>> {

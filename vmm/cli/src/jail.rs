@@ -38,7 +38,7 @@ pub enum JailArgumentError {
         expected: &'static str,
     },
     /// A limit that is no size.
-    #[error("memory={0}")]
+    #[error("memory")]
     Memory(#[from] SizeError),
     /// A limit without a group.
     #[error("{0} is a limit of a group, and needs cgroup=NAME")]
@@ -181,7 +181,8 @@ mod tests {
             ("require=some", "require=all"),
             ("root", "is not an option"),
         ] {
-            let error = text.parse::<JailArgument>().unwrap_err().to_string();
+            let error = text.parse::<JailArgument>().unwrap_err();
+            let error = host::report::chain(&error).to_string();
             assert!(error.contains(named), "{text}: {error}");
         }
     }

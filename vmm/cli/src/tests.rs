@@ -1,13 +1,18 @@
 use clap::CommandFactory;
 
 use super::*;
-use config::{BalloonConfig, DriveConfig, PmemConfig, PmemMode};
+use ::jail::JailConfig;
+use config::{BalloonConfig, DriveConfig, LoadSnapshot, PmemConfig, PmemMode};
+use control::launch_spec::{LaunchSpec, Purpose};
+use host::report::chain;
 
 fn options(arguments: &[&str]) -> Result<RunOptions, String> {
     let cli = Cli::try_parse_from(["coppice", "run"].iter().chain(arguments))
         .map_err(|error| error.to_string())?;
     match cli.command {
-        Command::Run(run) => run.into_options().map_err(|error| error.to_string()),
+        Command::Run(run) => run
+            .into_options()
+            .map_err(|error| chain(&error).to_string()),
         _ => Err("not run".to_owned()),
     }
 }
@@ -259,4 +264,39 @@ fn a_sharing_domain_wins_over_the_configuration_file_and_has_to_be_a_name() {
     let image = ["coppice", "image", "warm", "--kernel", "k"];
     let warm = |name| Cli::try_parse_from(image.iter().chain(&["--share-domain", name]));
     assert!(warm("tenant_7").is_ok() && warm("../x").is_err());
+}
+
+#[test]
+fn a_process_of_the_daemon_is_told_of_its_guest_and_takes_nothing_of_it_from_the_command_line() {
+    let held = |arguments: &[&str]| {
+        let words = ["coppice", "run", "--held", "--id", "a", "--api-sock", "s"];
+        let cli = Cli::try_parse_from(words.iter().chain(arguments)).ok()?;
+        match cli.command {
+            Command::Run(run) => Some(run),
+            _ => None,
+        }
+    };
+    for given in [
+        "--kernel=k",
+        "--jail",
+        "--restore=s",
+        "--config=c",
+        "--no-start",
+    ] {
+        assert!(held(&[given]).is_none(), "{given}");
+    }
+    assert!(Cli::try_parse_from(["coppice", "run", "--held"]).is_err());
+    let spec = LaunchSpec {
+        purpose: Purpose::Restore(LoadSnapshot::new("a,b".into())),
+        jail: Some(JailConfig::default()),
+        metadata: Some("m".into()),
+    };
+    let options = held(&[]).unwrap().into_launched(spec.clone()).unwrap();
+    assert_eq!(options.restore, Some(LoadSnapshot::new("a,b".into())));
+    assert_eq!(
+        (options.confinement.jail, options.metadata),
+        (spec.jail, spec.metadata)
+    );
+    assert!(options.held && !options.only_configure);
+    assert_eq!(options.api_socket, Some("s".into()));
 }

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf, absolute};
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value, json};
 
+use super::run::RunArguments;
 use super::serve::default_socket;
-use super::{RunArguments, UsageError};
+use super::usage_error::UsageError;
 use config::VmConfig;
 use control::mmds::Mmds;
 use daemon::remote::GuestCommand;

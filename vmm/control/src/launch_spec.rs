@@ -195,7 +195,7 @@ mod tests {
             };
             for spec in [spec(purpose), bare] {
                 let line = spec.to_line().unwrap();
-                assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+                assert_eq!(line.split(|byte| *byte == b'\n').count(), 2);
                 assert_eq!(LaunchSpec::read(&mut &*line).unwrap(), spec);
                 assert_eq!(LaunchSpec::read(&mut Slowly(&line)).unwrap(), spec);
             }

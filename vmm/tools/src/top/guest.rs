@@ -9,6 +9,7 @@ use clap::Parser;
 
 use cli::{Cli, Command, RunArguments};
 use config::{MachineConfig, VmConfig};
+use control::launch_spec::CONFIG;
 use host::program;
 
 /// What the command line of a guest says.
@@ -19,10 +20,17 @@ pub(super) struct Described {
     pub(super) ram_mib: u32,
 }
 
+/// Words of the command line of a daemon's guest: the daemon of an older version gave more, which are not understood any
+/// more.
+const HELD_WORDS: usize = 11;
+
 /// The arguments of `coppice run`, by the kernel's `cmdline` of a process.
 fn run_arguments(cmdline: &str) -> Option<RunArguments> {
     // A copy of the zygote has room behind its words.
-    let words = cmdline.trim_end_matches('\0').split('\0');
+    let mut words: Vec<_> = cmdline.trim_end_matches('\0').split('\0').collect();
+    if words.get(2) == Some(&"--held") {
+        words.truncate(HELD_WORDS);
+    }
     match Cli::try_parse_from(words).ok()?.command {
         Command::Run(arguments) => Some(*arguments),
         Command::Disk(_)
@@ -53,8 +61,13 @@ pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
             .find_map(stem)
     };
     let name = arguments.id.clone().or_else(by_file);
+    let file = match &arguments.config {
+        // A daemon's guest is told of its configuration otherwise.
+        None if arguments.held => Some(Path::new(CONFIG)),
+        file => file.as_deref(),
+    };
     let configured = || {
-        let config = VmConfig::from_file(&cwd.join(arguments.config.as_ref()?)).ok()?;
+        let config = VmConfig::from_file(&cwd.join(file?)).ok()?;
         Some(config.machine_config.mem_size_mib)
     };
     let ram = arguments.mem.map(|mem| mem.0).or_else(configured);
@@ -128,6 +141,20 @@ mod tests {
         let guest = described(&words).unwrap();
         assert_eq!((guest.name.as_str(), guest.ram_mib), ("vmlinuz", 1024));
         assert_eq!(guest.socket, None);
+    }
+
+    #[test]
+    fn a_guest_of_a_daemon_has_its_configuration_in_its_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 256}}"#;
+        fs::write(folder.path().join("config.json"), config).unwrap();
+        let new = "coppice\0run\0--held\0--id\0b\0--api-sock\0api.sock\0--console-sock\0console.sock\0--end-file\0end.json\0";
+        // As daemons started it that told all on the command line.
+        let old = format!("{new}--config\0config.json\0--only-configure\0");
+        for cmdline in [new, &old] {
+            let guest = describe(cmdline, folder.path()).unwrap();
+            assert_eq!((guest.name.as_str(), guest.ram_mib), ("b", 256));
+        }
     }
 
     #[test]
