@@ -125,7 +125,7 @@ impl CgroupConfig {
     /// Makes the group, and joins it.
     pub(super) fn join(&self) -> io::Result<()> {
         let group = self.make(&root()?)?;
-        // 0 is who writes.
+        // The kernel takes 0 for the process that writes it.
         write(&group.join("cgroup.procs"), "0")
     }
 

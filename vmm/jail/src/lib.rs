@@ -118,7 +118,7 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
         report.lacks(Layer::Tree, "it takes a mount namespace");
     }
     report.note(Layer::Limits, limits::enter());
-    // Who is no longer root may not.
+    // First, as only root may do this, and the process may be about to become another user.
     credentials::close_ways_to_capabilities();
     match credentials::become_user(jail.uid, jail.gid) {
         Ok(true) => report.has(Layer::Credentials),

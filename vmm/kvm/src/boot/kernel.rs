@@ -39,7 +39,7 @@ pub(super) struct Kernel {
 
 impl Kernel {
     /// A file of `cache` that does not change, and holds what the kernel's holds; none for a kernel that unpacks itself, as it writes over what it was.
-    pub(super) fn settled(&self, cache: &Path) -> Option<File> {
+    pub(super) fn cached(&self, cache: &Path) -> Option<File> {
         if self.header.is_some() {
             None
         } else if self.is_cached {

@@ -44,7 +44,7 @@ pub use source::{BootSource, Protocol};
 
 use files::{copy, open_file};
 use kernel::{Kernel, check_entry, find_kernel};
-use params::{Initrd, Told};
+use params::{BootInfo, Initrd};
 
 /// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. Where that is `shared`, kernel and initrd are mapped
 /// from copies of their files in the cache, and read only where that cannot be.
@@ -78,12 +78,12 @@ pub fn load(
     };
     params::write_cmdline(memory, &source.cmdline, kernel.cmdline_max)?;
     let rsdp = acpi::build(memory, vcpus, virtio)?;
-    let told = Told { initrd, rsdp };
+    let info = BootInfo { initrd, rsdp };
     match kernel.entry {
         EntryPoint::Linux64 { .. } => {
-            params::write_zero_page(memory, kernel.header, source.cmdline.len(), &told)?;
+            params::write_zero_page(memory, kernel.header, source.cmdline.len(), &info)?;
         }
-        EntryPoint::Pvh { .. } => params::write_pvh_start_info(memory, &told)?,
+        EntryPoint::Pvh { .. } => params::write_pvh_start_info(memory, &info)?,
     }
     let state = BootState {
         entry: kernel.entry,
@@ -115,8 +115,8 @@ pub fn runtime_kernel(path: &Path, domain: Option<&str>) -> Result<Option<PathBu
         domain: domain.map(str::to_owned),
     };
     let cache = unpack::cache_dir(domain);
-    let settled = find_kernel(&source, &cache)?.settled(&cache);
-    let shared = settled.and_then(|file| FileRegistry::default().share(&Arc::new(file)).ok());
+    let cached = find_kernel(&source, &cache)?.cached(&cache);
+    let shared = cached.and_then(|file| FileRegistry::default().share(&Arc::new(file)).ok());
     Ok(shared.map(|file| file.path().to_owned()))
 }
 
@@ -135,7 +135,7 @@ pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) 
     let kernel = find_kernel(&of_config, &cache).ok();
     let kernel = kernel
         .filter(|kernel| share || kernel.is_cached)
-        .and_then(|kernel| kernel.settled(&cache));
+        .and_then(|kernel| kernel.cached(&cache));
     let initrd = source.initrd_path.as_ref().filter(|_| share);
     let initrd = initrd.into_iter().flat_map(|path| {
         let opened = open_file(path, "initrd").ok();
@@ -216,10 +216,10 @@ struct Destination<'a> {
 }
 
 impl Destination<'_> {
-    /// The file that does not change, as `settled` finds it, if it is to be shared.
-    fn settled(&self, settled: impl FnOnce(&Path) -> Option<File>) -> Option<Arc<SharedFile>> {
+    /// The file that does not change, as `cached` finds it, if it is to be shared.
+    fn cached(&self, cached: impl FnOnce(&Path) -> Option<File>) -> Option<Arc<SharedFile>> {
         let files = self.shared?.files();
-        files.share(&Arc::new(settled(self.cache)?)).ok()
+        files.share(&Arc::new(cached(self.cache)?)).ok()
     }
 
     fn put(
@@ -227,12 +227,12 @@ impl Destination<'_> {
         path: &Path,
         role: &'static str,
         file: &File,
-        settled: Option<&Arc<SharedFile>>,
+        cached: Option<&Arc<SharedFile>>,
         segment: &LoadSegment,
     ) -> Result<(), BootError> {
-        match (self.shared, settled) {
-            (Some(shared), Some(settled)) => {
-                files::share(self.memory, shared, path, role, settled, segment)
+        match (self.shared, cached) {
+            (Some(shared), Some(cached)) => {
+                files::share(self.memory, shared, path, role, cached, segment)
             }
             (None, _) | (_, None) => copy(self.memory, path, role, file, segment),
         }
@@ -247,7 +247,7 @@ fn load_kernel(
 ) -> Result<(u64, Option<MappedKernel>), BootError> {
     check_entry(kernel)?;
     let (path, file) = (&kernel.path, &kernel.file);
-    let settled = into.settled(|cache| kernel.settled(cache));
+    let cached = into.cached(|cache| kernel.cached(cache));
     let mut kernel_end = 0;
     for segment in &kernel.segments {
         let start = segment.guest_address.raw_value();
@@ -262,10 +262,10 @@ fn load_kernel(
             });
         }
         // What lies past `file_len` is zero, as RAM is.
-        into.put(path, "kernel", file, settled.as_ref(), segment)?;
+        into.put(path, "kernel", file, cached.as_ref(), segment)?;
         kernel_end = kernel_end.max(end);
     }
-    let mapped = settled.and_then(|file| {
+    let mapped = cached.and_then(|file| {
         let read_only = || {
             kernel
                 .segments
@@ -307,8 +307,8 @@ fn load_initrd(
         mem_len: len,
         is_writable: true,
     };
-    let settled = into.settled(|cache| unpack::keep(path, &file, len, cache));
-    into.put(path, "initrd", &file, settled.as_ref(), &segment)?;
+    let cached = into.cached(|cache| unpack::keep(path, &file, len, cache));
+    into.put(path, "initrd", &file, cached.as_ref(), &segment)?;
     Ok(Initrd { address, len })
 }
 
@@ -409,7 +409,7 @@ mod tests {
         };
         let bytes: Vec<u8> = (0..3 * PAGE + 100).map(|at| (at / 7) as u8).collect();
         let source = file(&bytes);
-        let settled = into.settled(|cache| {
+        let cached = into.cached(|cache| {
             unpack::keep(source.path(), source.as_file(), bytes.len() as u64, cache)
         });
         let put = |file_offset, address| {
@@ -421,7 +421,7 @@ mod tests {
                 is_writable: false,
             };
             let file = source.as_file();
-            into.put(source.path(), "initrd", file, settled.as_ref(), &segment)
+            into.put(source.path(), "initrd", file, cached.as_ref(), &segment)
                 .unwrap();
             let mut loaded = vec![0; segment.file_len as usize];
             memory

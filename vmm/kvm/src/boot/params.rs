@@ -38,8 +38,8 @@ pub(super) struct Initrd {
     pub(super) len: u64,
 }
 
-/// Where what the kernel is told about lies.
-pub(super) struct Told {
+/// Where the initrd and the ACPI tables lie, which the kernel is told by either protocol.
+pub(super) struct BootInfo {
     pub(super) initrd: Option<Initrd>,
     pub(super) rsdp: GuestAddress,
 }
@@ -111,7 +111,7 @@ pub(super) fn write_zero_page(
     memory: &GuestMemory,
     header: Option<setup_header>,
     cmdline_len: usize,
-    told: &Told,
+    boot: &BootInfo,
 ) -> Result<(), BootError> {
     let mut params = boot_params {
         hdr: header.unwrap_or_default(),
@@ -122,8 +122,8 @@ pub(super) fn write_zero_page(
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = CMDLINE as u32;
     params.hdr.cmdline_size = cmdline_len as u32;
-    params.acpi_rsdp_addr = told.rsdp.raw_value();
-    if let Some(initrd) = told.initrd {
+    params.acpi_rsdp_addr = boot.rsdp.raw_value();
+    if let Some(initrd) = boot.initrd {
         // The initrd lies below 4 GiB: it was placed below the hole.
         params.hdr.ramdisk_image = initrd.address.raw_value() as u32;
         params.hdr.ramdisk_size = initrd.len as u32;
@@ -142,18 +142,18 @@ pub(super) fn write_zero_page(
 }
 
 /// Writes the start info of PVH.
-pub(super) fn write_pvh_start_info(memory: &GuestMemory, told: &Told) -> Result<(), BootError> {
+pub(super) fn write_pvh_start_info(memory: &GuestMemory, boot: &BootInfo) -> Result<(), BootError> {
     let map = memory_map(memory);
     let mut info = hvm_start_info {
         magic: PVH_MAGIC,
         version: PVH_VERSION,
         cmdline_paddr: CMDLINE,
-        rsdp_paddr: told.rsdp.raw_value(),
+        rsdp_paddr: boot.rsdp.raw_value(),
         memmap_paddr: PVH_MEMORY_MAP,
         memmap_entries: map.len() as u32,
         ..Default::default()
     };
-    if let Some(initrd) = told.initrd {
+    if let Some(initrd) = boot.initrd {
         let module = hvm_modlist_entry {
             paddr: initrd.address.raw_value(),
             size: initrd.len,
@@ -196,8 +196,8 @@ mod tests {
         GuestMemory::from_ranges(&ranges).unwrap()
     }
 
-    fn told() -> Told {
-        Told {
+    fn info() -> BootInfo {
+        BootInfo {
             initrd: Some(Initrd {
                 address: GuestAddress(0xf0_0000),
                 len: 0x1234,
@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn the_zero_page_tells_everything() {
         let memory = memory();
-        write_zero_page(&memory, None, 7, &told()).unwrap();
+        write_zero_page(&memory, None, 7, &info()).unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         let (header, rsdp) = (params.hdr, params.acpi_rsdp_addr);
         let (image, size, cmdline) = (
@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn the_pvh_start_info_tells_everything() {
         let memory = memory();
-        write_pvh_start_info(&memory, &told()).unwrap();
+        write_pvh_start_info(&memory, &info()).unwrap();
         let info: hvm_start_info = memory.read_obj(GuestAddress(PVH_START_INFO)).unwrap();
         assert_eq!(
             (info.magic, info.nr_modules, info.memmap_entries),

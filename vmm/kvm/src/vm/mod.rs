@@ -43,7 +43,7 @@ pub(crate) use memory::shared as shared_memory;
 pub use settings::{Buses, ConfineThread, VmSettings};
 pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
 pub use state::{StateError, VcpuState, VmState};
-pub use threads::{Brake, Held, Vcpus};
+pub use threads::{Brake, VcpuHold, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
 
 /// What the VM cannot do without.

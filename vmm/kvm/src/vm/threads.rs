@@ -348,7 +348,7 @@ pub struct Brake(Arc<Shared>);
 
 /// No vCPU is in the guest as long as this lives.
 #[must_use = "the vCPUs go on when this is dropped"]
-pub struct Held<'a>(&'a Shared);
+pub struct VcpuHold<'a>(&'a Shared);
 
 impl Brake {
     /// CPU time that the threads of the vCPUs have used so far, those not counted that have ended.
@@ -357,21 +357,21 @@ impl Brake {
         threads.iter().filter_map(thread_time).sum()
     }
 
-    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until the answer is dropped. `None` once they are stopped for good.
-    pub fn hold(&self) -> Option<Held<'_>> {
+    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until what is returned is dropped. `None` once they are stopped for good.
+    pub fn hold(&self) -> Option<VcpuHold<'_>> {
         let mut table = self.0.table();
         if table.target == Target::Stop {
             return None;
         }
         table.holds += 1;
-        let held = Held(&self.0);
+        let hold = VcpuHold(&self.0);
         self.0.kick(&table);
         self.0.wait_for_parked(table);
-        Some(held)
+        Some(hold)
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for VcpuHold<'_> {
     fn drop(&mut self) {
         self.0.table().holds -= 1;
         self.0.changed.notify_all();
