@@ -13,15 +13,16 @@ use kvm::boot::BootError;
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     /// The host refused.
-    #[error("cannot {operation}: {error}")]
+    #[error("cannot {operation}")]
     Io {
         /// What was tried.
         operation: String,
         /// What the host said.
+        #[source]
         error: io::Error,
     },
     /// A guest of a configuration did not do its part.
-    #[error("{configuration}, {workload}: guest {guest}: {error}")]
+    #[error("{configuration}, {workload}: guest {guest}")]
     Guest {
         /// How it was started.
         configuration: Configuration,
@@ -30,6 +31,7 @@ pub enum BenchError {
         /// Which, from 1.
         guest: usize,
         /// What is wrong.
+        #[source]
         error: Box<BenchError>,
     },
     /// A guest ended that was to stay.
@@ -78,11 +80,12 @@ pub enum BenchError {
     #[error(transparent)]
     Kernel(#[from] BootError),
     /// JSON that is none, or not of this benchmark.
-    #[error("{}: {error}", path.display())]
+    #[error("{}", path.display())]
     Json {
         /// The file.
         path: PathBuf,
         /// What is wrong.
+        #[source]
         error: serde_json::Error,
     },
     /// The picture cannot be drawn.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::BenchError;
 use super::interrupt::Interrupt;
-use host::procfs;
+use host::{procfs, report};
 
 const FOLDER: &str = "/sys/kernel/mm/ksm";
 /// Much more than the kernel's default of 100 pages every 20 ms, so that it settles while somebody waits: about two thirds of a core.
@@ -123,6 +123,7 @@ impl Drop for Ksm {
     fn drop(&mut self) {
         for (name, value) in self.before.iter().rev() {
             if let Err(error) = write(name, *value) {
+                let error = report::chain(&error);
                 tracing::warn!(%error, "KSM is not as it was before");
             }
         }

@@ -12,10 +12,10 @@ use clap_mangen::Man;
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
     /// Standard output.
-    #[error("the completions cannot be written: {0}")]
-    Output(io::Error),
+    #[error("the completions cannot be written")]
+    Output(#[source] io::Error),
     /// A file.
-    #[error("{}: {source}", path.display())]
+    #[error("{}", path.display())]
     File {
         /// The file.
         path: PathBuf,

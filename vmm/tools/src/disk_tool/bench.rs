@@ -16,6 +16,7 @@ use super::outcome::{Outcome, Output};
 use super::size::{block_size, human};
 use super::watch::Watch;
 use config::Bytes;
+use host::report::chain;
 
 /// Layers of the chain that is read beside a single file.
 const LAYERS: u32 = 8;
@@ -229,7 +230,8 @@ impl Bench {
         case: Case,
         watch: &Watch,
     ) -> Result<Measured, ToolError> {
-        let failed = |error: storage::io::IoError| ToolError::Refused(format!("bench: {error}"));
+        let failed =
+            |error: storage::io::IoError| ToolError::Refused(format!("bench: {}", chain(&error)));
         let mut queue = DiskQueue::new(Arc::clone(disk), EngineKind::Auto)
             .map_err(ToolError::io("start the engine"))?;
         let slots = self.size.0 / case.len;
@@ -395,7 +397,7 @@ fn peers(folder: &Path, watch: &Watch) -> Result<(serde_json::Value, String), To
             while let Some(completion) = queue.completion() {
                 completion
                     .result
-                    .map_err(|error| ToolError::Refused(format!("bench: {error}")))?;
+                    .map_err(|error| ToolError::Refused(format!("bench: {}", chain(&error))))?;
             }
         }
     }

@@ -20,45 +20,41 @@ pub enum ToolError {
     #[error(transparent)]
     Convert(storage::convert::ConvertError),
     /// Something of a disk.
-    #[error("{}: {}", path.display(), with_cause(error))]
+    #[error("{}", path.display())]
     Disk {
         /// The disk.
         path: PathBuf,
         /// Its error.
+        #[source]
         error: DiskError,
     },
     /// Something of a chain.
-    #[error("{}: {error}", path.display())]
+    #[error("{}", path.display())]
     Chain {
         /// The disk.
         path: PathBuf,
         /// Its error.
+        #[source]
         error: ChainError,
     },
     /// What was asked for cannot be done.
     #[error("{0}")]
     Refused(String),
     /// The host refused.
-    #[error("cannot {operation}: {error}")]
+    #[error("cannot {operation}")]
     Io {
         /// What was tried.
         operation: String,
         /// The error of the host.
+        #[source]
         error: std::io::Error,
     },
     /// The outcome could not be written as JSON.
-    #[error("cannot write JSON: {0}")]
+    #[error("cannot write JSON")]
     Json(#[from] serde_json::Error),
     /// A signal, by its number.
     #[error("interrupted by signal {0}")]
     Cancelled(u8),
-}
-
-pub(super) fn with_cause(error: &DiskError) -> String {
-    match std::error::Error::source(error) {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    }
 }
 
 impl ToolError {

@@ -9,11 +9,12 @@ use storage::foreign::SourceFormat;
 use storage::vhdx::{Checked, Guid, Vhdx};
 use storage::{ByteRange, Disk, ExtentState, Format, Mapping, OpenOptions, Refusal, alignment};
 
-use super::error::{ToolError, with_cause};
+use super::error::ToolError;
 use super::lost::{lost_json, lost_text};
 use super::outcome::{Outcome, Output, lines};
 use super::size::human;
 use super::watch::Watch;
+use host::report::chain;
 
 /// Extents are asked for in pieces of this many bytes.
 const STRIDE: u64 = 1 << 34;
@@ -190,9 +191,9 @@ impl Info {
         let (looked, problem) = match Vhdx::open(&self.file, &OpenOptions::read_only()) {
             Ok(disk) => match unshared(&disk) {
                 Ok(found) => (Some(found), None),
-                Err(error) => (None, Some(with_cause(&error))),
+                Err(error) => (None, Some(chain(&error).to_string())),
             },
-            Err(error) => (None, Some(error.to_string())),
+            Err(error) => (None, Some(chain(&error).to_string())),
         };
         let (unshared, reasons) = looked.unwrap_or_default();
         text += &reasons;

@@ -6,13 +6,13 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum TopError {
     /// The host does not list processes.
-    #[error("cannot read /proc: {0}")]
-    Processes(io::Error),
+    #[error("cannot read /proc")]
+    Processes(#[source] io::Error),
     /// The terminal, or what waits for it.
-    #[error("terminal: {0}")]
-    Terminal(io::Error),
+    #[error("terminal")]
+    Terminal(#[source] io::Error),
     /// Nobody reads the output.
-    #[error("standard output: {0}")]
+    #[error("standard output")]
     Output(#[from] io::Error),
     /// JSON cannot be made.
     #[error(transparent)]
