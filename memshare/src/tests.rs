@@ -520,7 +520,14 @@ fn zeros_that_a_guest_holds_take_no_memory() {
         busy: Some(1),
         ..Gate::default()
     };
-    memory.give_zeros_back(&gate, || false);
+    let zeroed = || memory.stats().zeroed.load(Ordering::Relaxed);
+    // On a busy machine a hold ends after `LONGEST_HOLD`, and the runs that are left have their turn in the next.
+    for _ in 0..1000 {
+        if zeroed() >= 22 {
+            break;
+        }
+        memory.give_zeros_back(&gate, || false);
+    }
     let kinds = window(&memory).0.page_kinds(0, PAGES * PAGE_SIZE).unwrap();
     let private = kinds
         .iter()
@@ -531,7 +538,7 @@ fn zeros_that_a_guest_holds_take_no_memory() {
     assert!(window(&memory).0.holds(40 * PAGE_SIZE, &[0; PAGE]));
     assert!(window(&memory).0.holds(41 * PAGE_SIZE, &content(7, 1)));
     assert!(memory.backing(START + 40 * PAGE_SIZE).is_none());
-    assert_eq!(memory.stats().zeroed.load(Ordering::Relaxed), 22);
+    assert_eq!(zeroed(), 22);
 }
 
 #[test]
