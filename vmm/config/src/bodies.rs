@@ -103,7 +103,7 @@ pub struct Version {
 
 /// The body of `PUT /mmds` and of `PATCH /mmds`, and what `GET /mmds` answers: an object with anything in it.
 ///
-/// It is read as it is ([`control::mmds::Mmds`]), and not by way of this type.
+/// It is read as it is by the metadata store, and not by way of this type.
 #[derive(Serialize, Deserialize, ToSchema)]
 #[allow(dead_code, reason = "the document is made from it")]
 pub struct Metadata(std::collections::BTreeMap<String, serde_json::Value>);

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The thread may hold any lock that is held where guest memory is touched, and none of those is taken here. What vCPUs and system calls meet is an
-//! error (`EFAULT`), and no signal: see [`crate::machine`].
+//! error (`EFAULT`), and no signal: see [`crate::Machine`].
 
 mod handler;
 mod maps;
