@@ -53,6 +53,9 @@ pub struct Cli {
     pub command: Command,
 }
 
+/// What `coppice help` says of a tool, whose own help another program has.
+const MORE: &str = "More: coppice COMMAND --help";
+
 /// What `coppice` can do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -83,19 +86,19 @@ pub enum Command {
     #[command(subcommand)]
     Image(ImageCommand),
     /// Make, examine and change virtual disks.
-    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true, after_help = MORE)]
     Disk(ToolArguments),
     /// Measure what guests cost on this host.
-    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true, after_help = MORE)]
     Bench(ToolArguments),
     /// Show all of this user's guests, with what each of them takes of the host.
-    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true, after_help = MORE)]
     Top(ToolArguments),
     /// Say whether this host can run guests, and what to do where it cannot.
-    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true, after_help = MORE)]
     Doctor(ToolArguments),
     /// Print the completions of a shell.
-    #[command(disable_help_flag = true, disable_version_flag = true)]
+    #[command(disable_help_flag = true, disable_version_flag = true, after_help = MORE)]
     Completions(ToolArguments),
     /// Write the man pages into a folder.
     #[command(hide = true, disable_help_flag = true, disable_version_flag = true)]

@@ -16,7 +16,12 @@ use tools::{doctor, pages};
 
 /// A virtual machine monitor for many small guests.
 #[derive(Debug, Parser)]
-#[command(name = "coppice", version, propagate_version = true)]
+#[command(
+    name = "coppice",
+    bin_name = "coppice",
+    version,
+    propagate_version = true
+)]
 struct Tools {
     /// What to do.
     #[command(subcommand)]
