@@ -1,5 +1,6 @@
 //! The devices of a machine, in the order in which they are gone through.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
@@ -20,6 +21,8 @@ pub struct DeviceEntry {
     pub kind: &'static DeviceKind,
     /// The device.
     pub device: Arc<Mutex<dyn Device>>,
+    /// The same, for [`DeviceList::get`]: a mutex of its own type.
+    typed: Arc<dyn Any + Send + Sync>,
 }
 
 /// What a device has done.
@@ -44,10 +47,28 @@ pub struct DeviceStates(BTreeMap<String, DeviceState>);
 
 impl DeviceList {
     /// Adds a device behind the others: a device before its transport.
-    pub fn add(&mut self, id: impl Into<String>, device: Arc<Mutex<dyn Device>>) {
+    pub fn add<D: Device + 'static>(&mut self, id: impl Into<String>, device: Arc<Mutex<D>>) {
         let kind = lock(&device).kind();
-        let id = id.into();
-        self.0.push(DeviceEntry { id, kind, device });
+        self.0.push(DeviceEntry {
+            id: id.into(),
+            kind,
+            typed: device.clone(),
+            device,
+        });
+    }
+
+    /// The device of type `D` that has the id, for what the host can ask of its kind alone.
+    pub fn get<D: Device + 'static>(&self, id: &str) -> Option<Arc<Mutex<D>>> {
+        self.all()
+            .find_map(|(own, device)| (own == id).then_some(device))
+    }
+
+    /// The devices of type `D`, each with its id.
+    pub fn all<D: Device + 'static>(&self) -> impl Iterator<Item = (&str, Arc<Mutex<D>>)> {
+        self.0.iter().filter_map(|entry| {
+            let device = entry.typed.clone().downcast::<Mutex<D>>().ok()?;
+            Some((entry.id.as_str(), device))
+        })
     }
 
     /// The devices, in their order.
@@ -273,6 +294,18 @@ mod tests {
     fn values(list: &DeviceList) -> Vec<DeviceState> {
         let saved = list.iter().map(|entry| lock(&entry.device).save().unwrap());
         saved.collect()
+    }
+
+    #[test]
+    fn a_device_is_found_by_its_type_and_its_id() {
+        use crate::legacy::CmosRtc;
+        let (mut list, _) = list(&[("a", BY_ID), ("b", BY_ID)]);
+        list.add("a", Arc::new(Mutex::new(CmosRtc::new())));
+        assert_eq!(list.get::<Mock>("b").unwrap().lock().unwrap().state, 2);
+        assert!(list.get::<CmosRtc>("a").is_some());
+        assert!(list.get::<CmosRtc>("b").is_none());
+        let mocks: Vec<_> = list.all::<Mock>().map(|(id, _)| id).collect();
+        assert_eq!(mocks, ["a", "b"]);
     }
 
     #[test]

@@ -122,15 +122,14 @@ fn add(list: &mut DeviceList, id: &str, device: impl VirtioDevice + 'static) {
 /// A machine with a device of each kind, not used yet.
 fn one_of_each() -> DeviceList {
     let mut list = DeviceList::default();
-    let mut add_one = |device: Arc<Mutex<dyn Device>>| list.add("", device);
-    add_one(Arc::new(Mutex::new(serial())));
-    add_one(Arc::new(Mutex::new(I8042::new(sink(), event()))));
-    add_one(Arc::new(Mutex::new(CmosRtc::new())));
-    add_one(Arc::new(Mutex::new(Pvpanic::new(sink()))));
-    add_one(Arc::new(Mutex::new(AcpiPm::new(sink()))));
-    add_one(Arc::new(Mutex::new(BootTimer::default())));
+    list.add("", Arc::new(Mutex::new(serial())));
+    list.add("", Arc::new(Mutex::new(I8042::new(sink(), event()))));
+    list.add("", Arc::new(Mutex::new(CmosRtc::new())));
+    list.add("", Arc::new(Mutex::new(Pvpanic::new(sink()))));
+    list.add("", Arc::new(Mutex::new(AcpiPm::new(sink()))));
+    list.add("", Arc::new(Mutex::new(BootTimer::default())));
     let generation = VmGenId::new(GuestAddress(0x1000)).unwrap();
-    add_one(Arc::new(Mutex::new(generation)));
+    list.add("", Arc::new(Mutex::new(generation)));
     add(&mut list, "root", block());
     add(&mut list, "data", block());
     add(&mut list, "base", pmem());

@@ -1,7 +1,8 @@
 //! The balloon of a guest.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
+use devices::lock;
 use devices::virtio::balloon::{BalloonState, STATISTICS, VirtioBalloon};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -62,10 +63,8 @@ impl Control {
     }
 
     /// The balloon of a started guest.
-    fn device(&mut self) -> Result<MutexGuard<'_, VirtioBalloon>, ControlError> {
-        let device: &Mutex<VirtioBalloon> =
-            self.guest()?.0.balloon().ok_or(ControlError::NoBalloon)?;
-        Ok(devices::lock(device))
+    fn device(&mut self) -> Result<Arc<Mutex<VirtioBalloon>>, ControlError> {
+        self.guest()?.0.balloon().ok_or(ControlError::NoBalloon)
     }
 
     /// `PATCH /balloon`: asks the guest for a balloon of another size.
@@ -74,7 +73,7 @@ impl Control {
     /// `BeforeStart`, `Ended`, `NoBalloon`, `Config`.
     pub fn update_balloon(&mut self, update: BalloonUpdate) -> Result<(), ControlError> {
         // It has to be there, also for an update that is wrong.
-        drop(self.device()?);
+        self.device()?;
         let balloon = BalloonConfig {
             amount_mib: update.amount_mib,
             ..self.balloon()?
@@ -84,7 +83,7 @@ impl Control {
             ..self.config.clone()
         };
         config.validate()?;
-        self.device()?.set_target(balloon.target_pages());
+        lock(&*self.device()?).set_target(balloon.target_pages());
         self.config = config;
         Ok(())
     }
@@ -94,7 +93,7 @@ impl Control {
     /// # Errors
     /// `BeforeStart`, `Ended`, `NoBalloon`, `Balloon` where it has none.
     pub fn balloon_statistics(&mut self) -> Result<Value, ControlError> {
-        Ok(statistics(&self.device()?.state()?))
+        Ok(statistics(&lock(&*self.device()?).state()?))
     }
 
     /// `PATCH /balloon/statistics`: asks for them more or less often.
@@ -106,7 +105,7 @@ impl Control {
         update: BalloonStatisticsUpdate,
     ) -> Result<(), ControlError> {
         let seconds = update.stats_polling_interval_s;
-        self.device()?.set_statistics_interval(seconds)?;
+        lock(&*self.device()?).set_statistics_interval(seconds)?;
         if let Some(balloon) = &mut self.config.balloon {
             balloon.stats_polling_interval_s = seconds;
         }
@@ -118,7 +117,7 @@ impl Control {
     /// # Errors
     /// `BeforeStart`, `Ended`, `NoBalloon`, `Balloon` where the balloon has no hinting, or no driver.
     pub fn start_hinting(&mut self, start: HintingStart) -> Result<(), ControlError> {
-        Ok(self.device()?.start_hinting(start.acknowledge_on_stop)?)
+        Ok(lock(&*self.device()?).start_hinting(start.acknowledge_on_stop)?)
     }
 
     /// `PATCH /balloon/hinting/stop`.
@@ -126,7 +125,7 @@ impl Control {
     /// # Errors
     /// As [`Control::start_hinting`].
     pub fn stop_hinting(&mut self) -> Result<(), ControlError> {
-        Ok(self.device()?.stop_hinting()?)
+        Ok(lock(&*self.device()?).stop_hinting()?)
     }
 
     /// `GET /balloon/hinting/status`.
@@ -134,7 +133,7 @@ impl Control {
     /// # Errors
     /// As [`Control::start_hinting`], but a driver is not needed.
     pub fn hinting(&mut self) -> Result<HintingState, ControlError> {
-        let status = self.device()?.hinting_status()?;
+        let status = lock(&*self.device()?).hinting_status()?;
         Ok(HintingState {
             host_cmd: status.host,
             guest_cmd: status.guest,

@@ -1,7 +1,7 @@
 //! What control needs of a guest.
 
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use devices::virtio::balloon::VirtioBalloon;
 
@@ -84,7 +84,7 @@ pub trait Guest: Send {
     /// Its pages that a page of a file backs.
     fn pages_of(&self, page: FilePage) -> FilePageReport;
     /// Its balloon, where it has one.
-    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>>;
+    fn balloon(&self) -> Option<Arc<Mutex<VirtioBalloon>>>;
     /// Saves it; only called while the vCPUs stand still. It was started with `config`.
     ///
     /// # Errors
@@ -158,7 +158,7 @@ impl Guest for Machine {
         Machine::pages_of(self, page)
     }
 
-    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
+    fn balloon(&self) -> Option<Arc<Mutex<VirtioBalloon>>> {
         Machine::balloon(self)
     }
 

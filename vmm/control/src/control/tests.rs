@@ -129,8 +129,8 @@ impl Guest for Double {
         FilePageReport::default()
     }
 
-    fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
-        self.balloon.as_deref()
+    fn balloon(&self) -> Option<Arc<Mutex<VirtioBalloon>>> {
+        self.balloon.clone()
     }
 
     fn snapshot(

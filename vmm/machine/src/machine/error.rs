@@ -55,6 +55,9 @@ pub enum StartError {
     /// More devices than interrupt lines.
     #[error("a guest has at most {} virtio devices", layout::VIRTIO_GSIS.len())]
     TooManyDevices,
+    /// A device that each guest has is not there.
+    #[error("the guest has no {0}")]
+    Missing(&'static str),
     /// Two devices want the same addresses.
     #[error(transparent)]
     Bus(#[from] BusRangeError),

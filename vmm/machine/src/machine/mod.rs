@@ -8,20 +8,17 @@
 //! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine itself is called
 //! by one thread at a time.
 
-mod balloon;
-mod builder;
+mod attach;
 mod cmdline;
 mod domain;
 mod drive_job;
 mod error;
-mod events;
 mod faults;
 mod pages;
 mod sharing;
 mod snapshot;
 mod start;
 mod surroundings;
-mod vsock;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -30,7 +27,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use devices::device_list::{DeviceList, DeviceMetrics};
-use devices::legacy::{BootMark, I8042, SerialConsole};
+use devices::legacy::{I8042, SerialConsole};
 use devices::lock;
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
@@ -39,16 +36,15 @@ use memshare::SharedMemory;
 use crate::disk::open_disk;
 use crate::pmem::Pmem;
 use crate::snapshot::{MemoryState, Served};
+pub use attach::VsockHost;
 use config::DriveConfig;
 pub use drive_job::{DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child};
 pub use error::{DriveError, MachineError, StartError};
-use host::report::chain;
-use host::socket::ApiSocket;
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
 pub use surroundings::{OnEnd, Subscriber, Surroundings};
-pub use vsock::VsockHost;
 
+use attach::{Backing, Pc};
 use sharing::Sharing;
 
 use kvm::vm::{ExitKind, Vcpus};
@@ -67,18 +63,13 @@ pub struct MachineMetrics {
 /// A started guest.
 pub struct Machine {
     vcpus: Vcpus,
-    /// All devices; those that the host can ask for more than their life requires are named below as well.
     devices: DeviceList,
-    drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
+    /// What is behind the devices on the host.
+    backings: Vec<Box<dyn Backing>>,
     /// The last job of each drive.
     jobs: BTreeMap<String, Arc<DriveJob>>,
-    pmem: BTreeMap<String, Pmem>,
-    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
-    /// The socket of the vsock device, whose file goes with it.
-    _vsock_socket: Option<ApiSocket>,
-    keyboard: Arc<Mutex<I8042>>,
-    console: SerialConsole,
-    boot_mark: BootMark,
+    pmem: BTreeMap<String, Arc<Pmem>>,
+    pc: Pc,
     sharing: Sharing,
     /// Who gives the memory, where that is another process; until vCPUs and devices have stopped.
     served: Option<Served>,
@@ -99,7 +90,7 @@ fn changed(drive: &str, source: DriveError) -> MachineError {
 impl Machine {
     /// The host's side of the serial console.
     pub fn console(&self) -> &SerialConsole {
-        &self.console
+        &self.pc.console
     }
 
     /// Takes the vCPUs out of the guest, and lets the devices finish what they have begun.
@@ -119,7 +110,8 @@ impl Machine {
     /// # Errors
     /// `KeyboardBusy`.
     pub fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {
-        if lock(&self.keyboard).type_ctrl_alt_del() {
+        let keyboard = self.devices.get::<I8042>("");
+        if keyboard.is_some_and(|keyboard| lock(&keyboard).type_ctrl_alt_del()) {
             Ok(())
         } else {
             Err(MachineError::KeyboardBusy)
@@ -137,7 +129,7 @@ impl Machine {
             drive: id.clone(),
             source,
         })?;
-        lock(self.drive(id)?)
+        lock(&*self.drive(id)?)
             .replace_disk(disk)
             .map_err(|source| MachineError::Replacement {
                 drive: id.clone(),
@@ -145,14 +137,13 @@ impl Machine {
             })
     }
 
-    fn drive(&self, id: &str) -> Result<&Arc<Mutex<VirtioBlock>>, MachineError> {
-        self.drives
-            .get(id)
-            .ok_or_else(|| MachineError::NoDrive(id.to_owned()))
+    fn drive(&self, id: &str) -> Result<Arc<Mutex<VirtioBlock>>, MachineError> {
+        let drive = self.devices.get(id);
+        drive.ok_or_else(|| MachineError::NoDrive(id.to_owned()))
     }
 
     /// A drive without a job that is not over.
-    fn idle_drive(&self, id: &str) -> Result<&Arc<Mutex<VirtioBlock>>, MachineError> {
+    fn idle_drive(&self, id: &str) -> Result<Arc<Mutex<VirtioBlock>>, MachineError> {
         let drive = self.drive(id)?;
         match self.jobs.get(id) {
             Some(job) if !job.is_over() => Err(changed(id, DriveError::Busy(job.name()))),
@@ -170,7 +161,7 @@ impl Machine {
         path: &Path,
         new: &Path,
     ) -> Result<(), MachineError> {
-        lock(self.idle_drive(id)?)
+        lock(&*self.idle_drive(id)?)
             .change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
                 Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
             })
@@ -204,9 +195,9 @@ impl Machine {
         let drive = self.idle_drive(id)?;
         let resized = || -> Result<(), DriveError> {
             // While the device serves the guest; then it looks at the size anew.
-            let disk = drive_job::vhdx(lock(drive).disk())?;
+            let disk = drive_job::vhdx(lock(&drive).disk())?;
             disk.resize(size, false)?;
-            lock(drive).change_disk(|disk| Ok(Arc::clone(disk)))
+            lock(&drive).change_disk(|disk| Ok(Arc::clone(disk)))
         };
         resized().map_err(|source| changed(id, source))
     }
@@ -216,7 +207,7 @@ impl Machine {
     /// # Errors
     /// `NoDrive`, `Change` where it has no parent.
     pub fn drive_parent(&self, id: &str, path: &Path) -> Result<DriveParent, MachineError> {
-        let disk = drive_job::vhdx(lock(self.drive(id)?).disk());
+        let disk = drive_job::vhdx(lock(&*self.drive(id)?).disk());
         disk.and_then(|disk| DriveParent::of(&disk, path))
             .map_err(|source| changed(id, source))
     }
@@ -228,7 +219,7 @@ impl Machine {
     pub fn start_job(&mut self, id: &str, task: DriveTask) -> Result<(), MachineError> {
         let drive = self.idle_drive(id)?;
         let started =
-            DriveJob::start(drive, task, &self.sharing).map_err(|source| changed(id, source))?;
+            DriveJob::start(&drive, task, &self.sharing).map_err(|source| changed(id, source))?;
         self.jobs.insert(id.to_owned(), started);
         Ok(())
     }
@@ -275,8 +266,8 @@ impl Machine {
     }
 
     /// The balloon, where there is one.
-    pub fn balloon(&self) -> Option<&Mutex<VirtioBalloon>> {
-        self.balloon.as_deref()
+    pub fn balloon(&self) -> Option<Arc<Mutex<VirtioBalloon>>> {
+        self.devices.get(attach::BALLOON)
     }
 
     /// The counters of the devices and of the vCPUs.
@@ -284,13 +275,13 @@ impl Machine {
         MachineMetrics {
             devices: self.devices.metrics(),
             exits: self.vcpus.exits(),
-            booted: self.boot_mark.get().copied(),
+            booted: self.pc.boot_mark.get().copied(),
         }
     }
 
     /// Stops the vCPUs for good and closes the disks, each complete and clean.
     pub fn shutdown(mut self) {
-        self.console.hang_up();
+        self.pc.console.hang_up();
         self.sharing.stop();
         self.vcpus.stop();
         for job in self.jobs.values() {
@@ -301,15 +292,8 @@ impl Machine {
             std::thread::sleep(JOB_POLL);
         }
         self.devices.reset();
-        for (id, drive) in &self.drives {
-            if let Err(error) = lock(drive).disk().close() {
-                tracing::error!(drive = %id, error = %chain(&error), "the disk could not be closed cleanly");
-            }
-        }
-        for (id, pmem) in &self.pmem {
-            if let Err(error) = pmem.close() {
-                tracing::error!(pmem = %id, error = %chain(&error), "not all that the guest wrote is on the disk");
-            }
+        for backing in &self.backings {
+            backing.close();
         }
     }
 }

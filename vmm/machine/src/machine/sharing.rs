@@ -87,7 +87,7 @@ impl Plan {
     pub(super) fn new(
         vm: &Vm,
         config: &VmConfig,
-        pmem: &[(String, Pmem)],
+        pmem: &[(String, Arc<Pmem>)],
         on_end: OnEnd,
         boots: bool,
     ) -> Result<Self, StartError> {

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use devices::virtio::block::VirtioBlock;
+
 use super::{Machine, lock};
 use crate::snapshot::{
     self, DiskIdentity, DiskOf, DriveState, GuestState, MemoryState, SnapshotError,
@@ -62,10 +64,11 @@ impl Machine {
     fn identify_disks(
         &self,
     ) -> Result<(Vec<DriveState>, BTreeMap<String, DiskIdentity>), SnapshotError> {
-        let drives = self.drives.iter().map(|(id, drive)| {
+        let drives = self.devices.all::<VirtioBlock>();
+        let drives = drives.map(|(id, drive)| {
             Ok(DriveState {
-                drive_id: id.clone(),
-                disk: DiskOf::Drive(id).identify(lock(drive).disk())?,
+                drive_id: id.to_owned(),
+                disk: DiskOf::Drive(id).identify(lock(&drive).disk())?,
             })
         });
         let pmem = self.pmem.iter().map(|(id, pmem)| {

@@ -2,46 +2,29 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use devices::device_list::DeviceList;
-use devices::legacy::{BootMark, I8042, PowerEvent, PowerSink, SerialConsole};
+use devices::legacy::{PowerEvent, PowerSink};
 use devices::lock;
-use devices::virtio::VirtioDevice;
-use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
 use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::Machine;
-use super::builder::{Builder, Legacy, attach_pmem};
+use super::attach::{Attached, Builder, Pc, SerialEnds, map_pmem};
 use super::cmdline::{self, Lean, Wanted};
 use super::error::{StartError, host};
 use super::faults::Faults;
 use super::sharing::{MappedFrom, Plan, Reference};
 use super::surroundings::{OnEnd, Subscriber, Surroundings};
-use super::vsock::{Vsock, VsockHost};
 use crate::pmem::Pmem;
-use crate::reference::Size;
+use crate::reference::{Size, Warmer};
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use config::VmConfig;
 use host::exit::GuestEnd;
-use kvm::boot::{self, BootSource, Loaded, MmioDevice, Protocol};
+use kvm::boot::{self, BootSource, Loaded, Protocol};
 use kvm::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
-
-/// Passes on the first call alone: a guest that panics and then resets has panicked.
-fn only_first(on_end: OnEnd) -> OnEnd {
-    let told = AtomicBool::new(false);
-    Arc::new(move |end| {
-        if !told.swap(true, Ordering::SeqCst) {
-            on_end(end);
-        }
-    })
-}
 
 fn power_sink(on_end: OnEnd) -> PowerSink {
     Arc::new(move |event| {
@@ -53,79 +36,54 @@ fn power_sink(on_end: OnEnd) -> PowerSink {
     })
 }
 
-/// The devices of a guest that is being put together.
+/// A guest that is being put together.
 struct Assembled {
     plan: Plan,
-    list: DeviceList,
-    keyboard: Arc<Mutex<I8042>>,
-    boot_mark: BootMark,
-    console: SerialConsole,
-    generation: Arc<Mutex<VmGenId>>,
-    drives: BTreeMap<String, Arc<Mutex<VirtioBlock>>>,
-    pmem: Vec<(String, Pmem)>,
-    balloon: Option<Arc<Mutex<VirtioBalloon>>>,
-    vsock: Option<Vsock>,
-    /// Whether the guest is to report its free pages.
-    reporting: bool,
-    buses: Buses,
-    virtio: Vec<MmioDevice>,
-    devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
-    subscribers: Vec<Subscriber>,
+    pmem: Vec<(String, Arc<Pmem>)>,
+    attached: Attached,
+    pc: Pc,
+    warm: Option<Warmer>,
 }
 
 impl Assembled {
     fn new(
         config: &VmConfig,
         vm: &mut Vm,
-        (serial, vsock): ((OwnedFd, EventFd), VsockHost),
-        on_end: OnEnd,
+        surroundings: Surroundings,
         boots: bool,
     ) -> Result<Self, StartError> {
-        let pmem = attach_pmem(config, vm)?;
-        let mut builder = Builder::new(vm);
-        let Legacy {
-            keyboard,
-            boot_mark,
-        } = builder.add_legacy(&power_sink(on_end.clone()))?;
-        let plan = Plan::new(vm, config, &pmem, on_end, boots)?;
-        let (out, drained) = serial;
-        let console = builder.add_serial(out, drained)?;
-        let drives = builder.add_drives(&config.drives, &plan)?;
-        for (id, pmem) in &pmem {
-            builder.add_pmem(id, pmem)?;
-        }
-        if config.entropy.is_some() {
-            builder.add_entropy()?;
-        }
-        // Before the balloon that nobody has asked for, which does without where there is no room.
-        let vsock = builder.add_vsock(config, vsock)?;
-        let balloon = builder.add_balloon(config.balloon, &plan)?;
-        let generation = builder.add_generation()?;
-        let Builder {
-            buses,
-            virtio,
-            list,
-            devices,
-            subscribers,
-            ..
-        } = builder;
+        let Surroundings {
+            serial_out,
+            serial_drained,
+            on_end,
+            warm,
+            vsock,
+        } = surroundings;
+        let pmem = map_pmem(config, vm)?;
+        let plan = Plan::new(vm, config, &pmem, on_end.clone(), boots)?;
+        let mut builder = Builder::new(vm, &plan, &pmem, vsock);
+        let serial = SerialEnds {
+            out: serial_out,
+            drained: serial_drained,
+        };
+        let pc = builder.add_pc(serial, &power_sink(on_end))?;
+        builder.add_configured(config)?;
+        let attached = builder.attached;
         Ok(Self {
             plan,
-            list,
-            keyboard,
-            boot_mark,
-            console,
-            generation,
-            drives,
             pmem,
-            reporting: balloon.as_ref().is_some_and(|balloon| balloon.reports),
-            balloon: balloon.map(|balloon| balloon.device),
-            vsock,
-            buses,
-            virtio,
-            devices,
-            subscribers,
+            attached,
+            pc,
+            warm,
         })
+    }
+
+    /// The generation ID, which each guest has.
+    fn generation(&self) -> Result<Arc<Mutex<VmGenId>>, StartError> {
+        self.attached
+            .list
+            .get("")
+            .ok_or(StartError::Missing("generation ID"))
     }
 
     /// Adds the devices to the event loop, has `start` start the vCPUs, and begins to share.
@@ -135,16 +93,24 @@ impl Assembled {
         start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Machine, StartError> {
+        let Attached {
+            buses,
+            list,
+            devices,
+            subscribers,
+            backings,
+            connects,
+            ..
+        } = self.attached;
         // From here on a guest may have taken over whoever serves it.
-        jail::seccomp::started(self.vsock.is_some()).map_err(host("seccomp filter"))?;
+        jail::seccomp::started(connects).map_err(host("seccomp filter"))?;
         let faults = self.plan.faults().clone();
-        let ids: Vec<_> = self
-            .subscribers
+        let ids: Vec<_> = subscribers
             .into_iter()
             .map(|subscriber| ops.add_subscriber(subscriber))
             .collect();
-        let (plan, devices) = (self.plan, self.devices);
-        let started = start(self.buses, faults)
+        let plan = self.plan;
+        let started = start(buses, faults)
             .map_err(StartError::from)
             .and_then(|vcpus| {
                 let sharing = plan.start(vcpus.brake(), devices, kernel)?;
@@ -153,15 +119,11 @@ impl Assembled {
         match started {
             Ok((sharing, vcpus)) => Ok(Machine {
                 vcpus,
-                devices: self.list,
-                drives: self.drives,
+                devices: list,
+                backings,
                 jobs: BTreeMap::new(),
                 pmem: self.pmem.into_iter().collect(),
-                balloon: self.balloon,
-                _vsock_socket: self.vsock.map(|vsock| vsock.socket),
-                keyboard: self.keyboard,
-                boot_mark: self.boot_mark,
-                console: self.console,
+                pc: self.pc,
                 sharing,
                 served: None,
                 base: None,
@@ -202,25 +164,17 @@ impl Machine {
     ) -> Result<Self, StartError> {
         let source = config.boot_source.as_ref().ok_or(StartError::NoKernel)?;
         let mut vm = new_vm(config)?;
-        let Surroundings {
-            serial_out,
-            serial_drained,
-            on_end,
-            warm,
-            vsock,
-        } = surroundings;
-        let host = ((serial_out, serial_drained), vsock);
-        let parts = Assembled::new(config, &mut vm, host, only_first(on_end), true)?;
-        lock(&parts.generation).write(vm.memory())?;
+        let mut parts = Assembled::new(config, &mut vm, surroundings.ending_once(), true)?;
+        lock(&*parts.generation()?).write(vm.memory())?;
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
             cmdline: cmdline::complete(
                 source.boot_args.as_deref(),
                 cmdline::Root::of(config),
-                &parts.virtio,
+                &parts.attached.virtio,
                 Wanted {
-                    reporting: parts.reporting,
+                    reporting: parts.attached.reports_free_pages,
                     lean: Lean::new(source.lean, config.sharing.mode),
                 },
             ),
@@ -232,12 +186,12 @@ impl Machine {
             parts.plan.at_boot(),
             &boot_source,
             config.machine_config.vcpu_count,
-            &parts.virtio,
+            &parts.attached.virtio,
         )?;
         parts.plan.share_initrd(&boot_source);
         let size = Size::from(&config.machine_config);
         let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, size));
-        let kernel = parts.plan.reference(kernel, warm);
+        let kernel = parts.plan.reference(kernel, parts.warm.take());
         let start = |buses, faults: Arc<Faults>| {
             vm.start(
                 buses,
@@ -260,35 +214,28 @@ impl Machine {
         surroundings: Surroundings,
     ) -> Result<Self, StartError> {
         let mut vm = new_vm(config)?;
-        let Surroundings {
-            serial_out,
-            serial_drained,
-            on_end,
-            warm,
-            vsock,
-        } = surroundings;
-        let host = ((serial_out, serial_drained), vsock);
-        let on_end = only_first(on_end);
-        let parts = Assembled::new(config, &mut vm, host, on_end.clone(), false)?;
-        for (id, drive) in &parts.drives {
-            loading.check_disk(DiskOf::Drive(id), lock(drive).disk())?;
+        let surroundings = surroundings.ending_once();
+        let on_end = surroundings.on_end.clone();
+        let mut parts = Assembled::new(config, &mut vm, surroundings, false)?;
+        for (id, drive) in parts.attached.list.all::<VirtioBlock>() {
+            loading.check_disk(DiskOf::Drive(id), lock(&drive).disk())?;
         }
         for (id, pmem) in &parts.pmem {
             loading.check_disk(DiskOf::Pmem(id), &pmem.disk())?;
         }
-        // Before anything looks at the memory: who does may wait, and sees nobody go.
+        // Before anything reads the memory: a thread that touches a page of a handler that has ended waits for ever.
         let on_lost = move |why| on_end(GuestEnd::Failed(why));
         let windows = parts.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
         let served = loading.give_memory(parts.plan.memory(), windows, on_lost)?;
-        parts.list.restore(loading.state.devices.clone())?;
+        parts.attached.list.restore(loading.state.devices.clone())?;
         // Another guest may go on from the same state.
-        lock(&parts.generation).renew(vm.memory())?;
+        lock(&*parts.generation()?).renew(vm.memory())?;
         vm.restore(&loading.state.vm, &loading.state.vcpus)
             .map_err(SnapshotError::from)?;
         let start =
             |buses, faults: Arc<Faults>| vm.start_paused(buses, move |exit| faults.vcpu_left(exit));
         // Its kernel is as it was saved, and shared as that.
-        let kernel = parts.plan.reference(None, warm);
+        let kernel = parts.plan.reference(None, parts.warm.take());
         let mut machine = parts.start(ops, start, kernel)?;
         machine.base = loading.base().cloned();
         machine.served = served;

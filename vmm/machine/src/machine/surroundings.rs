@@ -1,12 +1,13 @@
 //! What a machine is given by the program that runs it.
 
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use event_manager::MutEventSubscriber;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::vsock::VsockHost;
+use super::attach::VsockHost;
 use crate::reference::Warmer;
 use host::exit::GuestEnd;
 
@@ -28,4 +29,17 @@ pub struct Surroundings {
     pub warm: Option<Warmer>,
     /// What its vsock device finds, where it has one.
     pub vsock: VsockHost,
+}
+
+impl Surroundings {
+    /// Passes on how the guest ended on the first call alone: one that panics and then resets has panicked.
+    pub(super) fn ending_once(self) -> Self {
+        let (on_end, is_over) = (self.on_end, AtomicBool::new(false));
+        let on_end: OnEnd = Arc::new(move |end| {
+            if !is_over.swap(true, Ordering::SeqCst) {
+                on_end(end);
+            }
+        });
+        Self { on_end, ..self }
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use devices::virtio::Interrupt;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::error::{StartError, host};
+use crate::machine::error::{StartError, host};
 
 pub(super) fn event(device: &'static str) -> Result<EventFd, StartError> {
     EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(host(device))

@@ -1,0 +1,20 @@
+//! The entropy device of a machine.
+
+use std::sync::{Arc, Mutex};
+
+use devices::virtio::rng::VirtioRng;
+
+use super::Builder;
+use super::events::new_interrupt;
+use crate::machine::error::{StartError, host};
+use config::VmConfig;
+
+const NAME: &str = "entropy device";
+
+pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(), StartError> {
+    if config.entropy.is_none() {
+        return Ok(());
+    }
+    let rng = VirtioRng::new(new_interrupt(NAME)?).map_err(host(NAME))?;
+    builder.add_virtio("entropy", Arc::new(Mutex::new(rng)))
+}

@@ -1,0 +1,52 @@
+//! The vsock device of a machine, and its socket.
+
+use std::sync::{Arc, Mutex};
+
+use devices::virtio::vsock::{Service, VirtioVsock, VsockConfig as Device};
+
+use super::events::new_interrupt;
+use super::{Backing, Builder};
+use crate::machine::error::{StartError, host};
+use config::{MmdsConfig, VmConfig};
+use host::socket::ApiSocket;
+
+const NAME: &str = "vsock device";
+
+/// What a vsock device finds on the host.
+#[derive(Default)]
+pub struct VsockHost {
+    /// Its socket, where it was bound before.
+    pub socket: Option<ApiSocket>,
+    /// What answers at the port of `mmds-config`; nothing does where absent.
+    pub metadata: Option<Arc<dyn Service>>,
+}
+
+/// Its file goes with it, when it is dropped.
+impl Backing for ApiSocket {
+    fn close(&self) {}
+}
+
+pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(), StartError> {
+    let Some(vsock) = &config.vsock else {
+        return Ok(());
+    };
+    let host_side = std::mem::take(&mut builder.vsock);
+    let path = vsock.path();
+    let bound = host_side.socket.filter(|socket| socket.path() == path);
+    let socket = match bound {
+        Some(socket) => socket,
+        None => ApiSocket::bind(path)?,
+    };
+    let port = MmdsConfig::port_of(config.mmds_config.as_ref());
+    let device = Device {
+        guest_cid: vsock.cid(),
+        listener: socket.listener().map_err(host(NAME))?,
+        path,
+        service: host_side.metadata.map(|service| (port, service)),
+    };
+    let device = VirtioVsock::new(device, new_interrupt(NAME)?).map_err(host(NAME))?;
+    builder.add_virtio("vsock", Arc::new(Mutex::new(device)))?;
+    builder.attached.backings.push(Box::new(socket));
+    builder.attached.connects = true;
+    Ok(())
+}
