@@ -3,6 +3,8 @@
 use devices::virtio::balloon::BalloonConfig as Device;
 use serde::{Deserialize, Serialize};
 
+use super::{ConfigError, DeviceConfig, MachineConfig};
+
 /// Pages of 4 KiB in a MiB.
 pub const PAGES_PER_MIB: u32 = 256;
 
@@ -38,6 +40,24 @@ impl BalloonConfig {
     pub fn target_pages(&self) -> u32 {
         // Page numbers have 32 bits as well: a guest has no more pages.
         self.amount_mib.saturating_mul(PAGES_PER_MIB)
+    }
+}
+
+impl DeviceConfig for BalloonConfig {
+    fn field(&self) -> &'static str {
+        "balloon"
+    }
+
+    fn validate(&self, machine: &MachineConfig) -> Result<(), ConfigError> {
+        let memory = machine.mem_size_mib;
+        if self.amount_mib > memory {
+            return Err(ConfigError::invalid(
+                "balloon.amount_mib",
+                &self.amount_mib,
+                format!("{memory}, which the guest has, or less"),
+            ));
+        }
+        Ok(())
     }
 }
 

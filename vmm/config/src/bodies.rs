@@ -90,7 +90,7 @@ pub enum VmState {
 }
 
 /// The body of `PATCH /balloon/hinting/stop`, where there is one.
-#[derive(Deserialize, ToSchema)]
+#[derive(Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HintingStop {}
 

@@ -5,11 +5,10 @@ use std::path::PathBuf;
 use memshare::ShareMode;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
-use storage::Format;
 use storage::io::EngineKind;
 
-use super::ConfigError;
 use super::error::{check_file, check_id, check_path};
+use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig};
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
 const SERIAL_MAX: usize = 20;
@@ -103,25 +102,6 @@ impl From<IoEngine> for EngineKind {
     }
 }
 
-/// The format of a drive's file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum DriveFormat {
-    /// The file is the disk.
-    Raw,
-    /// VHDX ([MS-VHDX]).
-    Vhdx,
-}
-
-impl From<DriveFormat> for Format {
-    fn from(format: DriveFormat) -> Self {
-        match format {
-            DriveFormat::Raw => Self::Raw,
-            DriveFormat::Vhdx => Self::Vhdx,
-        }
-    }
-}
-
 /// What of a drive can change while its guest runs.
 #[derive(Clone, Debug, PartialEq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -158,7 +138,7 @@ impl DriveUpdate {
             rate_limiter,
             ..drive.clone()
         };
-        updated.validate()?;
+        updated.validate(&MachineConfig::default())?;
         Ok(updated)
     }
 }
@@ -184,12 +164,22 @@ impl DriveConfig {
             share: None,
         }
     }
+}
 
-    /// Checks the fields, but no file.
-    ///
-    /// # Errors
-    /// `Unsupported`, `Invalid`.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+impl DeviceConfig for DriveConfig {
+    fn field(&self) -> &'static str {
+        "drives"
+    }
+
+    fn id(&self) -> Option<&str> {
+        Some(&self.drive_id)
+    }
+
+    fn is_root(&self) -> bool {
+        self.is_root_device
+    }
+
+    fn validate(&self, _: &MachineConfig) -> Result<(), ConfigError> {
         check_id("drives.drive_id", &self.drive_id)?;
         check_path("drives.path_on_host", &self.path_on_host)?;
         if let Some(parents) = &self.parents {
@@ -236,15 +226,24 @@ impl DriveConfig {
         Ok(())
     }
 
-    /// Checks that the file can be opened as the drive will open it.
-    ///
-    /// # Errors
-    /// `File`, `NotAFile`.
-    pub fn check_file(&self) -> Result<(), ConfigError> {
+    fn check_files(&self) -> Result<(), ConfigError> {
         check_file(
             "drives.path_on_host",
             &self.path_on_host,
             !self.is_read_only,
         )
+    }
+
+    fn host_files(&self) -> Vec<HostFile<'_>> {
+        vec![HostFile::Disk {
+            path: &self.path_on_host,
+            format: self.format,
+            is_written: !self.is_read_only,
+        }]
+    }
+
+    fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
+        let own = std::iter::once(&mut self.path_on_host);
+        own.chain(self.parents.as_mut()).collect()
     }
 }

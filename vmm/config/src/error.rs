@@ -72,32 +72,28 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// Two drives of one name.
-    #[error("drives: two drives have the drive_id {0}")]
-    DuplicateDrive(String),
-    /// Two root devices.
-    #[error("drives: {drive} is_root_device, but {first} is already")]
-    SecondRoot {
-        /// The second one.
-        drive: String,
-        /// The first one.
-        first: String,
+    /// Two devices of one name.
+    #[error("{field}: two devices have the id {id}")]
+    DuplicateId {
+        /// The field that has both.
+        field: &'static str,
+        /// Their name.
+        id: String,
     },
-    /// Two pmem devices of one name.
-    #[error("pmem: two devices have the id {0}")]
-    DuplicatePmem(String),
-    /// A pmem device as root, where there is one.
-    #[error("pmem: {pmem} is root_device, but {first} is the root already")]
-    SecondPmemRoot {
-        /// The device.
-        pmem: String,
-        /// The drive or pmem device that is.
+    /// Two root devices.
+    #[error("{field}: {id} is to be the root device, but {first} is the root already")]
+    SecondRoot {
+        /// The field of the second one.
+        field: &'static str,
+        /// The second one.
+        id: String,
+        /// The first one.
         first: String,
     },
     /// More devices than interrupt lines.
     #[error("a guest has at most {MAX_VIRTIO_DEVICES} virtio devices, not {found}")]
     TooManyDevices {
-        /// Drives, pmem devices, the entropy device, the balloon and vsock together.
+        /// All of them together.
         found: usize,
     },
     /// An update that changes nothing.

@@ -16,12 +16,14 @@
 mod balloon;
 pub mod bodies;
 mod boot_source;
+mod device;
 mod drive;
+mod entropy;
 mod error;
+mod format;
 mod id;
 pub mod limits;
 mod machine;
-pub mod operations;
 mod output;
 mod pmem;
 mod sharing;
@@ -34,14 +36,18 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
+
+use device::Slot;
 
 pub use balloon::PAGES_PER_MIB;
 pub use balloon::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart};
 pub use boot_source::{BootProtocol, BootSourceConfig};
-pub use drive::{CacheType, DriveConfig, DriveFormat, DriveUpdate, IoEngine};
+pub use device::{DeviceConfig, HostFile};
+pub use drive::{CacheType, DriveConfig, DriveUpdate, IoEngine};
+pub use entropy::EntropyConfig;
 pub use error::ConfigError;
+pub use format::DriveFormat;
 pub use id::is_guest_id;
 pub use limits::MAX_FILE_SIZE;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
@@ -97,14 +103,40 @@ pub struct VmConfig {
     pub metrics: Option<MetricsConfig>,
 }
 
-/// The entropy device. It has nothing to set.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct EntropyConfig {
-    /// Not supported: refused unless `null`.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub rate_limiter: Option<IgnoredAny>,
+/// A device that a [`VmConfig`] has a field for.
+pub trait ConfiguredDevice: DeviceConfig {
+    /// Adds it to a configuration, or puts it in the place of the one of the same name.
+    fn store(self, config: &mut VmConfig);
+}
+
+/// Names the fields of a configuration that make virtio devices, and the types of these.
+macro_rules! devices {
+    ($($field:ident: $device:ty),* $(,)?) => {
+        $(impl ConfiguredDevice for $device {
+            fn store(self, config: &mut VmConfig) {
+                config.$field.put(self);
+            }
+        })*
+
+        impl VmConfig {
+            /// All virtio devices that are asked for.
+            pub fn devices(&self) -> impl Iterator<Item = &dyn DeviceConfig> {
+                std::iter::empty()$(.chain(self.$field.iter().map(|device| device as &dyn DeviceConfig)))*
+            }
+
+            fn devices_mut(&mut self) -> impl Iterator<Item = &mut dyn DeviceConfig> {
+                std::iter::empty()$(.chain(self.$field.iter_mut().map(|device| device as &mut dyn DeviceConfig)))*
+            }
+        }
+    };
+}
+
+devices! {
+    drives: DriveConfig,
+    pmem: PmemConfig,
+    entropy: EntropyConfig,
+    vsock: VsockConfig,
+    balloon: BalloonConfig,
 }
 
 impl VmConfig {
@@ -139,7 +171,7 @@ impl VmConfig {
     /// Checks every field by itself and all of them together. Does not look at any file: see [`VmConfig::check_files`].
     ///
     /// # Errors
-    /// `Unsupported`, `Invalid`, `DuplicateDrive`, `SecondRoot`, `DuplicatePmem`, `SecondPmemRoot`, `TooManyDevices`.
+    /// `Unsupported`, `Invalid`, `DuplicateId`, `SecondRoot`, `TooManyDevices`.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if let Some(boot_source) = &self.boot_source {
             boot_source.validate()?;
@@ -148,55 +180,24 @@ impl VmConfig {
         self.sharing.validate()?;
         let mut ids = BTreeSet::new();
         let mut root: Option<&str> = None;
-        for drive in &self.drives {
-            drive.validate()?;
-            if !ids.insert(drive.drive_id.as_str()) {
-                return Err(ConfigError::DuplicateDrive(drive.drive_id.clone()));
+        for device in self.devices() {
+            device.validate(&self.machine_config)?;
+            let (field, id) = (device.field(), device.id().unwrap_or_default());
+            if !ids.insert((field, id)) {
+                return Err(ConfigError::DuplicateId {
+                    field,
+                    id: id.to_owned(),
+                });
             }
-            if drive.is_root_device
-                && let Some(first) = root.replace(&drive.drive_id)
+            if device.is_root()
+                && let Some(first) = root.replace(id)
             {
                 return Err(ConfigError::SecondRoot {
-                    drive: drive.drive_id.clone(),
+                    field,
+                    id: id.to_owned(),
                     first: first.to_owned(),
                 });
             }
-        }
-        let mut ids = BTreeSet::new();
-        for pmem in &self.pmem {
-            pmem.validate()?;
-            if !ids.insert(pmem.id.as_str()) {
-                return Err(ConfigError::DuplicatePmem(pmem.id.clone()));
-            }
-            if pmem.root_device
-                && let Some(first) = root.replace(&pmem.id)
-            {
-                return Err(ConfigError::SecondPmemRoot {
-                    pmem: pmem.id.clone(),
-                    first: first.to_owned(),
-                });
-            }
-        }
-        if self
-            .entropy
-            .is_some_and(|entropy| entropy.rate_limiter.is_some())
-        {
-            return Err(ConfigError::Unsupported {
-                field: "entropy.rate_limiter",
-            });
-        }
-        let memory = self.machine_config.mem_size_mib;
-        if let Some(balloon) = self.balloon
-            && balloon.amount_mib > memory
-        {
-            return Err(ConfigError::invalid(
-                "balloon.amount_mib",
-                &balloon.amount_mib,
-                format!("{memory}, which the guest has, or less"),
-            ));
-        }
-        if let Some(vsock) = &self.vsock {
-            vsock.validate()?;
         }
         if let Some(mmds) = &self.mmds_config {
             mmds.validate()?;
@@ -210,19 +211,14 @@ impl VmConfig {
         if let Some(metrics) = &self.metrics {
             metrics.validate()?;
         }
-        let devices = self.drives.len()
-            + self.pmem.len()
-            + usize::from(self.entropy.is_some())
-            + usize::from(self.balloon.is_some())
-            + usize::from(self.vsock.is_some());
+        let devices = self.devices().count();
         if devices > limits::MAX_VIRTIO_DEVICES {
             return Err(ConfigError::TooManyDevices { found: devices });
         }
         Ok(())
     }
 
-    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and that a vsock device has a
-    /// socket.
+    /// Checks that the kernel, the initrd and the files of every device can be opened as they are going to be.
     ///
     /// # Errors
     /// `File` and `NotAFile`, `Invalid`.
@@ -230,59 +226,40 @@ impl VmConfig {
         if let Some(boot_source) = &self.boot_source {
             boot_source.check_files()?;
         }
-        if let Some(vsock) = &self.vsock {
-            vsock.check_path()?;
-        }
-        self.check_disks()
+        self.check_devices()
     }
 
-    /// Checks that every drive and pmem device can be opened as they are going to be.
+    /// Checks that what each device opens of the host's files can be opened.
     ///
     /// # Errors
-    /// `File` and `NotAFile`.
-    pub fn check_disks(&self) -> Result<(), ConfigError> {
-        self.drives.iter().try_for_each(DriveConfig::check_file)?;
-        self.pmem.iter().try_for_each(PmemConfig::check_file)
+    /// `File` and `NotAFile`, `Invalid`.
+    pub fn check_devices(&self) -> Result<(), ConfigError> {
+        self.devices().try_for_each(DeviceConfig::check_files)
     }
 
     /// What of it makes a guest, if anything is set: all but the log, the metrics and the serial console.
     pub fn of_a_guest(&self) -> Option<&'static str> {
         let is_set = [
             (self.boot_source.is_some(), "boot-source"),
-            (!self.drives.is_empty(), "drives"),
-            (!self.pmem.is_empty(), "pmem"),
             (
                 self.machine_config != MachineConfig::default(),
                 "machine-config",
             ),
             (self.sharing != SharingConfig::default(), "sharing"),
-            (self.entropy.is_some(), "entropy"),
-            (self.balloon.is_some(), "balloon"),
-            (self.vsock.is_some(), "vsock"),
             (self.mmds_config.is_some(), "mmds-config"),
         ];
-        is_set
+        let set = is_set
             .iter()
-            .find_map(|(is_set, field)| is_set.then_some(*field))
+            .find_map(|(is_set, field)| is_set.then_some(*field));
+        set.or_else(|| self.devices().next().map(DeviceConfig::field))
     }
 
-    /// Makes the paths of disks, and of the vsock device's socket, mean the same in any folder.
+    /// Makes the paths of devices mean the same in any folder.
     ///
     /// # Errors
     /// `Read`, where this process has no folder any more.
     pub fn make_paths_absolute(&mut self) -> Result<(), ConfigError> {
-        let drives = self.drives.iter_mut();
-        let drives = drives.flat_map(|drive| {
-            std::iter::once(&mut drive.path_on_host).chain(drive.parents.as_mut())
-        });
-        let pmem = self.pmem.iter_mut();
-        let pmem = pmem
-            .flat_map(|pmem| std::iter::once(&mut pmem.path_on_host).chain(pmem.parents.as_mut()));
-        let vsock = self
-            .vsock
-            .as_mut()
-            .and_then(|vsock| vsock.uds_path.as_mut());
-        for path in drives.chain(pmem).chain(vsock) {
+        for path in self.devices_mut().flat_map(DeviceConfig::paths_mut) {
             *path = std::path::absolute(&*path).map_err(|source| ConfigError::Read {
                 path: path.clone(),
                 source,
@@ -291,32 +268,12 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Adds a drive, or replaces the one with the same `drive_id` in its place.
-    pub fn set_drive(&mut self, drive: DriveConfig) {
-        match self
-            .drives
-            .iter_mut()
-            .find(|other| other.drive_id == drive.drive_id)
-        {
-            Some(other) => *other = drive,
-            None => self.drives.push(drive),
-        }
-    }
-
     /// The file of a drive, or of the pmem device where no drive has the id.
     pub fn disk_mut(&mut self, id: &str) -> Option<&mut PathBuf> {
         let drive = self.drives.iter_mut().find(|drive| drive.drive_id == id);
         let pmem = self.pmem.iter_mut().find(|pmem| pmem.id == id);
         let drive = drive.map(|drive| &mut drive.path_on_host);
         drive.or(pmem.map(|pmem| &mut pmem.path_on_host))
-    }
-
-    /// Adds a pmem device, or replaces the one with the same `id` in its place.
-    pub fn set_pmem(&mut self, pmem: PmemConfig) {
-        match self.pmem.iter_mut().find(|other| other.id == pmem.id) {
-            Some(other) => *other = pmem,
-            None => self.pmem.push(pmem),
-        }
     }
 }
 

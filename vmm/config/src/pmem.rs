@@ -6,7 +6,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::error::{check_file, check_id, check_path};
-use super::{ConfigError, DriveFormat};
+use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig};
 
 /// Firecracker's pmem device, and what Coppice knows beyond it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -84,12 +84,22 @@ impl PmemConfig {
             None => PmemMode::Rw,
         }
     }
+}
 
-    /// Checks the fields, but no file.
-    ///
-    /// # Errors
-    /// `Unsupported`, `Invalid`.
-    pub fn validate(&self) -> Result<(), ConfigError> {
+impl DeviceConfig for PmemConfig {
+    fn field(&self) -> &'static str {
+        "pmem"
+    }
+
+    fn id(&self) -> Option<&str> {
+        Some(&self.id)
+    }
+
+    fn is_root(&self) -> bool {
+        self.root_device
+    }
+
+    fn validate(&self, _: &MachineConfig) -> Result<(), ConfigError> {
         check_id("pmem.id", &self.id)?;
         check_path("pmem.path_on_host", &self.path_on_host)?;
         if let Some(parents) = &self.parents {
@@ -110,12 +120,21 @@ impl PmemConfig {
         Ok(())
     }
 
-    /// Checks that the file can be opened as the device will open it.
-    ///
-    /// # Errors
-    /// `File`, `NotAFile`.
-    pub fn check_file(&self) -> Result<(), ConfigError> {
+    fn check_files(&self) -> Result<(), ConfigError> {
         check_file("pmem.path_on_host", &self.path_on_host, self.mode().keeps())
+    }
+
+    fn host_files(&self) -> Vec<HostFile<'_>> {
+        vec![HostFile::Disk {
+            path: &self.path_on_host,
+            format: self.format,
+            is_written: self.mode().keeps(),
+        }]
+    }
+
+    fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
+        let own = std::iter::once(&mut self.path_on_host);
+        own.chain(self.parents.as_mut()).collect()
     }
 }
 
@@ -123,8 +142,8 @@ impl PmemConfig {
 mod tests {
     use serde_json::json;
 
-    use super::super::VmConfig;
     use super::*;
+    use crate::VmConfig;
 
     fn parse(value: serde_json::Value) -> Result<VmConfig, String> {
         let config: VmConfig = serde_json::from_value(value).map_err(|error| error.to_string())?;
@@ -182,11 +201,11 @@ mod tests {
             ),
             (
                 json!({"pmem": [root("a"), root("b")]}),
-                "b is root_device, but a",
+                "pmem: b is to be the root device, but a is the root",
             ),
             (
                 json!({"pmem": [root("b")], "drives": [drive("a".into(), true)]}),
-                "b is root_device, but a",
+                "pmem: b is to be the root device, but a is the root",
             ),
         ] {
             let error = parse(config.clone()).expect_err(&config.to_string());

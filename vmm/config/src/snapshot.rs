@@ -34,16 +34,18 @@ pub enum SnapshotType {
 }
 
 /// The body of `PUT /snapshot/load`: Firecracker's, and what Coppice knows beyond it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadSnapshot {
     /// The state file.
+    #[schema(value_type = String)]
     pub snapshot_path: PathBuf,
     /// The memory file; the one that the state names where absent.
     #[serde(default)]
     pub mem_backend: Option<MemoryBackend>,
     /// The older name of a file as `mem_backend`.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub mem_file_path: Option<PathBuf>,
     /// Lets the guest run at once.
     #[serde(default)]
@@ -80,11 +82,12 @@ impl LoadSnapshot {
 }
 
 /// What of a vsock device is another than it was.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
     /// The socket; the one that the guest had where absent.
     #[serde(default)]
+    #[schema(value_type = Option<String>)]
     pub uds_path: Option<PathBuf>,
     /// The guest's context identifier, which it asks for again when it is loaded; the one that it had where absent. Not in Firecracker.
     #[serde(default)]
@@ -96,17 +99,18 @@ const fn yes() -> bool {
 }
 
 /// Where guest memory comes from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryBackend {
     /// The file, or the socket.
+    #[schema(value_type = String)]
     pub backend_path: PathBuf,
     /// What it is.
     pub backend_type: MemoryBackendType,
 }
 
 /// Kinds of [`MemoryBackend`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum MemoryBackendType {
     /// A memory file, which is mapped.
     File,
@@ -115,12 +119,13 @@ pub enum MemoryBackendType {
 }
 
 /// Another disk for a drive of a snapshot, or for a pmem device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
     /// Of the drive; of the pmem device, where no drive has it.
     pub drive_id: String,
     /// The disk.
+    #[schema(value_type = String)]
     pub path_on_host: PathBuf,
     /// The disk is made now, as a child of the one that the drive had, which nobody may write to any more: so that a snapshot can be loaded many
     /// times. Without, it is that disk, in another place.

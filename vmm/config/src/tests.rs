@@ -195,10 +195,16 @@ fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_no_network() {
 #[test]
 fn drives_have_names_of_their_own_one_root_and_an_interrupt_line_each() {
     let error = parse(json!({"drives": [drive("a"), drive("a")]})).unwrap_err();
-    assert!(error.contains("drive_id a"), "{error}");
+    assert!(
+        error.contains("drives: two devices have the id a"),
+        "{error}"
+    );
     let root = |id: &str| json!({"drive_id": id, "path_on_host": "/disk", "is_root_device": true});
     let error = parse(json!({"drives": [root("a"), drive("b"), root("c")]})).unwrap_err();
-    assert!(error.contains("c is_root_device, but a is"), "{error}");
+    assert!(
+        error.contains("drives: c is to be the root device, but a is the root already"),
+        "{error}"
+    );
     let many = |count: usize| {
         (0..count)
             .map(|n| drive(&format!("d{n}")))

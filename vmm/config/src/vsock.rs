@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::ConfigError;
 use super::error::check_path;
+use super::{ConfigError, DeviceConfig, HostFile, MachineConfig};
 
 /// The guest's context identifier where none is given: the first that is not reserved (VIRTIO 1.2, 5.10.4).
 pub const FIRST_CID: u32 = 3;
@@ -54,20 +54,8 @@ impl VsockConfig {
         self.uds_path.as_deref().unwrap_or(Path::new(""))
     }
 
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        let cid = self.cid();
-        if cid < FIRST_CID || cid == ANY {
-            let expected = "3 to 4294967294: the others are reserved";
-            return Err(ConfigError::invalid("vsock.guest_cid", &cid, expected));
-        }
-        self.uds_path.as_ref().map_or(Ok(()), |_| self.check_path())
-    }
-
     /// Checks that there is a path for the socket, which only the daemon finds by itself.
-    ///
-    /// # Errors
-    /// `Invalid`.
-    pub fn check_path(&self) -> Result<(), ConfigError> {
+    fn check_path(&self) -> Result<(), ConfigError> {
         let path = self.path();
         check_path("vsock.uds_path", path)?;
         if path.as_os_str().len() > LONGEST_PATH {
@@ -78,6 +66,33 @@ impl VsockConfig {
             ));
         }
         Ok(())
+    }
+}
+
+impl DeviceConfig for VsockConfig {
+    fn field(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn validate(&self, _: &MachineConfig) -> Result<(), ConfigError> {
+        let cid = self.cid();
+        if cid < FIRST_CID || cid == ANY {
+            let expected = "3 to 4294967294: the others are reserved";
+            return Err(ConfigError::invalid("vsock.guest_cid", &cid, expected));
+        }
+        self.uds_path.as_ref().map_or(Ok(()), |_| self.check_path())
+    }
+
+    fn check_files(&self) -> Result<(), ConfigError> {
+        self.check_path()
+    }
+
+    fn host_files(&self) -> Vec<HostFile<'_>> {
+        vec![HostFile::PortSockets(self.path())]
+    }
+
+    fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
+        self.uds_path.iter_mut().collect()
     }
 }
 

@@ -13,7 +13,7 @@ use super::error::JailError;
 use super::landlock;
 use super::need::{Access, Need};
 use super::options::JailConfig;
-use config::{DriveFormat, VmConfig};
+use config::{DeviceConfig, DriveFormat, HostFile, VmConfig};
 use host::output::open_output;
 use kvm::boot;
 
@@ -52,6 +52,25 @@ impl Needs {
                 access,
                 vital,
             });
+        }
+    }
+
+    /// Adds what a device uses.
+    fn add_host_file(&mut self, file: HostFile<'_>) {
+        match file {
+            HostFile::Disk {
+                path,
+                format,
+                is_written,
+            } => {
+                let access = if is_written {
+                    Access::Write
+                } else {
+                    Access::Read
+                };
+                self.add_disk(path, format, access);
+            }
+            HostFile::PortSockets(path) => self.add_ports(path),
         }
     }
 
@@ -135,21 +154,8 @@ pub(super) fn of(
         }
     }
     add_cache(&mut needs, config, jail);
-    for drive in &config.drives {
-        let access = if drive.is_read_only {
-            Access::Read
-        } else {
-            Access::Write
-        };
-        needs.add_disk(&drive.path_on_host, drive.format, access);
-    }
-    for pmem in &config.pmem {
-        let access = if pmem.mode().keeps() {
-            Access::Write
-        } else {
-            Access::Read
-        };
-        needs.add_disk(&pmem.path_on_host, pmem.format, access);
+    for file in config.devices().flat_map(DeviceConfig::host_files) {
+        needs.add_host_file(file);
     }
     if let Some(path) = config
         .serial
@@ -166,9 +172,6 @@ pub(super) fn of(
     for socket in sockets {
         give(socket, jail)?;
         add_folder_of_socket(&mut needs, socket, jail);
-    }
-    if let Some(vsock) = &config.vsock {
-        needs.add_ports(vsock.path());
     }
     for path in &jail.allow {
         let kind = path.metadata().map_err(failed(path))?.file_type();

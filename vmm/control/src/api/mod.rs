@@ -12,6 +12,9 @@ mod client;
 mod connection;
 mod connections;
 mod context;
+mod description;
+mod handler;
+mod operation;
 mod operations;
 mod polled;
 mod response;
@@ -34,6 +37,9 @@ use context::Context;
 
 pub use client::{ClientError, get};
 pub use context::Launch;
+pub use description::{Answer, RequestBody, Schema};
+pub use operation::{DiskEffect, GuestOperation, LifeEffect, RequestMethod, Reservation};
+pub use operations::{GUEST_OPERATIONS, find_operation};
 pub use response::parse_object;
 
 /// What a client of the host daemon asks to upgrade to (`Upgrade:`), for its connection to become the line of a guest's

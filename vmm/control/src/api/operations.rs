@@ -1,286 +1,448 @@
-//! What carries out each operation of [`config::operations`].
+//! The operations of a guest's REST API, in one table: the guest's process dispatches by it, the daemon passes requests on by it and records what is
+//! kept, and the `OpenAPI` document is made of it.
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use std::marker::PhantomData;
 
 use super::context::Context;
-use super::response::{Content, Fault, parse, to_json};
-use crate::control::{Control, ControlError};
+use super::handler::{
+    AddsDevice, Answers, AnswersFields, AnswersMetrics, Handler, MayTake, Takes, TakesFields,
+};
+use super::operation::{DiskEffect, GuestOperation, LifeEffect, RequestMethod, Reservation};
+use super::response::Fault;
 use config::bodies::{
     Action, ActionType, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobEnd,
-    JobUpdate, Version, VmState, VmUpdate,
+    JobUpdate, MachineUpdate, Metadata, Version, VmState, VmUpdate,
 };
-use config::operations::OperationKind as Kind;
-use config::{CreateSnapshot, LoadSnapshot};
-use config::{DriveConfig, DriveUpdate, HintingStart, PmemConfig, VmConfig};
+use config::{
+    BalloonConfig, DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, PmemConfig, VmConfig,
+    VsockConfig,
+};
 
-/// Carries out a request: of what, in the path, and with which body.
-type Handler = fn(&Context, &str, &[u8]) -> Result<Content, Fault>;
-
-/// Changes something by a body. It is read before the guest is locked.
-fn change<T: DeserializeOwned>(
-    context: &Context,
-    body: &[u8],
-    change: impl FnOnce(&mut Control, T) -> Result<(), ControlError>,
-) -> Result<Content, Fault> {
-    let asked = parse(body)?;
-    change(&mut context.control(), asked)?;
-    Ok(Content::Empty)
+const fn get(
+    path: &'static str,
+    summary: &'static str,
+    handler: &'static dyn Handler,
+) -> GuestOperation {
+    GuestOperation::new(RequestMethod::Get, path, summary, handler)
 }
 
-/// As [`change`], of something whose name is in the path and in the body.
-fn change_named<T: DeserializeOwned>(
-    context: &Context,
-    (id, body): (&str, &[u8]),
-    name: impl FnOnce(&T) -> &str,
-    change: impl FnOnce(&mut Control, T) -> Result<(), ControlError>,
-) -> Result<Content, Fault> {
-    let asked: T = parse(body)?;
-    if name(&asked) != id {
+const fn put(
+    path: &'static str,
+    summary: &'static str,
+    handler: &'static dyn Handler,
+) -> GuestOperation {
+    GuestOperation::new(RequestMethod::Put, path, summary, handler)
+}
+
+const fn patch(
+    path: &'static str,
+    summary: &'static str,
+    handler: &'static dyn Handler,
+) -> GuestOperation {
+    GuestOperation::new(RequestMethod::Patch, path, summary, handler)
+}
+
+fn act(context: &Context, action: ActionType) -> Result<(), Fault> {
+    let mut control = context.control();
+    match action {
+        ActionType::InstanceStart => {
+            control.start(|config, origin| (context.launch)(config, origin))?;
+        }
+        ActionType::SendCtrlAltDel => control.send_ctrl_alt_del()?,
+        ActionType::FlushMetrics => control.flush_metrics()?,
+    }
+    Ok(())
+}
+
+fn set_state(context: &Context, state: VmState) -> Result<(), Fault> {
+    let mut control = context.control();
+    match state {
+        VmState::Paused => control.pause()?,
+        VmState::Resumed => control.resume()?,
+    }
+    Ok(())
+}
+
+fn load(context: &Context, request: &LoadSnapshot) -> Result<(), Fault> {
+    let launch = |config: &VmConfig, origin| (context.launch)(config, origin);
+    Ok(context.control().load_snapshot(request, launch)?)
+}
+
+fn update_drive(context: &Context, name: &str, update: &DriveUpdate) -> Result<(), Fault> {
+    if update.drive_id != name {
         return Err(Fault::OtherId);
     }
-    change(&mut context.control(), asked)?;
-    Ok(Content::Empty)
+    Ok(context.control().update_drive(update)?)
 }
 
-/// Answers what `ask` says, or refuses as it does.
-fn ask<T: Serialize>(
-    context: &Context,
-    ask: impl FnOnce(&mut Control) -> Result<T, ControlError>,
-) -> Result<Content, Fault> {
-    to_json(ask(&mut context.control())?)
-}
-
-fn act(context: &Context, Action { action_type }: Action) -> Result<(), ControlError> {
-    let mut control = context.control();
-    match action_type {
-        ActionType::InstanceStart => {
-            control.start(|config, origin| (context.launch)(config, origin))
-        }
-        ActionType::SendCtrlAltDel => control.send_ctrl_alt_del(),
-        ActionType::FlushMetrics => control.flush_metrics(),
-    }
-}
-
-/// Carries out what is asked of a guest.
-pub(super) fn carry_out(
-    kind: Kind,
-    context: &Context,
-    id: &str,
-    body: &[u8],
-) -> Result<Content, Fault> {
-    let handler = HANDLERS.iter().find(|(handled, _)| *handled == kind);
-    // A test holds that each operation has one.
-    let (_, handler) = handler.ok_or(Fault::NoHandler(kind))?;
-    handler(context, id, body)
-}
-
-static HANDLERS: [(Kind, Handler); 45] = [
-    (Kind::InstanceInfo, |context, _, _| {
-        to_json(context.control().instance_info())
-    }),
-    (Kind::Version, |_, _, _| {
-        let firecracker_version = env!("CARGO_PKG_VERSION");
-        to_json(Version {
-            firecracker_version,
-        })
-    }),
-    (Kind::Config, |context, _, _| {
-        to_json(context.control().config())
-    }),
-    (Kind::Sharing, |context, _, _| {
-        ask(context, Control::sharing)
-    }),
-    (Kind::SharedPage, |context, address, _| {
-        let address = address.parse()?;
-        ask(context, |control| control.page(address))
-    }),
-    (Kind::PagesOfFile, |context, page, _| {
-        let page = page.parse()?;
-        ask(context, |control| control.pages_of(page))
-    }),
-    (Kind::Jail, |context, _, _| {
-        to_json(context.control().jail())
-    }),
-    (Kind::UpdateState, |context, _, body| {
-        change(context, body, |control, VmUpdate { state }| match state {
-            VmState::Paused => control.pause(),
-            VmState::Resumed => control.resume(),
-        })
-    }),
-    (Kind::Act, |context, _, body| {
-        act(context, parse(body)?)?;
-        Ok(Content::Empty)
-    }),
-    (Kind::MachineConfig, |context, _, _| {
-        to_json(&context.control().config().machine_config)
-    }),
-    (Kind::SetMachineConfig, |context, _, body| {
-        change(context, body, Control::set_machine_config)
-    }),
-    (Kind::UpdateMachineConfig, |context, _, body| {
-        change(context, body, |control, update| {
-            control.update_machine_config(&update)
-        })
-    }),
-    (Kind::SetBootSource, |context, _, body| {
-        change(context, body, Control::set_boot_source)
-    }),
-    (Kind::SetDrive, |context, id, body| {
-        change_named(
-            context,
-            (id, body),
-            |drive: &DriveConfig| &drive.drive_id,
-            Control::set_drive,
-        )
-    }),
-    (Kind::UpdateDrive, |context, id, body| {
-        change_named(
-            context,
-            (id, body),
-            |update: &DriveUpdate| &update.drive_id,
-            |control, update| control.update_drive(&update),
-        )
-    }),
-    (Kind::SnapshotDrive, |context, id, body| {
-        change(context, body, |control, DriveSnapshot { path_on_host }| {
-            control.snapshot_drive(id, &path_on_host)
-        })
-    }),
-    (Kind::SnapshotPmem, |context, id, body| {
-        change(context, body, |control, DriveSnapshot { path_on_host }| {
-            control.snapshot_pmem(id, &path_on_host)
-        })
-    }),
-    (Kind::DriveParent, |context, id, _| {
-        ask(context, |control| control.drive_parent(id))
-    }),
-    (Kind::ResizeDrive, |context, id, body| {
-        change(context, body, |control, DriveResize { size }| {
-            control.resize_drive(id, size)
-        })
-    }),
-    (Kind::CompactDrive, |context, id, body| {
-        change(context, body, |control, DriveCompact { find_zeros }| {
-            control.compact_drive(id, find_zeros)
-        })
-    }),
-    (Kind::CommitDrive, |context, id, body| {
-        change(context, body, |control, DriveCommit {}| {
-            control.commit_drive(id)
-        })
-    }),
-    (Kind::DriveJob, |context, id, _| {
-        ask(context, |control| control.job(id))
-    }),
-    (Kind::UpdateDriveJob, |context, id, body| {
-        change(context, body, |control, JobUpdate { state }| match state {
-            JobEnd::Cancelled => control.cancel_job(id),
-        })
-    }),
-    (Kind::SetPmem, |context, id, body| {
-        change_named(
-            context,
-            (id, body),
-            |pmem: &PmemConfig| &pmem.id,
-            Control::set_pmem,
-        )
-    }),
-    (Kind::SetEntropy, |context, _, body| {
-        change(context, body, Control::set_entropy)
-    }),
-    (Kind::SetVsock, |context, _, body| {
-        change(context, body, Control::set_vsock)
-    }),
-    (Kind::Metadata, |context, _, _| {
-        to_json(context.control().mmds().get())
-    }),
-    (Kind::SetMetadata, |context, _, body| {
-        change(context, body, Control::set_metadata)
-    }),
-    (Kind::UpdateMetadata, |context, _, body| {
-        change(context, body, Control::update_metadata)
-    }),
-    (Kind::SetMmdsConfig, |context, _, body| {
-        change(context, body, Control::set_mmds_config)
-    }),
-    (Kind::SetSharing, |context, _, body| {
-        change(context, body, Control::set_sharing)
-    }),
-    (Kind::SetSerial, |context, _, body| {
-        change(context, body, Control::set_serial)
-    }),
-    (Kind::SetLogger, |context, _, body| {
-        change(context, body, |control, logger| control.set_logger(&logger))
-    }),
-    (Kind::Metrics, |context, _, _| {
-        let scrape = context.control().scrape();
-        Ok(Content::Metrics(scrape.encode()?))
-    }),
-    (Kind::SetMetrics, |context, _, body| {
-        change(context, body, |control, metrics| {
-            control.set_metrics(&metrics)
-        })
-    }),
-    (Kind::Balloon, |context, _, _| {
-        ask(context, |control| control.balloon())
-    }),
-    (Kind::SetBalloon, |context, _, body| {
-        change(context, body, Control::set_balloon)
-    }),
-    (Kind::UpdateBalloon, |context, _, body| {
-        change(context, body, Control::update_balloon)
-    }),
-    (Kind::BalloonStatistics, |context, _, _| {
-        ask(context, Control::balloon_statistics)
-    }),
-    (Kind::UpdateBalloonStatistics, |context, _, body| {
-        change(context, body, Control::update_balloon_statistics)
-    }),
-    (Kind::HintingStatus, |context, _, _| {
-        ask(context, Control::hinting)
-    }),
-    (Kind::StartHinting, |context, _, body| {
-        let start = match body {
-            [] => HintingStart::default(),
-            body => parse(body)?,
-        };
-        context.control().start_hinting(start)?;
-        Ok(Content::Empty)
-    }),
-    (Kind::StopHinting, |context, _, body| {
-        if !body.is_empty() {
-            let HintingStop {} = parse(body)?;
-        }
-        context.control().stop_hinting()?;
-        Ok(Content::Empty)
-    }),
-    (Kind::CreateSnapshot, |context, _, body| {
-        change(context, body, |control, request: CreateSnapshot| {
-            control.create_snapshot(&request)
-        })
-    }),
-    (Kind::LoadSnapshot, |context, _, body| {
-        change(context, body, |control, request: LoadSnapshot| {
-            control.load_snapshot(&request, |config: &VmConfig, origin| {
-                (context.launch)(config, origin)
+/// All operations. No path of one is that of another with the same method.
+pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
+    get(
+        "/",
+        "The guest's state.",
+        &Answers(|context, _| Ok(context.control().instance_info())),
+    ),
+    get(
+        "/version",
+        "The version of its VMM.",
+        &Answers(|_, _| {
+            let firecracker_version = env!("CARGO_PKG_VERSION");
+            Ok(Version {
+                firecracker_version,
             })
-        })
-    }),
+        }),
+    ),
+    get(
+        "/vm/config",
+        "All that is configured.",
+        &Answers(|context, _| Ok(context.control().config().clone())),
+    ),
+    get(
+        "/vm/sharing",
+        "What of its memory is shared.",
+        &Answers(|context, _| Ok(context.control().sharing()?)),
+    ),
+    get(
+        "/vm/sharing/pages/{address}",
+        "What backs the page of a guest physical address, in decimal or, behind 0x, in \
+         hexadecimal.",
+        &Answers(|context, address| Ok(context.control().page(address.parse()?)?)),
+    ),
+    get(
+        "/vm/sharing/files/{page}",
+        "The guest's pages that a page of a file backs, or may come to back: \
+         DEVICE-INODE-OFFSET, in decimal.",
+        &Answers(|context, page| Ok(context.control().pages_of(page.parse()?)?)),
+    ),
+    get(
+        "/vm/jail",
+        "The layers of its jail, and those that are missing.",
+        &Answers(|context, _| Ok(context.control().jail().clone())),
+    ),
+    patch(
+        "/vm",
+        "Has its vCPUs stand still, or go on.",
+        &Takes(|context, _, VmUpdate { state }| set_state(context, state)),
+    )
+    .life(LifeEffect::ChangesState),
+    put(
+        "/actions",
+        "Has it start, or write its counters, or presses Ctrl-Alt-Del. A guest that waited \
+         starts in a new process, with all that was configured.",
+        &Takes(|context, _, Action { action_type }| act(context, action_type)),
+    )
+    .life(LifeEffect::CanStart),
+    get(
+        "/machine-config",
+        "Memory and vCPUs.",
+        &Answers(|context, _| Ok(context.control().config().machine_config.clone())),
+    ),
+    put(
+        "/machine-config",
+        "Sets memory and vCPUs, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_machine_config(body)?)),
+    )
+    .kept()
+    .reserves(Reservation::Memory),
+    patch(
+        "/machine-config",
+        "Changes memory or vCPUs, before the start.",
+        &TakesFields::<MachineUpdate>(
+            |context, update| Ok(context.control().update_machine_config(&update)?),
+            PhantomData,
+        ),
+    )
+    .kept()
+    .reserves(Reservation::Memory),
+    put(
+        "/boot-source",
+        "Sets the kernel, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_boot_source(body)?)),
+    )
+    .kept(),
+    put(
+        "/drives/{drive}",
+        "Adds or replaces a drive, before the start.",
+        &AddsDevice::<DriveConfig>(PhantomData),
+    )
+    .kept()
+    .disk(DiskEffect::Changes),
+    patch(
+        "/drives/{drive}",
+        "Gives a drive another file, after the start, and whenever the guest starts again.",
+        &Takes(|context, name, update: DriveUpdate| update_drive(context, name, &update)),
+    )
+    .kept()
+    .disk(DiskEffect::Changes),
+    put(
+        "/drives/{drive}/snapshot",
+        "Has the disk of a drive go on in a new file. The old one stays as it is.",
+        &Takes(|context, name, DriveSnapshot { path_on_host }| {
+            Ok(context.control().snapshot_drive(name, &path_on_host)?)
+        }),
+    )
+    .disk(DiskEffect::DriveChild),
+    put(
+        "/pmem/{pmem}/snapshot",
+        "Has the disk of a pmem device go on in a new file. The old one stays as it is.",
+        &Takes(|context, name, DriveSnapshot { path_on_host }| {
+            Ok(context.control().snapshot_pmem(name, &path_on_host)?)
+        }),
+    )
+    .disk(DiskEffect::PmemChild),
+    get(
+        "/drives/{drive}/parent",
+        "What the disk of a drive stands on.",
+        &Answers(|context, name| Ok(context.control().drive_parent(name)?)),
+    ),
+    put(
+        "/drives/{drive}/resize",
+        "Makes the disk of a drive larger, and tells the guest.",
+        &Takes(|context, name, DriveResize { size }| {
+            Ok(context.control().resize_drive(name, size)?)
+        }),
+    )
+    .disk(DiskEffect::Changes),
+    put(
+        "/drives/{drive}/compact",
+        "Starts a job that moves the blocks of a disk down and cuts its file.",
+        &Takes(|context, name, DriveCompact { find_zeros }| {
+            Ok(context.control().compact_drive(name, find_zeros)?)
+        }),
+    )
+    .disk(DiskEffect::Changes),
+    put(
+        "/drives/{drive}/commit",
+        "Starts a job that merges a disk into its parent while the guest goes on.",
+        &Takes(|context, name, DriveCommit {}| Ok(context.control().commit_drive(name)?)),
+    )
+    .disk(DiskEffect::Merge),
+    get(
+        "/drives/{drive}/job",
+        "The last job of a drive.",
+        &Answers(|context, name| Ok(context.control().job(name)?)),
+    ),
+    put(
+        "/drives/{drive}/job",
+        "Stops the job of a drive.",
+        &Takes(|context, name, JobUpdate { state }| match state {
+            JobEnd::Cancelled => Ok(context.control().cancel_job(name)?),
+        }),
+    )
+    .disk(DiskEffect::Changes),
+    put(
+        "/pmem/{pmem}",
+        "Adds or replaces a disk as memory, before the start.",
+        &AddsDevice::<PmemConfig>(PhantomData),
+    )
+    .kept()
+    .disk(DiskEffect::Changes),
+    put(
+        "/entropy",
+        "Adds the entropy device, before the start.",
+        &AddsDevice::<EntropyConfig>(PhantomData),
+    )
+    .kept(),
+    put(
+        "/vsock",
+        "Adds the socket device, before the start. What is left out is the guest's own: a \
+         socket in its folder, and an identifier that no other guest has.",
+        &AddsDevice::<VsockConfig>(PhantomData),
+    )
+    .kept()
+    .reserves(Reservation::Cid),
+    get(
+        "/mmds",
+        "What the guest is told of itself.",
+        &AnswersFields::<Metadata>(|context| Ok(context.control().mmds().get()), PhantomData),
+    ),
+    put(
+        "/mmds",
+        "Sets what the guest is told of itself.",
+        &TakesFields::<Metadata>(
+            |context, data| Ok(context.control().set_metadata(data)?),
+            PhantomData,
+        ),
+    )
+    .kept(),
+    patch(
+        "/mmds",
+        "Changes what the guest is told of itself: a JSON merge patch (RFC 7396).",
+        &TakesFields::<Metadata>(
+            |context, data| Ok(context.control().update_metadata(data)?),
+            PhantomData,
+        ),
+    )
+    .kept(),
+    put(
+        "/mmds/config",
+        "Sets where the guest finds its metadata, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_mmds_config(body)?)),
+    )
+    .kept(),
+    put(
+        "/sharing",
+        "Sets what is shared, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_sharing(body)?)),
+    )
+    .kept(),
+    put(
+        "/serial",
+        "Sets where the serial console writes, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_serial(body)?)),
+    )
+    .kept(),
+    put(
+        "/logger",
+        "Sets where the log goes and what is in it, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_logger(&body)?)),
+    )
+    .kept(),
+    get("/metrics", "Its counters, for Prometheus.", &AnswersMetrics),
+    put(
+        "/metrics",
+        "Sets where lines of counters go, before the start.",
+        &Takes(|context, _, body| Ok(context.control().set_metrics(&body)?)),
+    )
+    .kept(),
+    get(
+        "/balloon",
+        "The balloon.",
+        &Answers(|context, _| Ok(context.control().balloon()?)),
+    ),
+    put(
+        "/balloon",
+        "Adds the balloon, before the start.",
+        &AddsDevice::<BalloonConfig>(PhantomData),
+    )
+    .kept(),
+    patch(
+        "/balloon",
+        "Changes the amount of the balloon.",
+        &Takes(|context, _, body| Ok(context.control().update_balloon(body)?)),
+    )
+    .kept(),
+    get(
+        "/balloon/statistics",
+        "What the guest says of its memory, by name.",
+        &Answers(|context, _| Ok(context.control().balloon_statistics()?)),
+    ),
+    patch(
+        "/balloon/statistics",
+        "Asks for the guest's statistics more or less often.",
+        &Takes(|context, _, body| Ok(context.control().update_balloon_statistics(body)?)),
+    )
+    .kept(),
+    get(
+        "/balloon/hinting/status",
+        "How far the guest is with telling of its free memory.",
+        &Answers(|context, _| Ok(context.control().hinting()?)),
+    ),
+    patch(
+        "/balloon/hinting/start",
+        "Has the guest tell of its free memory.",
+        &MayTake(|context, start| Ok(context.control().start_hinting(start)?)),
+    ),
+    patch(
+        "/balloon/hinting/stop",
+        "Ends the guest's telling of its free memory.",
+        &MayTake(|context, HintingStop {}| Ok(context.control().stop_hinting()?)),
+    ),
+    put(
+        "/snapshot/create",
+        "Saves the guest, which has to be paused, to files.",
+        &Takes(|context, _, body| Ok(context.control().create_snapshot(&body)?)),
+    ),
+    put(
+        "/snapshot/load",
+        "Has the guest go on from a snapshot, before the start. The daemon refuses it: its \
+         guests go on from templates, which `POST /vms` names.",
+        &Takes(|context, _, request: LoadSnapshot| load(context, &request)),
+    )
+    .life(LifeEffect::Loads),
 ];
+
+/// The operation that a request asks for, and the name in its path, empty where it has none. `None` where there is no such operation.
+pub fn find_operation<'p>(
+    method: &str,
+    path: &'p str,
+) -> Option<(&'static GuestOperation, &'p str)> {
+    GUEST_OPERATIONS
+        .iter()
+        .filter(|operation| operation.method.as_str() == method)
+        .find_map(|operation| Some((operation, operation.name_in(path)?)))
+}
 
 #[cfg(test)]
 mod tests {
-    use config::operations::GUEST_OPERATIONS;
+    use std::collections::BTreeSet;
 
     use super::*;
 
     #[test]
-    fn each_operation_has_one_handler() {
-        for operation in &GUEST_OPERATIONS {
-            let handlers = HANDLERS.iter().filter(|(kind, _)| *kind == operation.kind);
-            assert_eq!(handlers.count(), 1, "{}", operation.path);
+    fn a_path_is_found_as_a_whole_and_its_name_with_it() {
+        let found = |method: &str, path: &str| {
+            let (known, id) = find_operation(method, path)?;
+            Some((known.path, id.to_owned()))
+        };
+        let is = |path, id: &str| Some((path, id.to_owned()));
+        assert_eq!(found("GET", "/"), is("/", ""));
+        assert_eq!(found("GET", ""), is("/", ""));
+        assert_eq!(found("PUT", "/drives/a"), is("/drives/{drive}", "a"));
+        assert_eq!(
+            found("GET", "/drives/job/job/"),
+            is("/drives/{drive}/job", "job")
+        );
+        for path in ["/drives", "/drives/a/job/b", "/vm/configs", "//x", "/{id}"] {
+            assert_eq!(found("PUT", path), None, "{path}");
         }
-        assert_eq!(HANDLERS.len(), GUEST_OPERATIONS.len());
+        assert_eq!(found("DELETE", "/drives/a"), None);
+    }
+
+    #[test]
+    fn no_operation_hides_another() {
+        for known in &GUEST_OPERATIONS {
+            let (found, _) = find_operation(known.method.as_str(), known.path).unwrap();
+            assert!(std::ptr::eq(found, known), "{}", known.path);
+        }
+    }
+
+    #[test]
+    fn what_changes_nothing_has_no_effect_and_no_body() {
+        for known in GUEST_OPERATIONS.iter().filter(|known| !known.changes()) {
+            assert!(
+                !known.is_kept && known.disk == DiskEffect::None,
+                "{}",
+                known.path
+            );
+            assert!(known.body().is_none(), "{}", known.path);
+            assert_eq!(known.reservation, Reservation::None);
+        }
+    }
+
+    #[test]
+    fn a_change_has_a_body_and_all_but_two_need_it() {
+        let changes = GUEST_OPERATIONS.iter().filter(|known| known.changes());
+        let optional: BTreeSet<_> = changes
+            .filter(|known| !known.body().unwrap().is_required)
+            .map(|known| known.path)
+            .collect();
+        let expected = ["/balloon/hinting/start", "/balloon/hinting/stop"];
+        assert_eq!(optional, expected.into());
+    }
+
+    #[test]
+    fn what_configures_a_guest_is_kept_and_what_it_is_to_do_is_not() {
+        let is_kept = |place: &str| {
+            let changes = ["PUT", "PATCH"].into_iter();
+            let mut found = changes.filter_map(|method| find_operation(method, place));
+            found.any(|(operation, _)| operation.is_kept)
+        };
+        for place in ["drives/a", "balloon/statistics", "mmds", "mmds/config"] {
+            assert!(is_kept(place), "{place}");
+        }
+        for place in ["drives/a/commit", "balloon/hinting/start", "vm", "actions"] {
+            assert!(!is_kept(place), "{place}");
+        }
     }
 }

@@ -9,7 +9,6 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use config::limits::MAX_BODY;
-use config::operations::OperationKind;
 use machine::PageNameError;
 
 use crate::control::ControlError;
@@ -32,8 +31,6 @@ pub(super) enum Fault {
     Json(#[from] serde_json::Error),
     #[error("The metrics cannot be written")]
     Metrics(#[from] std::fmt::Error),
-    #[error("{0:?} has no handler: this is a defect of Coppice.")]
-    NoHandler(OperationKind),
     #[error("The ID cannot be empty.")]
     NoId,
     #[error("The id from the path does not match the id from the body!")]
@@ -54,7 +51,6 @@ impl Fault {
             | Self::NoBody(_)
             | Self::Json(_)
             | Self::Metrics(_)
-            | Self::NoHandler(_)
             | Self::NoId
             | Self::OtherId
             | Self::Page(_)

@@ -10,10 +10,10 @@ use hyper::{Method, Request, Response};
 use serde_json::json;
 
 use super::context::Context;
-use super::operations;
+use super::operation::segments_of;
+use super::operations::find_operation;
 use super::response::{Content, Fault, response};
 use config::limits::MAX_BODY;
-use config::operations::{GuestOperation, RequestBody, segments_of};
 use host::report::chain;
 
 use crate::metrics::count;
@@ -69,8 +69,9 @@ async fn read(body: Incoming) -> Result<Bytes, Fault> {
 }
 
 fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<Content, Fault> {
-    let found = GuestOperation::find(method.as_str(), path);
-    let needs_body = found.is_none_or(|(operation, _)| operation.body == RequestBody::Required);
+    let found = find_operation(method.as_str(), path);
+    let needs_body =
+        found.is_none_or(|(operation, _)| operation.body().is_some_and(|body| body.is_required));
     match *method {
         Method::GET if !body.is_empty() => return Err(Fault::NeedlessBody(method.clone())),
         Method::PUT | Method::PATCH if body.is_empty() && needs_body => {
@@ -79,7 +80,7 @@ fn route(context: &Context, method: &Method, path: &str, body: &[u8]) -> Result<
         _ => {}
     }
     if let Some((operation, id)) = found {
-        return operations::carry_out(operation.kind, context, id, body);
+        return operation.handler.run(context, id, body);
     }
     let segments: Vec<&str> = segments_of(path).collect();
     match segments[..] {

@@ -1,11 +1,11 @@
 //! The balloon of a guest.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use devices::lock;
 use devices::virtio::balloon::{BalloonState, STATISTICS, VirtioBalloon};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
 
 use super::{Control, ControlError};
 use config::{
@@ -21,7 +21,11 @@ pub struct HintingState {
     pub guest_cmd: Option<u32>,
 }
 
-fn statistics(state: &BalloonState) -> Value {
+/// What `GET /balloon/statistics` answers: the balloon's sizes, and what the guest says of its memory, by name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct BalloonStatistics(BTreeMap<String, u64>);
+
+fn statistics(state: &BalloonState) -> BalloonStatistics {
     let BalloonState {
         target_pages,
         actual_pages,
@@ -33,27 +37,17 @@ fn statistics(state: &BalloonState) -> Value {
         ("target_mib", target_pages / PAGES_PER_MIB),
         ("actual_mib", actual_pages / PAGES_PER_MIB),
     ];
-    let mut statistics: Map<String, Value> = sizes
-        .into_iter()
-        .map(|(name, size)| (name.to_owned(), json!(size)))
-        .collect();
+    let sizes = sizes.map(|(name, size)| (name.to_owned(), u64::from(size)));
+    let mut statistics = BTreeMap::from(sizes);
     for (name, value) in STATISTICS.iter().zip(values.0) {
         if let Some(value) = value {
-            statistics.insert((*name).to_owned(), json!(value));
+            statistics.insert((*name).to_owned(), value);
         }
     }
-    Value::Object(statistics)
+    BalloonStatistics(statistics)
 }
 
 impl Control {
-    /// `PUT /balloon`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_balloon(&mut self, balloon: BalloonConfig) -> Result<(), ControlError> {
-        self.change(|config| config.balloon = Some(balloon))
-    }
-
     /// `GET /balloon`.
     ///
     /// # Errors
@@ -92,7 +86,7 @@ impl Control {
     ///
     /// # Errors
     /// `BeforeStart`, `Ended`, `NoBalloon`, `Balloon` where it has none.
-    pub fn balloon_statistics(&mut self) -> Result<Value, ControlError> {
+    pub fn balloon_statistics(&mut self) -> Result<BalloonStatistics, ControlError> {
         Ok(statistics(&lock(&*self.device()?).state()?))
     }
 

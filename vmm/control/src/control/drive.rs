@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Control, ControlError, Life};
-use config::{DriveConfig, DriveUpdate};
+use config::{ConfiguredDevice, DeviceConfig, DriveUpdate};
 use jail::Layer;
 use machine::{DriveParent, DriveTask, JobStatus, MachineError};
 
@@ -26,17 +26,6 @@ impl Control {
         }
     }
 
-    /// `PUT /drives/{id}`: adds a drive, or replaces the one of that name.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_drive(&mut self, drive: DriveConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        drive.validate()?;
-        drive.check_file()?;
-        self.change(|config| config.set_drive(drive))
-    }
-
     /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
     ///
     /// # Errors
@@ -53,14 +42,14 @@ impl Control {
         let drive = update
             .clone()
             .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
-        let seen = drive.check_file();
+        let seen = drive.check_files();
         if self.jail.contains(Layer::Tree) {
             seen.map_err(ControlError::Jailed)?;
         } else {
             seen?;
         }
         self.guest()?.0.replace_drive(&drive)?;
-        self.config.set_drive(drive);
+        drive.store(&mut self.config);
         Ok(())
     }
 

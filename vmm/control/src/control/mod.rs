@@ -29,8 +29,7 @@ use crate::logging::Log;
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 use crate::mmds::Mmds;
 use config::{
-    BootSourceConfig, EntropyConfig, MachineConfig, MetricsConfig, PmemConfig, SharingConfig,
-    VmConfig, VsockConfig,
+    BootSourceConfig, ConfiguredDevice, MachineConfig, MetricsConfig, SharingConfig, VmConfig,
 };
 use config::{CreateSnapshot, LoadSnapshot};
 use host::report::chain;
@@ -38,7 +37,7 @@ use jail::JailReport;
 use machine::snapshot::Loading;
 use machine::{Address, FilePage, FilePageReport, PageReport, SharingReport};
 
-pub use balloon::HintingState;
+pub use balloon::{BalloonStatistics, HintingState};
 pub use error::ControlError;
 pub use guest::{Guest, LaunchError, Origin};
 
@@ -208,15 +207,16 @@ impl Control {
         self.change(|config| config.boot_source = Some(boot_source))
     }
 
-    /// `PUT /pmem/{id}`: adds a pmem device, or replaces the one of that name.
+    /// Adds a device, or replaces the one of the same name: `PUT /drives/{id}`, `/entropy` and the others of a
+    /// [`ConfiguredDevice`].
     ///
     /// # Errors
     /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_pmem(&mut self, pmem: PmemConfig) -> Result<(), ControlError> {
+    pub fn set_device(&mut self, device: impl ConfiguredDevice) -> Result<(), ControlError> {
         self.not_started()?;
-        pmem.validate()?;
-        pmem.check_file()?;
-        self.change(|config| config.set_pmem(pmem))
+        device.validate(&self.config.machine_config)?;
+        device.check_files()?;
+        self.change(|config| device.store(config))
     }
 
     /// `PUT /machine-config`.
@@ -235,24 +235,6 @@ impl Control {
         self.not_started()?;
         let machine = self.config.machine_config.updated(update)?;
         self.set_machine_config(machine)
-    }
-
-    /// `PUT /entropy`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_entropy(&mut self, entropy: EntropyConfig) -> Result<(), ControlError> {
-        self.change(|config| config.entropy = Some(entropy))
-    }
-
-    /// `PUT /vsock`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_vsock(&mut self, vsock: VsockConfig) -> Result<(), ControlError> {
-        self.not_started()?;
-        vsock.check_path()?;
-        self.change(|config| config.vsock = Some(vsock))
     }
 
     /// `PUT /sharing`.
@@ -402,7 +384,7 @@ impl Control {
             ..loading.config().clone()
         };
         config.validate()?;
-        config.check_disks()?;
+        config.check_devices()?;
         let mut guest = launch(&config, Origin::Snapshot(Box::new(loading)))?;
         if resume {
             guest.resume();

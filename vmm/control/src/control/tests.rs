@@ -10,8 +10,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 use crate::logging::{LogFilter, LogFormat};
 use config::{
-    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, HintingStart, LoggerConfig,
-    PmemMode, SerialConfig,
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, EntropyConfig,
+    HintingStart, LoggerConfig, PmemConfig, PmemMode, SerialConfig,
 };
 use machine::snapshot::SnapshotError;
 use machine::{
@@ -202,10 +202,10 @@ fn running(folder: &Path, calls: &Calls) -> Control {
         })
         .unwrap();
     control
-        .set_drive(DriveConfig::new("a", file(folder, "a")))
+        .set_device(DriveConfig::new("a", file(folder, "a")))
         .unwrap();
     control
-        .set_drive(DriveConfig::new("broken", file(folder, "broken")))
+        .set_device(DriveConfig::new("broken", file(folder, "broken")))
         .unwrap();
     control.start(|config, _| launch(calls, config)).unwrap();
     control
@@ -266,12 +266,12 @@ fn refuses_to_be_configured(
             kernel_image_path,
             ..BootSourceConfig::default()
         }),
-        control.set_drive(DriveConfig::new("b", file(folder, "b"))),
-        control.set_pmem(PmemConfig::new("b", file(folder, "b"), PmemMode::Ro)),
+        control.set_device(DriveConfig::new("b", file(folder, "b"))),
+        control.set_device(PmemConfig::new("b", file(folder, "b"), PmemMode::Ro)),
         control.set_machine_config(MachineConfig::default()),
         control.update_machine_config(&json!({"vcpu_count": 2})),
-        control.set_entropy(EntropyConfig::default()),
-        control.set_balloon(BalloonConfig::default()),
+        control.set_device(EntropyConfig::default()),
+        control.set_device(BalloonConfig::default()),
         control.set_serial(SerialConfig::default()),
         control.set_logger(&LoggerConfig::default()),
         control.set_metrics(&MetricsConfig {
@@ -305,23 +305,23 @@ fn what_is_refused_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let mut control = control();
     control
-        .set_drive(DriveConfig {
+        .set_device(DriveConfig {
             is_root_device: true,
             ..DriveConfig::new("a", file(folder.path(), "a"))
         })
         .unwrap();
-    control.set_entropy(EntropyConfig::default()).unwrap();
+    control.set_device(EntropyConfig::default()).unwrap();
     let before = control.config().clone();
     let second_root = DriveConfig {
         is_root_device: true,
         ..DriveConfig::new("b", file(folder.path(), "b"))
     };
-    control.set_drive(second_root).unwrap_err();
+    control.set_device(second_root).unwrap_err();
     control
-        .set_drive(DriveConfig::new("a", folder.path().join("missing")))
+        .set_device(DriveConfig::new("a", folder.path().join("missing")))
         .unwrap_err();
     control
-        .set_balloon(BalloonConfig {
+        .set_device(BalloonConfig {
             amount_mib: 129,
             ..BalloonConfig::default()
         })
@@ -464,7 +464,7 @@ fn a_balloon_is_set_up_before_the_start_and_changed_after_it() {
         free_page_hinting: true,
         ..BalloonConfig::default()
     };
-    control.set_balloon(balloon).unwrap();
+    control.set_device(balloon).unwrap();
     let update = |amount_mib| BalloonUpdate { amount_mib };
     let interval = |stats_polling_interval_s| BalloonStatisticsUpdate {
         stats_polling_interval_s,
@@ -502,7 +502,8 @@ fn a_balloon_is_set_up_before_the_start_and_changed_after_it() {
     assert_eq!(control.config().balloon, Some(expected));
     let sizes =
         json!({"target_pages": 16384, "actual_pages": 0, "target_mib": 64, "actual_mib": 0});
-    assert_eq!(control.balloon_statistics().unwrap(), sizes);
+    let statistics = control.balloon_statistics().unwrap();
+    assert_eq!(serde_json::to_value(statistics).unwrap(), sizes);
     let status = control.hinting().unwrap();
     assert_eq!((status.host_cmd, status.guest_cmd), (0, None));
     assert!(matches!(
@@ -586,7 +587,7 @@ fn a_snapshot_is_loaded_before_a_guest_is_configured_or_not_at_all() {
     let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
     assert!(matches!(error, Err(ControlError::Snapshot(_))));
     control
-        .set_drive(DriveConfig::new("a", file(folder.path(), "a")))
+        .set_device(DriveConfig::new("a", file(folder.path(), "a")))
         .unwrap();
     let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
     assert!(matches!(error, Err(ControlError::Configured("drives"))));

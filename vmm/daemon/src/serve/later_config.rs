@@ -143,14 +143,14 @@ impl Daemon {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use config::DriveConfig;
+    use config::{ConfiguredDevice, DriveConfig};
 
     #[test]
     fn an_image_keeps_its_name_until_its_place_is_taken_by_a_file() {
         let with = |root: &str, data: &str| {
             let mut config = VmConfig::default();
-            config.set_drive(DriveConfig::new("root", root));
-            config.set_drive(DriveConfig::new("data", data));
+            DriveConfig::new("root", root).store(&mut config);
+            DriveConfig::new("data", data).store(&mut config);
             config
         };
         let (named, given) = (
@@ -158,9 +158,9 @@ mod tests {
             with("/debian.vhdx", "/d"),
         );
         let mut config = with("/debian.vhdx", "/other");
-        config.set_drive(DriveConfig::new("new", "/d"));
+        DriveConfig::new("new", "/d").store(&mut config);
         let mut expected = with("image:debian", "/other");
-        expected.set_drive(DriveConfig::new("new", "/d"));
+        DriveConfig::new("new", "/d").store(&mut expected);
         assert_eq!(name_images(&mut config, given, named), ["debian"]);
         assert_eq!(config, expected);
     }

@@ -195,12 +195,12 @@ impl Template {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use config::DriveConfig;
+    use config::{ConfiguredDevice, DriveConfig};
 
     fn template() -> Template {
         let mut config = VmConfig::default();
-        config.set_drive(DriveConfig::new("root", "/d/root.vhdx"));
-        config.set_drive(DriveConfig::new("base", "/d/base.vhdx"));
+        DriveConfig::new("root", "/d/root.vhdx").store(&mut config);
+        DriveConfig::new("base", "/d/base.vhdx").store(&mut config);
         Template {
             id: "t".into(),
             vm: "a".into(),

@@ -36,13 +36,12 @@ use memshare::SharedMemory;
 use crate::disk::open_disk;
 use crate::pmem::Pmem;
 use crate::snapshot::{MemoryState, Served};
-pub use attach::VsockHost;
 use config::DriveConfig;
 pub use drive_job::{DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child};
 pub use error::{DriveError, MachineError, StartError};
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
-pub use surroundings::{OnEnd, Subscriber, Surroundings};
+pub use surroundings::{OnEnd, Subscriber, Surroundings, VsockHost};
 
 use attach::{Backing, Pc};
 use sharing::Sharing;

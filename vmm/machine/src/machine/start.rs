@@ -12,7 +12,7 @@ use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
 
 use super::Machine;
-use super::attach::{Attached, Builder, Pc, SerialEnds, map_pmem};
+use super::attach::{Attached, Builder, Pc, SerialEnds, attach_configured, map_pmem};
 use super::cmdline::{self, Lean, Wanted};
 use super::error::{StartError, host};
 use super::faults::Faults;
@@ -67,7 +67,7 @@ impl Assembled {
             drained: serial_drained,
         };
         let pc = builder.add_pc(serial, &power_sink(on_end))?;
-        builder.add_configured(config)?;
+        attach_configured(&mut builder, config)?;
         let attached = builder.attached;
         Ok(Self {
             plan,

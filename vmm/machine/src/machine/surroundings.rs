@@ -4,18 +4,28 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use devices::virtio::vsock::Service;
 use event_manager::MutEventSubscriber;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attach::VsockHost;
 use crate::reference::Warmer;
 use host::exit::GuestEnd;
+use host::socket::ApiSocket;
 
 /// Told how the guest ended.
 pub type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
 /// What the event loop serves.
 pub type Subscriber = Arc<Mutex<dyn MutEventSubscriber + Send>>;
+
+/// What a vsock device finds on the host.
+#[derive(Default)]
+pub struct VsockHost {
+    /// Its socket, where it was bound before.
+    pub socket: Option<ApiSocket>,
+    /// What answers at the port of `mmds-config`; nothing does where absent.
+    pub metadata: Option<Arc<dyn Service>>,
+}
 
 /// What a machine is given by the program that runs it.
 pub struct Surroundings {

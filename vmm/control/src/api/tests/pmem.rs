@@ -59,7 +59,11 @@ fn a_pmem_device_that_cannot_be_is_a_fault_and_changes_nothing() {
         ("/pmem/a", with("colour", json!("red")), "colour"),
         ("/pmem/a", with("mode", json!("wo")), "wo"),
         ("/pmem/a", with("rate_limiter", json!({})), "rate_limiter"),
-        ("/pmem/a", with("root_device", json!(true)), "a is the root"),
+        (
+            "/pmem/a",
+            with("root_device", json!(true)),
+            "pmem: a is to be the root device, but a is the root",
+        ),
         ("/pmem/a", json!({"id": "a"}), "path_on_host"),
     ] {
         let (status, fault) = bench.put(path, &body);

@@ -22,7 +22,7 @@ use crate::serve::task::detached;
 use crate::serve::template_creation::expect_own_name;
 use crate::serve::vm::Vm;
 use config::MachineConfig;
-use config::operations::{DiskEffect, GuestOperation, OperationKind, Reservation};
+use control::api::{DiskEffect, GuestOperation, LifeEffect, Reservation, find_operation};
 
 /// The RAM and vCPUs that a guest would have after a request to its own API.
 fn sizes(vm: &Vm, body: &[u8]) -> (u32, u8) {
@@ -70,14 +70,14 @@ async fn pass_on(
 ) -> Handled<Response> {
     let place = path.split('?').next().unwrap_or_default();
     // What is no operation changes nothing: the guest's process refuses it.
-    let operation = GuestOperation::find(method.as_str(), place);
-    let is = |kind| operation.is_some_and(|(operation, _)| operation.kind == kind);
-    if is(OperationKind::LoadSnapshot) {
+    let operation = find_operation(method.as_str(), place);
+    let life = operation.map_or(LifeEffect::None, |(operation, _)| operation.life);
+    if life == LifeEffect::Loads {
         return Err(Fault::LoadsTemplates);
     }
     let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
     let word = |field| asked.get(field).and_then(Value::as_str);
-    let is_start = is(OperationKind::Act)
+    let is_start = life == LifeEffect::CanStart
         && word("action_type") == Some("InstanceStart")
         && matches!(vm.state(), State::NotStarted | State::Starting);
     if is_start && daemon.start_if_waiting(&vm).await? {
@@ -145,7 +145,7 @@ async fn pass_on(
         Some("Resumed") => Some(State::Running),
         _ => None,
     };
-    if let Some(state) = state.filter(|_| done && is(OperationKind::UpdateState)) {
+    if let Some(state) = state.filter(|_| done && life == LifeEffect::ChangesState) {
         daemon.observe(&vm, state);
         daemon.save(&vm).await;
     }
@@ -182,20 +182,18 @@ async fn pass_on_with_disks(
     let changes = method != Method::GET;
     // The guest's disk becomes the parent of the child, and must not be written to when the guest boots again.
     let of_disk = |effect| {
-        let wanted = operation.filter(|(operation, _)| operation.disk == effect);
-        wanted.map(|(operation, drive)| (operation.kind, drive))
+        let (_, name) = operation.filter(|(operation, _)| operation.disk == effect)?;
+        Some(name)
     };
-    let goes_on = of_disk(DiskEffect::Child);
-    let child = goes_on.map(|(_, drive)| drive).zip(child);
-    if let Some((pmem, _)) = &child
-        && let Some((OperationKind::SnapshotPmem, _)) = goes_on
-    {
+    let pmem = of_disk(DiskEffect::PmemChild);
+    let child = of_disk(DiskEffect::DriveChild).or(pmem).zip(child);
+    if let Some(pmem) = pmem.filter(|_| child.is_some()) {
         expect_own_name(vm, pmem).await?;
     }
     if let Some((drive, path)) = &child {
         daemon.begin_child(vm, drive, path).await?;
     }
-    let committed = of_disk(DiskEffect::Merge).map(|(_, drive)| drive);
+    let committed = of_disk(DiskEffect::Merge);
     let before_commit = match committed {
         Some(drive) => daemon.begin_commit(vm, drive).await?,
         None => None,

@@ -10,7 +10,7 @@ use utoipa::OpenApi;
 use super::request::Handled;
 use super::{console, daemon, images, sharers, templates, vms};
 use crate::serve::fault::Fault;
-use crate::serve::guest_api as guest;
+use crate::serve::guest_api;
 
 /// The document of all that the socket serves.
 #[derive(OpenApi)]
@@ -31,51 +31,6 @@ use crate::serve::guest_api as guest;
         vms::resume,
         console::console_output,
         console::console_input,
-        guest::info,
-        guest::version,
-        guest::config,
-        guest::machine,
-        guest::set_machine,
-        guest::update_machine,
-        guest::boot_source,
-        guest::set_drive,
-        guest::update_drive,
-        guest::snapshot_drive,
-        guest::resize_drive,
-        guest::compact_drive,
-        guest::commit_drive,
-        guest::drive_parent,
-        guest::drive_job,
-        guest::cancel_drive_job,
-        guest::set_pmem,
-        guest::snapshot_pmem,
-        guest::entropy,
-        guest::vsock,
-        guest::mmds,
-        guest::set_mmds,
-        guest::update_mmds,
-        guest::mmds_config,
-        guest::serial,
-        guest::logger,
-        guest::set_metrics,
-        guest::sharing,
-        guest::shared,
-        guest::page,
-        guest::pages_of_file,
-        guest::jail,
-        guest::balloon,
-        guest::set_balloon,
-        guest::update_balloon,
-        guest::balloon_statistics,
-        guest::update_balloon_statistics,
-        guest::start_hinting,
-        guest::stop_hinting,
-        guest::hinting,
-        guest::create_snapshot,
-        guest::actions,
-        guest::state,
-        guest::counters,
-        guest::load_snapshot,
         images::images,
         images::image,
         images::put_image,
@@ -95,7 +50,9 @@ struct Document;
 
 /// The document, as JSON.
 fn document() -> serde_json::Result<String> {
-    Document::openapi().to_json()
+    let mut document = Document::openapi();
+    guest_api::add_to(&mut document);
+    document.to_json()
 }
 
 /// This document.
@@ -113,7 +70,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use config::operations::GUEST_OPERATIONS;
+    use control::api::GUEST_OPERATIONS;
 
     #[test]
     fn the_document_has_the_bodies_of_requests_and_of_refusals() {
@@ -136,14 +93,6 @@ mod tests {
         let refused = &document["paths"]["/vms"]["post"]["responses"]["507"];
         assert!(refused["content"]["application/json"]["schema"].is_object());
     }
-    /// Paths without the names of what is in braces, which do not matter.
-    fn without_names(path: &str) -> String {
-        let parts = path.split('/').map(|part| match part.as_bytes() {
-            [b'{', .., b'}'] => "{}",
-            _ => part,
-        });
-        parts.collect::<Vec<_>>().join("/")
-    }
 
     #[test]
     fn the_document_has_what_a_guest_serves_and_nothing_else() {
@@ -151,16 +100,49 @@ mod tests {
         let mut documented = BTreeSet::new();
         for (path, methods) in document["paths"].as_object().unwrap() {
             for (method, operation) in methods.as_object().unwrap() {
-                if operation["tags"][0] == "the guest's own API" {
+                if operation["tags"][0] == guest_api::TAG {
                     let below = path.strip_prefix("/vms/{id}").unwrap();
-                    documented.insert((method.to_uppercase(), without_names(below)));
+                    documented.insert((method.to_uppercase(), below.to_owned()));
                 }
             }
         }
         let served = GUEST_OPERATIONS.iter();
         let served = served
-            .map(|known| (known.method.as_str().to_owned(), without_names(known.path)))
+            .map(|known| (known.method.as_str().to_owned(), known.path.to_owned()))
             .collect();
         assert_eq!(documented, served);
+    }
+
+    #[test]
+    fn what_the_document_refers_to_is_there_and_no_two_operations_have_a_name() {
+        fn references(value: &Value, found: &mut BTreeSet<String>) {
+            match value {
+                Value::Object(fields) => {
+                    for (field, value) in fields {
+                        match value.as_str() {
+                            Some(path) if field == "$ref" => drop(found.insert(path.to_owned())),
+                            Some(_) | None => references(value, found),
+                        }
+                    }
+                }
+                Value::Array(values) => values.iter().for_each(|value| references(value, found)),
+                _ => {}
+            }
+        }
+        let document: Value = serde_json::from_str(&document().unwrap()).unwrap();
+        let mut found = BTreeSet::new();
+        references(&document, &mut found);
+        assert!(found.len() > 20);
+        for path in found {
+            let pointer = path.trim_start_matches('#');
+            assert!(document.pointer(pointer).is_some(), "{path}");
+        }
+        let mut names = BTreeSet::new();
+        for methods in document["paths"].as_object().unwrap().values() {
+            for operation in methods.as_object().unwrap().values() {
+                let name = operation["operationId"].as_str().unwrap();
+                assert!(names.insert(name.to_owned()), "{name}");
+            }
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use devices::virtio::balloon::{GiveBack, VirtioBalloon};
 use vm_memory::Address;
 
-use super::Builder;
+use super::builder::Builder;
 use super::events::new_interrupt;
 use crate::machine::error::{StartError, host};
 use config::{BalloonConfig, VmConfig};

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use devices::lock;
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 
+use super::builder::{Backing, Builder};
 use super::events::new_interrupt;
-use super::{Backing, Builder};
 use crate::disk::open_disk;
 use crate::machine::error::StartError;
 use config::{DriveConfig, VmConfig};

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::virtio::rng::VirtioRng;
 
-use super::Builder;
+use super::builder::Builder;
 use super::events::new_interrupt;
 use crate::machine::error::{StartError, host};
 use config::VmConfig;

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use devices::vmgenid::VmGenId;
 use vm_memory::GuestAddress;
 
-use super::Builder;
+use super::builder::Builder;
 use crate::machine::error::StartError;
 use kvm::layout;
 

@@ -6,8 +6,8 @@ use devices::legacy::{
     AcpiPm, BootTimer, CmosRtc, I8042, PowerSink, Pvpanic, SerialConsole, SerialInput, SerialPort,
 };
 
+use super::builder::{Builder, Pc, SerialEnds};
 use super::events::event;
-use super::{Builder, Pc, SerialEnds};
 use crate::machine::error::{StartError, host};
 use kvm::layout;
 

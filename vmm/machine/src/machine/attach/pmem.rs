@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
+use super::builder::{Backing, Builder};
 use super::events::new_interrupt;
-use super::{Backing, Builder};
 use crate::machine::domain::SharingDomain;
 use crate::machine::error::StartError;
 use crate::pmem::{MapBudget, Pmem};

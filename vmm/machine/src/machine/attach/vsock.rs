@@ -2,24 +2,15 @@
 
 use std::sync::{Arc, Mutex};
 
-use devices::virtio::vsock::{Service, VirtioVsock, VsockConfig as Device};
+use devices::virtio::vsock::{VirtioVsock, VsockConfig as Device};
 
+use super::builder::{Backing, Builder};
 use super::events::new_interrupt;
-use super::{Backing, Builder};
 use crate::machine::error::{StartError, host};
 use config::{MmdsConfig, VmConfig};
 use host::socket::ApiSocket;
 
 const NAME: &str = "vsock device";
-
-/// What a vsock device finds on the host.
-#[derive(Default)]
-pub struct VsockHost {
-    /// Its socket, where it was bound before.
-    pub socket: Option<ApiSocket>,
-    /// What answers at the port of `mmds-config`; nothing does where absent.
-    pub metadata: Option<Arc<dyn Service>>,
-}
 
 /// Its file goes with it, when it is dropped.
 impl Backing for ApiSocket {

@@ -6,9 +6,8 @@ use expect_test::expect_file;
 use serde_json::{Map, Value};
 
 use super::document;
+use crate::serve::guest_api::TAG as GUEST;
 
-/// The tag of the guest's own API.
-const GUEST: &str = "the guest's own API";
 const HEAD: &str = "# REST operations
 
 Made from the OpenAPI document by `make reference`; do not edit. [REST](rest.md) says what holds for all requests.

@@ -1,0 +1,169 @@
+//! What an operation of a guest's REST API is: how it is asked for, what it takes and answers, and what the host daemon has to know of it.
+
+use super::description::{Answer, RequestBody};
+use super::handler::Handler;
+
+/// Methods of requests (RFC 9110, 9.3, and RFC 5789). No operation has another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestMethod {
+    /// `GET`: nothing changes.
+    Get,
+    /// `PUT`.
+    Put,
+    /// `PATCH`.
+    Patch,
+}
+
+impl RequestMethod {
+    /// As HTTP has it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+        }
+    }
+}
+
+/// What an operation does to the disks of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskEffect {
+    /// Nothing.
+    None,
+    /// It names another file, or changes the one that there is.
+    Changes,
+    /// The disk of a drive goes on in a new file, a child of the one that it has.
+    DriveChild,
+    /// The disk of a pmem device does.
+    PmemChild,
+    /// The disk is merged into its parent.
+    Merge,
+}
+
+/// What the host has to have room for, before an operation is done on a guest that has not started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reservation {
+    /// Nothing.
+    None,
+    /// RAM and vCPUs.
+    Memory,
+    /// A context identifier that no other guest has.
+    Cid,
+}
+
+/// What an operation does to the life of a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LifeEffect {
+    /// Nothing.
+    None,
+    /// It can start the guest.
+    CanStart,
+    /// It pauses or resumes the guest.
+    ChangesState,
+    /// The guest goes on from a snapshot.
+    Loads,
+}
+
+/// An operation of a guest's API.
+pub struct GuestOperation {
+    /// The method of the request.
+    pub method: RequestMethod,
+    /// The path, with one part in braces for a name at most.
+    pub path: &'static str,
+    /// What it does, in a sentence.
+    pub summary: &'static str,
+    /// Whether what it changes is part of the guest's configuration or metadata, and so is kept over restarts of the process.
+    pub is_kept: bool,
+    /// What becomes of disks.
+    pub disk: DiskEffect,
+    /// What is admitted first.
+    pub reservation: Reservation,
+    /// What becomes of the guest.
+    pub life: LifeEffect,
+    pub(super) handler: &'static dyn Handler,
+}
+
+/// Whether a part of a path stands for a name.
+fn is_name(part: &str) -> bool {
+    part.starts_with('{')
+}
+
+impl GuestOperation {
+    pub(super) const fn new(
+        method: RequestMethod,
+        path: &'static str,
+        summary: &'static str,
+        handler: &'static dyn Handler,
+    ) -> Self {
+        Self {
+            method,
+            path,
+            summary,
+            is_kept: false,
+            disk: DiskEffect::None,
+            reservation: Reservation::None,
+            life: LifeEffect::None,
+            handler,
+        }
+    }
+
+    pub(super) const fn kept(mut self) -> Self {
+        self.is_kept = true;
+        self
+    }
+
+    pub(super) const fn disk(mut self, disk: DiskEffect) -> Self {
+        self.disk = disk;
+        self
+    }
+
+    pub(super) const fn reserves(mut self, reservation: Reservation) -> Self {
+        self.reservation = reservation;
+        self
+    }
+
+    pub(super) const fn life(mut self, life: LifeEffect) -> Self {
+        self.life = life;
+        self
+    }
+
+    /// The body that a request has; `None` where it has none.
+    pub fn body(&self) -> Option<RequestBody> {
+        self.handler.body()
+    }
+
+    /// What it is answered with.
+    pub fn answer(&self) -> Answer {
+        self.handler.answer()
+    }
+
+    /// Whether it changes something.
+    pub fn changes(&self) -> bool {
+        self.method != RequestMethod::Get
+    }
+
+    /// What stands for the name in its path, if anything does.
+    pub fn parameter(&self) -> Option<&'static str> {
+        let name = segments_of(self.path).find(|part| is_name(part))?;
+        Some(name.trim_matches(['{', '}']))
+    }
+
+    /// The name in a path, empty where it has none; `None` where the path is not this operation's.
+    pub(super) fn name_in<'p>(&self, path: &'p str) -> Option<&'p str> {
+        let mut name = "";
+        let mut own = segments_of(self.path);
+        for segment in segments_of(path) {
+            match own.next()? {
+                part if is_name(part) => name = segment,
+                same if same == segment => {}
+                _ => return None,
+            }
+        }
+        own.next().is_none().then_some(name)
+    }
+}
+
+/// The parts of a path between its slashes.
+pub fn segments_of(path: &str) -> impl Iterator<Item = &str> {
+    path.trim_start_matches('/').split_terminator('/')
+}
