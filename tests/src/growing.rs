@@ -33,6 +33,11 @@ impl Growing {
         self.lock().text.clone()
     }
 
+    /// Whether the source has ended.
+    pub fn has_ended(&self) -> bool {
+        self.lock().ended
+    }
+
     /// Waits until the source has ended, and all of it is here.
     pub fn wait_for_end(&self) {
         let state = self.lock();

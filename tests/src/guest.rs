@@ -157,7 +157,16 @@ impl Guest {
     fn wait_since(&self, since: Instant, text: &str) -> Result<Duration, Failure> {
         let left = PATIENCE.saturating_sub(since.elapsed());
         if !self.console.wait_for(text, left) {
-            return Failure::claim(format!("the console never showed {text:?}"));
+            let state = if self.console.has_ended() {
+                "ended before it showed"
+            } else {
+                "never showed"
+            };
+            let log = self.log.text();
+            let last = log.trim_end().lines().last().unwrap_or("nothing");
+            return Failure::claim(format!(
+                "the console {state} {text:?}; the last line of the log: {last}"
+            ));
         }
         Ok(self.started.elapsed())
     }
