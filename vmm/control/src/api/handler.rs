@@ -116,12 +116,20 @@ impl<T: ToSchema> Handler for AnswersFields<T> {
 /// Adds a device, whose name is that in the path.
 pub(super) struct AddsDevice<D>(pub(super) PhantomData<fn() -> D>);
 
-impl<D: ConfiguredDevice + DeserializeOwned + ToSchema> Handler for AddsDevice<D> {
-    fn run(&self, context: &Context, name: &str, body: &[u8]) -> Result<Content, Fault> {
+impl<D: ConfiguredDevice + DeserializeOwned> AddsDevice<D> {
+    /// The device of a request.
+    pub(super) fn device(name: &str, body: &[u8]) -> Result<D, Fault> {
         let device: D = parse(body)?;
         if device.id().unwrap_or_default() != name {
             return Err(Fault::OtherId);
         }
+        Ok(device)
+    }
+}
+
+impl<D: ConfiguredDevice + DeserializeOwned + ToSchema> Handler for AddsDevice<D> {
+    fn run(&self, context: &Context, name: &str, body: &[u8]) -> Result<Content, Fault> {
+        let device = Self::device(name, body)?;
         context.control().set_device(device)?;
         Ok(Content::Empty)
     }

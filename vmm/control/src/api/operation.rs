@@ -2,6 +2,9 @@
 
 use super::description::{Answer, RequestBody};
 use super::handler::Handler;
+use super::keep::{GuestSettings, Keep, SettingsError};
+use super::response::Fault;
+use crate::control::ControlError;
 
 /// Methods of requests (RFC 9110, 9.3, and RFC 5789). No operation has another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,8 +75,6 @@ pub struct GuestOperation {
     pub path: &'static str,
     /// What it does, in a sentence.
     pub summary: &'static str,
-    /// Whether what it changes is part of the guest's configuration or metadata, and so is kept over restarts of the process.
-    pub is_kept: bool,
     /// What becomes of disks.
     pub disk: DiskEffect,
     /// What is admitted first.
@@ -81,6 +82,8 @@ pub struct GuestOperation {
     /// What becomes of the guest.
     pub life: LifeEffect,
     pub(super) handler: &'static dyn Handler,
+    /// What it changes of the settings that are kept over restarts of the process, if it changes any.
+    pub(super) keep: Option<&'static dyn Keep>,
 }
 
 /// Whether a part of a path stands for a name.
@@ -99,16 +102,16 @@ impl GuestOperation {
             method,
             path,
             summary,
-            is_kept: false,
             disk: DiskEffect::None,
             reservation: Reservation::None,
             life: LifeEffect::None,
             handler,
+            keep: None,
         }
     }
 
-    pub(super) const fn kept(mut self) -> Self {
-        self.is_kept = true;
+    pub(super) const fn kept(mut self, keep: &'static dyn Keep) -> Self {
+        self.keep = Some(keep);
         self
     }
 
@@ -135,6 +138,30 @@ impl GuestOperation {
     /// What it is answered with.
     pub fn answer(&self) -> Answer {
         self.handler.answer()
+    }
+
+    /// Whether what it changes is part of the guest's settings, and so is kept over restarts of the process.
+    pub fn is_kept(&self) -> bool {
+        self.keep.is_some()
+    }
+
+    /// What a request with `name` in its path makes of settings; nothing of those that are not kept.
+    ///
+    /// # Errors
+    /// Where the request is wrong, or the settings would be.
+    pub fn applied_to(
+        &self,
+        settings: &GuestSettings,
+        name: &str,
+        body: &[u8],
+    ) -> Result<GuestSettings, SettingsError> {
+        let mut applied = settings.clone();
+        if let Some(keep) = self.keep {
+            keep.apply(&mut applied, name, body)?;
+            let valid = applied.config.validate();
+            valid.map_err(|error| Fault::from(ControlError::from(error)))?;
+        }
+        Ok(applied)
     }
 
     /// Whether it changes something.

@@ -3,19 +3,24 @@
 
 use std::marker::PhantomData;
 
+use serde_json::Value;
+
 use super::context::Context;
 use super::handler::{
     AddsDevice, Answers, AnswersFields, AnswersMetrics, Handler, MayTake, Takes, TakesFields,
 };
+use super::keep::{Sets, SetsMetadata, SetsNamed};
 use super::operation::{DiskEffect, GuestOperation, LifeEffect, RequestMethod, Reservation};
 use super::response::Fault;
+use crate::control::ControlError;
 use config::bodies::{
     Action, ActionType, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobEnd,
     JobUpdate, MachineUpdate, Metadata, Version, VmState, VmUpdate,
 };
 use config::{
-    BalloonConfig, DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, PmemConfig, VmConfig,
-    VsockConfig,
+    BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, BootSourceConfig, ConfiguredDevice,
+    DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, LoggerConfig, MachineConfig,
+    MetricsConfig, MmdsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig, VsockConfig,
 };
 
 const fn get(
@@ -73,6 +78,18 @@ fn update_drive(context: &Context, name: &str, update: &DriveUpdate) -> Result<(
         return Err(Fault::OtherId);
     }
     Ok(context.control().update_drive(update)?)
+}
+
+/// Gives a drive of the configuration another file.
+fn replace_disk(config: &mut VmConfig, name: &str, update: DriveUpdate) -> Result<(), Fault> {
+    if update.drive_id != name {
+        return Err(Fault::OtherId);
+    }
+    let drive = config.drives.iter().find(|drive| drive.drive_id == name);
+    let drive = drive.ok_or_else(|| ControlError::NoDrive(name.to_owned()))?;
+    let updated = update.applied_to(drive).map_err(ControlError::from)?;
+    updated.store(config);
+    Ok(())
 }
 
 /// All operations. No path of one is that of another with the same method.
@@ -142,7 +159,10 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         "Sets memory and vCPUs, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_machine_config(body)?)),
     )
-    .kept()
+    .kept(&Sets(|config, machine: MachineConfig| {
+        config.machine_config = machine;
+        Ok(())
+    }))
     .reserves(Reservation::Memory),
     patch(
         "/machine-config",
@@ -152,27 +172,33 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
             PhantomData,
         ),
     )
-    .kept()
+    .kept(&Sets(|config, update: Value| {
+        config.machine_config = config.machine_config.updated(&update)?;
+        Ok(())
+    }))
     .reserves(Reservation::Memory),
     put(
         "/boot-source",
         "Sets the kernel, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_boot_source(body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, source: BootSourceConfig| {
+        config.boot_source = Some(source);
+        Ok(())
+    })),
     put(
         "/drives/{drive}",
         "Adds or replaces a drive, before the start.",
         &AddsDevice::<DriveConfig>(PhantomData),
     )
-    .kept()
+    .kept(&AddsDevice::<DriveConfig>(PhantomData))
     .disk(DiskEffect::Changes),
     patch(
         "/drives/{drive}",
         "Gives a drive another file, after the start, and whenever the guest starts again.",
         &Takes(|context, name, update: DriveUpdate| update_drive(context, name, &update)),
     )
-    .kept()
+    .kept(&SetsNamed(replace_disk))
     .disk(DiskEffect::Changes),
     put(
         "/drives/{drive}/snapshot",
@@ -235,21 +261,21 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         "Adds or replaces a disk as memory, before the start.",
         &AddsDevice::<PmemConfig>(PhantomData),
     )
-    .kept()
+    .kept(&AddsDevice::<PmemConfig>(PhantomData))
     .disk(DiskEffect::Changes),
     put(
         "/entropy",
         "Adds the entropy device, before the start.",
         &AddsDevice::<EntropyConfig>(PhantomData),
     )
-    .kept(),
+    .kept(&AddsDevice::<EntropyConfig>(PhantomData)),
     put(
         "/vsock",
         "Adds the socket device, before the start. What is left out is the guest's own: a \
          socket in its folder, and an identifier that no other guest has.",
         &AddsDevice::<VsockConfig>(PhantomData),
     )
-    .kept()
+    .kept(&AddsDevice::<VsockConfig>(PhantomData))
     .reserves(Reservation::Cid),
     get(
         "/mmds",
@@ -264,7 +290,7 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
             PhantomData,
         ),
     )
-    .kept(),
+    .kept(&SetsMetadata(|store, metadata| Ok(store.put(metadata)?))),
     patch(
         "/mmds",
         "Changes what the guest is told of itself: a JSON merge patch (RFC 7396).",
@@ -273,38 +299,53 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
             PhantomData,
         ),
     )
-    .kept(),
+    .kept(&SetsMetadata(|store, patch| Ok(store.patch(patch)?))),
     put(
         "/mmds/config",
         "Sets where the guest finds its metadata, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_mmds_config(body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, mmds: MmdsConfig| {
+        config.mmds_config = Some(mmds);
+        Ok(())
+    })),
     put(
         "/sharing",
         "Sets what is shared, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_sharing(body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, sharing: SharingConfig| {
+        config.sharing = sharing;
+        Ok(())
+    })),
     put(
         "/serial",
         "Sets where the serial console writes, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_serial(body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, serial: SerialConfig| {
+        config.serial = Some(serial);
+        Ok(())
+    })),
     put(
         "/logger",
         "Sets where the log goes and what is in it, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_logger(&body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, logger: LoggerConfig| {
+        config.logger = Some(logger);
+        Ok(())
+    })),
     get("/metrics", "Its counters, for Prometheus.", &AnswersMetrics),
     put(
         "/metrics",
         "Sets where lines of counters go, before the start.",
         &Takes(|context, _, body| Ok(context.control().set_metrics(&body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, metrics: MetricsConfig| {
+        config.metrics = Some(metrics);
+        Ok(())
+    })),
     get(
         "/balloon",
         "The balloon.",
@@ -315,13 +356,18 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         "Adds the balloon, before the start.",
         &AddsDevice::<BalloonConfig>(PhantomData),
     )
-    .kept(),
+    .kept(&AddsDevice::<BalloonConfig>(PhantomData)),
     patch(
         "/balloon",
         "Changes the amount of the balloon.",
         &Takes(|context, _, body| Ok(context.control().update_balloon(body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, update: BalloonUpdate| {
+        if let Some(balloon) = &mut config.balloon {
+            balloon.amount_mib = update.amount_mib;
+        }
+        Ok(())
+    })),
     get(
         "/balloon/statistics",
         "What the guest says of its memory, by name.",
@@ -332,7 +378,12 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         "Asks for the guest's statistics more or less often.",
         &Takes(|context, _, body| Ok(context.control().update_balloon_statistics(body)?)),
     )
-    .kept(),
+    .kept(&Sets(|config, update: BalloonStatisticsUpdate| {
+        if let Some(balloon) = &mut config.balloon {
+            balloon.stats_polling_interval_s = update.stats_polling_interval_s;
+        }
+        Ok(())
+    })),
     get(
         "/balloon/hinting/status",
         "How far the guest is with telling of its free memory.",
@@ -411,7 +462,7 @@ mod tests {
     fn what_changes_nothing_has_no_effect_and_no_body() {
         for known in GUEST_OPERATIONS.iter().filter(|known| !known.changes()) {
             assert!(
-                !known.is_kept && known.disk == DiskEffect::None,
+                !known.is_kept() && known.disk == DiskEffect::None,
                 "{}",
                 known.path
             );
@@ -436,7 +487,7 @@ mod tests {
         let is_kept = |place: &str| {
             let changes = ["PUT", "PATCH"].into_iter();
             let mut found = changes.filter_map(|method| find_operation(method, place));
-            found.any(|(operation, _)| operation.is_kept)
+            found.any(|(operation, _)| operation.is_kept())
         };
         for place in ["drives/a", "balloon/statistics", "mmds", "mmds/config"] {
             assert!(is_kept(place), "{place}");

@@ -55,6 +55,16 @@ fn bounded(metadata: Map<String, Value>) -> Result<Map<String, Value>, MmdsError
 }
 
 impl Mmds {
+    /// A store that has an object.
+    pub fn holding(metadata: Map<String, Value>) -> Self {
+        Self(Mutex::new(Some(metadata)))
+    }
+
+    /// What it has; an empty object where it has nothing.
+    pub fn into_object(self) -> Map<String, Value> {
+        self.0.into_inner().unwrap_or_default()
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, Option<Map<String, Value>>> {
         self.0.lock()
     }
