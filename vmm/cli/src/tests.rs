@@ -180,7 +180,10 @@ fn arguments_add_to_a_configuration_file_and_conflicts_name_both() {
         );
     }
     let error = options(&["--config", path, "--disk", "b,id=disk0"]).unwrap_err();
-    assert!(error.contains("drive_id disk0"), "{error}");
+    assert!(
+        error.contains("drives: two devices have the id disk0"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 
+use super::id::{DEVICE_ID_MAX, DeviceId};
 use crate::limits::{MAX_FILE_SIZE, MAX_VIRTIO_DEVICES};
 
 /// A configuration that cannot be used. Its one-line `Display` names the field.
@@ -115,20 +116,16 @@ impl ConfigError {
     }
 }
 
-/// Longest name of a drive or a pmem device, in bytes.
-const ID_MAX: usize = 64;
-
 /// Names go into paths of the REST API, and into names of counters.
 pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
-    let word = |c: char| c == '_' || c.is_ascii_alphanumeric();
-    if id.is_empty() || id.len() > ID_MAX || !id.chars().all(word) {
-        return Err(ConfigError::invalid(
+    match DeviceId::new(id) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(ConfigError::invalid(
             field,
             &format_args!("{id:.80?}"),
-            format!("1 to {ID_MAX} letters, digits and underscores"),
-        ));
+            format!("1 to {DEVICE_ID_MAX} letters, digits and underscores"),
+        )),
     }
-    Ok(())
 }
 
 /// Opens a regular file as it will be opened, and closes it again. Never waits for the other end of a pipe.

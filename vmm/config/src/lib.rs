@@ -48,7 +48,7 @@ pub use drive::{CacheType, DriveConfig, DriveUpdate, IoEngine};
 pub use entropy::EntropyConfig;
 pub use error::ConfigError;
 pub use format::DriveFormat;
-pub use id::is_guest_id;
+pub use id::{DeviceId, DeviceIdError, is_guest_id};
 pub use limits::MAX_FILE_SIZE;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};

@@ -1,29 +1,118 @@
 //! Files that a process appends to: the log, the metrics, what a serial console writes.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::io::Errno;
+
+/// Bits of a folder's mode by which others than its owner can make links in it.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// The path from the folder that this process works in, where the file lies below that folder and others may write there:
+/// a guest's folder, in which the guest's process can put a link in the place of anything.
+fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
+    let folder = std::env::current_dir()?;
+    let inside = match path.strip_prefix(&folder) {
+        Ok(inside) => inside,
+        Err(_) if path.is_relative() => path,
+        Err(_) => return Ok(None),
+    };
+    let metadata = fs::metadata(&folder)?;
+    let is_own = metadata.uid() == rustix::process::geteuid().as_raw();
+    let is_shared = !is_own || metadata.mode() & OTHERS_WRITE != 0;
+    Ok(is_shared.then(|| inside.to_owned()))
+}
+
+fn open(path: &Path, inside: Option<&Path>, access: OFlags) -> rustix::io::Result<File> {
+    let flags = access
+        | OFlags::APPEND
+        | OFlags::CREATE
+        | OFlags::NONBLOCK
+        | OFlags::NOCTTY
+        | OFlags::CLOEXEC;
+    let mode = Mode::RUSR | Mode::WUSR;
+    let opened = match inside {
+        Some(inside) => {
+            let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            openat2(CWD, inside, flags, mode, within)
+        }
+        None => openat(CWD, path, flags, mode),
+    };
+    Ok(opened?.into())
+}
 
 /// Opens a file or named pipe to append to, and makes it, for its owner alone, if it is not there. A named pipe is opened for reading as well,
-/// since it could not be opened, or would end, where nobody reads it.
+/// since it could not be opened, or would end, where nobody reads it. Where it lies below the folder that this process works in, and others may write to
+/// that folder, no link is followed, and a relative path leads nowhere else.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error; `ELOOP` where there is a link that is not followed, `EXDEV` where a relative path leads elsewhere.
 pub fn open_output(path: &Path) -> io::Result<File> {
-    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-    let mut options = OpenOptions::new();
-    options
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .custom_flags(flags.bits().cast_signed());
-    match std::fs::metadata(path) {
-        Ok(metadata) if std::os::unix::fs::FileTypeExt::is_fifo(&metadata.file_type()) => {
-            options.read(true).open(path)
-        }
-        Ok(_) | Err(_) => options.open(path),
+    let inside = in_shared_folder(path)?;
+    let inside = inside.as_deref();
+    match open(path, inside, OFlags::WRONLY) {
+        Ok(file) if !file.metadata()?.file_type().is_fifo() => Ok(file),
+        // A named pipe, which has no reader in the second case.
+        Ok(_) | Err(Errno::NXIO) => Ok(open(path, inside, OFlags::RDWR)?),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    /// The folder that a process works in is one for all its threads: this is the only test here that changes it, and
+    /// each test has a process of its own under nextest.
+    #[test]
+    fn no_link_is_followed_in_a_folder_that_others_write_to_and_all_are_elsewhere() {
+        let outer = tempfile::tempdir().unwrap();
+        let outer = outer.path().canonicalize().unwrap();
+        let (folder, outside) = (outer.join("vm"), outer.join("outside"));
+        fs::create_dir_all(folder.join("sub")).unwrap();
+        fs::create_dir(outer.join("other")).unwrap();
+        fs::write(&outside, "").unwrap();
+        symlink("../outside", folder.join("link")).unwrap();
+        symlink("../other", folder.join("folder")).unwrap();
+        std::env::set_current_dir(&folder).unwrap();
+        let try_each = |paths: &[&Path]| {
+            let opened = paths.iter().map(|path| open_output(path).is_ok());
+            opened.collect::<Vec<_>>()
+        };
+        let whole = folder.join("link");
+        let links = [Path::new("link"), Path::new("folder/new"), &whole];
+        let leading_out = [Path::new("../outside")];
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o1770)).unwrap();
+        assert_eq!(try_each(&links), [false; 3]);
+        assert_eq!(try_each(&leading_out), [false]);
+        assert!(!outer.join("other/new").exists());
+        let plain = [Path::new("new"), Path::new("sub/new"), &outside];
+        assert_eq!(try_each(&plain), [true; 3]);
+        open_output(Path::new("new"))
+            .unwrap()
+            .write_all(b"a")
+            .unwrap();
+        open_output(Path::new("new"))
+            .unwrap()
+            .write_all(b"b")
+            .unwrap();
+        assert_eq!(fs::read("new").unwrap(), b"ab");
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o755)).unwrap();
+        assert_eq!(try_each(&links), [true; 3]);
+        assert_eq!(try_each(&leading_out), [true]);
+    }
+
+    #[test]
+    fn a_named_pipe_without_a_reader_is_written_to() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        rustix::fs::mknodat(CWD, &pipe, rustix::fs::FileType::Fifo, Mode::RWXU, 0).unwrap();
+        open_output(&pipe).unwrap().write_all(b"a").unwrap();
     }
 }

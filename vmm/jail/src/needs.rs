@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, lchown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, fchown, lchown};
 use std::path::{Component, Path, PathBuf};
 
 use memshare::ShareMode;
@@ -162,10 +162,10 @@ pub(super) fn of(
         .as_ref()
         .and_then(|serial| serial.serial_out_path.as_ref())
     {
-        let is_new = !path.exists();
-        open_output(path).map_err(failed(path))?;
+        let is_new = path.symlink_metadata().is_err();
+        let file = open_output(path).map_err(failed(path))?;
         if is_new {
-            give(path, jail)?;
+            fchown(&file, jail.uid, jail.gid).map_err(failed(path))?;
         }
         needs.add_vital(path, Access::Write);
     }

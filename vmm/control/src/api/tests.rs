@@ -4,6 +4,7 @@ mod client;
 mod metrics;
 mod mmds;
 mod pmem;
+mod settings;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -181,7 +181,9 @@ pub(crate) fn launch(calls: &Calls, config: &VmConfig) -> Result<Box<dyn Guest>,
 
 /// A control without a configuration.
 pub(crate) fn control() -> Control {
-    let (log, _) = Log::new(LogFilter::default(), LogFormat::Text);
+    let (log, subscriber) = Log::new(LogFilter::default(), LogFormat::Text);
+    // The log can be changed as long as there is one.
+    std::mem::forget(subscriber);
     Control::new(log, Arc::default())
 }
 

@@ -12,7 +12,7 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,12 +24,12 @@ use tokio::time::sleep;
 use super::daemon::Daemon;
 use super::fault::Fault;
 use super::own_disks::is_whole;
-use super::proxy::{self, ask_until_answered, configuration};
+use super::proxy::{self, ask_until_answered};
 use super::record::PendingCommit;
 use super::store::is_missing;
 use super::task::blocking;
 use super::vm::Vm;
-use config::VmConfig;
+use config::{DeviceId, VmConfig};
 use host::report::chain;
 use machine::{DriveParent, JobState, commit_child};
 
@@ -70,14 +70,14 @@ fn disk_after(commit: &PendingCommit, may_remove: bool) -> io::Result<Option<Pat
 }
 
 /// The file of a drive, where the guest works in `folder`.
-fn path_of(config: &VmConfig, drive: &str, folder: &Path) -> Option<PathBuf> {
-    let drive = config.drives.iter().find(|d| d.drive_id == drive)?;
+fn path_of(config: &VmConfig, drive: &DeviceId, folder: &Path) -> Option<PathBuf> {
+    let drive = config.drives.iter().find(|d| d.drive_id == **drive)?;
     Some(folder.join(&drive.path_on_host))
 }
 
 /// The parent of a drive's disk; `None` where the process says that there is none, for which it will refuse the commit,
 /// too.
-async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
+async fn parent(vm: &Vm, drive: &DeviceId) -> Result<Option<PathBuf>, Fault> {
     let path = format!("/drives/{drive}/parent");
     match proxy::get::<DriveParent>(vm, &path).await {
         Ok(parent) => Ok(Some(vm.folder.join(parent.path_on_host))),
@@ -86,18 +86,25 @@ async fn parent(vm: &Vm, drive: &str) -> Result<Option<PathBuf>, Fault> {
     }
 }
 
+impl PendingCommit {
+    /// Whether a drive can have this disk once the commit is over. The guest's process may name any.
+    fn can_leave(&self, disk: &Path) -> bool {
+        disk == self.top || disk == commit_child(&self.top) || Some(disk) == self.base.as_deref()
+    }
+}
+
 impl Daemon {
     /// Records that the disk of a drive is about to be committed; gives the commit of the drive that was on record
     /// before.
     ///
     /// # Errors
-    /// `OnTemplate`, `Store`, and those of [`configuration`].
+    /// `OnTemplate`, `Store`, and those of [`Daemon::config_of`].
     pub async fn begin_commit(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        drive: &str,
+        drive: &DeviceId,
     ) -> Result<Option<PendingCommit>, Fault> {
-        let config = configuration(vm).await?;
+        let config = self.config_of(vm)?;
         let before = vm.now().pending.commits.get(drive).cloned();
         let Some(top) = path_of(&config, drive, &vm.folder) else {
             // There is no such drive, for which the guest's process refuses the request.
@@ -105,20 +112,37 @@ impl Daemon {
         };
         if let Some(template) = self.templates().parent_of(vm, drive, &top) {
             return Err(Fault::OnTemplate {
-                drive: drive.to_owned(),
+                drive: drive.to_string(),
                 template: template.to_owned(),
             });
         }
         if before.as_ref().is_none_or(|commit| commit.top != top) {
             // Asked now, as a process that is killed while it merges cannot be asked any more.
             let base = parent(vm, drive).await?;
+            let base = base.filter(|base| self.can_be_base(vm, base));
             let commit = PendingCommit { top, base };
             self.begin(vm, |pending| {
-                pending.commits.insert(drive.to_owned(), commit);
+                pending.commits.insert(drive.clone(), commit);
             })
             .await?;
         }
         Ok(before)
+    }
+
+    /// Whether a file that the guest's process names as the parent of a disk can become that guest's disk: one in the
+    /// guest's folder, or below a path that the operator gives all guests, where the guest is in a jail. It is opened as
+    /// any disk of the guest is, by the guest's user.
+    fn can_be_base(&self, vm: &Vm, base: &Path) -> bool {
+        if vm.now().jail.is_none() {
+            return true;
+        }
+        let is_plain = base
+            .components()
+            .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+        let allowed = self.jails.allowed();
+        is_plain
+            && (base.parent() == Some(&*vm.folder)
+                || allowed.iter().any(|path| base.starts_with(path)))
     }
 
     /// Follows a commit after its request: `accepted` is `None` where the process did not answer. Where it was refused,
@@ -126,13 +150,13 @@ impl Daemon {
     pub async fn follow_commit(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        drive: &str,
+        drive: &DeviceId,
         before: Option<PendingCommit>,
         accepted: Option<bool>,
     ) {
         if accepted == Some(false) {
             vm.change(|now| match before {
-                Some(commit) => drop(now.pending.commits.insert(drive.to_owned(), commit)),
+                Some(commit) => drop(now.pending.commits.insert(drive.clone(), commit)),
                 None => drop(now.pending.commits.remove(drive)),
             });
             self.save(vm).await;
@@ -209,7 +233,7 @@ impl Daemon {
 
     async fn look_at_commit(
         vm: &Vm,
-        drive: &str,
+        drive: &DeviceId,
         commit: &PendingCommit,
     ) -> Result<Progress, Fault> {
         let path = format!("/drives/{drive}/job");
@@ -226,7 +250,8 @@ impl Daemon {
             let config = ask_until_answered(vm, Method::GET, "/vm/config", Bytes::new());
             if let Some(response) = config.await? {
                 let config: VmConfig = serde_json::from_slice(&response.body)?;
-                return Ok(Progress::Over(path_of(&config, drive, &vm.folder)));
+                let disk = path_of(&config, drive, &vm.folder);
+                return Ok(Progress::Over(disk.filter(|disk| commit.can_leave(disk))));
             }
         }
         if vm.now().process.is_some() {
@@ -241,7 +266,7 @@ impl Daemon {
         let disk = blocking(move || disk_after(&ended, may_remove)).await?;
         let disk = disk.map_err(Fault::Store)?;
         if disk.is_none() {
-            tracing::error!(vm = %vm.id, drive, top = %top.display(), "the disk that this one was merged into is not known");
+            tracing::error!(vm = %vm.id, %drive, top = %top.display(), "the disk that this one was merged into is not known");
         }
         Ok(Progress::Over(disk))
     }

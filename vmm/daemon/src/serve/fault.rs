@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use super::admission::Refusal;
 use super::record::State;
-use config::ConfigError;
+use config::{ConfigError, DeviceIdError};
 use host::report::chain;
 
 /// The error of a library, or a text.
@@ -64,6 +64,9 @@ pub enum Fault {
     /// The address for reading does not change anything.
     #[error("this address is for reading alone: use the socket")]
     ReadOnly,
+    /// A text that is no name of a device.
+    #[error(transparent)]
+    DeviceId(#[from] DeviceIdError),
     /// No such guest.
     #[error("there is no guest {0:.80}")]
     NoVm(String),
@@ -187,6 +190,7 @@ impl Fault {
             | Self::Query(_)
             | Self::QueryFile { .. }
             | Self::Config(_)
+            | Self::DeviceId(_)
             | Self::Invalid { .. }
             | Self::LongPath(_) => StatusCode::BAD_REQUEST,
             Self::DidNotStart(_) => StatusCode::UNPROCESSABLE_ENTITY,

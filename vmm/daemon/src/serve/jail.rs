@@ -143,6 +143,11 @@ fn leave_parent_group(root: &Path, parent: &Path) -> io::Result<()> {
 }
 
 impl Jails {
+    /// What the operator gives all guests beside their own files.
+    pub fn allowed(&self) -> &[PathBuf] {
+        self.policy.as_ref().map_or(&[], |policy| &policy.allow)
+    }
+
     /// Makes what the jails of guests have in common.
     ///
     /// # Errors

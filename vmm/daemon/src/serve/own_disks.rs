@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, open, openat2};
 
 use super::store::{self, is_missing};
+use config::DeviceId;
 
 /// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
@@ -53,7 +54,7 @@ pub fn own_disks(folder: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// The path of a guest's own disk for a drive, in the guest's folder. `of` is a part of its name that says what it is a
 /// child of.
-pub fn own_disk(folder: &Path, drive: &str, of: &str) -> PathBuf {
+pub fn own_disk(folder: &Path, drive: &DeviceId, of: &str) -> PathBuf {
     folder.join(format!("disk-{drive}-{of}.vhdx"))
 }
 
@@ -61,7 +62,7 @@ pub fn own_disk(folder: &Path, drive: &str, of: &str) -> PathBuf {
 ///
 /// # Errors
 /// The host's error.
-pub fn free_disk(folder: &Path, drive: &str, of: &str) -> io::Result<PathBuf> {
+pub fn free_disk(folder: &Path, drive: &DeviceId, of: &str) -> io::Result<PathBuf> {
     let mut number = 1;
     loop {
         let of = match number {
@@ -77,7 +78,7 @@ pub fn free_disk(folder: &Path, drive: &str, of: &str) -> io::Result<PathBuf> {
 }
 
 /// Whether `path` is such a path, with any number or none.
-pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &str, of: &str) -> bool {
+pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &DeviceId, of: &str) -> bool {
     let name = || {
         let name = path.strip_prefix(folder).ok()?.to_str()?;
         let number = name.strip_prefix(&format!("disk-{drive}-{of}"))?;
@@ -109,6 +110,10 @@ pub fn link_inside(folder: &Path, inside: &Path, second: &Path) -> io::Result<()
 mod tests {
     use super::*;
 
+    fn root() -> DeviceId {
+        DeviceId::new("root").unwrap()
+    }
+
     #[test]
     fn a_disk_is_whole_when_its_first_bytes_are_there_which_are_written_last() {
         let folder = tempfile::tempdir().unwrap();
@@ -127,10 +132,10 @@ mod tests {
     #[test]
     fn a_disk_that_goes_on_has_a_name_that_no_file_has() {
         let folder = tempfile::tempdir().unwrap();
-        let name = || free_disk(folder.path(), "root", "after-t").unwrap();
+        let name = || free_disk(folder.path(), &root(), "after-t").unwrap();
         for expected in ["disk-root-after-t.vhdx", "disk-root-after-t-2.vhdx"] {
             assert_eq!(name(), folder.path().join(expected));
-            assert!(is_free_disk_of(&name(), folder.path(), "root", "after-t"));
+            assert!(is_free_disk_of(&name(), folder.path(), &root(), "after-t"));
             fs::write(name(), "").unwrap();
         }
         for (name, of) in [
@@ -138,8 +143,11 @@ mod tests {
             ("after-two", "after-t"),
             ("t", "after-t"),
         ] {
-            let path = own_disk(folder.path(), "root", name);
-            assert!(!is_free_disk_of(&path, folder.path(), "root", of), "{name}");
+            let path = own_disk(folder.path(), &root(), name);
+            assert!(
+                !is_free_disk_of(&path, folder.path(), &root(), of),
+                "{name}"
+            );
         }
     }
 

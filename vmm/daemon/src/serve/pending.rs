@@ -32,7 +32,7 @@ use super::record::Pending;
 use super::store::{self, is_missing};
 use super::task::blocking;
 use super::vm::Vm;
-use config::VmConfig;
+use config::{DeviceId, VmConfig};
 use host::report::chain;
 
 /// Between two attempts to reconcile a guest.
@@ -47,12 +47,12 @@ impl Daemon {
     pub async fn begin_child(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        drive: &str,
+        drive: &DeviceId,
         child: &Path,
     ) -> Result<(), Fault> {
         let at = child.to_owned();
         if blocking(move || is_missing(&at)).await?.unwrap_or(false) {
-            let (drive, child) = (drive.to_owned(), child.to_owned());
+            let (drive, child) = (drive.clone(), child.to_owned());
             self.begin(vm, |pending| _ = pending.children.insert(drive, child))
                 .await?;
         }
@@ -64,7 +64,7 @@ impl Daemon {
     pub async fn end_child(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
-        drive: &str,
+        drive: &DeviceId,
         child: &Path,
         has_it: Option<bool>,
     ) {
@@ -77,7 +77,7 @@ impl Daemon {
                 now.pending.children.remove(drive);
             }
             if has_it {
-                now.disks.insert(drive.to_owned(), child.to_owned());
+                now.disks.insert(drive.clone(), child.to_owned());
             }
         });
         self.save(vm).await;
@@ -146,13 +146,13 @@ impl Daemon {
     async fn find_children(
         &self,
         vm: &Arc<Vm>,
-        children: BTreeMap<String, PathBuf>,
+        children: BTreeMap<DeviceId, PathBuf>,
     ) -> Result<bool, Fault> {
         let asked = ask_until_answered(vm, Method::GET, "/vm/config", Bytes::new());
         let known: Vec<_> = match asked.await? {
             Some(response) if response.status.is_success() => {
                 let mut config: VmConfig = serde_json::from_slice(&response.body)?;
-                let mut has = |id: &str, child: &Path| {
+                let mut has = |id: &DeviceId, child: &Path| {
                     let path = config.disk_mut(id);
                     path.is_some_and(|path| vm.folder.join(path) == child)
                 };

@@ -25,7 +25,6 @@ use tokio::time::{sleep, timeout};
 use super::fault::{Failure, Fault};
 use super::record::State;
 use super::vm::{Now, Vm};
-use config::VmConfig;
 
 /// Longest response in bytes.
 const MAX_RESPONSE: usize = 4 << 20;
@@ -179,26 +178,6 @@ pub async fn get<T: DeserializeOwned>(vm: &Vm, path: &str) -> Result<T, Fault> {
         return Err(refusal(&response));
     }
     Ok(serde_json::from_slice(&response.body)?)
-}
-
-/// The configuration that the process of a guest has now, with the whole paths of its disks.
-///
-/// # Errors
-/// Those of [`get`].
-pub async fn configuration(vm: &Vm) -> Result<VmConfig, Fault> {
-    let mut config: VmConfig = get(vm, "/vm/config").await?;
-    // They are relative to the folder that the process works in.
-    for path in config
-        .drives
-        .iter_mut()
-        .map(|drive| &mut drive.path_on_host)
-    {
-        *path = vm.folder.join(&path);
-    }
-    for path in config.pmem.iter_mut().map(|pmem| &mut pmem.path_on_host) {
-        *path = vm.folder.join(&path);
-    }
-    Ok(config)
 }
 
 /// Guests that are asked at the same time.

@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use config::VmConfig;
 use config::bodies::Metadata;
+use config::{DeviceId, VmConfig};
 use host::exit::EndReport;
 use jail::CgroupConfig;
 
@@ -208,20 +208,13 @@ pub struct Pending {
     pub template: Option<PendingTemplate>,
     /// Disks that are being made as children of its own, by drive. There were no such files before.
     #[serde(default)]
-    pub children: BTreeMap<String, PathBuf>,
+    pub children: BTreeMap<DeviceId, PathBuf>,
     /// Disks that are being committed, by drive.
     #[serde(default)]
-    pub commits: BTreeMap<String, PendingCommit>,
+    pub commits: BTreeMap<DeviceId, PendingCommit>,
     /// The process that the guest was configured in is being replaced by the one that it runs in.
     #[serde(default)]
     pub start: bool,
-}
-
-impl Pending {
-    /// The drives and pmem devices whose disk is about to become another.
-    pub fn disks(&self) -> impl Iterator<Item = &String> {
-        self.children.keys().chain(self.commits.keys())
-    }
 }
 
 /// A template that is being made.
@@ -270,7 +263,7 @@ pub struct Record {
     pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
-    pub disks: BTreeMap<String, PathBuf>,
+    pub disks: BTreeMap<DeviceId, PathBuf>,
     /// What it was configured to over its own API.
     #[serde(default, rename = "told")]
     pub later: LaterConfig,

@@ -96,11 +96,6 @@ impl Daemon {
         tokio::spawn(async move {
             let reconfiguring = vm.reconfiguring.lock().await;
             daemon.reconcile(&vm).await;
-            // The earlier daemon may have been killed before it recorded the last change. A clone that has not booted
-            // has its template's configuration.
-            if !vm.now().loaded {
-                daemon.keep_later_config(&vm).await;
-            }
             drop(reconfiguring);
             drop(operation);
             if let Some(state) = proxy::state(&vm.api_socket(), proxy::LOOK).await {

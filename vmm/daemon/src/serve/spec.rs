@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::iter::once;
 use std::path::{Path, PathBuf};
 
+use super::daemon::Daemon;
 use super::fault::Fault;
 use super::images::Images;
 use super::record::{LaterConfig, VmSpec};
@@ -162,8 +163,34 @@ impl VmSpec {
         Ok(())
     }
 
-    /// The configuration that the guest, which has `folder`, is to be started with, with the paths of images: the later
+    /// The configuration that the guest, which has `folder`, is to be started with, with the names of images: the later
     /// one where there is one, else its template's, else the one that it was made with.
+    ///
+    /// # Errors
+    /// `Json`, `Config`, `Invalid`, `NoTemplate`.
+    pub fn named(
+        &self,
+        later: &LaterConfig,
+        templates: &Templates,
+        folder: &Path,
+    ) -> Result<VmConfig, Fault> {
+        if let Some(config) = &later.config {
+            return Ok((**config).clone());
+        }
+        if let Some(template) = &self.template {
+            return Ok(templates.get(template)?.config_of(folder));
+        }
+        let mut config: VmConfig = match &self.config {
+            Some(config) => serde_json::from_value(config.clone())?,
+            None => VmConfig::default(),
+        };
+        if let Some(vsock) = &mut config.vsock {
+            place_vsock(vsock)?;
+        }
+        Ok(config)
+    }
+
+    /// As [`VmSpec::named`], with the paths of images, and checked.
     ///
     /// # Errors
     /// `Json`, `Config`, `Invalid`, `NoImage`, `NoTemplate`.
@@ -174,24 +201,11 @@ impl VmSpec {
         templates: &Templates,
         folder: &Path,
     ) -> Result<Resolved, Fault> {
-        if let Some(config) = &later.config {
-            // A process of the guest has accepted it already, in the same folder.
-            return with_images((**config).clone(), images);
-        }
-        if let Some(template) = &self.template {
-            return Ok(Resolved {
-                config: templates.get(template)?.config_of(folder),
-                images: Vec::new(),
-            });
-        }
-        let mut config: VmConfig = match &self.config {
-            Some(config) => serde_json::from_value(config.clone())?,
-            None => VmConfig::default(),
-        };
-        if let Some(vsock) = &mut config.vsock {
-            place_vsock(vsock)?;
-        }
+        let config = self.named(later, templates, folder)?;
         config.validate()?;
+        if later.config.is_some() || self.template.is_some() {
+            return with_images(config, images);
+        }
         if config.boot_source.is_none() && self.start {
             return Err(Fault::Invalid {
                 field: "config.boot-source",
@@ -202,6 +216,16 @@ impl VmSpec {
         let resolved = with_images(config, images)?;
         all_absolute(&resolved.config)?;
         Ok(resolved)
+    }
+}
+
+impl Daemon {
+    /// The images that a configuration names.
+    ///
+    /// # Errors
+    /// `NoImage`.
+    pub fn images_of(&self, config: &VmConfig) -> Result<Vec<String>, Fault> {
+        Ok(with_images(config.clone(), &self.images())?.images)
     }
 }
 

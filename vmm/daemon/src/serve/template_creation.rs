@@ -22,14 +22,14 @@ use super::events::EventKind;
 use super::fault::Fault;
 use super::jail;
 use super::own_disks::{free_disk, link_inside};
-use super::proxy::{self, configuration};
+use super::proxy;
 use super::record::{PendingTemplate, State};
 use super::status::now_ms;
 use super::store;
 use super::task::blocking;
 use super::templates::{Template, TemplateSpec};
 use super::vm::Vm;
-use config::{VmConfig, is_guest_id};
+use config::{DeviceId, VmConfig, is_guest_id};
 
 /// The pmem devices that a guest writes to.
 fn written_pmem(config: &VmConfig) -> impl Iterator<Item = &str> {
@@ -54,15 +54,15 @@ fn of_no_drive(config: &VmConfig, id: &str) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Checks that a pmem device of a guest can be given another disk.
-///
-/// # Errors
-/// `Invalid`, and those of [`configuration`].
-pub async fn expect_own_name(vm: &Vm, pmem: &str) -> Result<(), Fault> {
-    of_no_drive(&configuration(vm).await?, pmem)
-}
-
 impl Daemon {
+    /// Checks that a pmem device of a guest can be given another disk.
+    ///
+    /// # Errors
+    /// `Invalid`, and those of [`Daemon::config_of`].
+    pub fn expect_own_name(&self, vm: &Vm, pmem: &str) -> Result<(), Fault> {
+        of_no_drive(&self.config_of(vm)?, pmem)
+    }
+
     /// Makes a template of a guest.
     ///
     /// # Errors
@@ -98,7 +98,9 @@ impl Daemon {
         };
         // Its disks are replaced, and no request over its own API may change them meanwhile.
         let _reconfiguring = vm.reconfiguring.lock().await;
-        let config = configuration(&vm).await?;
+        // A commit that is over, but not recorded yet, has given a drive another disk.
+        self.find_commits(&vm).await?;
+        let config = self.config_with_whole_paths(&vm)?;
         written_pmem(&config).try_for_each(|id| of_no_drive(&config, id))?;
         let children = self.children_of(&vm, &config, &spec.id).await?;
         self.begin(&vm, |pending| {
@@ -135,11 +137,11 @@ impl Daemon {
         vm: &Vm,
         config: &VmConfig,
         template: &str,
-    ) -> Result<BTreeMap<String, PathBuf>, Fault> {
+    ) -> Result<BTreeMap<DeviceId, PathBuf>, Fault> {
         let drives = config.drives.iter().filter(|drive| !drive.is_read_only);
         let drives = drives.map(|drive| &*drive.drive_id);
-        let drives = drives.chain(written_pmem(config)).map(str::to_owned);
-        let drives: Vec<_> = drives.collect();
+        let drives = drives.chain(written_pmem(config)).map(DeviceId::new);
+        let drives: Vec<_> = drives.collect::<Result<_, _>>()?;
         let (folder, kept) = (vm.folder.clone(), self.store.template(template));
         let id = template.to_owned();
         let found = blocking(move || -> io::Result<_> {
@@ -177,7 +179,7 @@ impl Daemon {
         spec: &TemplateSpec,
         uid: u32,
         mut config: VmConfig,
-        children: BTreeMap<String, PathBuf>,
+        children: BTreeMap<DeviceId, PathBuf>,
     ) -> Result<Template, Fault> {
         let made = store::unfinished_template(&vm.folder, &spec.id);
         let loaded = vm.now().loaded;

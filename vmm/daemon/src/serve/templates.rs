@@ -20,7 +20,7 @@ use super::fault::Fault;
 use super::own_disks::{is_free_disk_of, own_disk};
 use super::store::{self, VSOCK_SOCKET};
 use super::vm::Vm;
-use config::{DriveOverride, LoadSnapshot, VmConfig, VsockOverride};
+use config::{DeviceId, DriveOverride, LoadSnapshot, VmConfig, VsockOverride};
 use host::report::chain;
 
 /// The body of `POST /templates`.
@@ -59,7 +59,7 @@ pub struct Template {
     pub config: VmConfig,
     /// Disks that guests write to, by drive or pmem device: each clone has a child of it.
     #[schema(value_type = BTreeMap<String, String>)]
-    pub disks: BTreeMap<String, PathBuf>,
+    pub disks: BTreeMap<DeviceId, PathBuf>,
 }
 
 /// All templates.
@@ -122,7 +122,7 @@ impl Templates {
 
     /// The template whose disk is the parent of `disk`, the one that the guest's drive has: the daemon gives such disks
     /// names by which it knows them.
-    pub fn parent_of(&self, vm: &Vm, drive: &str, disk: &Path) -> Option<&str> {
+    pub fn parent_of(&self, vm: &Vm, drive: &DeviceId, disk: &Path) -> Option<&str> {
         let of_drive = self.0.values().filter(|t| t.disks.contains_key(drive));
         let mut parents = of_drive.filter(|t| {
             let is_clone = vm.spec.template.as_deref() == Some(&*t.id);
@@ -167,12 +167,12 @@ impl Template {
     ) -> LoadSnapshot {
         let disks = || self.disks.iter();
         let moved = disks().map(|(id, disk)| DriveOverride {
-            drive_id: id.clone(),
+            drive_id: id.to_string(),
             path_on_host: disk.clone(),
             clone: false,
         });
         let cloned = disks().map(|(id, _)| DriveOverride {
-            drive_id: id.clone(),
+            drive_id: id.to_string(),
             path_on_host: own_disk(folder, id, &self.id),
             clone: true,
         });
@@ -211,7 +211,7 @@ mod tests {
             vcpus: 1,
             memory_bytes: 0,
             config,
-            disks: BTreeMap::from([("root".into(), "/d/root.vhdx".into())]),
+            disks: BTreeMap::from([(DeviceId::new("root").unwrap(), "/d/root.vhdx".into())]),
         }
     }
 

@@ -17,7 +17,7 @@ use super::process::Process;
 use super::record::{Ended, JailResources, LaterConfig, Pending, Phase, Record, State, VmSpec};
 use super::status::{MemorySplit, VmStatus, VsockStatus};
 use super::store::VSOCK_SOCKET;
-use config::VmConfig;
+use config::{DeviceId, VmConfig};
 
 /// Requests to a guest's process at the same time. The process serves twice as many, so that its other clients are not
 /// kept out.
@@ -70,7 +70,7 @@ pub struct Now {
     /// The identifier of its vsock device, if it has one.
     pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
-    pub disks: BTreeMap<String, PathBuf>,
+    pub disks: BTreeMap<DeviceId, PathBuf>,
     /// What it was configured to over its own API.
     pub later: LaterConfig,
     /// The operations on it that are not complete.

@@ -37,7 +37,6 @@ impl Daemon {
     /// Where it cannot be started; it waits then, as before.
     pub async fn start_waiting(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let _reconfiguring = vm.reconfiguring.lock().await;
-        self.record_later_config(vm).await?;
         let config = self.readmit(vm)?;
         let ready = self.ready_to_start(vm, &config).await;
         if let Err(fault) = ready {

@@ -19,9 +19,8 @@ use crate::serve::fault::Fault;
 use crate::serve::proxy;
 use crate::serve::record::State;
 use crate::serve::task::detached;
-use crate::serve::template_creation::expect_own_name;
 use crate::serve::vm::Vm;
-use config::MachineConfig;
+use config::{DeviceId, MachineConfig};
 use control::api::{DiskEffect, GuestOperation, LifeEffect, Reservation, find_operation};
 
 /// The RAM and vCPUs that a guest would have after a request to its own API.
@@ -83,9 +82,9 @@ async fn pass_on(
     if is_start && daemon.start_if_waiting(&vm).await? {
         return Ok(StatusCode::NO_CONTENT.into_response());
     }
-    let is_kept = operation.is_some_and(|(operation, _)| operation.is_kept);
+    let kept = operation.filter(|(operation, _)| operation.is_kept());
     let disk = operation.map_or(DiskEffect::None, |(operation, _)| operation.disk);
-    let _reconfiguring = if is_kept || disk != DiskEffect::None {
+    let _reconfiguring = if kept.is_some() || disk != DiskEffect::None {
         Some(vm.reconfiguring.lock().await)
     } else {
         None
@@ -115,6 +114,8 @@ async fn pass_on(
     if before.is_some() && can_be.validate().is_ok() {
         daemon.admit_change(&vm, ram_mib, vcpus, |_| ())?;
     }
+    // Worked out first, as the operator's request is what counts, and not what the guest's process makes of it.
+    let proposed = kept.map(|kept| daemon.propose(&vm, kept, &body));
     let child = word("path_on_host").map(|path| vm.folder.join(path));
     let request = Request {
         method,
@@ -136,8 +137,8 @@ async fn pass_on(
         });
     }
     // Also where the process has not answered: the change may have been made.
-    if is_kept && (done || status.is_none()) && vm.now().process.is_some() {
-        daemon.keep_later_config(&vm).await;
+    if let Some(proposed) = proposed.filter(|_| done || status.is_none()) {
+        daemon.accept(&vm, proposed?).await?;
     }
     let response = passed_on?;
     let state = match word("state") {
@@ -183,18 +184,19 @@ async fn pass_on_with_disks(
     // The guest's disk becomes the parent of the child, and must not be written to when the guest boots again.
     let of_disk = |effect| {
         let (_, name) = operation.filter(|(operation, _)| operation.disk == effect)?;
-        Some(name)
+        Some(DeviceId::new(name))
     };
-    let pmem = of_disk(DiskEffect::PmemChild);
-    let child = of_disk(DiskEffect::DriveChild).or(pmem).zip(child);
+    let pmem = of_disk(DiskEffect::PmemChild).transpose()?;
+    let drive = of_disk(DiskEffect::DriveChild).transpose()?;
+    let child = drive.or(pmem.clone()).zip(child);
     if let Some(pmem) = pmem.filter(|_| child.is_some()) {
-        expect_own_name(vm, pmem).await?;
+        daemon.expect_own_name(vm, &pmem)?;
     }
     if let Some((drive, path)) = &child {
         daemon.begin_child(vm, drive, path).await?;
     }
-    let committed = of_disk(DiskEffect::Merge);
-    let before_commit = match committed {
+    let committed = of_disk(DiskEffect::Merge).transpose()?;
+    let before_commit = match &committed {
         Some(drive) => daemon.begin_commit(vm, drive).await?,
         None => None,
     };
@@ -207,7 +209,7 @@ async fn pass_on_with_disks(
     if let Some((drive, path)) = &child {
         daemon.end_child(vm, drive, path, done).await;
     }
-    if let Some(drive) = committed {
+    if let Some(drive) = &committed {
         daemon.follow_commit(vm, drive, before_commit, done).await;
     }
     asked
