@@ -102,7 +102,7 @@ impl Vhdx {
             Ok(layer) => layer,
             Err(refusal @ Refusal::Io { .. }) => return Err(failed(refusal).into()),
             Err(refusal) => {
-                checked.problem(refusal.to_string());
+                checked.problem(report::chain(&refusal).to_string());
                 checked.repairable = false;
                 return Ok(checked);
             }

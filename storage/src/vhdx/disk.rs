@@ -694,9 +694,8 @@ impl Drop for Vhdx {
             // replay.
             Ok(()) | Err(DiskError::Poisoned) => {}
             Err(error) => {
-                let error = &error as &dyn std::error::Error;
                 tracing::error!(
-                    error,
+                    error = %report::chain(&error),
                     "a VHDX could not be closed; its log will be replayed when it is opened next"
                 );
             }

@@ -477,7 +477,7 @@ impl Chain<'_> {
 /// A short file ends inside a structure; say that rather than what the read said.
 fn truncated(refusal: Refusal, file_len: u64) -> Refusal {
     match refusal {
-        Refusal::Io { error, .. } if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+        Refusal::Io { source, .. } if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             Refusal::corrupt(
                 "file identifier",
                 0,
@@ -519,7 +519,7 @@ fn replay(view: &mut View, headers: &mut Headers) -> Result<(), Refusal> {
     );
     let refused = |e| match e {
         DiskError::Io { operation, source } => Refusal::io(operation, source),
-        other => Refusal::Unsupported(other.to_string()),
+        other => Refusal::Unsupported(report::chain(&other).to_string()),
     };
     let file_write_guid = Guid::random();
     headers

@@ -36,8 +36,8 @@ pub enum ChainError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// A file of the chain that is in use cannot be used so.
-    #[error("a file of the chain {0}")]
-    Refused(Refusal),
+    #[error("a file of the chain cannot be used")]
+    Refused(#[source] Refusal),
 }
 
 impl Vhdx {

@@ -12,7 +12,7 @@ use crate::vhdx::{ChildOptions, CreateOptions, Vhdx};
 const BLOCK: u64 = MIB / SECTOR;
 
 fn refusal(path: &Path, options: &OpenOptions) -> String {
-    Vhdx::open(path, options).unwrap_err().to_string()
+    report::chain(&Vhdx::open(path, options).unwrap_err()).to_string()
 }
 
 #[test]
