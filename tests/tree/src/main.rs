@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use tree::circles::{self, Circle};
-use tree::module::Module;
+use tree::module::{Breach, Module};
 use tree::{crates, imports, source, uncut};
 
 fn main() -> ExitCode {
@@ -15,14 +15,7 @@ fn main() -> ExitCode {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            let mut text = format!("tree: {error}");
-            let mut source = error.source();
-            while let Some(error) = source {
-                // Writing to a string cannot fail.
-                let _ = write!(text, ": {error}");
-                source = error.source();
-            }
-            eprintln!("{text}");
+            eprintln!("tree: {}", report::chain(&*error));
             ExitCode::FAILURE
         }
     }
@@ -36,7 +29,7 @@ fn check() -> Result<usize, Box<dyn Error>> {
         println!("{line}");
     }
     let wants_all = std::env::args().any(|argument| argument == "--all");
-    let (mut modules_seen, mut circles_seen, mut new) = (0, 0, 0);
+    let (mut modules_seen, mut circles_seen, mut new, mut breaches) = (0, 0, 0, 0);
     let mut levels = BTreeSet::new();
     for one in &crates {
         let is_checked = |kind: &String| kind == "lib" || kind == "bin";
@@ -48,6 +41,13 @@ fn check() -> Result<usize, Box<dyn Error>> {
             let modules = source::read(&target.src_path)?;
             let circles = circles::find(&modules, &imports::edges(&modules));
             modules_seen += modules.len();
+            // The reporter is where sources are looked at one by one.
+            for module in modules.iter().filter(|_| one.name != crates::REPORTER) {
+                breaches += module.breaches.len();
+                for Breach { line, what } in &module.breaches {
+                    println!("{}:{line}: {what}", relative(&module.file));
+                }
+            }
             circles_seen += circles.len();
             for circle in &circles {
                 let level = (one.name.as_str(), modules[circle.parent].name());
@@ -66,12 +66,12 @@ fn check() -> Result<usize, Box<dyn Error>> {
     }
     println!(
         "{} crates, {} dependencies that are not allowed; {modules_seen} modules, {circles_seen} circles, \
-         {} of them known (cargo run -p tree -- --all)",
+         {} of them known (cargo run -p tree -- --all); {breaches} errors that are shown without their sources",
         crates.len(),
         violations.len(),
         circles_seen - new,
     );
-    Ok(violations.len() + new + cut.len())
+    Ok(violations.len() + new + cut.len() + breaches)
 }
 
 fn describe(name: &str, modules: &[Module], circle: &Circle) -> String {
