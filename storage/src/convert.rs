@@ -10,9 +10,10 @@ use rustix::io::Errno;
 
 use crate::blocking;
 use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
+use crate::file::open_locked;
 use crate::foreign::{Source, SourceError};
 use crate::lock::OpenMode;
-use crate::open::{OpenOptions, open_locked};
+use crate::options::OpenOptions;
 use crate::progress::Progress;
 use crate::refusal::OpenError;
 use crate::vhdx::{CreateError, CreateOptions, Vhdx};

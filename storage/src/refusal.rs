@@ -4,8 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::guid::Guid;
 use crate::lock::LockError;
-use crate::vhdx::Guid;
 
 /// Why a disk could not be opened. Its `Display` names the file, and its source says what was wrong with that.
 #[derive(Debug, thiserror::Error)]

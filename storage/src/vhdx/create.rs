@@ -20,7 +20,7 @@ use super::metadata::Metadata;
 use super::region::{self, Region};
 use crate::disk::{Disk, SectorSize};
 use crate::medium::Medium;
-use crate::open::{OpenOptions, Parents};
+use crate::options::{OpenOptions, Parents};
 use crate::refusal::OpenError;
 
 /// The name of the program that made the file, in its identifier (2.2.1).

@@ -23,9 +23,10 @@ use super::space::Space;
 use super::state::{Commit, Level, State};
 use super::view::View;
 use crate::disk::{ByteRange, DiskError, Geometry, SectorSize};
+use crate::file::open_locked;
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{OpenOptions, Parents, open_locked};
+use crate::options::{OpenOptions, Parents};
 use crate::refusal::{OpenError, ParentRefusal, Refusal};
 
 impl Vhdx {

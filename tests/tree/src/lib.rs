@@ -2,7 +2,6 @@
 //!
 //! [`crates`] holds which crate may use which. Within a crate, [`source`] reads the modules, [`imports`] follows every
 //! path to the module that defines what it names, and [`circles`] finds modules that use each other in a circle.
-//! [`uncut`] lists those that are still to be cut.
 //!
 //! Each [`module::Module`] also says where errors are shown without their sources.
 
@@ -13,4 +12,3 @@ pub mod imports;
 pub mod module;
 mod paths;
 pub mod source;
-pub mod uncut;

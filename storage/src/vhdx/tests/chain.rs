@@ -5,7 +5,7 @@ use std::path::Path;
 use super::SECTOR;
 use super::files::{get, open, put, small};
 use crate::disk::{ByteRange, Disk, ExtentState, SectorSize};
-use crate::open::{OpenOptions, Parents};
+use crate::options::{OpenOptions, Parents};
 use crate::vhdx::format::MIB;
 use crate::vhdx::{ChildOptions, CreateOptions, Vhdx};
 

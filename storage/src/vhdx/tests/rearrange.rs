@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::SECTOR;
 use super::files::{get, open, put, small};
 use crate::disk::{ByteRange, Disk, DiskError, ExtentState, SectorSize};
-use crate::open::OpenOptions;
+use crate::options::OpenOptions;
 use crate::progress::{Progress, Unwatched};
 use crate::vhdx::format::MIB;
 use crate::vhdx::{ChildOptions, CompactOptions, CreateOptions, Vhdx};

@@ -294,5 +294,5 @@ impl DriveJob {
 
 /// The disk as a VHDX.
 pub(super) fn vhdx(disk: &Arc<dyn Disk>) -> Result<Arc<Vhdx>, DriveError> {
-    Arc::clone(disk).into_vhdx().ok_or(DriveError::NotVhdx)
+    Vhdx::of(Arc::clone(disk)).ok_or(DriveError::NotVhdx)
 }
