@@ -147,7 +147,7 @@ impl VmGenId {
     /// Raises the interrupt at which ACPI notifies the device.
     fn notify(&self) {
         if let Err(error) = self.irqfd.write(1) {
-            tracing::debug!(%error, "VM generation ID irqfd write");
+            tracing::debug!(error = %report::chain(&error), "VM generation ID irqfd write");
         }
     }
 

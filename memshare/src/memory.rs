@@ -498,7 +498,7 @@ impl SharedMemory {
         if !self.limits.huge_pages
             && let Err(error) = window.keep_small_pages(offset, len)
         {
-            tracing::debug!(%error, "MADV_NOHUGEPAGE");
+            tracing::debug!(error = %report::chain(&error), "MADV_NOHUGEPAGE");
         }
     }
 

@@ -7,6 +7,8 @@
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use report::chain;
+
 use crate::file::FileIdentity;
 use crate::memory::{IsBusy, SharedMemory, StandStill};
 use crate::page::is_zero;
@@ -276,7 +278,7 @@ impl SharedMemory {
                 let (file, offset) = (part.backing.file.file(), part.backing.offset);
                 let mapped = window.map_file(offset_of(first), count * PAGE_SIZE, file, offset);
                 if let Err(error) = mapped {
-                    tracing::warn!(%error, "the host maps no more of a file into the guest, which goes on unshared");
+                    tracing::warn!(error = %chain(&error), "the host maps no more of a file into the guest, which goes on unshared");
                     state.exhausted = true;
                     self.stats().refuse(Refusal::MapLimit, count);
                     continue;
@@ -327,7 +329,7 @@ fn read(run: &Run, bytes: &mut [u8]) -> Result<(), Refusal> {
     file.file()
         .read_exact_at(bytes, run.backing.offset)
         .map_err(|error| {
-            tracing::warn!(file = %file.path().display(), %error, "a shared file cannot be read");
+            tracing::warn!(file = %file.path().display(), error = %chain(&error), "a shared file cannot be read");
             Refusal::Unreadable
         })
 }

@@ -89,7 +89,7 @@ impl SampledFile {
     fn pages(&self) -> &[(u32, u32)] {
         self.pages.get_or_init(|| {
             let found = samples(&self.file).unwrap_or_else(|error| {
-                tracing::warn!(file = %self.file.path().display(), %error, "guests' pages are not compared with it");
+                tracing::warn!(file = %self.file.path().display(), error = %report::chain(&error), "guests' pages are not compared with it");
                 Vec::new()
             });
             if self.place == Place::AtAddress {

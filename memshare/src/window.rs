@@ -68,7 +68,7 @@ impl Drop for Reservation {
         // SAFETY: the mapping is this value's own; it is only reached through a borrow or an owner of the value, and
         // none is left in `drop`.
         if let Err(error) = unsafe { munmap(self.base.cast(), self.len) } {
-            tracing::warn!(%error, "munmap");
+            tracing::warn!(error = %report::chain(&error), "munmap");
         }
     }
 }

@@ -10,9 +10,10 @@ use rustix::io::Errno;
 
 use crate::blocking;
 use crate::disk::{ByteRange, Disk, DiskError, SectorSize};
+use crate::file::open_locked;
 use crate::foreign::{Source, SourceError};
 use crate::lock::OpenMode;
-use crate::open::{OpenOptions, open_locked};
+use crate::options::OpenOptions;
 use crate::progress::Progress;
 use crate::refusal::OpenError;
 use crate::vhdx::{CreateError, CreateOptions, Vhdx};
@@ -78,11 +79,12 @@ pub struct Converted {
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The source cannot be read.
-    #[error("{}: {error}", path.display())]
+    #[error("{}", path.display())]
     Source {
         /// The source.
         path: PathBuf,
         /// What is wrong with it.
+        #[source]
         error: SourceError,
     },
     /// The target is there already.
@@ -98,14 +100,14 @@ pub enum ConvertError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The host refused.
-    #[error("{}: cannot {operation}: {error}", path.display())]
+    #[error("{}: cannot {operation}", path.display())]
     Io {
         /// The target.
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
         /// The error of the host.
-        error: io::Error,
+        source: io::Error,
     },
 }
 
@@ -128,10 +130,10 @@ impl Sink {
             Target::Raw => {
                 let made = File::options().write(true).create_new(true).open(copy);
                 let file = made.and_then(|file| file.set_len(size).map(|()| file));
-                file.map(Self::Raw).map_err(|error| ConvertError::Io {
+                file.map(Self::Raw).map_err(|source| ConvertError::Io {
                     path: to.to_owned(),
                     operation: "make the copy",
-                    error,
+                    source,
                 })
             }
             Target::Vhdx {
@@ -183,10 +185,10 @@ pub fn convert(
         return Err(ConvertError::Exists(to.to_owned()));
     }
     let failed = |operation| {
-        move |error| ConvertError::Io {
+        move |source| ConvertError::Io {
             path: to.to_owned(),
             operation,
-            error,
+            source,
         }
     };
     let folder = to

@@ -1,10 +1,9 @@
 //! The seam between disk formats and the engines that move bytes.
 
+use std::any::Any;
 use std::fmt;
 use std::fs::File;
 use std::sync::Arc;
-
-use crate::vhdx::Vhdx;
 
 /// A range of the virtual disk, in bytes. Its end never overflows a `u64`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -227,7 +226,9 @@ pub enum DiskError {
 /// the caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of
 /// those extents is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush`
 /// that began after its `finish` has returned.
-pub trait Disk: Send + Sync + fmt::Debug {
+///
+/// It is [`Any`], for the operations that only one format has: see [`Vhdx::of`](crate::vhdx::Vhdx::of).
+pub trait Disk: Any + Send + Sync + fmt::Debug {
     /// Size, sector sizes and mode, as they are now.
     fn geometry(&self) -> Geometry;
 
@@ -301,10 +302,5 @@ pub trait Disk: Send + Sync + fmt::Debug {
     /// The files that extents can name, the disk's own first.
     fn files(&self) -> Vec<Arc<File>> {
         Vec::new()
-    }
-
-    /// The disk as what it is, where it is a VHDX, for operations that no other format has.
-    fn into_vhdx(self: Arc<Self>) -> Option<Arc<Vhdx>> {
-        None
     }
 }

@@ -283,19 +283,18 @@ fn made_in_files(child: bool) -> io::Result<(Contents, Contents)> {
         logical_sector: SectorSize::B512,
         ..CreateOptions::new(20 * MIB + 512)
     };
-    let other = |e: &dyn std::fmt::Display| io::Error::other(e.to_string());
     let write = |path: &std::path::Path, places: &[u64]| -> io::Result<()> {
-        let disk = Vhdx::open(path, &OpenMode::ReadWrite.into()).map_err(|e| other(&e))?;
+        let disk = Vhdx::open(path, &OpenMode::ReadWrite.into()).map_err(io::Error::other)?;
         for place in places {
             crate::blocking::write_at(&disk, &[*place as u8 + 1; 1024], place * 300 * 1024)
-                .map_err(|e| other(&e))?;
+                .map_err(io::Error::other)?;
         }
-        disk.close().map_err(|e| other(&e))
+        disk.close().map_err(io::Error::other)
     };
-    Vhdx::create(&base, &options).map_err(|e| other(&e))?;
+    Vhdx::create(&base, &options).map_err(io::Error::other)?;
     write(&base, &[0, 9, 30])?;
     if child {
-        Vhdx::create_child(&top, &base, &ChildOptions::default()).map_err(|e| other(&e))?;
+        Vhdx::create_child(&top, &base, &ChildOptions::default()).map_err(io::Error::other)?;
         write(&top, &[1, 9, 40])?;
     } else {
         std::fs::copy(&base, &top)?;
@@ -352,7 +351,7 @@ fn digest(disk: &Vhdx, files: &[&Arc<Memory>]) -> Result<Vec<(u64, u32)>, String
         let mut extents = Vec::new();
         let id = disk
             .resolve_read(range, &mut extents)
-            .map_err(|e| e.to_string())?;
+            .map_err(|e| report::chain(&e).to_string())?;
         disk.finish(id, true);
         let mut at = range.offset();
         let mut sum = 0;
@@ -370,7 +369,8 @@ fn digest(disk: &Vhdx, files: &[&Arc<Memory>]) -> Result<Vec<(u64, u32)>, String
         assert_eq!(at, range.end(), "in order and without gaps");
         sums.push((range.offset(), sum));
         let mut map = Vec::new();
-        disk.map(range, &mut map).map_err(|e| e.to_string())?;
+        disk.map(range, &mut map)
+            .map_err(|e| report::chain(&e).to_string())?;
         assert_eq!(map.iter().map(|part| part.len).sum::<u64>(), range.len());
     }
     Ok(sums)

@@ -12,16 +12,20 @@ pub mod blocking;
 pub mod convert;
 mod disk;
 mod domain;
+mod file;
 pub mod foreign;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
+mod guid;
 pub mod io;
 pub mod lock;
 mod medium;
 mod open;
+mod options;
 mod progress;
 mod raw;
 mod refusal;
+mod signature;
 pub mod vhdx;
 
 pub use disk::{
@@ -30,6 +34,7 @@ pub use disk::{
 };
 pub use domain::Domain;
 pub use lock::OpenMode;
-pub use open::{Format, OpenOptions, Parents, detect, open};
+pub use open::{detect, open};
+pub use options::{Format, OpenOptions, Parents};
 pub use progress::{Progress, Unwatched};
 pub use refusal::{OpenError, ParentRefusal, Refusal};

@@ -45,8 +45,8 @@ pub enum LockError {
     #[error("is in use for reading by another process")]
     Read,
     /// The host or the file system cannot lock the file.
-    #[error("cannot be locked: {0}")]
-    Host(io::Error),
+    #[error("cannot be locked")]
+    Host(#[source] io::Error),
 }
 
 #[derive(Clone, Copy)]

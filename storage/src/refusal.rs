@@ -4,15 +4,15 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::guid::Guid;
 use crate::lock::LockError;
-use crate::vhdx::Guid;
 
-/// Why a disk could not be opened. Its one-line `Display` names the file and says all there is to say,
-/// the host's own words included, so it has no further [`source`](std::error::Error::source).
+/// Why a disk could not be opened. Its `Display` names the file, and its source says what was wrong with that.
 #[derive(Debug, thiserror::Error)]
-#[error("{}: {reason}", path.display())]
+#[error("{}", path.display())]
 pub struct OpenError {
     path: PathBuf,
+    #[source]
     reason: Refusal,
 }
 
@@ -39,12 +39,12 @@ impl OpenError {
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The host refused an operation.
-    #[error("cannot {operation}: {error}")]
+    #[error("cannot {operation}")]
     Io {
         /// What was tried, such as `open the file`.
         operation: String,
         /// The error of the host.
-        error: io::Error,
+        source: io::Error,
     },
     /// Not a regular file.
     #[error("is {found}; a disk has to be a regular file")]
@@ -53,7 +53,7 @@ pub enum Refusal {
         found: &'static str,
     },
     /// Somebody else has it open.
-    #[error("{0}")]
+    #[error(transparent)]
     Locked(LockError),
     /// The file has no bytes.
     #[error("is empty; a disk has at least one sector")]
@@ -167,11 +167,12 @@ pub enum ParentRefusal {
         allowed: Option<PathBuf>,
     },
     /// The parent cannot be opened.
-    #[error("its parent {}: {reason}", parent.display())]
+    #[error("its parent {}", parent.display())]
     Unusable {
         /// The parent.
         parent: PathBuf,
         /// Why.
+        #[source]
         reason: Box<Refusal>,
     },
 }
@@ -198,10 +199,10 @@ fn forbidden(allowed: Option<&Path>) -> String {
 }
 
 impl Refusal {
-    pub(crate) fn io(operation: impl Into<String>, error: io::Error) -> Self {
+    pub(crate) fn io(operation: impl Into<String>, source: io::Error) -> Self {
         Self::Io {
             operation: operation.into(),
-            error,
+            source,
         }
     }
 

@@ -194,7 +194,8 @@ fn a_qcow2_image_is_read_through_its_backing_file_where_that_lies_beside_it() {
         ],
         &stray,
     );
-    let error = foreign::open(&stray, None).err().unwrap().to_string();
+    let error = foreign::open(&stray, None).err().unwrap();
+    let error = report::chain(&error).to_string();
     assert!(error.contains("only such files are opened"), "{error}");
 }
 
@@ -226,7 +227,8 @@ fn disks_that_lack_what_a_parent_holds_are_refused() {
         &name("child.vmdk"),
     );
     let error = foreign::open(&name("child.vmdk"), None).err().unwrap();
-    assert!(error.to_string().contains("with a parent"), "{error}");
+    let error = report::chain(&error).to_string();
+    assert!(error.contains("with a parent"), "{error}");
 }
 
 #[test]

@@ -88,8 +88,8 @@ impl Sample {
             for bit in 0..8 {
                 self.flip(offset, bit);
                 let before = structures(&self.file);
-                let opened =
-                    Vhdx::open(&self.path, &OpenMode::ReadOnly.into()).map_err(|e| e.to_string());
+                let opened = Vhdx::open(&self.path, &OpenMode::ReadOnly.into())
+                    .map_err(|e| report::chain(&e).to_string());
                 if let Err(said) = &opened {
                     assert!(
                         !said.contains('\n')
@@ -205,9 +205,8 @@ fn two_damaged_copies_are_refused() {
     for (first, name) in [(64 << 10, "header pair"), (192 << 10, "region table")] {
         sample.flip(first + 20, 0);
         sample.flip(first + (64 << 10) + 20, 0);
-        let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
-            .unwrap_err()
-            .to_string();
+        let refused = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap_err();
+        let said = report::chain(&refused).to_string();
         assert!(
             said.contains(&format!("{name} at file offset {first:#x} is corrupt")),
             "{said}"
@@ -292,9 +291,8 @@ fn a_bat_entry_is_refused_by_number_where_it_leads_out_of_the_file_or_into_somet
         (entry(4, 7), "no partially present block"),
     ] {
         sample.file.write_all_at(&bytes, BAT + 9 * 8).unwrap();
-        let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
-            .unwrap_err()
-            .to_string();
+        let refused = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap_err();
+        let said = report::chain(&refused).to_string();
         assert!(
             said.contains("BAT entry 9 at file offset 0x300048 is corrupt")
                 && said.contains(expected),
@@ -331,9 +329,8 @@ fn a_damaged_log_leads_to_the_state_of_some_flush() {
     }
     // Without any entry there is nothing that could be relied on.
     sample.file.write_all_at(&vec![0; 5 * 4096], LOG).unwrap();
-    let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
-        .unwrap_err()
-        .to_string();
+    let refused = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap_err();
+    let said = report::chain(&refused).to_string();
     assert!(
         said.contains("log at file offset 0x100000 is corrupt: expected a valid sequence"),
         "{said}"
@@ -461,7 +458,8 @@ fn a_repair_is_not_undone_once_the_disk_was_written_or_by_the_backup_of_another(
     damaged(&other);
     Vhdx::repair(&path, Some(&backup), &Unwatched).unwrap();
     Vhdx::repair(&other, Some(&others), &Unwatched).unwrap();
-    let said = Vhdx::undo_repair(&path, &others).unwrap_err().to_string();
+    let refused = Vhdx::undo_repair(&path, &others).unwrap_err();
+    let said = report::chain(&refused).to_string();
     assert!(said.contains("is not as the repair left it"), "{said}");
     let disk = Vhdx::open(&path, &OpenMode::ReadWrite.into()).unwrap();
     write(&disk, 0, &[1; 512]);

@@ -338,11 +338,9 @@ fn a_locked_file_is_refused_here_and_by_qemu() {
     let reader = open(&path, OpenMode::ReadOnly);
     let second = open(&path, OpenMode::ReadOnly);
     qemu_check(&path);
-    let error = Vhdx::open(&path, &OpenMode::ReadWrite.into())
-        .unwrap_err()
-        .to_string();
+    let error = Vhdx::open(&path, &OpenMode::ReadWrite.into()).unwrap_err();
     assert_eq!(
-        error,
+        report::chain(&error).to_string(),
         format!(
             "{}: is in use for reading by another process",
             path.display()
@@ -363,9 +361,9 @@ fn a_locked_file_is_refused_here_and_by_qemu() {
             format: Some(Format::Vhdx),
             ..OpenOptions::default()
         };
-        let error = storage::open(&path, &options).unwrap_err().to_string();
+        let error = storage::open(&path, &options).unwrap_err();
         assert_eq!(
-            error,
+            report::chain(&error).to_string(),
             format!(
                 "{}: is in use for writing by another process",
                 path.display()

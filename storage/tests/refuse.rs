@@ -4,7 +4,9 @@
 
 mod support;
 
+use std::error::Error;
 use std::fs::{self, File};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -26,7 +28,7 @@ fn refusal(path: &Path, format: Option<Format>) -> String {
             },
         )
         .unwrap_err();
-        let said = error.to_string();
+        let said = report::chain(&error).to_string();
         assert!(!said.contains('\n'), "{said}");
         said.strip_prefix(&format!("{}: ", path.display()))
             .unwrap()
@@ -38,6 +40,18 @@ fn refusal(path: &Path, format: Option<Format>) -> String {
         "a refused file is left as it is"
     );
     writing
+}
+
+#[test]
+fn what_the_host_said_is_at_the_end_of_the_chain_and_nowhere_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing");
+    let error = storage::open(&missing, &OpenOptions::default()).unwrap_err();
+    assert_eq!(error.to_string(), missing.display().to_string());
+    let reason = error.source().unwrap();
+    assert_eq!(reason.to_string(), "cannot open the file");
+    let host = reason.source().unwrap().downcast_ref::<io::Error>();
+    assert_eq!(host.unwrap().raw_os_error(), Some(libc::ENOENT));
 }
 
 #[test]
@@ -60,9 +74,8 @@ fn what_is_no_regular_file_is_refused_without_waiting() {
 
     let fifo = folder.path().join("fifo");
     run("mkfifo", &[arg(&fifo)]);
-    let said = storage::open(&fifo, &OpenOptions::default())
-        .unwrap_err()
-        .to_string();
+    let refused = storage::open(&fifo, &OpenOptions::default()).unwrap_err();
+    let said = report::chain(&refused).to_string();
     assert!(
         said.ends_with("is a FIFO; a disk has to be a regular file"),
         "{said}"
@@ -196,10 +209,8 @@ fn a_container_that_peers_made_does_not_pass_for_raw() {
             "{said}"
         );
         if program != "coppice disk convert" {
-            let said = storage::foreign::open(&path, None)
-                .err()
-                .unwrap()
-                .to_string();
+            let refused = storage::foreign::open(&path, None).err().unwrap();
+            let said = report::chain(&refused).to_string();
             assert!(said.contains(name) && said.contains(program), "{said}");
         }
         // Who says that it is raw is believed, also for a source of a length that a disk cannot have.

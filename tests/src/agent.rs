@@ -53,7 +53,7 @@ pub fn run() -> Result<(), Failure> {
         let seconds = started.elapsed().as_secs_f64();
         let (failure, figures) = match result {
             Ok(figures) => (None, figures),
-            Err(failure) => (Some(failure.to_string()), Figures::new()),
+            Err(failure) => (Some(report::chain(&failure).to_string()), Figures::new()),
         };
         let log = guest::take_reports();
         let outcome = Outcome {

@@ -8,6 +8,8 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use report::chain;
+
 use crate::peer;
 use crate::programs::{TARGET, command, workspace};
 use crate::result::{Failure, Figures, Outcome, Plan};
@@ -87,8 +89,8 @@ pub fn run(
             outcome.name,
             figures(outcome)
         );
-        if let Some(failure) = &outcome.failure {
-            println!("    {failure}");
+        if let Some(why) = &outcome.failure {
+            println!("    {why}");
         }
         if outcome.failure.is_some() || verbose {
             println!("{}", outcome.log);
@@ -144,7 +146,7 @@ fn run_hosts(
         let Some(stuck) = left.first() else { break };
         let why = ended
             .err()
-            .map_or("it ended".to_owned(), |failure| failure.to_string());
+            .map_or("it ended".to_owned(), |failure| chain(&failure).to_string());
         println!(
             "lab: host {host} of {HOSTS} was lost in {}: {why}",
             stuck.name
@@ -434,7 +436,7 @@ fn judge(scenario: &Scenario, out: &Path) -> Outcome {
     let mut outcome = outcome.unwrap_or_else(|failure| Outcome {
         name: scenario.name.to_owned(),
         seconds: 0.0,
-        failure: Some(failure.to_string()),
+        failure: Some(chain(&failure).to_string()),
         figures: Figures::new(),
         log: String::new(),
     });
@@ -442,7 +444,7 @@ fn judge(scenario: &Scenario, out: &Path) -> Outcome {
         && let Some(check) = scenario.check
         && let Err(failure) = check(&folder, &outcome.figures)
     {
-        outcome.failure = Some(failure.to_string());
+        outcome.failure = Some(chain(&failure).to_string());
     }
     outcome
 }

@@ -84,7 +84,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("lab: {error}");
+            eprintln!("lab: {}", report::chain(&error));
             ExitCode::FAILURE
         }
     }

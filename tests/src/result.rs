@@ -14,7 +14,7 @@ pub enum Failure {
     #[error("{0}")]
     Claim(String),
     /// The machine did not do its part.
-    #[error("{what}: {source}")]
+    #[error("{what}")]
     Io {
         /// What was tried.
         what: String,
@@ -22,7 +22,7 @@ pub enum Failure {
         source: std::io::Error,
     },
     /// JSON that is none.
-    #[error("JSON: {0}")]
+    #[error("JSON")]
     Json(#[from] serde_json::Error),
 }
 

@@ -118,7 +118,7 @@ impl I8042 {
             && self.control & CONTROL_KEYBOARD_INTERRUPT != 0
             && let Err(error) = self.irqfd.write(1)
         {
-            tracing::debug!(%error, "i8042 irqfd write");
+            tracing::debug!(error = %report::chain(&error), "i8042 irqfd write");
         }
     }
 

@@ -35,7 +35,7 @@ impl Trigger for Irqfd {
 
     fn trigger(&self) -> Result<(), Infallible> {
         if let Err(error) = self.0.write(1) {
-            tracing::debug!(%error, "serial irqfd write");
+            tracing::debug!(error = %report::chain(&error), "serial irqfd write");
         }
         Ok(())
     }
@@ -51,7 +51,7 @@ impl SerialEvents for Drained {
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
         if let Err(error) = self.0.write(1) {
-            tracing::debug!(%error, "serial drained event");
+            tracing::debug!(error = %report::chain(&error), "serial drained event");
         }
     }
 }
@@ -127,13 +127,13 @@ impl SerialPort {
                     Ok(written) => bytes = &bytes[written..],
                     Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
                     Err(error) => {
-                        tracing::warn!(%error, "serial output is lost from here on");
+                        tracing::warn!(error = %report::chain(&error), "serial output is lost from here on");
                         self.hung_up = true;
                     }
                 },
                 Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "serial output is lost from here on");
+                    tracing::warn!(error = %report::chain(&error), "serial output is lost from here on");
                     self.hung_up = true;
                 }
             }
@@ -175,7 +175,7 @@ impl SerialConsole {
     /// Output is dropped from now on, and a vCPU that waits to write goes on.
     pub fn hang_up(&self) {
         if let Err(error) = rustix::io::write(&self.hang_up, &1u64.to_ne_bytes()) {
-            tracing::debug!(%error, "serial hang-up event");
+            tracing::debug!(error = %report::chain(&error), "serial hang-up event");
         }
     }
 }

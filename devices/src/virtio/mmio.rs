@@ -221,8 +221,7 @@ impl MmioTransport {
             Err(error) => Err(ActivateError::Ring(error)),
         };
         if let Err(error) = activated {
-            let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, "a virtio device cannot start");
+            tracing::warn!(error = %report::chain(&error), "a virtio device cannot start");
             self.interrupt.fail();
         }
     }

@@ -134,7 +134,7 @@ impl Interrupt {
     fn raise_line(&self) {
         if let Err(error) = self.irqfd.write(1) {
             // The counter of an irqfd is drained by the kernel; a failed write means the VM is gone.
-            tracing::debug!(%error, "irqfd write");
+            tracing::debug!(error = %report::chain(&error), "irqfd write");
         }
     }
 }
@@ -206,7 +206,7 @@ pub trait VirtioDevice: Device {
         if let Some(kick) = self.kicks().get(queue)
             && let Err(error) = kick.write(1)
         {
-            tracing::debug!(%error, "virtio kick");
+            tracing::debug!(error = %report::chain(&error), "virtio kick");
         }
     }
 

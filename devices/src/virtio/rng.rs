@@ -103,11 +103,11 @@ impl VirtioRng {
                     self.interrupt.signal_used();
                 }
                 if more && let Err(error) = self.kick[0].write(1) {
-                    tracing::debug!(%error, "virtio-rng kick");
+                    tracing::debug!(error = %report::chain(&error), "virtio-rng kick");
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "virtio-rng: the driver broke the ring; the device needs a reset");
+                tracing::warn!(error = %report::chain(&error), "virtio-rng: the driver broke the ring; the device needs a reset");
                 self.metrics.failures.fetch_add(1, Ordering::Relaxed);
                 self.active = None;
                 self.interrupt.fail();

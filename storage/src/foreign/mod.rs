@@ -4,7 +4,6 @@
 //! Whatever a file says is checked before it is used: such files come from elsewhere.
 
 mod qcow2;
-pub(crate) mod signature;
 mod source;
 mod vhd;
 mod vmdk;
@@ -14,15 +13,17 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-pub use signature::SourceFormat;
+pub use crate::signature::SourceFormat;
 use source::hole_or_data;
 pub use source::{Source, SourceError};
 
 use crate::blocking::{self, Span};
 use crate::disk::{ByteRange, Disk, SectorSize};
+use crate::file::open_locked;
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{Format, OpenOptions, detect_in, open_locked};
+use crate::open::detect_in;
+use crate::options::{Format, OpenOptions};
 use crate::refusal::OpenError;
 use crate::vhdx::Vhdx;
 

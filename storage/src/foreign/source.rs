@@ -38,12 +38,12 @@ pub enum SourceError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The host refused.
-    #[error("cannot {operation}: {error}")]
+    #[error("cannot {operation}")]
     Io {
         /// What was tried.
         operation: String,
         /// The error of the host.
-        error: io::Error,
+        source: io::Error,
     },
     /// The file says something that its format forbids.
     #[error("{structure} at file offset {offset:#x} is corrupt: {expected}")]
@@ -61,10 +61,10 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    pub(super) fn io(operation: impl Into<String>, error: io::Error) -> Self {
+    pub(super) fn io(operation: impl Into<String>, source: io::Error) -> Self {
         Self::Io {
             operation: operation.into(),
-            error,
+            source,
         }
     }
 

@@ -14,8 +14,8 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::source::{Source, SourceError, beside};
 use crate::blocking::Span;
+use crate::file::open_locked;
 use crate::lock::OpenMode;
-use crate::open::open_locked;
 
 const SECTOR: u64 = 512;
 /// First bytes of a sparse extent (`SPARSE_MAGICNUMBER`).

@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 
+use report::chain;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::transfer::Transfer;
@@ -41,7 +42,7 @@ impl Engine {
             EngineKind::Worker => None,
             EngineKind::IoUring => Some(Uring::new(&event)?),
             EngineKind::Auto => Uring::new(&event)
-                .inspect_err(|error| tracing::info!(%error, "io_uring is not to be had: disks use a worker thread"))
+                .inspect_err(|error| tracing::info!(error = %chain(error), "io_uring is not to be had: disks use a worker thread"))
                 .ok(),
         };
         tracing::info!(
@@ -97,7 +98,7 @@ impl Engine {
             && let Err(error) = uring.submit()
         {
             // The kernel is short of memory: the event brings its owner back here, to try again.
-            tracing::debug!(%error, "io_uring_enter");
+            tracing::debug!(error = %chain(&error), "io_uring_enter");
             self.signal();
         }
     }
@@ -105,7 +106,7 @@ impl Engine {
     fn signal(&self) {
         if let Err(error) = self.event.write(1) {
             // Only a counter that is full refuses, and then the event is readable already.
-            tracing::debug!(%error, "completion event");
+            tracing::debug!(error = %chain(&error), "completion event");
         }
     }
 

@@ -56,7 +56,7 @@ impl<R: Send + 'static> Worker<R> {
                         return;
                     }
                     if let Err(error) = event.write(1) {
-                        tracing::debug!(%error, "completion event");
+                        tracing::debug!(error = %report::chain(&error), "completion event");
                     }
                 }
             })?;

@@ -20,10 +20,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 /// A refusal of a file that was found sound when it was opened.
 pub(super) fn refused(refusal: Refusal) -> DiskError {
     match refusal {
-        Refusal::Io { operation, error } => DiskError::Io {
-            operation,
-            source: error,
-        },
+        Refusal::Io { operation, source } => DiskError::Io { operation, source },
         Refusal::Corrupt {
             structure,
             offset,
@@ -33,7 +30,7 @@ pub(super) fn refused(refusal: Refusal) -> DiskError {
             offset,
             expected,
         },
-        other => DiskError::Unsupported(other.to_string()),
+        other => DiskError::Unsupported(report::chain(&other).to_string()),
     }
 }
 

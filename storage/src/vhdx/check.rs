@@ -15,9 +15,9 @@ use super::open::Layer;
 use super::snapshot::ChainError;
 use crate::blocking;
 use crate::disk::{ByteRange, Disk, DiskError};
+use crate::file::open_locked;
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::open_locked;
 use crate::progress::Progress;
 use crate::refusal::{OpenError, Refusal};
 
@@ -102,7 +102,7 @@ impl Vhdx {
             Ok(layer) => layer,
             Err(refusal @ Refusal::Io { .. }) => return Err(failed(refusal).into()),
             Err(refusal) => {
-                checked.problem(refusal.to_string());
+                checked.problem(report::chain(&refusal).to_string());
                 checked.repairable = false;
                 return Ok(checked);
             }

@@ -20,7 +20,7 @@ use super::metadata::Metadata;
 use super::region::{self, Region};
 use crate::disk::{Disk, SectorSize};
 use crate::medium::Medium;
-use crate::open::{OpenOptions, Parents};
+use crate::options::{OpenOptions, Parents};
 use crate::refusal::OpenError;
 
 /// The name of the program that made the file, in its identifier (2.2.1).
@@ -86,14 +86,14 @@ pub enum CreateError {
     #[error("{}: the name of a parent has to be UTF-8", .0.display())]
     ParentName(PathBuf),
     /// The host refused; the file is not left behind.
-    #[error("{}: cannot {operation}: {error}", path.display())]
+    #[error("{}: cannot {operation}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// What was tried.
         operation: &'static str,
         /// The error of the host.
-        error: io::Error,
+        source: io::Error,
     },
 }
 
@@ -164,10 +164,10 @@ impl Vhdx {
         options: &ChildOptions,
     ) -> Result<(), CreateError> {
         let failed = |operation| {
-            move |error| CreateError::Io {
+            move |source| CreateError::Io {
                 path: path.to_owned(),
                 operation,
-                error,
+                source,
             }
         };
         let parent = parent
@@ -209,10 +209,10 @@ fn checked_block_size(block_size: u32) -> Result<u32, CreateError> {
 
 fn make(path: &Path, metadata: &Metadata) -> Result<(), CreateError> {
     let failed = |operation| {
-        move |error| CreateError::Io {
+        move |source| CreateError::Io {
             path: path.to_owned(),
             operation,
-            error,
+            source,
         }
     };
     let file = File::options()

@@ -4,6 +4,7 @@
 //! be read, the file has to grow or pages have to be committed, the lock is given up, the work done, and the request
 //! looked at again, a block at a time.
 
+use std::any::Any;
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
@@ -71,6 +72,12 @@ const FEW: usize = 4;
 const CHANGES: u64 = 1 << 63;
 
 impl Vhdx {
+    /// The disk as a VHDX, where it is one, for operations that no other format has.
+    pub fn of(disk: Arc<dyn Disk>) -> Option<Arc<Self>> {
+        let disk: Arc<dyn Any + Send + Sync> = disk;
+        disk.downcast().ok()
+    }
+
     /// Bytes of a payload block.
     pub fn block_size(&self) -> u64 {
         self.block_size
@@ -681,10 +688,6 @@ impl Disk for Vhdx {
             .map(|layer| layer.view.medium.file().clone())
             .collect()
     }
-
-    fn into_vhdx(self: Arc<Self>) -> Option<Arc<Vhdx>> {
-        Some(self)
-    }
 }
 
 impl Drop for Vhdx {
@@ -694,9 +697,8 @@ impl Drop for Vhdx {
             // replay.
             Ok(()) | Err(DiskError::Poisoned) => {}
             Err(error) => {
-                let error = &error as &dyn std::error::Error;
                 tracing::error!(
-                    error,
+                    error = %report::chain(&error),
                     "a VHDX could not be closed; its log will be replayed when it is opened next"
                 );
             }

@@ -1,10 +1,9 @@
 //! The structures of [MS-VHDX] 8.0 as they lie on disk, little-endian, and the constants of its sections.
 
-use std::fmt;
-
-use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+pub use crate::guid::Guid;
 
 /// One kibibyte.
 pub(crate) const KIB: u64 = 1 << 10;
@@ -67,51 +66,6 @@ pub(crate) const MAX_METADATA: u64 = 128 * MIB;
 pub(crate) const MAX_FILE: u64 = 2 * MAX_DISK;
 /// Most bytes of the log.
 pub(crate) const MAX_LOG: u64 = 1024 * MIB;
-
-/// A GUID in its on-disk byte order (mixed-endian).
-#[derive(
-    Clone, Copy, PartialEq, Eq, Hash, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned,
-)]
-#[repr(transparent)]
-pub struct Guid([u8; 16]);
-
-impl Guid {
-    /// No GUID.
-    pub const ZERO: Self = Self([0; 16]);
-
-    /// The GUID that is written as the digits of `value`.
-    pub(crate) const fn new(value: u128) -> Self {
-        Self(Uuid::from_u128(value).to_bytes_le())
-    }
-
-    /// The GUID of a text, with or without braces.
-    pub fn parse(text: &str) -> Option<Self> {
-        Some(Self(Uuid::parse_str(text).ok()?.to_bytes_le()))
-    }
-
-    /// The GUID with these bytes.
-    #[cfg(feature = "fuzzing")]
-    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(bytes)
-    }
-
-    /// A new one.
-    pub(crate) fn random() -> Self {
-        Self(Uuid::new_v4().to_bytes_le())
-    }
-}
-
-impl fmt::Display for Guid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&Uuid::from_bytes_le(self.0), f)
-    }
-}
-
-impl fmt::Debug for Guid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
 
 /// Region that holds the block allocation table (2.2.3.2).
 pub(crate) const BAT_REGION: Guid = Guid::new(0x2DC2_7766_F623_4200_9D64_115E_9BFD_4A08);

@@ -11,8 +11,8 @@ use super::identifiers::Identifiers;
 use super::locator::ParentLocator;
 use super::open::Layer;
 use crate::disk::SectorSize;
+use crate::file::open_locked;
 use crate::lock::OpenMode;
-use crate::open::open_locked;
 use crate::refusal::OpenError;
 
 /// One file, without its parents.

@@ -23,9 +23,10 @@ use super::space::Space;
 use super::state::{Commit, Level, State};
 use super::view::View;
 use crate::disk::{ByteRange, DiskError, Geometry, SectorSize};
+use crate::file::open_locked;
 use crate::lock::OpenMode;
 use crate::medium::Medium;
-use crate::open::{OpenOptions, Parents, open_locked};
+use crate::options::{OpenOptions, Parents};
 use crate::refusal::{OpenError, ParentRefusal, Refusal};
 
 impl Vhdx {
@@ -477,7 +478,7 @@ impl Chain<'_> {
 /// A short file ends inside a structure; say that rather than what the read said.
 fn truncated(refusal: Refusal, file_len: u64) -> Refusal {
     match refusal {
-        Refusal::Io { error, .. } if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+        Refusal::Io { source, .. } if source.kind() == std::io::ErrorKind::UnexpectedEof => {
             Refusal::corrupt(
                 "file identifier",
                 0,
@@ -519,7 +520,7 @@ fn replay(view: &mut View, headers: &mut Headers) -> Result<(), Refusal> {
     );
     let refused = |e| match e {
         DiskError::Io { operation, source } => Refusal::io(operation, source),
-        other => Refusal::Unsupported(other.to_string()),
+        other => Refusal::Unsupported(report::chain(&other).to_string()),
     };
     let file_write_guid = Guid::random();
     headers

@@ -30,8 +30,8 @@ use super::pages::page_of;
 use super::snapshot::ChainError;
 use super::state::{Level, Stop};
 use crate::disk::DiskError;
+use crate::file::open_locked;
 use crate::lock::OpenMode;
-use crate::open::open_locked;
 use crate::progress::Progress;
 use crate::refusal::{OpenError, Refusal};
 

@@ -16,8 +16,9 @@ use super::locator::ParentLocator;
 use super::open::Layer;
 use super::state::Exclusion;
 use crate::disk::{ByteRange, Disk, DiskError, ExtentState, Mapping};
+use crate::file::open_locked;
 use crate::lock::{self, OpenMode};
-use crate::open::{OpenOptions, open_locked};
+use crate::options::OpenOptions;
 use crate::progress::{Progress, Unwatched};
 use crate::refusal::{OpenError, ParentRefusal, Refusal};
 use crate::vhdx::create::{CreateError, folder_of};
@@ -36,8 +37,8 @@ pub enum ChainError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// A file of the chain that is in use cannot be used so.
-    #[error("a file of the chain {0}")]
-    Refused(Refusal),
+    #[error("a file of the chain cannot be used")]
+    Refused(#[source] Refusal),
 }
 
 impl Vhdx {

@@ -51,14 +51,12 @@ pub fn unless_own_mounts() -> bool {
         .args(["--map-root-user", "--mount", "mount", "-t", "tmpfs", "none"])
         .arg(folder)
         .output();
-    let refusal = match mount {
+    let why = match mount {
         Ok(output) if output.status.success() => return true,
         Ok(output) => String::from_utf8_lossy(&output.stderr).into_owned(),
-        Err(error) => error.to_string(),
+        Err(error) => report::chain(&error).to_string(),
     };
-    because(&format!(
-        "a process can have no mounts of its own: {refusal}"
-    ));
+    because(&format!("a process can have no mounts of its own: {why}"));
     false
 }
 
@@ -75,7 +73,7 @@ fn append(path: &OsStr, line: &str) {
         .create(true)
         .open(path)
         .and_then(|mut file| file.write_all(line.as_bytes()))
-        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        .unwrap_or_else(|error| panic!("{}: {}", path.display(), report::chain(&error)));
 }
 
 /// The name of a test's program, without the hash that Cargo adds.

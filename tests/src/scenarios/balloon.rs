@@ -94,7 +94,8 @@ impl Ballooned {
         match returned {
             Ok(()) => Ok((now, started.elapsed())),
             Err(failure) => Failure::claim(format!(
-                "{mib} MiB of {before} KiB, of which {now} KiB are left: {failure}"
+                "{mib} MiB of {before} KiB, of which {now} KiB are left: {}",
+                report::chain(&failure)
             )),
         }
     }

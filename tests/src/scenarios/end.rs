@@ -14,9 +14,9 @@ pub fn exit_codes(_: &Path) -> Result<Figures, Failure> {
         ("", "echo c > /proc/sysrq-trigger", 11),
     ] {
         let mut guest = Start::new().cmdline(cmdline).script(script).spawn()?;
-        guest
-            .expect_exit(code)
-            .map_err(|failure| Failure::Claim(format!("{cmdline} {script}: {failure}")))?;
+        guest.expect_exit(code).map_err(|failure| {
+            Failure::Claim(format!("{cmdline} {script}: {}", report::chain(&failure)))
+        })?;
     }
     // A command line that says nothing of reboots: the ACPI and BIOS ways lead to a reset as well.
     let cmdline = format!(

@@ -1,28 +1,21 @@
 //! Prints what keeps the workspace from being a tree, and fails where there is anything: see the library.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
 use tree::circles::{self, Circle};
-use tree::module::Module;
-use tree::{crates, imports, source, uncut};
+use tree::module::{Breach, Module};
+use tree::{crates, imports, source};
 
 fn main() -> ExitCode {
     match check() {
         Ok(0) => ExitCode::SUCCESS,
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            let mut text = format!("tree: {error}");
-            let mut source = error.source();
-            while let Some(error) = source {
-                // Writing to a string cannot fail.
-                let _ = write!(text, ": {error}");
-                source = error.source();
-            }
-            eprintln!("{text}");
+            eprintln!("tree: {}", report::chain(&*error));
             ExitCode::FAILURE
         }
     }
@@ -35,9 +28,7 @@ fn check() -> Result<usize, Box<dyn Error>> {
     for line in &violations {
         println!("{line}");
     }
-    let wants_all = std::env::args().any(|argument| argument == "--all");
-    let (mut modules_seen, mut circles_seen, mut new) = (0, 0, 0);
-    let mut levels = BTreeSet::new();
+    let (mut modules_seen, mut circles_seen, mut breaches) = (0, 0, 0);
     for one in &crates {
         let is_checked = |kind: &String| kind == "lib" || kind == "bin";
         for target in one
@@ -46,32 +37,27 @@ fn check() -> Result<usize, Box<dyn Error>> {
             .filter(|target| target.kind.iter().any(is_checked))
         {
             let modules = source::read(&target.src_path)?;
-            let circles = circles::find(&modules, &imports::edges(&modules));
             modules_seen += modules.len();
-            circles_seen += circles.len();
-            for circle in &circles {
-                let level = (one.name.as_str(), modules[circle.parent].name());
-                let is_known = uncut::is_known(&level);
-                new += usize::from(!is_known);
-                if !is_known || wants_all {
-                    print!("{}", describe(&one.name, &modules, circle));
+            for circle in circles::find(&modules, &imports::edges(&modules)) {
+                circles_seen += 1;
+                print!("{}", describe(&one.name, &modules, &circle));
+            }
+            // The reporter is where sources are looked at one by one.
+            for module in modules.iter().filter(|_| one.name != crates::REPORTER) {
+                breaches += module.breaches.len();
+                for Breach { line, what } in &module.breaches {
+                    println!("{}:{line}: {what}", relative(&module.file));
                 }
-                levels.insert(level);
             }
         }
     }
-    let cut = uncut::cut(&levels);
-    for (name, parent) in &cut {
-        println!("{parent} of {name} has no circles any more: take it off the list of uncut.rs");
-    }
     println!(
-        "{} crates, {} dependencies that are not allowed; {modules_seen} modules, {circles_seen} circles, \
-         {} of them known (cargo run -p tree -- --all)",
+        "{} crates, {} dependencies that are not allowed; {modules_seen} modules, {circles_seen} circles; \
+         {breaches} errors without their sources",
         crates.len(),
         violations.len(),
-        circles_seen - new,
     );
-    Ok(violations.len() + new + cut.len())
+    Ok(violations.len() + circles_seen + breaches)
 }
 
 fn describe(name: &str, modules: &[Module], circle: &Circle) -> String {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use proc_macro2::Span;
 use syn::{UseTree, Visibility};
 
 /// A path as it is written, and where.
@@ -21,6 +22,24 @@ pub struct Import {
     pub mention: Mention,
     /// Whether others can take the name from this module: `pub use`.
     pub is_reexport: bool,
+}
+
+/// A place where the rule for errors is broken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Breach {
+    /// Line of its module's file, from 1.
+    pub line: usize,
+    /// What is wrong.
+    pub what: String,
+}
+
+impl Breach {
+    pub(crate) fn new(at: Span, what: String) -> Self {
+        Self {
+            line: at.start().line,
+            what,
+        }
+    }
 }
 
 /// One module: a file, or a `mod` with a body.
@@ -44,6 +63,8 @@ pub struct Module {
     pub mentions: Vec<Mention>,
     /// Single names in its code, with the first line of each.
     pub names: BTreeMap<String, usize>,
+    /// Where it breaks the rule for errors.
+    pub breaches: Vec<Breach>,
 }
 
 impl Module {
@@ -58,6 +79,7 @@ impl Module {
             globs: Vec::new(),
             mentions: Vec::new(),
             names: BTreeMap::new(),
+            breaches: Vec::new(),
         }
     }
 

@@ -9,6 +9,7 @@ use quote::ToTokens;
 use syn::visit_mut::{self, VisitMut};
 use syn::{Attribute, Item, Meta};
 
+use crate::errors;
 use crate::module::{Module, plain};
 use crate::paths;
 
@@ -82,6 +83,7 @@ fn fill(
                     modules[at].items.insert(name);
                 }
                 WithoutTests.visit_item_mut(&mut other);
+                modules[at].breaches.extend(errors::scan(&mut other));
                 paths::scan(&mut modules[at], other.into_token_stream());
             }
         }

@@ -18,6 +18,8 @@ fn crate_of(name: &str, uses: &[(&str, Option<&str>)]) -> Crate {
 #[test]
 fn crate_may_use_what_lies_below_it() {
     for (user, used) in [
+        ("storage", "report"),
+        ("lab", "report"),
         ("devices", "storage"),
         ("devices", "memshare"),
         ("config", "storage"),
@@ -37,6 +39,7 @@ fn crate_may_use_what_lies_below_it() {
 #[test]
 fn crate_may_not_use_what_lies_above_or_beside_it() {
     for (user, used) in [
+        ("report", "storage"),
         ("storage", "memshare"),
         ("memshare", "storage"),
         ("storage", "devices"),

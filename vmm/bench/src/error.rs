@@ -89,12 +89,12 @@ pub enum BenchError {
         error: serde_json::Error,
     },
     /// The picture cannot be drawn.
-    #[error("cannot draw {}: {error}", path.display())]
+    #[error("cannot draw {}", path.display())]
     Plot {
         /// The file.
         path: PathBuf,
         /// What the drawing library said.
-        error: String,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// What was asked for cannot be done.
     #[error("{0}")]

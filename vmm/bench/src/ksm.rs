@@ -123,8 +123,7 @@ impl Drop for Ksm {
     fn drop(&mut self) {
         for (name, value) in self.before.iter().rev() {
             if let Err(error) = write(name, *value) {
-                let error = report::chain(&error);
-                tracing::warn!(%error, "KSM is not as it was before");
+                tracing::warn!(error = %report::chain(&error), "KSM is not as it was before");
             }
         }
     }

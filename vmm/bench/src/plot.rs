@@ -2,6 +2,7 @@
 //!
 //! The font comes along, as a server has none.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::Path;
@@ -33,12 +34,8 @@ const COLOURS: [RGBColor; 8] = [
     RGBColor(150, 150, 150),
 ];
 
-/// Why a picture was not drawn, in the words of whoever drew.
-type Drawn = Result<(), String>;
-
-fn words(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
+/// Whether a picture was drawn; the error is of whatever library drew.
+type Drawn = Result<(), Box<dyn Error + Send + Sync>>;
 
 /// The workloads of a report, each once.
 fn workloads(report: &Report) -> Vec<Workload> {
@@ -62,7 +59,7 @@ pub(super) fn draw(report: &Report, folder: &Path) -> Result<(), BenchError> {
     let size = (SIZE.0 * panels, SIZE.1);
     let at = |path: &Path| {
         let path = path.to_owned();
-        move |error| BenchError::Plot { path, error }
+        move |source| BenchError::Plot { path, source }
     };
     let svg = folder.join("density.svg");
     let area = SVGBackend::new(&svg, size).into_drawing_area();
@@ -76,17 +73,20 @@ pub(super) fn draw(report: &Report, folder: &Path) -> Result<(), BenchError> {
 }
 
 fn encode(pixels: &[u8], (width, height): (u32, u32), path: &Path) -> Drawn {
-    let file = BufWriter::new(File::create(path).map_err(words)?);
+    let file = BufWriter::new(File::create(path)?);
     let mut encoder = png::Encoder::new(file, width, height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    let mut writer = encoder.write_header().map_err(words)?;
-    writer.write_image_data(pixels).map_err(words)?;
-    writer.finish().map_err(words)
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(pixels)?;
+    Ok(writer.finish()?)
 }
 
-fn draw_on<B: DrawingBackend>(area: &DrawingArea<B, Shift>, report: &Report) -> Drawn {
-    area.fill(&WHITE).map_err(words)?;
+fn draw_on<B: DrawingBackend>(area: &DrawingArea<B, Shift>, report: &Report) -> Drawn
+where
+    B::ErrorType: 'static,
+{
+    area.fill(&WHITE)?;
     let workloads = workloads(report);
     for (panel, workload) in area
         .split_evenly((1, workloads.len().max(1)))
@@ -100,14 +100,17 @@ fn draw_on<B: DrawingBackend>(area: &DrawingArea<B, Shift>, report: &Report) -> 
             .collect();
         draw_panel(panel, workload, &runs)?;
     }
-    area.present().map_err(words)
+    Ok(area.present()?)
 }
 
 fn draw_panel<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     workload: Workload,
     runs: &[&Run],
-) -> Drawn {
+) -> Drawn
+where
+    B::ErrorType: 'static,
+{
     // Guests as whole numbers, so that the axis has no half ones.
     let used: Vec<Vec<_>> = runs
         .iter()
@@ -132,8 +135,7 @@ fn draw_panel<B: DrawingBackend>(
         .margin(16)
         .x_label_area_size(52)
         .y_label_area_size(80)
-        .build_cartesian_2d(0..guests, 0.0..mib * 1.08)
-        .map_err(words)?;
+        .build_cartesian_2d(0..guests, 0.0..mib * 1.08)?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -143,8 +145,7 @@ fn draw_panel<B: DrawingBackend>(
         .y_label_formatter(&|mib| format!("{mib:.0}"))
         .label_style((FONT, 18))
         .axis_desc_style((FONT, 20))
-        .draw()
-        .map_err(words)?;
+        .draw()?;
     for (run, points) in runs.iter().zip(&used) {
         // The same for a configuration in every picture.
         let colour = COLOURS[run.configuration as usize % COLOURS.len()];
@@ -155,14 +156,13 @@ fn draw_panel<B: DrawingBackend>(
             .draw_series(LineSeries::new(
                 points.iter().copied(),
                 colour.stroke_width(2),
-            ))
-            .map_err(words)?
+            ))?
             .label(format!("{}{each}", run.configuration))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], colour.stroke_width(3)));
         let dots = points
             .iter()
             .map(|point| Circle::new(*point, 4, colour.filled()));
-        chart.draw_series(dots).map_err(words)?;
+        chart.draw_series(dots)?;
     }
     chart
         .configure_series_labels()
@@ -172,8 +172,8 @@ fn draw_panel<B: DrawingBackend>(
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .label_font((FONT, 18))
-        .draw()
-        .map_err(words)
+        .draw()?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ fn told_by_parser(error: &clap::Error) -> ExitCode {
             Err(error) => fail_with(exit::FAILURE, &error),
         };
     }
-    let text = error.to_string();
+    let text = error.render().to_string();
     let said = text
         .lines()
         .map(str::trim)

@@ -394,9 +394,9 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     // Of a guest that was never started: the threads of the server, which may start it, end with the process.
     drop(vsock_socket.lock().take());
     drop(raw_mode);
-    if let ExitReason::Guest(GuestEnd::Failed(error)) = &reason {
+    if let ExitReason::Guest(GuestEnd::Failed(why)) = &reason {
         // Standard error may be a file on a full disk.
-        let _ = writeln!(io::stderr(), "coppice: {error}");
+        let _ = writeln!(io::stderr(), "coppice: {why}");
     }
     Ok(reason)
 }

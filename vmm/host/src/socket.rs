@@ -100,7 +100,7 @@ impl Drop for ApiSocket {
         if identity(&self.path).is_ok_and(|file| file == self.file)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
-            tracing::warn!(%error, path = %self.path.display(), "the REST socket stays behind");
+            tracing::warn!(error = %report::chain(&error), path = %self.path.display(), "the REST socket stays behind");
         }
     }
 }

@@ -9,6 +9,9 @@ use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
+use super::error::doing;
+use host::report::chain;
+
 /// A group and its limits; what is absent is not limited.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -54,8 +57,7 @@ pub fn root() -> io::Result<PathBuf> {
 }
 
 fn write(path: &Path, value: &str) -> io::Result<()> {
-    fs::write(path, value)
-        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    fs::write(path, value).map_err(doing(path.display().to_string()))
 }
 
 impl CgroupConfig {
@@ -110,8 +112,7 @@ impl CgroupConfig {
             group.push(part);
             match fs::create_dir(&group) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                    let group = group.display();
-                    return Err(io::Error::new(error.kind(), format!("{group}: {error}")));
+                    return Err(doing(group.display().to_string())(error));
                 }
                 _ => {}
             }
@@ -164,7 +165,7 @@ impl CgroupConfig {
 
     fn limit(&self, file: &str) -> String {
         let limit = self.read(file).map(|limit| limit.trim().to_owned());
-        limit.unwrap_or_else(|error| error.to_string())
+        limit.unwrap_or_else(|error| chain(&error).to_string())
     }
 
     /// How often something has happened to the group (cgroup-v2.rst).
@@ -192,8 +193,7 @@ impl CgroupConfig {
                     std::thread::sleep(AGAIN);
                 }
                 Err(error) => {
-                    let group = group.display();
-                    return Err(io::Error::new(error.kind(), format!("{group}: {error}")));
+                    return Err(doing(group.display().to_string())(error));
                 }
                 Ok(()) => return Ok(()),
             }

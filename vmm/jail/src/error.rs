@@ -47,10 +47,42 @@ pub enum JailError {
     },
 }
 
+/// What was being done, or with what, when the host refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}")]
+struct Refused {
+    what: String,
+    source: io::Error,
+}
+
+/// Has an error of the host say what was being done; its kind stays.
+pub(super) fn doing(what: String) -> impl FnOnce(io::Error) -> io::Error {
+    move |source| io::Error::new(source.kind(), Refused { what, source })
+}
+
 /// The error for a layer that was asked for by name.
 pub(super) fn required(layer: Layer) -> impl FnOnce(io::Error) -> JailError {
     move |error| JailError::Missing {
         layer,
         why: chain(&error).to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn error_that_says_what_was_being_done_keeps_its_kind_and_its_source() {
+        let host = io::Error::from_raw_os_error(libc::EACCES);
+        let expected = format!("make /group: {host}");
+        let error = doing("make /group".to_owned())(host);
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(error.to_string(), "make /group");
+        let host = error.source().unwrap().downcast_ref::<io::Error>();
+        assert_eq!(host.unwrap().raw_os_error(), Some(libc::EACCES));
+        assert_eq!(chain(&error).to_string(), expected);
     }
 }

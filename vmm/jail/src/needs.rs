@@ -245,7 +245,7 @@ fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
     // The folder is for its user alone, and what is in it for those who are given it.
     for file in kept.iter().flat_map(|file| with_references(file, &cache)) {
         if let Err(error) = readable(&file) {
-            tracing::warn!(%error, file = %file.display(), "the guest has a copy of its own of it");
+            tracing::warn!(error = %host::report::chain(&error), file = %file.display(), "the guest has a copy of its own of it");
         }
         needs.add(&file, Access::Read);
     }

@@ -18,6 +18,8 @@ use rustix::mount::{
 };
 use rustix::process::{chroot, fchdir, pivot_root};
 
+use super::error;
+
 use super::need::{Access, Need};
 
 /// Folders, links and empty files: all that is in the file system itself.
@@ -33,11 +35,8 @@ struct Mount<'a> {
 }
 
 fn doing(what: &str, path: &Path) -> impl FnOnce(Errno) -> io::Error {
-    let what = format!("{what} {}", path.display());
-    move |error| {
-        let error = io::Error::from(error);
-        io::Error::new(error.kind(), format!("{what}: {error}"))
-    }
+    let failed = error::doing(format!("{what} {}", path.display()));
+    move |error| failed(error.into())
 }
 
 /// Moves the process into a tree of what it needs; in a namespace of mounts of its own.

@@ -48,7 +48,7 @@ fn give(give_back: &GiveBack, ranges: Vec<Range<u64>>, returned: &Returned) {
             }
             Err(error) => {
                 // The guest could make any number of these lines.
-                tracing::debug!(%error, address = range.start, len, "memory cannot be given back");
+                tracing::debug!(error = %report::chain(&error), address = range.start, len, "memory cannot be given back");
                 add(&returned.failures, 1);
             }
         }

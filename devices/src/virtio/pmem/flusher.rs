@@ -73,7 +73,7 @@ impl Flusher {
                         return;
                     }
                     if let Err(error) = event.write(1) {
-                        tracing::debug!(%error, "flush event");
+                        tracing::debug!(error = %report::chain(&error), "flush event");
                     }
                 }
             })?;

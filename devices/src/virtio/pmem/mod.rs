@@ -158,7 +158,7 @@ impl VirtioPmem {
     fn kick(&self) {
         if let Err(error) = self.kick[0].write(1) {
             // Only a counter that is full refuses, and then it is readable already.
-            tracing::debug!(%error, "virtio-pmem kick");
+            tracing::debug!(error = %report::chain(&error), "virtio-pmem kick");
         }
     }
 
@@ -235,8 +235,7 @@ impl VirtioPmem {
                 ResponseCode::Done
             }
             Err(error) => {
-                let error: &dyn std::error::Error = &*error;
-                tracing::warn!(error, "virtio-pmem flush");
+                tracing::warn!(error = %report::chain(&*error), "virtio-pmem flush");
                 add(&self.metrics.errors, 1);
                 ResponseCode::Failed
             }
@@ -282,7 +281,7 @@ impl VirtioPmem {
     /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no response can
     /// report.
     fn fail(&mut self, error: &RingFault) {
-        tracing::warn!(%error, "virtio-pmem: the driver broke the ring; the device needs a reset");
+        tracing::warn!(error = %report::chain(&error), "virtio-pmem: the driver broke the ring; the device needs a reset");
         add(&self.metrics.failures, 1);
         self.stop();
         self.interrupt.fail();

@@ -180,7 +180,7 @@ impl Host {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
-                tracing::warn!(%error, "a vsock client cannot be accepted");
+                tracing::warn!(error = %report::chain(&error), "a vsock client cannot be accepted");
                 return;
             }
         };
@@ -201,7 +201,9 @@ impl Host {
             .and_then(|()| Ok(epoll::add(&self.epoll, &stream, word(key), flags)?));
         match watched {
             Ok(()) => self.callers.push(Caller { number, stream }),
-            Err(error) => tracing::warn!(%error, "a vsock client cannot be served"),
+            Err(error) => {
+                tracing::warn!(error = %report::chain(&error), "a vsock client cannot be served");
+            }
         }
     }
 

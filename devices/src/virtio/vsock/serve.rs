@@ -92,7 +92,7 @@ impl VirtioVsock {
         }
         let key = self.table.free_port(port);
         if let Err(error) = self.host.watch(&stream, key) {
-            tracing::warn!(%error, "a vsock client cannot be served");
+            tracing::warn!(error = %report::chain(&error), "a vsock client cannot be served");
             return;
         }
         // There is room, as was seen.
@@ -256,7 +256,7 @@ impl VirtioVsock {
                 return Err(());
             }
             let stream = self.host.connect(key.host).map_err(|error| {
-                tracing::debug!(%error, port = key.host, "a guest connects to where nobody listens");
+                tracing::debug!(error = %report::chain(&error), port = key.host, "a guest connects to where nobody listens");
             })?;
             self.host.watch(&stream, key).map_err(drop)?;
             Peer::Stream(stream)

@@ -5,14 +5,14 @@ use std::path::Path;
 use super::SECTOR;
 use super::files::{get, open, put, small};
 use crate::disk::{ByteRange, Disk, ExtentState, SectorSize};
-use crate::open::{OpenOptions, Parents};
+use crate::options::{OpenOptions, Parents};
 use crate::vhdx::format::MIB;
 use crate::vhdx::{ChildOptions, CreateOptions, Vhdx};
 
 const BLOCK: u64 = MIB / SECTOR;
 
 fn refusal(path: &Path, options: &OpenOptions) -> String {
-    Vhdx::open(path, options).unwrap_err().to_string()
+    report::chain(&Vhdx::open(path, options).unwrap_err()).to_string()
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{SECTOR, filled};
 use crate::disk::{ByteRange, Disk, ExtentKind};
-use crate::open::OpenOptions;
+use crate::options::OpenOptions;
 use crate::vhdx::format::MIB;
 use crate::vhdx::{CreateOptions, Vhdx};
 

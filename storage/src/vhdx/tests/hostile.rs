@@ -151,9 +151,9 @@ proptest! {
                     let _ = disk.flush();
                 }
                 Err(error) => {
-                    prop_assert!(!error.to_string().contains('\n'));
+                    prop_assert!(!report::chain(&error).to_string().contains('\n'));
                     // Replay and the headers after it are the last that can fail, and nothing fails here.
-                    prop_assert_eq!(memory.count(), 0, "{}", error);
+                    prop_assert_eq!(memory.count(), 0, "{}", report::chain(&error));
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use super::SECTOR;
 use super::files::{get, open, put, small};
 use crate::disk::{ByteRange, Disk, DiskError, ExtentState, SectorSize};
-use crate::open::OpenOptions;
+use crate::options::OpenOptions;
 use crate::progress::{Progress, Unwatched};
 use crate::vhdx::format::MIB;
 use crate::vhdx::{ChildOptions, CompactOptions, CreateOptions, Vhdx};
@@ -585,7 +585,8 @@ fn a_child_is_given_another_place_of_its_parent_and_another_parent_only_by_force
     put(&disk, 3 * BLOCK, 1, 99);
     drop(disk);
     let refused = Vhdx::rebase(&name("child"), &deep.join("base"), false, &options);
-    assert!(refused.unwrap_err().to_string().contains("has changed"));
+    let said = report::chain(&refused.unwrap_err()).to_string();
+    assert!(said.contains("has changed"), "{said}");
     let before = open_identifiers(&name("child"));
     Vhdx::rebase(&name("child"), &deep.join("base"), true, &options).unwrap();
     let child = open(&name("child"), true);

@@ -121,8 +121,11 @@ impl Daemon {
         let vm = Vm::new(id.to_owned(), folder, record, &config);
         let others: Vec<_> = vms.values().map(|vm| vm.load()).collect();
         if let Err(refusal) = self.limits.admit(&others, &vm.load()) {
-            self.events
-                .tell(EventKind::Refused, Some(id), Some(refusal.to_string()));
+            self.events.tell(
+                EventKind::Refused,
+                Some(id),
+                Some(chain(&refusal).to_string()),
+            );
             return Err(refusal.into());
         }
         let vm = Arc::new(vm);

@@ -10,6 +10,7 @@ use super::record::State;
 use super::spec::Resolved;
 use super::vm::{Now, Vm};
 use config::VmConfig;
+use host::report::chain;
 
 impl Daemon {
     /// The configuration that a guest is to be started with: the one that it was made with, or a later one, with the
@@ -66,8 +67,11 @@ impl Daemon {
             ..vm.load()
         };
         if let Err(refusal) = self.limits.admit(&others, &load) {
-            self.events
-                .tell(EventKind::Refused, Some(&vm.id), Some(refusal.to_string()));
+            self.events.tell(
+                EventKind::Refused,
+                Some(&vm.id),
+                Some(chain(&refusal).to_string()),
+            );
             return Err(refusal.into());
         }
         vm.change(|now| {

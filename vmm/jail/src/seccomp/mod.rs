@@ -71,10 +71,6 @@ fn mode() -> SeccompMode {
     }
 }
 
-fn other(error: impl std::fmt::Display) -> io::Error {
-    io::Error::other(error.to_string())
-}
-
 /// Filters this thread, and all that it starts from now on. Called once, by the only thread of the process.
 ///
 /// # Errors
@@ -89,9 +85,9 @@ pub fn enter(wanted: SeccompMode) -> io::Result<()> {
         handler::install()?;
     }
     let own = own_process(wanted)?;
-    apply_filter(&tables::ABSENT).map_err(other)?;
-    apply_filter(&own).map_err(other)?;
-    apply_filter(program).map_err(other)?;
+    apply_filter(&tables::ABSENT).map_err(io::Error::other)?;
+    apply_filter(&own).map_err(io::Error::other)?;
+    apply_filter(program).map_err(io::Error::other)?;
     MODE.store(number, Ordering::SeqCst);
     Ok(())
 }
@@ -104,7 +100,8 @@ fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
         SeccompCmpOp::Ne,
         std::process::id().into(),
     );
-    let rule = SeccompRule::new(vec![elsewhere.map_err(other)?]).map_err(other)?;
+    let rule =
+        SeccompRule::new(vec![elsewhere.map_err(io::Error::other)?]).map_err(io::Error::other)?;
     let refuse = match mode {
         SeccompMode::Kill => SeccompAction::Trap,
         SeccompMode::Log | SeccompMode::Off => SeccompAction::Log,
@@ -115,7 +112,10 @@ fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
         refuse,
         TargetArch::x86_64,
     );
-    filter.map_err(other)?.try_into().map_err(other)
+    filter
+        .map_err(io::Error::other)?
+        .try_into()
+        .map_err(io::Error::other)
 }
 
 /// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is not filtered. One whose
@@ -131,9 +131,9 @@ pub fn started(connects: bool) -> io::Result<()> {
     };
     STARTED.store(true, Ordering::SeqCst);
     if !connects {
-        apply_filter_all_threads(unconnected).map_err(other)?;
+        apply_filter_all_threads(unconnected).map_err(io::Error::other)?;
     }
-    apply_filter_all_threads(program).map_err(other)
+    apply_filter_all_threads(program).map_err(io::Error::other)
 }
 
 /// Leaves this thread what a vCPU needs. Nothing where the process is not filtered.
@@ -146,5 +146,5 @@ pub fn vcpu() -> io::Result<()> {
         SeccompMode::Log => &tables::VCPU_LOG,
         SeccompMode::Kill => &tables::VCPU,
     };
-    apply_filter(program).map_err(other)
+    apply_filter(program).map_err(io::Error::other)
 }

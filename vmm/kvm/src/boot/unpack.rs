@@ -15,6 +15,7 @@ use std::io::{self, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use host::report::chain;
 use rustix::fs::{FlockOperation, MemfdFlags, flock, memfd_create};
 
 use super::compression::Compression;
@@ -85,7 +86,7 @@ pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<Unpacked, BootE
 pub(super) fn keep(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
     kept(path, file, len, Form::Plain, cache)
         .inspect_err(|error| {
-            tracing::warn!(dir = %cache.display(), file = %path.display(), %error, "the cache cannot be used; each guest has a copy");
+            tracing::warn!(dir = %cache.display(), file = %path.display(), error = %chain(&error), "the cache cannot be used; each guest has a copy");
         })
         .ok()
 }
@@ -94,7 +95,7 @@ pub(super) fn keep(path: &Path, file: &File, len: u64, cache: &Path) -> Option<F
 pub(super) fn keep_files(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
     kept(path, file, len, Form::Files, cache)
         .inspect_err(|error| {
-            tracing::warn!(file = %path.display(), %error, "what guests unpack of the initrd is not shared");
+            tracing::warn!(file = %path.display(), error = %chain(&error), "what guests unpack of the initrd is not shared");
         })
         .ok()
 }
@@ -284,7 +285,7 @@ mod tests {
         for (compression, bytes) in compression::packed(&kernel()) {
             fs::write(&source, &bytes[..bytes.len() / 2]).unwrap();
             let error = open(&source, compression, &cache).unwrap_err();
-            let error = host::report::chain(&error).to_string();
+            let error = chain(&error).to_string();
             assert!(
                 error.contains(compression.name()) && error.contains("vmlinuz"),
                 "{error}"
@@ -293,9 +294,7 @@ mod tests {
         fs::write(&source, compression::lz4_legacy(b"no kernel")).unwrap();
         let error = open(&source, Compression::Lz4Legacy, &cache).unwrap_err();
         assert!(
-            host::report::chain(&error)
-                .to_string()
-                .contains("no ELF kernel"),
+            chain(&error).to_string().contains("no ELF kernel"),
             "{error}"
         );
         assert_eq!(fs::read_dir(&cache).unwrap().count(), 0);

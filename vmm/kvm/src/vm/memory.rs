@@ -105,7 +105,7 @@ fn no_huge_pages(mapping: &MmapRegion) {
     };
     if let Err(error) = advised {
         // A kernel built without huge pages refuses the advice, and needs none.
-        tracing::debug!(%error, "madvise(MADV_NOHUGEPAGE)");
+        tracing::debug!(error = %host::report::chain(&error), "madvise(MADV_NOHUGEPAGE)");
     }
 }
 

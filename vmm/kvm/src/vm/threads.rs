@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use devices::GuestMemory;
+use host::report::chain;
 use kvm_ioctls::VmFd;
 use memshare::Window;
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -133,7 +134,7 @@ impl Shared {
         for (index, thread) in threads.iter().enumerate() {
             table.set_immediate_exit(index, 1);
             if let Err(error) = thread.kill(kick_signal()) {
-                tracing::debug!(%error, index, "kick of a vCPU thread that has ended");
+                tracing::debug!(error = %chain(&error), index, "kick of a vCPU thread that has ended");
             }
         }
     }
@@ -392,8 +393,8 @@ fn thread_main(
 ) {
     let index = vcpu.index;
     // The mask is inherited; a thread that waits for its signals by signalfd may have blocked this one too.
-    if let Err(error) = unblock_signal(kick_signal()) {
-        tracing::warn!(%error, index, "the kick signal stays as it was");
+    if let Err(why) = unblock_signal(kick_signal()) {
+        tracing::warn!(%why, index, "the kick signal stays as it was");
     }
     let exit = match confine() {
         Ok(()) => {
@@ -403,7 +404,7 @@ fn thread_main(
             looped.unwrap_or(Some(VcpuExit::Failed(VcpuError::Panicked { index })))
         }
         Err(error) => {
-            let reason = error.to_string();
+            let reason = chain(&error).to_string();
             Some(VcpuExit::Failed(VcpuError::Filter { index, reason }))
         }
     };
@@ -424,7 +425,7 @@ fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu, restored: bool) -> 
             && let Err(error) = vcpu.fd.kvmclock_ctrl()
         {
             // EINVAL: the guest has not set up its kvm-clock; then it needs not be told of the pause.
-            tracing::debug!(%error, "KVM_KVMCLOCK_CTRL");
+            tracing::debug!(error = %chain(&error), "KVM_KVMCLOCK_CTRL");
         }
         entered = true;
         loop {

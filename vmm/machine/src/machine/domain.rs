@@ -47,7 +47,7 @@ impl SharingDomain {
         let why = match self.domain.join(file) {
             Ok(true) => return true,
             Ok(false) => "guests of another sharing domain have it".to_owned(),
-            Err(error) => format!("it {error}"),
+            Err(error) => format!("it {}", host::report::chain(&error)),
         };
         let path = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
         tracing::warn!(

@@ -19,12 +19,12 @@ use devices::lock;
 fn parent_refuses(error: ChainError, base: &Path) -> DriveError {
     use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     match error {
-        ChainError::Refused(Refusal::Io { error, .. })
-            if matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem) =>
+        ChainError::Refused(Refusal::Io { source, .. })
+            if matches!(source.kind(), PermissionDenied | ReadOnlyFilesystem) =>
         {
             DriveError::ParentClosed {
                 base: base.to_owned(),
-                error,
+                error: source,
             }
         }
         other => other.into(),
@@ -294,5 +294,5 @@ impl DriveJob {
 
 /// The disk as a VHDX.
 pub(super) fn vhdx(disk: &Arc<dyn Disk>) -> Result<Arc<Vhdx>, DriveError> {
-    Arc::clone(disk).into_vhdx().ok_or(DriveError::NotVhdx)
+    Vhdx::of(Arc::clone(disk)).ok_or(DriveError::NotVhdx)
 }

@@ -121,7 +121,7 @@ impl MappedDisk {
         let window = Arc::new(Window::reserve(len).map_err(failed)?);
         if let Err(error) = window.keep_small_pages(0, len) {
             // A kernel without huge pages has none to keep out.
-            tracing::debug!(%error, "madvise(MADV_NOHUGEPAGE)");
+            tracing::debug!(error = %host::report::chain(&error), "madvise(MADV_NOHUGEPAGE)");
         }
         // From here on dropped, with all requests that there are, where something fails.
         let mut mapped = Self {

@@ -558,7 +558,7 @@ fn a_disk_goes_on_in_a_child_and_what_is_seen_of_it_stays() {
             if fails {
                 return Err(WritebackError::PastEnd(0));
             }
-            let vhdx = disk.clone().into_vhdx().unwrap();
+            let vhdx = Vhdx::of(disk.clone()).unwrap();
             let child: Arc<dyn Disk> = vhdx.snapshot(&path, &child).unwrap();
             Ok(child)
         })

@@ -70,7 +70,7 @@ impl Warmer {
         if let Some(mut child) = self.take() {
             drop(child.stdin.take());
             if let Err(error) = child.wait() {
-                tracing::debug!(%error, "the process that makes reference images");
+                tracing::debug!(error = %host::report::chain(&error), "the process that makes reference images");
             }
         }
     }

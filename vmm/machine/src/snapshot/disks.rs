@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use storage::Disk;
+use storage::vhdx::Vhdx;
 
 use super::error::SnapshotError;
 
@@ -55,7 +56,7 @@ const NANOSECONDS: i64 = 1_000_000_000;
 impl DiskIdentity {
     /// Of a disk on which nothing is under way. `None` where the host does not tell.
     pub fn of(disk: &Arc<dyn Disk>) -> Option<Self> {
-        if let Some(vhdx) = disk.clone().into_vhdx() {
+        if let Some(vhdx) = Vhdx::of(disk.clone()) {
             let identifiers = vhdx.identifiers();
             return Some(Self::Vhdx {
                 virtual_disk_id: identifiers.virtual_disk_id.to_string(),

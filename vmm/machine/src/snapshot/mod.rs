@@ -106,7 +106,7 @@ pub(crate) fn write_state(
     let is_new = memory.name()?;
     new.name().map(drop).inspect_err(|_| {
         if is_new && let Err(error) = std::fs::remove_file(&at) {
-            tracing::warn!(%error, path = %at.display(), "a memory file without a state is left over");
+            tracing::warn!(error = %chain(&error), path = %at.display(), "a memory file without a state is left over");
         }
     })
 }
@@ -275,7 +275,7 @@ impl Drop for Loading {
     fn drop(&mut self) {
         for path in &self.made {
             if let Err(error) = std::fs::remove_file(path) {
-                tracing::warn!(%error, path = %path.display(), "a disk is left over");
+                tracing::warn!(error = %chain(&error), path = %path.display(), "a disk is left over");
             }
         }
     }

@@ -192,7 +192,7 @@ fn events(mut uffd: &File, mappings: &Value, asked: &mut BTreeSet<u64>, seen: &m
         match uffd.read(&mut message) {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Err(error) => panic!("{error}"),
+            Err(error) => panic!("the userfaultfd cannot be read: {error:?}"),
         }
         let word = |index: usize| {
             u64::from_ne_bytes(message[index * 8..index * 8 + 8].try_into().unwrap())

@@ -13,6 +13,7 @@ use super::outcome::{Outcome, Output};
 use super::size::{Sector, block_size, human};
 use super::watch::Watch;
 use config::Bytes;
+use host::report::chain;
 
 /// `coppice disk create`.
 #[derive(Debug, Args)]
@@ -113,7 +114,8 @@ impl Resize {
             .and_then(|()| disk.close())
             .map_err(|error| match error {
                 error @ storage::DiskError::Size { .. } if !self.shrink && self.size.0 < before => {
-                    ToolError::Refused(format!("{}: {error}: --shrink", self.file.display()))
+                    let file = self.file.display();
+                    ToolError::Refused(format!("{file}: {}: --shrink", chain(&error)))
                 }
                 error => ToolError::disk(&self.file, watch)(error),
             })?;

@@ -7,6 +7,7 @@ use io_uring::IoUring;
 
 use super::check::Check;
 use super::syscall;
+use host::report::chain;
 
 const IO_URING: &str = "io_uring";
 const CGROUP: &str = "cgroup_v2";
@@ -25,7 +26,10 @@ fn io_uring() -> Check {
         Ok(_) => Check::ok(IO_URING, "a ring can be set up"),
         Err(error) => Check::warn(
             IO_URING,
-            format!("no ring can be set up: {error}; disks use a worker thread instead"),
+            format!(
+                "no ring can be set up: {}; disks use a worker thread instead",
+                chain(&error)
+            ),
             "sysctl -w kernel.io_uring_disabled=0, and allow io_uring in the container's seccomp profile",
         ),
     }
@@ -36,7 +40,7 @@ fn cgroup_v2() -> Check {
     let mounts = match fs::read_to_string("/proc/self/mountinfo") {
         Ok(mounts) => mounts,
         Err(error) => {
-            let found = format!("/proc/self/mountinfo cannot be read: {error}");
+            let found = format!("/proc/self/mountinfo cannot be read: {}", chain(&error));
             return Check::warn(CGROUP, found, "mount /proc");
         }
     };
@@ -75,7 +79,7 @@ fn landlock() -> Check {
         Ok(version) => Check::ok(LANDLOCK, format!("ABI version {version}")),
         Err(error) => Check::warn(
             LANDLOCK,
-            format!("not available: {error}"),
+            format!("not available: {}", chain(&error)),
             "use Linux 5.13 or newer with Landlock, and name landlock in the kernel parameter lsm=",
         ),
     }
@@ -86,7 +90,7 @@ fn seccomp() -> Check {
         Ok(()) => Check::ok(SECCOMP, "filters can end a process"),
         Err(error) => Check::warn(
             SECCOMP,
-            format!("not available: {error}"),
+            format!("not available: {}", chain(&error)),
             "use Linux 4.14 or newer with CONFIG_SECCOMP_FILTER",
         ),
     }

@@ -5,6 +5,7 @@ use kvm_ioctls::Kvm;
 
 use super::check::Check;
 use super::speed;
+use host::report::chain;
 use kvm::vm::{REQUIRED_CAPABILITIES, open_advice};
 
 const DEVICE: &str = "kvm";
@@ -16,7 +17,7 @@ pub(super) fn checks() -> Vec<Check> {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,
         Err(error) => {
-            let found = format!("/dev/kvm does not open: {error}");
+            let found = format!("/dev/kvm does not open: {}", chain(&error));
             return vec![Check::fail(DEVICE, found, open_advice(error))];
         }
     };

@@ -1,10 +1,12 @@
 //! Limits of the host that bound how many guests it holds, and how large.
 
+use std::fmt::Display;
 use std::fs;
 
 use rustix::process::{Resource, getrlimit};
 
 use super::check::Check;
+use host::report::chain;
 
 const MAPPINGS: &str = "max_map_count";
 const OPEN_FILES: &str = "open_files";
@@ -31,8 +33,8 @@ pub(super) fn checks() -> Vec<Check> {
     ]
 }
 
-fn unread(name: &'static str, path: &str, error: &impl ToString) -> Check {
-    let found = format!("{path} cannot be read: {}", error.to_string());
+fn unread(name: &'static str, path: &str, why: impl Display) -> Check {
+    let found = format!("{path} cannot be read: {why}");
     Check::warn(name, found, "mount /proc")
 }
 
@@ -40,7 +42,7 @@ fn mappings() -> Check {
     const PATH: &str = "/proc/sys/vm/max_map_count";
     let text = match fs::read_to_string(PATH) {
         Ok(text) => text,
-        Err(error) => return unread(MAPPINGS, PATH, &error),
+        Err(error) => return unread(MAPPINGS, PATH, chain(&error)),
     };
     match text.trim().parse::<u64>() {
         Ok(count) if count >= LEAST_MAPPINGS => {
@@ -51,7 +53,7 @@ fn mappings() -> Check {
             format!("{count} mappings a process: large guests share fewer pages"),
             format!("sysctl -w vm.max_map_count={LEAST_MAPPINGS}"),
         ),
-        Err(error) => unread(MAPPINGS, PATH, &error),
+        Err(error) => unread(MAPPINGS, PATH, chain(&error)),
     }
 }
 
@@ -109,11 +111,11 @@ fn memory() -> Check {
     const PATH: &str = "/proc/meminfo";
     let text = match fs::read_to_string(PATH) {
         Ok(text) => text,
-        Err(error) => return unread(MEMORY, PATH, &error),
+        Err(error) => return unread(MEMORY, PATH, chain(&error)),
     };
     let bytes = |key| kibibytes(&text, key).map(|kib| kib.saturating_mul(1024));
     let (Some(available), Some(total)) = (bytes("MemAvailable:"), bytes("MemTotal:")) else {
-        return unread(MEMORY, PATH, &"no MemAvailable or MemTotal");
+        return unread(MEMORY, PATH, "no MemAvailable or MemTotal");
     };
     let found = format!("{} MiB available of {}", available >> 20, total >> 20);
     if available < LEAST_MEMORY {

@@ -60,11 +60,11 @@ fn described(speed: u64) -> String {
 /// Why there is no speed to tell.
 #[derive(Debug, thiserror::Error)]
 enum SpeedError {
-    #[error("no guest can be made: {0}")]
+    #[error("no guest can be made")]
     Vm(#[from] VmError),
     #[error(transparent)]
     Bus(#[from] BusRangeError),
-    #[error("the guest's code cannot be written to its memory: {0}")]
+    #[error("the guest's code cannot be written to its memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
     #[error("the guest ended instead of running on: {0:?}")]
     Ended(VcpuExit),

@@ -47,12 +47,13 @@ pub enum UffdError {
     },
     /// The process may not have a descriptor that sees what KVM touches.
     #[error(
-        "cannot make a userfaultfd that sees the kernel's faults: {call}, and /dev/userfaultfd: {device}; set vm.unprivileged_userfaultfd to 1, or let the guest's user read and write /dev/userfaultfd (in a jail, with allow=/dev/userfaultfd), or load by coppice run --restore with CAP_SYS_PTRACE"
+        "cannot make a userfaultfd that sees the kernel's faults: {call}; set vm.unprivileged_userfaultfd to 1, or let the guest's user read and write /dev/userfaultfd (in a jail, with allow=/dev/userfaultfd), or load by coppice run --restore with CAP_SYS_PTRACE; /dev/userfaultfd"
     )]
     Open {
-        /// What userfaultfd(2) said.
+        /// What userfaultfd(2) said: an error has one source, and the device was asked last.
         call: io::Error,
         /// What the device said.
+        #[source]
         device: io::Error,
     },
     /// A kernel without what is needed.

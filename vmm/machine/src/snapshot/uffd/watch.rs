@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use host::report::chain;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
@@ -50,7 +51,7 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         if let Err(error) = rustix::io::write(&*self.over, &1u64.to_ne_bytes()) {
-            tracing::debug!(%error, "the watcher of the page-fault handler waits on");
+            tracing::debug!(error = %chain(&error), "the watcher of the page-fault handler waits on");
             return;
         }
         if let Some(thread) = self.thread.take() {
@@ -70,7 +71,7 @@ fn watch(socket: &UnixStream, over: &OwnedFd, path: &Path, on_lost: &dyn Fn(Stri
             Ok(_) => break,
             Err(Errno::INTR) => {}
             Err(error) => {
-                tracing::error!(%error, "nobody watches over the page-fault handler");
+                tracing::error!(error = %chain(&error), "nobody watches over the page-fault handler");
                 return;
             }
         }

@@ -1,7 +1,9 @@
 //! The one reporter of errors: an error and its sources in one line.
 //!
 //! `Display` of an error says what was being done, and never repeats its source; so whoever shows an error to a person
-//! (`main`, the log, the body of a refused request) shows it by [`chain`].
+//! (`main`, the log, the body of a refused request) shows it by [`chain`]. `tests/tree` holds every crate to that.
+//!
+//! The crate depends on nothing, so that those at the bottom, which know nothing of each other, log errors by it too.
 
 use std::error::Error;
 use std::fmt::{self, Display, Formatter};
