@@ -119,7 +119,7 @@ impl Daemon {
         if before.as_ref().is_none_or(|commit| commit.top != top) {
             // Asked now, as a process that is killed while it merges cannot be asked any more.
             let base = parent(vm, drive).await?;
-            let base = base.filter(|base| self.can_be_base(vm, base));
+            let base = base.filter(|base| self.can_be_base(vm, drive, base));
             let commit = PendingCommit { top, base };
             self.begin(vm, |pending| {
                 pending.commits.insert(drive.clone(), commit);
@@ -129,20 +129,29 @@ impl Daemon {
         Ok(before)
     }
 
-    /// Whether a file that the guest's process names as the parent of a disk can become that guest's disk: one in the
-    /// guest's folder, or below a path that the operator gives all guests, where the guest is in a jail. It is opened as
-    /// any disk of the guest is, by the guest's user.
-    fn can_be_base(&self, vm: &Vm, base: &Path) -> bool {
-        if vm.now().jail.is_none() {
-            return true;
-        }
+    /// Whether a file that the guest's process names as the parent of a disk can become the disk of that drive, where the
+    /// guest is in a jail: it is the one that the operator gave the drive, or that a drive has had before, or lies in the
+    /// guest's folder, or below a path that the operator gives all guests. It is opened as any disk of the guest is, by
+    /// the guest's user.
+    fn can_be_base(&self, vm: &Vm, drive: &DeviceId, base: &Path) -> bool {
         let is_plain = base
             .components()
             .all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-        let allowed = self.jails.allowed();
-        is_plain
-            && (base.parent() == Some(&*vm.folder)
-                || allowed.iter().any(|path| base.starts_with(path)))
+        let is_asked_for = || {
+            let asked = self.config_as_asked(vm).ok()?;
+            let path = path_of(&asked, drive, &vm.folder)?;
+            Some(path == base || path.canonicalize().is_ok_and(|path| path == base))
+        };
+        vm.now().jail.is_none()
+            || is_plain
+                && (base.parent() == Some(&*vm.folder)
+                    || self
+                        .jails
+                        .allowed()
+                        .iter()
+                        .any(|path| base.starts_with(path))
+                    || vm.now().former_disks.contains(base)
+                    || is_asked_for().unwrap_or(false))
     }
 
     /// Follows a commit after its request: `accepted` is `None` where the process did not answer. Where it was refused,
@@ -219,7 +228,7 @@ impl Daemon {
                     }
                     now.pending.commits.remove(&drive);
                     if let Some(disk) = disk {
-                        now.disks.insert(drive.clone(), disk);
+                        now.set_disk(&drive, disk);
                     }
                     true
                 }),

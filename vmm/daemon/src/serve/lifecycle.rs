@@ -11,7 +11,7 @@
 //! Each operation runs to its end, whatever becomes of the caller's connection: see
 //! [`detached`](super::task::detached).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -112,6 +112,7 @@ impl Daemon {
             loaded: spec.template.is_some(),
             cid,
             disks: BTreeMap::new(),
+            former_disks: BTreeSet::new(),
             later,
             pending: Pending::default(),
             restarts: 0,

@@ -77,7 +77,7 @@ impl Daemon {
                 now.pending.children.remove(drive);
             }
             if has_it {
-                now.disks.insert(drive.clone(), child.to_owned());
+                now.set_disk(drive, child.to_owned());
             }
         });
         self.save(vm).await;
@@ -189,7 +189,7 @@ impl Daemon {
             for (drive, child, has_it) in &known {
                 now.pending.children.remove(drive);
                 if *has_it {
-                    now.disks.insert(drive.clone(), child.clone());
+                    now.set_disk(drive, child.clone());
                 }
             }
         });

@@ -19,17 +19,26 @@ impl Daemon {
     /// # Errors
     /// Those of [`VmSpec::resolved`](super::record::VmSpec::resolved).
     pub fn config_of(&self, vm: &Vm) -> Result<VmConfig, Fault> {
-        let later = vm.now().later.clone();
-        let resolved = vm
-            .spec
-            .resolved(&later, &self.images(), &self.templates(), &vm.folder)?;
-        let Resolved { mut config, .. } = resolved;
+        let mut config = self.config_as_asked(vm)?;
         identity::identify(&mut config, vm.now().cid);
         for (id, disk) in &vm.now().disks {
             if let Some(path) = config.disk_mut(id) {
                 path.clone_from(disk);
             }
         }
+        Ok(config)
+    }
+
+    /// The configuration that the operator has asked for, with the paths of images.
+    ///
+    /// # Errors
+    /// Those of [`VmSpec::resolved`](super::record::VmSpec::resolved).
+    pub fn config_as_asked(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let later = vm.now().later.clone();
+        let resolved = vm
+            .spec
+            .resolved(&later, &self.images(), &self.templates(), &vm.folder)?;
+        let Resolved { config, .. } = resolved;
         Ok(config)
     }
 

@@ -5,7 +5,7 @@
 //!
 //! A field that was added later has `#[serde(default)]`, so that a record of an older daemon can still be read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -264,6 +264,9 @@ pub struct Record {
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
     pub disks: BTreeMap<DeviceId, PathBuf>,
+    /// Disks that were in this place before, and may be the parents of others.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub former_disks: BTreeSet<PathBuf>,
     /// What it was configured to over its own API.
     #[serde(default, rename = "told")]
     pub later: LaterConfig,

@@ -215,7 +215,7 @@ impl Daemon {
             disks.insert(id.clone(), disk);
             vm.change(|now| {
                 now.pending.children.remove(&id);
-                now.disks.insert(id, own);
+                now.set_disk(&id, own);
             });
         }
         let (owned, jail) = (vm.folder.clone(), vm.now().jail.clone());

@@ -4,7 +4,7 @@
 //! deletion, takes the lock `operation`, so that there is one at a time. A task that waits for a state waits for
 //! `changed`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -71,6 +71,8 @@ pub struct Now {
     pub cid: Option<u32>,
     /// Disks that have taken the place of those that it was made with, by drive.
     pub disks: BTreeMap<DeviceId, PathBuf>,
+    /// Disks that were in this place before, and may be the parents of others.
+    pub former_disks: BTreeSet<PathBuf>,
     /// What it was configured to over its own API.
     pub later: LaterConfig,
     /// The operations on it that are not complete.
@@ -80,6 +82,13 @@ pub struct Now {
 }
 
 impl Now {
+    /// Notes that a drive or pmem device has another disk.
+    pub fn set_disk(&mut self, id: &DeviceId, disk: PathBuf) {
+        self.former_disks.remove(&disk);
+        self.former_disks
+            .extend(self.disks.insert(id.clone(), disk));
+    }
+
     /// Whether it runs, or is about to, and nobody has asked it to end.
     pub fn is_to_run(&self) -> bool {
         match self.state {
@@ -151,6 +160,7 @@ impl Vm {
                 loaded: record.loaded,
                 cid: record.cid,
                 disks: record.disks,
+                former_disks: record.former_disks,
                 later: record.later,
                 pending: record.pending,
                 is_followed: false,
@@ -213,6 +223,7 @@ impl Vm {
             loaded: now.loaded,
             cid: now.cid,
             disks: now.disks.clone(),
+            former_disks: now.former_disks.clone(),
             later: now.later.clone(),
             pending: now.pending.clone(),
             restarts: now.restarts,
