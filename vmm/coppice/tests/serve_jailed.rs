@@ -13,6 +13,8 @@ mod client;
 mod faults;
 #[path = "serve_lifecycle.rs"]
 mod lifecycle;
+#[path = "serve/lying.rs"]
+mod lying;
 #[path = "serve_many.rs"]
 mod many;
 #[path = "serve/mod.rs"]
