@@ -10,7 +10,7 @@ use rustix::process::geteuid;
 use super::serve_jail::ServeJailArgument;
 use config::Mebibytes;
 use control::logging::{LogFilter, LogFormat};
-use daemon::serve::{Allowed, JailPolicy, Limits, Options, host_memory_kib};
+use daemon::serve::{Allowed, JailPolicy, Limits, Options, ShareDomains, host_memory_kib};
 
 /// The variable that names the socket.
 pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
@@ -75,6 +75,12 @@ pub struct ServeArguments {
         verbatim_doc_comment
     )]
     pub jail: Option<ServeJailArgument>,
+    /// Which guests share pages with each other, where their configuration names no domain: those of one owner, or all.
+    ///
+    /// The owner is the user who made the guest, or the one whom its label `owner` names. Guests that share can learn by timing which pages others
+    /// use.
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
+    pub share_domains: ShareDomains,
     /// Stop all guests when the daemon ends, and give them so many seconds to shut down [default: they go on].
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "10")]
     pub stop_guests: Option<u64>,
@@ -187,6 +193,7 @@ impl ServeArguments {
                 .jail
                 .map_or_else(|| Some(JailPolicy::default()), Into::into),
             stop_guests: self.stop_guests.map(Duration::from_secs),
+            share_domains: self.share_domains,
             own_layout: self.own_layout,
         })
     }

@@ -19,6 +19,7 @@ use super::jail::Jails;
 use super::metrics::DaemonMetrics;
 use super::peer::Allowed;
 use super::record::JailResources;
+use super::sharing_domain::ShareDomains;
 use super::status::MemorySplit;
 use super::store::Store;
 use super::task::blocking;
@@ -39,6 +40,8 @@ pub struct Daemon {
     pub limits: Limits,
     /// The jails of its guests.
     pub jails: Jails,
+    /// With whom its guests share, where they do not say.
+    pub share_domains: ShareDomains,
     /// Who may call.
     pub allowed: Allowed,
     /// What has happened.
@@ -66,6 +69,8 @@ pub struct Parts {
     pub limits: Limits,
     /// The jails of its guests.
     pub jails: Jails,
+    /// With whom its guests share, where they do not say.
+    pub share_domains: ShareDomains,
     /// Who may call.
     pub allowed: Allowed,
     /// Images of the state folder.
@@ -83,6 +88,7 @@ impl Daemon {
             store: parts.store,
             limits: parts.limits,
             jails: parts.jails,
+            share_domains: parts.share_domains,
             allowed: parts.allowed,
             events: Events::default(),
             metrics: DaemonMetrics::default(),

@@ -101,6 +101,7 @@ impl Daemon {
         let Resolved { mut config, images } = resolved;
         let cid = Self::cid_for(spec, &config, vms.values())?;
         identity::identify(&mut config, cid);
+        self.share_domains.assign(&mut config, uid, &spec.labels);
         let record = Record {
             spec: spec.clone(),
             uid,

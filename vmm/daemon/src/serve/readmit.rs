@@ -13,8 +13,7 @@ use config::VmConfig;
 use host::report::chain;
 
 impl Daemon {
-    /// The configuration that a guest is to be started with: the one that it was made with, or a later one, with the
-    /// disks that it has now.
+    /// The configuration of a guest: the one that it was made with, or a later one, with the disks that it has now.
     ///
     /// # Errors
     /// Those of [`VmSpec::resolved`](super::record::VmSpec::resolved).
@@ -42,12 +41,23 @@ impl Daemon {
         Ok(config)
     }
 
+    /// As [`Daemon::config_of`], with the domain in which the guest shares.
+    ///
+    /// # Errors
+    /// As [`Daemon::config_of`].
+    pub fn config_to_start(&self, vm: &Vm) -> Result<VmConfig, Fault> {
+        let mut config = self.config_of(vm)?;
+        let labels = &vm.spec.labels;
+        self.share_domains.assign(&mut config, vm.uid, labels);
+        Ok(config)
+    }
+
     /// Admits a guest that is about to start, and gives the configuration that it is to be started with.
     ///
     /// # Errors
     /// `Refused`, and those of [`Daemon::config_of`].
     pub fn readmit(&self, vm: &Vm) -> Result<VmConfig, Fault> {
-        let config = self.config_of(vm)?;
+        let config = self.config_to_start(vm)?;
         let machine = &config.machine_config;
         self.admit_change(vm, machine.mem_size_mib, machine.vcpu_count, |now| {
             now.state = State::Starting;

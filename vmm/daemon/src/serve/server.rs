@@ -22,6 +22,7 @@ use super::peer::Allowed;
 use super::process;
 use super::record::{RestartPolicy, State};
 use super::routes;
+use super::sharing_domain::ShareDomains;
 use super::store::Store;
 use super::task::blocking;
 use super::templates::Templates;
@@ -54,6 +55,8 @@ pub struct Options {
     pub limits: Limits,
     /// How its guests are jailed; not at all where absent.
     pub jail: Option<JailPolicy>,
+    /// With whom its guests share, where they do not say.
+    pub share_domains: ShareDomains,
     /// Where guests are to be stopped when it ends: for how long each may take to shut down.
     pub stop_guests: Option<Duration>,
     /// Whether each guest's process is executed, so that its memory has a layout of its own, and is no copy of a
@@ -198,6 +201,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         store,
         jails,
         limits: options.limits,
+        share_domains: options.share_domains,
         allowed: options.allowed.clone(),
         images,
         templates,

@@ -105,7 +105,7 @@ impl Daemon {
     async fn wait_again(self: &Arc<Self>, vm: &Arc<Vm>) {
         let waits = async {
             self.end_waiting(vm).await?;
-            write_config(vm, self.config_of(vm)?).await?;
+            write_config(vm, self.config_to_start(vm)?).await?;
             self.bring_up(vm, Purpose::Configure).await
         };
         match waits.await {
