@@ -9,8 +9,8 @@ use crate::guest;
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios;
 
-/// Ends the lab's host when a scenario hangs, after a word of the kernel on what its CPUs and blocked tasks do. Each message starts
-/// the time anew, and says how long it is.
+/// Ends the lab's host when a scenario hangs, after a word of the kernel on what its CPUs and blocked tasks do. Each
+/// message starts the time anew, and says how long it is.
 fn watch() -> Sender<Duration> {
     let (alive, lives) = mpsc::channel();
     std::thread::spawn(move || {

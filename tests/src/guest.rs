@@ -62,7 +62,8 @@ impl Start {
         }
     }
 
-    /// QEMU's smallest machine, on the same kernel (unpacked, as Coppice boots it) and initrd, with a disk: what Coppice is measured beside.
+    /// QEMU's smallest machine, on the same kernel (unpacked, as Coppice boots it) and initrd, with a disk: what
+    /// Coppice is measured beside.
     pub fn peer(kernel: &Path, disk: &str) -> Self {
         // It comes with its libraries; the lab's host has none.
         let args = "--library-path peer/lib peer/qemu -L peer/share \

@@ -17,8 +17,8 @@ use crate::scenarios::{self, Kind, Machine, Scenario};
 const SPARE: u64 = 768 << 20;
 /// A host that does not name another scenario for so long is stuck: longer than the agent's own limit.
 const STALL: Duration = Duration::from_mins(6);
-/// Hosts that may be booted one after the other for the same scenarios. A scenario that fails is not run again, but one whose emulated host is
-/// lost under it is, with those behind it. Every host that is lost is told.
+/// Hosts that may be booted one after the other for the same scenarios. A scenario that fails is not run again, but one
+/// whose emulated host is lost under it is, with those behind it. Every host that is lost is told.
 const HOSTS: usize = 3;
 /// Hosts that may run side by side.
 const LANES: usize = 2;

@@ -1,5 +1,5 @@
-//! Programs of Debian that benchmarks need where there is no Debian, taken from this machine together with their libraries: QEMU with its
-//! microvm machine, the peer, and fio.
+//! Programs of Debian that benchmarks need where there is no Debian, taken from this machine together with their
+//! libraries: QEMU with its microvm machine, the peer, and fio.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,5 +1,5 @@
-//! The sources and the programs of this machine: Coppice as it was built for the lab, and what looks at a disk that a guest has
-//! written.
+//! The sources and the programs of this machine: Coppice as it was built for the lab, and what looks at a disk that a
+//! guest has written.
 
 use std::borrow::BorrowMut;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! Compiles the seccomp policies of `resources/seccomp` into tables of BPF instructions, so that no guest process parses any.
+//! Compiles the seccomp policies of `resources/seccomp` into tables of BPF instructions, so that no guest process
+//! parses any.
 
 use std::collections::BTreeMap;
 use std::error::Error;

@@ -83,7 +83,8 @@ impl Ballooned {
         })
     }
 
-    /// Waits until the host has at least `mib` MiB less in the guest than `before`; what it has, and how long that took.
+    /// Waits until the host has at least `mib` MiB less in the guest than `before`; what it has, and how long that
+    /// took.
     fn wait_for_return(&self, before: u64, mib: u64) -> Result<(u64, Duration), Failure> {
         let started = Instant::now();
         let mut now = before;
@@ -152,7 +153,8 @@ pub fn reporting(_: &Path) -> Result<Figures, Failure> {
 /// Runs of hinting while the guest uses its memory.
 const RUNS: u32 = 100;
 
-/// The host asks for free memory, and goes on asking while the guest uses what it has just given: nothing of that is lost.
+/// The host asks for free memory, and goes on asking while the guest uses what it has just given: nothing of that is
+/// lost.
 pub fn hinting(_: &Path) -> Result<Figures, Failure> {
     let script = format!("{FILL_AND_FREE}{FILL_AGAIN}");
     let mut vm = Ballooned::start("hint", "hinting", &script)?;

@@ -70,8 +70,8 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
 }
 
 impl Memory {
-    /// From `smaps`. Guest RAM is a run of mappings that is as long, as what is shared cuts it in pieces, and of those the one that is used most:
-    /// an allocator can have reserved as much.
+    /// From `smaps`. Guest RAM is a run of mappings that is as long, as what is shared cuts it in pieces, and of those
+    /// the one that is used most: an allocator can have reserved as much.
     fn of(guest: &Guest) -> Result<Self, Failure> {
         let mappings = mappings(&read(&guest.proc().join("smaps"))?);
         let all: u64 = mappings.iter().map(|mapping| mapping.private).sum();

@@ -24,7 +24,8 @@ fn read(path: impl AsRef<Path>) -> Result<String, Failure> {
     fs::read_to_string(path.as_ref()).map_err(Failure::io(&path.as_ref().display().to_string()))
 }
 
-/// KiB of the host's kernel by kind (`/proc/meminfo`), and of its slabs by name (`/proc/slabinfo`: pages that they hold).
+/// KiB of the host's kernel by kind (`/proc/meminfo`), and of its slabs by name (`/proc/slabinfo`: pages that they
+/// hold).
 fn kernel() -> Result<BTreeMap<String, i64>, Failure> {
     let mut found = BTreeMap::new();
     for line in read("/proc/meminfo")?.lines() {
@@ -46,7 +47,8 @@ fn kernel() -> Result<BTreeMap<String, i64>, Failure> {
     for task in tasks()? {
         *found.entry(format!("stack of {task}")).or_insert(0) += 16;
     }
-    // name active_objs num_objs objsize objperslab pagesperslab : tunables ... : slabdata active_slabs num_slabs sharedavail
+    // name active_objs num_objs objsize objperslab pagesperslab : tunables ... : slabdata active_slabs num_slabs
+    // sharedavail
     for line in read("/proc/slabinfo")?.lines().skip(2) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = |at: usize| words.get(at).and_then(|n| n.parse::<i64>().ok());

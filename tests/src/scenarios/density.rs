@@ -38,8 +38,8 @@ pub const ALL: [&str; 8] = [
 /// The file that the benchmark's guests read.
 const DATA: &str = "/data/40M";
 
-/// Runs `coppice bench density` on the lab's guest; what it says on the way is shown as it comes. Its exit code decides, and its words are the
-/// failure.
+/// Runs `coppice bench density` on the lab's guest; what it says on the way is shown as it comes. Its exit code
+/// decides, and its words are the failure.
 fn bench(arguments: &[&str]) -> Result<String, Failure> {
     let mut child = Command::new("./coppice")
         .args(["bench", "density", "--kernel", "guest/vmlinuz"])
@@ -118,8 +118,8 @@ fn summary(report: &Value) -> Figures {
     figures.collect()
 }
 
-/// Draws on this machine what this and the other configurations came to, those of earlier runs of the lab included, into `density` beside the
-/// scenario's folder.
+/// Draws on this machine what this and the other configurations came to, those of earlier runs of the lab included,
+/// into `density` beside the scenario's folder.
 pub fn draw(folder: &Path, _: &Figures) -> Result<(), Failure> {
     let out = folder.parent().unwrap_or(folder);
     let arguments = ALL
@@ -214,7 +214,8 @@ fn count(value: &Value, name: &str, expected: usize) -> Result<Vec<Value>, Failu
     }
 }
 
-/// The figures of two guests of 128 MiB that share nothing and hold 40 MiB of a file each, and the checksum by this machine's programs.
+/// The figures of two guests of 128 MiB that share nothing and hold 40 MiB of a file each, and the checksum by this
+/// machine's programs.
 pub fn check_two_guests(folder: &Path, _: &Figures) -> Result<(), Failure> {
     const GUEST: f64 = 128.0 * 1024.0;
     const DATA_KIB: f64 = 40.0 * 1024.0;

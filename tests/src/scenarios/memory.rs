@@ -10,7 +10,8 @@ fn read(path: &str) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(Failure::io(path))
 }
 
-/// KiB that the lab's host could give to new guests, its page cache dropped. Pages that its CPUs keep at hand are free, too, and not in `MemAvailable`.
+/// KiB that the lab's host could give to new guests, its page cache dropped. Pages that its CPUs keep at hand are free,
+/// too, and not in `MemAvailable`.
 pub fn available() -> Result<u64, Failure> {
     // What is still to be written cannot be dropped.
     rustix::fs::sync();
@@ -37,7 +38,8 @@ pub fn mib_each(before: u64, after: u64, count: u32) -> f64 {
     f64::from(i32::try_from(kib).unwrap_or(i32::MAX)) / 1024.0 / f64::from(count)
 }
 
-/// Has KVM of the lab's host use the MMU that it uses where nobody says otherwise: `guest/build.sh` says why the lab does.
+/// Has KVM of the lab's host use the MMU that it uses where nobody says otherwise: `guest/build.sh` says why the lab
+/// does.
 pub fn newer_mmu() -> Result<(), Failure> {
     fs::write("/sys/module/kvm/parameters/tdp_mmu", "Y").map_err(Failure::io("choose the MMU"))
 }

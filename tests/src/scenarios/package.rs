@@ -30,8 +30,8 @@ const SERVE: &str =
     "/usr/bin/coppice serve --socket /run/coppice/coppice.sock --state /var/lib/coppice";
 /// 128 MiB of RAM, 1/16 of that, and 64 MiB.
 const MEMORY: &str = "209715200";
-/// `systemd-analyze security` of systemd 252 gives the unit 5.4 of 10, of which most is what a daemon of root's needs that has guests. It rises where a
-/// setting goes.
+/// `systemd-analyze security` of systemd 252 gives the unit 5.4 of 10, of which most is what a daemon of root's needs
+/// that has guests. It rises where a setting goes.
 const EXPOSURE: &str = "--threshold=55";
 /// What the guests do: as they are told.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
@@ -309,7 +309,8 @@ fn serve_with(options: &str) -> Result<(), Failure> {
     ok("systemctl", &["restart", "coppice"]).map(drop)
 }
 
-/// A guest whose group has less memory than it wants is killed, with a reason that a person can act on, and the other one is not.
+/// A guest whose group has less memory than it wants is killed, with a reason that a person can act on, and the other
+/// one is not.
 fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failure> {
     create(name, true, "never")?;
     console(
@@ -339,7 +340,8 @@ fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failur
     Ok(vm["end"].clone())
 }
 
-/// A guest that may not have the threads that it needs does not start, with a reason that a person can act on, and the other one goes on.
+/// A guest that may not have the threads that it needs does not start, with a reason that a person can act on, and the
+/// other one goes on.
 fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Failure> {
     serve_with("--jail cgroup=system.slice/coppice-guests.service/guests,pids=3")?;
     let disk = "/lab/guest/root.vhdx,ro";
@@ -435,7 +437,8 @@ fn loses_its_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
     goes_on(name, pid)
 }
 
-/// What the host does with the units when it shuts down, and when it starts: a guest that is always to run does so again, and another one when it is told to.
+/// What the host does with the units when it shuts down, and when it starts: a guest that is always to run does so
+/// again, and another one when it is told to.
 fn shuts_down(other: &str) -> Result<(), Failure> {
     println!("lab: shutdown and start");
     let name = "tenant";
@@ -456,7 +459,8 @@ fn shuts_down(other: &str) -> Result<(), Failure> {
     console(Path::new(STATE), other, "", "READY")
 }
 
-/// The package is removed: its guests have closed their disks and ended, and what they were is there for the next installation. Then it is purged.
+/// The package is removed: its guests have closed their disks and ended, and what they were is there for the next
+/// installation. Then it is purged.
 fn goes(name: &str) -> Result<(), Failure> {
     println!("lab: remove");
     console(

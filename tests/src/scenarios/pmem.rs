@@ -98,7 +98,8 @@ fn words_after(guest: &Guest, prefix: &str) -> Result<String, Failure> {
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
 }
 
-/// Makes `base.vhdx` in a folder: the root file system, and a file of 40 MiB that a guest writes to it. Tells its digest.
+/// Makes `base.vhdx` in a folder: the root file system, and a file of 40 MiB that a guest writes to it. Tells its
+/// digest.
 fn base_with_file(out: &Path) -> Result<(String, String), Failure> {
     let base = out.join(BASE).display().to_string();
     fs::copy("guest/root.vhdx", &base).map_err(Failure::io("copy root.vhdx"))?;
@@ -279,7 +280,8 @@ fn number(guest: &Guest, prefix: &str) -> Result<i64, Failure> {
         .map_err(|_| Failure::Claim(format!("{prefix}{text} is no number")))
 }
 
-/// A guest that reads and writes as [`TIMES`] says, on a disk of its own; and two that read one file, by what that costs.
+/// A guest that reads and writes as [`TIMES`] says, on a disk of its own; and two that read one file, by what that
+/// costs.
 fn measured(out: &Path, base: &str, option: &str, mount: &str) -> Result<Figures, Failure> {
     let own = out.join("own.vhdx").display().to_string();
     fs::copy(base, &own).map_err(Failure::io("copy the base"))?;
@@ -323,7 +325,8 @@ fn measured(out: &Path, base: &str, option: &str, mount: &str) -> Result<Figures
     Ok(figures)
 }
 
-/// Pmem beside a drive, on the same disk: times, and memory of guests that have read 40 MiB; and what a larger disk takes of its guest's RAM.
+/// Pmem beside a drive, on the same disk: times, and memory of guests that have read 40 MiB; and what a larger disk
+/// takes of its guest's RAM.
 pub fn bench(out: &Path) -> Result<Figures, Failure> {
     let (base, _) = base_with_file(out)?;
     let drive = "mount -t ext4 -o MODE /dev/vda /mnt; ";

@@ -245,7 +245,8 @@ pub(super) fn guests() -> usize {
     guest_processes().len()
 }
 
-/// Told of all over its own API, booted, saved as a template, cloned; each guest is in a jail, by itself, outlives the daemon, and is gone when it is deleted.
+/// Told of all over its own API, booted, saved as a template, cloned; each guest is in a jail, by itself, outlives the
+/// daemon, and is gone when it is deleted.
 pub fn life(out: &Path) -> Result<Figures, Failure> {
     let mut daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
     daemon.boot_as_told(out, "source")?;
@@ -292,7 +293,8 @@ pub fn life(out: &Path) -> Result<Figures, Failure> {
 /// More, and the one emulated processor of the lab's host has no time left for their timers.
 const MANY: u32 = 200;
 
-/// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot in full.
+/// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot
+/// in full.
 pub fn many(out: &Path) -> Result<Figures, Failure> {
     newer_mmu()?;
     let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;

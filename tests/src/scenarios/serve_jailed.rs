@@ -82,7 +82,8 @@ fn jail_of(daemon: &Daemon, id: &str) -> Result<u64, Failure> {
     Ok(uid)
 }
 
-/// A guest that wants all of a processor, and much of its memory and of the host's cache, gets what its group may have, and goes on.
+/// A guest that wants all of a processor, and much of its memory and of the host's cache, gets what its group may have,
+/// and goes on.
 fn stays_inside(daemon: &Daemon, id: &str) -> Result<Figures, Failure> {
     let (cpu, memory) = (group(id).join("cpu.stat"), group(id).join("memory.events"));
     let before = number(&cpu, "nr_throttled")?;
@@ -142,7 +143,8 @@ fn live(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// Booted, saved as a template, cloned: each guest is a user of its own, in a group with limits that hold, and nothing of it stays when it is deleted.
+/// Booted, saved as a template, cloned: each guest is a user of its own, in a group with limits that hold, and nothing
+/// of it stays when it is deleted.
 pub fn life(out: &Path) -> Result<Figures, Failure> {
     command("mount", &["-t", "cgroup2", "cgroup2", HIERARCHY])?;
     let lived = live(out);

@@ -140,7 +140,8 @@ fn numbered_disk(out: &Path) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-/// Guests write to pages before, while and after they are merged, each from two processes; no write is lost, and no guest falls.
+/// Guests write to pages before, while and after they are merged, each from two processes; no write is lost, and no
+/// guest falls.
 pub fn stress(out: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 3;
     let disk = numbered_disk(out)?;
@@ -183,7 +184,8 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// As many guests as have all of the host's memory for their own, all alive at once, and each with what it read and what it wrote.
+/// As many guests as have all of the host's memory for their own, all alive at once, and each with what it read and
+/// what it wrote.
 pub fn many(_: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 64;
     /// Guests that boot at once.
@@ -233,14 +235,14 @@ pub fn many(_: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
-/// The file under a mapping is cut: who reads the pages again ends with a report that names it, who does not read them goes on, and so does who has
-/// another file.
+/// The file under a mapping is cut: who reads the pages again ends with a report that names it, who does not read them
+/// goes on, and so does who has another file.
 pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
     let (cut, _) = disk(out)?;
     let other = out.join("other.raw");
     fs::copy(&cut, &other).map_err(Failure::io("copy a disk"))?;
-    // The disk stays open, so that the guest keeps the pages that it has read. Should it have let go of one, it is told of an I/O error there, and goes
-    // on to the next.
+    // The disk stays open, so that the guest keeps the pages that it has read. Should it have let go of one, it is told
+    // of an I/O error there, and goes on to the next.
     let script = "exec 3</dev/vdb; md5sum </dev/vdb; echo READ END; read x; dd if=/dev/vdb of=/dev/null bs=4k conv=noerror; \
                   echo AGAIN END; sleep 100000";
     let names = ["a", "b", "c"];
@@ -299,8 +301,9 @@ fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Reads of a disk by a guest, one after the other: into memory that nobody has touched; from the guest's page cache, ten times; the same when its
-/// pages have become the file's; and, its page cache dropped, into memory of which some are the file's pages.
+/// Reads of a disk by a guest, one after the other: into memory that nobody has touched; from the guest's page cache,
+/// ten times; the same when its pages have become the file's; and, its page cache dropped, into memory of which some
+/// are the file's pages.
 const READS: [&str; 4] = ["cold", "warm", "shared", "refilled"];
 
 /// The two numbers of the console's line that starts with `prefix`.
@@ -359,8 +362,9 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// How long a guest takes to write to pages for the first time: that were merged with a file, and, beside it, of a snapshot's memory file, which the
-/// host's kernel alone maps and copies. Writes to pages of its own are what the guest's program takes, and are subtracted.
+/// How long a guest takes to write to pages for the first time: that were merged with a file, and, beside it, of a
+/// snapshot's memory file, which the host's kernel alone maps and copies. Writes to pages of its own are what the
+/// guest's program takes, and are subtracted.
 pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
     const ROUNDS: usize = 3;
     let (disk, _) = disk(out)?;

@@ -145,7 +145,8 @@ fn expect_sum(vm: &mut Vm, mark: &str, sum: &str) -> Result<(), Failure> {
     }
 }
 
-/// Half of the generation ID as it is in the guest's memory, and how often its event device has been notified. The lab's kernel has no driver for the ID.
+/// Half of the generation ID as it is in the guest's memory, and how often its event device has been notified. The
+/// lab's kernel has no driver for the ID.
 fn generation(vm: &mut Vm, mark: &str) -> Result<(String, u64), Failure> {
     let count = "$(awk '/Ged/{print $2+$3}' /proc/interrupts)";
     vm.tell(
@@ -162,7 +163,8 @@ fn generation(vm: &mut Vm, mark: &str) -> Result<(String, u64), Failure> {
     }
 }
 
-/// Saved, loaded, saved as a difference, and loaded again: memory, disk, clock and console go on each time, and nothing but the right files is taken.
+/// Saved, loaded, saved as a difference, and loaded again: memory, disk, clock and console go on each time, and nothing
+/// but the right files is taken.
 pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     let mut source = booted(out, &["--cpus", "2", "--balloon"])?;
@@ -251,7 +253,8 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// What a guest has written to its own copy of a disk that is memory goes on with it, in many at once, and the disk stays as it is.
+/// What a guest has written to its own copy of a disk that is memory goes on with it, in many at once, and the disk
+/// stays as it is.
 pub fn with_own_copy(out: &Path) -> Result<Figures, Failure> {
     let disk = out.join("disk.vhdx").display().to_string();
     fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
@@ -300,7 +303,8 @@ pub fn with_own_copy(out: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// Another process gives the pages of a saved guest when they are touched: it has what it had, and ends with a report when that process does.
+/// Another process gives the pages of a saved guest when they are touched: it has what it had, and ends with a report
+/// when that process does.
 pub fn served(out: &Path) -> Result<Figures, Failure> {
     let mut source = booted(out, &[])?;
     let sum = source.guest.line("SUM ")?;

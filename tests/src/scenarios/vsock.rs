@@ -115,7 +115,8 @@ fn mib_per_second(took: Duration) -> Value {
     json!(f64::from(MIB) / took.as_secs_f64())
 }
 
-/// Heavy transfer both ways, refused connections and metadata, in a jail; then the guest is saved, and goes on as another.
+/// Heavy transfer both ways, refused connections and metadata, in a jail; then the guest is saved, and goes on as
+/// another.
 pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let disk = format!("{},ro,format=raw", program(out)?.display());
     // Paths of sockets are short.

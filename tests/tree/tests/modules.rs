@@ -6,7 +6,8 @@ use tree::circles;
 use tree::imports;
 use tree::source;
 
-/// Writes a crate of these files, and returns its circles: for each its members, and its uses as `user -> definer item:line`.
+/// Writes a crate of these files, and returns its circles: for each its members, and its uses as `user -> definer
+/// item:line`.
 fn circles_of(files: &[(&str, &str)]) -> Vec<(Vec<String>, Vec<String>)> {
     let folder = tempfile::tempdir().expect("a folder");
     for (name, text) in files {

@@ -57,8 +57,8 @@ pub struct DensityArguments {
     /// The disk of the workload python [default: target/guest/full.vhdx].
     #[arg(long, value_name = "FILE")]
     python_disk: Option<PathBuf>,
-    /// QEMU with its microvm machine, and words before its arguments: where its libraries are not installed, their loader with
-    /// --library-path comes first [default: /usr/bin/qemu-system-x86_64-microvm].
+    /// QEMU with its microvm machine, and words before its arguments: where its libraries are not installed, their
+    /// loader with --library-path comes first [default: /usr/bin/qemu-system-x86_64-microvm].
     #[arg(long, value_name = "COMMAND", allow_hyphen_values = true)]
     peer: Option<Peer>,
     /// More arguments of every `coppice run`.
@@ -79,7 +79,8 @@ pub struct DensityArguments {
     /// Write JSON.
     #[arg(long)]
     json: bool,
-    /// Say instead for one guest of each of Coppice's configurations where its RAM is, by what lies there and by what the guest uses it for.
+    /// Say instead for one guest of each of Coppice's configurations where its RAM is, by what lies there and by what
+    /// the guest uses it for.
     #[arg(long, conflicts_with_all = ["parallel", "guests"])]
     explain: bool,
     /// Join results of earlier benchmarks, and make table and pictures of them; measures nothing. Can be repeated.

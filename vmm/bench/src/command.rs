@@ -26,8 +26,8 @@ pub(super) fn coppice() -> Result<PathBuf, BenchError> {
 pub(super) const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
 impl Configuration {
-    /// The program and arguments of guest number `guest`. `kernel` is the unpacked kernel, for the peer. A guest of Coppice's is given
-    /// `flags` as one more disk, and leaves its page flags there.
+    /// The program and arguments of guest number `guest`. `kernel` is the unpacked kernel, for the peer. A guest of
+    /// Coppice's is given `flags` as one more disk, and leaves its page flags there.
     pub(super) fn command(
         self,
         options: &Options,

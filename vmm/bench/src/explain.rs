@@ -1,9 +1,10 @@
-//! Where the RAM of a guest is, page by page: private to its process, a page of a file that others may map too, or nowhere; by what the guest
-//! has, or had, at that address.
+//! Where the RAM of a guest is, page by page: private to its process, a page of a file that others may map too, or
+//! nowhere; by what the guest has, or had, at that address.
 //!
 //! What the guest uses its pages for is beside it, by `page_use`.
 //!
-//! The kernel's `/proc/PID/pagemap` says it, which tells copied pages of a private mapping from those that are still the file's.
+//! The kernel's `/proc/PID/pagemap` says it, which tells copied pages of a private mapping from those that are still
+//! the file's.
 
 use std::fmt;
 
@@ -266,7 +267,8 @@ pub(super) mod tests {
         const LEN: usize = 3 * PAGE as usize;
         let file = File::open("/proc/self/exe").unwrap();
         let (access, private) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
-        // SAFETY: new mappings, wherever the kernel has room, of a file that is longer; they stay until the process ends.
+        // SAFETY: new mappings, wherever the kernel has room, of a file that is longer; they stay until the process
+        // ends.
         let (of_file, anonymous) = unsafe {
             (
                 mmap(std::ptr::null_mut(), LEN, access, private, &file, 0)

@@ -41,8 +41,8 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 impl Line {
-    /// The line through points (guests, KiB in use), in their order, whose slope is the median of the slopes from one to the next; through the origin where
-    /// there is but one. None where guests take nothing: noise, or no points.
+    /// The line through points (guests, KiB in use), in their order, whose slope is the median of the slopes from one
+    /// to the next; through the origin where there is but one. None where guests take nothing: noise, or no points.
     pub(super) fn through(points: &[(f64, f64)]) -> Option<Self> {
         let slopes = points.iter().zip(points.iter().skip(1));
         let slopes = slopes.map(|(from, to)| (to.1 - from.1) / (to.0 - from.0));

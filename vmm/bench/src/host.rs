@@ -21,7 +21,8 @@ pub struct Host {
     pub memory_kib: u64,
     /// Its policy on transparent huge pages.
     pub huge_pages: String,
-    /// Whether the page cache was dropped before each reading. Where it was not, what the host kept of files may be in a reading or not.
+    /// Whether the page cache was dropped before each reading. Where it was not, what the host kept of files may be in
+    /// a reading or not.
     pub caches_dropped: bool,
 }
 
@@ -30,7 +31,8 @@ pub struct Host {
 pub struct HostMemory {
     /// What could be used without swapping.
     pub available: u64,
-    /// What each CPU keeps at hand for its next allocations. It is free, and `available` does not have it: some MiB, now more and now less.
+    /// What each CPU keeps at hand for its next allocations. It is free, and `available` does not have it: some MiB,
+    /// now more and now less.
     pub at_hand: u64,
     /// Page tables of all processes.
     pub page_tables: u64,

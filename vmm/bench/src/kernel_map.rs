@@ -12,7 +12,8 @@ use kvm::boot::LoadSegment;
 /// More than any kernel has.
 const MAX_SECTIONS: u16 = 4096;
 const MAX_NAMES: u64 = 1 << 20;
-/// Where the section headers are said to be in the ELF header (System V ABI, chapter 4): `e_shoff`, and `e_shentsize` with what follows.
+/// Where the section headers are said to be in the ELF header (System V ABI, chapter 4): `e_shoff`, and `e_shentsize`
+/// with what follows.
 const SHOFF: u64 = 40;
 const SHENTSIZE: u64 = 58;
 const WRITE: u64 = 1;
@@ -55,7 +56,8 @@ fn object<T: FromBytes>(file: &File, at: u64) -> Option<T> {
     T::read_from_bytes(&bytes).ok()
 }
 
-/// Linux on x86-64 maps its image here: from guest physical address 0 on, but for the per-CPU template (`__START_KERNEL_map`).
+/// Linux on x86-64 maps its image here: from guest physical address 0 on, but for the per-CPU template
+/// (`__START_KERNEL_map`).
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 /// Sections that are used while booting only.
 const INIT: [&str; 11] = [

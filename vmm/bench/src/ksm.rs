@@ -11,7 +11,8 @@ use super::interrupt::Interrupt;
 use host::{procfs, report};
 
 const FOLDER: &str = "/sys/kernel/mm/ksm";
-/// Much more than the kernel's default of 100 pages every 20 ms, so that it settles while somebody waits: about two thirds of a core.
+/// Much more than the kernel's default of 100 pages every 20 ms, so that it settles while somebody waits: about two
+/// thirds of a core.
 const SETTINGS: [(&str, u64); 3] = [("pages_to_scan", 1000), ("sleep_millisecs", 10), ("run", 1)];
 /// A page is merged on the second scan that finds it unchanged.
 const SCANS: u64 = 3;

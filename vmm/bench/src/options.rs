@@ -72,7 +72,8 @@ impl Options {
             .collect()
     }
 
-    /// Whether a configuration is measured where nobody says what is to be: what is there, and each only under one name.
+    /// Whether a configuration is measured where nobody says what is to be: what is there, and each only under one
+    /// name.
     fn can_have(&self, configuration: Configuration) -> bool {
         match configuration {
             Configuration::ShareOff

@@ -1,7 +1,7 @@
 //! What a guest uses each page of its RAM for, by its own `/proc/kpageflags`, beside where the host has that page.
 //!
-//! The guest leaves its flags on a disk that is there for nothing else. They are its word, as of shortly before it idles: whatever they
-//! are, each page is counted once.
+//! The guest leaves its flags on a disk that is there for nothing else. They are its word, as of shortly before it
+//! idles: whatever they are, each page is counted once.
 
 use std::fs::File;
 use std::ops::Range;
@@ -111,7 +111,8 @@ pub(super) fn flags_len(mebibytes: u32) -> u64 {
     (u64::from(mebibytes) << 20) / PAGE * ENTRY
 }
 
-/// A disk for them, to be given to a guest. None for a guest with RAM beyond the hole, whose page frames are not numbered as its RAM is.
+/// A disk for them, to be given to a guest. None for a guest with RAM beyond the hole, whose page frames are not
+/// numbered as its RAM is.
 pub(super) fn disk(mebibytes: u32) -> Result<Option<tempfile::NamedTempFile>, BenchError> {
     if u64::from(mebibytes) << 20 > MMIO_HOLE_START {
         return Ok(None);
@@ -167,9 +168,9 @@ impl Ram {
     }
 }
 
-/// Sorts the pages of guest RAM, which starts at guest address 0, by what the guest uses them for; most private pages first. What is
-/// reserved is called as the one of `parts` that lies there, so that the kernel's image is told from what it set aside. Private pages
-/// are asked about by `is_zero`.
+/// Sorts the pages of guest RAM, which starts at guest address 0, by what the guest uses them for; most private pages
+/// first. What is reserved is called as the one of `parts` that lies there, so that the kernel's image is told from
+/// what it set aside. Private pages are asked about by `is_zero`.
 pub(super) fn uses(
     flags: &[u64],
     entries: &[u64],

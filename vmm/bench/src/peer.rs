@@ -9,7 +9,8 @@ use super::inputs::Inputs;
 /// Where Debian has it.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64-microvm";
 
-/// How the peer is called: a program, and words before those that make a guest. A host without its libraries can name their loader.
+/// How the peer is called: a program, and words before those that make a guest. A host without its libraries can name
+/// their loader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     program: String,

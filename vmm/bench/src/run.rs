@@ -26,12 +26,12 @@ use kvm::boot::{self, LoadSegment};
 
 const RESULT: &str = "result.json";
 
-/// Measures every configuration under every workload, and leaves the result in the folder that the options name: after each run, so that
-/// a later one that fails costs no earlier one.
+/// Measures every configuration under every workload, and leaves the result in the folder that the options name: after
+/// each run, so that a later one that fails costs no earlier one.
 ///
 /// # Errors
-/// See [`BenchError`]: the first guest that ends, hangs or prints a wrong checksum ends the benchmark. No guest is left then, and the
-/// host's settings are as before.
+/// See [`BenchError`]: the first guest that ends, hangs or prints a wrong checksum ends the benchmark. No guest is left
+/// then, and the host's settings are as before.
 pub fn density(options: &Options) -> Result<Report, BenchError> {
     let bench = Bench::new(options)?;
     let mut report = Report {

@@ -22,7 +22,8 @@ const DATA_MD5: &str = "5190a94c24b537fd1ac2c225956dac1d";
 const IDLE_MD5: &str = "20426e7fb47b7cc498125e6477f152a5";
 /// MD5 of 4096 times all bytes.
 const PYTHON_MD5: &str = "c35cc7d8d91728a0cb052831bc4ef372";
-/// What Debian's python3-minimal has of the library; each module is compiled by the guest, as the disk holds no bytecode.
+/// What Debian's python3-minimal has of the library; each module is compiled by the guest, as the disk holds no
+/// bytecode.
 const PYTHON_MODULES: &str = "argparse,ast,calendar,configparser,csv,datetime,dis,email.parser,hashlib,inspect,ipaddress,\
                               logging,pathlib,pickle,platform,random,selectors,ssl,subprocess,threading,time,traceback,typing,urllib.parse";
 
@@ -71,8 +72,8 @@ impl Device {
 }
 
 impl Workload {
-    /// The word of the kernel command line that makes `/init` do it. So many bytes of `/proc/kpageflags` as `flags_len` says go to the disk
-    /// beside the guest's own before it idles.
+    /// The word of the kernel command line that makes `/init` do it. So many bytes of `/proc/kpageflags` as `flags_len`
+    /// says go to the disk beside the guest's own before it idles.
     pub(super) fn cmdline(self, device: Device, guest: usize, flags_len: Option<u64>) -> String {
         let script = self.script(device, guest, flags_len);
         let script = base64::engine::general_purpose::STANDARD.encode(script);
@@ -88,7 +89,8 @@ impl Workload {
                 "until [ -e /dev/pmem0 ]; do sleep 0.1; done; mount -t ext4 -o ro,dax /dev/pmem0 /mnt"
             }
         };
-        // Read at once, so that what is done with the flags is not in them; and no more than is of RAM, as they go on to the end of pmem.
+        // Read at once, so that what is done with the flags is not in them; and no more than is of RAM, as they go on
+        // to the end of pmem.
         let dump = flags_len.map_or_else(String::new, |len| {
             let disk = device.next();
             format!("dd if=/proc/kpageflags of={disk} bs={len} count=1 conv=fsync\n")

@@ -145,7 +145,8 @@ fn parse_queues(value: &str) -> Result<u16, DiskError> {
 }
 
 impl DiskArgument {
-    /// The drive, which is called `disk` and its number where it was not given a name. `taken` tells the names that are in use.
+    /// The drive, which is called `disk` and its number where it was not given a name. `taken` tells the names that are
+    /// in use.
     pub fn into_drive(self, taken: impl Fn(&str) -> bool) -> DriveConfig {
         let Self {
             path,

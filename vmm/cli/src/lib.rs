@@ -116,15 +116,17 @@ pub struct ToolArguments {
 /// What `coppice image` can do.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
-    /// Boot a kernel once in a guest that is thrown away, and keep what became of its memory, for guests to share (--share all).
+    /// Boot a kernel once in a guest that is thrown away, and keep what became of its memory, for guests to share
+    /// (--share all).
     ///
-    /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background: this makes it
-    /// before the first guest.
+    /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background:
+    /// this makes it before the first guest.
     Warm {
         /// The kernel, as guests are given it.
         #[arg(long, value_name = "FILE", value_parser = utf8_path)]
         kernel: PathBuf,
-        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as mitigations=.
+        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as
+        /// mitigations=.
         #[arg(
             long,
             value_name = "TEXT",

@@ -80,7 +80,8 @@ impl FromStr for PmemArgument {
 }
 
 impl PmemArgument {
-    /// The device, which is called `pmem` and its number where it was not given a name. `taken` tells the names that are in use.
+    /// The device, which is called `pmem` and its number where it was not given a name. `taken` tells the names that
+    /// are in use.
     pub fn into_pmem(self, taken: impl Fn(&str) -> bool) -> PmemConfig {
         let id = self.id.unwrap_or_else(|| {
             // A guest has fewer devices than there are numbers here.

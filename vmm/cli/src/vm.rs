@@ -15,7 +15,8 @@ use daemon::remote::GuestCommand;
 /// The daemon to talk to, and how.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// The socket of the daemon [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
+    /// The socket of the daemon [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or
+    /// `$XDG_RUNTIME_DIR/coppice.sock`].
     #[arg(long, value_name = "PATH", global = true)]
     pub socket: Option<PathBuf>,
     /// Write JSON.
@@ -57,11 +58,12 @@ pub enum VmCommand {
 /// The arguments of `coppice vm create`.
 #[derive(Debug, Args)]
 pub struct CreateArguments {
-    /// When a guest that has ended is started again: never; on-failure; or always, unless it was stopped by request, so also after a start of the host.
+    /// When a guest that has ended is started again: never; on-failure; or always, unless it was stopped by request, so
+    /// also after a start of the host.
     #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure", "always"])]
     pub restart: String,
-    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --metadata, --restart and
-    /// --no-start alone.
+    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label,
+    /// --metadata, --restart and --no-start alone.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "config"])]
     pub template: Option<String>,
     /// A word to find it by: NAME=VALUE. Can be repeated.

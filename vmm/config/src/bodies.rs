@@ -1,4 +1,5 @@
-//! Bodies of requests that are not part of a configuration. The `OpenAPI` document of the daemon is made of the same types.
+//! Bodies of requests that are not part of a configuration. The `OpenAPI` document of the daemon is made of the same
+//! types.
 
 use std::path::PathBuf;
 

@@ -25,8 +25,9 @@ pub struct BootSourceConfig {
     /// How the kernel is entered. Not in Firecracker.
     #[serde(default)]
     pub boot_protocol: BootProtocol,
-    /// Linux does without what costs a small guest much memory and it hardly uses: its trace file system. Where absent, it does if the guest shares all
-    /// that can be shared and the command line has it trace nothing. Not in Firecracker.
+    /// Linux does without what costs a small guest much memory and it hardly uses: its trace file system. Where absent,
+    /// it does if the guest shares all that can be shared and the command line has it trace nothing. Not in
+    /// Firecracker.
     #[serde(default)]
     pub lean: Option<bool>,
 }

@@ -25,7 +25,8 @@ pub struct DriveConfig {
     /// The file.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
-    /// The guest's kernel is told to mount this drive as its root: it becomes the first disk, and `root=` is added to the command line.
+    /// The guest's kernel is told to mount this drive as its root: it becomes the first disk, and `root=` is added to
+    /// the command line.
     pub is_root_device: bool,
     /// The partition to mount as root, by its unique ID, instead of the whole disk.
     #[serde(default)]
@@ -47,8 +48,8 @@ pub struct DriveConfig {
     #[serde(default, skip_serializing)]
     #[schema(ignore)]
     pub socket: Option<IgnoredAny>,
-    /// The format of the file; found by its signature where absent. Name it for a raw disk that a guest may write: a guest
-    /// decides what such a disk begins with. Not in Firecracker.
+    /// The format of the file; found by its signature where absent. Name it for a raw disk that a guest may write: a
+    /// guest decides what such a disk begins with. Not in Firecracker.
     #[serde(default)]
     pub format: Option<DriveFormat>,
     /// Serial number, up to 20 printable ASCII characters; the `drive_id` where absent. Not in Firecracker.
@@ -57,10 +58,12 @@ pub struct DriveConfig {
     /// Number of request queues, 1 to 32. Not in Firecracker.
     #[serde(default = "one")]
     pub num_queues: u16,
-    /// Space that the guest frees stays with the file, for its next blocks, rather than go back to the host. Not in Firecracker.
+    /// Space that the guest frees stays with the file, for its next blocks, rather than go back to the host. Not in
+    /// Firecracker.
     #[serde(default)]
     pub keep_space: bool,
-    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in
+    /// Firecracker.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub parents: Option<PathBuf>,

@@ -9,9 +9,11 @@
 //! }
 //! ```
 //!
-//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of
-//! a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it
-//! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT and huge pages are such values.
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`,
+//! `keep_space`, `parents` and `share` of a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of
+//! `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it cannot
+//! honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT and huge pages are such
+//! values.
 
 mod balloon;
 pub mod bodies;
@@ -62,10 +64,12 @@ pub struct VmConfig {
     /// The kernel, and what it is given. A guest cannot start without.
     #[serde(default)]
     pub boot_source: Option<BootSourceConfig>,
-    /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
+    /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the
+    /// others.
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
-    /// Disks as memory, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
+    /// Disks as memory, in the order in which the guest sees them; the root device, if one is marked, comes before the
+    /// others.
     #[serde(default)]
     pub pmem: Vec<PmemConfig>,
     /// Memory and vCPUs.
@@ -221,8 +225,8 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and that a vsock device has a
-    /// socket.
+    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and
+    /// that a vsock device has a socket.
     ///
     /// # Errors
     /// `File` and `NotAFile`, `Invalid`.

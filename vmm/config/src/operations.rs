@@ -1,5 +1,5 @@
-//! The operations of a guest's REST API, in one table: the guest's process dispatches by it, the daemon passes requests on by it and records what is kept, and
-//! the `OpenAPI` document is held to it.
+//! The operations of a guest's REST API, in one table: the guest's process dispatches by it, the daemon passes requests
+//! on by it and records what is kept, and the `OpenAPI` document is held to it.
 
 use DiskEffect::{Changes, Child, Merge};
 use OperationKind as Kind;
@@ -126,7 +126,8 @@ pub struct GuestOperation {
     pub path: &'static str,
     /// Whether the request has a body: as with Firecracker, a change has one, but for two.
     pub body: RequestBody,
-    /// Whether what it changes is part of the guest's configuration or metadata, and so is kept over restarts of the process.
+    /// Whether what it changes is part of the guest's configuration or metadata, and so is kept over restarts of the
+    /// process.
     pub is_kept: bool,
     /// What becomes of disks.
     pub disk: DiskEffect,
@@ -187,7 +188,8 @@ impl GuestOperation {
         self
     }
 
-    /// The operation that a request asks for, and the name in its path, empty where it has none. `None` where there is no such operation.
+    /// The operation that a request asks for, and the name in its path, empty where it has none. `None` where there is
+    /// no such operation.
     pub fn find<'p>(method: &str, path: &'p str) -> Option<(&'static Self, &'p str)> {
         GUEST_OPERATIONS
             .iter()

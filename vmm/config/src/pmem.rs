@@ -17,7 +17,8 @@ pub struct PmemConfig {
     /// The file.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
-    /// The guest's kernel is told to mount this device as its root: it becomes the first pmem device, and `root=` is added to the command line.
+    /// The guest's kernel is told to mount this device as its root: it becomes the first pmem device, and `root=` is
+    /// added to the command line.
     #[serde(default)]
     pub root_device: bool,
     /// The guest cannot write, and the file may be shared with other guests that cannot either.
@@ -33,7 +34,8 @@ pub struct PmemConfig {
     /// The format of the file; found by its signature where absent. Not in Firecracker.
     #[serde(default)]
     pub format: Option<DriveFormat>,
-    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in
+    /// Firecracker.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub parents: Option<PathBuf>,

@@ -17,10 +17,12 @@ pub struct SharingConfig {
     /// Share of a core that the merger may use in the long run, in percent, 1 to 100.
     #[serde(default = "cpu_percent")]
     pub cpu_percent: u8,
-    /// Reads of at least so many KiB in one piece are put in place without a copy; all are copied, and merged later, where absent.
+    /// Reads of at least so many KiB in one piece are put in place without a copy; all are copied, and merged later,
+    /// where absent.
     #[serde(default)]
     pub place_kib: Option<u32>,
-    /// The guest shares with guests of this domain alone: 1 to 64 letters, digits and underscores. Those without are in one together.
+    /// The guest shares with guests of this domain alone: 1 to 64 letters, digits and underscores. Those without are in
+    /// one together.
     #[serde(default)]
     pub domain: Option<String>,
 }

@@ -17,8 +17,8 @@ pub struct CreateSnapshot {
     /// The memory file, which is written, or replaced as a whole. Guests that were loaded from the old one keep that.
     #[schema(value_type = String)]
     pub mem_file_path: PathBuf,
-    /// Whether a guest with `track_dirty_pages` goes on from the memory file of its first snapshot, so that the next can be a difference to it: not where
-    /// the file is going to be moved. Not in Firecracker.
+    /// Whether a guest with `track_dirty_pages` goes on from the memory file of its first snapshot, so that the next
+    /// can be a difference to it: not where the file is going to be moved. Not in Firecracker.
     #[serde(default = "yes")]
     pub is_base: bool,
 }
@@ -48,8 +48,8 @@ pub struct LoadSnapshot {
     /// Lets the guest run at once.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Whether the guest can be saved as a difference. It always can, but for one whose memory a page-fault handler gives: that goes on from the
-    /// memory file of its first Full snapshot then.
+    /// Whether the guest can be saved as a difference. It always can, but for one whose memory a page-fault handler
+    /// gives: that goes on from the memory file of its first Full snapshot then.
     #[serde(default, alias = "enable_diff_snapshots")]
     pub track_dirty_pages: bool,
     /// Compares the checksums of all memory before the guest runs, if it is in files. Not in Firecracker.
@@ -86,7 +86,8 @@ pub struct VsockOverride {
     /// The socket; the one that the guest had where absent.
     #[serde(default)]
     pub uds_path: Option<PathBuf>,
-    /// The guest's context identifier, which it asks for again when it is loaded; the one that it had where absent. Not in Firecracker.
+    /// The guest's context identifier, which it asks for again when it is loaded; the one that it had where absent. Not
+    /// in Firecracker.
     #[serde(default)]
     pub guest_cid: Option<u32>,
 }
@@ -122,8 +123,8 @@ pub struct DriveOverride {
     pub drive_id: String,
     /// The disk.
     pub path_on_host: PathBuf,
-    /// The disk is made now, as a child of the one that the drive had, which nobody may write to any more: so that a snapshot can be loaded many
-    /// times. Without, it is that disk, in another place.
+    /// The disk is made now, as a child of the one that the drive had, which nobody may write to any more: so that a
+    /// snapshot can be loaded many times. Without, it is that disk, in another place.
     #[serde(default)]
     pub clone: bool,
 }

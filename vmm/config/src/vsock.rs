@@ -27,8 +27,8 @@ pub struct VsockConfig {
     #[serde(default)]
     #[schema(minimum = 3)]
     pub guest_cid: Option<u32>,
-    /// The Unix socket that programs of the host connect to. For port N of the host, the guest is connected to `uds_path_N`. The daemon has it in the
-    /// guest's folder; else it has to be given.
+    /// The Unix socket that programs of the host connect to. For port N of the host, the guest is connected to
+    /// `uds_path_N`. The daemon has it in the guest's folder; else it has to be given.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub uds_path: Option<PathBuf>,
@@ -114,8 +114,8 @@ pub enum MmdsVersion {
     /// It asks.
     #[default]
     V1,
-    /// Not supported: it gets a token first. That keeps others from having a guest's programs ask for them over its network, which nobody can
-    /// here.
+    /// Not supported: it gets a token first. That keeps others from having a guest's programs ask for them over its
+    /// network, which nobody can here.
     V2,
 }
 

@@ -1,5 +1,5 @@
-//! What a process of Coppice has of its host, whatever it is for: signals, its heap and stack, the terminal, listening sockets, files that it appends to,
-//! `/proc`, and the code that it exits with.
+//! What a process of Coppice has of its host, whatever it is for: signals, its heap and stack, the terminal, listening
+//! sockets, files that it appends to, `/proc`, and the code that it exits with.
 //!
 //! The modules do not know of guests, and do not use each other.
 

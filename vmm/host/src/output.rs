@@ -7,8 +7,8 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-/// Opens a file or named pipe to append to, and makes it, for its owner alone, if it is not there. A named pipe is opened for reading as well,
-/// since it could not be opened, or would end, where nobody reads it.
+/// Opens a file or named pipe to append to, and makes it, for its owner alone, if it is not there. A named pipe is
+/// opened for reading as well, since it could not be opened, or would end, where nobody reads it.
 ///
 /// # Errors
 /// What the host says.

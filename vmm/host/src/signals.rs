@@ -1,6 +1,7 @@
 //! Signals as events: blocked in every thread, and read from a descriptor by the event loop.
 //!
-//! So that nothing runs in a signal handler, and the terminal, the disks and the socket are left in order whichever way the process ends.
+//! So that nothing runs in a signal handler, and the terminal, the disks and the socket are left in order whichever way
+//! the process ends.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -25,8 +26,9 @@ fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
 }
 
 impl Signals {
-    /// Blocks `SIGHUP`, `SIGINT`, `SIGQUIT` and `SIGTERM` in this thread, and in all that it starts later: so it has to come first.
-    /// `SIGTTOU` as well, for the terminal to be restored even where the process has gone to the background.
+    /// Blocks `SIGHUP`, `SIGINT`, `SIGQUIT` and `SIGTERM` in this thread, and in all that it starts later: so it has to
+    /// come first. `SIGTTOU` as well, for the terminal to be restored even where the process has gone to the
+    /// background.
     ///
     /// # Errors
     /// Where the host has no descriptor left.
@@ -79,9 +81,9 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Keeps the C allocator to one arena, which all threads share: an arena for each thread costs more memory than
-/// the few allocations of a running guest gain by not waiting for each other. Large pieces are mapped, and given back when they are freed:
-/// left to itself, the allocator takes the next ones of their size from the heap, which then never shrinks.
+/// Keeps the C allocator to one arena, which all threads share: an arena for each thread costs more memory than the few
+/// allocations of a running guest gain by not waiting for each other. Large pieces are mapped, and given back when they
+/// are freed: left to itself, the allocator takes the next ones of their size from the heap, which then never shrinks.
 pub fn share_one_heap() {
     const LARGE: libc::c_int = 64 << 10;
     // SAFETY: mallopt changes parameters of the allocator and no memory.

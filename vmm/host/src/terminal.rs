@@ -1,6 +1,7 @@
 //! The terminal in raw mode, and back.
 //!
-//! There is one terminal for the process, so its state is the process's as well: the panic hook has to find it without being handed it.
+//! There is one terminal for the process, so its state is the process's as well: the panic hook has to find it without
+//! being handed it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -56,7 +57,8 @@ pub fn is_raw() -> bool {
     RAW.load(Ordering::Relaxed)
 }
 
-/// Restores the terminal from any thread, at the very end of the process. One that is being restored by another thread is left to that.
+/// Restores the terminal from any thread, at the very end of the process. One that is being restored by another thread
+/// is left to that.
 pub fn restore_terminal() {
     if let Some(original) = ORIGINAL.try_lock() {
         put_back(original);
@@ -70,8 +72,8 @@ fn restore() {
 fn put_back(mut original: MutexGuard<'_, Option<(OwnedFd, Termios)>>) {
     let original = original.take();
     if let Some((terminal, original)) = original {
-        // A terminal that is gone (after SIGHUP) has no mode to restore. Output that nobody reads must not keep the process:
-        // so without waiting for it.
+        // A terminal that is gone (after SIGHUP) has no mode to restore. Output that nobody reads must not keep the
+        // process: so without waiting for it.
         let _ = tcsetattr(terminal, OptionalActions::Now, &original);
     }
     RAW.store(false, Ordering::Relaxed);

@@ -1,7 +1,7 @@
 //! Control groups (v2): limits of what the process takes of the host.
 //!
-//! A process that is jailed by itself makes its group and joins it. Where a daemon starts it, the daemon makes the group before and removes it
-//! afterwards, and the process joins.
+//! A process that is jailed by itself makes its group and joins it. Where a daemon starts it, the daemon makes the
+//! group before and removes it afterwards, and the process joins.
 
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;

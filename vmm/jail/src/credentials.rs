@@ -34,7 +34,8 @@ pub(super) fn become_user(uid: Option<u32>, gid: Option<u32>) -> io::Result<bool
     Ok(true)
 }
 
-/// Closes the ways to capabilities, as long as it has the right to: that a program that is executed has any, and that root has all.
+/// Closes the ways to capabilities, as long as it has the right to: that a program that is executed has any, and that
+/// root has all.
 pub(super) fn close_ways_to_capabilities() {
     // Where there is no such right, no_new_privs does as much.
     for capability in CapabilitySet::all().iter() {
@@ -64,8 +65,9 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the process's own folder of `/proc` belong to the user that it has become, as after a program of that user's was executed: what its memory
-/// maps is told there, and sharing and snapshots look at it. There are no core dumps all the same (`limits`).
+/// Has the process's own folder of `/proc` belong to the user that it has become, as after a program of that user's was
+/// executed: what its memory maps is told there, and sharing and snapshots look at it. There are no core dumps all the
+/// same (`limits`).
 pub(super) fn own_proc() -> io::Result<()> {
     Ok(set_dumpable_behavior(DumpableBehavior::Dumpable)?)
 }

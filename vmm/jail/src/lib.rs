@@ -1,15 +1,20 @@
 //! The jail of a guest process: what it can still reach when the first instruction of its guest runs.
 //!
-//! A guest process serves whatever its guest asks of its devices. Should one of them err, then what the guest gets is this process, so the process
-//! gives away beforehand all that it does not need. The layers, in their order, each useful where another fails:
+//! A guest process serves whatever its guest asks of its devices. Should one of them err, then what the guest gets is
+//! this process, so the process gives away beforehand all that it does not need. The layers, in their order, each
+//! useful where another fails:
 //!
 //! ```text
-//! cgroup ─> namespaces ─> tree (pivot_root) ─> limits ─> uid, gid ─> capabilities ─> no_new_privs ─> landlock ─> seccomp
-//!  needs /sys  └── all before any other thread exists: each is a property of a thread, and is inherited ──┘
+//! cgroup (needs /sys) ─> namespaces ─> tree (pivot_root) ─> limits ─> uid, gid ─> capabilities
+//!                     ─> no_new_privs ─> landlock ─> seccomp
 //! ```
 //!
-//! A user without privileges has a namespace of users made for the others, where the host allows that; what cannot be had is left out, and told
-//! by [`JailReport`]. What was asked for by name (`uid`, `gid`, `cgroup`) is an error where it cannot be had, and so is everything with `require=all`.
+//! All of them are entered before any other thread exists, because each is a property of a thread, which the threads
+//! that it starts inherit.
+//!
+//! A user without privileges has a namespace of users made for the others, where the host allows that; what cannot be
+//! had is left out, and told by [`JailReport`]. What was asked for by name (`uid`, `gid`, `cgroup`) is an error where
+//! it cannot be had, and so is everything with `require=all`.
 
 mod cgroup;
 mod credentials;
@@ -39,7 +44,8 @@ pub use seccomp::SeccompMode;
 
 use error::required;
 
-/// Confines this process to what a guest of `config` needs, with its sockets at `sockets`. Called by the only thread of the process.
+/// Confines this process to what a guest of `config` needs, with its sockets at `sockets`. Called by the only thread of
+/// the process.
 ///
 /// # Errors
 /// [`JailError`].
@@ -48,7 +54,8 @@ pub fn enter(
     config: &VmConfig,
     sockets: &[&Path],
 ) -> Result<JailReport, JailError> {
-    // What the kernel told the process at its start is looked up now; where the kernel is old, that takes a file that is to be out of reach.
+    // What the kernel told the process at its start is looked up now; where the kernel is old, that takes a file that
+    // is to be out of reach.
     rustix::param::page_size();
     let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let mut report = JailReport {

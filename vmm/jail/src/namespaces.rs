@@ -42,7 +42,8 @@ pub(super) fn enter(report: &mut JailReport) -> io::Result<()> {
     Ok(())
 }
 
-/// A namespace in which the process is who it was, with all capabilities over what belongs to the namespace, and none over anything else.
+/// A namespace in which the process is who it was, with all capabilities over what belongs to the namespace, and none
+/// over anything else.
 fn own_users(report: &mut JailReport) -> io::Result<()> {
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
     let made = unshare(UnshareFlags::NEWUSER);

@@ -25,7 +25,8 @@ const LONGEST_CHAIN: usize = 256;
 struct Needs(Vec<Need>);
 
 impl Needs {
-    /// Adds a path as it is written, and as it is with all links followed. What is not there is left to those who need it to tell.
+    /// Adds a path as it is written, and as it is with all links followed. What is not there is left to those who need
+    /// it to tell.
     fn add(&mut self, path: &Path, access: Access) {
         self.add_as(path, access, None);
     }
@@ -106,7 +107,8 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
     move |source| JailError::Path { path, source }
 }
 
-/// All that a guest of `config` needs, with its sockets at `sockets`. Makes what it is to find when it is jailed: the outputs, and the cache of kernels.
+/// All that a guest of `config` needs, with its sockets at `sockets`. Makes what it is to find when it is jailed: the
+/// outputs, and the cache of kernels.
 pub(super) fn of(
     config: &VmConfig,
     sockets: &[&Path],
@@ -203,7 +205,8 @@ pub(super) fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
     lchown(path, jail.uid, jail.gid).map_err(failed(path))
 }
 
-/// Whether the user that this process has become may do with the guest's files what it needs to; told before any of them is opened.
+/// Whether the user that this process has become may do with the guest's files what it needs to; told before any of
+/// them is opened.
 pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
     for need in needs {
         let (mode, wanted) = match need.vital {
@@ -226,7 +229,8 @@ pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
     Ok(())
 }
 
-/// Kernels, unpacked, and what is made of them: read alone, as other guests have them too. What the cache does not have is made now.
+/// Kernels, unpacked, and what is made of them: read alone, as other guests have them too. What the cache does not have
+/// is made now.
 fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
     let domain = config.sharing.domain.as_deref();
     let cache = boot::cache_dir(domain);
@@ -267,8 +271,8 @@ fn readable(file: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to the process only where
-/// Landlock keeps it from that.
+/// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to
+/// the process only where Landlock keeps it from that.
 fn add_folder_of_socket(needs: &mut Needs, socket: &Path, jail: &JailConfig) {
     let folder = folder_of(socket);
     let same = |path: &PathBuf| path.canonicalize().ok() == folder.canonicalize().ok();

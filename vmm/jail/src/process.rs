@@ -16,7 +16,8 @@ pub struct Spawned {
 
 /// Starts a command as the first process of a namespace of processes, and where that cannot be had, among all others.
 ///
-/// A namespace is for the children of the thread that asks for it, and a thread can ask once: so a thread is made for this, and gone afterwards.
+/// A namespace is for the children of the thread that asks for it, and a thread can ask once: so a thread is made for
+/// this, and gone afterwards.
 ///
 /// A command that asks for a signal at the death of its parent would get it at once: its parent is that thread.
 ///

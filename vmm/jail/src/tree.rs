@@ -1,7 +1,7 @@
 //! The tree: a root folder with what the guest needs, under the names it has on the host, and nothing else.
 //!
-//! Each file or folder is a mount of its own, taken before the host's tree is out of sight. The new root is a file system in memory that nobody can
-//! write to any more when all is in place.
+//! Each file or folder is a mount of its own, taken before the host's tree is out of sight. The new root is a file
+//! system in memory that nobody can write to any more when all is in place.
 
 use std::ffi::CString;
 use std::io;
@@ -86,7 +86,8 @@ fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Resul
     match pivot_root(".", ".") {
         // What was the root lies on the new one, and is below where this process stands.
         Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(doing("unmount", root)),
-        // The first root of the kernel (initramfs) cannot be exchanged, but covered: a process that may not chroot sees nothing below.
+        // The first root of the kernel (initramfs) cannot be exchanged, but covered: a process that may not chroot sees
+        // nothing below.
         Err(Errno::INVAL) => {
             move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
                 .map_err(doing("cover", root))?;
@@ -96,7 +97,8 @@ fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Resul
     }
 }
 
-/// Whether a file that is written to lies in a folder that is, too. As a mount of its own, it could not be removed there, nor another one take its place.
+/// Whether a file that is written to lies in a folder that is, too. As a mount of its own, it could not be removed
+/// there, nor another one take its place.
 fn comes_with_a_folder(need: &Need, needs: &[Need]) -> bool {
     let above = needs.iter().filter(|other| {
         other.target != need.target
@@ -168,7 +170,8 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io
         userns_fd: 0,
     };
     let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: mount_setattr(2) reads an empty path and a `mount_attr` of the length that is given, both of which live through the call.
+    // SAFETY: mount_setattr(2) reads an empty path and a `mount_attr` of the length that is given, both of which live
+    // through the call.
     let set = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

@@ -40,8 +40,8 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// End of the hole.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
-/// Where memory beside RAM begins, each window of it anew: so that huge pages can map it, and nothing of a guest's RAM shares a
-/// memory block of its kernel's with it.
+/// Where memory beside RAM begins, each window of it anew: so that huge pages can map it, and nothing of a guest's RAM
+/// shares a memory block of its kernel's with it.
 pub const WINDOW_ALIGNMENT: u64 = 1 << 30;
 /// First virtio-mmio device; each takes [`VIRTIO_MMIO_SIZE`] bytes.
 pub const VIRTIO_MMIO_START: u64 = 0xc000_1000;

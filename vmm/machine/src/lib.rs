@@ -1,4 +1,5 @@
-//! A guest: its VM and devices, the disks that are mapped into its memory, what of its memory it shares, and its snapshots.
+//! A guest: its VM and devices, the disks that are mapped into its memory, what of its memory it shares, and its
+//! snapshots.
 //!
 //! ```text
 //!            ┌─ pmem       disks in guest memory
@@ -7,8 +8,8 @@
 //!            └─ fault      the end of a guest of which a mapped page is lost
 //! ```
 //!
-//! [`Machine`] builds the guest and owns its threads: one for each vCPU, and one for each pmem device that the guest has flushed. All devices are served by
-//! the event loop that they are added to.
+//! [`Machine`] builds the guest and owns its threads: one for each vCPU, and one for each pmem device that the guest
+//! has flushed. All devices are served by the event loop that they are added to.
 
 mod disk;
 pub mod fault;

@@ -199,8 +199,8 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     kept
 }
 
-/// Writes the guest's own pages, each at its address. Pages of zeros are left out, except in the range of the kernel: from
-/// such a page a later guest learns beforehand that its kernel is going to write there.
+/// Writes the guest's own pages, each at its address. Pages of zeros are left out, except in the range of the kernel:
+/// from such a page a later guest learns beforehand that its kernel is going to write there.
 fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
     let io = |source| failed(path.display().to_string())(source);
     let kernel = machine

@@ -1,7 +1,7 @@
 //! The jail, from within: what a guest process can reach, and what one gets that tries to get out.
 //!
-//! Each case is a process of its own, as it cannot leave the jail again: this test binary again, with words in its environment. It has one thread,
-//! as `coppice run` has when it is jailed.
+//! Each case is a process of its own, as it cannot leave the jail again: this test binary again, with words in its
+//! environment. It has one thread, as `coppice run` has when it is jailed.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
@@ -36,7 +36,8 @@ enum Kind {
     RootUnfiltered,
     /// A user without privileges.
     Rootless,
-    /// A user without privileges on a host that makes no namespaces for users: as it is for a process that has threads already.
+    /// A user without privileges on a host that makes no namespaces for users: as it is for a process that has threads
+    /// already.
     Bare,
 }
 
@@ -88,7 +89,8 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
     jail::enter(&confinement, &config, &[]).unwrap()
 }
 
-/// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that ends.
+/// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that
+/// ends.
 fn become_single() {
     // SAFETY: the other thread of the process waits for this test to end, and holds nothing that the new process takes.
     let pid = unsafe { libc::fork() };
@@ -165,7 +167,8 @@ fn look() -> Value {
     json!({"pid": std::process::id(), "lists_root": listed})
 }
 
-/// All that there is from the root folder of a process on, as one finds it who may see everything; but for what is below the process's own folder.
+/// All that there is from the root folder of a process on, as one finds it who may see everything; but for what is
+/// below the process's own folder.
 fn reachable(pid: u64) -> Vec<PathBuf> {
     fn walk(root: &Path, folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).unwrap().flatten() {

@@ -2,7 +2,8 @@
 //! disk the guest has all the while.
 //!
 //! ```text
-//! disk and parent recorded ──> the guest's process merges ──> over: the guest's new disk recorded, commit off the record
+//! disk and parent recorded ──> the guest's process merges ──> over: the guest's new disk recorded,
+//!                                                                    commit off the record
 //! ```
 //!
 //! While the process runs, it is asked which disk that is. After its end the files tell, see [`DriveTask::Commit`]: a

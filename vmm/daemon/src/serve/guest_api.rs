@@ -1,6 +1,6 @@
-//! The guest's own API below `/vms/{id}/`, as the `OpenAPI` document shows it. The daemon passes these requests on (`routes`), and the
-//! guest's process carries them out ([`control::api`]). This module only describes them, with the types that the process reads. A test of `routes::openapi` checks
-//! that none is left out.
+//! The guest's own API below `/vms/{id}/`, as the `OpenAPI` document shows it. The daemon passes these requests on
+//! (`routes`), and the guest's process carries them out ([`control::api`]). This module only describes them, with the
+//! types that the process reads. A test of `routes::openapi` checks that none is left out.
 
 #![allow(
     dead_code,
@@ -127,7 +127,8 @@ guest!(/// Saves the guest, which has to be paused, to files.
 guest!(/// Has its vCPUs stand still, or go on.
     state, patch, "/vms/{id}/vm", body = VmUpdate => 204);
 
-/// Has it start, or write its counters, or presses Ctrl-Alt-Del. A guest that waited starts in a new process, with all that it was told.
+/// Has it start, or write its counters, or presses Ctrl-Alt-Del. A guest that waited starts in a new process, with all
+/// that it was told.
 #[utoipa::path(put, path = "/vms/{id}/actions", tag = "the guest's own API", params(("id" = String, Path)), request_body = Action,
     responses((status = 204, description = "Done."),
         (status = 400, body = FaultBody, description = "The guest's process refuses."),

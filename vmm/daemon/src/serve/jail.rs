@@ -2,7 +2,8 @@
 //! they may write to.
 //!
 //! ```text
-//! vm.json names user and group ──> group made ──> folder given to the user ──> process spawned, joins the group, is jailed
+//! vm.json names user and group ──> group made ──> folder given to the user
+//!                              ──> process spawned, joins the group, is jailed
 //! process ended ──> control group removed ──> folder removed
 //! ```
 //!
@@ -246,8 +247,8 @@ impl Jails {
         }
     }
 
-    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives its jail, if
-    /// it is to be in one.
+    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives its jail,
+    /// if it is to be in one.
     ///
     /// # Errors
     /// The host's error.

@@ -1,13 +1,15 @@
-//! The later configuration of a guest: what the operator has changed over the guest's own API, as far as it is to outlive the guest's process. That is the
-//! guest's configuration and its metadata.
+//! The later configuration of a guest: what the operator has changed over the guest's own API, as far as it is to
+//! outlive the guest's process. That is the guest's configuration and its metadata.
 //!
 //! ```text
-//! request ── passed on ──> the guest's process ── done ──> asked for its whole configuration ──> vm.json ──> response to the caller
+//! request ── passed on ──> the guest's process ── done ──> asked for its whole configuration
+//!                                                              ──> vm.json ──> response to the caller
 //! ```
 //!
-//! So every change that a caller was told is done is in the configuration that the guest is started with from then on, in whichever process. Only the
-//! process knows what a change comes to, so the daemon asks it for the outcome, and does not work that out again. Actions of the process (to pause, to
-//! save, to work on a disk) are not kept; the disks that a guest has after those are recorded by `pending` and `commits`.
+//! So every change that a caller was told is done is in the configuration that the guest is started with from then on,
+//! in whichever process. Only the process knows what a change comes to, so the daemon asks it for the outcome, and does
+//! not work that out again. Actions of the process (to pause, to save, to work on a disk) are not kept; the disks that
+//! a guest has after those are recorded by `pending` and `commits`.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -48,8 +50,8 @@ fn files(config: &mut VmConfig) -> Vec<((&'static str, String), &mut PathBuf)> {
     files
 }
 
-/// Replaces files in `config` by the names of images that they have in `named`, as far as they still are the files of `given`, the same configuration with
-/// paths. Gives the names.
+/// Replaces files in `config` by the names of images that they have in `named`, as far as they still are the files of
+/// `given`, the same configuration with paths. Gives the names.
 fn name_images(config: &mut VmConfig, mut given: VmConfig, mut named: VmConfig) -> Vec<String> {
     let (given, named) = (files(&mut given), files(&mut named));
     let mut names = BTreeSet::new();
@@ -71,7 +73,8 @@ fn name_images(config: &mut VmConfig, mut given: VmConfig, mut named: VmConfig) 
 }
 
 impl Daemon {
-    /// Asks the process of a guest for the guest's configuration, and records it. The caller has locked `reconfiguring`, so that it does not change meanwhile.
+    /// Asks the process of a guest for the guest's configuration, and records it. The caller has locked
+    /// `reconfiguring`, so that it does not change meanwhile.
     ///
     /// # Errors
     /// Where the process does not answer; `Store`.
@@ -120,8 +123,8 @@ impl Daemon {
         Ok(())
     }
 
-    /// As [`Daemon::record_later_config`], after a change that was made, or may have been. Where it fails, it is tried again as long as the guest has a
-    /// process.
+    /// As [`Daemon::record_later_config`], after a change that was made, or may have been. Where it fails, it is tried
+    /// again as long as the guest has a process.
     pub async fn keep_later_config(self: &Arc<Self>, vm: &Arc<Vm>) {
         let Err(fault) = self.record_later_config(vm).await else {
             return;

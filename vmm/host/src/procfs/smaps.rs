@@ -59,7 +59,8 @@ pub struct Mapping {
     pub range: Range<u64>,
     /// Readable, writable, not executable, private: what guest RAM is.
     is_data: bool,
-    /// Not counted against what the host may promise (`nr` of `VmFlags`): Coppice asks so for all of guest RAM, and for nothing else.
+    /// Not counted against what the host may promise (`nr` of `VmFlags`): Coppice asks so for all of guest RAM, and for
+    /// nothing else.
     is_unreserved: bool,
     /// What it takes.
     pub usage: Usage,
@@ -96,9 +97,9 @@ pub fn parse(text: &str) -> Vec<Mapping> {
     mappings
 }
 
-/// Where guest RAM of `bytes` is: a run of mappings that touch each other, alike in kind, and are as large together. Sharing cuts guest RAM into many
-/// mappings, anonymous ones and ones of files, and what lies before or behind may touch it; of several such runs, guest RAM is the one in
-/// use.
+/// Where guest RAM of `bytes` is: a run of mappings that touch each other, alike in kind, and are as large together.
+/// Sharing cuts guest RAM into many mappings, anonymous ones and ones of files, and what lies before or behind may
+/// touch it; of several such runs, guest RAM is the one in use.
 pub fn guest_ram(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
     let run = |first: usize| {
         let rest = mappings.get(first..)?;

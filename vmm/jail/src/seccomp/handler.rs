@@ -1,4 +1,5 @@
-//! The handler of `SIGSYS`, and what it may touch: atomics, and system calls that are safe in a signal handler (signal-safety(7)).
+//! The handler of `SIGSYS`, and what it may touch: atomics, and system calls that are safe in a signal handler
+//! (signal-safety(7)).
 
 use std::ffi::c_int;
 use std::io;
@@ -33,8 +34,8 @@ pub(super) fn install() -> io::Result<()> {
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO;
-    // SAFETY: `action` is initialised and lives through the call, and the handler is safe in any context that the signal may come in; the
-    // old action is not asked for.
+    // SAFETY: `action` is initialised and lives through the call, and the handler is safe in any context that the
+    // signal may come in; the old action is not asked for.
     let set = unsafe { libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut()) };
     if set == 0 {
         Ok(())
@@ -94,8 +95,8 @@ fn line(thread: &[u8], number: u32) -> Line {
 }
 
 extern "C" fn on_stopped(signal: c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` of 128 bytes that is valid until the handler returns. Its bytes at `SI_SYSCALL`
-    // are initialised whatever raised the signal; they count only where a filter raised it.
+    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` of 128 bytes that is valid until the handler returns. Its
+    // bytes at `SI_SYSCALL` are initialised whatever raised the signal; they count only where a filter raised it.
     let (code, number) = unsafe {
         (
             (*info).si_code,

@@ -1,7 +1,7 @@
 //! Which system calls the process can make.
 //!
-//! The policies are `resources/seccomp/*.json`, compiled when this is built. A filter is inherited by every thread that is started later, and no
-//! thread can get rid of one:
+//! The policies are `resources/seccomp/*.json`, compiled when this is built. A filter is inherited by every thread that
+//! is started later, and no thread can get rid of one:
 //!
 //! ```text
 //! main thread, before any other ── main ── absent ── a rule about this process ──> every thread
@@ -9,10 +9,10 @@
 //!                                                               each vCPU: vcpu
 //! ```
 //!
-//! `main` lists what a guest process needs in its life. `started` takes away what only building a guest needs: making rings of `io_uring`, whose
-//! operations no filter sees; `unconnected`, to connect to a socket, which a guest with a vsock device goes on doing. `vcpu` lists what a thread needs
-//! that runs the guest's accesses, so no file can be opened there.
-//! `absent` says of a system call that the kernel does not have it, for the C library to do without.
+//! `main` lists what a guest process needs in its life. `started` takes away what only building a guest needs: making
+//! rings of `io_uring`, whose operations no filter sees; `unconnected`, to connect to a socket, which a guest with a
+//! vsock device goes on doing. `vcpu` lists what a thread needs that runs the guest's accesses, so no file can be
+//! opened there. `absent` says of a system call that the kernel does not have it, for the C library to do without.
 //!
 //! What is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the process.
 
@@ -118,8 +118,8 @@ fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
     filter.map_err(other)?.try_into().map_err(other)
 }
 
-/// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is not filtered. One whose
-/// guest `connects` to sockets of the host can go on doing that.
+/// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is
+/// not filtered. One whose guest `connects` to sockets of the host can go on doing that.
 ///
 /// # Errors
 /// Where the kernel refuses.

@@ -28,7 +28,8 @@ const OEM_ID: [u8; 6] = *b"COPPIC";
 const OEM_TABLE_ID: [u8; 8] = *b"COPPICVM";
 const OEM_REVISION: u32 = 1;
 
-/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): an i8042 is there, VGA is not; the clear "CMOS RTC not present" bit says that the RTC is.
+/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): an i8042 is there, VGA is not; the clear "CMOS RTC not present" bit says
+/// that the RTC is.
 const IAPC_8042: u16 = 1 << 1;
 const IAPC_NO_VGA: u16 = 1 << 2;
 /// Register of the CMOS RTC that holds the century.
@@ -241,8 +242,8 @@ fn pvpanic(sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
-/// The generation ID of the VM (Microsoft, Virtual Machine Generation ID), by the names that QEMU's has, and the event device that notifies of a new
-/// one (ACPI 6.5, 5.6.9).
+/// The generation ID of the VM (Microsoft, Virtual Machine Generation ID), by the names that QEMU's has, and the event
+/// device that notifies of a new one (ACPI 6.5, 5.6.9).
 fn generation_id(sink: &mut Vec<u8>) {
     // Microsoft's name for the device; drivers look for it in either case.
     let name = "VM_Gen_Counter";

@@ -59,8 +59,8 @@ impl Compression {
         }
     }
 
-    /// Unpacks the one stream that `packed` starts with. Behind it may stand four bytes, the length of the kernel, as the payload of
-    /// a bzImage has them.
+    /// Unpacks the one stream that `packed` starts with. Behind it may stand four bytes, the length of the kernel, as
+    /// the payload of a bzImage has them.
     pub(super) fn decode(self, packed: impl BufRead, out: &mut impl Write) -> io::Result<()> {
         match self {
             Self::Gzip => copy(flate2::bufread::GzDecoder::new(packed), out),

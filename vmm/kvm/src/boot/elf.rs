@@ -1,7 +1,8 @@
 //! ELF `vmlinux`: which bytes of the file go where in guest memory, and where execution starts.
 //!
-//! Parsed here rather than by linux-loader, because the ranges are wanted as values (what is read today can be mapped) and because
-//! an error is to say which field is wrong. Fields: System V ABI, chapter 4; the PVH note: Xen, `elfnote.h`.
+//! Parsed here rather than by linux-loader, because the ranges are wanted as values (what is read today can be mapped)
+//! and because an error is to say which field is wrong. Fields: System V ABI, chapter 4; the PVH note: Xen,
+//! `elfnote.h`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

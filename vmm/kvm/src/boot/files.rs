@@ -39,8 +39,8 @@ pub(super) fn open_file(path: &Path, role: &'static str) -> Result<(File, u64), 
     Ok((file, metadata.len()))
 }
 
-/// Reads a range of a file into guest memory, but for its holes: RAM is zero before the guest runs, and a page that is not written
-/// costs the host nothing.
+/// Reads a range of a file into guest memory, but for its holes: RAM is zero before the guest runs, and a page that is
+/// not written costs the host nothing.
 pub(super) fn copy(
     memory: &GuestMemory,
     path: &Path,
@@ -66,8 +66,8 @@ pub(super) fn copy(
     Ok(())
 }
 
-/// Maps the whole pages of a range of a file, which does not change, into guest memory, and reads the rest; reads all of it where the pages of
-/// the file are not pages of the guest.
+/// Maps the whole pages of a range of a file, which does not change, into guest memory, and reads the rest; reads all
+/// of it where the pages of the file are not pages of the guest.
 pub(super) fn share(
     memory: &GuestMemory,
     shared: &SharedMemory,

@@ -1,7 +1,8 @@
 //! The runtime form of an initrd: the files that a guest will make of it, each from a page on.
 //!
-//! A guest unpacks its initrd into pages of its own, wherever it has some, and runs from them: the same bytes in every guest. In this form they lie as
-//! they do in the guest's page cache, whole pages and the last filled up with zeros, so that they can be mapped in the place of those.
+//! A guest unpacks its initrd into pages of its own, wherever it has some, and runs from them: the same bytes in every
+//! guest. In this form they lie as they do in the guest's page cache, whole pages and the last filled up with zeros, so
+//! that they can be mapped in the place of those.
 
 use std::io::{self, BufRead, BufReader, Read, Seek};
 
@@ -11,7 +12,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::compression::Compression;
 use super::page_writer::PageWriter;
 
-/// Bits of a mode that tell the type of a file, and those of a regular one (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+/// Bits of a mode that tell the type of a file, and those of a regular one (Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
 const TYPE: u32 = 0o170_000;
 const REGULAR: u32 = 0o100_000;
 /// First bytes of an archive, `newc` with checksums or without.
@@ -26,7 +28,8 @@ enum Layer {
     Unpacked,
 }
 
-/// Writes the files of an initrd: of all its archives, which follow one another, compressed or not (Linux, buffer-format.rst).
+/// Writes the files of an initrd: of all its archives, which follow one another, compressed or not (Linux,
+/// buffer-format.rst).
 ///
 /// # Errors
 /// Where it is not made of archives, or they are damaged; or where the files cannot be written.

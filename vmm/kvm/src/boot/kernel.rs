@@ -15,8 +15,8 @@ use super::source::{BootSource, Protocol};
 use super::unpack::{self, Form, Packed, Unpacked};
 use super::{BootError, bzimage, elf};
 
-/// Longest command line of a kernel that does not say: Linux' `COMMAND_LINE_SIZE` on x86 without the terminating zero, past which it
-/// cuts in silence.
+/// Longest command line of a kernel that does not say: Linux' `COMMAND_LINE_SIZE` on x86 without the terminating zero,
+/// past which it cuts in silence.
 const ELF_CMDLINE_MAX: usize = 2047;
 
 /// Where the identity map of the 64-bit entry ends, see [`super::registers`].
@@ -38,7 +38,8 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// A file of `cache` that does not change, and holds what the kernel's holds; none for a kernel that unpacks itself, as it writes over what it was.
+    /// A file of `cache` that does not change, and holds what the kernel's holds; none for a kernel that unpacks
+    /// itself, as it writes over what it was.
     pub(super) fn cached(&self, cache: &Path) -> Option<File> {
         if self.header.is_some() {
             None
@@ -214,7 +215,8 @@ fn bzimage_kernel(
         }
     }
     let header = image.header;
-    // The preferred address is where a kernel runs that is not moved; it needs `init_size` bytes from there to unpack itself.
+    // The preferred address is where a kernel runs that is not moved; it needs `init_size` bytes from there to unpack
+    // itself.
     let address = header.pref_address;
     let mem_len = u64::from(header.init_size).max(image.kernel_len);
     let entry = address

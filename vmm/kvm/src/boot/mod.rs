@@ -46,8 +46,8 @@ use files::{copy, open_file};
 use kernel::{Kernel, check_entry, find_kernel};
 use params::{BootInfo, Initrd};
 
-/// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. Where that is `shared`, kernel and initrd are mapped
-/// from copies of their files in the cache, and read only where that cannot be.
+/// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. Where that is
+/// `shared`, kernel and initrd are mapped from copies of their files in the cache, and read only where that cannot be.
 ///
 /// # Errors
 /// [`BootError`], naming the file and what of it is wrong. Guest memory is then in no defined state.
@@ -101,8 +101,8 @@ pub fn cache_dir(domain: Option<&str>) -> PathBuf {
     unpack::cache_dir(domain)
 }
 
-/// The file of the cache of a sharing domain that the kernel at `path` is mapped from, made where it is not there; `None` where there is none, as for a bzImage that
-/// unpacks itself, or a cache that cannot be used.
+/// The file of the cache of a sharing domain that the kernel at `path` is mapped from, made where it is not there;
+/// `None` where there is none, as for a bzImage that unpacks itself, or a cache that cannot be used.
 ///
 /// # Errors
 /// As [`load`].
@@ -120,8 +120,8 @@ pub fn runtime_kernel(path: &Path, domain: Option<&str>) -> Result<Option<PathBu
     Ok(shared.map(|file| file.path().to_owned()))
 }
 
-/// Makes what guests of `source` are to find in the cache of a sharing domain, as far as that can be; with the initrd if it is to be shared. The files
-/// that are there, of which [`load`] makes use.
+/// Makes what guests of `source` are to find in the cache of a sharing domain, as far as that can be; with the initrd
+/// if it is to be shared. The files that are there, of which [`load`] makes use.
 pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) -> Vec<PathBuf> {
     let cache = unpack::cache_dir(domain);
     let of_config = BootSource {
@@ -152,7 +152,8 @@ pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) 
     shared.map(|file| file.path().to_owned()).collect()
 }
 
-/// The files that a guest makes of its initrd, each from a page on, from the cache of a sharing domain; `None` where there is no such form of it.
+/// The files that a guest makes of its initrd, each from a page on, from the cache of a sharing domain; `None` where
+/// there is no such form of it.
 ///
 /// # Errors
 /// [`BootError`], for an initrd that cannot be opened.
@@ -204,7 +205,8 @@ pub struct Loaded {
 pub struct MappedKernel {
     /// The file.
     pub file: Arc<SharedFile>,
-    /// Guest physical addresses of its text and read-only data, from the first segment that is not written to to the end of the last.
+    /// Guest physical addresses of its text and read-only data, from the first segment that is not written to to the
+    /// end of the last.
     pub addresses: Range<u64>,
 }
 

@@ -1,5 +1,5 @@
-//! What the kernel is told: the zero page of the Linux boot protocol, or the start info of PVH. Both carry the memory map, the
-//! command line, the initrd and the address of the RSDP.
+//! What the kernel is told: the zero page of the Linux boot protocol, or the start info of PVH. Both carry the memory
+//! map, the command line, the initrd and the address of the RSDP.
 
 use devices::GuestMemory;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};

@@ -20,8 +20,8 @@ const RFLAGS: u64 = 1 << 1;
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
-/// Entries of the GDT, up to the IDT: two null ones, code and data. The task register is loaded, and neither protocol reads its
-/// descriptor again.
+/// Entries of the GDT, up to the IDT: two null ones, code and data. The task register is loaded, and neither protocol
+/// reads its descriptor again.
 const GDT_LEN: usize = 4;
 const _: () = assert!(BOOT_GDT + GDT_LEN as u64 * 8 <= BOOT_IDT);
 

@@ -1,7 +1,8 @@
 //! What runs when a kernel resets by jumping to the BIOS: there is none, so the reset vector asks for the reset.
 //!
-//! With hardware-reduced ACPI and no `reboot=` on its command line, Linux tries EFI and then the BIOS, whose entry point after a reset is
-//! `f000:fff0` (Intel SDM volume 3, 10.1.4; Linux, arch/x86/kernel/reboot.c). Without code there the guest would hang.
+//! With hardware-reduced ACPI and no `reboot=` on its command line, Linux tries EFI and then the BIOS, whose entry
+//! point after a reset is `f000:fff0` (Intel SDM volume 3, 10.1.4; Linux, arch/x86/kernel/reboot.c). Without code there
+//! the guest would hang.
 
 use devices::GuestMemory;
 use devices::legacy::RESET_VALUE;

@@ -1,14 +1,14 @@
 //! Compressed kernels: unpacked once on the host, into a cache that all guests of a user share.
 //!
-//! No guest spends time and memory on decompression, and every guest of one kernel reads the same pages of one file. A cached kernel
-//! is found by the identity of its source (device, inode, size, modification and change time): a source that is replaced or written to
-//! has another identity, and asking for it costs one `stat`, not a hash of the file. Of guests that start at once, one
-//! unpacks and the others wait for it; the kernel appears by rename, so it is whole.
+//! No guest spends time and memory on decompression, and every guest of one kernel reads the same pages of one file. A
+//! cached kernel is found by the identity of its source (device, inode, size, modification and change time): a source
+//! that is replaced or written to has another identity, and asking for it costs one `stat`, not a hash of the file. Of
+//! guests that start at once, one unpacks and the others wait for it; the kernel appears by rename, so it is whole.
 //!
 //! Pages of zeros (a kernel's `.bss` is in its file) become holes, of which nothing is read into guest memory.
 //!
-//! Files that are not compressed lie here too, where guests are to share them: what is mapped into a guest must not change, and nobody but this
-//! user writes here. So do the [files of initrds](mod@super::initrd_files).
+//! Files that are not compressed lie here too, where guests are to share them: what is mapped into a guest must not
+//! change, and nobody but this user writes here. So do the [files of initrds](mod@super::initrd_files).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -90,7 +90,8 @@ pub(super) fn keep(path: &Path, file: &File, len: u64, cache: &Path) -> Option<F
         .ok()
 }
 
-/// The files of an initrd, in the cache; `None` where the cache cannot be used, or the initrd is none that Linux would unpack.
+/// The files of an initrd, in the cache; `None` where the cache cannot be used, or the initrd is none that Linux would
+/// unpack.
 pub(super) fn keep_files(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
     kept(path, file, len, Form::Files, cache)
         .inspect_err(|error| {
@@ -196,8 +197,8 @@ fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
     ))
 }
 
-/// A cached kernel that this user or root, and nobody else, can have put there: root gives a guest process that is another user's what it needs of
-/// root's cache.
+/// A cached kernel that this user or root, and nobody else, can have put there: root gives a guest process that is
+/// another user's what it needs of root's cache.
 fn open_cached(path: &Path) -> Option<File> {
     let file = OpenOptions::new()
         .read(true)

@@ -31,7 +31,8 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: more than one logical processor in the package.
 const HTT: u32 = 1 << 28;
-/// Leaf `0x4000_0001` EAX: asynchronous page faults, as such, as exits to a nested hypervisor, and with an interrupt when the page is there.
+/// Leaf `0x4000_0001` EAX: asynchronous page faults, as such, as exits to a nested hypervisor, and with an interrupt
+/// when the page is there.
 const ASYNC_PF: u32 = (1 << 4) | (1 << 10) | (1 << 14);
 /// Leaf `0x8000_0001` ECX: the logical processors of the package are cores.
 const CMP_LEGACY: u32 = 1 << 1;
@@ -132,8 +133,9 @@ impl Template {
             PERFORMANCE_MONITORING | AMD_PERFORMANCE_MONITORING => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
-            // A guest of anonymous memory hardly ever has such a fault; one whose memory is files' has many, and on AMD processors tasks that wait
-            // for ever and vCPUs that spin came of them (cloud-hypervisor #2277, firecracker #3020 and #3043).
+            // A guest of anonymous memory hardly ever has such a fault; one whose memory is files' has many, and on AMD
+            // processors tasks that wait for ever and vCPUs that spin came of them (cloud-hypervisor #2277, firecracker
+            // #3020 and #3043).
             KVM_FEATURES => set(&mut entry.eax, ASYNC_PF, false),
             AMD_FEATURES => {
                 set(&mut entry.ecx, CMP_LEGACY, many);

@@ -1,4 +1,5 @@
-//! How often vCPUs have left the guest for this program. What KVM serves by itself (halts, the irqchip, kicks of virtio queues) is not among it.
+//! How often vCPUs have left the guest for this program. What KVM serves by itself (halts, the irqchip, kicks of virtio
+//! queues) is not among it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -27,8 +27,8 @@ pub enum HugePages {
     /// each touched page up to 2 MiB, which costs an idle small guest more RAM than it uses.
     #[default]
     Never,
-    /// As the host is set: fewer faults and TLB misses, for guests that use most of their RAM. The guest's own page tables gain from it
-    /// where the host aligns large mappings (Linux 6.7).
+    /// As the host is set: fewer faults and TLB misses, for guests that use most of their RAM. The guest's own page
+    /// tables gain from it where the host aligns large mappings (Linux 6.7).
     HostPolicy,
 }
 
@@ -112,9 +112,9 @@ fn no_huge_pages(mapping: &MmapRegion) {
 /// `memory` as memory that is shared.
 pub(crate) fn shared(memory: &GuestMemory, limits: Limits) -> SharedMemory {
     let regions = memory.iter().map(|region| {
-        // SAFETY: the range is the whole mapping of a region of RAM, anonymous and private as `region` made it, of whole pages as `map` checked, and
-        // mapped as long as the clone of `memory` lives. Guest memory is accessed through raw pointers and system calls alone, and what is
-        // mapped there is nobody's concern but the guest's.
+        // SAFETY: the range is the whole mapping of a region of RAM, anonymous and private as `region` made it, of
+        // whole pages as `map` checked, and mapped as long as the clone of `memory` lives. Guest memory is accessed
+        // through raw pointers and system calls alone, and what is mapped there is nobody's concern but the guest's.
         let window =
             unsafe { Window::over(region.as_ptr(), region.len(), Arc::new(memory.clone())) };
         Region {

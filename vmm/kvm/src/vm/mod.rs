@@ -60,7 +60,8 @@ pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
 /// KVM, opened before the process lost the right to.
 static KEPT: OnceLock<File> = OnceLock::new();
 
-/// Opens KVM for later, for a process that is about to become a user who may not. Where this user may not either, that is told later.
+/// Opens KVM for later, for a process that is about to become a user who may not. Where this user may not either, that
+/// is told later.
 pub fn keep_kvm_open() {
     if let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") {
         KEPT.get_or_init(|| kvm);
@@ -172,7 +173,8 @@ impl Vm {
         &self.memory
     }
 
-    /// Guest RAM, of which pages can be shared within `limits`. Called once: each answer keeps its own record of what is mapped.
+    /// Guest RAM, of which pages can be shared within `limits`. Called once: each answer keeps its own record of what
+    /// is mapped.
     pub fn share(&self, limits: memshare::Limits) -> memshare::SharedMemory {
         memory::shared(&self.memory, limits)
     }
@@ -217,8 +219,8 @@ impl Vm {
             .map_err(VmError::kvm("KVM_IOEVENTFD"))
     }
 
-    /// Starts the vCPUs: the first with `regs`, and with what `set_sregs` makes of its system registers; the others wait for it to
-    /// start them.
+    /// Starts the vCPUs: the first with `regs`, and with what `set_sregs` makes of its system registers; the others
+    /// wait for it to start them.
     ///
     /// `on_exit` is called once, from a vCPU thread, when a vCPU ends the guest; it must not wait for the vCPUs.
     pub fn start(
@@ -275,8 +277,8 @@ fn add_slots(fd: &VmFd, memory: &GuestMemory) -> Result<(), VmError> {
             userspace_addr,
             flags: 0,
         };
-        // SAFETY: the range is a whole mapping of `memory`, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU can
-        // run. Slots and guest ranges come from a checked memory map and do not overlap.
+        // SAFETY: the range is a whole mapping of `memory`, which the `Vm`, and after its start `Vcpus`, keeps mapped
+        // until no vCPU can run. Slots and guest ranges come from a checked memory map and do not overlap.
         unsafe { fd.set_user_memory_region(region) }
             .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }

@@ -149,7 +149,8 @@ fn a_string_access_is_one_access_for_each_element() {
     vm.memory()
         .write_slice(b"abcdef", GuestAddress(0x3000))
         .unwrap();
-    // mov dx, PORT; mov di, 0x3100; mov cx, 3; rep insb; mov si, 0x3000; mov cx, 3; rep outsw; mov si, 0x3100; outsw; hlt
+    // mov dx, PORT; mov di, 0x3100; mov cx, 3; rep insb; mov si, 0x3000; mov cx, 3; rep outsw; mov si, 0x3100; outsw;
+    // hlt
     let code = [
         0xba, 0x10, 0x00, 0xbf, 0x00, 0x31, 0xb9, 0x03, 0x00, 0xf3, 0x6c, 0xbe, 0x00, 0x30, 0xb9,
         0x03, 0x00, 0xf3, 0x6f, 0xbe, 0x00, 0x31, 0x6f, 0xf4,
@@ -226,7 +227,8 @@ fn an_irqfd_interrupts_a_halted_guest() {
     vm.memory()
         .write_slice(&handler, GuestAddress(HANDLER.into()))
         .unwrap();
-    // The interrupt controller (8259): mov al, word; out port, al. Vectors from 0x20, a slave at line 2, 8086 mode, none masked.
+    // The interrupt controller (8259): mov al, word; out port, al. Vectors from 0x20, a slave at line 2, 8086 mode,
+    // none masked.
     let mut code = Vec::new();
     for (port, word) in [
         (0x20, 0x11),

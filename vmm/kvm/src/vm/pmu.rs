@@ -1,7 +1,8 @@
-//! No performance counters for guests: they measure neighbours as well, and a watchdog that uses them wakes an idle guest.
+//! No performance counters for guests: they measure neighbours as well, and a watchdog that uses them wakes an idle
+//! guest.
 //!
-//! CPUID (leaf `0xa`) hides them on Intel. On AMD the first four are part of the architecture: KVM has to be told not to emulate
-//! them, and their MSRs to fault, or KVM writes a line to the host's log when a kernel looks for them.
+//! CPUID (leaf `0xa`) hides them on Intel. On AMD the first four are part of the architecture: KVM has to be told not
+//! to emulate them, and their MSRs to fault, or KVM writes a line to the host's log when a kernel looks for them.
 
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
@@ -12,7 +13,8 @@ use super::error::VmError;
 const AMD_COUNTERS: u32 = 0xc001_0000;
 const AMD_COUNTER_COUNT: u32 = 8;
 
-/// A bit for each MSR, 0 to deny the access. KVM reads whole longs, though `MsrFilterRange` asks for the bytes of the count only.
+/// A bit for each MSR, 0 to deny the access. KVM reads whole longs, though `MsrFilterRange` asks for the bytes of the
+/// count only.
 static DENY: [u8; 8] = [0; 8];
 const _: () = assert!(AMD_COUNTER_COUNT as usize <= DENY.len() * 8);
 

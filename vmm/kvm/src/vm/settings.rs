@@ -16,7 +16,8 @@ pub struct VmSettings {
     pub vcpus: u8,
     /// How RAM is backed.
     pub huge_pages: HugePages,
-    /// Called by each vCPU's thread before its vCPU enters the guest, to give away what a vCPU does not need; an error ends the guest.
+    /// Called by each vCPU's thread before its vCPU enters the guest, to give away what a vCPU does not need; an error
+    /// ends the guest.
     pub confine_vcpu: ConfineThread,
 }
 

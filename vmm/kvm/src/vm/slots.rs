@@ -1,6 +1,7 @@
 //! Memory of a guest that is not its RAM: windows, each a memory slot of its own, above all RAM.
 //!
-//! Such memory is no part of `GuestMemory`, so no device reads or writes it for the guest: what a descriptor names there is refused.
+//! Such memory is no part of `GuestMemory`, so no device reads or writes it for the guest: what a descriptor names
+//! there is refused.
 
 use std::io;
 use std::sync::Arc;
@@ -51,8 +52,8 @@ impl std::fmt::Debug for DirtyLog {
 }
 
 impl DirtyLog {
-    /// The pages written since the last call, a bit each from the first on; they are forgotten. A page that is written once this has begun may
-    /// be told now or next time, and one that was written before is told now.
+    /// The pages written since the last call, a bit each from the first on; they are forgotten. A page that is written
+    /// once this has begun may be told now or next time, and one that was written before is told now.
     ///
     /// # Errors
     /// What KVM says.
@@ -86,7 +87,8 @@ fn end_of_ram(memory: &GuestMemory) -> u64 {
 }
 
 impl Windows {
-    /// Puts a window into the addresses, of `physical_bits`, of the guest with `memory`, after that and the windows before it.
+    /// Puts a window into the addresses, of `physical_bits`, of the guest with `memory`, after that and the windows
+    /// before it.
     pub(super) fn add(
         &mut self,
         fd: &Arc<VmFd>,
@@ -118,8 +120,8 @@ impl Windows {
             userspace_addr: window.as_ptr() as u64,
             flags,
         };
-        // SAFETY: the range is a whole window, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU can run. Slots are numbered
-        // after those of RAM, and the guest range lies after all that there is.
+        // SAFETY: the range is a whole window, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU
+        // can run. Slots are numbered after those of RAM, and the guest range lies after all that there is.
         unsafe { fd.set_user_memory_region(region) }
             .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         self.mapped.push(window);

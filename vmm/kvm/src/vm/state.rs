@@ -1,7 +1,7 @@
 //! What KVM holds of a guest: taken from one that stands still, and given to one that has not run.
 //!
-//! The order in which the parts of a vCPU are set matters (Linux Documentation/virt/kvm/api.rst): CPUID before all that depends on features, the local
-//! APIC before the MSR of its deadline, and pending events at last.
+//! The order in which the parts of a vCPU are set matters (Linux Documentation/virt/kvm/api.rst): CPUID before all that
+//! depends on features, the local APIC before the MSR of its deadline, and pending events at last.
 
 use std::sync::Arc;
 
@@ -132,7 +132,8 @@ impl VmState {
     }
 }
 
-/// Feature bits of CPUID that a guest may have come to rely on: function, index, and the registers EAX to EDX that are sets of features.
+/// Feature bits of CPUID that a guest may have come to rely on: function, index, and the registers EAX to EDX that are
+/// sets of features.
 const FEATURE_LEAVES: [(u32, u32, [bool; 4]); 9] = [
     (0x1, 0, [false, false, true, true]),
     (0x7, 0, [false, true, true, true]),
@@ -300,8 +301,8 @@ impl Vcpu {
             let found = entries.iter().find(|entry| entry.index == wanted);
             found.map(|entry| entry.data)
         };
-        // A deadline that has passed reads as 0, and the interrupt that it raises may not have come to the local APIC yet; KVM does not tell. A
-        // deadline of now raises it again, which a guest takes for an early tick at worst.
+        // A deadline that has passed reads as 0, and the interrupt that it raises may not have come to the local APIC
+        // yet; KVM does not tell. A deadline of now raises it again, which a guest takes for an early tick at worst.
         if value(IA32_TSC_DEADLINE) == Some(0)
             && let Some(now) = value(IA32_TSC)
             && let Some(deadline) = entries
@@ -332,8 +333,8 @@ impl Vcpu {
             .map_err(VmError::kvm("KVM_SET_REGS"))?;
         fd.set_sregs(&state.sregs)
             .map_err(VmError::kvm("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `check_size` refuses states of more than the 4096 of the structure, and
-        // `Vm::new` asks for no feature that would make this VM's longer.
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `check_size` refuses states of more than
+        // the 4096 of the structure, and `Vm::new` asks for no feature that would make this VM's longer.
         unsafe { fd.set_xsave(&state.xsave) }.map_err(VmError::kvm("KVM_SET_XSAVE"))?;
         // A processor without XSAVE has none, and lets none be set.
         if state.xcrs.nr_xcrs > 0 {

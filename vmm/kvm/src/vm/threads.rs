@@ -1,9 +1,9 @@
 //! The vCPU threads: start, pause, resume and stop.
 //!
-//! Each thread owns its vCPU. What they share is a table under one mutex: the state they should be in, how many are parked, and for
-//! each the `immediate_exit` byte of its `kvm_run` page. To get a vCPU out of the guest, the state is changed, `immediate_exit`
-//! set, and the thread signalled. The signal ends a `KVM_RUN` that is under way; one that has not begun yet returns at once
-//! because of `immediate_exit`. So no order of events loses a kick.
+//! Each thread owns its vCPU. What they share is a table under one mutex: the state they should be in, how many are
+//! parked, and for each the `immediate_exit` byte of its `kvm_run` page. To get a vCPU out of the guest, the state is
+//! changed, `immediate_exit` set, and the thread signalled. The signal ends a `KVM_RUN` that is under way; one that has
+//! not begun yet returns at once because of `immediate_exit`. So no order of events loses a kick.
 
 use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -82,8 +82,9 @@ impl Table {
 
     fn set_immediate_exit(&self, index: usize, value: u8) {
         if let Some(Some(byte)) = self.exit_bytes.get(index) {
-            // SAFETY: the byte lies in the `kvm_run` mapping of a vCPU whose thread still owns it: the thread takes its entry out of
-            // the table, under the mutex that is held here, before it drops the vCPU. All user-space stores are atomic.
+            // SAFETY: the byte lies in the `kvm_run` mapping of a vCPU whose thread still owns it: the thread takes its
+            // entry out of the table, under the mutex that is held here, before it drops the vCPU. All user-space
+            // stores are atomic.
             unsafe { AtomicU8::from_ptr(byte.0) }.store(value, Ordering::SeqCst);
         }
     }
@@ -96,7 +97,8 @@ struct Shared {
     threads: Mutex<Vec<JoinHandle<()>>>,
     ended: AtomicBool,
     on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
-    /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
+    /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the
+    /// VM.
     vm: Arc<VmFd>,
 }
 
@@ -332,7 +334,8 @@ fn thread_time(thread: &JoinHandle<()>) -> Option<Duration> {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the thread is not joined as long as its handle exists, so that the name is valid, and the clock's number is written to a place of its own.
+    // SAFETY: the thread is not joined as long as its handle exists, so that the name is valid, and the clock's number
+    // is written to a place of its own.
     let found = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };
     // SAFETY: any number may be asked for, and the time is written to a place of its own.
     if found != 0 || unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
@@ -357,7 +360,8 @@ impl Brake {
         threads.iter().filter_map(thread_time).sum()
     }
 
-    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until what is returned is dropped. `None` once they are stopped for good.
+    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until what is returned is dropped. `None` once they
+    /// are stopped for good.
     pub fn hold(&self) -> Option<VcpuHold<'_>> {
         let mut table = self.0.table();
         if table.target == Target::Stop {
@@ -416,7 +420,8 @@ fn thread_main(
 
 /// Runs the vCPU until it is to stop (`None`) or the guest ends.
 fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu, restored: bool) -> Option<VcpuExit> {
-    // Every vCPU waits for the start of all; only a pause after that is one that the guest could notice, or the time between its save and its restore.
+    // Every vCPU waits for the start of all; only a pause after that is one that the guest could notice, or the time
+    // between its save and its restore.
     let mut entered = restored;
     while let Gate::Run { waited } = shared.gate(vcpu) {
         if waited

@@ -195,8 +195,8 @@ impl Vcpu {
                 self.exits.count(ExitKind::IoIn);
                 let data = &raw mut *data;
                 let size = element_size(&mut self.fd);
-                // SAFETY: the bytes lie in the mapping of `fd`'s `kvm_run`, behind the structure itself. Nobody else refers to them,
-                // and KVM writes them only in the next run of this vCPU, which `&mut self` holds back.
+                // SAFETY: the bytes lie in the mapping of `fd`'s `kvm_run`, behind the structure itself. Nobody else
+                // refers to them, and KVM writes them only in the next run of this vCPU, which `&mut self` holds back.
                 for element in unsafe { &mut *data }.chunks_exact_mut(size) {
                     if !buses.pio.read(port.into(), element) {
                         element.fill(0xff);
@@ -274,8 +274,8 @@ fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, delivery: u32) {
     }
 }
 
-/// Bytes of each element of the port access that the last run ended with: a string instruction brings many in one exit, all for the
-/// same port.
+/// Bytes of each element of the port access that the last run ended with: a string instruction brings many in one exit,
+/// all for the same port.
 fn element_size(fd: &mut VcpuFd) -> usize {
     // SAFETY: the last exit was KVM_EXIT_IO, for which KVM fills this member of the union; any bits are a valid u8.
     let size = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };

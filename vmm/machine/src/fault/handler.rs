@@ -1,7 +1,8 @@
 //! The handler of `SIGBUS`.
 //!
-//! It is called where a thread reads or writes guest memory, and nowhere else: the kernel raises the signal for an address, and one that is in guest memory.
-//! Such a thread is in none of the C library's functions that may not be called again (signal-safety(7)): so the handler may do what could be done there.
+//! It is called where a thread reads or writes guest memory, and nowhere else: the kernel raises the signal for an
+//! address, and one that is in guest memory. Such a thread is in none of the C library's functions that may not be
+//! called again (signal-safety(7)): so the handler may do what could be done there.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -82,8 +83,8 @@ fn set_action(handler: libc::sighandler_t, flags: libc::c_int) -> io::Result<()>
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = handler;
     action.sa_flags = flags;
-    // SAFETY: `action` is initialised and lives through the call, and the handler is the default or `on_bus_error`, which is safe in
-    // any context that a signal may come in; the old action is not asked for.
+    // SAFETY: `action` is initialised and lives through the call, and the handler is the default or `on_bus_error`,
+    // which is safe in any context that a signal may come in; the old action is not asked for.
     let set = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) };
     if set == 0 {
         Ok(())
@@ -97,8 +98,8 @@ extern "C" fn on_bus_error(
     info: *mut libc::siginfo_t,
     _context: *mut libc::c_void,
 ) {
-    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` that is valid until the handler returns; `si_addr` reads bytes that every
-    // signal has, and counts below only where the kernel raised it for an address.
+    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` that is valid until the handler returns; `si_addr` reads
+    // bytes that every signal has, and counts below only where the kernel raised it for an address.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
     // What a process sends has no address and a code of 0 or less.
     let mut ranges = GUEST.iter().filter_map(|range| range.holding(address));

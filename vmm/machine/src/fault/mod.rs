@@ -1,14 +1,15 @@
-//! Threads of the host that touch a lost page: a page of guest memory that is mapped from a file, and that the file has no more.
+//! Threads of the host that touch a lost page: a page of guest memory that is mapped from a file, and that the file has
+//! no more.
 //!
-//! The kernel stops the thread with `SIGBUS`. What it was about to do cannot be done, so it says which page of which file it was, and ends the process.
-//! That is one guest.
+//! The kernel stops the thread with `SIGBUS`. What it was about to do cannot be done, so it says which page of which
+//! file it was, and ends the process. That is one guest.
 //!
 //! ```text
 //! device, share or worker thread ── SIGBUS ─> handler: /proc/self/maps ─> terminal, report, exit code 1
 //! ```
 //!
-//! The thread may hold any lock that is held where guest memory is touched, and none of those is taken here. What vCPUs and system calls meet is an
-//! error (`EFAULT`), and no signal: see [`crate::Machine`].
+//! The thread may hold any lock that is held where guest memory is touched, and none of those is taken here. What vCPUs
+//! and system calls meet is an error (`EFAULT`), and no signal: see [`crate::Machine`].
 
 mod handler;
 mod maps;

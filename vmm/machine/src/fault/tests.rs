@@ -1,4 +1,5 @@
-//! Each case is a process of its own, as it ends by what is shown: this test binary again, with a word in its environment.
+//! Each case is a process of its own, as it ends by what is shown: this test binary again, with a word in its
+//! environment.
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;

@@ -98,9 +98,9 @@ const LEAN: &str = "initcall_blacklist=event_trace_init,tracer_init_tracefs";
 
 /// Completes the command line that was given, or the default one.
 ///
-/// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
-/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. What is `wanted` of the
-/// guest's memory is told, unless the command line speaks of it.
+/// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told
+/// to do without ACPI (`acpi=off`) gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT,
+/// and would take them twice. What is `wanted` of the guest's memory is told, unless the command line speaks of it.
 pub(super) fn complete(
     given: Option<&str>,
     root: Option<Root<'_>>,
@@ -128,8 +128,9 @@ pub(super) fn complete(
     cmdline
 }
 
-/// Lets Linux report free memory down to single pages, unless the command line says how. On its own it tells of free blocks of 2 MiB and more, and
-/// only while 64 MiB are free, so that a small guest tells of nothing. Linux before 6.2 forgets the word when the driver loads.
+/// Lets Linux report free memory down to single pages, unless the command line says how. On its own it tells of free
+/// blocks of 2 MiB and more, and only while 64 MiB are free, so that a small guest tells of nothing. Linux before 6.2
+/// forgets the word when the driver loads.
 fn report_every_page(cmdline: String) -> String {
     if cmdline.contains("page_reporting_order") {
         cmdline

@@ -1,7 +1,8 @@
 //! With whom a guest shares: guests of its own domain alone.
 //!
-//! What is made of kernels and initrds lies in a folder of the cache for each domain, so those are other files. A disk is one file for all, and goes to the
-//! domain that has it first, see [`storage::Domain`]: to the guests of any other it is as if they did not share.
+//! What is made of kernels and initrds lies in a folder of the cache for each domain, so those are other files. A disk
+//! is one file for all, and goes to the domain that has it first, see [`storage::Domain`]: to the guests of any other
+//! it is as if they did not share.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -33,8 +34,8 @@ impl SharingDomain {
         }
     }
 
-    /// Whether the guest may share a file, which is open and locked for reading; from then on other domains may not. A file that is refused once
-    /// stays so until it is opened again.
+    /// Whether the guest may share a file, which is open and locked for reading; from then on other domains may not. A
+    /// file that is refused once stays so until it is opened again.
     pub(crate) fn admits(&self, file: &Arc<File>) -> bool {
         let mut foreign = self.foreign.lock();
         // A weak reference keeps the address from being used again.

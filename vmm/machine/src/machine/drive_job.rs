@@ -39,10 +39,11 @@ pub enum DriveTask {
         /// Also gives back blocks that hold only zeros.
         find_zeros: bool,
     },
-    /// Merges the disk, whose file is at `top`, into its parent, and goes on with that. Meanwhile it goes on in a child, see [`commit_child`].
+    /// Merges the disk, whose file is at `top`, into its parent, and goes on with that. Meanwhile it goes on in a
+    /// child, see [`commit_child`].
     ///
-    /// Whenever the process is killed, the files tell which disk the guest had: the child where that is there and whole, `top` where that alone is,
-    /// and else the parent.
+    /// Whenever the process is killed, the files tell which disk the guest had: the child where that is there and
+    /// whole, `top` where that alone is, and else the parent.
     Commit {
         /// The file.
         top: PathBuf,
@@ -247,7 +248,8 @@ impl DriveJob {
         }
     }
 
-    /// Freezes the disk under a new child, merges it while the guest goes on in that, and at last the child too, which is short.
+    /// Freezes the disk under a new child, merges it while the guest goes on in that, and at last the child too, which
+    /// is short.
     fn commit(&self, drive: &Mutex<VirtioBlock>, top: &Path) -> Result<(), DriveError> {
         let disk = vhdx(lock(drive).disk())?;
         let base = self.base.clone().ok_or(DriveError::NoParent)?;
@@ -279,7 +281,8 @@ impl DriveJob {
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
             let done = vhdx(disk)?.finish_commit(&new, &base)?;
             *self.path.lock() = Some(base.clone());
-            // Before the guest writes to what is below them: what is there tells which disk it has, so `top` goes first.
+            // Before the guest writes to what is below them: what is there tells which disk it has, so `top` goes
+            // first.
             removed = [top, &new].into_iter().try_for_each(|file| {
                 std::fs::remove_file(file).map_err(|error| DriveError::Io {
                     operation: format!("remove {}, which is merged", file.display()),

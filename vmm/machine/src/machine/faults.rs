@@ -1,8 +1,9 @@
-//! Pages of guest memory that are lost, as a file under them is cut or fails: whoever meets one ends the guest, with a report.
+//! Pages of guest memory that are lost, as a file under them is cut or fails: whoever meets one ends the guest, with a
+//! report.
 //!
-//! A vCPU that touches such a page leaves the guest with an error of `KVM_RUN`, and a system call on behalf of a device returns `EFAULT`: then all
-//! files are asked which page it can be. A thread of the host is stopped by `SIGBUS`, which [`FaultWatch`] sees to. The memory manager tells of a
-//! file that was cut before anybody has met one.
+//! A vCPU that touches such a page leaves the guest with an error of `KVM_RUN`, and a system call on behalf of a device
+//! returns `EFAULT`: then all files are asked which page it can be. A thread of the host is stopped by `SIGBUS`, which
+//! [`FaultWatch`] sees to. The memory manager tells of a file that was cut before anybody has met one.
 
 use std::io;
 use std::sync::Arc;

@@ -66,8 +66,8 @@ impl FromStr for FilePage {
 pub struct PageReport {
     /// Guest physical address of its first byte.
     pub address: u64,
-    /// `own`: nothing but the guest. `mapped`: the file's page. `copied`: it was the file's page until the guest wrote to it. `candidate`: it may be a copy of the
-    /// file's page, and is to be compared with it.
+    /// `own`: nothing but the guest. `mapped`: the file's page. `copied`: it was the file's page until the guest wrote
+    /// to it. `candidate`: it may be a copy of the file's page, and is to be compared with it.
     pub state: &'static str,
     /// The file, by the name that it was opened by.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -168,7 +168,8 @@ impl Plan {
         })
     }
 
-    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there, and else that is dismissed.
+    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there, and else
+    /// that is dismissed.
     pub(super) fn reference(
         &self,
         kernel: Option<MappedFrom>,

@@ -69,7 +69,8 @@ impl Machine {
             })
         });
         let pmem = self.pmem.iter().map(|(id, pmem)| {
-            // The pages that the guest wrote are its own, and no part of RAM: the disk has to have them before it is noted.
+            // The pages that the guest wrote are its own, and no part of RAM: the disk has to have them before it is
+            // noted.
             pmem.write_back()
                 .map_err(|source| SnapshotError::Writeback {
                     pmem: id.clone(),
@@ -83,7 +84,8 @@ impl Machine {
         ))
     }
 
-    /// Puts the saved memory in place of the guest's, which is the same, so that what the guest writes from now on can be told from it.
+    /// Puts the saved memory in place of the guest's, which is the same, so that what the guest writes from now on can
+    /// be told from it.
     fn go_on_from(&mut self, saved: MemoryState) -> Result<(), SnapshotError> {
         saved
             .clone()

@@ -1,12 +1,14 @@
 //! The memory that shows a disk.
 //!
-//! Whole pages of the disk's files are mapped, from whichever layer has them. What reads as zeros stays fresh memory, for which the host has one page
-//! for all. What is no whole page of a file, such as sectors that two layers share a page of, or the end of a file, is copied.
+//! Whole pages of the disk's files are mapped, from whichever layer has them. What reads as zeros stays fresh memory,
+//! for which the host has one page for all. What is no whole page of a file, such as sectors that two layers share a
+//! page of, or the end of a file, is copied.
 //!
-//! A mapping is right as long as nobody uses that space of the file for anything else. [`Disk::resolve_read`] promises just that until the
-//! request ends, so the requests are kept until the guest has stopped. A disk that is open for reading changes nothing anyway, nor
-//! does any parent: others are kept from writing by locks. In a disk that is open for writing, the writes of this guest's own
-//! flushes alone reach mapped pages, with what the guest's copy of the page holds.
+//! A mapping is right as long as nobody uses that space of the file for anything else. [`Disk::resolve_read`] promises
+//! just that until the request ends, so the requests are kept until the guest has stopped. A disk that is open for
+//! reading changes nothing anyway, nor does any parent: others are kept from writing by locks. In a disk that is open
+//! for writing, the writes of this guest's own flushes alone reach mapped pages, with what the guest's copy of the page
+//! holds.
 
 use std::fs::File;
 use std::io;
@@ -63,7 +65,8 @@ pub enum MapError {
 pub struct MapBudget(usize);
 
 impl MapBudget {
-    /// Half of what the host lets a process have: the other half is for RAM that is shared page by page, and for the process itself.
+    /// Half of what the host lets a process have: the other half is for RAM that is shared page by page, and for the
+    /// process itself.
     pub fn of_host() -> Self {
         Self(max_map_count() / 2)
     }
@@ -109,7 +112,8 @@ impl MappedDisk {
         Self::of(disk, budget, &|_| true)
     }
 
-    /// Maps what `admits` lets be shared of a disk, and copies the rest. Behind its end there are zeros, to a whole number of 2 MiB.
+    /// Maps what `admits` lets be shared of a disk, and copies the rest. Behind its end there are zeros, to a whole
+    /// number of 2 MiB.
     pub(super) fn of(
         disk: &Arc<dyn Disk>,
         budget: &mut MapBudget,
@@ -170,8 +174,9 @@ impl MappedDisk {
         disk.clone()
     }
 
-    /// Goes on with the disk that `change` makes of this one: a child, under which this one takes no more writes. So what is mapped stays as it is, and
-    /// is what the child shows; the guest's writes alone go elsewhere. The disk has all of them, and nobody writes to it meanwhile.
+    /// Goes on with the disk that `change` makes of this one: a child, under which this one takes no more writes. So
+    /// what is mapped stays as it is, and is what the child shows; the guest's writes alone go elsewhere. The disk has
+    /// all of them, and nobody writes to it meanwhile.
     ///
     /// # Errors
     /// Those of `change`; then all is as before.

@@ -1,14 +1,14 @@
-//! Disks as a guest's memory (virtio-pmem): what a disk holds is mapped from its files, so that all guests of a host share what its page cache
-//! has of them.
+//! Disks as a guest's memory (virtio-pmem): what a disk holds is mapped from its files, so that all guests of a host
+//! share what its page cache has of them.
 //!
 //! ```text
 //! open: disk ── resolve_read ─> extents ── mmap ─> window ── memory slot ─> guest
 //! flush:  guest ── dirty log ─> pages ── resolve_write, flush ─> disk
 //! ```
 //!
-//! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says what comes of it. In
-//! `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as the host's page cache keeps it. In `cow` it is
-//! nowhere else, and is saved with the guest.
+//! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says
+//! what comes of it. In `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as
+//! the host's page cache keeps it. In `cow` it is nowhere else, and is saved with the guest.
 
 mod map;
 mod own_pages;
@@ -119,7 +119,8 @@ impl PmemMemory {
         self.disk.window()
     }
 
-    /// Runs of pages that are not as the disk has them: offsets in bytes from the first, in order. The guest stands still.
+    /// Runs of pages that are not as the disk has them: offsets in bytes from the first, in order. The guest stands
+    /// still.
     ///
     /// # Errors
     /// [`OwnPagesError`].
@@ -130,7 +131,8 @@ impl PmemMemory {
     /// Maps pages of `file`, which is not to change, over the disk's.
     ///
     /// # Errors
-    /// Where the range is outside the memory or not made of whole pages, and what the host says; then nothing is changed.
+    /// Where the range is outside the memory or not made of whole pages, and what the host says; then nothing is
+    /// changed.
     pub(crate) fn lay(
         &self,
         at: u64,
@@ -165,8 +167,8 @@ impl PmemMemory {
 }
 
 impl Pmem {
-    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses. Files that
-    /// `admits` refuses are copied.
+    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the
+    /// guest's addresses. Files that `admits` refuses are copied.
     ///
     /// # Errors
     /// [`PmemError`].
@@ -269,8 +271,8 @@ impl Pmem {
         self.memory.disk.disk()
     }
 
-    /// Makes durable what the guest has written, and has what it writes from then on go to the disk that `change` makes of this one: a child. `None`
-    /// where it writes to no disk.
+    /// Makes durable what the guest has written, and has what it writes from then on go to the disk that `change` makes
+    /// of this one: a child. `None` where it writes to no disk.
     ///
     /// # Errors
     /// Where not all is on the disk, and those of `change`; then the disk stays.
@@ -305,7 +307,8 @@ impl Pmem {
     }
 }
 
-/// Takes what a guest writes to memory that it may only read: KVM hands such writes over (`KVM_MEM_READONLY`), and here they end.
+/// Takes what a guest writes to memory that it may only read: KVM hands such writes over (`KVM_MEM_READONLY`), and here
+/// they end.
 struct DroppedWrites {
     id: String,
     told: bool,

@@ -1,7 +1,8 @@
-//! Which pages of a mapped disk are the guest's own, as it has written to them: for a guest that is saved, and back again for one that is loaded.
+//! Which pages of a mapped disk are the guest's own, as it has written to them: for a guest that is saved, and back
+//! again for one that is loaded.
 //!
-//! The host's page tables tell where the guest may have written: the page is no file's any more. Many such pages still are as the disk has them, like
-//! those that were copied when the disk was mapped, so each is compared with the disk.
+//! The host's page tables tell where the guest may have written: the page is no file's any more. Many such pages still
+//! are as the disk has them, like those that were copied when the disk was mapped, so each is compared with the disk.
 
 use std::io;
 use std::ops::Range;
@@ -40,8 +41,8 @@ fn read_disk(disk: &dyn Disk, bytes: &mut [u8], at: u64) -> Result<(), DiskError
 }
 
 impl MappedDisk {
-    /// Runs of pages that are not as the disk has them: offsets in bytes from the first of the window, in order. The guest stands still, and nobody
-    /// writes to the disk.
+    /// Runs of pages that are not as the disk has them: offsets in bytes from the first of the window, in order. The
+    /// guest stands still, and nobody writes to the disk.
     pub(super) fn own_pages(&self) -> Result<Vec<Range<u64>>, OwnPagesError> {
         let mut own: Vec<Range<u64>> = Vec::new();
         let window = self.window();
@@ -94,7 +95,8 @@ impl MappedDisk {
     /// Maps pages of `file` over the disk's, private as those are: the guest's own from when it was saved.
     ///
     /// # Errors
-    /// Where the range is outside the window or not made of whole pages, and what the host says; then nothing is changed.
+    /// Where the range is outside the window or not made of whole pages, and what the host says; then nothing is
+    /// changed.
     pub(super) fn lay(
         &self,
         at: u64,

@@ -47,8 +47,8 @@ pub enum WritebackError {
 pub(super) struct Writeback<L> {
     disk: Arc<MappedDisk>,
     log: L,
-    /// Pages that were written and may not be on the disk; a bit each, nothing where there are none. Held over the I/O of a flush: one
-    /// at a time.
+    /// Pages that were written and may not be on the disk; a bit each, nothing where there are none. Held over the I/O
+    /// of a flush: one at a time.
     pending: Mutex<Vec<u64>>,
 }
 
@@ -61,12 +61,14 @@ impl<L: DirtyPages> Writeback<L> {
         }
     }
 
-    /// Makes durable all that was written before the call; gives the bytes that took. What fails is tried again by the next call.
+    /// Makes durable all that was written before the call; gives the bytes that took. What fails is tried again by the
+    /// next call.
     pub(super) fn write_back(&self) -> Result<u64, WritebackError> {
         self.write_back_under(&mut self.pending())
     }
 
-    /// Makes durable all that was written before the call, and has what is written from then on go to the disk that `change` makes of this one.
+    /// Makes durable all that was written before the call, and has what is written from then on go to the disk that
+    /// `change` makes of this one.
     ///
     /// # Errors
     /// Where not all is on the disk, and those of `change`; then the disk stays.

@@ -1,18 +1,18 @@
 //! Reference images: a guest's memory as it stands after its kernel has booted.
 //!
-//! A kernel patches its own text while it boots (alternatives, return thunks, static keys), so that most of what is mapped from its file is soon a
-//! copy in every guest, and the same copy. What it sets up at boot is the same in every guest, too, a good part of it at the same address: `struct page`s,
-//! tables, its data. A reference image holds the pages of a guest that the host has booted for this
-//! purpose alone, with nothing in it: no disk, and a program that powers off. The memory manager compares a guest's own
-//! pages with it, and maps what is equal.
+//! A kernel patches its own text while it boots (alternatives, return thunks, static keys), so that most of what is
+//! mapped from its file is soon a copy in every guest, and the same copy. What it sets up at boot is the same in every
+//! guest, too, a good part of it at the same address: `struct page`s, tables, its data. A reference image holds the
+//! pages of a guest that the host has booted for this purpose alone, with nothing in it: no disk, and a program that
+//! powers off. The memory manager compares a guest's own pages with it, and maps what is equal.
 //!
 //! ```text
 //! coppice run ── image there? ── yes ──> SharedMemory::add_reference
 //!                    └── no ── Warmer: coppice image warm (once, in the background) ── image ──> add_reference
 //! ```
 //!
-//! An image is good for one kernel, one model of CPU, one size of machine, and the words of the command line that change a kernel's text. That it fits is never
-//! relied on: pages are compared.
+//! An image is good for one kernel, one model of CPU, one size of machine, and the words of the command line that
+//! change a kernel's text. That it fits is never relied on: pages are compared.
 
 mod warmer;
 
@@ -29,8 +29,9 @@ use kvm::vm;
 pub(crate) use warmer::Warming;
 pub use warmer::{WarmRequest, Warmer};
 
-/// Words of a kernel command line that may change the kernel's text or read-only data, up to their `=`. Any other is of no account, however many
-/// command lines there are; one that is missing here costs a guest some shared pages, and nothing else.
+/// Words of a kernel command line that may change the kernel's text or read-only data, up to their `=`. Any other is of
+/// no account, however many command lines there are; one that is missing here costs a guest some shared pages, and
+/// nothing else.
 const TEXT_WORDS: [&str; 47] = [
     "apparmor",
     "audit",
@@ -93,7 +94,8 @@ pub fn text_words(cmdline: &str) -> Vec<&str> {
         .collect()
 }
 
-/// RAM in MiB up to which there is an image for each size. Larger guests are compared with that of [`SMALL_MIB`], which has what does not depend on it.
+/// RAM in MiB up to which there is an image for each size. Larger guests are compared with that of [`SMALL_MIB`], which
+/// has what does not depend on it.
 const LARGEST_MIB: u32 = 1024;
 /// RAM in MiB in which any kernel boots.
 const SMALL_MIB: u32 = 128;
@@ -108,7 +110,8 @@ pub struct Size {
 }
 
 impl Size {
-    /// The machine whose image does for this one. A kernel for one CPU is patched as such; any number more makes no difference.
+    /// The machine whose image does for this one. A kernel for one CPU is patched as such; any number more makes no
+    /// difference.
     #[must_use]
     pub fn representative(self) -> Self {
         let mem_mib = if self.mem_mib <= LARGEST_MIB {

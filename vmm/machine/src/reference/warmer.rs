@@ -1,7 +1,8 @@
 //! Has a reference image made by another process, which is started while this one still may.
 //!
-//! A guest process gives away the right to execute programs before it reads what its guest or a client says. So the program that makes the image is
-//! started before that, and waits on its standard input to be told of which kernel; without a word it ends.
+//! A guest process gives away the right to execute programs before it reads what its guest or a client says. So the
+//! program that makes the image is started before that, and waits on its standard input to be told of which kernel;
+//! without a word it ends.
 
 use std::io::{self, Write};
 use std::path::PathBuf;

@@ -35,8 +35,8 @@ struct Header {
     len: [u8; 8],
 }
 
-/// A file that takes the name `path`, and the place of what has it, once it is complete, and goes otherwise. It has no name until then where the
-/// host's file system can do that: so nothing is left of it when the process is killed.
+/// A file that takes the name `path`, and the place of what has it, once it is complete, and goes otherwise. It has no
+/// name until then where the host's file system can do that: so nothing is left of it when the process is killed.
 #[derive(Debug)]
 pub(crate) struct NewFile {
     file: File,
@@ -70,7 +70,8 @@ impl NewFile {
                     other: None,
                     path,
                 }),
-                // Whatever else is in the way of a file without a name is in the way of one with a name, too, and told better.
+                // Whatever else is in the way of a file without a name is in the way of one with a name, too, and told
+                // better.
                 Ok(_) | Err(_) => {
                     let (file, other) = NamedTempFile::new_in(&folder)?.into_parts();
                     Ok(Self {

@@ -1,8 +1,9 @@
 //! The memory files of a snapshot: guest RAM as it is mapped into guests.
 //!
-//! A memory file has the regions of RAM one behind the other, and a hole wherever nothing was saved. That of a full snapshot stands for itself; that of
-//! a difference holds some runs of pages, and what it is laid upon has the others. So a guest's memory is a list of layers, the lowest first.
-//! Behind RAM are pages of pmem devices, see `own_pages`. Blocks of each run have checksums, in the state.
+//! A memory file has the regions of RAM one behind the other, and a hole wherever nothing was saved. That of a full
+//! snapshot stands for itself; that of a difference holds some runs of pages, and what it is laid upon has the others.
+//! So a guest's memory is a list of layers, the lowest first. Behind RAM are pages of pmem devices, see `own_pages`.
+//! Blocks of each run have checksums, in the state.
 
 use std::fs::File;
 use std::ops::Range;
@@ -45,8 +46,8 @@ pub struct Layer {
     pub runs: Vec<SavedRun>,
 }
 
-/// Writes what `memory` holds to a file that has not its name yet, and no more than what is not in the base where `diff` says so. The guest stands
-/// still.
+/// Writes what `memory` holds to a file that has not its name yet, and no more than what is not in the base where
+/// `diff` says so. The guest stands still.
 ///
 /// # Errors
 /// `File` and `Memory`.
@@ -120,7 +121,8 @@ impl MemoryState {
         Ok(())
     }
 
-    /// Opens the files, the uppermost at `top` if that is given, each as long as it has to be; and compares all checksums if `verify` says so.
+    /// Opens the files, the uppermost at `top` if that is given, each as long as it has to be; and compares all
+    /// checksums if `verify` says so.
     ///
     /// # Errors
     /// `Contradiction`, `File`, `Truncated`, `Damaged`.
@@ -179,7 +181,8 @@ impl OpenMemory {
         &self.state
     }
 
-    /// Puts the one file, which holds all of it, in place of RAM that is the same, and makes it the base. The guest stands still.
+    /// Puts the one file, which holds all of it, in place of RAM that is the same, and makes it the base. The guest
+    /// stands still.
     ///
     /// # Errors
     /// `Memory`.

@@ -1,14 +1,18 @@
 //! Snapshots of a guest: made while it is paused, and loaded by another process, now or later, once or many times.
 //!
 //! ```text
-//! paused guest ── create ──> state file: configuration, KVM's state, devices', identity of each disk, checksums of memory
-//!                       └──> memory file: RAM, with holes; or the news since the last one (Diff); and what pmem devices have that no disk has
+//! paused guest ── create ─┬─> state file: configuration, states of KVM and of the devices, identity of each
+//!                         │   disk, checksums of memory
+//!                         └─> memory file: RAM, with holes; or the delta to the last one (Diff); and the pages of
+//!                             pmem devices that no disk has
 //! state + memory files ── load ──> a paused guest, whose RAM is the memory file, mapped private
 //! ```
 //!
-//! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums are to be compared. All
-//! guests that are loaded from a memory file share its pages, through the host's page cache, until they write to them; that is what a clone is.
-//! A page-fault handler can give the memory instead, see [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
+//! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums
+//! are to be compared. All guests that are loaded from a memory file share its pages, through the host's page cache,
+//! until they write to them; that is what a clone is. A page-fault handler can give the memory instead, see
+//! [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is
+//! the guest's own.
 
 mod disks;
 mod error;
@@ -44,8 +48,9 @@ pub use version::VERSION;
 
 use runs::Blocks;
 
-/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to, and what its pmem
-/// devices have that no disk has. Returns the layers of the whole, and the file, which gets its name with that of the state.
+/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or
+/// last saved to, and what its pmem devices have that no disk has. Returns the layers of the whole, and the file, which
+/// gets its name with that of the state.
 ///
 /// # Errors
 /// `NoBase`, `Target`, `File`, `Memory`, `OwnPages`; then there is no new file.
@@ -84,8 +89,8 @@ pub(crate) fn write_memory<'a>(
     Ok((state, new))
 }
 
-/// Writes the state of a guest, and gives it and the memory file their names: when all that a full disk could hinder is done, and older files are
-/// whole as long.
+/// Writes the state of a guest, and gives it and the memory file their names: when all that a full disk could hinder is
+/// done, and older files are whole as long.
 ///
 /// # Errors
 /// `Target`, `File`; then there is no new file.
@@ -183,8 +188,8 @@ impl Loading {
         &self.state.config
     }
 
-    /// Gives RAM, and pmem devices in mode `cow`, their bytes; nobody has touched either. `on_lost` is told if who gives them goes before it has given
-    /// all.
+    /// Gives RAM, and pmem devices in mode `cow`, their bytes; nobody has touched either. `on_lost` is told if who
+    /// gives them goes before it has given all.
     ///
     /// # Errors
     /// As [`OpenMemory::map`] and [`OpenMemory::lay`], `Uffd`.

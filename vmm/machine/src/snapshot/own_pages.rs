@@ -1,4 +1,5 @@
-//! What guests have written to pmem devices in mode `cow`, which no disk has: pages in the memory file, behind RAM, one behind the other.
+//! What guests have written to pmem devices in mode `cow`, which no disk has: pages in the memory file, behind RAM, one
+//! behind the other.
 //!
 //! Each snapshot has all of them, a difference too: so they are in its own memory file, whatever that is laid upon.
 
@@ -134,7 +135,8 @@ impl AllOwnPages {
         Ok(())
     }
 
-    /// Lays them over the disks of the devices, which are of the size that they had, as far as the `budget` of mappings goes, and copies the rest.
+    /// Lays them over the disks of the devices, which are of the size that they had, as far as the `budget` of mappings
+    /// goes, and copies the rest.
     ///
     /// # Errors
     /// `Contradiction` where they are of other devices, `Memory`, `File`.

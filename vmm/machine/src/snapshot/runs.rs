@@ -88,7 +88,8 @@ impl SavedRun {
 pub(super) struct Blocks(Vec<u8>);
 
 impl Blocks {
-    /// The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest goes on.
+    /// The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest
+    /// goes on.
     ///
     /// # Errors
     /// `Memory`.

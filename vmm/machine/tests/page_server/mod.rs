@@ -1,7 +1,9 @@
-//! A page-fault handler for a guest: gives each page that is asked for from a memory file, and zeros for what was given back.
+//! A page-fault handler for a guest: gives each page that is asked for from a memory file, and zeros for what was given
+//! back.
 //!
-//! This is all that one has to do. It keeps the connection open as long as it serves, reads all events that there are before it answers the first,
-//! and tries again where the kernel says `EAGAIN`, as pages are being given back at that moment.
+//! This is all that one has to do. It keeps the connection open as long as it serves, reads all events that there are
+//! before it answers the first, and tries again where the kernel says `EAGAIN`, as pages are being given back at that
+//! moment.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -224,8 +226,8 @@ fn offset_of(mappings: &Value, address: u64) -> u64 {
 fn copy(uffd: &File, address: u64, page: &[u8]) -> io::Result<()> {
     // `struct uffdio_copy`: destination, source, length, mode, and how much was copied.
     let mut request = [address, page.as_ptr() as u64, page.len() as u64, 0, 0];
-    // SAFETY: UFFDIO_COPY reads and writes five words, which live through the call as the source does; it fills pages of the process that made the
-    // descriptor, where there are none.
+    // SAFETY: UFFDIO_COPY reads and writes five words, which live through the call as the source does; it fills pages
+    // of the process that made the descriptor, where there are none.
     let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_COPY, &raw mut request) };
     if done == 0 {
         Ok(())

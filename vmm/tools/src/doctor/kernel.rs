@@ -54,7 +54,8 @@ fn cgroup_v2() -> Check {
     }
 }
 
-/// Where cgroup v2 is mounted, by `/proc/self/mountinfo` (proc(5): the mount point is field 5, the type follows the ` - `).
+/// Where cgroup v2 is mounted, by `/proc/self/mountinfo` (proc(5): the mount point is field 5, the type follows the ` -
+/// `).
 fn cgroup2_mount(mountinfo: &str) -> Option<&str> {
     mountinfo.lines().find_map(|line| {
         let (mount, file_system) = line.split_once(" - ")?;

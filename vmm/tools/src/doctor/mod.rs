@@ -1,8 +1,9 @@
 //! Examines the host: whether guests can run here, how fast, and what is missing or set too low.
 //!
 //! ```text
-//! kvm ──> speed (only where KVM opens)     kernel: io_uring, cgroup v2, Landlock, seccomp     limits: mappings, files, memory
-//!   └────────┴──────────────> Report <──────────────────┴───────────────────────────────────────┘
+//! kvm, and speed where KVM opens ─────────────────┐
+//! kernel: io_uring, cgroup v2, Landlock, seccomp ─┼─> Report
+//! limits: mappings, files, memory ────────────────┘
 //! ```
 //!
 //! Nothing on the host is changed. One tiny guest runs for a second at most.

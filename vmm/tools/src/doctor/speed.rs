@@ -1,9 +1,10 @@
 //! How fast a guest runs: the instructions a second of a loop in ring 0.
 //!
-//! There are hosts whose `/dev/kvm` opens and lacks nothing, but interprets what the guest's kernel executes. They are told apart by
-//! speed: an interpreter gets to a few million instructions a second, AMD-V or VT-x to billions, and AMD-V that is itself emulated
-//! (a guest in QEMU's TCG) to some hundreds of millions. A stock distribution kernel executes about half a thousand million
-//! instructions until its first process: with less than [`LEAST`] a second that takes minutes, and interpreters give up on the way.
+//! There are hosts whose `/dev/kvm` opens and lacks nothing, but interprets what the guest's kernel executes. They are
+//! told apart by speed: an interpreter gets to a few million instructions a second, AMD-V or VT-x to billions, and
+//! AMD-V that is itself emulated (a guest in QEMU's TCG) to some hundreds of millions. A stock distribution kernel
+//! executes about half a thousand million instructions until its first process: with less than [`LEAST`] a second that
+//! takes minutes, and interpreters give up on the way.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -23,8 +24,8 @@ const LEAST: u64 = 50_000_000;
 const MEMORY: u64 = 2 << 20;
 const CODE: u64 = 0x1000;
 const PORT: u8 = 0x10;
-/// Rounds of the inner loop between two marks: few enough that an interpreter makes several marks in [`LIMIT`], enough that the
-/// exit of a mark does not count beside them.
+/// Rounds of the inner loop between two marks: few enough that an interpreter makes several marks in [`LIMIT`], enough
+/// that the exit of a mark does not count beside them.
 const ROUNDS: u32 = 100_000;
 /// `mov`, the inner loop, `out`, `jmp`.
 const INSTRUCTIONS_PER_MARK: u64 = 1 + 2 * ROUNDS as u64 + 2;

@@ -20,8 +20,8 @@ pub(super) struct Described {
     pub(super) ram_mib: u32,
 }
 
-/// Words of the command line of a daemon's guest: the daemon of an older version gave more, which are not understood any
-/// more.
+/// Words of the command line of a daemon's guest: the daemon of an older version gave more, which are not understood
+/// any more.
 const HELD_WORDS: usize = 11;
 
 /// The arguments of `coppice run`, by the kernel's `cmdline` of a process.

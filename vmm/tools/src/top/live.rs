@@ -1,6 +1,7 @@
 //! The terminal, from the first look until the user quits.
 //!
-//! A thread reads, as guests with much memory take their time; the calling thread draws, and waits for keys, signals and readings.
+//! A thread reads, as guests with much memory take their time; the calling thread draws, and waits for keys, signals
+//! and readings.
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, Receiver};
@@ -57,7 +58,8 @@ fn start_reading(mut reader: Reader, delay: Duration) -> io::Result<(Receiver<To
     Ok((receiver, event))
 }
 
-/// Waits for the first of keys, a signal and a reading, or a change of the terminal's size. Whether the terminal is still there.
+/// Waits for the first of keys, a signal and a reading, or a change of the terminal's size. Whether the terminal is
+/// still there.
 fn wait(signals: &Signals, event: &OwnedFd) -> io::Result<bool> {
     let stdin = io::stdin();
     let mut descriptors = [

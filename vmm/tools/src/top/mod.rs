@@ -5,8 +5,8 @@
 //! (/proc)  (+ REST)   └─ column, text_table         once, as text or JSON
 //! ```
 //!
-//! Guests are found by their processes, so there is nothing that has to run or be registered. All figures are the host kernel's, but for what
-//! only a guest's VMM knows: that is asked for on its REST socket, where it has one.
+//! Guests are found by their processes, so there is nothing that has to run or be registered. All figures are the host
+//! kernel's, but for what only a guest's VMM knows: that is asked for on its REST socket, where it has one.
 
 mod arguments;
 mod column;

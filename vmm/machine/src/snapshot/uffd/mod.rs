@@ -1,4 +1,5 @@
-//! Guest memory whose pages another process gives, one by one, when they are first touched: Firecracker's `mem_backend` of type `Uffd`.
+//! Guest memory whose pages another process gives, one by one, when they are first touched: Firecracker's `mem_backend`
+//! of type `Uffd`.
 //!
 //! ```text
 //! connect ── (jail) ── serve: register RAM ── mappings + descriptor ─> handler
@@ -7,8 +8,8 @@
 //!                        the handler goes ── hangup of the socket ───> the guest ends
 //! ```
 //!
-//! This process keeps the descriptor as well. If it did not, the kernel would give zeros for all pages that are left once the handler has gone, and
-//! the guest would go on with those; so it waits, and is ended.
+//! This process keeps the descriptor as well. If it did not, the kernel would give zeros for all pages that are left
+//! once the handler has gone, and the guest would go on with those; so it waits, and is ended.
 //!
 //! What the memory manager maps over registered pages is registered no more, and needs nobody to give it.
 
@@ -132,7 +133,8 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Connects to the handler that listens at `path`, and makes the descriptor. Where that is before the jail, the jail needs neither.
+    /// Connects to the handler that listens at `path`, and makes the descriptor. Where that is before the jail, the
+    /// jail needs neither.
     ///
     /// # Errors
     /// `Connect`, `Open`, `Features`.
@@ -149,8 +151,9 @@ impl PageServer {
         })
     }
 
-    /// Has the handler give the pages of RAM that nobody has touched, `bytes` by the state. Should it go while the answer lives, `on_lost` is told why
-    /// the guest ends; and the process is ended, where that has not come of it a moment later.
+    /// Has the handler give the pages of RAM that nobody has touched, `bytes` by the state. Should it go while the
+    /// answer lives, `on_lost` is told why the guest ends; and the process is ended, where that has not come of it a
+    /// moment later.
     ///
     /// # Errors
     /// `Size`, `Register`, `Send`, `Watch`.
@@ -208,7 +211,8 @@ impl PageServer {
     }
 }
 
-/// Guest memory that a handler gives, as long as this lives. What it has not given by then reads as zeros: no vCPU and no device may come to it.
+/// Guest memory that a handler gives, as long as this lives. What it has not given by then reads as zeros: no vCPU and
+/// no device may come to it.
 #[derive(Debug)]
 pub struct Served {
     /// Goes first: the handler is free to go once it sees that this process has.

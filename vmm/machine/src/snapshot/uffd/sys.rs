@@ -1,4 +1,5 @@
-//! The kernel's side of it: `userfaultfd` (Linux, Documentation/admin-guide/mm/userfaultfd.rst, include/uapi/linux/userfaultfd.h).
+//! The kernel's side of it: `userfaultfd` (Linux, Documentation/admin-guide/mm/userfaultfd.rst,
+//! include/uapi/linux/userfaultfd.h).
 //!
 //! The crate of that name makes its bindings with libclang when it is built; these are three requests.
 
@@ -12,7 +13,8 @@ use rustix::mm::{UserfaultfdFlags, userfaultfd};
 const DEVICE: &str = "/dev/userfaultfd";
 /// `UFFD_API`.
 const API: u64 = 0xaa;
-/// `UFFD_FEATURE_EVENT_REMOVE`: who serves the pages is told of those that are given back, whose bytes are zeros from then on.
+/// `UFFD_FEATURE_EVENT_REMOVE`: who serves the pages is told of those that are given back, whose bytes are zeros from
+/// then on.
 const EVENT_REMOVE: u64 = 1 << 3;
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 const MISSING: u64 = 1;
@@ -54,14 +56,14 @@ pub(super) enum OpenFailure {
     Features(io::Error),
 }
 
-/// A descriptor that tells of pages of this process that somebody touches and that are not there, whoever that is: a thread, or the kernel on its
-/// behalf, as KVM for a guest.
+/// A descriptor that tells of pages of this process that somebody touches and that are not there, whoever that is: a
+/// thread, or the kernel on its behalf, as KVM for a guest.
 #[derive(Debug)]
 pub(super) struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Opens one, by either of the two ways that there are to see the kernel's faults: the system call takes `CAP_SYS_PTRACE` or
-    /// `vm.unprivileged_userfaultfd`, the device the rights of its file.
+    /// Opens one, by either of the two ways that there are to see the kernel's faults: the system call takes
+    /// `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd`, the device the rights of its file.
     pub(super) fn open() -> Result<Self, OpenFailure> {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
         // SAFETY: a descriptor to which no memory is registered yet changes the behaviour of none.
@@ -97,8 +99,8 @@ impl Userfault {
             mode: MISSING,
             ioctls: 0,
         };
-        // SAFETY: UFFDIO_REGISTER reads and writes a `RegisterRequest`, which lives through the call. The range is a whole window, which is guest
-        // memory: that bytes of it come from elsewhere, at any time, is in its contract.
+        // SAFETY: UFFDIO_REGISTER reads and writes a `RegisterRequest`, which lives through the call. The range is a
+        // whole window, which is guest memory: that bytes of it come from elsewhere, at any time, is in its contract.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &raw mut request) };
         answer(done)?;
         if request.ioctls & CAN_COPY == 0 {
