@@ -71,6 +71,16 @@ pub struct Target {
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Crate>,
+    workspace_root: PathBuf,
+}
+
+/// The workspace, as `cargo metadata` describes it.
+#[derive(Debug)]
+pub struct Workspace {
+    /// Its crates.
+    pub crates: Vec<Crate>,
+    /// Its folder.
+    pub root: PathBuf,
 }
 
 /// What keeps the workspace from being read.
@@ -87,8 +97,11 @@ pub enum CratesError {
     Parse(#[source] serde_json::Error),
 }
 
-/// The crates of the workspace that the working directory is in.
-pub fn read() -> Result<Vec<Crate>, CratesError> {
+/// The workspace that the working directory is in.
+///
+/// # Errors
+/// [`CratesError`].
+pub fn read() -> Result<Workspace, CratesError> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--no-deps", "--format-version", "1"])
@@ -100,7 +113,10 @@ pub fn read() -> Result<Vec<Crate>, CratesError> {
         ));
     }
     let metadata: Metadata = serde_json::from_slice(&output.stdout).map_err(CratesError::Parse)?;
-    Ok(metadata.packages)
+    Ok(Workspace {
+        crates: metadata.packages,
+        root: metadata.workspace_root,
+    })
 }
 
 /// One line for each dependency that the layers do not allow, and for each crate that they do not know.

@@ -1,4 +1,5 @@
-//! Prints what keeps the workspace from being a tree, and fails where there is anything: see the library.
+//! Prints what keeps the workspace from being a tree, and which comments are too wide, and fails where there is
+//! anything: see the library.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -8,7 +9,7 @@ use std::process::ExitCode;
 
 use tree::circles::{self, Circle};
 use tree::module::Module;
-use tree::{crates, imports, source, uncut};
+use tree::{comments, crates, imports, source, uncut};
 
 fn main() -> ExitCode {
     match check() {
@@ -28,9 +29,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Checks crates and modules, and returns how much is wrong.
+/// Checks crates, modules and comments, and returns how much is wrong.
 fn check() -> Result<usize, Box<dyn Error>> {
-    let crates = crates::read()?;
+    let crates::Workspace { crates, root } = crates::read()?;
     let violations = crates::violations(&crates);
     for line in &violations {
         println!("{line}");
@@ -71,7 +72,15 @@ fn check() -> Result<usize, Box<dyn Error>> {
         violations.len(),
         circles_seen - new,
     );
-    Ok(violations.len() + new + cut.len())
+    let wide = comments::find(&root)?;
+    for (file, line) in &wide {
+        println!(
+            "{}:{line}: a comment of more than {} columns",
+            relative(file),
+            comments::MAX_COLUMNS
+        );
+    }
+    Ok(violations.len() + new + cut.len() + wide.len())
 }
 
 fn describe(name: &str, modules: &[Module], circle: &Circle) -> String {
