@@ -57,7 +57,7 @@ fn fill(chunk: &mut [u8], place: u64) {
 /// Length and sum (FNV-1a) of all that comes.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn sum(mut from: impl Read) -> std::io::Result<String> {
     let (mut len, mut sum) = (0u64, 0xcbf2_9ce4_8422_2325_u64);
     let mut chunk = vec![0; CHUNK];
@@ -76,7 +76,7 @@ pub fn sum(mut from: impl Read) -> std::io::Result<String> {
 /// Sends the first `len` bytes of what [`sum_of`] is of.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn send(mut to: impl Write, len: u64) -> std::io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut sent = 0;

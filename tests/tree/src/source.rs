@@ -20,7 +20,7 @@ pub enum SourceError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// A file is not Rust.

@@ -17,7 +17,7 @@ pub enum BenchError {
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The host's error.
         #[source]
         error: io::Error,
     },

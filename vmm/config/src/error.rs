@@ -18,7 +18,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// The configuration file is too long.
@@ -61,7 +61,7 @@ pub enum ConfigError {
         field: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// Something else than a regular file.

@@ -98,7 +98,7 @@ impl MetricsFile {
     /// Opens `path`, and makes it if it is not there. Does not wait for a reader of a pipe.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn open(path: &Path) -> io::Result<Self> {
         open_output(path).map(Self)
     }
@@ -106,7 +106,7 @@ impl MetricsFile {
     /// Appends a line. One write: lines of several guests in one file do not mix.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn write(&mut self, line: &Value) -> io::Result<()> {
         self.0.write_all(format!("{line}\n").as_bytes())
     }

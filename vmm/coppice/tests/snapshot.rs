@@ -243,7 +243,7 @@ fn with_dirty_pages_tracked_it_goes_on_from_the_file_and_needs_the_handler_no_mo
     guest.echoes();
     guest.set_state("Paused");
     assert_eq!(guest.save("full", "Full").0, 204);
-    handler.die();
+    handler.stop();
     assert_eq!(guest.save("diff", "Diff").0, 204);
     guest.set_state("Resumed");
     guest.echoes();
@@ -279,13 +279,13 @@ fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_
             "runs" => {}
             // A vCPU wants its first page.
             "waits" => {
-                handler.fall_silent();
+                handler.stop_answering();
                 guest.set_state("Resumed");
             }
             // A thread of the host wants one, with the lock of all requests, and never lets go.
             _ => {
                 guest.set_state("Paused");
-                handler.fall_silent();
+                handler.stop_answering();
                 let api = guest.folder.join("api.sock");
                 let body = json!({"snapshot_path": guest.folder.join("s"), "mem_file_path": guest.folder.join("m")});
                 std::thread::spawn(move || call(&api, "PUT", "/snapshot/create", Some(&body)));
@@ -301,7 +301,7 @@ fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_
                 });
             }
         }
-        handler.die();
+        handler.stop();
         ends_with_a_report(guest, &saved);
     }
 }

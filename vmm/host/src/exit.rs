@@ -140,7 +140,7 @@ impl EndReport {
     /// Writes it as JSON, whole or not at all.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut new = path.as_os_str().to_owned();
         new.push(".new");

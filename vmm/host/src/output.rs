@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 /// opened for reading as well, since it could not be opened, or would end, where nobody reads it.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn open_output(path: &Path) -> io::Result<File> {
     let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
     let mut options = OpenOptions::new();

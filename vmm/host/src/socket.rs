@@ -33,7 +33,7 @@ pub enum SocketError {
     Io {
         /// The path.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }

@@ -42,7 +42,7 @@ pub enum JailError {
     Path {
         /// The path.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }

@@ -19,7 +19,7 @@ pub enum PagesError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }

@@ -24,7 +24,7 @@ pub enum ProcError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// A file of the kernel is not as expected.

@@ -18,7 +18,7 @@ pub enum BootError {
         role: &'static str,
         /// Open or read.
         action: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// The path names no regular file.

@@ -36,7 +36,7 @@ pub enum VmError {
     MapMemory {
         /// Asked for, in bytes.
         size: u64,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// Memory beside RAM that the guest has no addresses for.
@@ -68,7 +68,7 @@ pub enum VmError {
     Thread {
         /// Number of the vCPU.
         index: u8,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
 }

@@ -87,7 +87,7 @@ pub enum VcpuError {
     Filter {
         /// Number of the vCPU.
         index: u8,
-        /// What the host said.
+        /// The host's error.
         reason: String,
     },
     /// The thread of the vCPU panicked: a defect of this program.

@@ -10,7 +10,8 @@ use super::error::{StartError, host};
 use super::events::new_interrupt;
 use config::BalloonConfig;
 
-/// The device that `config` asks for. Its pages go back to the host, through `memory`, at once.
+/// The device that `config` asks for. Pages that the guest sets aside are given back to the host at once, through
+/// `memory`.
 pub(super) fn device(
     config: BalloonConfig,
     memory: Arc<SharedMemory>,

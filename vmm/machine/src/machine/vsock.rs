@@ -9,16 +9,16 @@ use super::events::new_interrupt;
 use config::{MmdsConfig, VmConfig};
 use host::socket::ApiSocket;
 
-/// What a vsock device finds on the host.
+/// What the host has for a vsock device.
 #[derive(Default)]
 pub struct VsockHost {
-    /// Its socket, where it was bound before.
+    /// The device's socket, where it is bound already.
     pub socket: Option<ApiSocket>,
-    /// What answers at the port of `mmds-config`; nothing does where absent.
+    /// The service at the port of `mmds-config`; nothing answers there where it is absent.
     pub metadata: Option<Arc<dyn Service>>,
 }
 
-/// The device, and the socket that goes with it.
+/// The device, and the socket on the host that leads to it.
 pub(super) struct Vsock {
     pub(super) device: Arc<Mutex<VirtioVsock>>,
     pub(super) socket: ApiSocket,

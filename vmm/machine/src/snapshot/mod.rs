@@ -48,9 +48,9 @@ pub use version::VERSION;
 
 use runs::Blocks;
 
-/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or
-/// last saved to, and what its pmem devices have that no disk has. Returns the layers of the whole, and the file, which
-/// gets its name with that of the state.
+/// Writes the memory of a guest that is paused, and the pages of its pmem devices that no disk has. A difference is to
+/// `base`, the layers that the guest was loaded from or last saved to. Returns the layers of the whole, and the new
+/// file, which gets its name together with the file of the state.
 ///
 /// # Errors
 /// `NoBase`, `Target`, `File`, `Memory`, `OwnPages`; then there is no new file.
@@ -89,8 +89,8 @@ pub(crate) fn write_memory<'a>(
     Ok((state, new))
 }
 
-/// Writes the state of a guest, and gives it and the memory file their names: when all that a full disk could hinder is
-/// done, and older files are whole as long.
+/// Writes the state of a guest, and then gives it and the memory file their names. All that a full disk could make fail
+/// is done before, so that older files of these names are complete until they are replaced.
 ///
 /// # Errors
 /// `Target`, `File`; then there is no new file.
@@ -126,15 +126,15 @@ pub(crate) enum MemorySource {
 pub struct Loading {
     pub(crate) state: GuestState,
     memory: MemorySource,
-    /// Disks that were made for it, until it is certain that the guest has them.
+    /// Disks that were created for it, which are removed unless the guest starts with them.
     made: Vec<PathBuf>,
 }
 
 impl Loading {
-    /// Reads and checks a snapshot, and makes the disks of a clone.
+    /// Reads and checks a snapshot, and creates the disks of a clone.
     ///
     /// # Errors
-    /// [`SnapshotError`]; then no disk was made.
+    /// [`SnapshotError`]; then no disk was created.
     pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
         let mut state: GuestState = file::read(&request.snapshot_path)?;
         if let Some(other) = &request.vsock_override {
@@ -155,7 +155,7 @@ impl Loading {
                 MemoryBackendType::File => open(Some(&backend.backend_path)),
                 MemoryBackendType::Uffd => {
                     if let Some(pmem) = state.memory.own_pages.first() {
-                        return Err(SnapshotError::NotOfHandler(pmem.to_owned()));
+                        return Err(SnapshotError::OwnPagesWithHandler(pmem.to_owned()));
                     }
                     let handler = PageServer::connect(&backend.backend_path);
                     handler.map(MemorySource::Handler).map_err(Into::into)
@@ -173,26 +173,27 @@ impl Loading {
             made: Vec::new(),
         };
         for drive in &request.drives {
-            loading.move_disk(drive)?;
+            loading.override_disk(drive)?;
         }
         Ok(loading)
     }
 
-    /// Disks that were made for it.
+    /// The disks that were created for it.
     pub fn made(&self) -> &[PathBuf] {
         &self.made
     }
 
-    /// What the guest was started with.
+    /// The configuration that the guest was started with.
     pub fn config(&self) -> &VmConfig {
         &self.state.config
     }
 
-    /// Gives RAM, and pmem devices in mode `cow`, their bytes; nobody has touched either. `on_lost` is told if who
-    /// gives them goes before it has given all.
+    /// Maps the saved pages into RAM and into pmem devices in mode `cow`, or has the page-fault handler provide them.
+    /// Nobody has touched that memory yet. If the handler ends before it has provided all pages, `on_lost` is called
+    /// with the reason for the guest's end.
     ///
     /// # Errors
-    /// As [`OpenMemory::map`] and [`OpenMemory::lay`], `Uffd`.
+    /// Those of [`OpenMemory::map`] and [`OpenMemory::map_over`], and `Uffd`.
     pub(crate) fn give_memory<'a>(
         &self,
         memory: &SharedMemory,
@@ -202,7 +203,7 @@ impl Loading {
         match &self.memory {
             MemorySource::Files(files) => {
                 files.map(memory)?;
-                files.lay(memory, pmem)?;
+                files.map_over(memory, pmem)?;
                 Ok(None)
             }
             MemorySource::Handler(handler) => {
@@ -212,7 +213,7 @@ impl Loading {
         }
     }
 
-    /// The files that the memory is the news of, where it is from files.
+    /// The files that later differences are to, where the memory is from files.
     pub(crate) fn base(&self) -> Option<&MemoryState> {
         match &self.memory {
             MemorySource::Files(files) => Some(files.state()),
@@ -220,7 +221,7 @@ impl Loading {
         }
     }
 
-    fn move_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
+    fn override_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
         let id = &request.drive_id;
         let GuestState { config, .. } = &mut self.state;
         let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
@@ -255,13 +256,13 @@ impl Loading {
             Vhdx::create_child(new, &below.path_on_host, &ChildOptions::default())
                 .map_err(|error| failed(&error))?;
             self.made.push(new.clone());
-            // It is the guest's own, and has just been made.
+            // The new child is the guest's own, so it has no saved identity.
             self.state.forget_disk(device);
         }
         Ok(())
     }
 
-    /// Checks that the disk of a device is the one that the guest had.
+    /// Checks that the disk of a device is the one that the guest had when it was saved.
     pub(crate) fn check_disk(
         &self,
         device: DiskOf<'_>,
@@ -270,7 +271,7 @@ impl Loading {
         self.state.check_disk(device, disk)
     }
 
-    /// The guest has its disks: they stay.
+    /// Keeps the disks that were created, as the guest has them now.
     pub(crate) fn keep_disks(&mut self) {
         self.made.clear();
     }
