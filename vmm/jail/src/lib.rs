@@ -116,7 +116,7 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
     }
     if jail.uid.is_some() || jail.gid.is_some() {
         // Its device may be for root alone.
-        kvm::vm::keep_kvm_open();
+        kvm::vm::open_kvm_early();
     }
     namespaces::enter(report).map_err(required(Layer::UserNamespace))?;
     if report.contains(Layer::MountNamespace) {

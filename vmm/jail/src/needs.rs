@@ -236,7 +236,7 @@ fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
     let cache = boot::cache_dir(domain);
     let share = config.sharing.mode >= ShareMode::Boot;
     let kept = match &config.boot_source {
-        Some(source) => boot::keep_ready(source, domain, share),
+        Some(source) => boot::fill_cache(source, domain, share),
         None => Vec::new(),
     };
     if jail.uid.is_none() {

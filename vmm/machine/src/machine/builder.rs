@@ -91,8 +91,8 @@ impl<'a> Builder<'a> {
         for drive in root.chain(others) {
             let mut block = new_block(drive)?;
             block.share(plan.of_drive(drive));
-            let faults = plan.faults().clone();
-            block.on_fault(Arc::new(move || faults.request_failed()));
+            let lost_pages = plan.lost_pages().clone();
+            block.on_fault(Arc::new(move || lost_pages.request_failed()));
             let device = Arc::new(Mutex::new(block));
             self.add_virtio(&drive.drive_id, device.clone())?;
             drives.insert(drive.drive_id.clone(), device);

@@ -47,7 +47,7 @@ impl<'a> Root<'a> {
 
 /// What a Linux guest is told to do with its memory.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Wanted {
+pub(super) struct LinuxOptions {
     /// Linux reports single free pages, see [`report_every_page`].
     pub(super) reporting: bool,
     /// Linux makes no file of each of its trace events: those are some ten thousand inodes in every guest before Linux
@@ -106,7 +106,7 @@ pub(super) fn complete(
     given: Option<&str>,
     root: Option<Root<'_>>,
     virtio: &[MmioDevice],
-    options: Wanted,
+    options: LinuxOptions,
 ) -> String {
     let mut cmdline = given.unwrap_or(DEFAULT_CMDLINE).to_owned();
     if let Some(root) = root {
@@ -153,11 +153,11 @@ mod tests {
     #[test]
     fn what_was_given_stays_as_it_is() {
         assert_eq!(
-            complete(Some("quiet"), None, &[DEVICE], Wanted::default()),
+            complete(Some("quiet"), None, &[DEVICE], LinuxOptions::default()),
             "quiet"
         );
         assert_eq!(
-            complete(None, None, &[], Wanted::default()),
+            complete(None, None, &[], LinuxOptions::default()),
             DEFAULT_CMDLINE
         );
     }
@@ -171,7 +171,7 @@ mod tests {
                 Some("quiet"),
                 Some(Root::Drive(&root)),
                 &[],
-                Wanted::default()
+                LinuxOptions::default()
             ),
             "quiet root=/dev/vda ro"
         );
@@ -182,7 +182,7 @@ mod tests {
                 Some("quiet"),
                 Some(Root::Drive(&root)),
                 &[],
-                Wanted::default()
+                LinuxOptions::default()
             ),
             "quiet root=PARTUUID=0eaa91a0-01 rw"
         );
@@ -191,9 +191,9 @@ mod tests {
     #[test]
     fn free_pages_are_reported_one_by_one_unless_the_user_says_otherwise() {
         let with = |given| {
-            let options = Wanted {
+            let options = LinuxOptions {
                 reporting: true,
-                ..Wanted::default()
+                ..LinuxOptions::default()
             };
             complete(Some(given), None, &[], options)
         };
@@ -219,7 +219,12 @@ mod tests {
             assert!(Root::of(&config).is_none());
             config.pmem[1].root_device = true;
             assert_eq!(
-                complete(Some("quiet"), Root::of(&config), &[], Wanted::default()),
+                complete(
+                    Some("quiet"),
+                    Root::of(&config),
+                    &[],
+                    LinuxOptions::default()
+                ),
                 format!("quiet root=/dev/pmem0 {word} rootflags=dax")
             );
         }
@@ -230,7 +235,7 @@ mod tests {
         let with = |configured, mode, given| {
             let lean = Lean::new(configured, mode);
             let reporting = false;
-            complete(Some(given), None, &[], Wanted { reporting, lean })
+            complete(Some(given), None, &[], LinuxOptions { reporting, lean })
         };
         let (all, read) = (ShareMode::All, ShareMode::Read);
         let (lean, full) = (format!("quiet {LEAN}"), "quiet");
@@ -255,7 +260,12 @@ mod tests {
             ..DEVICE
         };
         assert_eq!(
-            complete(Some("acpi=off"), None, &[DEVICE, second], Wanted::default()),
+            complete(
+                Some("acpi=off"),
+                None,
+                &[DEVICE, second],
+                LinuxOptions::default()
+            ),
             "acpi=off virtio_mmio.device=0x1000@0xc0001000:5 virtio_mmio.device=0x1000@0xc0002000:6"
         );
     }

@@ -15,7 +15,7 @@ mod domain;
 mod drive_job;
 mod error;
 mod events;
-mod faults;
+mod lost_pages;
 mod pages;
 mod sharing;
 mod snapshot;

@@ -18,7 +18,7 @@ use vm_memory::GuestAddress;
 
 use super::domain::SharingDomain;
 use super::error::{StartError, host};
-use super::faults::Faults;
+use super::lost_pages::LostPages;
 use super::surroundings::OnEnd;
 use crate::bus_error::BusErrorWatch;
 use crate::pmem::Pmem;
@@ -28,7 +28,7 @@ use host::heap;
 use host::procfs;
 use host::report::chain;
 use kvm::boot::{self, BootSource, MappedKernel};
-use kvm::vm::{self, Brake, HugePages, Vm, VmError};
+use kvm::vm::{self, HugePages, VcpuHolder, Vm, VmError};
 
 /// How often a hold of the guest is tried where there has to be one, and the pause between two attempts.
 const HOLD_ATTEMPTS: u32 = 1000;
@@ -38,13 +38,13 @@ const WARM_STACK_SIZE: usize = 64 << 10;
 
 /// The vCPUs and devices that are brought to a standstill for an exchange of pages.
 struct VcpusAndDevices {
-    brake: Brake,
+    holder: VcpuHolder,
     devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
 }
 
 impl StandStill for VcpusAndDevices {
     fn cpu_time(&self) -> Duration {
-        self.brake.cpu_time()
+        self.holder.cpu_time()
     }
 
     fn scans_done(&self) {
@@ -52,7 +52,7 @@ impl StandStill for VcpusAndDevices {
     }
 
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool {
-        let Some(_held) = self.brake.hold() else {
+        let Some(_held) = self.holder.hold() else {
             return false;
         };
         let mut devices = Vec::with_capacity(self.devices.len());
@@ -79,7 +79,7 @@ pub(super) struct Plan {
     mode: ShareMode,
     place_from: Option<u64>,
     memory: Arc<SharedMemory>,
-    faults: Arc<Faults>,
+    lost_pages: Arc<LostPages>,
     watch: Option<BusErrorWatch>,
 }
 
@@ -110,23 +110,23 @@ impl Plan {
             .files()
             .admit_by(Box::new(move |file| domain.admits(file)));
         let windows = pmem.iter().map(|(_, pmem)| pmem.memory().clone()).collect();
-        let faults = Faults::new(memory.clone(), windows, on_end);
+        let lost_pages = LostPages::new(memory.clone(), windows, on_end);
         let watch = (mode > ShareMode::Off || !pmem.is_empty())
-            .then(|| faults.watch())
+            .then(|| lost_pages.watch())
             .transpose()
             .map_err(host("handler of SIGBUS"))?;
         Ok(Self {
             mode,
             place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
             memory,
-            faults,
+            lost_pages,
             watch,
         })
     }
 
     /// What handles lost pages.
-    pub(super) fn faults(&self) -> &Arc<Faults> {
-        &self.faults
+    pub(super) fn lost_pages(&self) -> &Arc<LostPages> {
+        &self.lost_pages
     }
 
     /// Whether everything is shared that can be.
@@ -198,14 +198,14 @@ impl Plan {
         found
     }
 
-    /// Begins to share. `brake` and `devices` are the vCPUs and devices of the guest, which are held for an exchange.
+    /// Begins to share. `holder` and `devices` are the vCPUs and devices of the guest, which are held for an exchange.
     pub(super) fn start(
         self,
-        brake: Brake,
+        holder: VcpuHolder,
         devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Sharing, StartError> {
-        let still: Arc<dyn StandStill> = Arc::new(VcpusAndDevices { brake, devices });
+        let still: Arc<dyn StandStill> = Arc::new(VcpusAndDevices { holder, devices });
         // The merger also runs where nothing is merged, because it checks whether the mapped files have changed.
         let merger = self
             .watch

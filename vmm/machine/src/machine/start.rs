@@ -19,9 +19,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Machine;
 use super::builder::{Builder, Legacy, attach_pmem};
-use super::cmdline::{self, Lean, Wanted};
+use super::cmdline::{self, Lean, LinuxOptions};
 use super::error::{StartError, host};
-use super::faults::Faults;
+use super::lost_pages::LostPages;
 use super::sharing::{MappedFrom, Plan, Reference};
 use super::surroundings::{OnEnd, Subscriber, Surroundings};
 use super::vsock::{Vsock, VsockHost};
@@ -132,22 +132,22 @@ impl Assembled {
     fn start(
         self,
         ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
-        start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
+        start: impl FnOnce(Buses, Arc<LostPages>) -> Result<Vcpus, VmError>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Machine, StartError> {
         // From here on a guest may have taken over whoever serves it.
         jail::seccomp::started(self.vsock.is_some()).map_err(host("seccomp filter"))?;
-        let faults = self.plan.faults().clone();
+        let lost_pages = self.plan.lost_pages().clone();
         let ids: Vec<_> = self
             .subscribers
             .into_iter()
             .map(|subscriber| ops.add_subscriber(subscriber))
             .collect();
         let (plan, devices) = (self.plan, self.devices);
-        let started = start(self.buses, faults)
+        let started = start(self.buses, lost_pages)
             .map_err(StartError::from)
             .and_then(|vcpus| {
-                let sharing = plan.start(vcpus.brake(), devices, kernel)?;
+                let sharing = plan.start(vcpus.holder(), devices, kernel)?;
                 Ok((sharing, vcpus))
             });
         match started {
@@ -219,7 +219,7 @@ impl Machine {
                 source.boot_args.as_deref(),
                 cmdline::Root::of(config),
                 &parts.virtio,
-                Wanted {
+                LinuxOptions {
                     reporting: parts.reporting,
                     lean: Lean::new(source.lean, config.sharing.mode),
                 },
@@ -238,12 +238,12 @@ impl Machine {
         let size = Size::from(&config.machine_config);
         let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, size));
         let kernel = parts.plan.reference(kernel, warm);
-        let start = |buses, faults: Arc<Faults>| {
+        let start = |buses, lost_pages: Arc<LostPages>| {
             vm.start(
                 buses,
                 &state.regs(),
                 |sregs| state.apply_sregs(sregs),
-                move |exit| faults.vcpu_left(exit),
+                move |exit| lost_pages.vcpu_left(exit),
             )
         };
         parts.start(ops, start, kernel)
@@ -285,8 +285,9 @@ impl Machine {
         lock(&parts.generation).renew(vm.memory())?;
         vm.restore(&loading.state.vm, &loading.state.vcpus)
             .map_err(SnapshotError::from)?;
-        let start =
-            |buses, faults: Arc<Faults>| vm.start_paused(buses, move |exit| faults.vcpu_left(exit));
+        let start = |buses, lost_pages: Arc<LostPages>| {
+            vm.start_paused(buses, move |exit| lost_pages.vcpu_left(exit))
+        };
         // Its kernel is as it was saved, and shared as that.
         let kernel = parts.plan.reference(None, warm);
         let mut machine = parts.start(ops, start, kernel)?;

@@ -19,13 +19,13 @@ use host::report::chain;
 use kvm::vm::VcpuExit;
 
 /// The memory whose pages can be lost, and the function that ends the guest when one is.
-pub(super) struct Faults {
+pub(super) struct LostPages {
     memory: Arc<SharedMemory>,
     pmem: Vec<PmemMemory>,
     on_end: OnEnd,
 }
 
-impl Faults {
+impl LostPages {
     pub(super) fn new(
         memory: Arc<SharedMemory>,
         pmem: Vec<PmemMemory>,
@@ -41,8 +41,8 @@ impl Faults {
         });
         let weak = Arc::downgrade(&this);
         this.memory.on_change(Box::new(move |file, change| {
-            if let Some(faults) = weak.upgrade() {
-                faults.file_changed(file, change);
+            if let Some(lost_pages) = weak.upgrade() {
+                lost_pages.file_changed(file, change);
             }
         }));
         this
