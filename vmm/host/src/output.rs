@@ -1,4 +1,4 @@
-//! Files that a process appends to: the log, the metrics, what a serial console writes.
+//! Files that a process appends to: the log, the metrics, the output of a serial console.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -7,8 +7,9 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-/// Opens a file or named pipe to append to, and makes it, for its owner alone, if it is not there. A named pipe is
-/// opened for reading as well, since it could not be opened, or would end, where nobody reads it.
+/// Opens a file or named pipe to append to. A file that does not exist is made for its owner alone. A named pipe is
+/// opened for reading as well, because otherwise it could not be opened while it has no reader, and writes would fail
+/// when its reader ends.
 ///
 /// # Errors
 /// The host's error.

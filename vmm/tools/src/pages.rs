@@ -8,13 +8,13 @@ use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-/// Why a page is not there.
+/// Why a page cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
-    /// Standard output.
+    /// Standard output cannot be written to.
     #[error("the completions cannot be written")]
     Output(#[source] io::Error),
-    /// A file.
+    /// A file cannot be written.
     #[error("{}", path.display())]
     File {
         /// The file.

@@ -13,7 +13,7 @@ const CGROUP: &str = "cgroup_v2";
 const LANDLOCK: &str = "landlock";
 const SECCOMP: &str = "seccomp";
 
-/// What limits a guest process.
+/// The controllers that limit a guest process.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
 pub(super) fn checks() -> Vec<Check> {

@@ -21,7 +21,7 @@ mod syscall;
 
 pub use check::{Check, Status};
 
-/// What the host is like. As JSON: `{"can_run_guests": bool, "checks": [{"name", "status", "found", "advice"}]}`.
+/// The checks of the host. As JSON: `{"can_run_guests": bool, "checks": [{"name", "status", "found", "advice"}]}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     can_run_guests: bool,
