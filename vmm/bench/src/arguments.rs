@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use crate::{Configuration, Inputs, Options, Peer, Workload};
 use config::Mebibytes;
 
-/// Shown behind the help.
+/// Examples, which follow the help.
 pub const EXAMPLES: &str = "Examples:
   coppice bench density --out target/density
   coppice bench density --config share-off,share-all --workload read,python --guests 20
@@ -16,7 +16,7 @@ pub const EXAMPLES: &str = "Examples:
   coppice bench density --plot target/density/result.json --out target/density
 As root, the page cache is dropped before readings, and KSM can be measured.";
 
-/// What can be measured.
+/// The benchmarks.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
     /// Measure the memory, boot time and CPU time that each guest costs, and how many a host holds.
@@ -93,13 +93,13 @@ pub struct DensityArguments {
 pub enum DensityTask {
     /// Measures.
     Measure(Options),
-    /// Says where guest RAM is.
+    /// Reports where guest RAM is.
     Explain(Options),
     /// Draws earlier results.
     Plot {
         /// The results.
         results: Vec<PathBuf>,
-        /// Where the pictures go.
+        /// The folder for the pictures.
         out: PathBuf,
     },
 }
@@ -110,7 +110,7 @@ impl DensityArguments {
         self.json
     }
 
-    /// What they ask for.
+    /// The task that the arguments stand for.
     pub fn into_task(self) -> DensityTask {
         if let (false, Some(out)) = (self.plot.is_empty(), &self.out) {
             return DensityTask::Plot {

@@ -10,9 +10,8 @@
 //!          (page_use)
 //! ```
 //!
-//! Guests are child processes, as a user starts them. Nothing is asked of the VMM under measurement but its console:
-//! all figures are the host kernel's. One thread drives all; a thread for each guest reads its console, and another its
-//! log.
+//! Guests are child processes, started as a user starts them. Of the VMM, only the console is used: all figures are the
+//! host kernel's. One thread controls the benchmark; for each guest, a thread reads its console, and another its log.
 
 mod arguments;
 mod command;
