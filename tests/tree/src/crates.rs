@@ -25,9 +25,9 @@ pub const LAYERS: &[&[&str]] = &[
     &["coppice"],
 ];
 
-/// Tests that use a crate above their own, with what for.
+/// Tests that may use a crate above their own, and the reason.
 pub const UPWARD: &[(&str, &str)] = &[
-    // What the daemon prints as an argument is what the command line reads.
+    // A test checks that the command line parses the arguments that the daemon prints.
     ("daemon", "cli"),
 ];
 
@@ -37,7 +37,7 @@ pub const TESTS: &[&str] = &["lab", "tree"];
 /// What the tests of every crate may use.
 pub const TEST_HELPERS: &[&str] = &["skip"];
 
-/// A crate of the workspace, as `cargo metadata` tells of it.
+/// A crate of the workspace, as `cargo metadata` describes it.
 #[derive(Debug, Deserialize)]
 pub struct Crate {
     /// Its name.
@@ -83,16 +83,16 @@ pub struct Workspace {
     pub root: PathBuf,
 }
 
-/// What keeps the workspace from being read.
+/// Why the workspace cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum CratesError {
     /// Cargo cannot be started.
     #[error("cannot run cargo metadata")]
     Run(#[source] io::Error),
-    /// Cargo failed, and said why.
+    /// Cargo failed; its output.
     #[error("cargo metadata failed: {0}")]
     Failed(String),
-    /// What it printed is not what it documents.
+    /// The output of cargo is not in the documented format.
     #[error("cannot read what cargo metadata printed")]
     Parse(#[source] serde_json::Error),
 }

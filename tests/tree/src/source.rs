@@ -12,7 +12,7 @@ use syn::{Attribute, Item, Meta};
 use crate::module::{Module, plain};
 use crate::paths;
 
-/// What keeps a crate's source from being read.
+/// Why a crate's source cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// A file cannot be read.
@@ -28,7 +28,7 @@ pub enum SourceError {
     Parse {
         /// The file.
         path: PathBuf,
-        /// What the parser said.
+        /// The parser's error.
         source: syn::Error,
     },
     /// A module is declared, and neither of its two possible files is there.

@@ -8,9 +8,9 @@ pub type Level<'a> = (&'a str, String);
 /// The levels that have circles. The list only shrinks: a circle at another level fails the check, and so does a level
 /// that is listed and has none any more.
 ///
-/// What is left of storage is one circle: a VHDX opens its parents by `open`, which knows all formats; a refusal names
-/// an identifier of a VHDX; and a `Disk` can be asked for the VHDX that it is. It is cut when the parents of a chain
-/// are opened by a function that is handed in, and the identifiers lie below the format.
+/// storage has one circle left: a VHDX opens its parents by `open`, which knows all formats; a refusal names an
+/// identifier of a VHDX; and a `Disk` can be asked for the VHDX that it is. It is cut when the parents of a chain are
+/// opened by a function that is handed in, and the identifiers lie below the format.
 pub const LEVELS: &[(&str, &str)] = &[("storage", "crate")];
 
 /// The levels that are listed and not among those found.

@@ -1,4 +1,4 @@
-//! What the check says of comments at its limit and beyond it.
+//! The check of comments at its limit and beyond it.
 
 use tree::comments::{self, MAX_COLUMNS};
 

@@ -1,4 +1,4 @@
-//! Small crates, written for the question, and what the check says of their modules.
+//! Small crates, each written for one test, and the result of the check of their modules.
 
 use std::path::Path;
 
