@@ -33,7 +33,7 @@ const MEMORY: &str = "209715200";
 /// `systemd-analyze security` of systemd 252 rates the unit 5.4 of 10, mostly for rights that a daemon of root's with
 /// guests needs. The number rises if a setting is removed.
 const EXPOSURE: &str = "--threshold=55";
-/// What the guests do: as they are reason.
+/// The guests execute the lines that are typed on their consoles.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
 
 fn run(program: &str, args: &[&str]) -> Result<Output, Failure> {

@@ -1,5 +1,5 @@
-//! The arguments of `coppice run`, and what they ask for together with a configuration file or with what the host
-//! daemon tells its process.
+//! The arguments of `coppice run`, and the options that follow from them together with a configuration file, or with
+//! the launch specification of the host daemon.
 
 use std::path::PathBuf;
 
@@ -36,8 +36,8 @@ pub struct RunArguments {
     pub initrd: Option<PathBuf>,
     /// The kernel command line [default: console=ttyS0 reboot=k panic=-1].
     ///
-    /// Nothing is added to it but root= (with ro or rw), where a disk is marked as root, and what a balloon with
-    /// reporting needs (see --balloon).
+    /// Only root= (with ro or rw) is added to it, where a disk is marked as root, and what a balloon with reporting
+    /// needs (see --balloon).
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR,
@@ -60,10 +60,11 @@ pub struct RunArguments {
     ///
     /// The amount, with a binary suffix, is what the guest is to do without: 64M; 0 if not given. Without any value,
     /// there is a balloon of 0 for the REST API. It takes the place of the one in the configuration file. Options:
-    /// deflate-on-oom: the guest takes memory out of the balloon rather than run out of it; stats=SECONDS: the guest
-    /// says every so often how its memory is used; hinting: the guest gives back its free memory when the REST API says
-    /// so; reporting: the guest gives back its free memory all the time. Linux would tell of free blocks of 2 MiB and
-    /// more only, so `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says
+    /// deflate-on-oom: the guest takes memory out of the balloon rather than run out of it;
+    /// stats=SECONDS: the guest says every so often how its memory is used;
+    /// hinting: the guest gives back its free memory when the REST API says so;
+    /// reporting: the guest gives back its free memory all the time. Linux would report only free blocks of 2 MiB and
+    /// more, so `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says
     /// `page_reporting_order`. Linux before 6.2 forgets it; write 0 to
     /// `/sys/module/page_reporting/parameters/page_reporting_order` there.
     #[arg(
@@ -88,18 +89,20 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub vsock: Option<VsockArgument>,
-    /// What the guest is told of itself, over vsock: a file with an object of JSON, as `PUT /mmds` takes it.
+    /// The guest's metadata, which it reads over vsock: a file with an object of JSON, as `PUT /mmds` takes it.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub metadata: Option<PathBuf>,
     /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw,
     /// parents=DIR. Can be repeated.
     ///
     /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts
-    /// them with -o dax. Options: ro: what the guest writes is dropped, and the file can be shared (the default); cow:
-    /// what the guest writes is its own, and forgotten at its end; the file can be shared; rw: what the guest has
-    /// flushed is on the disk; root: the guest mounts this one as its root (it becomes pmem0, and root= with
-    /// rootflags=dax is added to the command line); id, format, parents: as for --disk; the ID is pmem0 and so on if
-    /// not given.
+    /// them with -o dax. Options:
+    /// ro: what the guest writes is dropped, and the file can be shared (the default);
+    /// cow: what the guest writes is its own, and forgotten at its end; the file can be shared;
+    /// rw: what the guest has flushed is on the disk;
+    /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the
+    /// command line);
+    /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub pmem: Vec<PmemArgument>,
     /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
@@ -119,7 +122,7 @@ pub struct RunArguments {
     /// domain].
     ///
     /// The kernel and the initrd are kept for each domain. The pages of a disk are shared by the domain that has it
-    /// first, and copied for guests of any other, which the log tells.
+    /// first, and copied for guests of any other, which the log reports.
     #[arg(long, value_name = "NAME")]
     pub share_domain: Option<String>,
     /// Most of a core that finding shared pages may take in the long run, in percent [default: 5].
@@ -143,13 +146,17 @@ pub struct RunArguments {
     /// clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are
-    /// given beside it. Options: memory: the memory file, where it is not where it was written; uffd: have a page-fault
-    /// handler that listens on this socket give the memory, as Firecracker's do, instead of mapping the file; disk.ID:
-    /// the disk of that drive or pmem device, where it is not where it was; clone.ID: make this file, a child of that
-    /// disk, which nobody may write to any more: so one snapshot becomes many guests; vsock: the socket of the vsock
-    /// device, where it is to be another; cid: the guest's context identifier, where it is to be another: the guest
-    /// asks for it again; trust: do not compare the checksums of all memory before the guest runs; paused: the guest
-    /// waits for `PATCH /vm`.
+    /// given beside it. Options:
+    /// memory: the memory file, where it is not where it was written;
+    /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of
+    /// mapping the file;
+    /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
+    /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many
+    /// guests;
+    /// vsock: the socket of the vsock device, where it is to be another;
+    /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
+    /// trust: do not compare the checksums of all memory before the guest runs;
+    /// paused: the guest waits for `PATCH /vm`.
     #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "config"])]
     pub restore: Option<RestoreArgument>,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
@@ -158,7 +165,7 @@ pub struct RunArguments {
     /// there.
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub api_sock: Option<PathBuf>,
-    /// The name of the guest, as GET / tells it: 1 to 63 lower case letters, digits and dashes [default:
+    /// The name of the guest, as GET / returns it: 1 to 63 lower case letters, digits and dashes [default:
     /// anonymous-instance].
     #[arg(long, visible_alias = "name", value_name = "ID", value_parser = guest_id)]
     pub id: Option<String>,
@@ -175,10 +182,10 @@ pub struct RunArguments {
     /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
     #[arg(long)]
     pub no_start: bool,
-    /// Begin a session, and wait for a line of JSON on standard input, which tells of the guest: end where there is
-    /// none.
+    /// Start a session, and wait for a line of JSON on standard input, the launch specification. End if there is none.
     ///
-    /// Whoever starts the process notes its number first. A process that is in no notes has ended.
+    /// Whoever starts the process records its number before it writes that line, so that a process without a record has
+    /// ended.
     #[arg(long, hide = true, requires = "api_sock", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "metadata", "config", "restore", "no_start", "jail"])]
     pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
@@ -204,14 +211,17 @@ pub struct RunArguments {
     /// Run the guest in a jail, with options behind commas: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT,
     /// pids=N, io=WEIGHT, allow=PATH, require=all.
     ///
-    /// The process keeps what its guest needs and gives away the rest: it has namespaces and a root folder of its own,
-    /// no capabilities, and Landlock holds it to its files. Without privileges there are fewer layers; the log tells
-    /// which (--log info), and GET /vm/jail. Options: uid, gid: the user and group that the process becomes, by number;
-    /// the guest's files have to be theirs; cgroup: the control group (v2) that the process joins, below the root of
-    /// the hierarchy; it is made if it is not there; memory, cpu, pids, io: limits of that group: a size; percent of a
-    /// core; processes and threads; weight of its I/O, 1 to 10000; allow: a file or folder that the process may go on
-    /// opening and writing to, for disks and snapshots that the REST API names later. Can be repeated; require=all: a
-    /// layer that cannot be had is an error.
+    /// The process keeps the rights that its guest needs and gives up the rest: it has namespaces and a root folder of
+    /// its own, no capabilities, and Landlock limits it to its files. Without privileges there are fewer layers; the
+    /// log (--log info) and GET /vm/jail list them. Options:
+    /// uid, gid: the user and group that the process becomes, by number; the guest's files have to be theirs;
+    /// cgroup: the control group (v2) that the process joins, below the root of the hierarchy; it is made if it is not
+    /// there;
+    /// memory, cpu, pids, io: limits of that group: a size; percent of a core; processes and threads; weight of its
+    /// I/O, 1 to 10000;
+    /// allow: a file or folder that the process may go on opening and writing to, for disks and snapshots that the REST
+    /// API names later. Can be repeated;
+    /// require=all: a layer that cannot be entered is an error.
     #[arg(
         long,
         value_name = "OPTION[,OPTION...]",
@@ -221,7 +231,7 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub jail: Option<JailArgument>,
-    /// What becomes of a system call that a guest process does not need.
+    /// What happens at a system call that a guest process does not need.
     ///
     /// kill: it ends the process, and the log names it; log: the kernel's log names it, and it is done; off: it is
     /// done.
@@ -237,7 +247,7 @@ impl RunArguments {
         }
     }
 
-    /// Joins the arguments with the configuration file, and checks the whole.
+    /// Joins the arguments with the configuration file, and checks the result.
     ///
     /// # Errors
     /// [`UsageError`].
@@ -263,8 +273,8 @@ impl RunArguments {
         Ok(RunOptions { config, ..options })
     }
 
-    /// Joins the arguments of a process that the host daemon has started with what the daemon told it, and checks the
-    /// whole.
+    /// Joins the arguments of a process that the host daemon has started with the daemon's launch specification, and
+    /// checks the result.
     ///
     /// # Errors
     /// [`UsageError`].
@@ -295,7 +305,7 @@ impl RunArguments {
         })
     }
 
-    /// The guest alone, of the arguments and the configuration file.
+    /// The configuration of the guest, from the arguments and the configuration file.
     ///
     /// # Errors
     /// [`UsageError`].

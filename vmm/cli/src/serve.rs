@@ -63,12 +63,15 @@ pub struct ServeArguments {
     /// As by `coppice run --jail`, with as many layers as the host allows. Each guest also is the first process of a
     /// namespace of processes, and, where the daemon is root's, a user of its own. Its disks, kernel and initrd have to
     /// be open to that user, as they are not made so: `guest_uid` of GET /vms/ID tells which it is, and so does the
-    /// refusal of a guest that cannot open one. Options: uids: the users, by number, of which each guest gets one, and
-    /// the group of that number [default: 1900000000-1900065535 for root]; cgroup: the control group (v2), below the
-    /// root of the hierarchy, in which each guest has one of its own that is made, limited to the guest's RAM and a
-    /// margin, and removed by the daemon; cpu, pids: further limits of each: percent of a core; processes and threads;
+    /// refusal of a guest that cannot open one. Options:
+    /// uids: the users, by number, of which each guest gets one, and the group of that number [default:
+    /// 1900000000-1900065535 for root];
+    /// cgroup: the control group (v2), below the root of the hierarchy, in which each guest has one of its own that is
+    /// made, limited to the guest's RAM and a margin, and removed by the daemon;
+    /// cpu, pids: further limits of each: percent of a core; processes and threads;
     /// allow: a file or folder that all guests may open, and write to as far as their users may, for what the REST API
-    /// names later. Can be repeated; require=all: a guest that lacks a layer does not start.
+    /// names later. Can be repeated;
+    /// require=all: a guest that lacks a layer does not start.
     #[arg(
         long,
         value_name = "off|OPTION[,OPTION...]",
@@ -112,7 +115,7 @@ fn ratio(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A group of /etc/group.
+/// Parses a group: its number, or its name in /etc/group.
 fn group(text: &str) -> Result<u32, String> {
     if let Ok(gid) = text.parse() {
         return Ok(gid);
@@ -144,7 +147,7 @@ fn default_state() -> PathBuf {
         .join("coppice")
 }
 
-/// The socket where none is given.
+/// The default socket.
 pub fn default_socket() -> PathBuf {
     if let Some(path) = variable(SOCKET_VARIABLE) {
         return path;
@@ -159,10 +162,10 @@ pub fn default_socket() -> PathBuf {
 }
 
 impl ServeArguments {
-    /// What is asked for.
+    /// The options that the arguments stand for.
     ///
     /// # Errors
-    /// Where the host does not tell how much memory it has.
+    /// Where the host does not report how much memory it has.
     pub fn into_options(self) -> std::io::Result<Options> {
         let default_mode = match (self.allow_uid.as_slice(), self.socket_group) {
             ([_, ..], _) => 0o666,

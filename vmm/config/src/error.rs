@@ -1,4 +1,4 @@
-//! What is wrong with a configuration.
+//! Why a configuration cannot be used.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 
 use crate::limits::{MAX_FILE_SIZE, MAX_VIRTIO_DEVICES};
 
-/// A configuration that cannot be used. Its one-line `Display` names the field.
+/// Why a configuration cannot be used. The one-line `Display` names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The configuration file cannot be read.
@@ -38,20 +38,20 @@ pub enum ConfigError {
     /// A request body, or a part of one, is not of the expected shape.
     #[error(transparent)]
     Shape(serde_json::Error),
-    /// A value that Coppice cannot honour.
+    /// A field has a value that Coppice does not support.
     #[error("{field}: not supported")]
     Unsupported {
         /// The field.
         field: &'static str,
     },
-    /// A value that cannot be.
+    /// A field has an invalid value.
     #[error("{field}: {value} is not {expected}")]
     Invalid {
         /// The field.
         field: &'static str,
-        /// What it was set to.
+        /// Its value.
         value: String,
-        /// What it may be.
+        /// The values that it may have.
         expected: String,
     },
     /// A file cannot be opened.
@@ -64,7 +64,7 @@ pub enum ConfigError {
         /// The host's error.
         source: io::Error,
     },
-    /// Something else than a regular file.
+    /// A path names something other than a regular file.
     #[error("{field}: {} is not a regular file", path.display())]
     NotAFile {
         /// The field that names it.
@@ -72,10 +72,10 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// Two drives of one name.
+    /// Two drives have the same id.
     #[error("drives: two drives have the drive_id {0}")]
     DuplicateDrive(String),
-    /// Two root devices.
+    /// Two drives are root devices.
     #[error("drives: {drive} is_root_device, but {first} is already")]
     SecondRoot {
         /// The second one.
@@ -83,24 +83,24 @@ pub enum ConfigError {
         /// The first one.
         first: String,
     },
-    /// Two pmem devices of one name.
+    /// Two pmem devices have the same id.
     #[error("pmem: two devices have the id {0}")]
     DuplicatePmem(String),
-    /// A pmem device as root, where there is one.
+    /// A pmem device is a root device, and another device is as well.
     #[error("pmem: {pmem} is root_device, but {first} is the root already")]
     SecondPmemRoot {
         /// The device.
         pmem: String,
-        /// The drive or pmem device that is.
+        /// The other root device.
         first: String,
     },
-    /// More devices than interrupt lines.
+    /// The guest has more devices than interrupt lines.
     #[error("a guest has at most {MAX_VIRTIO_DEVICES} virtio devices, not {found}")]
     TooManyDevices {
         /// Drives, pmem devices, the entropy device, the balloon and vsock together.
         found: usize,
     },
-    /// An update that changes nothing.
+    /// An update sets no field.
     #[error("the update is empty")]
     EmptyUpdate,
 }
@@ -119,10 +119,10 @@ impl ConfigError {
     }
 }
 
-/// Longest name of a drive or a pmem device, in bytes.
+/// The longest id of a drive or a pmem device, in bytes.
 const ID_MAX: usize = 64;
 
-/// Names go into paths of the REST API, and into names of counters.
+/// Checks an id, which is used in paths of the REST API, and in names of counters.
 pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
     let word = |c: char| c == '_' || c.is_ascii_alphanumeric();
     if id.is_empty() || id.len() > ID_MAX || !id.chars().all(word) {
@@ -135,7 +135,7 @@ pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError>
     Ok(())
 }
 
-/// Opens a regular file as it will be opened, and closes it again. Never waits for the other end of a pipe.
+/// Checks that a regular file can be opened as it will be. Does not block if the path names a FIFO.
 pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Result<(), ConfigError> {
     let failed = |source| ConfigError::File {
         field,
@@ -150,7 +150,7 @@ pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Resul
             .open(path)
     };
     let file = match open(write) {
-        // A directory cannot be opened for writing, but is better called one.
+        // A directory cannot be opened for writing. It is opened for reading, so that the error says what it is.
         Err(error) if error.kind() == io::ErrorKind::IsADirectory => open(false),
         opened => opened,
     };
@@ -168,7 +168,7 @@ pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Resul
     }
 }
 
-/// Paths go through JSON and to system calls: no empty ones, no zero bytes, none too long for the host.
+/// Checks a path, which is passed to system calls: it must not be empty, have zero bytes or be too long for the host.
 pub(super) fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
     let bytes = path.as_os_str().as_encoded_bytes();
     let limit = libc::PATH_MAX.cast_unsigned() as usize;

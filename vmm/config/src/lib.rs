@@ -1,4 +1,4 @@
-//! What a user asks for, in the shape of Firecracker's configuration file and REST bodies.
+//! The configuration of a guest, in the form of Firecracker's configuration file and REST bodies.
 //!
 //! ```json
 //! {
@@ -11,9 +11,9 @@
 //!
 //! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`,
 //! `keep_space`, `parents` and `share` of a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of
-//! `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it cannot
-//! honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT and huge pages are such
-//! values.
+//! `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it does not
+//! support, so that no part of a configuration is ignored. Rate limits, CPU templates, SMT and huge pages of hugetlbfs
+//! are such values.
 
 mod balloon;
 pub mod bodies;
@@ -57,11 +57,11 @@ pub use snapshot::{
 };
 pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
 
-/// Everything about one guest.
+/// The configuration of one guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
-    /// The kernel, and what it is given. A guest cannot start without.
+    /// The kernel, its initial RAM disk and its command line. A guest cannot start without a kernel.
     #[serde(default)]
     pub boot_source: Option<BootSourceConfig>,
     /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the
@@ -75,7 +75,7 @@ pub struct VmConfig {
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
-    /// What of its memory the guest shares.
+    /// How the guest shares memory with others.
     #[serde(default)]
     pub sharing: SharingConfig,
     /// The entropy device (virtio-rng); none where absent.
@@ -87,7 +87,7 @@ pub struct VmConfig {
     /// The socket device (virtio-vsock); none where absent.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
-    /// Where a guest with a socket device finds its metadata; as the defaults say where absent.
+    /// How a guest with a socket device gets its metadata; the defaults apply where absent.
     #[serde(default)]
     pub mmds_config: Option<MmdsConfig>,
     /// Where the output of the serial console goes; to standard output where absent.
@@ -101,7 +101,7 @@ pub struct VmConfig {
     pub metrics: Option<MetricsConfig>,
 }
 
-/// The entropy device. It has nothing to set.
+/// The entropy device, which has no options.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EntropyConfig {
@@ -140,7 +140,7 @@ impl VmConfig {
         Ok(config)
     }
 
-    /// Checks every field by itself and all of them together. Does not look at any file: see [`VmConfig::check_files`].
+    /// Checks every field by itself and all of them together. Opens no file: see [`VmConfig::check_files`].
     ///
     /// # Errors
     /// `Unsupported`, `Invalid`, `DuplicateDrive`, `SecondRoot`, `DuplicatePmem`, `SecondPmemRoot`, `TooManyDevices`.
@@ -225,8 +225,8 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they are going to be, and
-    /// that a vsock device has a socket.
+    /// Checks that the kernel, the initrd and every drive and pmem device can be opened as they will be, and that a
+    /// vsock device has a socket.
     ///
     /// # Errors
     /// `File` and `NotAFile`, `Invalid`.
@@ -240,7 +240,7 @@ impl VmConfig {
         self.check_disks()
     }
 
-    /// Checks that every drive and pmem device can be opened as they are going to be.
+    /// Checks that every drive and pmem device can be opened as it will be.
     ///
     /// # Errors
     /// `File` and `NotAFile`.
@@ -249,7 +249,7 @@ impl VmConfig {
         self.pmem.iter().try_for_each(PmemConfig::check_file)
     }
 
-    /// What of it makes a guest, if anything is set: all but the log, the metrics and the serial console.
+    /// The first field that is set and describes the guest: any but the log, the metrics and the serial console.
     pub fn of_a_guest(&self) -> Option<&'static str> {
         let is_set = [
             (self.boot_source.is_some(), "boot-source"),
@@ -270,10 +270,10 @@ impl VmConfig {
             .find_map(|(is_set, field)| is_set.then_some(*field))
     }
 
-    /// Makes the paths of disks, and of the vsock device's socket, mean the same in any folder.
+    /// Makes the paths of disks, and of the vsock device's socket, absolute.
     ///
     /// # Errors
-    /// `Read`, where this process has no folder any more.
+    /// `Read`, where the working directory of this process does not exist any more.
     pub fn make_paths_absolute(&mut self) -> Result<(), ConfigError> {
         let drives = self.drives.iter_mut();
         let drives = drives.flat_map(|drive| {

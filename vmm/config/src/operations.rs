@@ -1,10 +1,10 @@
-//! The operations of a guest's REST API, in one table: the guest's process dispatches by it, the daemon passes requests
-//! on by it and records what is kept, and the `OpenAPI` document is held to it.
+//! The operations of a guest's REST API, in one table. The guest's process dispatches by it, the daemon passes requests
+//! on and records changes by it, and a test compares the `OpenAPI` document with it.
 
 use DiskEffect::{Changes, Child, Merge};
 use OperationKind as Kind;
 
-/// The part of a path that is the name of something.
+/// The part of a path that stands for an id.
 const NAME: &str = "{id}";
 
 /// Methods of requests (RFC 9110, 9.3, and RFC 5789). No operation has another one.
@@ -19,7 +19,7 @@ pub enum RequestMethod {
 }
 
 impl RequestMethod {
-    /// As HTTP has it.
+    /// The name of the method in HTTP.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -43,28 +43,28 @@ pub enum RequestBody {
 /// What an operation does to the disks of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskEffect {
-    /// Nothing.
+    /// No effect.
     None,
-    /// It names another file, or changes the one that there is.
+    /// The operation names another file for a disk, or changes the present one.
     Changes,
-    /// The disk goes on in a new file, a child of the one that it has.
+    /// The guest gets a new file as its disk, a child of the one that it has.
     Child,
     /// The disk is merged into its parent.
     Merge,
 }
 
-/// What the host has to have room for, before an operation is done on a guest that has not started.
+/// The resource of the host that has to be admitted before an operation is done on a guest that has not started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reservation {
-    /// Nothing.
+    /// No effect.
     None,
     /// RAM and vCPUs.
     Memory,
-    /// A context identifier that no other guest has.
+    /// A context identifier (CID) that no other guest has.
     Cid,
 }
 
-/// What is asked of a guest.
+/// The kinds of operations of a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the table below says of each what it is")]
 pub enum OperationKind {
@@ -118,20 +118,20 @@ pub enum OperationKind {
 /// An operation of a guest's API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestOperation {
-    /// What is asked.
+    /// The kind of the operation.
     pub kind: OperationKind,
     /// The method of the request.
     pub method: RequestMethod,
-    /// The path, with `{id}` for a name.
+    /// The path, with `{id}` for an id.
     pub path: &'static str,
-    /// Whether the request has a body: as with Firecracker, a change has one, but for two.
+    /// Whether the request has a body. As with Firecracker, every change has one, with two exceptions.
     pub body: RequestBody,
-    /// Whether what it changes is part of the guest's configuration or metadata, and so is kept over restarts of the
+    /// Whether it changes the guest's configuration or metadata, so that the change is kept over restarts of the
     /// process.
     pub is_kept: bool,
-    /// What becomes of disks.
+    /// The effect on the guest's disks.
     pub disk: DiskEffect,
-    /// What is admitted first.
+    /// The resource that is admitted first.
     pub reservation: Reservation,
 }
 
@@ -188,8 +188,8 @@ impl GuestOperation {
         self
     }
 
-    /// The operation that a request asks for, and the name in its path, empty where it has none. `None` where there is
-    /// no such operation.
+    /// The operation of a request, and the id in its path, empty where it has none. `None` where there is no such
+    /// operation.
     pub fn find<'p>(method: &str, path: &'p str) -> Option<(&'static Self, &'p str)> {
         GUEST_OPERATIONS
             .iter()
@@ -216,12 +216,12 @@ impl GuestOperation {
     }
 }
 
-/// The parts of a path between its slashes.
+/// The segments of a path between its slashes.
 pub fn segments_of(path: &str) -> impl Iterator<Item = &str> {
     path.trim_start_matches('/').split_terminator('/')
 }
 
-/// All operations. No path of one is that of another with the same method.
+/// All operations. No two have the same method and path.
 pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
     get(Kind::InstanceInfo, "/"),
     get(Kind::Version, "/version"),
