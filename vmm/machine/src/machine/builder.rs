@@ -119,8 +119,8 @@ impl<'a> Builder<'a> {
         Ok(vsock)
     }
 
-    /// Adds the balloon that is asked for, or, where all is to be shared, one that has the guest tell of what it frees: that is the
-    /// better part of what a guest need not hold.
+    /// Adds the balloon that is asked for, or, where all is to be shared, one that has the guest tell of what it frees:
+    /// that is the better part of what a guest need not hold.
     pub(super) fn add_balloon(
         &mut self,
         config: Option<BalloonConfig>,
@@ -276,7 +276,8 @@ fn new_block(drive: &DriveConfig) -> Result<VirtioBlock, StartError> {
     })
 }
 
-/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order it finds them.
+/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order it finds
+/// them.
 pub(super) fn attach_pmem(
     config: &VmConfig,
     vm: &mut Vm,

@@ -249,7 +249,8 @@ impl Machine {
         parts.start(ops, start, kernel)
     }
 
-    /// Builds a guest that goes on where that of a snapshot stood, and adds its devices to the event loop. It stands still until it is resumed.
+    /// Builds a guest that goes on where that of a snapshot stood, and adds its devices to the event loop. It stands
+    /// still until it is resumed.
     ///
     /// # Errors
     /// [`StartError`]; then nothing runs and every disk is closed again.
