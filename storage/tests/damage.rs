@@ -90,19 +90,19 @@ impl Sample {
                 let before = structures(&self.file);
                 let opened =
                     Vhdx::open(&self.path, &OpenMode::ReadOnly.into()).map_err(|e| e.to_string());
-                if let Err(said) = &opened {
+                if let Err(printed) = &opened {
                     assert!(
-                        !said.contains('\n')
-                            && said.contains("disk.vhdx") | said.contains("killed.vhdx"),
-                        "{said}"
+                        !printed.contains('\n')
+                            && printed.contains("disk.vhdx") | printed.contains("killed.vhdx"),
+                        "{printed}"
                     );
                 }
                 judge(&format!("bit {bit} of byte {offset:#x}"), opened);
                 assert!(structures(&self.file) == before, "reading writes nothing");
-                if let Err(said) = Vhdx::open(&self.path, &OpenMode::ReadWrite.into()) {
+                if let Err(printed) = Vhdx::open(&self.path, &OpenMode::ReadWrite.into()) {
                     assert!(
                         structures(&self.file) == before,
-                        "a refused file is left as it is: {said}"
+                        "a refused file is left as it is: {printed}"
                     );
                 }
                 self.restore();
@@ -205,12 +205,12 @@ fn two_damaged_copies_are_refused() {
     for (first, name) in [(64 << 10, "header pair"), (192 << 10, "region table")] {
         sample.flip(first + 20, 0);
         sample.flip(first + (64 << 10) + 20, 0);
-        let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
+        let printed = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
             .unwrap_err()
             .to_string();
         assert!(
-            said.contains(&format!("{name} at file offset {first:#x} is corrupt")),
-            "{said}"
+            printed.contains(&format!("{name} at file offset {first:#x} is corrupt")),
+            "{printed}"
         );
         sample.restore();
     }
@@ -292,13 +292,13 @@ fn a_bat_entry_is_refused_by_number_where_it_leads_out_of_the_file_or_into_somet
         (entry(4, 7), "no partially present block"),
     ] {
         sample.file.write_all_at(&bytes, BAT + 9 * 8).unwrap();
-        let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
+        let printed = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
             .unwrap_err()
             .to_string();
         assert!(
-            said.contains("BAT entry 9 at file offset 0x300048 is corrupt")
-                && said.contains(expected),
-            "{said}"
+            printed.contains("BAT entry 9 at file offset 0x300048 is corrupt")
+                && printed.contains(expected),
+            "{printed}"
         );
     }
 }
@@ -331,12 +331,12 @@ fn a_damaged_log_leads_to_the_state_of_some_flush() {
     }
     // Without any entry there is nothing that could be relied on.
     sample.file.write_all_at(&vec![0; 5 * 4096], LOG).unwrap();
-    let said = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
+    let printed = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into())
         .unwrap_err()
         .to_string();
     assert!(
-        said.contains("log at file offset 0x100000 is corrupt: expected a valid sequence"),
-        "{said}"
+        printed.contains("log at file offset 0x100000 is corrupt: expected a valid sequence"),
+        "{printed}"
     );
 }
 
@@ -461,8 +461,11 @@ fn a_repair_is_not_undone_once_the_disk_was_written_or_by_the_backup_of_another(
     damaged(&other);
     Vhdx::repair(&path, Some(&backup), &Unwatched).unwrap();
     Vhdx::repair(&other, Some(&others), &Unwatched).unwrap();
-    let said = Vhdx::undo_repair(&path, &others).unwrap_err().to_string();
-    assert!(said.contains("is not as the repair left it"), "{said}");
+    let printed = Vhdx::undo_repair(&path, &others).unwrap_err().to_string();
+    assert!(
+        printed.contains("is not as the repair left it"),
+        "{printed}"
+    );
     let disk = Vhdx::open(&path, &OpenMode::ReadWrite.into()).unwrap();
     write(&disk, 0, &[1; 512]);
     drop(disk);

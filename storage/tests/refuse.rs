@@ -26,9 +26,10 @@ fn refusal(path: &Path, format: Option<Format>) -> String {
             },
         )
         .unwrap_err();
-        let said = error.to_string();
-        assert!(!said.contains('\n'), "{said}");
-        said.strip_prefix(&format!("{}: ", path.display()))
+        let printed = error.to_string();
+        assert!(!printed.contains('\n'), "{printed}");
+        printed
+            .strip_prefix(&format!("{}: ", path.display()))
             .unwrap()
             .to_owned()
     });
@@ -60,12 +61,12 @@ fn what_is_no_regular_file_is_refused_without_waiting() {
 
     let fifo = folder.path().join("fifo");
     run("mkfifo", &[arg(&fifo)]);
-    let said = storage::open(&fifo, &OpenOptions::default())
+    let printed = storage::open(&fifo, &OpenOptions::default())
         .unwrap_err()
         .to_string();
     assert!(
-        said.ends_with("is a FIFO; a disk has to be a regular file"),
-        "{said}"
+        printed.ends_with("is a FIFO; a disk has to be a regular file"),
+        "{printed}"
     );
 }
 
@@ -130,8 +131,11 @@ fn a_vhdx_that_ends_anywhere_too_early_is_refused() {
             .unwrap()
             .set_len(cut)
             .unwrap();
-        let said = refusal(&short, None);
-        assert!(said.contains("is corrupt: expected"), "{cut:#x}: {said}");
+        let printed = refusal(&short, None);
+        assert!(
+            printed.contains("is corrupt: expected"),
+            "{cut:#x}: {printed}"
+        );
     }
 }
 
@@ -146,12 +150,12 @@ fn a_vhdx_with_a_damaged_identifier_does_not_pass_for_raw() {
         .unwrap()
         .write_all_at(b"VHDX", 0)
         .unwrap();
-    let said = refusal(&path, None);
+    let printed = refusal(&path, None);
     assert!(
-        said.starts_with("VHDX file identifier at file offset 0x0 is corrupt"),
-        "{said}"
+        printed.starts_with("VHDX file identifier at file offset 0x0 is corrupt"),
+        "{printed}"
     );
-    // Who says that it is raw is believed.
+    // A format that is given as raw is taken without a check.
     storage::open(
         &path,
         &OpenOptions {
@@ -190,19 +194,23 @@ fn a_container_that_peers_made_does_not_pass_for_raw() {
                 run("qemu-img", &options);
             }
         }
-        let said = refusal(&path, None);
+        let printed = refusal(&path, None);
         assert!(
-            said.contains(name) && said.contains(&format!("`{program}")),
-            "{said}"
+            printed.contains(name) && printed.contains(&format!("`{program}")),
+            "{printed}"
         );
         if program != "coppice disk convert" {
-            let said = storage::foreign::open(&path, None)
+            let printed = storage::foreign::open(&path, None)
                 .err()
                 .unwrap()
                 .to_string();
-            assert!(said.contains(name) && said.contains(program), "{said}");
+            assert!(
+                printed.contains(name) && printed.contains(program),
+                "{printed}"
+            );
         }
-        // Who says that it is raw is believed, also for a source of a length that a disk cannot have.
+        // A format that is given as raw is taken without a check, also for a source of a length that a disk cannot
+        // have.
         storage::foreign::open(&path, Some(storage::foreign::SourceFormat::Raw)).unwrap();
     }
 }

@@ -198,7 +198,7 @@ fn path_in_a_macro_or_in_a_string_of_serde_counts() {
 }
 
 #[test]
-fn what_only_says_who_may_see_does_not_count() {
+fn a_path_that_limits_visibility_does_not_count() {
     let found = circles_of(&[
         ("lib.rs", "mod a;\nstruct Root;\nfn f() { a::f(); }\n"),
         (
@@ -210,7 +210,7 @@ fn what_only_says_who_may_see_does_not_count() {
 }
 
 #[test]
-fn module_and_function_of_one_name_are_told_apart() {
+fn module_and_function_of_one_name_are_distinguished() {
     let found = circles_of(&[
         ("lib.rs", "mod open;\nmod raw;\npub use open::open;\n"),
         (

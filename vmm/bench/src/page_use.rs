@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_has_room_for_all_flags_and_one_that_was_not_written_to_says_nothing() {
+    fn a_disk_has_room_for_all_flags_and_an_unwritten_one_has_none() {
         let mut disk = disk(513).unwrap().unwrap();
         assert_eq!(disk.as_file().metadata().unwrap().len(), 2 << 20);
         assert_eq!(flags(disk.as_file(), 513).unwrap(), None);

@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_script_says_where_the_disk_is() {
+    fn a_script_names_the_disk_of_the_guest() {
         let script = |device| Workload::Read.script(device, 1, None);
         assert!(script(Device::Block).contains("ro /dev/vda"));
         assert!(script(Device::Memory).contains("ro,dax /dev/pmem0"));

@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn the_counters_of_a_device_are_told_by_its_name() {
+    fn the_counters_of_a_device_are_listed_by_its_name() {
         let device = PmemMetrics::default();
         device.flushes.store(3, Ordering::Relaxed);
         let mapping = MappingFigures {

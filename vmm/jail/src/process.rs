@@ -19,8 +19,8 @@ pub struct Spawned {
 /// A thread unshares a PID namespace for its children, and can do so once. So a new thread does this, and ends
 /// afterwards.
 ///
-/// A command must not ask for a signal at the death of its parent (PR_SET_PDEATHSIG): its parent is that thread, so it
-/// would get the signal at once.
+/// A command must not ask for a signal at the death of its parent (`PR_SET_PDEATHSIG`): its parent is that thread, so
+/// it would get the signal at once.
 ///
 /// # Errors
 /// Where the host starts no thread or no process.

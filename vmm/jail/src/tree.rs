@@ -238,7 +238,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_may_be_written_to_as_its_folder_comes_with_that() {
+    fn only_a_writable_file_in_a_writable_folder_is_covered_by_the_folder() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         std::fs::create_dir_all(at("own/below")).unwrap();

@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_told_of_its_jail_with_paths_from_its_folder() {
+    fn a_process_gets_its_jail_with_paths_from_its_folder() {
         let policy = JailPolicy {
             allow: vec!["/disks/a,b".into()],
             require_all: true,

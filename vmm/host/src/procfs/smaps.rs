@@ -59,7 +59,7 @@ pub struct Mapping {
     pub range: Range<u64>,
     /// Whether it is readable, writable, not executable and private, as guest RAM is.
     is_data: bool,
-    /// Whether it is not accounted as committed memory (`nr` of `VmFlags`, MAP_NORESERVE). Coppice maps guest RAM so,
+    /// Whether it is not accounted as committed memory (`nr` of `VmFlags`, `MAP_NORESERVE`). Coppice maps guest RAM so,
     /// and nothing else.
     is_unreserved: bool,
     /// The memory that it takes.

@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_lie_where_the_kernel_says() {
+    fn segments_are_loaded_at_the_kernels_addresses() {
         let (kernel, memory) = (file(&elf::tests::kernel(0x1000)), memory(4 << 20));
         load(
             &memory,

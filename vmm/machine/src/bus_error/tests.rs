@@ -98,13 +98,13 @@ fn a_thread_that_touches_a_page_of_a_cut_file_ends_the_process_with_a_report() {
     for case in ["this thread", "another thread", "all threads"] {
         let file = tempfile::NamedTempFile::new().unwrap();
         let output = run(case, &file);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{case}: {said}");
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{case}: {printed}");
         let expected = format!(
             "coppice: guest page 0x102000 is that of {} at offset 0x2000, and cannot be read: it was cut to 8192 bytes; {ADVICE}\n",
             file.path().display()
         );
-        assert_eq!(said, expected, "{case}");
+        assert_eq!(printed, expected, "{case}");
     }
 }
 

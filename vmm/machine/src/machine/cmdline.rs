@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn free_pages_are_reported_one_by_one_unless_the_user_says_otherwise() {
+    fn free_pages_are_reported_one_by_one_unless_the_command_line_sets_the_order() {
         let with = |given| {
             let options = LinuxOptions {
                 reporting: true,
@@ -231,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lean_guest_has_no_trace_events_unless_the_user_says_otherwise() {
+    fn a_lean_guest_has_no_trace_events_unless_the_command_line_sets_up_tracing() {
         let with = |configured, mode, given| {
             let lean = Lean::new(configured, mode);
             let reporting = false;
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn without_acpi_the_kernel_is_told_of_each_device() {
+    fn without_acpi_each_device_is_on_the_command_line() {
         let second = MmioDevice {
             base: 0xc000_2000,
             gsi: 6,

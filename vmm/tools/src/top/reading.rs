@@ -247,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_counted_once_a_guest_and_told_apart_by_inode() {
+    fn files_are_counted_once_a_guest_and_distinguished_by_inode() {
         let line = |at: u64, inode: u64, path: &str| {
             format!("{at:x}-{:x} r--p 0 fe:01 {inode} {path}\n", at + 4096)
         };
