@@ -3,7 +3,8 @@
 //! ```text
 //! boot:      new ─> resume ─> the vCPUs run
 //! pause:     the vCPUs stand ─> pause, of each device ─> [save, of each] ─> resume, of each ─> the vCPUs run
-//! restore:   new ─> restore, of each ─> memory, vCPUs and interrupt controllers have their state ─> resume, of each ─> the vCPUs run
+//! restore:   new ─> restore, of each ─> memory, vCPUs and interrupt controllers get their state
+//!            ─> resume, of each ─> the vCPUs run
 //! shutdown:  the vCPUs have ended ─> reset, of each ─> the machine closes what is behind the devices
 //! ```
 //!

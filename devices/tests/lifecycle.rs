@@ -165,7 +165,7 @@ fn a_device_that_was_restored_is_saved_as_it_was() {
 }
 
 #[test]
-fn a_state_of_another_shape_is_refused_and_says_of_which_device() {
+fn a_state_of_another_shape_is_refused_with_the_name_of_the_device() {
     for entry in one_of_each().iter() {
         let mut device = devices::lock(&entry.device);
         let error = device.restore(&"text".into()).unwrap_err().to_string();

@@ -30,7 +30,7 @@ fn errno(error: &dyn Error) -> Option<i32> {
 }
 
 #[test]
-fn a_device_that_the_host_has_no_descriptors_for_says_so() {
+fn a_device_that_the_host_has_no_descriptors_for_is_refused_with_the_error() {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(1 << 16).unwrap();
     let options = OpenOptions {

@@ -281,7 +281,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_table_says_of_each_page_what_was_last_said_of_it(steps in steps()) {
+        fn the_table_has_for_each_page_what_was_last_set(steps in steps()) {
             let files = files();
             let (mut table, mut model) = (Table::default(), HashMap::new());
             for step in steps {

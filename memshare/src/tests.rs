@@ -381,13 +381,13 @@ fn a_file_that_has_changed_is_shared_no_more_and_a_cut_one_is_named() {
 }
 
 #[test]
-fn each_kind_of_change_is_told_of_once_and_only_while_the_file_backs_pages() {
+fn each_kind_of_change_is_reported_once_and_only_while_the_file_backs_pages() {
     let named = tempfile::NamedTempFile::new().unwrap();
     named.as_file().write_all(&[7; 2 * PAGE]).unwrap();
     let file = Arc::new(named.reopen().unwrap());
     let memory = memory(limits());
-    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
-    let changes = told.clone();
+    let reported = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let changes = reported.clone();
     memory.on_change(Box::new(move |file, change| {
         changes
             .lock()
@@ -410,7 +410,7 @@ fn each_kind_of_change_is_told_of_once_and_only_while_the_file_backs_pages() {
     }
     let cut = FileChange::Truncated { len: PAGE_SIZE + 1 };
     let expected = [FileChange::Written, cut].map(|change| (named.path().to_owned(), change));
-    assert_eq!(*told.lock().unwrap(), expected);
+    assert_eq!(*reported.lock().unwrap(), expected);
     assert_eq!(memory.stats().changed_files.load(Ordering::Relaxed), 1);
     let lost = memory.lost_page().unwrap();
     assert_eq!(lost.address, START + PAGE_SIZE, "a page that is cut inside");

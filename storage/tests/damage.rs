@@ -90,19 +90,19 @@ impl Sample {
                 let before = structures(&self.file);
                 let opened = Vhdx::open(&self.path, &OpenMode::ReadOnly.into())
                     .map_err(|e| report::chain(&e).to_string());
-                if let Err(said) = &opened {
+                if let Err(printed) = &opened {
                     assert!(
-                        !said.contains('\n')
-                            && said.contains("disk.vhdx") | said.contains("killed.vhdx"),
-                        "{said}"
+                        !printed.contains('\n')
+                            && printed.contains("disk.vhdx") | printed.contains("killed.vhdx"),
+                        "{printed}"
                     );
                 }
                 judge(&format!("bit {bit} of byte {offset:#x}"), opened);
                 assert!(structures(&self.file) == before, "reading writes nothing");
-                if let Err(said) = Vhdx::open(&self.path, &OpenMode::ReadWrite.into()) {
+                if let Err(printed) = Vhdx::open(&self.path, &OpenMode::ReadWrite.into()) {
                     assert!(
                         structures(&self.file) == before,
-                        "a refused file is left as it is: {said}"
+                        "a refused file is left as it is: {printed}"
                     );
                 }
                 self.restore();
@@ -206,10 +206,10 @@ fn two_damaged_copies_are_refused() {
         sample.flip(first + 20, 0);
         sample.flip(first + (64 << 10) + 20, 0);
         let refused = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap_err();
-        let said = report::chain(&refused).to_string();
+        let printed = report::chain(&refused).to_string();
         assert!(
-            said.contains(&format!("{name} at file offset {first:#x} is corrupt")),
-            "{said}"
+            printed.contains(&format!("{name} at file offset {first:#x} is corrupt")),
+            "{printed}"
         );
         sample.restore();
     }
@@ -292,11 +292,11 @@ fn a_bat_entry_is_refused_by_number_where_it_leads_out_of_the_file_or_into_somet
     ] {
         sample.file.write_all_at(&bytes, BAT + 9 * 8).unwrap();
         let refused = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap_err();
-        let said = report::chain(&refused).to_string();
+        let printed = report::chain(&refused).to_string();
         assert!(
-            said.contains("BAT entry 9 at file offset 0x300048 is corrupt")
-                && said.contains(expected),
-            "{said}"
+            printed.contains("BAT entry 9 at file offset 0x300048 is corrupt")
+                && printed.contains(expected),
+            "{printed}"
         );
     }
 }
@@ -330,10 +330,10 @@ fn a_damaged_log_leads_to_the_state_of_some_flush() {
     // Without any entry there is nothing that could be relied on.
     sample.file.write_all_at(&vec![0; 5 * 4096], LOG).unwrap();
     let refused = Vhdx::open(&sample.path, &OpenMode::ReadWrite.into()).unwrap_err();
-    let said = report::chain(&refused).to_string();
+    let printed = report::chain(&refused).to_string();
     assert!(
-        said.contains("log at file offset 0x100000 is corrupt: expected a valid sequence"),
-        "{said}"
+        printed.contains("log at file offset 0x100000 is corrupt: expected a valid sequence"),
+        "{printed}"
     );
 }
 
@@ -459,8 +459,11 @@ fn a_repair_is_not_undone_once_the_disk_was_written_or_by_the_backup_of_another(
     Vhdx::repair(&path, Some(&backup), &Unwatched).unwrap();
     Vhdx::repair(&other, Some(&others), &Unwatched).unwrap();
     let refused = Vhdx::undo_repair(&path, &others).unwrap_err();
-    let said = report::chain(&refused).to_string();
-    assert!(said.contains("is not as the repair left it"), "{said}");
+    let printed = report::chain(&refused).to_string();
+    assert!(
+        printed.contains("is not as the repair left it"),
+        "{printed}"
+    );
     let disk = Vhdx::open(&path, &OpenMode::ReadWrite.into()).unwrap();
     write(&disk, 0, &[1; 512]);
     drop(disk);

@@ -34,7 +34,7 @@ impl Random {
     }
 }
 
-/// What a disk should hold: a byte that fills each unit, zero where none is said.
+/// The expected content of a disk: a byte that fills each unit, zero where there is none.
 type Model = BTreeMap<u64, u8>;
 
 /// libvhdi, as an oracle.

@@ -236,8 +236,11 @@ fn contents_past_the_first_chunk_agree_in_both_directions() {
         .zip(1..)
         .map(|(at, n): (_, u8)| format!("read -P {n} {at} 4096"))
         .collect();
-    let said = qemu_io(&path, &reads.iter().map(String::as_str).collect::<Vec<_>>());
-    assert!(!said.contains("Pattern verification failed"), "{said}");
+    let printed = qemu_io(&path, &reads.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(
+        !printed.contains("Pattern verification failed"),
+        "{printed}"
+    );
 
     let path = folder.path().join("theirs.vhdx");
     run(
@@ -298,8 +301,8 @@ fn sectors_of_4096_bytes_are_kept_across_the_first_chunk() {
         assert_eq!(read(&disk, *offset, 4096), [n; 4096]);
     }
     // QEMU has no disks with such sectors and says so.
-    let said = support::output("qemu-img", &["info", "-f", "vhdx", arg(&path)]);
-    if said.status.success() {
+    let printed = support::output("qemu-img", &["info", "-f", "vhdx", arg(&path)]);
+    if printed.status.success() {
         qemu_check(&path);
     }
 }

@@ -93,8 +93,11 @@ fn a_log_that_qemu_left_is_replayed() {
         args.extend(["-c", command]);
     }
     args.push(&options);
-    let said = support::describe(&support::output("qemu-io", &args));
-    assert!(said.contains("write failed: Input/output error"), "{said}");
+    let printed = support::describe(&support::output("qemu-io", &args));
+    assert!(
+        printed.contains("write failed: Input/output error"),
+        "{printed}"
+    );
     assert_ne!(log_guid(&path), [0; 16], "qemu-io left a log");
 
     let check = |path: &Path, mode: OpenMode| {

@@ -28,9 +28,10 @@ fn refusal(path: &Path, format: Option<Format>) -> String {
             },
         )
         .unwrap_err();
-        let said = report::chain(&error).to_string();
-        assert!(!said.contains('\n'), "{said}");
-        said.strip_prefix(&format!("{}: ", path.display()))
+        let printed = report::chain(&error).to_string();
+        assert!(!printed.contains('\n'), "{printed}");
+        printed
+            .strip_prefix(&format!("{}: ", path.display()))
             .unwrap()
             .to_owned()
     });
@@ -75,10 +76,10 @@ fn what_is_no_regular_file_is_refused_without_waiting() {
     let fifo = folder.path().join("fifo");
     run("mkfifo", &[arg(&fifo)]);
     let refused = storage::open(&fifo, &OpenOptions::default()).unwrap_err();
-    let said = report::chain(&refused).to_string();
+    let printed = report::chain(&refused).to_string();
     assert!(
-        said.ends_with("is a FIFO; a disk has to be a regular file"),
-        "{said}"
+        printed.ends_with("is a FIFO; a disk has to be a regular file"),
+        "{printed}"
     );
 }
 
@@ -143,8 +144,11 @@ fn a_vhdx_that_ends_anywhere_too_early_is_refused() {
             .unwrap()
             .set_len(cut)
             .unwrap();
-        let said = refusal(&short, None);
-        assert!(said.contains("is corrupt: expected"), "{cut:#x}: {said}");
+        let printed = refusal(&short, None);
+        assert!(
+            printed.contains("is corrupt: expected"),
+            "{cut:#x}: {printed}"
+        );
     }
 }
 
@@ -159,12 +163,12 @@ fn a_vhdx_with_a_damaged_identifier_does_not_pass_for_raw() {
         .unwrap()
         .write_all_at(b"VHDX", 0)
         .unwrap();
-    let said = refusal(&path, None);
+    let printed = refusal(&path, None);
     assert!(
-        said.starts_with("VHDX file identifier at file offset 0x0 is corrupt"),
-        "{said}"
+        printed.starts_with("VHDX file identifier at file offset 0x0 is corrupt"),
+        "{printed}"
     );
-    // Who says that it is raw is believed.
+    // A format that is given as raw is taken without a check.
     storage::open(
         &path,
         &OpenOptions {
@@ -203,17 +207,21 @@ fn a_container_that_peers_made_does_not_pass_for_raw() {
                 run("qemu-img", &options);
             }
         }
-        let said = refusal(&path, None);
+        let printed = refusal(&path, None);
         assert!(
-            said.contains(name) && said.contains(&format!("`{program}")),
-            "{said}"
+            printed.contains(name) && printed.contains(&format!("`{program}")),
+            "{printed}"
         );
         if program != "coppice disk convert" {
             let refused = storage::foreign::open(&path, None).err().unwrap();
-            let said = report::chain(&refused).to_string();
-            assert!(said.contains(name) && said.contains(program), "{said}");
+            let printed = report::chain(&refused).to_string();
+            assert!(
+                printed.contains(name) && printed.contains(program),
+                "{printed}"
+            );
         }
-        // Who says that it is raw is believed, also for a source of a length that a disk cannot have.
+        // A format that is given as raw is taken without a check, also for a source of a length that a disk cannot
+        // have.
         storage::foreign::open(&path, Some(storage::foreign::SourceFormat::Raw)).unwrap();
     }
 }

@@ -9,8 +9,8 @@ use crate::guest;
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios;
 
-/// Ends the lab's host when a scenario hangs, after a word of the kernel on what its CPUs and blocked tasks do. Each message starts
-/// the time anew, and says how long it is.
+/// Ends the lab's host when a scenario hangs, after its kernel has printed what CPUs and blocked tasks do. Each message
+/// restarts the time limit, and has its length.
 fn watch() -> Sender<Duration> {
     let (alive, lives) = mpsc::channel();
     std::thread::spawn(move || {
@@ -25,7 +25,7 @@ fn watch() -> Sender<Duration> {
         println!(
             "lab: the scenario has not ended after {limit:?}; the lab's host says why and ends"
         );
-        // All messages to the console, backtraces of the CPUs, blocked tasks, sync, power off.
+        // The keys of sysrq: all messages to the console, backtraces of the CPUs, blocked tasks, sync, power off.
         for key in ["8", "l", "w", "s", "o"] {
             let _ = fs::write("/proc/sysrq-trigger", key);
             std::thread::sleep(Duration::from_secs(3));
@@ -34,7 +34,7 @@ fn watch() -> Sender<Duration> {
     alive
 }
 
-/// Runs the plan, and writes each result as soon as it is there.
+/// Runs the plan, and writes each result as soon as a scenario has ended.
 pub fn run() -> Result<(), Failure> {
     let plan = fs::read("plan.json").map_err(Failure::io("read plan.json"))?;
     let plan: Plan = serde_json::from_slice(&plan)?;
@@ -44,7 +44,7 @@ pub fn run() -> Result<(), Failure> {
         .filter(|scenario| plan.scenarios.iter().any(|name| name == scenario.name))
     {
         println!("lab: {}", scenario.name);
-        // Without a watch nothing would be lost but the report.
+        // If the watching thread has ended, only its report is missing.
         let _ = alive.send(scenario.limit);
         let out = Path::new("out").join(scenario.name);
         fs::create_dir_all(&out).map_err(Failure::io("make the scenario's folder"))?;

@@ -1,4 +1,4 @@
-//! A client of the REST socket, as small as the tests need: one request a connection.
+//! A small client of the REST socket, with one request for each connection.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::result::Failure;
 
-/// Sends a request; returns the status code and the body as it came.
+/// Sends a request; returns the status code and the body as text.
 pub fn request_text(
     socket: &Path,
     method: &str,
@@ -61,7 +61,7 @@ pub fn request(
     Ok((status, body))
 }
 
-/// Sends a request that has to be answered 204 or 200.
+/// Sends a request whose response has to be 204 or 200.
 pub fn expect_ok(socket: &Path, method: &str, path: &str, body: &Value) -> Result<Value, Failure> {
     match request(socket, method, path, body)? {
         (200 | 204, body) => Ok(body),

@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 
-use crate::growing::Growing;
+use crate::output::OutputBuffer;
 use crate::result::Failure;
 
-/// Longest wait for anything a guest does; it is emulated twice over.
+/// The longest wait for anything that a guest does. Guests are slow here, because the host that runs them is emulated.
 const PATIENCE: Duration = Duration::from_mins(3);
 
-/// What every guest is told, so that its console shows what the lab waits for.
+/// The words on the command line of every guest, so that its console shows the lines that the lab waits for.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
-/// Where Coppice keeps unpacked kernels in the lab: on its disk, as on a server.
+/// The cache of unpacked kernels in the lab, which is on its disk, as on a server.
 pub const KERNEL_CACHE: &str = "/mnt/cache";
 
 /// How to start a guest.
@@ -29,7 +29,7 @@ pub struct Start {
 }
 
 impl Start {
-    /// Coppice with a kernel and an initrd.
+    /// Starts Coppice with a kernel and an initrd.
     pub fn new() -> Self {
         let args = [
             "run",
@@ -48,7 +48,7 @@ impl Start {
         }
     }
 
-    /// A program that waits to be configured, or is configured by a file.
+    /// Starts Coppice without arguments for a guest: it waits to be configured, or has a configuration file.
     pub fn bare(args: &[&str]) -> Self {
         let args = std::iter::once("run")
             .chain(args.iter().copied())
@@ -62,9 +62,10 @@ impl Start {
         }
     }
 
-    /// QEMU's smallest machine, on the same kernel (unpacked, as Coppice boots it) and initrd, with a disk: what Coppice is measured beside.
+    /// Starts the peer that Coppice is compared with: QEMU's smallest machine, with the same kernel (unpacked, as
+    /// Coppice boots it) and initrd, and a disk.
     pub fn peer(kernel: &Path, disk: &str) -> Self {
-        // It comes with its libraries; the lab's host has none.
+        // The peer brings its libraries, because the lab's host has none.
         let args = "--library-path peer/lib peer/qemu -L peer/share \
                     -M microvm,accel=kvm,acpi=on -cpu host -smp 1 -m 128 -nodefaults -no-user-config -nographic \
                     -name peer,debug-threads=on -serial stdio -initrd guest/initrd.cpio.gz \
@@ -81,25 +82,25 @@ impl Start {
         }
     }
 
-    /// More arguments.
+    /// Adds arguments.
     pub fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().copied().map(str::to_owned));
         self
     }
 
-    /// More of a command line.
+    /// Adds words to the kernel command line.
     pub fn cmdline(mut self, more: &str) -> Self {
         self.cmdline = format!("{} {more}", self.cmdline);
         self
     }
 
-    /// What the guest runs; it powers off afterwards.
+    /// Sets the script that the guest runs before it powers off.
     pub fn script(self, script: &str) -> Self {
         let word = script_word(script);
         self.cmdline(&word)
     }
 
-    /// Starts it.
+    /// Starts the guest.
     pub fn spawn(mut self) -> Result<Guest, Failure> {
         if !self.cmdline.is_empty() {
             self.args
@@ -113,7 +114,10 @@ impl Start {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(Failure::io("start coppice"))?;
-        let (console, log) = (Arc::<Growing>::default(), Arc::<Growing>::default());
+        let (console, log) = (
+            Arc::<OutputBuffer>::default(),
+            Arc::<OutputBuffer>::default(),
+        );
         if let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) {
             console.follow(stdout.into())?;
             log.follow(stderr.into())?;
@@ -127,7 +131,7 @@ impl Start {
     }
 }
 
-/// `coppice.sh=` with the script.
+/// The word of the command line with the script: `coppice.sh=`.
 pub fn script_word(script: &str) -> String {
     format!(
         "coppice.sh={}",
@@ -135,11 +139,11 @@ pub fn script_word(script: &str) -> String {
     )
 }
 
-/// A started guest; killed when dropped.
+/// A started guest, which is killed when this is dropped.
 pub struct Guest {
     child: Child,
-    console: Arc<Growing>,
-    log: Arc<Growing>,
+    console: Arc<OutputBuffer>,
+    log: Arc<OutputBuffer>,
     started: Instant,
 }
 
@@ -149,7 +153,7 @@ impl Guest {
         self.wait_since(self.started, text)
     }
 
-    /// As [`Guest::wait_for`], of a guest that has been there for long.
+    /// As [`Guest::wait_for`], with patience from now on, for a guest that was started long ago.
     pub fn wait_from_now(&self, text: &str) -> Result<Duration, Failure> {
         self.wait_since(Instant::now(), text)
     }
@@ -171,12 +175,12 @@ impl Guest {
         Ok(self.started.elapsed())
     }
 
-    /// What the console has shown.
+    /// The text of the console so far.
     pub fn console(&self) -> String {
         self.console.text()
     }
 
-    /// The rest of the first whole console line that starts with `prefix`.
+    /// The rest of the first complete console line that starts with `prefix`.
     pub fn line(&self, prefix: &str) -> Result<String, Failure> {
         let console = self.console();
         let line = console
@@ -209,7 +213,7 @@ impl Guest {
         Path::new("/proc").join(self.child.id().to_string())
     }
 
-    /// Waits for the VMM's end, and for the rest of what it wrote; `None` where it goes on for longer than `patience`.
+    /// Waits for the VMM's end, and for the rest of its output; `None` where it runs longer than `patience`.
     pub fn try_exit(&mut self, patience: Duration) -> Result<Option<ExitStatus>, Failure> {
         let begun = Instant::now();
         loop {
@@ -225,7 +229,7 @@ impl Guest {
         }
     }
 
-    /// Waits for the VMM's end, and for the rest of what it wrote.
+    /// Waits for the VMM's end, and for the rest of its output.
     pub fn wait(&mut self) -> Result<ExitStatus, Failure> {
         let left = PATIENCE.saturating_sub(self.started.elapsed());
         match self.try_exit(left)? {
@@ -256,7 +260,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         REPORTS
@@ -269,7 +273,7 @@ impl Drop for Guest {
 /// Reports of the guests that have ended since the last [`take_reports`].
 static REPORTS: Mutex<String> = Mutex::new(String::new());
 
-/// Takes what the guests of a scenario have shown.
+/// Takes the console and log of all guests of a scenario.
 pub fn take_reports() -> String {
     std::mem::take(&mut *REPORTS.lock().unwrap_or_else(PoisonError::into_inner))
 }

@@ -1,4 +1,5 @@
-//! This machine's part: builds what goes into the lab, boots it, and checks what comes out.
+//! The part of the lab that runs on this machine: it builds the lab's disk, boots the lab's host, and checks the
+//! results.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -15,14 +16,14 @@ use crate::programs::{TARGET, command, workspace};
 use crate::result::{Failure, Figures, Outcome, Plan};
 use crate::scenarios::{self, Kind, Machine, Scenario};
 
-/// Least size of the lab disk, beside what is put on it.
+/// The room on the lab disk beside the files that are put on it, in bytes.
 const SPARE: u64 = 768 << 20;
-/// A host that does not name another scenario for so long is stuck: longer than the agent's own limit.
+/// A host is stuck if it does not name another scenario for so long. It is longer than the agent's own limit.
 const STALL: Duration = Duration::from_mins(6);
-/// Hosts that may be booted one after the other for the same scenarios. A scenario that fails is not run again, but one whose emulated host is
-/// lost under it is, with those behind it. Every host that is lost is told.
+/// How many hosts may be booted one after the other for the same scenarios. A scenario that fails is not run again. One
+/// whose emulated host crashes or hangs is run again, together with those after it. Every lost host is reported.
 const HOSTS: usize = 3;
-/// Hosts that may run side by side.
+/// How many hosts may run at the same time.
 const LANES: usize = 2;
 
 /// Runs the scenarios whose names start with one of `names`; true where all passed.
@@ -71,7 +72,7 @@ pub fn run(
             }
         });
     }
-    // A lane that could not go on has left no word of its scenarios.
+    // A lane that has failed has no results for the rest of its scenarios.
     for scenario in &chosen {
         if !outcomes.iter().any(|outcome| outcome.name == scenario.name) {
             outcomes.push(judge(scenario, &lab.join("out")));
@@ -112,7 +113,7 @@ pub fn run(
     Ok(failed == 0)
 }
 
-/// How many hosts run side by side, each with one processor: what is measured has the machine for itself.
+/// How many hosts run at the same time, each with one processor. A measurement has the machine for itself.
 fn lanes(chosen: &[&Scenario]) -> usize {
     let tests_alone = chosen.iter().all(|scenario| scenario.kind == Kind::Test);
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
@@ -156,7 +157,7 @@ fn run_hosts(
     outcomes
 }
 
-/// Boots a host with `memory` MiB for `scenarios`, and brings out what they left.
+/// Boots a host with `memory` MiB for `scenarios`, and copies their files from its disk.
 fn run_host(
     root: &Path,
     own: &Path,
@@ -166,12 +167,12 @@ fn run_host(
 ) -> Result<(), Failure> {
     fs::create_dir_all(own).map_err(Failure::io(own.display().to_string()))?;
     for scenario in scenarios {
-        // What an earlier run, or a host that was lost, has left of it.
+        // An earlier run or a lost host may have left files.
         let _ = fs::remove_dir_all(out.join(scenario.name));
     }
     let disk = make_disk(root, own, scenarios)?;
     let booted = boot(root, &disk, memory, machine);
-    // A host that was cut off leaves its results in the journal.
+    // The results of a lost host may be only in the journal of the file system.
     let _ = Command::new("e2fsck").arg("-p").arg(&disk).output();
     fs::create_dir_all(out).map_err(Failure::io(out.display().to_string()))?;
     for scenario in scenarios {
@@ -206,7 +207,7 @@ fn choose(names: &[String]) -> Result<Vec<&'static Scenario>, Failure> {
             ));
         }
     }
-    // A whole name is that scenario's alone, also where others begin with it.
+    // A complete name selects that scenario alone, even if other names begin with it.
     let is_whole = |name: &String| scenarios::ALL.iter().any(|scenario| scenario.name == name);
     let wanted = |scenario: &&Scenario| {
         names.iter().any(|name| {
@@ -216,7 +217,7 @@ fn choose(names: &[String]) -> Result<Vec<&'static Scenario>, Failure> {
     Ok(scenarios::ALL.iter().filter(wanted).collect())
 }
 
-/// Static binaries: they run in a host that has no libraries.
+/// Builds static binaries, as the lab's host has no libraries.
 fn build(root: &Path) -> Result<(), Failure> {
     let mut cargo = Command::new("cargo");
     cargo
@@ -310,7 +311,7 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     Ok(disk)
 }
 
-/// A disk for a guest, with fio on it.
+/// Makes a disk for a guest, with fio on it.
 fn fio_disk(lab: &Path) -> Result<PathBuf, Failure> {
     let tree = lab.join("fio");
     let _ = fs::remove_dir_all(&tree);
@@ -337,14 +338,15 @@ fn fio_disk(lab: &Path) -> Result<PathBuf, Failure> {
 fn boot(root: &Path, disk: &Path, memory: u32, machine: Machine) -> Result<(), Failure> {
     let guest = root.join("target/guest");
     let emulator = root.join("target/emulator");
-    // It comes with its libraries, and this machine's may be older.
+    // The emulator brings its libraries, because this machine's may be older.
     let mut qemu = Command::new(emulator.join("lib/ld-linux-x86-64.so.2"));
     qemu.arg("--library-path").arg(emulator.join("lib"));
     qemu.arg(emulator.join("qemu"));
     for firmware in ["share/qemu", "share/seabios"] {
         qemu.arg("-L").arg(emulator.join(firmware));
     }
-    // With more processors, their threads spoil each other's translations of nested guests' memory now and then.
+    // With more processors, threads of the emulator sometimes invalidate each other's translations of nested guests'
+    // memory wrongly.
     qemu.args([
         "-accel",
         "tcg,thread=multi",
@@ -357,7 +359,8 @@ fn boot(root: &Path, disk: &Path, memory: u32, machine: Machine) -> Result<(), F
         "none",
         "-no-reboot",
     ]);
-    // TCG does not tell KVM when a guest sets XCR0, so that a guest with XSAVE complains: it does without.
+    // TCG has no intercept for a guest that sets XCR0, so that a guest with XSAVE reports errors: the lab's guests have
+    // no XSAVE.
     qemu.args(["-cpu", "EPYC,+svm,+npt,-xsave,-avx,-avx2,-f16c,-fma"]);
     qemu.arg("-kernel").arg(guest.join("vmlinuz"));
     qemu.arg("-initrd").arg(guest.join("host-initrd.cpio.gz"));
@@ -368,7 +371,7 @@ fn boot(root: &Path, disk: &Path, memory: u32, machine: Machine) -> Result<(), F
     ]);
     if machine == Machine::Systemd {
         let root = guest.join("machine.raw");
-        // What is installed there is forgotten.
+        // With snapshot=on, changes of this disk are dropped at the end.
         let drive = format!("file={},if=virtio,format=raw,snapshot=on", root.display());
         qemu.args(["-drive", &drive]);
     }
@@ -427,7 +430,7 @@ fn boot(root: &Path, disk: &Path, memory: u32, machine: Machine) -> Result<(), F
     }
 }
 
-/// The agent's result, with this machine's own check.
+/// The agent's result, after this machine's own check.
 fn judge(scenario: &Scenario, out: &Path) -> Outcome {
     let folder = out.join(scenario.name);
     let outcome = fs::read(folder.join("outcome.json"))

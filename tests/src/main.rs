@@ -6,13 +6,13 @@
 //!      └── boots L1, checks the disks afterwards    └── runs the scenarios, writes results and logs to the lab disk
 //! ```
 //!
-//! Times under emulation say something only as ratios within one run.
+//! Times under emulation have a meaning only as ratios within one run.
 
 mod agent;
 mod api;
-mod growing;
 mod guest;
 mod host;
+mod output;
 #[allow(
     clippy::unwrap_used,
     reason = "it is one of tests, which may end where they fail"
@@ -39,7 +39,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Names the scenarios.
+    /// Lists the scenarios.
     List,
     /// Runs scenarios, by default all tests.
     Run {
@@ -48,10 +48,10 @@ enum Command {
         /// Writes the results as JSON.
         #[arg(long)]
         json: Option<PathBuf>,
-        /// Where the lab's disk, its host's log and what came out go; by default target/lab.
+        /// The folder for the lab's disk, its host's log and the results; by default target/lab.
         #[arg(long)]
         folder: Option<PathBuf>,
-        /// Shows each scenario's output, also where it passed.
+        /// Shows each scenario's output, even if it has passed.
         #[arg(long)]
         verbose: bool,
     },

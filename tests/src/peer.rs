@@ -1,5 +1,5 @@
-//! Programs of Debian that benchmarks need where there is no Debian, taken from this machine together with their libraries: QEMU with its
-//! microvm machine, the peer, and fio.
+//! Programs of Debian that benchmarks need in the lab's host, which is no Debian: they are copied from this machine
+//! together with their libraries. They are the peer, QEMU with its microvm machine, and fio.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,10 +9,10 @@ use crate::result::Failure;
 const BINARY: &str = "/usr/bin/qemu-system-x86_64-microvm";
 const FIO: &str = "/usr/bin/fio";
 const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
-/// What it reads: firmware, and the code that enters a PVH kernel.
+/// The files that QEMU reads: firmware, and the code that enters a PVH kernel.
 const SHARED: [&str; 3] = ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin"];
 
-/// Its files on this machine, and where they go on the lab disk.
+/// The peer's files on this machine, and their paths on the lab disk.
 pub fn files() -> Result<Vec<(PathBuf, String)>, Failure> {
     let mut files = vec![(PathBuf::from(BINARY), "peer/qemu".to_owned())];
     for name in SHARED {
@@ -25,14 +25,14 @@ pub fn files() -> Result<Vec<(PathBuf, String)>, Failure> {
     Ok(files)
 }
 
-/// fio's files on this machine, and where they go on a disk of its own.
+/// fio's files on this machine, and their paths on a disk of its own.
 pub fn fio() -> Result<Vec<(PathBuf, String)>, Failure> {
     let mut files = vec![(PathBuf::from(FIO), "fio".to_owned())];
     files.extend(libraries(FIO, "lib")?);
     Ok(files)
 }
 
-/// The libraries of a program, and the loader that is told of their folder.
+/// The libraries of a program, and the loader, which gets the path of their folder.
 fn libraries(program: &str, folder: &str) -> Result<Vec<(PathBuf, String)>, Failure> {
     let output = Command::new(LOADER)
         .args(["--list", program])
@@ -45,7 +45,7 @@ fn libraries(program: &str, folder: &str) -> Result<Vec<(PathBuf, String)>, Fail
         ));
     }
     let list = String::from_utf8_lossy(&output.stdout).into_owned();
-    // Lines are `name => path (address)`, and the loader without an arrow.
+    // Lines are `name => path (address)`; the line of the loader has no arrow.
     let mut files: Vec<(PathBuf, String)> = list
         .lines()
         .filter_map(|line| line.split_once(" => "))

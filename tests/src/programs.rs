@@ -1,5 +1,5 @@
-//! The sources and the programs of this machine: Coppice as it was built for the lab, and what looks at a disk that a guest has
-//! written.
+//! The sources and the programs of this machine: Coppice as it was built for the lab, and programs that check a disk
+//! that a guest has written.
 
 use std::borrow::BorrowMut;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use crate::result::Failure;
 
-/// What the lab's programs are built for.
+/// The target that the lab's programs are built for.
 pub const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// The root of the sources.
@@ -18,7 +18,7 @@ pub fn workspace() -> PathBuf {
         .to_owned()
 }
 
-/// Runs a command whose failure is the lab's.
+/// Runs a command whose failure is a failure of the lab.
 pub fn command(mut command: impl BorrowMut<Command>) -> Result<(), Failure> {
     let command = command.borrow_mut();
     let output = command
@@ -45,7 +45,7 @@ pub fn coppice(arguments: &[&str]) -> Result<(), Failure> {
     command(Command::new(program).args(arguments))
 }
 
-/// `qemu-img check` finds nothing, and the disk converts to raw.
+/// Checks a disk by `qemu-img check`, and converts it to raw.
 pub fn to_raw(vhdx: &Path) -> Result<PathBuf, Failure> {
     command(
         Command::new("qemu-img")
@@ -61,12 +61,12 @@ pub fn to_raw(vhdx: &Path) -> Result<PathBuf, Failure> {
     Ok(raw)
 }
 
-/// `e2fsck` finds nothing, in a file system that was unmounted.
+/// Checks by `e2fsck` a file system that was unmounted.
 pub fn fsck_clean(raw: &Path) -> Result<(), Failure> {
     command(Command::new("e2fsck").arg("-fn").arg(raw))
 }
 
-/// `e2fsck` finds nothing once it has replayed the journal, in a file system that was cut off.
+/// Replays the journal of a file system that was cut off, and checks it by `e2fsck`.
 pub fn fsck_after_replay(raw: &Path) -> Result<(), Failure> {
     // The first run replays the journal; it exits with 1 for that.
     let replay = Command::new("e2fsck")
@@ -83,7 +83,7 @@ pub fn fsck_after_replay(raw: &Path) -> Result<(), Failure> {
     fsck_clean(raw)
 }
 
-/// The MD5 of a file in the file system, as `md5sum` says it.
+/// The MD5 of a file in the file system, as `md5sum` prints it.
 pub fn md5_of(raw: &Path, file: &str) -> Result<String, Failure> {
     let copy = raw.with_extension("file");
     command(

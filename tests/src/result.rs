@@ -1,4 +1,4 @@
-//! What a scenario came to.
+//! The result of a scenario.
 
 use std::collections::BTreeMap;
 
@@ -10,29 +10,29 @@ pub type Figures = BTreeMap<String, serde_json::Value>;
 /// Why a scenario failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// Something that the scenario claims does not hold.
+    /// A claim of the scenario does not hold.
     #[error("{0}")]
     Claim(String),
-    /// The machine did not do its part.
+    /// An operation of the host failed.
     #[error("{what}")]
     Io {
         /// What was tried.
         what: String,
-        /// What the machine said.
+        /// The host's error.
         source: std::io::Error,
     },
-    /// JSON that is none.
+    /// A text is not JSON of the expected form.
     #[error("JSON")]
     Json(#[from] serde_json::Error),
 }
 
 impl Failure {
-    /// A broken claim.
+    /// Fails with a claim that does not hold.
     pub fn claim<T>(claim: impl Into<String>) -> Result<T, Self> {
         Err(Self::Claim(claim.into()))
     }
 
-    /// Names what was tried.
+    /// Adds what was tried to an error of the host.
     pub fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
         let what = what.into();
         move |source| Self::Io { what, source }
@@ -54,7 +54,7 @@ pub struct Outcome {
     pub log: String,
 }
 
-/// What the agent is to do.
+/// The plan for the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Plan {
     /// Scenarios in order.

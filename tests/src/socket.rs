@@ -1,4 +1,5 @@
-//! What a guest does with its vsock device: the lab's own binary is copied into it, for busybox has no such sockets.
+//! The tasks of a guest with its vsock device. The lab's own program is copied into the guest, because busybox has no
+//! vsock.
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -11,29 +12,29 @@ use crate::result::Failure;
 /// Bytes that are moved at once.
 const CHUNK: usize = 64 << 10;
 
-/// What the guest is to do.
+/// A task of the guest.
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub enum Task {
-    /// Says its own identifier.
+    /// Prints the guest's CID.
     Cid,
-    /// Answers one connection with how much came, and its sum.
+    /// Accepts one connection, and responds with the length and sum of the data.
     Sink {
         /// The port.
         port: u32,
     },
-    /// Sends so many bytes to a port of the host, and says what is answered.
+    /// Sends so many bytes to a port of the host, and prints the response.
     Send {
         /// The port.
         port: u32,
         /// The bytes.
         bytes: u64,
     },
-    /// Connects to a port of the host, and waits for the end of that.
+    /// Connects to a port of the host, and waits until the connection ends.
     Hold {
         /// The port.
         port: u32,
     },
-    /// Says a string of the metadata.
+    /// Prints a string of the metadata.
     Get {
         /// Its path.
         #[arg(value_parser = path)]
@@ -41,23 +42,23 @@ pub enum Task {
     },
 }
 
-/// A task is told once, and then the program ends.
+/// Parses a path. It is leaked, as a program has one task and then ends.
 #[allow(clippy::unnecessary_wraps, reason = "the shape of a value parser")]
 fn path(text: &str) -> Result<&'static str, std::convert::Infallible> {
     Ok(String::leak(text.to_owned()))
 }
 
-/// Bytes that differ from place to place, from `place` on.
+/// Fills a chunk with bytes that depend on their offsets, of which `place` is the first.
 fn fill(chunk: &mut [u8], place: u64) {
     for (byte, place) in chunk.iter_mut().zip(place..) {
         *byte = (place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8;
     }
 }
 
-/// Length and sum (FNV-1a) of all that comes.
+/// Reads to the end, and returns length and sum (FNV-1a) of the data.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn sum(mut from: impl Read) -> std::io::Result<String> {
     let (mut len, mut sum) = (0u64, 0xcbf2_9ce4_8422_2325_u64);
     let mut chunk = vec![0; CHUNK];
@@ -73,10 +74,10 @@ pub fn sum(mut from: impl Read) -> std::io::Result<String> {
     }
 }
 
-/// Sends the first `len` bytes of what [`sum_of`] is of.
+/// Sends the first `len` bytes of the data that [`sum_of`] is computed for.
 ///
 /// # Errors
-/// What the host says.
+/// The host's error.
 pub fn send(mut to: impl Write, len: u64) -> std::io::Result<()> {
     let mut chunk = vec![0; CHUNK];
     let mut sent = 0;
@@ -89,10 +90,10 @@ pub fn send(mut to: impl Write, len: u64) -> std::io::Result<()> {
     Ok(())
 }
 
-/// What the other side is to answer to so many bytes.
+/// The response that is expected for so many bytes.
 ///
 /// # Errors
-/// None: memory takes all.
+/// None, as the data are written to memory.
 pub fn sum_of(len: u64) -> std::io::Result<String> {
     let mut bytes = Vec::new();
     send(&mut bytes, len)?;
@@ -103,10 +104,10 @@ fn connect(port: u32) -> std::io::Result<VsockStream> {
     VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port)
 }
 
-/// Does it, in the guest. What it has to say goes to the console.
+/// Runs a task in the guest. The result is printed on the console.
 ///
 /// # Errors
-/// What the guest's kernel says.
+/// The error of the guest's kernel.
 pub fn run(task: Task) -> Result<(), Failure> {
     let failed = Failure::io(format!("{task:?}"));
     let done = || -> std::io::Result<String> {

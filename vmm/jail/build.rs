@@ -1,4 +1,5 @@
-//! Compiles the seccomp policies of `resources/seccomp` into tables of BPF instructions, so that no guest process parses any.
+//! Compiles the seccomp policies of `resources/seccomp` into tables of BPF instructions, so that no guest process
+//! parses any.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -83,7 +84,7 @@ fn write_table(
     writeln!(source, "];")
 }
 
-/// By number, with an empty name for a number that no system call has.
+/// Writes the names of system calls by number. A number that no system call has gets an empty name.
 fn write_names(source: &mut String, text: &str) -> Result<(), Box<dyn Error>> {
     let mut names = BTreeMap::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {

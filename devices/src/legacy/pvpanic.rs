@@ -45,7 +45,7 @@ mod tests {
     use crate::legacy::recorder;
 
     #[test]
-    fn a_write_of_the_panicked_bit_is_told_and_nothing_else() {
+    fn a_write_of_the_panicked_bit_is_reported_and_nothing_else() {
         let (sink, events) = recorder();
         let mut device = Pvpanic::new(sink);
         let mut data = [0];

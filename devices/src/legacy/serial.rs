@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn input_interrupts_fills_the_buffer_and_its_end_is_told() {
+    fn input_interrupts_fills_the_buffer_and_its_end_is_reported() {
         let (mut port, console, _reader, irqfd, drained) = port();
         port.write(INTERRUPT_ENABLE, &[1]);
         let accepted = console.input(&[b'x'; 1000]);

@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn buffers_are_filled_and_the_driver_is_told() {
+    fn buffers_are_filled_and_the_driver_is_notified() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
         let ring = MockSplitQueue::new(&memory, 16);
         ring.build_desc_chain(&[RawDescriptor::from(Descriptor::new(0x8_0000, 64, WRITE, 0))])

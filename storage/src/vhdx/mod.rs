@@ -1,9 +1,10 @@
 //! VHDX, the virtual disk format of [MS-VHDX] 8.0: fixed, dynamic and differencing disks.
 //!
-//! A module a chapter of the specification: `header`, `region`, `metadata`, `locator`, `log`, `bat`, `bitmap`, and `format` for
-//! all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
-//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `state` is what they share, with
-//! `pages`, `space` and `in_flight` in it. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`, `check` and `repair` are operations on whole disks.
+//! A module a chapter of the specification: `header`, `region`, `metadata`, `locator`, `log`, `bat`, `bitmap`, and
+//! `format` for all that lies on disk. `view` shows the file as it is after log replay; `open` and `create` tie them
+//! together. `disk` resolves ranges, `write` changes blocks, `commit` makes that durable; `state` is what they share,
+//! with `pages`, `space` and `in_flight` in it. `amend` changes metadata; `resize`, `compact`, `merge`, `snapshot`,
+//! `check` and `repair` are operations on whole disks.
 //!
 #![doc = include_str!("../../../docs/design/vhdx.md")]
 

@@ -1,7 +1,7 @@
 //! What the requests to an open file share, and why one of them has to wait.
 //!
-//! [`State`] is under a lock that is held for lines and never over I/O. [`Commit`] is under another, which is taken first and
-//! held over the I/O that makes changes durable.
+//! [`State`] is under a lock that is held for lines and never over I/O. [`Commit`] is under another, which is taken
+//! first and held over the I/O that makes changes durable.
 
 use std::collections::HashMap;
 use std::ops::Range;

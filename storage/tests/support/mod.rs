@@ -75,7 +75,7 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Runs a peer and fails the test where it is missing or says no.
+/// Runs a peer, and fails the test where it is missing or fails.
 pub fn run(program: &str, args: &[&str]) -> String {
     let output = output(program, args);
     assert!(
@@ -86,7 +86,7 @@ pub fn run(program: &str, args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Runs a peer and gives what it said.
+/// Runs a peer, and returns its output.
 pub fn output(program: &str, args: &[&str]) -> Output {
     Command::new(program)
         .args(args)
@@ -94,7 +94,7 @@ pub fn output(program: &str, args: &[&str]) -> Output {
         .unwrap_or_else(|e| panic!("{program} has to be installed (Debian: qemu-utils): {e}"))
 }
 
-/// What a peer said, in words.
+/// The exit code and output of a peer, as text.
 pub fn describe(output: &Output) -> String {
     format!(
         "{}\n{}{}",
@@ -121,12 +121,12 @@ pub fn qemu_io(path: &Path, commands: &[&str]) -> String {
         args.extend(["-c", command]);
     }
     args.push(arg(path));
-    let said = run("qemu-io", &args);
-    assert!(!said.contains("failed"), "{said}");
-    said
+    let printed = run("qemu-io", &args);
+    assert!(!printed.contains("failed"), "{printed}");
+    printed
 }
 
-/// What the current header of a VHDX says: its log identifier.
+/// The log identifier in the current header of a VHDX.
 pub fn log_guid(path: &Path) -> [u8; 16] {
     let bytes = std::fs::File::open(path).unwrap();
     let header = |offset: u64| {

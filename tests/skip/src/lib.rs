@@ -1,7 +1,7 @@
-//! Lets a test say that it cannot run on this machine.
+//! Lets a test report that it cannot run on this machine.
 //!
-//! The harness knows a test that passed and one that failed. A test that returns early because the host forbids what it
-//! is about would count as passed, and what it prints is thrown away with the output of all that pass. So it also
+//! The harness only knows tests that passed and tests that failed. A test that returns early because the host forbids
+//! what it tests would count as passed, and its output is dropped like that of all tests that pass. So the test also
 //! writes a line to the file that `COPPICE_SKIPPED` names; `make unit` prints that file's lines, and their number, when
 //! all tests have ended.
 
@@ -19,7 +19,7 @@ const FILE: &str = "COPPICE_SKIPPED";
 ///
 /// # Panics
 ///
-/// If the file of `COPPICE_SKIPPED` cannot be written: the test would pass in silence.
+/// If the file of `COPPICE_SKIPPED` cannot be written, because otherwise the test would pass without a report.
 pub fn because(reason: &str) {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
@@ -35,7 +35,7 @@ pub fn because(reason: &str) {
 }
 
 /// Whether this process is root's. Where it is not, records that the calling test does not run, as it has to become
-/// others.
+/// other users.
 pub fn unless_root() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
@@ -44,7 +44,8 @@ pub fn unless_root() -> bool {
     is_root
 }
 
-/// Whether a process can have mounts of its own. Where it cannot, records that the calling test does not run.
+/// Whether a process can have a mount namespace of its own. Where it cannot, records that the calling test does not
+/// run.
 pub fn unless_own_mounts() -> bool {
     let folder = std::env::temp_dir();
     let mount = Command::new("unshare")
@@ -61,13 +62,13 @@ pub fn unless_own_mounts() -> bool {
 }
 
 fn line(binary: &str, test: &str, reason: &str) -> String {
-    // One line for each test, whatever an error's text has in it.
+    // Each test has one line, even if the text of an error has several.
     let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ");
     format!("{binary} {test}: {reason}\n")
 }
 
 fn append(path: &OsStr, line: &str) {
-    // Tests are processes and threads of one run: with O_APPEND and one write, their lines do not mix.
+    // Tests run at the same time, in processes and threads. With O_APPEND and one write, their lines do not mix.
     File::options()
         .append(true)
         .create(true)
@@ -106,7 +107,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "/nowhere/skipped")]
-    fn a_test_that_cannot_say_that_it_does_not_run_fails() {
+    fn a_test_that_cannot_report_that_it_does_not_run_fails() {
         append(OsStr::new("/nowhere/skipped"), "serve a: no root\n");
     }
 

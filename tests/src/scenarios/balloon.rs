@@ -1,4 +1,4 @@
-//! Memory that guests give back.
+//! Scenarios of the balloon: memory that guests give back.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,20 +10,21 @@ use crate::api::{expect_ok, request};
 use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
-/// For what a guest does in its own time, such as telling of free pages.
+/// How long a guest may take for work that it does when it likes, such as reporting free pages.
 const PATIENCE: Duration = Duration::from_mins(2);
-/// For a guest to tell of what else is free.
-const SETTLE: Duration = Duration::from_secs(10);
+/// How long a guest gets to report the rest of its free pages.
+const REPORTING_TIME: Duration = Duration::from_secs(10);
 const MIB: u64 = 1024;
 
-/// Puts 40 MiB of text into a file and says when; frees them when told to, and says so too.
+/// A script that writes 40 MiB of text to a file, and frees them after a line on the console. It prints a word after
+/// each step.
 const FILL_AND_FREE: &str = "mount -t tmpfs -o size=90% files /mnt; yes coppice | head -c 40m >/mnt/file; echo FILLED; \
                              read word; rm /mnt/file; echo FREED; read word; ";
-/// Writes them again, and says whether they are what was written.
+/// A script that writes them again, and prints whether they read as written.
 const FILL_AGAIN: &str = "sum=$(yes coppice | head -c 40m | tee /mnt/file | md5sum); \
                           [ \"$(md5sum </mnt/file)\" = \"$sum\" ] && echo SAME; sleep 1; ";
 
-/// Anonymous memory of the VMM in KiB: guest RAM that the host has given, and little else.
+/// Anonymous memory of the VMM in KiB: guest RAM that is present, and little else.
 fn anonymous(guest: &Guest) -> Result<u64, Failure> {
     let path = guest.proc().join("smaps_rollup");
     let text = fs::read_to_string(&path).map_err(Failure::io(path.display().to_string()))?;
@@ -34,7 +35,7 @@ fn anonymous(guest: &Guest) -> Result<u64, Failure> {
     kib.ok_or_else(|| Failure::Claim(format!("smaps_rollup: {text}")))
 }
 
-/// Looks again and again until there is a result.
+/// Calls a function repeatedly until it has a result.
 fn until<T>(
     claim: &str,
     mut look: impl FnMut() -> Result<Option<T>, Failure>,
@@ -51,13 +52,13 @@ fn until<T>(
     }
 }
 
-/// A guest with a balloon, and its socket.
-struct Ballooned {
+/// A guest with a balloon, and its REST socket.
+struct BalloonGuest {
     guest: Guest,
     socket: PathBuf,
 }
 
-impl Ballooned {
+impl BalloonGuest {
     fn start(name: &str, balloon: &str, script: &str) -> Result<Self, Failure> {
         let socket = PathBuf::from(format!("/tmp/{name}.sock"));
         let path = socket.to_string_lossy().into_owned();
@@ -74,7 +75,7 @@ impl Ballooned {
         expect_ok(&self.socket, "GET", "/balloon/statistics", &Value::Null)
     }
 
-    /// Asks for a balloon of so many MiB, and waits until the guest has it.
+    /// Sets the size of the balloon in MiB, and waits until the guest has reached it.
     fn resize(&self, mib: u64) -> Result<(), Failure> {
         self.patch("/balloon", &json!({"amount_mib": mib}))?;
         until(&format!("a balloon of {mib} MiB"), || {
@@ -83,7 +84,8 @@ impl Ballooned {
         })
     }
 
-    /// Waits until the host has at least `mib` MiB less in the guest than `before`; what it has, and how long that took.
+    /// Waits until the VMM has at least `mib` MiB less anonymous memory than `before`. Returns what it has, and how
+    /// long that took.
     fn wait_for_return(&self, before: u64, mib: u64) -> Result<(u64, Duration), Failure> {
         let started = Instant::now();
         let mut now = before;
@@ -100,25 +102,25 @@ impl Ballooned {
         }
     }
 
-    fn go_on(&mut self) -> Result<(), Failure> {
+    fn continue_script(&mut self) -> Result<(), Failure> {
         self.guest.type_in("go\n")
     }
 }
 
-/// Pages in the balloon are the host's; after it is deflated the guest uses them as before.
+/// Pages in the balloon are given back to the host. After the balloon is deflated, the guest uses them as before.
 pub fn inflate_and_deflate(_: &Path) -> Result<Figures, Failure> {
     let keep = "head -c 4m /dev/urandom >/keep; kept=$(md5sum </keep); ";
     let check = "[ \"$(md5sum </keep)\" = \"$kept\" ] && echo KEPT";
     let script = format!("{keep}{FILL_AND_FREE}{FILL_AGAIN}{check}");
-    let mut vm = Ballooned::start("inflate", ",stats=1", &script)?;
+    let mut vm = BalloonGuest::start("inflate", ",stats=1", &script)?;
     vm.guest.wait_for("FILLED")?;
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.wait_for("FREED")?;
     let before = anonymous(&vm.guest)?;
     vm.resize(40)?;
     let (inflated, _) = vm.wait_for_return(before, 30)?;
     vm.resize(0)?;
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.wait_for("SAME")?;
     vm.guest.wait_for("KEPT")?;
     vm.guest.expect_exit(0)?;
@@ -128,37 +130,37 @@ pub fn inflate_and_deflate(_: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
-/// Nobody asks: Linux tells of its free pages.
+/// Linux reports its free pages without a request.
 pub fn reporting(_: &Path) -> Result<Figures, Failure> {
     let script = format!("{FILL_AND_FREE}{FILL_AGAIN}");
-    let mut vm = Ballooned::start("report", "reporting", &script)?;
+    let mut vm = BalloonGuest::start("report", "reporting", &script)?;
     vm.guest.wait_for("FILLED")?;
     let filled = anonymous(&vm.guest)?;
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.wait_for("FREED")?;
     let (freed, took) = vm.wait_for_return(filled, 38)?;
-    std::thread::sleep(SETTLE);
-    let settled = anonymous(&vm.guest)?;
-    vm.go_on()?;
+    std::thread::sleep(REPORTING_TIME);
+    let later = anonymous(&vm.guest)?;
+    vm.continue_script()?;
     vm.guest.wait_for("SAME")?;
     vm.guest.expect_exit(0)?;
     Ok(Figures::from([
         ("anonymous_kib_with_40_mib_written".into(), json!(filled)),
         ("anonymous_kib_after_they_were_freed".into(), json!(freed)),
         ("seconds".into(), json!(took.as_secs_f64())),
-        ("anonymous_kib_10_s_later".into(), json!(settled)),
+        ("anonymous_kib_10_s_later".into(), json!(later)),
     ]))
 }
 
-/// Runs of hinting while the guest uses its memory.
+/// How many runs of hinting are started while the guest uses its memory.
 const RUNS: u32 = 100;
 
-/// The host asks for free memory, and goes on asking while the guest uses what it has just given: nothing of that is lost.
+/// The host starts runs of hinting while the guest uses pages that it has just reported as free, and no data are lost.
 pub fn hinting(_: &Path) -> Result<Figures, Failure> {
     let script = format!("{FILL_AND_FREE}{FILL_AGAIN}");
-    let mut vm = Ballooned::start("hint", "hinting", &script)?;
+    let mut vm = BalloonGuest::start("hint", "hinting", &script)?;
     vm.guest.wait_for("FILLED")?;
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.wait_for("FREED")?;
     let before = anonymous(&vm.guest)?;
     let mut after = before;
@@ -172,10 +174,10 @@ pub fn hinting(_: &Path) -> Result<Figures, Failure> {
             after = vm.wait_for_return(before, 16)?.0;
         }
     }
-    vm.go_on()?;
+    vm.continue_script()?;
     let mut runs = 0;
     until("the guest finds what it has written", || {
-        // Not for ever: where there is one processor, each run takes it from the guest.
+        // The number of runs is limited, because with one processor each run takes it from the guest.
         if runs < RUNS {
             vm.patch("/balloon/hinting/start", &Value::Null)?;
             runs += 1;
@@ -190,19 +192,19 @@ pub fn hinting(_: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
-/// A guest that needs what is in the balloon takes it.
+/// A guest that runs out of memory takes pages out of the balloon.
 pub fn deflate_on_oom(_: &Path) -> Result<Figures, Failure> {
     let script = "echo READY; read word; dd if=/dev/zero of=/dev/null bs=48M count=1 && echo SURVIVED; read word";
-    let mut vm = Ballooned::start("oom", ",deflate-on-oom,stats=1", script)?;
+    let mut vm = BalloonGuest::start("oom", ",deflate-on-oom,stats=1", script)?;
     vm.guest.wait_for("READY")?;
     vm.resize(48)?;
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.wait_for("SURVIVED")?;
     let actual = until("what is left in the balloon", || {
         let actual = vm.statistics()?["actual_mib"].as_u64();
         Ok(actual.filter(|actual| *actual < 48))
     })?;
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.expect_exit(0)?;
     let console = vm.guest.console();
     if console.contains("Out of memory") || console.contains("oom-kill") {
@@ -214,10 +216,10 @@ pub fn deflate_on_oom(_: &Path) -> Result<Figures, Failure> {
     )]))
 }
 
-/// What the guest says of its memory follows what it does with it.
+/// The statistics of the guest follow its use of memory.
 pub fn statistics(_: &Path) -> Result<Figures, Failure> {
     let script = format!("echo READY; read word; {FILL_AND_FREE}");
-    let mut vm = Ballooned::start("stats", ",stats=1", &script)?;
+    let mut vm = BalloonGuest::start("stats", ",stats=1", &script)?;
     vm.guest.wait_for("READY")?;
     let before = until("the first statistics", || {
         let statistics = vm.statistics()?;
@@ -228,7 +230,7 @@ pub fn statistics(_: &Path) -> Result<Figures, Failure> {
     if !(64..=128).contains(&total) || !(1..total).contains(&free) {
         return Failure::claim(format!("in a guest of 128 MiB: {before}"));
     }
-    vm.go_on()?;
+    vm.continue_script()?;
     vm.guest.wait_for("FILLED")?;
     let interval = json!({"stats_polling_interval_s": 2});
     vm.patch("/balloon/statistics", &interval)?;
@@ -242,8 +244,8 @@ pub fn statistics(_: &Path) -> Result<Figures, Failure> {
     if status != 400 {
         return Failure::claim(format!("to turn statistics off is answered {status}"));
     }
-    vm.go_on()?;
-    vm.go_on()?;
+    vm.continue_script()?;
+    vm.continue_script()?;
     vm.guest.expect_exit(0)?;
     Ok(Figures::from([
         ("before".into(), before),

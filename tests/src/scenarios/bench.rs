@@ -1,4 +1,4 @@
-//! Figures, beside a peer's, and a look at four guests.
+//! Figures of Coppice and a peer, and the demo with four guests.
 
 use std::fs;
 use std::path::Path;
@@ -12,24 +12,24 @@ use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
 const GUEST_KIB: u64 = 128 << 10;
-/// Boots of each VMM, one after the other.
+/// How often each VMM boots.
 const BOOTS: usize = 5;
 const IDLE: &str = "mount -o ro /dev/vda /mnt; echo IDLE; sleep 100000";
-/// For a guest to come to rest after its boot.
-const SETTLE: Duration = Duration::from_secs(5);
-/// For which wake-ups are counted.
+/// How long a guest idles after its boot, before it is measured.
+const IDLE_TIME: Duration = Duration::from_secs(5);
+/// How long wake-ups are counted.
 const OBSERVE: Duration = Duration::from_secs(10);
 
 fn read(path: &Path) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(Failure::io(path.display().to_string()))
 }
 
-/// What a VMM's process holds, in KiB.
+/// The memory of a VMM's process, in KiB.
 #[derive(Default)]
 struct Memory {
-    /// Of guest RAM, in the host's memory.
+    /// Resident guest RAM.
     ram: u64,
-    /// Private to the process, beside guest RAM.
+    /// Private memory beside guest RAM.
     beside: u64,
 }
 
@@ -70,8 +70,8 @@ fn mappings(smaps: &str) -> Vec<Mapping> {
 }
 
 impl Memory {
-    /// From `smaps`. Guest RAM is a run of mappings that is as long, as what is shared cuts it in pieces, and of those the one that is used most:
-    /// an allocator can have reserved as much.
+    /// Reads `smaps`. Guest RAM is a run of adjacent mappings of its size, because sharing cuts it in pieces. Of
+    /// several such runs it is the one that is used most: an allocator may have reserved as much.
     fn of(guest: &Guest) -> Result<Self, Failure> {
         let mappings = mappings(&read(&guest.proc().join("smaps"))?);
         let all: u64 = mappings.iter().map(|mapping| mapping.private).sum();
@@ -94,7 +94,7 @@ impl Memory {
     }
 }
 
-/// Wake-ups so far of the threads of a VMM, by its folder in `/proc`: of vCPUs, and of all others.
+/// Wake-ups so far of the threads of a VMM, by its folder in `/proc`: of vCPUs, and of all other threads.
 pub fn wake_ups(process: &Path) -> Result<(u64, u64), Failure> {
     let (mut vcpus, mut others) = (0, 0);
     let tasks = fs::read_dir(process.join("task")).map_err(Failure::io("read the threads"))?;
@@ -107,7 +107,7 @@ pub fn wake_ups(process: &Path) -> Result<(u64, u64), Failure> {
         let count: u64 = count
             .and_then(|count| count.trim().parse().ok())
             .unwrap_or(0);
-        // Coppice's names, and QEMU's.
+        // These are the names of vCPU threads of Coppice and of QEMU.
         if name.starts_with("vcpu") || name.starts_with("CPU ") {
             vcpus += count;
         } else {
@@ -122,7 +122,7 @@ pub fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// A VMM under measurement.
+/// A VMM that is measured.
 struct Candidate {
     name: &'static str,
     start: fn() -> Result<Guest, Failure>,
@@ -149,12 +149,12 @@ impl Candidate {
         Ok(())
     }
 
-    fn rest(self, out: &Path) -> Result<Figures, Failure> {
-        // Two, so that pages of the program count as what they are: shared.
+    fn measure_idle(self, out: &Path) -> Result<Figures, Failure> {
+        // Two guests run, so that pages of the program count as shared.
         let (guest, other) = ((self.start)()?, (self.start)()?);
         guest.wait_for("IDLE")?;
         other.wait_for("IDLE")?;
-        std::thread::sleep(SETTLE);
+        std::thread::sleep(IDLE_TIME);
         let before = wake_ups(&guest.proc())?;
         std::thread::sleep(OBSERVE);
         let after = wake_ups(&guest.proc())?;
@@ -197,7 +197,7 @@ fn peer() -> Result<Guest, Failure> {
         .spawn()
 }
 
-/// Boot times, each VMM alone and in turns; then memory and wake-ups of idle guests.
+/// Measures boot times, each VMM alone and in turns, and then memory and wake-ups of idle guests.
 pub fn bench(out: &Path) -> Result<Figures, Failure> {
     let mut candidates = [
         Candidate::new("coppice", coppice),
@@ -207,7 +207,7 @@ pub fn bench(out: &Path) -> Result<Figures, Failure> {
     in_turns(&mut candidates)?;
     let mut figures = Figures::new();
     for candidate in candidates {
-        let (name, measured) = (candidate.name, candidate.rest(out)?);
+        let (name, measured) = (candidate.name, candidate.measure_idle(out)?);
         for (what, value) in &measured {
             println!("lab: {name}: {what} {value}");
         }
@@ -216,7 +216,8 @@ pub fn bench(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// What sharing costs a boot: each way alone and in turns, as ratios to a guest that shares nothing.
+/// Measures the boot times of each mode of sharing, alone and in turns, as ratios to those of a guest that shares
+/// nothing.
 pub fn boots(_: &Path) -> Result<Figures, Failure> {
     let mut candidates = [
         Candidate::new("off", || shared("off")),
@@ -228,7 +229,7 @@ pub fn boots(_: &Path) -> Result<Figures, Failure> {
     let [off, others @ ..] = candidates;
     let mut figures = Figures::new();
     for other in others {
-        // Of pairs, as the machine's speed drifts.
+        // Ratios are of pairs of boots, because the machine's speed drifts.
         let ratios = off
             .starts
             .iter()
@@ -246,7 +247,7 @@ pub fn boots(_: &Path) -> Result<Figures, Failure> {
 }
 
 fn in_turns(candidates: &mut [Candidate]) -> Result<(), Failure> {
-    // The first boot unpacks the kernel into the cache, and has its reference image made.
+    // A first boot, which is not measured, unpacks the kernel into the cache, and has its reference image made.
     coppice()?.wait_for("IDLE")?;
     let warmed = Command::new("./coppice")
         .args(["image", "warm", "--kernel", "guest/vmlinuz"])
@@ -263,7 +264,7 @@ fn in_turns(candidates: &mut [Candidate]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// fio in a guest, on a VHDX and on a raw disk that hold the same, through the same virtio-blk; in turns.
+/// Runs fio in a guest, in turns on a VHDX and on a raw disk with the same content, through the same virtio-blk.
 pub fn disks(out: &Path) -> Result<Figures, Failure> {
     const MIB: usize = 1 << 20;
     const SIZE: usize = 64;
@@ -284,7 +285,7 @@ pub fn disks(out: &Path) -> Result<Figures, Failure> {
         ("read_64k_qd32", "read 64k 32"),
         ("write_64k_qd32", "write 64k 32"),
     ];
-    // The eighth and the forty-ninth field of terse output are the rates of reads and writes.
+    // The 8th and the 49th field of fio's terse output are the rates of reads and writes.
     let mut script = "mount -o ro /dev/vda /mnt; L=/mnt/lib; f() { for r in 0 1 2; do for d in vdb vdc; do \
         echo FIO $1 $d $r $($L/ld-linux-x86-64.so.2 --library-path $L /mnt/fio --name=x --filename=/dev/$d --direct=1 \
         --ioengine=libaio --runtime=3 --time_based --rw=$2 --bs=$3 --iodepth=$4 --minimal | cut -d';' -f8,49) END; done; done; }"
@@ -330,7 +331,7 @@ pub fn disks(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// Four guests on one base, each at its own prompt.
+/// Boots four guests from one base disk, each to a prompt.
 pub fn demo(_: &Path) -> Result<Figures, Failure> {
     let script = "mount -o ro /dev/vda /mnt && echo \"GUEST $(uname -r), $(nproc) CPU, $(md5sum /mnt/bin/busybox)\"; echo SHOWN; sleep 100000";
     let start = || {

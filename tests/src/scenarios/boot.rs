@@ -1,4 +1,4 @@
-//! Kernels, CPUs and memory.
+//! Scenarios of the boot: kernels, CPUs and memory.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,19 +25,19 @@ fn to_a_shell(disk: &str) -> Result<Figures, Failure> {
     )]))
 }
 
-/// Guest seconds at the first line of its first process.
+/// The uptime in seconds at the first line of the guest's first process.
 pub fn uptime(guest: &Guest) -> Result<f64, Failure> {
     let line = guest.line("COPPICE-INIT uptime=")?;
     line.parse()
         .or_else(|_| Failure::claim(format!("uptime {line:?}")))
 }
 
-/// The lab's first scenario.
+/// Boots from a VHDX.
 pub fn userspace_from_vhdx(_: &Path) -> Result<Figures, Failure> {
     to_a_shell("guest/root.vhdx,ro")
 }
 
-/// The same from a raw file, read-write.
+/// Boots from a raw file, read-write.
 pub fn userspace_from_raw(out: &Path) -> Result<Figures, Failure> {
     let disk = out.join("root.raw");
     fs::copy("guest/root.raw", &disk).map_err(Failure::io("copy root.raw"))?;
@@ -46,7 +46,7 @@ pub fn userspace_from_raw(out: &Path) -> Result<Figures, Failure> {
     figures
 }
 
-/// PVH, 64-bit and bzImage entries; the ELF is what the first boot unpacked.
+/// Boots by the PVH, 64-bit and bzImage entries. The ELF is the kernel that the first boot has unpacked.
 pub fn every_protocol(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     for (kernel, protocol) in [
@@ -96,7 +96,7 @@ pub fn unpacked() -> Result<PathBuf, Failure> {
         .ok_or_else(|| Failure::Claim("the kernel cache holds no kernel".into()))
 }
 
-/// The guest has as many CPUs as it was given.
+/// The guest has as many CPUs as configured.
 pub fn cpus(_: &Path) -> Result<Figures, Failure> {
     for cpus in ["1", "2", "4"] {
         let script = "echo CPUS $(nproc) $(grep -c ^processor /proc/cpuinfo) $(cat /sys/devices/system/cpu/online)";
@@ -119,7 +119,7 @@ pub fn cpus(_: &Path) -> Result<Figures, Failure> {
     Ok(Figures::new())
 }
 
-/// RAM on both sides of the hole.
+/// The guest has RAM on both sides of the hole.
 pub fn memory_beyond_4_gib(_: &Path) -> Result<Figures, Failure> {
     let script = "grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem | tail -1";
     let mut guest = Start::new().args(&["--mem", "5G"]).script(script).spawn()?;
@@ -135,7 +135,7 @@ pub fn memory_beyond_4_gib(_: &Path) -> Result<Figures, Failure> {
     Ok(Figures::from([("mem_total_kib".into(), json!(kib))]))
 }
 
-/// Eight guests at once on one file, none of them alone.
+/// Eight guests run at the same time on one disk file.
 pub fn eight_guests(_: &Path) -> Result<Figures, Failure> {
     let script = "mount -o ro /dev/vda /mnt && md5sum /mnt/bin/busybox && echo DONE && sleep 3";
     let guests: Result<Vec<_>, _> = (0..8)

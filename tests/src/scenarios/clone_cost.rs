@@ -12,19 +12,20 @@ use serde_json::json;
 
 use super::memory::{available, mib_each, newer_mmu};
 use super::serve::{Daemon, guest_processes};
-use super::snapshot::SETTLE;
+use super::snapshot::IDLE_TIME;
 use crate::result::{Failure, Figures};
 
 const CLONES: u32 = 24;
 const PAGE: u64 = 4096;
-/// A clone is looked at for what is again as in its template for a minute.
-const REST: Duration = Duration::from_secs(70);
+/// The wait before clones are examined: the merger compares a clone's pages with the template's for a minute.
+const COMPARE_TIME: Duration = Duration::from_secs(70);
 
 fn read(path: impl AsRef<Path>) -> Result<String, Failure> {
     fs::read_to_string(path.as_ref()).map_err(Failure::io(&path.as_ref().display().to_string()))
 }
 
-/// KiB of the host's kernel by kind (`/proc/meminfo`), and of its slabs by name (`/proc/slabinfo`: pages that they hold).
+/// KiB of the host's kernel by kind (`/proc/meminfo`), and of its slabs by name (`/proc/slabinfo`: pages that they
+/// hold).
 fn kernel() -> Result<BTreeMap<String, i64>, Failure> {
     let mut found = BTreeMap::new();
     for line in read("/proc/meminfo")?.lines() {
@@ -33,7 +34,7 @@ fn kernel() -> Result<BTreeMap<String, i64>, Failure> {
             found.insert(name.to_owned(), kib.unwrap_or(0));
         }
     }
-    // 0xffff-0xffff bytes caller pages=n ...: a page of it is no memory.
+    // Lines are `0xffff-0xffff bytes caller pages=n ...`. One of the pages is a guard page without memory.
     for line in read("/proc/vmallocinfo")?.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
         let pages = words.iter().find_map(|word| word.strip_prefix("pages="));
@@ -46,7 +47,8 @@ fn kernel() -> Result<BTreeMap<String, i64>, Failure> {
     for task in tasks()? {
         *found.entry(format!("stack of {task}")).or_insert(0) += 16;
     }
-    // name active_objs num_objs objsize objperslab pagesperslab : tunables ... : slabdata active_slabs num_slabs sharedavail
+    // Lines are `name active_objs num_objs objsize objperslab pagesperslab : tunables ... : slabdata active_slabs
+    // num_slabs sharedavail`.
     for line in read("/proc/slabinfo")?.lines().skip(2) {
         let words: Vec<&str> = line.split_whitespace().collect();
         let number = |at: usize| words.get(at).and_then(|n| n.parse::<i64>().ok());
@@ -57,7 +59,7 @@ fn kernel() -> Result<BTreeMap<String, i64>, Failure> {
     Ok(found)
 }
 
-/// Names of all threads, without numbers.
+/// The names of all threads, without numbers.
 fn tasks() -> Result<Vec<String>, Failure> {
     let failed = || Failure::io("list processes");
     let mut names = Vec::new();
@@ -68,7 +70,7 @@ fn tasks() -> Result<Vec<String>, Failure> {
             continue;
         }
         let threads = fs::read_dir(process.path().join("task"));
-        // What is no process, or has just ended.
+        // The entry is no process, or the process has just ended.
         for thread in threads.into_iter().flatten().flatten() {
             let name = fs::read_to_string(thread.path().join("comm")).unwrap_or_default();
             names.push(name.trim().replace(|c: char| c.is_ascii_digit(), ""));
@@ -77,7 +79,8 @@ fn tasks() -> Result<Vec<String>, Failure> {
     Ok(names)
 }
 
-/// What a mapping of a process holds: KiB of its own, and of its RAM, a hash of each own page by where it is.
+/// The memory of a process: private KiB by the name of the mapping, and a hash of each private page of its RAM by its
+/// offset.
 #[derive(Default)]
 struct Process {
     own: BTreeMap<String, i64>,
@@ -139,7 +142,7 @@ fn process(proc: &Path, template: &Path) -> Result<Process, Failure> {
                 .read_exact_at(&mut entry, at / PAGE * 8)
                 .map_err(failed())?;
             let entry = u64::from_ne_bytes(entry);
-            // Present, and not a page of a file (pagemap.rst: bits 63 and 61).
+            // Pages that are absent or a file's are skipped (pagemap.rst: bits 63 and 61).
             if entry >> 63 == 0 || entry >> 61 & 1 == 1 {
                 continue;
             }
@@ -157,12 +160,12 @@ fn process(proc: &Path, template: &Path) -> Result<Process, Failure> {
     Ok(found)
 }
 
-/// A further idle clone of the daemon's, taken apart.
+/// Explains the memory of a further idle clone of the daemon.
 pub fn explain(out: &Path) -> Result<Figures, Failure> {
     explain_with(out, &[])
 }
 
-/// The same without a jail, which peers are measured without.
+/// As [`explain`], without a jail, as peers have none.
 pub fn explain_unjailed(out: &Path) -> Result<Figures, Failure> {
     explain_with(out, &["--jail", "off"])
 }
@@ -171,17 +174,17 @@ fn explain_with(out: &Path, args: &[&str]) -> Result<Figures, Failure> {
     newer_mmu()?;
     let daemon = Daemon::start(out, &[&["--memory-ratio", "100"], args].concat())?;
     daemon.boot(out, "source")?;
-    // What a kernel puts off until after its boot is done once, in the template.
-    std::thread::sleep(SETTLE);
+    // The template waits for the work that a kernel does some time after its boot, so that clones need not do it.
+    std::thread::sleep(IDLE_TIME);
     daemon.template("t", "source")?;
     let others = guest_processes();
     daemon.clone_of("t", "c0")?;
-    std::thread::sleep(SETTLE);
+    std::thread::sleep(IDLE_TIME);
     let (before, had) = (available()?, kernel()?);
     for number in 1..=CLONES {
         daemon.clone_of("t", &format!("c{number}"))?;
     }
-    std::thread::sleep(REST);
+    std::thread::sleep(COMPARE_TIME);
     let (after, has) = (available()?, kernel()?);
     let mut text = format!(
         "{:8.1} KiB a further idle clone\n",

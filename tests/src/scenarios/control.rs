@@ -1,4 +1,4 @@
-//! Guests under the REST socket.
+//! Scenarios of the REST socket.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,8 +19,8 @@ fn ticks(guest: &Guest) -> usize {
     guest.console().matches("TICK").count()
 }
 
-/// Ticks once no more of what the guest wrote before its pause is on its way here, or after a while.
-fn settled_ticks(guest: &Guest) -> usize {
+/// The number of ticks, once all that the guest has written before its pause has been read, or after some time.
+fn final_ticks(guest: &Guest) -> usize {
     let mut before = ticks(guest);
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(500));
@@ -33,7 +33,7 @@ fn settled_ticks(guest: &Guest) -> usize {
     before
 }
 
-/// Waits until the socket answers.
+/// Waits until the REST socket responds.
 fn wait_for_api(socket: &Path) -> Result<Value, Failure> {
     for _ in 0..500 {
         if let Ok((200, info)) = request(socket, "GET", "/", &Value::Null) {
@@ -49,7 +49,7 @@ fn stop(guest: &mut Guest) -> Result<(), Failure> {
     guest.expect_exit(128 + 15)
 }
 
-/// A paused guest prints nothing; a resumed one goes on where it was.
+/// A paused guest prints nothing, and a resumed one goes on where it was.
 pub fn pause_and_resume(_: &Path) -> Result<Figures, Failure> {
     let socket = socket("pause");
     let args = [
@@ -68,7 +68,7 @@ pub fn pause_and_resume(_: &Path) -> Result<Figures, Failure> {
         if info["state"] != "Paused" {
             return Failure::claim(format!("a paused guest is {}", info["state"]));
         }
-        let before = settled_ticks(&guest);
+        let before = final_ticks(&guest);
         std::thread::sleep(Duration::from_secs(1));
         if ticks(&guest) != before {
             return Failure::claim("a paused guest went on");
@@ -84,7 +84,7 @@ pub fn pause_and_resume(_: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// Nothing on the command line but the socket.
+/// A guest is configured and started over REST, with only the socket on the command line.
 pub fn started_over_rest(_: &Path) -> Result<Figures, Failure> {
     let socket = socket("rest");
     let mut guest = Start::bare(&["--api-sock", &socket.to_string_lossy()]).spawn()?;
@@ -137,7 +137,7 @@ pub fn started_over_rest(_: &Path) -> Result<Figures, Failure> {
     )]))
 }
 
-/// How long the guest took to its first process, from its start on, which has told.
+/// How long the guest took from its start to its first process, which has written to the boot timer.
 fn boot_time(socket: &Path) -> Result<f64, Failure> {
     let (status, metrics) = request_text(socket, "GET", "/metrics", &Value::Null)?;
     let mut lines = metrics.lines();
@@ -148,7 +148,7 @@ fn boot_time(socket: &Path) -> Result<f64, Failure> {
     }
 }
 
-/// The kernel's keyboard driver sees the keys.
+/// The guest's keyboard driver gets Ctrl-Alt-Del.
 pub fn ctrl_alt_del(_: &Path) -> Result<Figures, Failure> {
     let socket = socket("keys");
     let script = "echo READY; while true; do sleep 1; done";
@@ -163,7 +163,7 @@ pub fn ctrl_alt_del(_: &Path) -> Result<Figures, Failure> {
         "/actions",
         &json!({"action_type": "SendCtrlAltDel"}),
     )?;
-    // The kernel's default for Ctrl-Alt-Del without an init that took it over is a reset.
+    // By default, the kernel resets at Ctrl-Alt-Del, unless an init process has requested a signal instead.
     guest.expect_exit(10)?;
     Ok(Figures::new())
 }

@@ -1,4 +1,4 @@
-//! `coppice bench density` in the lab's host: beside the peer, and whether its figures are sane.
+//! `coppice bench density` in the lab's host, for Coppice and the peer, and a check that its figures are plausible.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -14,15 +14,15 @@ use crate::result::{Failure, Figures};
 
 /// RAM in MiB of the host in which densities are measured.
 pub const MEMORY: u32 = 8192;
-/// Each guest that comes to rest is told meanwhile.
+/// The longest time of a measurement. Each guest that idles prints a line, which shows that it goes on.
 pub const LIMIT: Duration = Duration::from_mins(40);
 
-/// The peer comes with its libraries; the lab's host has none.
+/// The command of the peer, which brings its libraries, because the lab's host has none.
 const PEER: &str = "peer/lib/ld-linux-x86-64.so.2 --library-path peer/lib peer/qemu -L peer/share";
 const WORKLOADS: &str = "read";
-/// Seconds of rest before each reading: Linux takes some to tell of what it has freed.
-const SETTLE: &str = "10";
-/// What the scenarios' names begin with; the name of a configuration follows.
+/// How long guests idle before each reading: Linux takes some seconds to report free pages.
+const IDLE_SECONDS: &str = "10";
+/// The beginning of the scenarios' names; the name of a configuration follows.
 const PREFIX: &str = "density_";
 /// The scenarios that measure a configuration each.
 pub const ALL: [&str; 8] = [
@@ -38,8 +38,7 @@ pub const ALL: [&str; 8] = [
 /// The file that the benchmark's guests read.
 const DATA: &str = "/data/40M";
 
-/// Runs `coppice bench density` on the lab's guest; what it says on the way is shown as it comes. Its exit code decides, and its words are the
-/// failure.
+/// Runs `coppice bench density`, and shows its progress. If its exit code is not 0, its output is the failure.
 fn bench(arguments: &[&str]) -> Result<String, Failure> {
     let mut child = Command::new("./coppice")
         .args(["bench", "density", "--kernel", "guest/vmlinuz"])
@@ -75,7 +74,7 @@ fn bench(arguments: &[&str]) -> Result<String, Failure> {
     }
 }
 
-/// One configuration, by the name of the scenario: so that a host that is lost costs no other.
+/// Measures one configuration, which is in the scenario's name: if a host is lost, only that one is measured again.
 pub fn density(out: &Path) -> Result<Figures, Failure> {
     let name = out.file_name().unwrap_or_default().to_string_lossy();
     let configuration = name.trim_start_matches(PREFIX).replace('_', "-");
@@ -84,7 +83,7 @@ pub fn density(out: &Path) -> Result<Figures, Failure> {
         "--config",
         &configuration,
         "--settle",
-        SETTLE,
+        IDLE_SECONDS,
         "--out",
         &folder,
         "--disk",
@@ -106,7 +105,7 @@ fn result(folder: &Path) -> Result<Value, Failure> {
     Ok(serde_json::from_slice(&text)?)
 }
 
-/// MiB of each further guest, by workload.
+/// The MiB that each further guest takes, by workload.
 fn summary(report: &Value) -> Figures {
     let runs = report["runs"].as_array().into_iter().flatten();
     let figures = runs.map(|run| {
@@ -118,8 +117,8 @@ fn summary(report: &Value) -> Figures {
     figures.collect()
 }
 
-/// Draws on this machine what this and the other configurations came to, those of earlier runs of the lab included, into `density` beside the
-/// scenario's folder.
+/// Draws the results of all configurations, also those of earlier runs of the lab, into `density` beside the scenario's
+/// folder. This runs on this machine.
 pub fn draw(folder: &Path, _: &Figures) -> Result<(), Failure> {
     let out = folder.parent().unwrap_or(folder);
     let arguments = ALL
@@ -140,7 +139,7 @@ pub fn draw(folder: &Path, _: &Figures) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Two guests that read, and a disk on which there is not what they are to read.
+/// Measures two guests that read a file, and expects an error for a disk without that file.
 pub fn two_guests(out: &Path) -> Result<Figures, Failure> {
     let configuration = "share-off";
     let folder = out.to_string_lossy().into_owned();
@@ -161,7 +160,7 @@ pub fn two_guests(out: &Path) -> Result<Figures, Failure> {
         &folder,
     ];
     bench(&[common, measured].concat())?;
-    // Nothing is looked at but that each does its work, which the benchmark compares.
+    // Of these runs only the guests' work is checked, by the benchmark itself.
     let others = ["--workload", "idle,write", "--guests", "1", "--window", "0"];
     bench(
         &[
@@ -195,7 +194,7 @@ fn number(value: &Value, name: &str) -> Result<f64, Failure> {
         .ok_or_else(|| Failure::Claim(format!("no number {name} in {value}")))
 }
 
-/// Whether a figure is between what it cannot be less and what it cannot be more than.
+/// Checks that a figure is between two bounds.
 fn between(value: &Value, name: &str, least: f64, most: f64) -> Result<f64, Failure> {
     let found = number(value, name)?;
     if (least..=most).contains(&found) {
@@ -214,7 +213,8 @@ fn count(value: &Value, name: &str, expected: usize) -> Result<Vec<Value>, Failu
     }
 }
 
-/// The figures of two guests of 128 MiB that share nothing and hold 40 MiB of a file each, and the checksum by this machine's programs.
+/// Checks the figures of two guests of 128 MiB that share nothing and have read a file of 40 MiB each, and computes the
+/// checksum by this machine's programs.
 pub fn check_two_guests(folder: &Path, _: &Figures) -> Result<(), Failure> {
     const GUEST: f64 = 128.0 * 1024.0;
     const DATA_KIB: f64 = 40.0 * 1024.0;
@@ -254,7 +254,7 @@ pub fn check_two_guests(folder: &Path, _: &Figures) -> Result<(), Failure> {
         between(&guest, "idle_seconds", init, 180.0)?;
         between(&guest, "page_tables_kib", 100.0, 4096.0)?;
     }
-    // Beside it there are page tables, KVM's and the kernel's own.
+    // A guest also takes page tables, of KVM and of the host's kernel.
     between(
         run,
         "host_kib_per_guest",

@@ -1,4 +1,4 @@
-//! What guests do to disks, and what other programs find there.
+//! Scenarios of disks: what guests write, and what other programs find.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use crate::result::{Failure, Figures};
 
 const DISK: &str = "disk.vhdx";
 
-/// A copy of the base, in the folder that is brought out.
+/// Copies the base disk to the folder of results, which is checked on this machine.
 fn own_disk(out: &Path) -> Result<String, Failure> {
     let disk = out.join(DISK);
     fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
@@ -27,7 +27,7 @@ fn md5(guest: &Guest) -> Result<String, Failure> {
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
 }
 
-/// Writes through ext4, syncs, and powers off.
+/// A guest writes through ext4, syncs, and powers off.
 pub fn ext4_write(out: &Path) -> Result<Figures, Failure> {
     ext4_write_as(out, &[])
 }
@@ -45,7 +45,7 @@ pub fn ext4_write_as(out: &Path, more: &[&str]) -> Result<Figures, Failure> {
     Ok(Figures::from([("md5".into(), json!(md5(&guest)?))]))
 }
 
-/// QEMU, e2fsck and debugfs agree with what the guest says it wrote.
+/// QEMU, e2fsck and debugfs find the content that the guest has written.
 pub fn check_ext4_write(out: &Path, figures: &Figures) -> Result<(), Failure> {
     let raw = to_raw(&out.join(DISK))?;
     fsck_clean(&raw)?;
@@ -60,13 +60,13 @@ pub fn check_ext4_write(out: &Path, figures: &Figures) -> Result<(), Failure> {
     }
 }
 
-/// Bytes that the host holds for a file.
+/// The bytes that a file takes on the host.
 fn allocated(path: &str) -> Result<u64, Failure> {
     let metadata = fs::metadata(path).map_err(Failure::io("stat the disk"))?;
     Ok(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512)
 }
 
-/// Deletes a file and trims; another file stays what it was.
+/// A guest deletes a file and trims, and another file stays as it was.
 pub fn discard(out: &Path) -> Result<Figures, Failure> {
     let script = "mount /dev/vda /mnt && dd if=/dev/urandom of=/mnt/file bs=64k count=64 2>/dev/null \
                   && dd if=/dev/urandom of=/mnt/gone bs=64k count=256 2>/dev/null && sync && echo WRITTEN && read go \
@@ -95,7 +95,7 @@ pub fn discard(out: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
-/// The file that was not deleted is whole.
+/// The file that was not deleted is complete.
 pub fn check_discard(out: &Path, figures: &Figures) -> Result<(), Failure> {
     check_ext4_write(out, figures)
 }
@@ -160,7 +160,7 @@ pub fn online(out: &Path) -> Result<Figures, Failure> {
     for (number, left) in [(1, &top), (2, &base)] {
         put("commit", json!({}))?;
         let job = wait_for_job(&socket, "root")?;
-        // The parent is called as the child records it.
+        // The job names the parent as the child records it.
         let found = job["path_on_host"].as_str().map(Path::new);
         let same = found.is_some_and(|path| path.file_name() == Path::new(left).file_name());
         if job["state"] != "Done" || !same {
@@ -184,12 +184,12 @@ pub fn online(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// All that the guest wrote is on the base.
+/// All that the guest has written is on the base disk.
 pub fn check_online(out: &Path, figures: &Figures) -> Result<(), Failure> {
     check_ext4_write(out, figures)
 }
 
-/// The guest is told, and its writes fail.
+/// A guest with a read-only disk sees that it is read-only, and its writes fail.
 pub fn read_only(_: &Path) -> Result<Figures, Failure> {
     let script = "echo RO $(cat /sys/block/vda/ro); mount /dev/vda /mnt; touch /mnt/x && echo WROTE; \
                   dd if=/dev/zero of=/dev/vda bs=4k count=1 conv=fsync && echo WROTE; echo DONE";
@@ -206,7 +206,7 @@ pub fn read_only(_: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// Without `io_uring`, and on several queues.
+/// Writes by the worker thread instead of `io_uring`, and on several queues.
 pub fn worker_engine(out: &Path) -> Result<Figures, Failure> {
     let script = "mount /dev/vda /mnt && for i in 1 2 3 4; do dd if=/dev/urandom of=/mnt/$i bs=64k count=32 2>/dev/null & done; \
                   wait; sync; A=$(cat /mnt/[1-4] | md5sum); umount /mnt; mount /dev/vda /mnt; \
@@ -234,7 +234,7 @@ pub fn worker_engine(out: &Path) -> Result<Figures, Failure> {
     Ok(Figures::new())
 }
 
-/// Through `/dev/hwrng`.
+/// The guest reads random numbers from `/dev/hwrng`.
 pub fn entropy(out: &Path) -> Result<Figures, Failure> {
     let script =
         "cat /sys/class/misc/hw_random/rng_current; echo BYTES $(head -c 4096 /dev/hwrng | md5sum)";
@@ -262,7 +262,7 @@ pub fn entropy(out: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// A guest that writes for ever, and tells of each file it has synced.
+/// A guest that writes files in a loop, and prints a line for each file that it has synced.
 fn writing_guest(out: &Path) -> Result<Guest, Failure> {
     let script = "mount /dev/vda /mnt; i=0; while true; do i=$((i+1)); \
                   dd if=/dev/urandom of=/mnt/f$((i%8)) bs=64k count=16 conv=fsync 2>/dev/null; echo WROTE $i; done";
@@ -274,7 +274,7 @@ fn writing_guest(out: &Path) -> Result<Guest, Failure> {
     Ok(guest)
 }
 
-/// A clean end of the VMM, in the middle of what the guest does.
+/// SIGTERM ends the VMM in order, while the guest writes.
 pub fn sigterm(out: &Path) -> Result<Figures, Failure> {
     let mut guest = writing_guest(out)?;
     guest.signal(Signal::TERM)?;
@@ -282,12 +282,12 @@ pub fn sigterm(out: &Path) -> Result<Figures, Failure> {
     Ok(Figures::new())
 }
 
-/// No end at all: the log of the disk has to do.
+/// SIGKILL ends the VMM while the guest writes, so that the disk has to be recovered by its log.
 pub fn sigkill(out: &Path) -> Result<Figures, Failure> {
     let mut guest = writing_guest(out)?;
     guest.signal(Signal::KILL)?;
     guest.wait()?;
-    // Opened by a guest first, which replays the log of the disk.
+    // A guest opens the disk first, and thereby replays its log.
     let mut again = Start::new()
         .args(&["--disk", &out.join(DISK).display().to_string()])
         .script("mount /dev/vda /mnt && ls /mnt/f1 && echo OPENED; umount /mnt")
@@ -297,7 +297,7 @@ pub fn sigkill(out: &Path) -> Result<Figures, Failure> {
     Ok(Figures::new())
 }
 
-/// QEMU opens the disk, and the file system is whole after its journal's replay.
+/// QEMU opens the disk, and the file system has no errors after its journal is replayed.
 pub fn check_cut_off(out: &Path, _: &Figures) -> Result<(), Failure> {
     fsck_after_replay(&to_raw(&out.join(DISK))?)
 }

@@ -1,11 +1,11 @@
-//! How guests end.
+//! Scenarios of the ends of guests.
 
 use std::path::Path;
 
 use crate::guest::Start;
 use crate::result::{Failure, Figures};
 
-/// 0 power-off, 10 reset, 11 panic, 12 triple fault.
+/// The exit codes: 0 for power-off, 10 for a reset, 11 for a panic, 12 for a triple fault.
 pub fn exit_codes(_: &Path) -> Result<Figures, Failure> {
     for (cmdline, script, code) in [
         ("", "poweroff -f", 0),
@@ -18,7 +18,7 @@ pub fn exit_codes(_: &Path) -> Result<Figures, Failure> {
             Failure::Claim(format!("{cmdline} {script}: {}", report::chain(&failure)))
         })?;
     }
-    // A command line that says nothing of reboots: the ACPI and BIOS ways lead to a reset as well.
+    // Without `reboot=` on the command line, Linux resets by ACPI or the BIOS, which has to work as well.
     let cmdline = format!(
         "console=ttyS0 quiet {}",
         crate::guest::script_word("reboot -f")

@@ -1,4 +1,4 @@
-//! Guests whose processes are jailed.
+//! Scenarios of jailed guests.
 
 use std::fs;
 use std::path::Path;
@@ -10,10 +10,10 @@ use crate::api::expect_ok;
 use crate::guest::Start;
 use crate::result::{Failure, Figures};
 
-/// A user and a group of nobody else.
+/// The number of a user and a group that nobody else has.
 const USER: u32 = 4242;
 
-/// Layers that any host of the lab has.
+/// The layers that every host of the lab has.
 const LAYERS: [&str; 9] = [
     "mount_namespace",
     "net_namespace",
@@ -39,12 +39,13 @@ pub(super) fn expect_layers(report: &Value, more: &[&str]) -> Result<(), Failure
     }
 }
 
-/// A guest writes to its disk, in a jail without options.
+/// A guest in a jail without options writes to its disk.
 pub fn own_disk(out: &Path) -> Result<Figures, Failure> {
     ext4_write_as(out, &["--jail"])
 }
 
-/// A guest boots, shares and is asked about over REST, as a user of its own, with a kernel that root's cache holds.
+/// A guest whose process is a user of its own boots, shares memory and responds over REST. Its kernel is in root's
+/// cache.
 pub fn own_user(out: &Path) -> Result<Figures, Failure> {
     let socket = out.join("jail.sock");
     let jail = format!("uid={USER},gid={USER}");

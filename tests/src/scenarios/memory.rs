@@ -1,4 +1,4 @@
-//! What guests cost the lab's host.
+//! Measures the memory that guests take of the lab's host.
 
 use std::fs;
 
@@ -10,9 +10,10 @@ fn read(path: &str) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(Failure::io(path))
 }
 
-/// KiB that the lab's host could give to new guests, its page cache dropped. Pages that its CPUs keep at hand are free, too, and not in `MemAvailable`.
+/// Drops the page cache, and returns how many KiB the lab's host could give to new guests. Pages on the lists of its
+/// CPUs are free, too, and are not in `MemAvailable`.
 pub fn available() -> Result<u64, Failure> {
-    // What is still to be written cannot be dropped.
+    // Dirty pages cannot be dropped, so they are written first.
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").map_err(Failure::io("drop caches"))?;
     let (meminfo, zoneinfo) = (read("/proc/meminfo")?, read("/proc/zoneinfo")?);
@@ -30,14 +31,15 @@ pub fn available() -> Result<u64, Failure> {
     }
 }
 
-/// MiB that each of `count` guests takes, where so many KiB were available before and after.
+/// The MiB that each of `count` guests takes, by the KiB that were available before and after.
 pub fn mib_each(before: u64, after: u64, count: u32) -> f64 {
     let kib = before.cast_signed() - after.cast_signed();
     // The lab's hosts have less than 2 TiB.
     f64::from(i32::try_from(kib).unwrap_or(i32::MAX)) / 1024.0 / f64::from(count)
 }
 
-/// Has KVM of the lab's host use the MMU that it uses where nobody says otherwise: `guest/build.sh` says why the lab does.
+/// Has KVM of the lab's host use the MMU that is KVM's default. `guest/build.sh` explains why the lab otherwise uses
+/// the other one.
 pub fn newer_mmu() -> Result<(), Failure> {
     fs::write("/sys/module/kvm/parameters/tdp_mmu", "Y").map_err(Failure::io("choose the MMU"))
 }

@@ -1,4 +1,4 @@
-//! What the lab shows. A name is a claim.
+//! The scenarios of the lab. The name of a scenario is a claim.
 
 mod balloon;
 mod bench;
@@ -25,9 +25,9 @@ use std::time::Duration;
 
 use crate::result::{Failure, Figures};
 
-/// RAM in MiB of the lab's host, where a scenario needs no other.
+/// RAM in MiB of the lab's host, where a scenario does not need more.
 const MEMORY: u32 = 4096;
-/// A scenario that takes longer hangs, and with it perhaps the host.
+/// The longest time of a scenario. One that takes longer hangs, and its host may hang, too.
 pub const LIMIT: Duration = Duration::from_mins(5);
 
 /// When a scenario is run.
@@ -39,39 +39,40 @@ pub enum Kind {
     OnDemand,
 }
 
-/// What the lab's host is.
+/// The system on the lab's host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Machine {
     /// Nothing but the agent.
     Bare,
-    /// Debian with systemd, which starts the agent; Coppice's package is there, and not installed.
+    /// Debian with systemd, which starts the agent; Coppice's package is on the disk, and not installed.
     Systemd,
 }
 
-/// Runs in the lab's host; what it leaves in the folder is brought out.
-type Run = fn(&Path) -> Result<Figures, Failure>;
-/// Looks at what was brought out, and at what was measured.
+/// The part of a scenario that runs in the lab's host. The files that it leaves in the folder are copied to this
+/// machine.
+type Steps = fn(&Path) -> Result<Figures, Failure>;
+/// The part of a scenario that checks the copied files and the figures on this machine.
 type Check = fn(&Path, &Figures) -> Result<(), Failure>;
 
-/// A claim, how it is shown in the lab's host, and what this machine's programs say of what came out.
+/// A scenario: a claim, how it is shown in the lab's host, and how this machine's programs check the results.
 pub struct Scenario {
     /// The claim.
     pub name: &'static str,
     /// When it is run.
     pub kind: Kind,
-    /// Shows it.
-    pub run: Run,
-    /// Runs afterwards on this machine, with what was brought out.
+    /// Shows the claim.
+    pub run: Steps,
+    /// Checks the results on this machine, afterwards.
     pub check: Option<Check>,
     /// RAM in MiB of the host that it runs in.
     pub memory: u32,
-    /// What that host is.
+    /// The system on that host.
     pub machine: Machine,
     /// How long it may take.
     pub limit: Duration,
 }
 
-const fn test(name: &'static str, run: Run) -> Scenario {
+const fn test(name: &'static str, run: Steps) -> Scenario {
     Scenario {
         name,
         kind: Kind::Test,
@@ -83,7 +84,7 @@ const fn test(name: &'static str, run: Run) -> Scenario {
     }
 }
 
-const fn checked(name: &'static str, run: Run, check: Check) -> Scenario {
+const fn checked(name: &'static str, run: Steps, check: Check) -> Scenario {
     Scenario {
         name,
         kind: Kind::Test,
@@ -95,7 +96,7 @@ const fn checked(name: &'static str, run: Run, check: Check) -> Scenario {
     }
 }
 
-const fn on_demand(name: &'static str, run: Run) -> Scenario {
+const fn on_demand(name: &'static str, run: Steps) -> Scenario {
     Scenario {
         name,
         kind: Kind::OnDemand,
@@ -117,7 +118,7 @@ const fn density(name: &'static str) -> Scenario {
     }
 }
 
-/// Guests of one way to share, in a host with more time.
+/// Guests of one mode of sharing, in a host with more time.
 const fn soak(name: &'static str) -> Scenario {
     Scenario {
         limit: density::LIMIT,
@@ -125,7 +126,7 @@ const fn soak(name: &'static str) -> Scenario {
     }
 }
 
-/// All scenarios, in the order they run.
+/// All scenarios, in the order in which they run.
 pub const ALL: &[Scenario] = &[
     test(
         "boots_to_userspace_from_a_vhdx_made_by_qemu_img",

@@ -1,4 +1,4 @@
-//! What an operator installs: Coppice's package on a Debian with systemd, and guests of the service.
+//! The scenario of the package: an operator installs it on a Debian with systemd, and uses the service.
 
 use std::fs;
 use std::io::Write;
@@ -19,21 +19,21 @@ use crate::result::{Failure, Figures};
 const PATIENCE: Duration = Duration::from_mins(1);
 const SOCKET: &str = "/run/coppice/coppice.sock";
 const STATE: &str = "/var/lib/coppice";
-/// Where the operator has disks and kernels.
+/// The folder of the operator's disks and kernels.
 const FILES: &str = "/srv/guests";
 /// The control group of the guests' unit.
 const GUESTS: &str = "/sys/fs/cgroup/system.slice/coppice-guests.service/guests";
-/// Where the operator changes the unit.
+/// The folder of the operator's changes of the unit.
 const DROP_IN: &str = "/etc/systemd/system/coppice.service.d";
 /// The command line of the unit, for drop-ins.
 const SERVE: &str =
     "/usr/bin/coppice serve --socket /run/coppice/coppice.sock --state /var/lib/coppice";
-/// 128 MiB of RAM, 1/16 of that, and 64 MiB.
+/// The memory limit of a guest's group in bytes: 128 MiB of RAM, 1/16 of that, and 64 MiB.
 const MEMORY: &str = "209715200";
-/// `systemd-analyze security` of systemd 252 gives the unit 5.4 of 10, of which most is what a daemon of root's needs that has guests. It rises where a
-/// setting goes.
+/// `systemd-analyze security` of systemd 252 rates the unit 5.4 of 10, mostly for rights that a daemon of root's with
+/// guests needs. The number rises if a setting is removed.
 const EXPOSURE: &str = "--threshold=55";
-/// What the guests do: as they are told.
+/// The guests execute the lines that are typed on their consoles.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
 
 fn run(program: &str, args: &[&str]) -> Result<Output, Failure> {
@@ -41,8 +41,8 @@ fn run(program: &str, args: &[&str]) -> Result<Output, Failure> {
     output.map_err(Failure::io(program))
 }
 
-/// Runs what has to succeed; what it has written.
-fn ok(program: &str, args: &[&str]) -> Result<String, Failure> {
+/// Runs a command that has to succeed, and returns its output.
+fn run_ok(program: &str, args: &[&str]) -> Result<String, Failure> {
     let output = run(program, args)?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     if output.status.success() {
@@ -52,8 +52,8 @@ fn ok(program: &str, args: &[&str]) -> Result<String, Failure> {
     }
 }
 
-/// Runs what has to fail; what it has written.
-fn refused(program: &str, args: &[&str]) -> Result<String, Failure> {
+/// Runs a command that has to fail, and returns its output.
+fn run_refused(program: &str, args: &[&str]) -> Result<String, Failure> {
     let output = run(program, args)?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     if output.status.success() {
@@ -70,7 +70,7 @@ fn expect(status: u16, method: &str, path: &str, body: &Value) -> Result<Value, 
     }
 }
 
-fn same<T: PartialEq + std::fmt::Debug>(
+fn expect_equal<T: PartialEq + std::fmt::Debug>(
     what: &str,
     found: &T,
     expected: &T,
@@ -88,10 +88,10 @@ fn read(path: impl AsRef<Path>) -> Result<String, Failure> {
     Ok(text.trim().to_owned())
 }
 
-/// Owner and mode of a file.
-fn is(path: &str, uid: u32, mode: u32) -> Result<(), Failure> {
+/// Checks owner and mode of a file.
+fn expect_owner(path: &str, uid: u32, mode: u32) -> Result<(), Failure> {
     let metadata = fs::metadata(path).map_err(Failure::io(path))?;
-    same(
+    expect_equal(
         path,
         &(metadata.uid(), metadata.permissions().mode() & 0o7777),
         &(uid, mode),
@@ -110,7 +110,7 @@ fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool, Failure>) -> R
 }
 
 fn main_pid() -> Result<String, Failure> {
-    ok("systemctl", &["show", "-P", "MainPID", "coppice.service"])
+    run_ok("systemctl", &["show", "-P", "MainPID", "coppice.service"])
 }
 
 fn arguments<'a>(
@@ -137,7 +137,8 @@ fn arguments<'a>(
     ]
 }
 
-/// A guest of the operator's own disk, by the command line: the refusal tells to whom that has to be given.
+/// Makes a guest with the operator's own disk, by the command line. The first attempt is refused, and the refusal names
+/// the user that the disk has to be given to.
 fn create(name: &str, jailed: bool, restart: &str) -> Result<(), Failure> {
     println!("lab: {name} is created");
     let disk = format!("{FILES}/{name}.vhdx");
@@ -148,7 +149,7 @@ fn create(name: &str, jailed: bool, restart: &str) -> Result<(), Failure> {
     );
     let arguments = arguments(name, &disk, &cmdline, restart);
     if jailed {
-        let why = refused("coppice", &arguments)?;
+        let why = run_refused("coppice", &arguments)?;
         let user = why
             .split("user ")
             .nth(1)
@@ -160,19 +161,19 @@ fn create(name: &str, jailed: bool, restart: &str) -> Result<(), Failure> {
         };
         chown(&disk, Some(user), Some(user)).map_err(Failure::io(disk.as_str()))?;
     }
-    ok("coppice", &arguments)?;
+    run_ok("coppice", &arguments)?;
     console(Path::new(STATE), name, "", "READY")
 }
 
-/// The guest runs, as the process that it was, and answers.
-fn goes_on(name: &str, pid: &Value) -> Result<(), Failure> {
+/// Checks that the guest runs in the same process, and responds.
+fn expect_running(name: &str, pid: &Value) -> Result<(), Failure> {
     let vm = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?;
-    same(name, &(&vm["state"], &vm["pid"]), &(&json!("running"), pid))?;
+    expect_equal(name, &(&vm["state"], &vm["pid"]), &(&json!("running"), pid))?;
     console(Path::new(STATE), name, "echo STI''LL", "STILL")
 }
 
-/// What the unit says of the guest's process, the guest's process and the host say as well.
-fn is_confined(name: &str) -> Result<Value, Failure> {
+/// Checks that the guest's process is confined as the unit says, by its own report and by the host's files.
+fn expect_confined(name: &str) -> Result<Value, Failure> {
     let report = expect(200, "GET", &format!("/vms/{name}/vm/jail"), &Value::Null)?;
     expect_layers(
         &report,
@@ -181,7 +182,7 @@ fn is_confined(name: &str) -> Result<Value, Failure> {
     let pid = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?["pid"].clone();
     let number = pid.to_string();
     let group = Path::new(GUESTS).join(name);
-    same(
+    expect_equal(
         "memory.max",
         &read(group.join("memory.max"))?.as_str(),
         &MEMORY,
@@ -192,14 +193,14 @@ fn is_confined(name: &str) -> Result<Value, Failure> {
     }
     let daemon = main_pid()?;
     let own = read(format!("/proc/{daemon}/cgroup"))?;
-    same(
+    expect_equal(
         "the daemon's group",
         &own.as_str(),
         &"0::/system.slice/coppice.service",
     )?;
-    // The host would rather lose a guest than its own services.
+    // The kernel kills a guest before the daemon when memory is short (oom_score_adj).
     for (pid, score) in [(daemon, "-900"), (number, "0")] {
-        same(
+        expect_equal(
             "oom_score_adj",
             &read(format!("/proc/{pid}/oom_score_adj"))?.as_str(),
             &score,
@@ -208,35 +209,39 @@ fn is_confined(name: &str) -> Result<Value, Failure> {
     Ok(pid)
 }
 
-/// The service is there as the package says, and systemd finds nothing wrong with it.
-fn is_installed() -> Result<(), Failure> {
+/// Checks that the service is installed, and that systemd finds no error in its units.
+fn expect_installed() -> Result<(), Failure> {
     for (verb, expected) in [("is-active", "active"), ("is-enabled", "enabled")] {
-        same(
+        expect_equal(
             verb,
-            &ok("systemctl", &[verb, "coppice.service"])?.as_str(),
+            &run_ok("systemctl", &[verb, "coppice.service"])?.as_str(),
             &expected,
         )?;
     }
-    is(SOCKET, 0, 0o600)?;
-    is("/run/coppice", 0, 0o755)?;
-    is(STATE, 0, 0o700)?;
-    is("/usr/bin/coppice", 0, 0o755)?;
-    is("/usr/lib/systemd/system/coppice.service", 0, 0o644)?;
-    same("dpkg -V", &ok("dpkg", &["-V", "coppice"])?.as_str(), &"")?;
+    expect_owner(SOCKET, 0, 0o600)?;
+    expect_owner("/run/coppice", 0, 0o755)?;
+    expect_owner(STATE, 0, 0o700)?;
+    expect_owner("/usr/bin/coppice", 0, 0o755)?;
+    expect_owner("/usr/lib/systemd/system/coppice.service", 0, 0o644)?;
+    expect_equal(
+        "dpkg -V",
+        &run_ok("dpkg", &["-V", "coppice"])?.as_str(),
+        &"",
+    )?;
     let verify = [
         "verify",
         "--man=no",
         "coppice.service",
         "coppice-guests.service",
     ];
-    same(
+    expect_equal(
         "systemd-analyze verify",
-        &ok("systemd-analyze", &verify)?.as_str(),
+        &run_ok("systemd-analyze", &verify)?.as_str(),
         &"",
     )?;
     let unit = "/usr/lib/systemd/system/coppice.service";
     let security = ["security", "--no-pager", "--offline=true", EXPOSURE, unit];
-    ok("systemd-analyze", &security).map(drop)
+    run_ok("systemd-analyze", &security).map(drop)
 }
 
 fn add_images() -> Result<(), Failure> {
@@ -256,8 +261,8 @@ fn add_images() -> Result<(), Failure> {
     Ok(())
 }
 
-/// The service is restarted, killed, stopped and started, and upgraded, and its guest does not notice.
-fn outlives(name: &str, pid: &Value) -> Result<(), Failure> {
+/// Restarts, kills, stops, starts and upgrades the service, and checks that its guest goes on.
+fn restart_and_upgrade(name: &str, pid: &Value) -> Result<(), Failure> {
     let events: [(&str, &[&[&str]]); 4] = [
         ("restart", &[&["systemctl", "restart", "coppice"]]),
         (
@@ -283,21 +288,21 @@ fn outlives(name: &str, pid: &Value) -> Result<(), Failure> {
         println!("lab: {event}");
         let before = main_pid()?;
         for command in commands {
-            ok(command[0], &command[1..])?;
+            run_ok(command[0], &command[1..])?;
         }
         wait_until("another daemon is there", || {
-            let state = ok(
+            let state = run_ok(
                 "systemctl",
                 &["show", "-P", "ActiveState", "coppice.service"],
             )?;
             Ok(state == "active" && main_pid()? != before)
         })?;
-        goes_on(name, pid)?;
+        expect_running(name, pid)?;
     }
     Ok(())
 }
 
-/// Has the service run with other options of `coppice serve`, as `docs/guide/install.md` says how to.
+/// Runs the service with other options of `coppice serve`, as `docs/guide/install.md` describes.
 fn serve_with(options: &str) -> Result<(), Failure> {
     println!("lab: the service with {options:?}");
     let path = PathBuf::from(DROP_IN).join("override.conf");
@@ -305,12 +310,13 @@ fn serve_with(options: &str) -> Result<(), Failure> {
     fs::create_dir_all(DROP_IN)
         .and_then(|()| fs::write(path, text))
         .map_err(Failure::io(DROP_IN))?;
-    ok("systemctl", &["daemon-reload"])?;
-    ok("systemctl", &["restart", "coppice"]).map(drop)
+    run_ok("systemctl", &["daemon-reload"])?;
+    run_ok("systemctl", &["restart", "coppice"]).map(drop)
 }
 
-/// A guest whose group has less memory than it wants is killed, with a reason that a person can act on, and the other one is not.
-fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failure> {
+/// A guest that needs more memory than its group may have is killed, with a reason that a person can act on, and
+/// another guest goes on.
+fn exhaust_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failure> {
     create(name, true, "never")?;
     console(
         Path::new(STATE),
@@ -328,22 +334,23 @@ fn runs_out_of_memory(name: &str, other: (&str, &Value)) -> Result<Value, Failur
     })?;
     let vm = expect(200, "GET", &path, &Value::Null)?;
     println!("lab: {name}: {}", vm["end"]);
-    let told = vm["end"].to_string();
+    let reason = vm["end"].to_string();
     let expected = ["killed", "its control group", "memory.max: 33554432", name];
-    if !expected.iter().all(|text| told.contains(text)) {
+    if !expected.iter().all(|text| reason.contains(text)) {
         return Failure::claim(format!(
             "a guest that had no memory left has ended so: {vm}"
         ));
     }
-    goes_on(other.0, other.1)?;
+    expect_running(other.0, other.1)?;
     Ok(vm["end"].clone())
 }
 
-/// A guest that may not have the threads that it needs does not start, with a reason that a person can act on, and the other one goes on.
-fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Failure> {
+/// A guest that may not have the threads that it needs does not start, with a reason that a person can act on, and
+/// another guest goes on.
+fn exhaust_threads(name: &str, other: (&str, &Value)) -> Result<String, Failure> {
     serve_with("--jail cgroup=system.slice/coppice-guests.service/guests,pids=3")?;
     let disk = "/lab/guest/root.vhdx,ro";
-    let why = refused("coppice", &arguments(name, disk, "console=ttyS0", "never"))?;
+    let why = run_refused("coppice", &arguments(name, disk, "console=ttyS0", "never"))?;
     println!("lab: {name}: {why}");
     if ![
         "cannot make the thread that shares memory",
@@ -357,13 +364,13 @@ fn runs_out_of_threads(name: &str, other: (&str, &Value)) -> Result<String, Fail
             "a guest that had no threads left was refused so: {why}"
         ));
     }
-    goes_on(other.0, other.1)?;
+    expect_running(other.0, other.1)?;
     Ok(why)
 }
 
-/// What of Coppice is on the machine: files, except those of the operator and of the lab, and control groups.
-fn left() -> Result<Vec<String>, Failure> {
-    let files = ok(
+/// The files and control groups of Coppice that are on the machine, except for files of the operator and of the lab.
+fn leftovers() -> Result<Vec<String>, Failure> {
+    let files = run_ok(
         "find",
         &[
             "/",
@@ -382,7 +389,7 @@ fn left() -> Result<Vec<String>, Failure> {
             "-print",
         ],
     )?;
-    let run = ok(
+    let run = run_ok(
         "find",
         &[
             "/run",
@@ -394,7 +401,7 @@ fn left() -> Result<Vec<String>, Failure> {
             "/run/systemd/*",
         ],
     )?;
-    let processes = run_of("coppice");
+    let processes = processes_named("coppice");
     Ok(files
         .lines()
         .chain(run.lines())
@@ -403,8 +410,8 @@ fn left() -> Result<Vec<String>, Failure> {
         .collect())
 }
 
-/// Processes of this name.
-fn run_of(name: &str) -> Vec<String> {
+/// The processes of a name.
+fn processes_named(name: &str) -> Vec<String> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .map(|entry| entry.path())
@@ -419,8 +426,8 @@ fn run_of(name: &str) -> Vec<String> {
         .collect()
 }
 
-/// The process that keeps the guests' group is killed, and they go on, as the unit does.
-fn loses_its_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
+/// Kills the process that keeps the guests' group, and checks that the guests and the unit go on.
+fn kill_group_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
     println!("lab: the keeper is killed");
     let processes = Path::new(GUESTS)
         .with_file_name("keeper")
@@ -431,33 +438,35 @@ fn loses_its_keeper(name: &str, pid: &Value) -> Result<(), Failure> {
     };
     kill_process(keeper, Signal::KILL).map_err(|error| Failure::io("kill")(error.into()))?;
     wait_until("the keeper is gone", || Ok(read(&processes)?.is_empty()))?;
-    ok("systemctl", &["is-active", "coppice-guests.service"])?;
-    goes_on(name, pid)
+    run_ok("systemctl", &["is-active", "coppice-guests.service"])?;
+    expect_running(name, pid)
 }
 
-/// What the host does with the units when it shuts down, and when it starts: a guest that is always to run does so again, and another one when it is told to.
-fn shuts_down(other: &str) -> Result<(), Failure> {
+/// Stops and starts the units as a host does that shuts down and starts. A guest with the restart policy `always` runs
+/// again by itself, and another one when it is started.
+fn shut_down_and_start(other: &str) -> Result<(), Failure> {
     println!("lab: shutdown and start");
     let name = "tenant";
     create(name, true, "always")?;
-    ok("systemctl", &["stop", "coppice-guests"])?;
-    same("processes", &run_of("coppice"), &Vec::new())?;
-    ok("systemctl", &["start", "coppice"])?;
+    run_ok("systemctl", &["stop", "coppice-guests"])?;
+    expect_equal("processes", &processes_named("coppice"), &Vec::new())?;
+    run_ok("systemctl", &["start", "coppice"])?;
     let state = |name: &str| -> Result<Value, Failure> {
         let vm = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?;
         Ok(vm["state"].clone())
     };
     wait_until("the guest runs again", || Ok(state(name)? == "running"))?;
     console(Path::new(STATE), name, "", "READY")?;
-    is_confined(name)?;
-    same("another guest", &state(other)?, &json!("stopped"))?;
-    ok("coppice", &["vm", "delete", name])?;
-    ok("coppice", &["vm", "start", other])?;
+    expect_confined(name)?;
+    expect_equal("another guest", &state(other)?, &json!("stopped"))?;
+    run_ok("coppice", &["vm", "delete", name])?;
+    run_ok("coppice", &["vm", "start", other])?;
     console(Path::new(STATE), other, "", "READY")
 }
 
-/// The package is removed: its guests have closed their disks and ended, and what they were is there for the next installation. Then it is purged.
-fn goes(name: &str) -> Result<(), Failure> {
+/// Removes the package, after which its guests have closed their disks and ended, and the state is kept for the next
+/// installation. Then purges it.
+fn remove_and_purge(name: &str) -> Result<(), Failure> {
     println!("lab: remove");
     console(
         Path::new(STATE),
@@ -465,74 +474,74 @@ fn goes(name: &str) -> Result<(), Failure> {
         "echo kept >/mnt/f; sync; echo DO''NE",
         "DONE",
     )?;
-    ok("dpkg", &["-r", "coppice"])?;
-    same("processes", &run_of("coppice"), &Vec::new())?;
+    run_ok("dpkg", &["-r", "coppice"])?;
+    expect_equal("processes", &processes_named("coppice"), &Vec::new())?;
     let group = Path::new(GUESTS)
         .parent()
         .and_then(Path::to_str)
         .unwrap_or(GUESTS);
     for gone in ["/usr/bin/coppice", "/run/coppice", group] {
-        same(gone, &Path::new(gone).exists(), &false)?;
+        expect_equal(gone, &Path::new(gone).exists(), &false)?;
     }
     println!("lab: install again");
-    ok("dpkg", &["-i", "coppice.deb"])?;
-    is_installed()?;
+    run_ok("dpkg", &["-i", "coppice.deb"])?;
+    expect_installed()?;
     let vm = expect(200, "GET", &format!("/vms/{name}"), &Value::Null)?;
-    same(
+    expect_equal(
         "a guest of the removed package",
         &vm["state"],
         &json!("stopped"),
     )?;
-    ok("coppice", &["vm", "start", name])?;
+    run_ok("coppice", &["vm", "start", name])?;
     console(Path::new(STATE), name, "", "READY")?;
     console(Path::new(STATE), name, "cat /mnt/f", "kept")?;
-    ok("coppice", &["vm", "delete", name])?;
-    same(
+    run_ok("coppice", &["vm", "delete", name])?;
+    expect_equal(
         "groups of guests",
         &Path::new(GUESTS).join(name).exists(),
         &false,
     )?;
     println!("lab: purge");
-    ok("dpkg", &["-P", "coppice"])?;
-    same("what is left", &left()?, &Vec::new())
+    run_ok("dpkg", &["-P", "coppice"])?;
+    expect_equal("what is left", &leftovers()?, &Vec::new())
 }
 
 fn live() -> Result<Figures, Failure> {
     println!("lab: install");
-    let installed = ok("dpkg", &["-i", "coppice.deb"])?;
+    let installed = run_ok("dpkg", &["-i", "coppice.deb"])?;
     println!("lab: {installed}");
-    is_installed()?;
+    expect_installed()?;
     add_images()?;
     create("web", true, "never")?;
-    let pid = is_confined("web")?;
-    outlives("web", &pid)?;
-    let memory = runs_out_of_memory("greedy", ("web", &pid))?;
-    let threads = runs_out_of_threads("crowded", ("web", &pid))?;
-    // A guest without a jail is in the daemon's own group, which systemd starts the next daemon in.
+    let pid = expect_confined("web")?;
+    restart_and_upgrade("web", &pid)?;
+    let memory = exhaust_memory("greedy", ("web", &pid))?;
+    let threads = exhaust_threads("crowded", ("web", &pid))?;
+    // A guest without a jail is in the daemon's own group, in which systemd also starts the next daemon.
     serve_with("--jail off")?;
     create("free", false, "never")?;
     let free = expect(200, "GET", "/vms/free", &Value::Null)?["pid"].clone();
-    same(
+    expect_equal(
         "the group of a guest without a jail",
         &read(format!("/proc/{free}/cgroup"))?.as_str(),
         &"0::/system.slice/coppice.service",
     )?;
     fs::remove_dir_all(DROP_IN).map_err(Failure::io(DROP_IN))?;
-    ok("systemctl", &["daemon-reload"])?;
-    ok("systemctl", &["restart", "coppice"])?;
-    goes_on("free", &free)?;
-    goes_on("web", &pid)?;
-    ok("coppice", &["vm", "delete", "free", "greedy"])?;
-    loses_its_keeper("web", &pid)?;
-    shuts_down("web")?;
-    goes("web")?;
+    run_ok("systemctl", &["daemon-reload"])?;
+    run_ok("systemctl", &["restart", "coppice"])?;
+    expect_running("free", &free)?;
+    expect_running("web", &pid)?;
+    run_ok("coppice", &["vm", "delete", "free", "greedy"])?;
+    kill_group_keeper("web", &pid)?;
+    shut_down_and_start("web")?;
+    remove_and_purge("web")?;
     Ok(Figures::from([
         ("out_of_memory".into(), memory),
         ("out_of_threads".into(), json!(threads)),
     ]))
 }
 
-/// Installed, used, restarted, upgraded, removed and purged, as an operator does.
+/// The package is installed, used, restarted, upgraded, removed and purged, as an operator does.
 pub fn life(out: &Path) -> Result<Figures, Failure> {
     let lived = live();
     let journal = run("journalctl", &["--no-pager", "-o", "short-monotonic"])?;

@@ -1,4 +1,4 @@
-//! Disks as memory: what guests see by DAX, what it costs the host, and what is on the disks afterwards.
+//! Scenarios of pmem devices: what guests read by DAX, how much memory it takes, and what is on the disks afterwards.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ const DISK: &str = "disk.vhdx";
 const BASE: &str = "base.vhdx";
 const WHOLE: &str = "whole.vhdx";
 
-/// Waits for the device, and mounts it by DAX; `mode` is ro or rw.
+/// A script that waits for the device, and mounts it by DAX; `mode` is ro or rw.
 pub(super) fn mounted(mode: &str) -> String {
     format!(
         "for i in $(seq 100); do [ -b /dev/pmem0 ] && break; sleep 0.1; done; \
@@ -51,17 +51,17 @@ pub(super) fn digest(path: &str) -> Result<String, Failure> {
     }
 }
 
-/// What a VMM holds of a disk's file, in KiB.
+/// The memory of a VMM that is mapped from a disk's file, in KiB.
 #[derive(Clone, Copy, Debug, Default)]
 struct Memory {
     resident: u64,
-    /// Its share of what it shares.
+    /// Proportional memory.
     proportional: u64,
     private: u64,
 }
 
 impl Memory {
-    /// Of the mappings of the file named `name`.
+    /// Reads the mappings of the file named `name`.
     fn of(guest: &Guest, name: &str) -> Result<Self, Failure> {
         let smaps = guest.proc().join("smaps");
         let text = fs::read_to_string(&smaps).map_err(Failure::io("read smaps"))?;
@@ -98,7 +98,8 @@ fn words_after(guest: &Guest, prefix: &str) -> Result<String, Failure> {
     Ok(line.split(' ').next().unwrap_or_default().to_owned())
 }
 
-/// Makes `base.vhdx` in a folder: the root file system, and a file of 40 MiB that a guest writes to it. Tells its digest.
+/// Makes `base.vhdx` in a folder: the root file system, and a file of 40 MiB that a guest writes to it. Returns its
+/// path and its digest.
 fn base_with_file(out: &Path) -> Result<(String, String), Failure> {
     let base = out.join(BASE).display().to_string();
     fs::copy("guest/root.vhdx", &base).map_err(Failure::io("copy root.vhdx"))?;
@@ -113,7 +114,7 @@ fn base_with_file(out: &Path) -> Result<(String, String), Failure> {
     Ok((base, md5))
 }
 
-/// Two guests read one disk; what the second reads is in memory once.
+/// Two guests read one disk, whose pages are in the host's memory once.
 pub fn shared(out: &Path) -> Result<Figures, Failure> {
     let (base, md5) = base_with_file(out)?;
     let script = mounted("ro")
@@ -132,7 +133,7 @@ pub fn shared(out: &Path) -> Result<Figures, Failure> {
         }
         let memory = Memory::of(guest, BASE)?;
         println!("lab: {name} guest: {memory:?}");
-        // The file has 40 MiB, which the guest has read through the mapping, and its own page cache has none of it.
+        // The guest has read the file of 40 MiB through the mapping, so that its own page cache has no page of it.
         let grew: i64 = words_after(guest, "GREW ")?.parse().unwrap_or(i64::MAX);
         if memory.resident < 40 << 10 || memory.private > 64 || grew > 4 << 10 {
             return Failure::claim(format!(
@@ -154,7 +155,7 @@ pub fn shared(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// A guest writes to its own copy; the next one and the file know nothing of it.
+/// A guest writes to its own copy, and neither the next guest nor the file has that.
 pub fn copy_on_write(out: &Path) -> Result<Figures, Failure> {
     let disk = out.join(DISK).display().to_string();
     fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
@@ -180,7 +181,7 @@ pub fn copy_on_write(out: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// A child is written and synced, and the VMM killed.
+/// A guest writes to a child and syncs, and its VMM is killed.
 pub fn killed(out: &Path) -> Result<Figures, Failure> {
     let base = out.join(BASE).display().to_string();
     let child = out.join(DISK).display().to_string();
@@ -200,7 +201,7 @@ pub fn killed(out: &Path) -> Result<Figures, Failure> {
     if digest(&base)? != before {
         return Failure::claim("the parent has changed");
     }
-    // QEMU reads no children: what this one holds is brought into one file, its log replayed.
+    // QEMU reads no differencing VHDX, so the disk is converted into one file, after its log is replayed.
     coppice(&[
         "disk",
         "convert",
@@ -213,7 +214,7 @@ pub fn killed(out: &Path) -> Result<Figures, Failure> {
     )]))
 }
 
-/// What was synced is in the child.
+/// The synced data are in the child.
 pub fn check_killed(out: &Path, figures: &Figures) -> Result<(), Failure> {
     let raw = to_raw(&out.join(WHOLE))?;
     fsck_after_replay(&raw)?;
@@ -228,7 +229,7 @@ pub fn check_killed(out: &Path, figures: &Figures) -> Result<(), Failure> {
     }
 }
 
-/// A raw file, written by one guest to its clean end and read by the next.
+/// A guest writes to a raw file and ends in order, and the next guest reads it.
 pub fn raw(out: &Path) -> Result<Figures, Failure> {
     let disk = out.join("disk.raw").display().to_string();
     fs::copy("guest/root.raw", &disk).map_err(Failure::io("copy root.raw"))?;
@@ -249,7 +250,7 @@ pub fn raw(out: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// The root file system, by DAX, as the command line is told.
+/// The guest mounts its root file system by DAX, as the command line says.
 pub fn root(_: &Path) -> Result<Figures, Failure> {
     let mut guest = Start::new()
         .args(&["--pmem", "guest/root.vhdx,cow,root"])
@@ -265,7 +266,8 @@ pub fn root(_: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// Times two reads of a file, 50 synced writes of 4 KiB, and a write of 8 MiB with its sync, in hundredths of seconds.
+/// A script that times two reads of a file, 50 synced writes of 4 KiB, and a write of 8 MiB with its sync, in
+/// hundredths of seconds.
 const TIMES: &str = "t() { cut -d' ' -f1 /proc/uptime | tr -d .; }; \
     r() { A=$(t); dd if=/mnt/file of=/dev/null bs=64k 2>/dev/null; B=$(t); echo $1 $((B-A)) END; }; r FIRST; r SECOND; \
     w() { A=$(t); for i in $(seq 50); do dd if=/dev/zero of=/mnt/w bs=4k count=1 conv=$2 2>/dev/null; done; B=$(t); \
@@ -279,7 +281,8 @@ fn number(guest: &Guest, prefix: &str) -> Result<i64, Failure> {
         .map_err(|_| Failure::Claim(format!("{prefix}{text} is no number")))
 }
 
-/// A guest that reads and writes as [`TIMES`] says, on a disk of its own; and two that read one file, by what that costs.
+/// Measures a guest that reads and writes as [`TIMES`] does, on a disk of its own, and the memory of two guests that
+/// read one file.
 fn measured(out: &Path, base: &str, option: &str, mount: &str) -> Result<Figures, Failure> {
     let own = out.join("own.vhdx").display().to_string();
     fs::copy(base, &own).map_err(Failure::io("copy the base"))?;
@@ -323,7 +326,8 @@ fn measured(out: &Path, base: &str, option: &str, mount: &str) -> Result<Figures
     Ok(figures)
 }
 
-/// Pmem beside a drive, on the same disk: times, and memory of guests that have read 40 MiB; and what a larger disk takes of its guest's RAM.
+/// Compares pmem with a drive, on the same disk: times, and memory of guests that have read 40 MiB. Also measures how
+/// much RAM of its guest a larger disk takes.
 pub fn bench(out: &Path) -> Result<Figures, Failure> {
     let (base, _) = base_with_file(out)?;
     let drive = "mount -t ext4 -o MODE /dev/vda /mnt; ";

@@ -1,4 +1,4 @@
-//! How long a saved guest takes to run again, beside a peer's.
+//! Measures how long a saved guest takes to run again, with Coppice and a peer.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -14,22 +14,22 @@ use crate::api::{expect_ok, request};
 use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
-/// Loads of each guest, in turns.
+/// How often each guest is loaded, in turns.
 const LOADS: usize = 5;
 /// RAM in MiB, and how often the disk of 64 MiB is copied to it.
 const SIZES: [(u32, u32); 2] = [(128, 0), (640, 4)];
 const DISK: &str = "guest/root.raw";
-/// What QEMU's monitor says when it waits.
+/// The prompt of QEMU's monitor.
 const PROMPT: &str = "(qemu) ";
 
-/// Fills memory, and shows without end that it is there.
+/// A script that fills memory, and then prints lines in a loop.
 fn script(fill: u32) -> String {
     format!(
         "for i in $(seq {fill}); do cat /dev/vda >/tmp/fill$i; done; echo READY; while true; do echo TICK; sleep 0.02; done"
     )
 }
 
-/// QEMU's monitor, in which a command is over when the next can be given.
+/// QEMU's monitor, in which a command is complete when the next prompt appears.
 struct Monitor(BufReader<UnixStream>);
 
 impl Monitor {
@@ -38,28 +38,28 @@ impl Monitor {
         let timeout = stream.set_read_timeout(Some(Duration::from_mins(2)));
         timeout.map_err(Failure::io("set a timeout"))?;
         let mut monitor = Self(BufReader::new(stream));
-        monitor.answer()?;
+        monitor.read_reply()?;
         Ok(monitor)
     }
 
-    fn answer(&mut self) -> Result<String, Failure> {
-        let mut said = Vec::new();
-        while !said.ends_with(PROMPT.as_bytes()) {
+    fn read_reply(&mut self) -> Result<String, Failure> {
+        let mut reply = Vec::new();
+        while !reply.ends_with(PROMPT.as_bytes()) {
             let more = self.0.fill_buf().map_err(Failure::io("read the monitor"))?;
             if more.is_empty() {
                 return Failure::claim("the peer's monitor has closed");
             }
             let len = more.len();
-            said.extend_from_slice(more);
+            reply.extend_from_slice(more);
             self.0.consume(len);
         }
-        Ok(String::from_utf8_lossy(&said).into_owned())
+        Ok(String::from_utf8_lossy(&reply).into_owned())
     }
 
-    fn tell(&mut self, command: &str) -> Result<String, Failure> {
+    fn execute(&mut self, command: &str) -> Result<String, Failure> {
         let written = writeln!(self.0.get_mut(), "{command}");
         written.map_err(Failure::io("write to the monitor"))?;
-        self.answer()
+        self.read_reply()
     }
 }
 
@@ -99,24 +99,24 @@ fn save_peer(out: &Path, mib: u32, fill: u32) -> Result<(), Failure> {
         .spawn()?;
     guest.wait_for("TICK")?;
     let mut monitor = Monitor::connect(&socket)?;
-    // A guest that was stopped before would wait for a command after its load, too.
+    // The guest is not stopped before it is saved, because a stopped one would wait for a command after its load.
     let file = out.join(format!("{mib}.peer"));
-    let said = monitor.tell(&format!("migrate \"exec:cat >{}\"", file.display()))?;
-    let status = monitor.tell("info migrate")?;
+    let reply = monitor.execute(&format!("migrate \"exec:cat >{}\"", file.display()))?;
+    let status = monitor.execute("info migrate")?;
     if status.contains("completed") {
         Ok(())
     } else {
-        Failure::claim(format!("the peer is not saved: {said} {status}"))
+        Failure::claim(format!("the peer is not saved: {reply} {status}"))
     }
 }
 
-/// From the start of a process to a sign of the guest's.
+/// The time from the start of a process to the first line of the guest.
 fn seconds(start: Start) -> Result<f64, Failure> {
     let guest: Guest = start.spawn()?;
     Ok(guest.wait_for("TICK")?.as_secs_f64())
 }
 
-/// A load over REST by a process that waits for one, as a daemon has it: from the request to the answer.
+/// The time of a load over REST by a process that waits for it: from the request to the response.
 fn request_seconds(out: &Path, mib: u32) -> Result<f64, Failure> {
     let socket = out.join("waiting.sock");
     let guest = Start::bare(&["--api-sock", &socket.display().to_string()]).spawn()?;
@@ -137,7 +137,7 @@ fn request_seconds(out: &Path, mib: u32) -> Result<f64, Failure> {
     Ok(answered)
 }
 
-/// Guests of two sizes, loaded by Coppice and by QEMU.
+/// Loads guests of two sizes by Coppice and by QEMU.
 pub fn bench(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     for (mib, fill) in SIZES {

@@ -1,4 +1,4 @@
-//! Guests of the daemon.
+//! Scenarios of the daemon and its guests.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use crate::guest::{KERNEL_CACHE, script_word};
 use crate::result::{Failure, Figures};
 
 const PATIENCE: Duration = Duration::from_mins(3);
-/// What the guests do: as they are told.
+/// The guests execute the lines that are typed on their consoles.
 const SCRIPT: &str = "mount /dev/vda /mnt; echo READY; while read line; do eval \"$line\"; done";
 
 /// A daemon of the lab's host, and its guests.
@@ -32,7 +32,7 @@ fn call(method: &str, path: &str, body: &Value) -> Result<(u16, Value), Failure>
     request(Path::new("/tmp/serve.sock"), method, path, body)
 }
 
-/// Types a line on the console of a guest of the daemon with this state, and waits for what comes of it.
+/// Types a line on the console of a guest of the daemon with this state folder, and waits for `text`.
 pub(super) fn console(state: &Path, id: &str, line: &str, text: &str) -> Result<(), Failure> {
     let failed = Failure::io("talk to a console");
     let socket = state.join("vms").join(id).join("console.sock");
@@ -58,7 +58,7 @@ pub(super) fn console(state: &Path, id: &str, line: &str, text: &str) -> Result<
     }
 }
 
-/// A disk of the guest `id`, whoever that is on the host.
+/// Makes a disk for the guest `id`, which any user of the host may write to.
 fn own_disk(out: &Path, id: &str) -> Result<Value, Failure> {
     let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
     let disk = here.join(out).join(format!("{id}.vhdx"));
@@ -82,8 +82,8 @@ fn boot_source(script: &str) -> Result<Value, Failure> {
 
 impl Daemon {
     pub(super) fn start(out: &Path, args: &[&str]) -> Result<Self, Failure> {
-        // Paths of sockets are short.
-        // On its disk, as on a server: what is written in a folder in memory is memory that guests seem to take.
+        // Paths of sockets have to be short. The state is on the disk, as on a server: files in memory would be memory
+        // that guests seem to take.
         let state = PathBuf::from("/mnt/serve");
         let log = fs::File::options()
             .create(true)
@@ -127,13 +127,13 @@ impl Daemon {
         }
     }
 
-    /// A guest that has booted, with a disk of its own.
+    /// Boots a guest with a disk of its own.
     pub(super) fn boot(&self, out: &Path, id: &str) -> Result<(), Failure> {
         let more = json!({"drives": [own_disk(out, id)?]});
         self.boot_with(id, SCRIPT, &more)
     }
 
-    /// A guest that has booted, does what `script` says, and has what `more` says of its configuration.
+    /// Boots a guest that runs `script`, with `more` in its configuration.
     pub(super) fn boot_with(&self, id: &str, script: &str, more: &Value) -> Result<(), Failure> {
         let mut config = more.clone();
         config["boot-source"] = boot_source(script)?;
@@ -141,8 +141,8 @@ impl Daemon {
         self.console(id, "", "READY")
     }
 
-    /// As [`Daemon::boot`], of a guest that is told of all over its own API.
-    fn boot_as_told(&self, out: &Path, id: &str) -> Result<(), Failure> {
+    /// As [`Daemon::boot`], for a guest that is configured over its own API.
+    fn boot_by_own_api(&self, out: &Path, id: &str) -> Result<(), Failure> {
         self.expect(201, "POST", "/vms", &json!({"id": id, "start": false}))?;
         let own = format!("/vms/{id}");
         for (path, body) in [
@@ -174,17 +174,17 @@ impl Daemon {
         Ok(begun.elapsed().as_secs_f64())
     }
 
-    /// Types a line, and waits for what comes of it.
+    /// Types a line on a guest's console, and waits for `text`.
     pub(super) fn console(&self, id: &str, line: &str, text: &str) -> Result<(), Failure> {
         console(&self.state, id, line, text)
     }
 
-    /// Its folder.
+    /// The state folder.
     pub(super) fn state(&self) -> &Path {
         &self.state
     }
 
-    /// KiB that are the daemon's alone, and all that it has resident.
+    /// The private and the resident memory of the daemon, in KiB.
     fn memory(&self) -> Result<(u64, u64), Failure> {
         let path = format!("/proc/{}/smaps_rollup", self.child.id());
         let text = fs::read_to_string(path).map_err(Failure::io("read smaps_rollup"))?;
@@ -216,9 +216,9 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended.
+        // The daemon may have ended already.
         let _ = self.kill();
-        // Its guests outlive it, and the next scenario's daemon would find them again.
+        // The guests outlive the daemon, and the daemon of the next scenario would find them.
         for process in guest_processes() {
             let pid = process
                 .file_name()
@@ -245,10 +245,11 @@ pub(super) fn guests() -> usize {
     guest_processes().len()
 }
 
-/// Told of all over its own API, booted, saved as a template, cloned; each guest is in a jail, by itself, outlives the daemon, and is gone when it is deleted.
+/// A guest is configured over its own API, booted, saved as a template, and cloned. Each guest is in a jail of its own,
+/// outlives the daemon, and leaves nothing when it is deleted.
 pub fn life(out: &Path) -> Result<Figures, Failure> {
     let mut daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
-    daemon.boot_as_told(out, "source")?;
+    daemon.boot_by_own_api(out, "source")?;
     daemon.console("source", "echo base >/mnt/f; sync; echo DO''NE", "DONE")?;
     daemon.template("t", "source")?;
     let mut figures = Figures::new();
@@ -289,10 +290,11 @@ pub fn life(out: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// More, and the one emulated processor of the lab's host has no time left for their timers.
+/// How many clones are made. With more, the one emulated processor of the lab's host has no time left for their timers.
 const MANY: u32 = 200;
 
-/// Many idle clones at once, and what each takes; how long it takes to make one, beside the load of the same snapshot in full.
+/// Makes many idle clones, and measures the memory that each takes, and how long it takes to make one, compared with a
+/// load of the same snapshot that compares all checksums.
 pub fn many(out: &Path) -> Result<Figures, Failure> {
     newer_mmu()?;
     let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
@@ -322,7 +324,7 @@ pub fn many(out: &Path) -> Result<Figures, Failure> {
     println!(
         "lab: {each:.3} MiB a clone; daemon {private} KiB private, {resident} KiB resident; a clone takes {median:.3} s"
     );
-    // All of them are there.
+    // All clones still run.
     for number in 0..MANY {
         daemon.console(&format!("c{number}"), "echo ALI''VE", "ALIVE")?;
     }
@@ -334,12 +336,14 @@ pub fn many(out: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
-/// Guests whose state is asked for, and how often a second, each half of the requests for one of them and for all.
+/// The number of guests whose state is requested, and of requests a second. Half of the requests are for one guest, and
+/// half for all.
 const ASKED: u32 = 20;
 const REQUESTS_A_SECOND: u32 = 200;
 const WINDOW: Duration = Duration::from_secs(20);
 
-/// What the daemon takes to answer for its guests, and the guests meanwhile.
+/// Measures the CPU time of the daemon for requests for the state of its guests, and the wake-ups of the guests
+/// meanwhile.
 pub fn status_requests(out: &Path) -> Result<Figures, Failure> {
     let daemon = Daemon::start(out, &["--memory-ratio", "100"])?;
     daemon.boot(out, "source")?;
@@ -399,7 +403,7 @@ pub fn status_requests(out: &Path) -> Result<Figures, Failure> {
 
 const CYCLES: usize = 1000;
 
-/// Guests made, cloned and deleted over and over leave the host as it was.
+/// Makes, clones and deletes guests many times, and checks that the host is as it was before.
 pub fn cycles(out: &Path) -> Result<Figures, Failure> {
     let daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
     daemon.boot(out, "source")?;

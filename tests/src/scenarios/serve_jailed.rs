@@ -1,4 +1,4 @@
-//! Guests of a daemon that jails each of them.
+//! The scenario of a daemon that jails each of its guests.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,9 +12,9 @@ use super::serve::{Daemon, guests};
 use crate::result::{Failure, Figures};
 
 const HIERARCHY: &str = "/sys/fs/cgroup";
-/// The group below which each guest has its own.
+/// The control group below which each guest has its own.
 const GROUP: &str = "lab";
-/// 128 MiB of RAM, 1/16 of that, and 64 MiB.
+/// The memory limit of a guest's group in bytes: 128 MiB of RAM, 1/16 of that, and 64 MiB.
 const MEMORY: u64 = 200 << 20;
 
 fn command(name: &str, args: &[&str]) -> Result<(), Failure> {
@@ -39,7 +39,7 @@ fn read(path: &Path) -> Result<String, Failure> {
     Ok(text.trim().to_owned())
 }
 
-/// A number of a file of lines with a name and a number.
+/// Reads the number behind a name, in a file of lines with a name and a number.
 fn number(path: &Path, name: &str) -> Result<u64, Failure> {
     let text = read(path)?;
     let mut lines = text.lines().filter_map(|line| line.split_once(' '));
@@ -47,7 +47,8 @@ fn number(path: &Path, name: &str) -> Result<u64, Failure> {
     found.ok_or_else(|| Failure::Claim(format!("{} has no {name}", path.display())))
 }
 
-/// The user that a guest's process is, as the process and the host say. Its layers and limits are there.
+/// Returns the user of a guest's process, and checks it, the layers and the limits by the process's report and by the
+/// host's files.
 fn jail_of(daemon: &Daemon, id: &str) -> Result<u64, Failure> {
     let report = daemon.expect(200, "GET", &format!("/vms/{id}/vm/jail"), &Value::Null)?;
     expect_layers(
@@ -82,8 +83,9 @@ fn jail_of(daemon: &Daemon, id: &str) -> Result<u64, Failure> {
     Ok(uid)
 }
 
-/// A guest that wants all of a processor, and much of its memory and of the host's cache, gets what its group may have, and goes on.
-fn stays_inside(daemon: &Daemon, id: &str) -> Result<Figures, Failure> {
+/// Has a guest use all of a processor, and much of its memory and of the host's page cache. It gets as much as its
+/// group may have, and goes on.
+fn use_up_limits(daemon: &Daemon, id: &str) -> Result<Figures, Failure> {
     let (cpu, memory) = (group(id).join("cpu.stat"), group(id).join("memory.events"));
     let before = number(&cpu, "nr_throttled")?;
     // 48 MiB of the guest's memory, and 64 MiB of the disk in the host's cache.
@@ -95,10 +97,10 @@ fn stays_inside(daemon: &Daemon, id: &str) -> Result<Figures, Failure> {
     let kills = number(&memory, "oom_kill")?;
     let peak = read(&group(id).join("memory.peak"))?;
     let peak: u64 = peak.parse().unwrap_or(u64::MAX);
-    let told = format!("throttled {throttled} times, {peak} bytes at most, {kills} kills");
-    println!("lab: {id}: {told}");
+    let summary = format!("throttled {throttled} times, {peak} bytes at most, {kills} kills");
+    println!("lab: {id}: {summary}");
     if throttled == 0 || kills > 0 || peak > MEMORY {
-        return Failure::claim(told);
+        return Failure::claim(summary);
     }
     Ok(Figures::from([
         ("throttled".into(), json!(throttled)),
@@ -126,7 +128,7 @@ fn live(out: &Path) -> Result<Figures, Failure> {
     if users.len() != ids.len() {
         return Failure::claim(format!("{ids:?} are the users {users:?}"));
     }
-    let figures = stays_inside(&daemon, "clone0")?;
+    let figures = use_up_limits(&daemon, "clone0")?;
     for path in ["/vms/source", "/vms/clone0", "/vms/clone1", "/templates/t"] {
         daemon.expect(204, "DELETE", path, &Value::Null)?;
     }
@@ -142,11 +144,12 @@ fn live(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// Booted, saved as a template, cloned: each guest is a user of its own, in a group with limits that hold, and nothing of it stays when it is deleted.
+/// A guest is booted, saved as a template, and cloned. Each guest is a user of its own, in a group with limits that
+/// hold, and leaves nothing when it is deleted.
 pub fn life(out: &Path) -> Result<Figures, Failure> {
     command("mount", &["-t", "cgroup2", "cgroup2", HIERARCHY])?;
     let lived = live(out);
-    // As the lab's host was, for who comes next.
+    // The lab's host is left as it was, for the next scenario.
     let _ = fs::remove_dir(Path::new(HIERARCHY).join(GROUP));
     let unmounted = command("umount", &[HIERARCHY]);
     let figures = lived?;

@@ -1,4 +1,4 @@
-//! Guests that share what they read.
+//! Scenarios of guests that share the pages that they read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -16,21 +16,21 @@ use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
 const MIB: u64 = 1 << 20;
-/// Of the disk that guests read.
+/// The size of the disk that guests read.
 const SIZE: u64 = 40 * MIB;
-/// Pages to which a guest writes first, and their bytes.
+/// The pages that a guest writes to for the first time, and their bytes.
 const PAGES_WRITTEN: u32 = 8192;
 const WRITTEN: u64 = PAGES_WRITTEN as u64 * 4096;
-/// For a merger to come to rest.
+/// How long a merger may take until it has compared all candidates.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// A raw disk of random bytes, and its MD5.
+/// Makes a raw disk of random bytes; returns its path and its MD5.
 pub fn disk(out: &Path) -> Result<(PathBuf, String), Failure> {
     let path = out.join("random.raw");
     let mut bytes = vec![0; SIZE as usize];
     rustix::rand::getrandom(&mut bytes[..32], rustix::rand::GetRandomFlags::empty())
         .map_err(|error| Failure::io("getrandom")(error.into()))?;
-    // Every word is another: xorshift, begun at random.
+    // All words differ: they are a sequence of xorshift with a random beginning.
     let mut word = u64::from_le_bytes(*bytes.first_chunk().unwrap_or(&[1; 8])) | 1;
     for chunk in bytes.as_chunks_mut::<8>().0 {
         word ^= word << 13;
@@ -56,8 +56,8 @@ fn number(report: &Value, field: &str) -> u64 {
     report[field].as_u64().unwrap_or(0)
 }
 
-/// Waits until nothing is left to be compared, and says what is shared then.
-fn settled(socket: &Path) -> Result<Value, Failure> {
+/// Waits until no candidate is left to be compared, and returns the report of sharing then.
+fn wait_until_merged(socket: &Path) -> Result<Value, Failure> {
     let started = Instant::now();
     loop {
         let report = sharing(socket)?;
@@ -82,12 +82,13 @@ fn start(socket: &Path, disk: &Path, script: &str, more: &[&str]) -> Result<Gues
         .spawn()
 }
 
-/// Two guests read a disk; most of what they have of it is the file's own pages, and reads the same before and after.
+/// Two guests read a disk. Most pages that they have of it become pages of the file, and read the same before and
+/// after.
 pub fn reads(out: &Path) -> Result<Figures, Failure> {
     reads_with(out, &[])
 }
 
-/// As [`reads`], of guests whose processes are jailed.
+/// As [`reads`], for jailed guests.
 pub fn reads_jailed(out: &Path) -> Result<Figures, Failure> {
     reads_with(out, &["--jail"])
 }
@@ -103,7 +104,7 @@ fn reads_with(out: &Path, more: &[&str]) -> Result<Figures, Failure> {
     }
     for (number_of, (guest, socket)) in guests.iter_mut().zip(&sockets).enumerate() {
         guest.wait_for(" END")?;
-        let report = settled(socket)?;
+        let report = wait_until_merged(socket)?;
         println!("lab: guest {number_of}: {report}");
         let expected = SIZE / 4096 * 9 / 10;
         let merged = number(&report, "merged_pages") + number(&report, "placed_pages");
@@ -127,7 +128,7 @@ fn reads_with(out: &Path, more: &[&str]) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// What `stress.py` expects of a disk: each word of a page is the page's number.
+/// Makes a disk for `stress.py`: each word of a page is the page's number.
 fn numbered_disk(out: &Path) -> Result<PathBuf, Failure> {
     let path = out.join("numbered.raw");
     let mut bytes = Vec::with_capacity(SIZE as usize);
@@ -140,7 +141,8 @@ fn numbered_disk(out: &Path) -> Result<PathBuf, Failure> {
     Ok(path)
 }
 
-/// Guests write to pages before, while and after they are merged, each from two processes; no write is lost, and no guest falls.
+/// Guests write to pages before, while and after they are merged, each from two processes; no write is lost, and no
+/// guest crashes.
 pub fn stress(out: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 3;
     let disk = numbered_disk(out)?;
@@ -183,10 +185,11 @@ pub fn stress(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// As many guests as have all of the host's memory for their own, all alive at once, and each with what it read and what it wrote.
+/// Guests that without sharing would need all of the host's memory run at the same time, and each has what it has read
+/// and written.
 pub fn many(_: &Path) -> Result<Figures, Failure> {
     const GUESTS: usize = 64;
-    /// Guests that boot at once.
+    /// How many guests boot at the same time.
     const WAVE: usize = 2;
     let mut guests: Vec<Guest> = Vec::new();
     let before = available()?;
@@ -233,14 +236,14 @@ pub fn many(_: &Path) -> Result<Figures, Failure> {
     ]))
 }
 
-/// The file under a mapping is cut: who reads the pages again ends with a report that names it, who does not read them goes on, and so does who has
-/// another file.
+/// A file that is mapped into guests is cut. A guest that reads the lost pages ends with a report that names the file.
+/// A guest that does not read them goes on, and so does a guest that has another file.
 pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
     let (cut, _) = disk(out)?;
     let other = out.join("other.raw");
     fs::copy(&cut, &other).map_err(Failure::io("copy a disk"))?;
-    // The disk stays open, so that the guest keeps the pages that it has read. Should it have let go of one, it is told of an I/O error there, and goes
-    // on to the next.
+    // The disk stays open in the guest, so that the guest keeps the pages that it has read. If it has dropped one, it
+    // gets an I/O error there, and goes on to the next.
     let script = "exec 3</dev/vdb; md5sum </dev/vdb; echo READ END; read x; dd if=/dev/vdb of=/dev/null bs=4k conv=noerror; \
                   echo AGAIN END; sleep 100000";
     let names = ["a", "b", "c"];
@@ -251,7 +254,7 @@ pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
     }
     for (guest, socket) in guests.iter().zip(&sockets) {
         guest.wait_for("READ END")?;
-        let report = settled(socket)?;
+        let report = wait_until_merged(socket)?;
         if number(&report, "merged_pages") < SIZE / 4096 / 2 {
             return Failure::claim(format!("the guest shares too little: {report}"));
         }
@@ -272,7 +275,7 @@ pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
     }
     elsewhere.type_in("\n")?;
     elsewhere.wait_for("AGAIN END")?;
-    // Whoever asks what this one shares makes it look at its files.
+    // The request for the report of sharing has the process check its files.
     let asked = sharing(&sockets[1]);
     println!("lab: the guest that has not read: {asked:?}");
     expect_report(idle, &cut)?;
@@ -286,21 +289,22 @@ pub fn cut_file(out: &Path) -> Result<Figures, Failure> {
 
 fn expect_report(guest: &mut Guest, file: &Path) -> Result<(), Failure> {
     guest.expect_exit(1)?;
-    let (said, file) = (guest.report(), file.display().to_string());
+    let (report, file) = (guest.report(), file.display().to_string());
     let named = |line: &&str| {
         line.starts_with("coppice: guest page 0x")
             && line.contains(&file)
             && line.contains(" at offset 0x")
     };
-    match said.lines().find(named) {
+    match report.lines().find(named) {
         Some(line) => println!("lab: {line}"),
         None => return Failure::claim(format!("no report names {file}")),
     }
     Ok(())
 }
 
-/// Reads of a disk by a guest, one after the other: into memory that nobody has touched; from the guest's page cache, ten times; the same when its
-/// pages have become the file's; and, its page cache dropped, into memory of which some are the file's pages.
+/// The reads of a disk that are measured, one after the other: into untouched memory; from the guest's page cache, ten
+/// times; the same after its pages have become the file's; and, after the page cache was dropped, into memory that
+/// partly consists of the file's pages.
 const READS: [&str; 4] = ["cold", "warm", "shared", "refilled"];
 
 /// The two numbers of the console's line that starts with `prefix`.
@@ -316,7 +320,7 @@ fn two_numbers(guest: &Guest, prefix: &str) -> Result<[f64; 2], Failure> {
     }
 }
 
-/// How long a guest takes to read a disk, which the host has in its page cache; by how the reads are shared. In turns.
+/// Measures how long a guest takes to read a disk that is in the host's page cache, for each mode of sharing in turns.
 pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
     const ROUNDS: usize = 5;
     const OFF: &str = "off";
@@ -337,19 +341,19 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
             let start = Start::new().args(&["--disk", "guest/root.vhdx,ro", "--disk", &disk]);
             let guest = start.args(arguments).script(script).spawn()?;
             guest.wait_for("OVER")?;
-            let mut told = String::new();
+            let mut figures = String::new();
             for read in READS {
                 let [from, to] = two_numbers(&guest, &format!("TIME {read} "))?;
                 seconds.entry((name, read)).or_default().push(to - from);
-                let _ = write!(told, " {read} {:.2} s", to - from);
+                let _ = write!(figures, " {read} {:.2} s", to - from);
             }
-            println!("lab: {name}:{told}");
+            println!("lab: {name}:{figures}");
         }
     }
     let mut figures = Figures::new();
     for (&(name, read), values) in &seconds {
         let off = seconds.get(&(OFF, read)).into_iter().flatten();
-        // Of pairs, as the machine's speed drifts.
+        // Ratios are of pairs of reads, because the machine's speed drifts.
         let ratios = values.iter().zip(off).map(|(own, off)| own / off);
         let (ratio, own) = (median(ratios.collect()), median(values.clone()));
         println!("lab: {name}, {read}: {own:.3} s, {ratio:.3} of {OFF}");
@@ -359,13 +363,14 @@ pub fn read_bench(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// How long a guest takes to write to pages for the first time: that were merged with a file, and, beside it, of a snapshot's memory file, which the
-/// host's kernel alone maps and copies. Writes to pages of its own are what the guest's program takes, and are subtracted.
+/// Measures how long a guest takes to write for the first time to pages that were merged with a file, and to pages of a
+/// snapshot's memory file, which only the host's kernel maps and copies. The time of writes to the guest's own pages is
+/// subtracted, as that is the time of the guest's program.
 pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
     const ROUNDS: usize = 3;
     let (disk, _) = disk(out)?;
     let disk = format!("{},ro,format=raw", disk.display());
-    // A large object has a header of 16 bytes before it.
+    // The allocator puts a header of 16 bytes before a large object.
     let program = format!(
         "import os,time\n\
          m=memoryview(bytearray({WRITTEN}+4096))[4080:][:{WRITTEN}]\n\
@@ -396,7 +401,7 @@ pub fn first_write_bench(out: &Path) -> Result<Figures, Failure> {
             let mut guest = start.script(&script).spawn()?;
             guest.wait_for("FILLED")?;
             if name == "merged" {
-                let report = settled(&socket)?;
+                let report = wait_until_merged(&socket)?;
                 let merged = number(&report, "merged_pages");
                 if merged < u64::from(PAGES_WRITTEN) * 9 / 10 {
                     return Failure::claim(format!("{merged} pages are merged: {report}"));

@@ -1,4 +1,4 @@
-//! Guests that are saved, and go on elsewhere, once or many times.
+//! Scenarios of snapshots: guests are saved, and go on in other processes, once or many times.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,11 +17,11 @@ use crate::page_server::Handler;
 use crate::result::{Failure, Figures};
 
 const MOUNT: &str = "mount /dev/vda /mnt; ";
-/// Keeps something in memory and on its disk, and does what it is told on the console.
+/// A script that stores data in memory and on the disk, and then executes the lines that are typed on the console.
 const SCRIPT: &str = "dd if=/dev/urandom of=/tmp/memory bs=64k count=64 2>/dev/null; \
     cp /tmp/memory /mnt/file; sync; echo SUM $(md5sum </tmp/memory) END; echo READY; \
     while read line; do eval \"$line\"; done";
-/// For the guest to do meanwhile.
+/// A script that prints lines in the background.
 const TICKS: &str = "( i=0; while true; do i=$((i+1)); echo TICK $i; sleep 0.2; done ) &";
 
 struct Vm {
@@ -46,9 +46,9 @@ impl Vm {
 
     fn refused(&self, path: &str, body: &Value, why: &str) -> Result<(), Failure> {
         let (status, answer) = request(&self.socket, "PUT", path, body)?;
-        let said = answer["fault_message"].as_str().unwrap_or_default();
-        println!("lab: {path}: {said}");
-        if status == 400 && said.contains(why) {
+        let message = answer["fault_message"].as_str().unwrap_or_default();
+        println!("lab: {path}: {message}");
+        if status == 400 && message.contains(why) {
             Ok(())
         } else {
             Failure::claim(format!("{path} answers {status} {answer}, not {why:?}"))
@@ -56,7 +56,7 @@ impl Vm {
     }
 
     /// Runs a line in the guest, and waits for `text`.
-    fn tell(&mut self, line: &str, text: &str) -> Result<(), Failure> {
+    fn run_line(&mut self, line: &str, text: &str) -> Result<(), Failure> {
         self.guest.type_in(&format!("{line}\n"))?;
         self.guest.wait_from_now(text)?;
         Ok(())
@@ -68,7 +68,7 @@ impl Vm {
     }
 }
 
-/// The number of the last tick that the console shows whole.
+/// The number of the last complete tick on the console.
 fn last_tick(console: &str) -> u64 {
     let whole = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
     let ticks = whole.lines().filter_map(|line| line.strip_prefix("TICK "));
@@ -88,7 +88,7 @@ fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
     Ok(Vm { guest, socket })
 }
 
-/// A process that waits for a snapshot.
+/// Starts a process that waits for a snapshot.
 fn empty(out: &Path, name: &str) -> Result<Vm, Failure> {
     let socket = out.join(format!("{name}.sock"));
     let text = socket.display().to_string();
@@ -128,11 +128,11 @@ fn load_body(out: &Path, name: &str) -> Value {
     })
 }
 
-/// The guest has what it had, in memory and on its disk.
+/// Checks that the guest's memory and disk have the same data as before.
 fn expect_sum(vm: &mut Vm, mark: &str, sum: &str) -> Result<(), Failure> {
-    // The console echoes what is typed: so that is not what is waited for.
+    // The console echoes the typed line, so the line must not contain the text that is awaited.
     let sums = "$(md5sum </tmp/memory) $(md5sum </mnt/file)";
-    vm.tell(
+    vm.run_line(
         &format!("echo {mark} {sums}; echo O''VER{mark}"),
         &format!("OVER{mark}"),
     )?;
@@ -145,10 +145,11 @@ fn expect_sum(vm: &mut Vm, mark: &str, sum: &str) -> Result<(), Failure> {
     }
 }
 
-/// Half of the generation ID as it is in the guest's memory, and how often its event device has been notified. The lab's kernel has no driver for the ID.
+/// Half of the generation ID in the guest's memory, and how often its event device has been notified. They are read
+/// directly, because the lab's kernel has no driver for the ID.
 fn generation(vm: &mut Vm, mark: &str) -> Result<(String, u64), Failure> {
     let count = "$(awk '/Ged/{print $2+$3}' /proc/interrupts)";
-    vm.tell(
+    vm.run_line(
         &format!("echo GENERATION{mark} $(devmem 0xff000 64) {count}; echo O''VERGENERATION{mark}"),
         &format!("OVERGENERATION{mark}"),
     )?;
@@ -162,13 +163,14 @@ fn generation(vm: &mut Vm, mark: &str) -> Result<(String, u64), Failure> {
     }
 }
 
-/// Saved, loaded, saved as a difference, and loaded again: memory, disk, clock and console go on each time, and nothing but the right files is taken.
+/// A guest is saved, loaded, saved as a difference, and loaded again. Memory, disk, clock and console go on each time,
+/// and wrong files are refused.
 pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     let mut source = booted(out, &["--cpus", "2", "--balloon"])?;
     let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
-    source.tell(TICKS, "TICK 3")?;
+    source.run_line(TICKS, "TICK 3")?;
     let (before, notified) = generation(&mut source, "SOURCE")?;
     if notified != 0 {
         return Failure::claim("a guest that has just booted is told of another generation");
@@ -187,7 +189,7 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     source.refused("/snapshot/create", &diff, "track_dirty_pages")?;
     let ticks = last_tick(&source.guest.console());
 
-    // The disk is in use, then free, then it has changed.
+    // The load is refused while the disk is in use, and after the disk has changed.
     let waiting = empty(out, "waiting")?;
     waiting.refused("/snapshot/load", &load_body(out, "full"), "in use")?;
     source.stop()?;
@@ -204,7 +206,7 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
             "the generation was {before} and is {now}; notified {notified} times"
         ));
     }
-    second.tell(
+    second.run_line(
         "date +%s >/mnt/new; cp /mnt/new /tmp/new; sync; echo WRIT''TEN",
         "WRITTEN",
     )?;
@@ -219,7 +221,7 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     third.put("/snapshot/load", &load_body(out, "diff"))?;
     third.guest.wait_from_now(&format!("TICK {}", ticks + 3))?;
     expect_sum(&mut third, "THIRD", &sum)?;
-    third.tell("cmp /tmp/new /mnt/new && echo SA''ME", "SAME")?;
+    third.run_line("cmp /tmp/new /mnt/new && echo SA''ME", "SAME")?;
     third.stop()?;
     for name in ["full", "diff"] {
         let (state, memory) = files(out, name);
@@ -230,7 +232,7 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
         figures.insert(format!("{name}_state_bytes"), json!(len));
     }
 
-    // A bit of the memory.
+    // One bit of the memory file is flipped.
     let (_, memory) = files(out, "diff");
     let file = fs::File::options().read(true).write(true).open(&memory);
     let file = file.map_err(Failure::io("open the memory"))?;
@@ -251,7 +253,8 @@ pub fn goes_on(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// What a guest has written to its own copy of a disk that is memory goes on with it, in many at once, and the disk stays as it is.
+/// A guest with a pmem device in mode `cow` is saved, and its own pages are in every guest that is loaded, while the
+/// disk stays as it is.
 pub fn with_own_copy(out: &Path) -> Result<Figures, Failure> {
     let disk = out.join("disk.vhdx").display().to_string();
     fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
@@ -270,25 +273,25 @@ pub fn with_own_copy(out: &Path) -> Result<Figures, Failure> {
     create(&source, out, "full", "Full")?;
     source.stop()?;
 
-    // What is mounted anew is read from the device.
+    // After a new mount, the files are read from the device.
     let anew = "umount /mnt && mount -t ext4 -o dax /dev/pmem0 /mnt && grep -q dax /proc/mounts && echo AN''EW";
     let load = |name: &str, snapshot: &str| -> Result<Vm, Failure> {
         let mut vm = empty(out, name)?;
         vm.put("/snapshot/load", &load_body(out, snapshot))?;
-        vm.tell(anew, "ANEW")?;
+        vm.run_line(anew, "ANEW")?;
         expect_sum(&mut vm, &name.to_uppercase(), &sum)?;
         Ok(vm)
     };
     let (mut one, mut other) = (load("one", "full")?, load("other", "full")?);
-    one.tell("echo 1 >/mnt/own; sync; echo ONE$(cat /mnt/own)", "ONE1")?;
-    other.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    one.run_line("echo 1 >/mnt/own; sync; echo ONE$(cat /mnt/own)", "ONE1")?;
+    other.run_line("cat /mnt/own || echo NO''NE", "NONE")?;
     one.pause()?;
     create(&one, out, "diff", "Diff")?;
     one.stop()?;
     let mut again = load("again", "diff")?;
-    again.tell("echo AGAIN$(cat /mnt/own)", "AGAIN1")?;
+    again.run_line("echo AGAIN$(cat /mnt/own)", "AGAIN1")?;
     again.stop()?;
-    other.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    other.run_line("cat /mnt/own || echo NO''NE", "NONE")?;
     other.stop()?;
     for name in ["full", "diff"] {
         fs::remove_file(files(out, name).1).map_err(Failure::io("remove"))?;
@@ -300,12 +303,13 @@ pub fn with_own_copy(out: &Path) -> Result<Figures, Failure> {
     }
 }
 
-/// Another process gives the pages of a saved guest when they are touched: it has what it had, and ends with a report when that process does.
+/// A page-fault handler provides the pages of a saved guest when they are touched. The guest has the same data as
+/// before, and ends with a report when the handler ends.
 pub fn served(out: &Path) -> Result<Figures, Failure> {
     let mut source = booted(out, &[])?;
     let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
-    source.tell(TICKS, "TICK 3")?;
+    source.run_line(TICKS, "TICK 3")?;
     source.pause()?;
     create(&source, out, "full", "Full")?;
     let ticks = last_tick(&source.guest.console());
@@ -321,19 +325,19 @@ pub fn served(out: &Path) -> Result<Figures, Failure> {
     guest.put("/snapshot/load", &body)?;
     guest.guest.wait_from_now(&format!("TICK {}", ticks + 3))?;
     expect_sum(&mut guest, "SERVED", &sum)?;
-    guest.tell(
+    guest.run_line(
         "dd if=/dev/zero of=/tmp/new bs=64k count=64 2>/dev/null; cat /tmp/new | wc -c",
         "4194304",
     )?;
     let given = handler.seen(|seen| seen.given.len());
     println!("lab: {given} pages given");
-    // It holds 4 MiB that it has just read, and has 128 MiB.
+    // The guest has read 4 MiB of its 128 MiB, so that at least these pages were provided, and not all.
     if !(1024..128 << 8).contains(&given) {
         return Failure::claim(format!("{given} pages were given"));
     }
-    handler.fall_silent();
+    handler.stop_answering();
     guest.guest.type_in("cat /dev/vda | md5sum\n")?;
-    handler.die();
+    handler.stop();
     guest.guest.expect_exit(1)?;
     let report = guest.guest.report();
     if !report.contains("has closed its connection: the guest ends") {
@@ -344,10 +348,10 @@ pub fn served(out: &Path) -> Result<Figures, Failure> {
 }
 
 const CLONES: u32 = 6;
-/// For the host's kernel to free what starting a process took.
-pub(super) const SETTLE: Duration = Duration::from_secs(15);
+/// How long the host's kernel gets to free what starting a process took.
+pub(super) const IDLE_TIME: Duration = Duration::from_secs(15);
 
-/// One guest's memory and disk become those of many, each of which goes on by itself; and what they cost.
+/// One snapshot is loaded by many guests, each with a disk of its own, and their memory is measured.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     let (base, base_sum) = super::share::disk(out)?;
@@ -355,11 +359,11 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let mut source = booted(out, &["--disk", &base_disk])?;
     let sum = source.guest.line("SUM ")?;
     let sum = sum.trim_end_matches(" END").to_owned();
-    // What a kernel puts off until after its boot is done once, in the template.
-    std::thread::sleep(SETTLE);
+    // The template waits for the work that a kernel does some time after its boot, so that clones need not do it.
+    std::thread::sleep(IDLE_TIME);
     source.pause()?;
     create(&source, out, "template", "Full")?;
-    // The disk of the template stays as it is: the source goes on in a child.
+    // The source writes to a child from now on, so that the template's disk stays as it is.
     source.put(
         "/drives/disk0/snapshot",
         &json!({"path_on_host": out.join("source.vhdx")}),
@@ -383,11 +387,11 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
         figures.insert(format!("clone{number}_process_seconds"), json!(ready));
         clones.push(clone);
         if number == 0 {
-            std::thread::sleep(SETTLE);
+            std::thread::sleep(IDLE_TIME);
             before = available()?;
         }
     }
-    std::thread::sleep(SETTLE);
+    std::thread::sleep(IDLE_TIME);
     let each = mib_each(before, available()?, CLONES - 1);
     println!("lab: {each:.2} MiB a further idle clone");
     let smaps = fs::read_to_string(clones[0].guest.proc().join("smaps"));
@@ -397,7 +401,7 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let mut generations = BTreeSet::new();
     for (number, clone) in clones.iter_mut().enumerate() {
         expect_sum(clone, &format!("CLONE{number}"), &sum)?;
-        clone.tell(
+        clone.run_line(
             &format!("echo {number} >/mnt/own; sync; echo OWN$(cat /mnt/own)"),
             &format!("OWN{number}"),
         )?;
@@ -406,21 +410,21 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
             return Failure::claim(format!("generation {now}; notified {notified} times"));
         }
     }
-    source.tell("cat /mnt/own || echo NO''NE", "NONE")?;
+    source.run_line("cat /mnt/own || echo NO''NE", "NONE")?;
     let before = available()?;
     for clone in &mut clones {
-        clone.tell("echo BASE $(md5sum </dev/vdb); echo O''VERBASE", "OVERBASE")?;
+        clone.run_line("echo BASE $(md5sum </dev/vdb); echo O''VERBASE", "OVERBASE")?;
         if clone.guest.line("BASE ")? != format!("{base_sum} -") {
             return Failure::claim("a clone has read other bytes than the disk has");
         }
     }
-    std::thread::sleep(SETTLE);
+    std::thread::sleep(IDLE_TIME);
     let read = mib_each(before, available()?, CLONES);
     println!("lab: {read:.2} MiB a clone more once each has read 40 MiB of a disk");
     figures.insert("more_after_reading_mib".into(), json!(read));
     let smaps = fs::read_to_string(clones[0].guest.proc().join("smaps_rollup"));
     println!("lab: clone 0: {}", smaps.unwrap_or_default());
-    // A clone of a clone.
+    // A clone is saved and cloned, too.
     let mut first = clones.remove(0);
     first.pause()?;
     create(&first, out, "fork", "Diff")?;
@@ -435,12 +439,12 @@ pub fn clones(out: &Path) -> Result<Figures, Failure> {
         json!([{"drive_id": "disk0", "clone": true, "path_on_host": out.join("fork-disk.vhdx")}]);
     fork.put("/snapshot/load", &body)?;
     expect_sum(&mut fork, "FORK", &sum)?;
-    fork.tell("echo FORKOWN$(cat /mnt/own)", "FORKOWN0")?;
-    first.tell(
+    fork.run_line("echo FORKOWN$(cat /mnt/own)", "FORKOWN0")?;
+    first.run_line(
         "echo >/mnt/own 7; sync; echo FIRSTOWN$(cat /mnt/own)",
         "FIRSTOWN7",
     )?;
-    fork.tell("echo STILL$(cat /mnt/own)", "STILL0")?;
+    fork.run_line("echo STILL$(cat /mnt/own)", "STILL0")?;
     for vm in clones.into_iter().chain([first, fork, source]) {
         vm.stop()?;
     }

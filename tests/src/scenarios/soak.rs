@@ -1,4 +1,4 @@
-//! Many guests, one wave after the other: how often one does not do what it was told, by what it shares.
+//! Boots many guests, one wave after the other, and counts those that fail, for a mode of sharing.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,17 +10,17 @@ use serde_json::json;
 use crate::guest::{Guest, Start};
 use crate::result::{Failure, Figures};
 
-/// Guests of one wave, which boot at the same time.
+/// How many guests of a wave boot at the same time.
 const WAVE: usize = 4;
 const WAVES: usize = 12;
 /// A wave that takes longer hangs.
 const PATIENCE: Duration = Duration::from_mins(3);
 /// MD5 of the file that the guests read.
 const DATA_MD5: &str = "5190a94c24b537fd1ac2c225956dac1d";
-/// What the scenarios' names begin with; the mode of `--share` follows.
+/// The beginning of the scenarios' names; the mode of `--share` follows.
 const PREFIX: &str = "soak_";
 
-/// What the threads of a VMM do: names, states, CPU time in ticks, and where in the kernel they are.
+/// The threads of a VMM: names, states, CPU time in ticks, and where in the kernel they wait.
 fn threads(guest: &Guest) -> String {
     let mut text = String::new();
     for task in fs::read_dir(guest.proc().join("task"))
@@ -53,7 +53,8 @@ fn threads(guest: &Guest) -> String {
     text
 }
 
-/// One wave: how many guests ended by themselves with the right checksum, and what became of the others.
+/// Runs one wave. Returns how many guests ended by themselves with the right checksum, and adds a text for each other
+/// guest.
 fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
     let script = "mount -t ext4 -o ro /dev/vda /mnt; S=$(md5sum </mnt/data/40M); sleep 1; \
                   T=$(md5sum </mnt/data/40M); echo SUMS $S $T";
@@ -94,7 +95,7 @@ fn wave(args: &[&str], others: &mut Vec<String>) -> Result<usize, Failure> {
     Ok(well)
 }
 
-/// The scenario's name says what the guests share.
+/// Runs all waves. The mode of sharing is in the scenario's name.
 pub fn soak(out: &Path) -> Result<Figures, Failure> {
     let name = out.file_name().unwrap_or_default().to_string_lossy();
     let args = ["--share", name.trim_start_matches(PREFIX)];

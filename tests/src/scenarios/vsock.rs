@@ -1,4 +1,4 @@
-//! A Linux guest and its host talk over vsock, and clones learn by it who they are.
+//! Scenarios of vsock: a Linux guest and its host connect to each other, and clones read their metadata.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -16,13 +16,13 @@ use crate::result::{Failure, Figures};
 use crate::socket;
 
 const PATIENCE: Duration = Duration::from_mins(1);
-/// What goes each way.
+/// How much is sent in each direction.
 const MIB: u32 = 8;
 const BYTES: u64 = (MIB as u64) << 20;
-/// The lab's own program is on the guest's disk; the guest does as it is told.
+/// The guest copies the lab's own program from its disk, and then executes the lines that are typed on its console.
 const SCRIPT: &str = "cat /dev/vda >/tmp/lab; chmod +x /tmp/lab; echo READY; while read line; do eval \"$line\"; done";
 
-/// A disk with the lab's program on it, in whole sectors.
+/// Makes a disk with the lab's program on it, in whole sectors.
 fn program(out: &Path) -> Result<PathBuf, Failure> {
     let mut bytes = fs::read("lab").map_err(Failure::io("read the lab's program"))?;
     bytes.resize(bytes.len().next_multiple_of(4096), 0);
@@ -45,7 +45,7 @@ fn expect(what: &str, found: &str, expected: &str) -> Result<(), Failure> {
     Failure::claim(format!("{what}: {found:?}, not {expected:?}"))
 }
 
-/// From the host to a port of the guest, and the guest's answer.
+/// Sends data from the host to a port of the guest, and checks the guest's response.
 fn to_guest(uds: &Path, port: u32) -> Result<Duration, Failure> {
     let failed = || Failure::io("talk to the guest");
     let mut stream = timed(UnixStream::connect(uds).map_err(failed())?)?;
@@ -69,13 +69,13 @@ fn to_guest(uds: &Path, port: u32) -> Result<Duration, Failure> {
     Ok(begun.elapsed())
 }
 
-/// What the guest reaches at a port of the host.
+/// Listens at the socket that a guest's connection to a port of the host leads to.
 fn listen(uds: &Path, port: u32) -> Result<UnixListener, Failure> {
     let path = format!("{}_{port}", uds.display());
     UnixListener::bind(&path).map_err(Failure::io(path))
 }
 
-/// A guest that is refused never comes.
+/// Accepts a connection, with a time limit, because a guest that is refused never connects.
 fn accept(listener: &UnixListener) -> Result<UnixStream, Failure> {
     let failed = || Failure::io("wait for the guest");
     listener.set_nonblocking(true).map_err(failed())?;
@@ -95,7 +95,7 @@ fn accept(listener: &UnixListener) -> Result<UnixStream, Failure> {
     Failure::claim("the guest has not connected")
 }
 
-/// From the guest to a program of the host, and its answer.
+/// Has the guest send data to a program of the host, which responds.
 fn to_host(guest: &mut Guest, listener: &UnixListener, port: u32) -> Result<Duration, Failure> {
     let failed = || Failure::io("talk to the guest");
     guest.type_in(&format!("/tmp/lab socket send {port} {BYTES}\n"))?;
@@ -115,13 +115,14 @@ fn mib_per_second(took: Duration) -> Value {
     json!(f64::from(MIB) / took.as_secs_f64())
 }
 
-/// Heavy transfer both ways, refused connections and metadata, in a jail; then the guest is saved, and goes on as another.
+/// A jailed guest transfers much data both ways, has connections refused, and reads its metadata. Then it is saved, and
+/// loaded with another CID.
 pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let disk = format!("{},ro,format=raw", program(out)?.display());
-    // Paths of sockets are short.
+    // Paths of sockets have to be short.
     let (uds, api) = (Path::new("/tmp/v/v.sock"), Path::new("/tmp/v/api.sock"));
     fs::create_dir_all("/tmp/v").map_err(Failure::io("make a folder"))?;
-    // What is there at the start is in the jail.
+    // The sockets that exist at the start are in the jail.
     let (listener, _held) = (listen(uds, 2000)?, listen(uds, 5000)?);
     let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
     let jail = format!("allow={}", here.join(out).display());
@@ -157,7 +158,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     expect_ok(api, "PATCH", "/mmds", &changed)?;
     tell(&mut guest, "get /name", "second")?;
 
-    // With a connection that the next process does not have.
+    // The guest is saved with an open connection, which the next process does not have.
     tell(&mut guest, "hold 5000 &", "HOLDS 5000.")?;
     expect_ok(api, "PATCH", "/vm", &json!({"state": "Paused"}))?;
     let (state, memory) = (here.join(out).join("state"), here.join(out).join("memory"));
@@ -167,7 +168,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     fs::write(&metadata, r#"{"name": "third"}"#).map_err(Failure::io("write metadata"))?;
     let metadata = metadata.display().to_string();
     let mut other = Start::bare(&["--restore", &restore, "--metadata", &metadata]).spawn()?;
-    // ECONNRESET, or ENOTCONN where it had not begun to wait.
+    // The guest gets ECONNRESET, or ENOTCONN where it had not begun to wait.
     other.wait_for("HELD Err(")?;
     tell(&mut other, "cid", "CID 43.")?;
     tell(&mut other, "get /name", "third")?;
@@ -175,7 +176,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     to_guest(Path::new("/tmp/w.sock"), 1001)?;
     let listener = listen(Path::new("/tmp/w.sock"), 2001)?;
     to_host(&mut other, &listener, 2001)?;
-    // And the first one is what it was.
+    // The first guest goes on unchanged.
     expect_ok(api, "PATCH", "/vm", &json!({"state": "Resumed"}))?;
     let ask = "echo ST''ILL $(/tmp/lab socket cid) $(/tmp/lab socket get /name)\n";
     guest.type_in(ask)?;
@@ -184,7 +185,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     Ok(figures)
 }
 
-/// Clones of the daemon ask who they are, and call themselves so.
+/// Clones of the daemon read their names from the metadata.
 pub fn clones(out: &Path) -> Result<Figures, Failure> {
     let daemon = Daemon::start(out, &["--memory-ratio", "4"])?;
     let disk = program(out)?;

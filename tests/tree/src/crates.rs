@@ -29,9 +29,9 @@ pub const LAYERS: &[&[&str]] = &[
     &["coppice"],
 ];
 
-/// Tests that use a crate above their own, with what for.
+/// Tests that may use a crate above their own, and the reason.
 pub const UPWARD: &[(&str, &str)] = &[
-    // What the daemon prints as an argument is what the command line reads.
+    // A test checks that the command line parses the arguments that the daemon prints.
     ("daemon", "cli"),
 ];
 
@@ -41,7 +41,7 @@ pub const TESTS: &[&str] = &["lab", "tree"];
 /// What the tests of every crate may use.
 pub const TEST_HELPERS: &[&str] = &["skip"];
 
-/// A crate of the workspace, as `cargo metadata` tells of it.
+/// A crate of the workspace, as `cargo metadata` describes it.
 #[derive(Debug, Deserialize)]
 pub struct Crate {
     /// Its name.
@@ -75,24 +75,37 @@ pub struct Target {
 #[derive(Deserialize)]
 struct Metadata {
     packages: Vec<Crate>,
+    workspace_root: PathBuf,
 }
 
-/// What keeps the workspace from being read.
+/// The workspace, as `cargo metadata` describes it.
+#[derive(Debug)]
+pub struct Workspace {
+    /// Its crates.
+    pub crates: Vec<Crate>,
+    /// Its folder.
+    pub root: PathBuf,
+}
+
+/// Why the workspace cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum CratesError {
     /// Cargo cannot be started.
     #[error("cannot run cargo metadata")]
     Run(#[source] io::Error),
-    /// Cargo failed, and said why.
+    /// Cargo failed; its output.
     #[error("cargo metadata failed: {0}")]
     Failed(String),
-    /// What it printed is not what it documents.
+    /// The output of cargo is not in the documented format.
     #[error("cannot read what cargo metadata printed")]
     Parse(#[source] serde_json::Error),
 }
 
-/// The crates of the workspace that the working directory is in.
-pub fn read() -> Result<Vec<Crate>, CratesError> {
+/// The workspace that the working directory is in.
+///
+/// # Errors
+/// [`CratesError`].
+pub fn read() -> Result<Workspace, CratesError> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let output = Command::new(cargo)
         .args(["metadata", "--no-deps", "--format-version", "1"])
@@ -104,7 +117,10 @@ pub fn read() -> Result<Vec<Crate>, CratesError> {
         ));
     }
     let metadata: Metadata = serde_json::from_slice(&output.stdout).map_err(CratesError::Parse)?;
-    Ok(metadata.packages)
+    Ok(Workspace {
+        crates: metadata.packages,
+        root: metadata.workspace_root,
+    })
 }
 
 /// One line for each dependency that the layers do not allow, and for each crate that they do not know.

@@ -252,8 +252,8 @@ fn arguments(name: &str, tokens: TokenStream, found: &mut Vec<Breach>) {
     }
 }
 
-/// Where an argument is an error and nothing else: a variable or a field, by its name. `%` of `tracing` shows it too, `?`
-/// is for programmers.
+/// Where an argument is an error and nothing else: a variable or a field, by its name. `%` of `tracing` shows it too,
+/// `?` is for programmers.
 fn shown_error(argument: &[TokenTree]) -> Option<Span> {
     let is_punct = |token: &TokenTree, of: char| matches!(token, TokenTree::Punct(punct) if punct.as_char() == of);
     let mut value = match argument {

@@ -1,4 +1,5 @@
-//! Prints what keeps the workspace from being a tree, and fails where there is anything: see the library.
+//! Prints what keeps the workspace from being a tree, and which comments are too wide, and fails where there is
+//! anything: see the library.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -8,7 +9,7 @@ use std::process::ExitCode;
 
 use tree::circles::{self, Circle};
 use tree::module::{Breach, Module};
-use tree::{crates, imports, source};
+use tree::{comments, crates, imports, source};
 
 fn main() -> ExitCode {
     match check() {
@@ -21,9 +22,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Checks crates and modules, and returns how much is wrong.
+/// Checks crates, modules and comments, and returns how much is wrong.
 fn check() -> Result<usize, Box<dyn Error>> {
-    let crates = crates::read()?;
+    let crates::Workspace { crates, root } = crates::read()?;
     let violations = crates::violations(&crates);
     for line in &violations {
         println!("{line}");
@@ -57,7 +58,15 @@ fn check() -> Result<usize, Box<dyn Error>> {
         crates.len(),
         violations.len(),
     );
-    Ok(violations.len() + circles_seen + breaches)
+    let wide = comments::find(&root)?;
+    for (file, line) in &wide {
+        println!(
+            "{}:{line}: a comment of more than {} columns",
+            relative(file),
+            comments::MAX_COLUMNS
+        );
+    }
+    Ok(violations.len() + circles_seen + breaches + wide.len())
 }
 
 fn describe(name: &str, modules: &[Module], circle: &Circle) -> String {

@@ -1,4 +1,4 @@
-//! What is known of one module: what it defines, imports and names.
+//! One module: the items that it defines, the names that it imports, and the paths that it uses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -134,7 +134,7 @@ fn add_tree(module: &mut Module, tree: &UseTree, prefix: &mut Vec<String>, is_re
         }
         UseTree::Rename(renamed) => {
             let known_as = match plain(&renamed.rename) {
-                // A trait for its methods: it has no name, and each its own place in the table.
+                // `use Trait as _` imports methods and no name, so each gets an entry of its own in the table.
                 name if name == "_" => format!("_{}", with(&renamed.ident).join("::")),
                 name => name,
             };

@@ -4,7 +4,7 @@ use proc_macro2::{Delimiter, Spacing, TokenStream, TokenTree};
 
 use crate::module::{Mention, Module, plain};
 
-/// Notes in `module` every path and every single name of `tokens`.
+/// Records in `module` every path and every single name of `tokens`.
 pub(crate) fn scan(module: &mut Module, tokens: TokenStream) {
     let tokens: Vec<TokenTree> = tokens.into_iter().collect();
     let mut at = 0;
@@ -13,7 +13,7 @@ pub(crate) fn scan(module: &mut Module, tokens: TokenStream) {
     }
 }
 
-/// Reads what begins at `at`, and tells where it ends.
+/// Scans the path or token that begins at `at`, and returns where it ends.
 fn step(module: &mut Module, tokens: &[TokenTree], at: usize) -> usize {
     match &tokens[at] {
         TokenTree::Group(group) => {
@@ -24,7 +24,7 @@ fn step(module: &mut Module, tokens: &[TokenTree], at: usize) -> usize {
         TokenTree::Ident(ident) if ident == "use" => {
             use_declaration(module, tokens, at).unwrap_or(at + 1)
         }
-        // `pub(in path)` says who may see, and imports nothing.
+        // `pub(in path)` limits visibility, and imports nothing.
         TokenTree::Ident(ident) if ident == "pub" => match tokens.get(at + 1) {
             Some(TokenTree::Group(group)) if group.delimiter() == Delimiter::Parenthesis => at + 2,
             _ => at + 1,
@@ -34,7 +34,7 @@ fn step(module: &mut Module, tokens: &[TokenTree], at: usize) -> usize {
     }
 }
 
-/// An attribute: prose is passed over, and serde names functions and modules in strings.
+/// Scans an attribute. Documentation is skipped; serde's attributes name functions and modules in strings.
 fn attribute(module: &mut Module, tokens: &[TokenTree], mut at: usize) -> usize {
     if matches!(tokens.get(at), Some(TokenTree::Punct(punct)) if punct.as_char() == '!') {
         at += 1;
@@ -81,7 +81,7 @@ fn strings(module: &mut Module, tokens: TokenStream) {
     }
 }
 
-/// A `use` within a function.
+/// Scans a `use` within a function.
 fn use_declaration(module: &mut Module, tokens: &[TokenTree], at: usize) -> Option<usize> {
     let is_end =
         |token: &TokenTree| matches!(token, TokenTree::Punct(punct) if punct.as_char() == ';');

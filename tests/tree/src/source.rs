@@ -13,7 +13,7 @@ use crate::errors;
 use crate::module::{Module, plain};
 use crate::paths;
 
-/// What keeps a crate's source from being read.
+/// Why a crate's source cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// A file cannot be read.
@@ -21,7 +21,7 @@ pub enum SourceError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// A file is not Rust.
@@ -29,7 +29,7 @@ pub enum SourceError {
     Parse {
         /// The file.
         path: PathBuf,
-        /// What the parser said.
+        /// The parser's error.
         source: syn::Error,
     },
     /// A module is declared, and neither of its two possible files is there.

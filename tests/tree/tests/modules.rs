@@ -1,4 +1,4 @@
-//! Small crates, written for the question, and what the check says of their modules.
+//! Small crates, each written for one test, and the result of the check of their modules.
 
 use std::path::Path;
 
@@ -6,7 +6,8 @@ use tree::circles;
 use tree::imports;
 use tree::source;
 
-/// Writes a crate of these files, and returns its circles: for each its members, and its uses as `user -> definer item:line`.
+/// Writes a crate of these files, and returns its circles: for each its members, and its uses as `user -> definer
+/// item:line`.
 fn circles_of(files: &[(&str, &str)]) -> Vec<(Vec<String>, Vec<String>)> {
     let folder = tempfile::tempdir().expect("a folder");
     for (name, text) in files {
@@ -197,7 +198,7 @@ fn path_in_a_macro_or_in_a_string_of_serde_counts() {
 }
 
 #[test]
-fn what_only_says_who_may_see_does_not_count() {
+fn a_path_that_limits_visibility_does_not_count() {
     let found = circles_of(&[
         ("lib.rs", "mod a;\nstruct Root;\nfn f() { a::f(); }\n"),
         (
@@ -209,7 +210,7 @@ fn what_only_says_who_may_see_does_not_count() {
 }
 
 #[test]
-fn module_and_function_of_one_name_are_told_apart() {
+fn module_and_function_of_one_name_are_distinguished() {
     let found = circles_of(&[
         ("lib.rs", "mod open;\nmod raw;\npub use open::open;\n"),
         (

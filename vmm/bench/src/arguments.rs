@@ -8,7 +8,7 @@ use clap::{Args, Subcommand};
 use crate::{Configuration, Inputs, Options, Peer, Workload};
 use config::Mebibytes;
 
-/// Shown behind the help.
+/// Examples, which follow the help.
 pub const EXAMPLES: &str = "Examples:
   coppice bench density --out target/density
   coppice bench density --config share-off,share-all --workload read,python --guests 20
@@ -16,7 +16,7 @@ pub const EXAMPLES: &str = "Examples:
   coppice bench density --plot target/density/result.json --out target/density
 As root, the page cache is dropped before readings, and KSM can be measured.";
 
-/// What can be measured.
+/// The benchmarks.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
     /// Measure the memory, boot time and CPU time that each guest costs, and how many a host holds.
@@ -57,8 +57,8 @@ pub struct DensityArguments {
     /// The disk of the workload python [default: target/guest/full.vhdx].
     #[arg(long, value_name = "FILE")]
     python_disk: Option<PathBuf>,
-    /// QEMU with its microvm machine, and words before its arguments: where its libraries are not installed, their loader with
-    /// --library-path comes first [default: /usr/bin/qemu-system-x86_64-microvm].
+    /// QEMU with its microvm machine, and words before its arguments: where its libraries are not installed, their
+    /// loader with --library-path comes first [default: /usr/bin/qemu-system-x86_64-microvm].
     #[arg(long, value_name = "COMMAND", allow_hyphen_values = true)]
     peer: Option<Peer>,
     /// More arguments of every `coppice run`.
@@ -79,7 +79,8 @@ pub struct DensityArguments {
     /// Write JSON.
     #[arg(long)]
     json: bool,
-    /// Say instead for one guest of each of Coppice's configurations where its RAM is, by what lies there and by what the guest uses it for.
+    /// Say instead for one guest of each of Coppice's configurations where its RAM is, by what lies there and by what
+    /// the guest uses it for.
     #[arg(long, conflicts_with_all = ["parallel", "guests"])]
     explain: bool,
     /// Join results of earlier benchmarks, and make table and pictures of them; measures nothing. Can be repeated.
@@ -92,13 +93,13 @@ pub struct DensityArguments {
 pub enum DensityTask {
     /// Measures.
     Measure(Options),
-    /// Says where guest RAM is.
+    /// Reports where guest RAM is.
     Explain(Options),
     /// Draws earlier results.
     Plot {
         /// The results.
         results: Vec<PathBuf>,
-        /// Where the pictures go.
+        /// The folder for the pictures.
         out: PathBuf,
     },
 }
@@ -109,7 +110,7 @@ impl DensityArguments {
         self.json
     }
 
-    /// What they ask for.
+    /// The task that the arguments stand for.
     pub fn into_task(self) -> DensityTask {
         if let (false, Some(out)) = (self.plot.is_empty(), &self.out) {
             return DensityTask::Plot {

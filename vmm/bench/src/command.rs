@@ -14,7 +14,7 @@ use super::options::Options;
 use super::page_use;
 use super::workload::{Device, Workload};
 
-/// The program that runs guests: this one has only the tools.
+/// The program that runs guests. This process's program has only the tools.
 ///
 /// # Errors
 /// `Io`.
@@ -22,12 +22,12 @@ pub(super) fn coppice() -> Result<PathBuf, BenchError> {
     program::beside_this(program::COPPICE).map_err(BenchError::io("find coppice"))
 }
 
-/// What every guest is told beside its work.
+/// The words on the command line of every guest, which its work follows.
 pub(super) const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
 impl Configuration {
-    /// The program and arguments of guest number `guest`. `kernel` is the unpacked kernel, for the peer. A guest of Coppice's is given
-    /// `flags` as one more disk, and leaves its page flags there.
+    /// The program and arguments of guest number `guest`. `kernel` is the unpacked kernel, for the peer. A guest of
+    /// Coppice gets `flags` as one more disk, and writes its page flags to it.
     pub(super) fn command(
         self,
         options: &Options,
@@ -70,7 +70,7 @@ impl Configuration {
         command
             .arg(option)
             .arg(format!("{},ro", doubled_commas(disk)));
-        // Before what the user adds, which would change its name in the guest.
+        // This disk comes before those that the user adds, which would change its name in the guest.
         if let Some(flags) = flags {
             command
                 .arg("--disk")
@@ -88,7 +88,7 @@ impl Configuration {
     }
 }
 
-/// A path in a list of options, for Coppice as for QEMU.
+/// Escapes a path for a list of options, of Coppice and of QEMU: commas are doubled.
 fn doubled_commas(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }

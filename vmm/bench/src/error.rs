@@ -12,34 +12,34 @@ use kvm::boot::BootError;
 /// Why a benchmark failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
-    /// The host refused.
+    /// The host refused an operation.
     #[error("cannot {operation}")]
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The host's error.
         #[source]
         error: io::Error,
     },
-    /// A guest of a configuration did not do its part.
+    /// A guest did not do its work.
     #[error("{configuration}, {workload}: guest {guest}")]
     Guest {
         /// How it was started.
         configuration: Configuration,
-        /// What it was to do.
+        /// Its workload.
         workload: Workload,
-        /// Which, from 1.
+        /// Its number, from 1.
         guest: usize,
         /// What is wrong.
         #[source]
         error: Box<BenchError>,
     },
-    /// A guest ended that was to stay.
+    /// A guest ended before its time.
     #[error("it ended ({status}) before it said {awaited:?}; its last words: {words}")]
     Ended {
         /// How it ended.
         status: String,
-        /// What it was to say.
+        /// The line that was awaited.
         awaited: &'static str,
         /// The end of its log, or of its console.
         words: String,
@@ -47,9 +47,9 @@ pub enum BenchError {
     /// A guest took too long.
     #[error("it did not say {awaited:?} within {patience:?}; its last words: {words}")]
     Silent {
-        /// What it was to say.
+        /// The line that was awaited.
         awaited: &'static str,
-        /// How long was waited.
+        /// How long the benchmark waited.
         patience: Duration,
         /// The end of its log, or of its console.
         words: String,
@@ -70,16 +70,16 @@ pub enum BenchError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What it was to hold.
+        /// What should be in it.
         expected: &'static str,
     },
-    /// The kernel does not say how a process is.
+    /// A process cannot be examined.
     #[error(transparent)]
     Process(#[from] ProcError),
     /// The kernel cannot be unpacked for the peer, or examined.
     #[error(transparent)]
     Kernel(#[from] BootError),
-    /// JSON that is none, or not of this benchmark.
+    /// A file is no JSON, or not of this benchmark.
     #[error("{}", path.display())]
     Json {
         /// The file.
@@ -93,13 +93,13 @@ pub enum BenchError {
     Plot {
         /// The file.
         path: PathBuf,
-        /// What the drawing library said.
+        /// The error of the drawing library.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// What was asked for cannot be done.
+    /// The request cannot be done.
     #[error("{0}")]
     Refused(String),
-    /// A signal, by its number.
+    /// A signal has ended the benchmark; its number.
     #[error("interrupted by signal {0}")]
     Cancelled(u8),
 }

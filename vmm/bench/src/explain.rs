@@ -1,9 +1,10 @@
-//! Where the RAM of a guest is, page by page: private to its process, a page of a file that others may map too, or nowhere; by what the guest
-//! has, or had, at that address.
+//! Explains where the RAM of a guest is, page by page: private to its process, a page of a file that others may map
+//! too, or absent. Pages are grouped by what the guest has, or had, at that address.
 //!
-//! What the guest uses its pages for is beside it, by `page_use`.
+//! A second table, by `page_use`, groups them by what the guest uses them for.
 //!
-//! The kernel's `/proc/PID/pagemap` says it, which tells copied pages of a private mapping from those that are still the file's.
+//! The source is the kernel's `/proc/PID/pagemap`, which distinguishes copied pages of a private mapping from pages
+//! that are still the file's.
 
 use std::fmt;
 
@@ -21,13 +22,13 @@ use host::text_table;
 /// An area of guest RAM, in KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Area {
-    /// What lies, or lay, there.
+    /// What the guest has, or had, there.
     pub name: String,
-    /// Pages of this process.
+    /// Private pages of the process.
     pub private_kib: u64,
     /// Pages of a file.
     pub file_kib: u64,
-    /// Neither: never touched, or given back.
+    /// Absent pages: never touched, or given back.
     pub absent_kib: u64,
 }
 
@@ -38,13 +39,14 @@ pub struct Explanation {
     pub configuration: Configuration,
     /// What it did.
     pub workload: Workload,
-    /// The areas, in the order in which they begin; the rest last.
+    /// The areas, by their addresses; the rest is last.
     pub areas: Vec<Area>,
-    /// What the guest uses its pages for, most private first; nothing where it did not say.
+    /// What the guest uses its pages for; the use with the most private pages is first. Empty where the guest did not
+    /// report that.
     pub uses: Vec<Use>,
 }
 
-/// Where the initrd was put: as high as it goes.
+/// Where the initrd is: at the end of RAM.
 pub(super) fn initrd(ram: u64, bytes: u64) -> Part {
     let start = ram.saturating_sub(bytes) / PAGE * PAGE;
     Part {
@@ -53,7 +55,7 @@ pub(super) fn initrd(ram: u64, bytes: u64) -> Part {
     }
 }
 
-/// Sorts the pages of guest RAM, which starts at guest address 0, into `parts` and the rest.
+/// Counts the pages of guest RAM, which starts at guest address 0, in each of `parts` and in the rest.
 pub(super) fn areas(entries: &[u64], parts: &[Part]) -> Vec<Area> {
     let area = |name: &str| Area {
         name: name.to_owned(),
@@ -89,7 +91,7 @@ fn mib(kib: u64) -> String {
     format!("{:.2}", float(kib) / 1024.0)
 }
 
-/// Columns of MiB: a head, a row for each name with its KiB, and their sum.
+/// A table of MiB: a heading, a row for each name, and their sum. The figures are given in KiB.
 fn columns<const N: usize>(title: &str, heads: [&str; N], named: &[(&str, [u64; N])]) -> String {
     let row = |name: &str, kib: [u64; N]| {
         let mut row = vec![name.to_owned()];
@@ -262,11 +264,12 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_kernel_tells_a_copied_page_from_the_file_s() {
+    fn the_kernel_distinguishes_a_copied_page_from_the_files() {
         const LEN: usize = 3 * PAGE as usize;
         let file = File::open("/proc/self/exe").unwrap();
         let (access, private) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
-        // SAFETY: new mappings, wherever the kernel has room, of a file that is longer; they stay until the process ends.
+        // SAFETY: these are new mappings at addresses that the kernel chooses, of a file that is longer; they stay
+        // until the process ends.
         let (of_file, anonymous) = unsafe {
             (
                 mmap(std::ptr::null_mut(), LEN, access, private, &file, 0)
@@ -277,7 +280,7 @@ pub(super) mod tests {
                     .cast::<u8>(),
             )
         };
-        // SAFETY: inside the mappings made above, which nobody else knows.
+        // SAFETY: the bytes are inside the mappings made above, which nobody else knows.
         unsafe {
             of_file.write_volatile(1);
             of_file.add(PAGE as usize).read_volatile();

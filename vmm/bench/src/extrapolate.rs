@@ -1,25 +1,25 @@
-//! How many guests a larger host holds, by what each further guest took of this one.
+//! Extrapolates how many guests a larger host holds, from the memory that each further guest took of this one.
 
 use serde::{Deserialize, Serialize};
 
 use super::number::float;
 
-/// Hosts that are asked about, in GiB.
+/// The memory of the hosts that are extrapolated to, in GiB.
 pub(super) const HOSTS: [u64; 2] = [64, 256];
-/// Part of a host's memory that guests may take; the rest is for the host itself.
+/// The part of a host's memory that guests may take; the rest is for the host itself.
 const FOR_GUESTS: f64 = 0.96;
 
-/// How the figures come about, for the foot of a table.
-pub(super) const HOW: &str = "Guests of a host: (96 % of its memory - fixed) / each further guest. That is the median of what each guest but the first has added to the memory in\nuse, \
+/// How the figures are computed, as a text below the table.
+pub(super) const METHOD: &str = "Guests of a host: (96 % of its memory - fixed) / each further guest. That is the median of what each guest but the first has added to the memory in\nuse, \
 so that pages of files which one of them is the first to map are not taken for its own; fixed is the median of what is left of the memory in use\nwithout that much for each guest. \
 In use is what the host's free and reclaimable memory was before, less what it is (MemAvailable, and the\npages that CPUs keep at hand).";
 
-/// What guests take: `fixed_kib` for all together, and `guest_kib` for each.
+/// The memory that guests take: `fixed_kib` for all together, and `guest_kib` for each.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Line {
-    /// What the first guest takes for all: files that all of them map, and the like.
+    /// What the first guest takes for all guests, such as files that all of them map.
     pub fixed_kib: f64,
-    /// What each takes.
+    /// What each guest takes.
     pub guest_kib: f64,
 }
 
@@ -32,7 +32,7 @@ pub struct Extrapolation {
     pub guests: u64,
 }
 
-/// The middle one, or between the two in the middle; none of none.
+/// The median. `None` of no values.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     let above = values.get(values.len() / 2)?;
@@ -41,8 +41,9 @@ fn median(mut values: Vec<f64>) -> Option<f64> {
 }
 
 impl Line {
-    /// The line through points (guests, KiB in use), in their order, whose slope is the median of the slopes from one to the next; through the origin where
-    /// there is but one. None where guests take nothing: noise, or no points.
+    /// The line through points (guests, KiB in use), in their order, whose slope is the median of the slopes from one
+    /// to the next; through the origin where there is only one. `None` where there are no points, or guests seem to
+    /// take nothing, which is noise.
     pub(super) fn through(points: &[(f64, f64)]) -> Option<Self> {
         let slopes = points.iter().zip(points.iter().skip(1));
         let slopes = slopes.map(|(from, to)| (to.1 - from.1) / (to.0 - from.0));
@@ -64,14 +65,14 @@ impl Line {
         (line.guest_kib.is_finite() && line.guest_kib > 0.0).then_some(line)
     }
 
-    /// Guests that a host with so much memory holds.
+    /// The number of guests that a host with so much memory holds.
     #[allow(
         clippy::cast_sign_loss,
         reason = "a negative number of guests becomes none"
     )]
     pub(super) fn guests(&self, host_gib: u64) -> u64 {
         let room = float(host_gib << 20) * FOR_GUESTS;
-        // What is fixed is at times a little below zero, which gains no room.
+        // Noise can make the fixed part a little less than zero, which makes no room for guests.
         ((room - self.fixed_kib.max(0.0)) / self.guest_kib).max(0.0) as u64
     }
 }

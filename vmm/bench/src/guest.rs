@@ -1,4 +1,4 @@
-//! A guest under measurement: its process, and what its console says when.
+//! A guest that is measured: its process, and the lines of its console with their times.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
@@ -11,10 +11,10 @@ use super::BenchError;
 use super::interrupt::{Interrupt, TICK};
 use super::workload::{IDLE, INIT, SUM};
 
-/// Lines that are told of a guest that went wrong.
-const LAST_WORDS: usize = 5;
+/// How many lines an error quotes of a guest that failed.
+const LAST_LINES: usize = 5;
 
-/// Lines, each with the time since the start at which it was there.
+/// Lines, each with the time since the start at which it was read.
 #[derive(Default)]
 struct Lines {
     state: Mutex<(Vec<(Duration, String)>, bool)>,
@@ -26,7 +26,7 @@ impl Lines {
         self.state.lock()
     }
 
-    /// Reads `source` in a thread of its own, to its end.
+    /// Reads `source` to its end, in a thread of its own.
     fn follow(self: &Arc<Self>, source: impl Read + Send + 'static, started: Instant) {
         let this = Arc::clone(self);
         std::thread::spawn(move || {
@@ -41,7 +41,7 @@ impl Lines {
         });
     }
 
-    /// When a line with `prefix` came, and its rest.
+    /// The first line with `prefix`: when it was read, and its rest.
     fn find(&self, prefix: &str) -> Option<(Duration, String)> {
         self.lock()
             .0
@@ -49,9 +49,9 @@ impl Lines {
             .find_map(|(at, line)| Some((*at, line.strip_prefix(prefix)?.to_owned())))
     }
 
-    fn last_words(&self) -> String {
+    fn last_lines(&self) -> String {
         let state = self.lock();
-        let lines = &state.0[state.0.len().saturating_sub(LAST_WORDS)..];
+        let lines = &state.0[state.0.len().saturating_sub(LAST_LINES)..];
         lines
             .iter()
             .map(|(_, line)| line.as_str())
@@ -60,18 +60,18 @@ impl Lines {
     }
 }
 
-/// When a guest got how far, since the start of its process.
+/// How long a guest took, since the start of its process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Times {
-    /// Its `/init` ran.
+    /// Until its `/init` ran.
     pub(super) init: Duration,
     /// The guest's own time then, in seconds.
     pub(super) uptime: f64,
-    /// Its work was done.
+    /// Until its work was done.
     pub(super) idle: Duration,
 }
 
-/// A guest; killed when dropped.
+/// A guest, which is killed when this is dropped.
 pub(super) struct Guest {
     child: Child,
     console: Arc<Lines>,
@@ -105,12 +105,12 @@ impl Guest {
         })
     }
 
-    /// Its number as a process.
+    /// The number of its process.
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Waits until it idles, and compares its checksum.
+    /// Waits until the guest idles, and compares its checksum.
     pub(super) fn wait_until_idle(
         &mut self,
         expected: &str,
@@ -153,18 +153,18 @@ impl Guest {
                 && self.console.lock().1
                 && self.log.lock().1
             {
-                // What it said last may have come in between.
+                // Its last line may have been read since the search above.
                 return self.console.find(awaited).ok_or_else(|| BenchError::Ended {
                     status: status.to_string(),
                     awaited,
-                    words: self.last_words(),
+                    words: self.last_lines(),
                 });
             }
             if self.started.elapsed() > patience {
                 return Err(BenchError::Silent {
                     awaited,
                     patience,
-                    words: self.last_words(),
+                    words: self.last_lines(),
                 });
             }
             let mut state = self.console.lock();
@@ -172,15 +172,15 @@ impl Guest {
         }
     }
 
-    /// The end of the log, where the VMM says what went wrong, or of the console.
-    fn last_words(&self) -> String {
-        match self.log.last_words() {
-            words if words.is_empty() => self.console.last_words(),
+    /// The end of the log, where the VMM reports what went wrong, or of the console.
+    fn last_lines(&self) -> String {
+        match self.log.last_lines() {
+            words if words.is_empty() => self.console.last_lines(),
             words => words,
         }
     }
 
-    /// Fails where it has ended meanwhile.
+    /// Fails if the guest has ended.
     pub(super) fn check(&mut self) -> Result<(), BenchError> {
         match self
             .child
@@ -191,7 +191,7 @@ impl Guest {
             Some(status) => Err(BenchError::Ended {
                 status: status.to_string(),
                 awaited: "that it was measured",
-                words: self.last_words(),
+                words: self.last_lines(),
             }),
         }
     }
@@ -199,7 +199,7 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // It may have ended already. Once it is waited for, its memory is the host's again.
+        // The guest may have ended already. Its memory is free once the process is waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -225,7 +225,7 @@ mod tests {
         let script = "echo COPPICE-INIT uptime=1.25; sleep 0.2; echo BENCH-SUM abc; echo BENCH-IDLE; sleep 100";
         let times = wait(script, PATIENCE).unwrap();
         assert!((times.uptime - 1.25).abs() < 1e-9);
-        // It was started after the clock was. How late a line is seen is the host's.
+        // The process was started after the clock. How late its lines are read depends on the load of the host.
         assert!(times.idle >= times.init, "{times:?}");
         assert!(times.idle >= Duration::from_millis(200), "{times:?}");
     }
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_ends_says_its_last_words() {
+    fn the_error_of_a_guest_that_ends_quotes_its_last_lines() {
         let script = "echo COPPICE-INIT uptime=1.25; echo no disk >&2; exit 3";
         let error = wait(script, PATIENCE).unwrap_err().to_string();
         assert!(
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_guest_is_not_waited_for_for_ever() {
+    fn a_silent_guest_is_not_awaited_for_ever() {
         let error = wait("sleep 100", Duration::from_millis(300)).unwrap_err();
         assert!(matches!(error, BenchError::Silent { .. }), "{error}");
     }

@@ -10,7 +10,7 @@ const MEMINFO: &str = "/proc/meminfo";
 const ZONEINFO: &str = "/proc/zoneinfo";
 const PAGE_KIB: u64 = 4;
 
-/// What was measured on.
+/// The host that was measured on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {
     /// Its kernel.
@@ -21,26 +21,28 @@ pub struct Host {
     pub memory_kib: u64,
     /// Its policy on transparent huge pages.
     pub huge_pages: String,
-    /// Whether the page cache was dropped before each reading. Where it was not, what the host kept of files may be in a reading or not.
+    /// Whether the page cache was dropped before each reading. Where it was not, readings may contain cached pages of
+    /// files.
     pub caches_dropped: bool,
 }
 
 /// The host's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostMemory {
-    /// What could be used without swapping.
+    /// What could be allocated without swapping (`MemAvailable`).
     pub available: u64,
-    /// What each CPU keeps at hand for its next allocations. It is free, and `available` does not have it: some MiB, now more and now less.
+    /// Free pages on the lists of each CPU, for its next allocations. `available` does not contain them: they are some
+    /// MiB, and their number changes all the time.
     pub at_hand: u64,
     /// Page tables of all processes.
     pub page_tables: u64,
-    /// Page tables of all guests, which KVM keeps; 0 before Linux 6.1, which counts them nowhere.
+    /// Page tables of all guests, which KVM keeps; 0 before Linux 6.1, which does not count them.
     pub secondary_page_tables: u64,
     /// The kernel's small objects.
     pub slab: u64,
     /// Stacks of threads in the kernel.
     pub kernel_stack: u64,
-    /// Memory that is of no file.
+    /// Anonymous memory.
     pub anonymous: u64,
     /// Pages of files that are mapped.
     pub mapped: u64,
@@ -54,7 +56,7 @@ fn kibibytes(meminfo: &str, key: &str) -> Option<u64> {
     value.strip_suffix("kB")?.trim().parse().ok()
 }
 
-/// Pages on the lists of all CPUs: `count:` below each `cpu:` of each zone.
+/// The pages on the lists of all CPUs: the sum of `count:` of each `cpu:` of each zone.
 fn pages_at_hand(zoneinfo: &str) -> u64 {
     zoneinfo
         .lines()
@@ -88,30 +90,30 @@ fn malformed() -> BenchError {
 }
 
 impl HostMemory {
-    /// What is there for whoever asks.
+    /// The memory that could be allocated.
     pub(super) fn unused(&self) -> u64 {
         self.available + self.at_hand
     }
 
-    /// Reads it, once the page cache of nobody's mappings is dropped, where this process may.
+    /// Drops the page cache that nobody maps, where this process may, and reads the memory.
     pub(super) fn read() -> Result<Self, BenchError> {
         drop_caches();
-        // Counters that each CPU has not yet added to the host's; only root may ask for that.
+        // This adds the counters of each CPU to the host's; only root may request it.
         let _ = fs::write("/proc/sys/vm/stat_refresh", "1");
         parse(&read(MEMINFO)?, &read(ZONEINFO)?).ok_or_else(malformed)
     }
 }
 
-/// Gives back what the host holds only because it may be read again. True where this process may do so: only root may.
+/// Drops the page cache, and returns whether this process may do so: only root may.
 fn drop_caches() -> bool {
     rustix::fs::sync();
     fs::write("/proc/sys/vm/drop_caches", "3").is_ok()
 }
 
-/// What is measured on.
+/// Describes this host.
 pub(super) fn describe() -> Result<Host, BenchError> {
     let total = kibibytes(&read(MEMINFO)?, "MemTotal").ok_or_else(malformed)?;
-    // Only told.
+    // These are only shown, so that an error leaves them empty.
     let word = |path| read(path).map_or(String::new(), |text| text.trim().to_owned());
     Ok(Host {
         kernel: word("/proc/sys/kernel/osrelease"),

@@ -1,10 +1,10 @@
-//! The files a guest is made of.
+//! The files that a guest boots from and reads.
 
 use std::path::{Path, PathBuf};
 
 use super::workload::Workload;
 
-/// The files a guest is made of.
+/// The files that a guest boots from and reads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inputs {
     /// The kernel.
@@ -18,7 +18,7 @@ pub struct Inputs {
 }
 
 impl Default for Inputs {
-    /// What `make guest` makes.
+    /// The files that `make guest` builds.
     fn default() -> Self {
         let folder = Path::new("target/guest");
         Self {

@@ -1,4 +1,4 @@
-//! Signals amid a measurement: it ends with all guests gone and the host's settings as they were.
+//! Signals during a measurement: they end it, with all guests ended and the host's settings restored.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -6,19 +6,19 @@ use std::time::{Duration, Instant};
 use super::error::BenchError;
 use host::signals::Signals;
 
-/// How long a signal may go unnoticed.
+/// How often a wait checks for a signal.
 pub(super) const TICK: Duration = Duration::from_millis(100);
 
 /// The signals that end the benchmark.
 pub(super) struct Interrupt(Signals);
 
 impl Interrupt {
-    /// Blocks the signals; first of all, as threads inherit that.
+    /// Blocks the signals. To be called first, because threads inherit the mask.
     pub(super) fn new() -> io::Result<Self> {
         Signals::block().map(Self)
     }
 
-    /// Fails once a signal has come.
+    /// Fails once a signal was received.
     pub(super) fn check(&self) -> Result<(), BenchError> {
         match self.0.next() {
             Some(signal) => Err(BenchError::Cancelled(signal)),
@@ -26,7 +26,7 @@ impl Interrupt {
         }
     }
 
-    /// Sleeps, unless a signal comes.
+    /// Sleeps, and fails at a signal.
     pub(super) fn sleep(&self, time: Duration) -> Result<(), BenchError> {
         let end = Instant::now() + time;
         loop {

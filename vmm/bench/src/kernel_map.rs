@@ -1,4 +1,4 @@
-//! Which parts of a kernel lie where in guest memory, by the section headers of its ELF file.
+//! Where the parts of a kernel are in guest memory, by the section headers of its ELF file.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,10 +9,11 @@ use zerocopy::{FromBytes, Immutable, KnownLayout};
 
 use kvm::boot::LoadSegment;
 
-/// More than any kernel has.
+/// The most sections and bytes of names that are read: more than any kernel has.
 const MAX_SECTIONS: u16 = 4096;
 const MAX_NAMES: u64 = 1 << 20;
-/// Where the section headers are said to be in the ELF header (System V ABI, chapter 4): `e_shoff`, and `e_shentsize` with what follows.
+/// The fields of the ELF header for the section headers (System V ABI, chapter 4): `e_shoff`, and `e_shentsize` with
+/// what follows it.
 const SHOFF: u64 = 40;
 const SHENTSIZE: u64 = 58;
 const WRITE: u64 = 1;
@@ -55,9 +56,10 @@ fn object<T: FromBytes>(file: &File, at: u64) -> Option<T> {
     T::read_from_bytes(&bytes).ok()
 }
 
-/// Linux on x86-64 maps its image here: from guest physical address 0 on, but for the per-CPU template (`__START_KERNEL_map`).
+/// Linux on x86-64 maps its image here, from guest physical address 0 on, except for the per-CPU template
+/// (`__START_KERNEL_map`).
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
-/// Sections that are used while booting only.
+/// Sections that are only used while the kernel boots.
 const INIT: [&str; 11] = [
     ".init",
     ".exit",
@@ -74,7 +76,7 @@ const INIT: [&str; 11] = [
 /// Sections that are not written to, whatever their flags say.
 const READ_ONLY: [&str; 3] = [".rodata", "__modver", ".orc_unwind"];
 
-/// What a section is part of, by the names that Linux gives its sections.
+/// The part of the kernel that a section belongs to, by Linux' names of sections.
 fn class(name: &str, flags: u64) -> &'static str {
     let starts = |prefixes: &[&str]| prefixes.iter().any(|prefix| name.starts_with(prefix));
     if starts(&[".bss", ".brk"]) {
@@ -90,9 +92,9 @@ fn class(name: &str, flags: u64) -> &'static str {
     }
 }
 
-/// Where a section lies in guest memory, if a segment brings it there.
-fn place(section: &Section, segments: &[LoadSegment]) -> Option<u64> {
-    // A section that is not in the file has no offset that says anything.
+/// The guest physical address of a section, if a segment loads it.
+fn guest_address(section: &Section, segments: &[LoadSegment]) -> Option<u64> {
+    // The offset of a section that is not in the file has no meaning, so its address is used.
     if let Some(address) = section.address.get().checked_sub(KERNEL_MAP) {
         return Some(address);
     }
@@ -102,7 +104,7 @@ fn place(section: &Section, segments: &[LoadSegment]) -> Option<u64> {
     })
 }
 
-/// The sections as (guest address, class), by address. None where there are none, or they make no sense.
+/// The sections as (guest address, class), by address. `None` where there are none, or their headers are invalid.
 fn sections(file: &File, segments: &[LoadSegment]) -> Option<Vec<(u64, &'static str)>> {
     let start: U64 = object(file, SHOFF)?;
     let counts: Counts = object(file, SHENTSIZE)?;
@@ -128,7 +130,7 @@ fn sections(file: &File, segments: &[LoadSegment]) -> Option<Vec<(u64, &'static 
         }
         let name = text.get(section.name.get() as usize..)?;
         let name = name.split(|byte| *byte == 0).next()?;
-        if let Some(address) = place(&section, segments) {
+        if let Some(address) = guest_address(&section, segments) {
             found.push((address, class(&String::from_utf8_lossy(name), flags)));
         }
     }
@@ -136,7 +138,7 @@ fn sections(file: &File, segments: &[LoadSegment]) -> Option<Vec<(u64, &'static 
     (!found.is_empty()).then_some(found)
 }
 
-/// The parts of a kernel, by address. Without sections, the segments that are loaded.
+/// The parts of a kernel, by address. Where the file has no sections, they are the segments that are loaded.
 pub(super) fn parts(file: &File, segments: &[LoadSegment]) -> Vec<Part> {
     let sections = sections(file, segments).unwrap_or_default();
     let mut parts: Vec<Part> = Vec::new();
@@ -154,7 +156,7 @@ pub(super) fn parts(file: &File, segments: &[LoadSegment]) -> Vec<Part> {
             });
         }
         for (index, (at, class)) in inside.iter().enumerate() {
-            // Up to the next section, so that padding belongs to what it pads.
+            // A part ends where the next section begins, so that padding belongs to the part before it.
             let next = inside.get(index + 1).map_or(end, |(next, _)| *next);
             match parts.last_mut() {
                 Some(last) if last.name == *class && last.range.end == *at => last.range.end = next,
@@ -245,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn sections_cover_their_segments_whole_also_those_that_are_not_in_the_file() {
+    fn sections_cover_all_of_their_segments_also_those_that_are_not_in_the_file() {
         let parts = parts(&kernel(), &segments());
         let parts: Vec<_> = parts
             .iter()

@@ -1,4 +1,5 @@
-//! The host's kernel same-page merging, as the peer's way to share memory: set for the measurement, and put back.
+//! The host's kernel same-page merging (KSM), by which the peer shares memory. It is set for the measurement, and
+//! restored.
 
 use std::fs;
 use std::path::Path;
@@ -11,28 +12,29 @@ use super::interrupt::Interrupt;
 use host::{procfs, report};
 
 const FOLDER: &str = "/sys/kernel/mm/ksm";
-/// Much more than the kernel's default of 100 pages every 20 ms, so that it settles while somebody waits: about two thirds of a core.
+/// The settings for the measurement: they scan much more than the kernel's default of 100 pages every 20 ms, so that
+/// all is merged soon. They take about two thirds of a core.
 const SETTINGS: [(&str, u64); 3] = [("pages_to_scan", 1000), ("sleep_millisecs", 10), ("run", 1)];
 /// A page is merged on the second scan that finds it unchanged.
 const SCANS: u64 = 3;
-/// Scans of what changes all the time come to no end.
+/// The longest wait: pages that change all the time are merged again and again.
 const PATIENCE: Duration = Duration::from_mins(5);
 const POLL: Duration = Duration::from_millis(500);
 
 /// The page merger of the host's kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KsmFigures {
-    /// Pages it looks at before it sleeps.
+    /// Pages that it scans before it sleeps.
     pub pages_to_scan: u64,
-    /// How long it sleeps.
+    /// How long it sleeps, in milliseconds.
     pub sleep_millisecs: u64,
-    /// Pages that stand for others.
+    /// Merged pages in use.
     pub pages_shared: u64,
-    /// Pages that others stand for.
+    /// Pages that were saved by merging.
     pub pages_sharing: u64,
-    /// Whether whole scans found nothing more.
+    /// Whether complete scans found nothing more to merge.
     pub settled: bool,
-    /// How long that took, after the last guest.
+    /// How long that took, since the last guest was idle.
     pub settled_after_seconds: f64,
     /// CPU time of its thread since the host's start.
     pub cpu_seconds: f64,
@@ -53,19 +55,19 @@ fn write(name: &str, value: u64) -> Result<(), BenchError> {
     fs::write(&path, value.to_string()).map_err(BenchError::io(format!("write {}", path.display())))
 }
 
-/// Whether the host has it, and this process may set it.
+/// Whether the host has KSM, and this process may configure it.
 pub(super) fn can_be_set() -> bool {
     read("run").is_ok_and(|run| write("run", run).is_ok())
 }
 
-/// KSM at work; as it was before once dropped.
+/// KSM with the settings for the measurement; dropping it restores the settings.
 pub(super) struct Ksm {
     before: Vec<(&'static str, u64)>,
     pid: u32,
 }
 
 impl Ksm {
-    /// Sets it to work.
+    /// Configures and starts KSM.
     pub(super) fn start() -> Result<Self, BenchError> {
         let mut ksm = Self {
             before: Vec::new(),
@@ -78,8 +80,11 @@ impl Ksm {
         Ok(ksm)
     }
 
-    /// Waits until whole scans find nothing more to merge.
-    pub(super) fn settle(&self, interrupt: &Interrupt) -> Result<KsmFigures, BenchError> {
+    /// Waits until complete scans find nothing more to merge.
+    pub(super) fn wait_until_merged(
+        &self,
+        interrupt: &Interrupt,
+    ) -> Result<KsmFigures, BenchError> {
         let started = Instant::now();
         let first = read("full_scans")?;
         let (mut scan, mut merged) = (first, 0);
@@ -88,7 +93,7 @@ impl Ksm {
             let now = read("full_scans")?;
             if now > scan {
                 let shared = read("pages_shared")? + read("pages_sharing")?;
-                // What is left are pages that change between scans: a thousandth of all, or less.
+                // Pages that change between scans are still merged: a thousandth of all, or less.
                 let is_still = shared <= merged + merged / 1000;
                 if now >= first + SCANS && is_still {
                     return self.figures(true, started.elapsed());
@@ -129,7 +134,7 @@ impl Drop for Ksm {
     }
 }
 
-/// The process of the scanner.
+/// The number of the scanner's process.
 fn pid() -> Result<u32, BenchError> {
     let processes = fs::read_dir("/proc").map_err(BenchError::io("read /proc"))?;
     processes

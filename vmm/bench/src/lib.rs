@@ -6,11 +6,12 @@
 //!                  ├─ guest                   its process, and its console
 //!                  ├─ host, process, ksm      readings of /proc and /sys
 //!                  └─ report ── extrapolate, table, plot
-//! explain: where the RAM of one guest is, by what lies there (kernel_map), and by what the guest uses it for (page_use)
+//! explain: where the RAM of one guest is, by what lies there (kernel_map) and by what the guest uses it for
+//!          (page_use)
 //! ```
 //!
-//! Guests are child processes, as a user starts them. Nothing is asked of the VMM under measurement but its console: all figures are the
-//! host kernel's. One thread drives all; a thread for each guest reads its console, and another its log.
+//! Guests are child processes, started as a user starts them. Of the VMM, only the console is used: all figures are the
+//! host kernel's. One thread controls the benchmark; for each guest, a thread reads its console, and another its log.
 
 mod arguments;
 mod command;

@@ -1,4 +1,4 @@
-//! Numbers of figures.
+//! Arithmetic with figures.
 
 #[allow(
     clippy::cast_precision_loss,
@@ -10,6 +10,6 @@ pub(super) fn float(value: u64) -> f64 {
 
 /// The mean of a figure.
 pub(super) fn mean<T>(items: &[T], figure: impl Fn(&T) -> f64) -> f64 {
-    // No items have the mean 0, and the sum of none is -0.
+    // The mean of no items is 0. `sum` of none would be -0.
     items.iter().map(figure).fold(0.0, |sum, item| sum + item) / float(items.len().max(1) as u64)
 }

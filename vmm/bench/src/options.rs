@@ -1,4 +1,4 @@
-//! What is to be measured.
+//! The options of a benchmark.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,32 +11,32 @@ use super::peer::Peer;
 use super::workload::Workload;
 use clap::ValueEnum;
 
-/// What is to be measured.
+/// The options of a benchmark.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How guests are started; where there is none, in each way that this host and this Coppice have.
+    /// How guests are started; where it is empty, in each way that this host and this build of Coppice support.
     pub configurations: Vec<Configuration>,
     /// What guests do.
     pub workloads: Vec<Workload>,
-    /// Guests of a run.
+    /// The number of guests.
     pub guests: usize,
     /// RAM of each in MiB.
     pub memory: u32,
-    /// The files they are made of.
+    /// The files that they boot from and read.
     pub inputs: Inputs,
-    /// How the peer is called.
+    /// How the peer is started.
     pub peer: Peer,
     /// More arguments of `coppice run`.
     pub run_arguments: Vec<String>,
     /// Start all at once.
     pub parallel: bool,
-    /// For guests to come to rest, before each reading.
+    /// How long guests idle before each reading.
     pub settle: Duration,
-    /// For how long CPU time is watched, in whole seconds.
+    /// For how long CPU time is measured, in whole seconds.
     pub window: Duration,
-    /// For how long a guest may work until it idles.
+    /// How long a guest may work until it idles.
     pub patience: Duration,
-    /// Where the results go.
+    /// The folder for the results.
     pub out: Option<PathBuf>,
 }
 
@@ -60,7 +60,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The configurations that were asked for, or all that apply.
+    /// The requested configurations, or all that apply.
     pub(super) fn chosen(&self) -> Vec<Configuration> {
         if !self.configurations.is_empty() {
             return self.configurations.clone();
@@ -72,7 +72,8 @@ impl Options {
             .collect()
     }
 
-    /// Whether a configuration is measured where nobody says what is to be: what is there, and each only under one name.
+    /// Whether a configuration is measured where none is requested: it has to be supported, and no two that are the
+    /// same are measured.
     fn can_have(&self, configuration: Configuration) -> bool {
         match configuration {
             Configuration::ShareOff
@@ -86,7 +87,7 @@ impl Options {
         }
     }
 
-    /// Refuses what would fail only when much was measured.
+    /// Refuses options that would fail only after a part was measured.
     pub(super) fn check(&self) -> Result<(), BenchError> {
         for workload in &self.workloads {
             let disk = self.inputs.disk(*workload);

@@ -1,7 +1,7 @@
-//! What a guest uses each page of its RAM for, by its own `/proc/kpageflags`, beside where the host has that page.
+//! What a guest uses each page of its RAM for, by its own `/proc/kpageflags`, and where the host has that page.
 //!
-//! The guest leaves its flags on a disk that is there for nothing else. They are its word, as of shortly before it idles: whatever they
-//! are, each page is counted once.
+//! The guest writes its flags, as of shortly before it idles, to a disk that has no other purpose. Nothing relies on
+//! that they are right: each page is counted once, whatever its flags are.
 
 use std::fs::File;
 use std::ops::Range;
@@ -27,28 +27,28 @@ const SWAPBACKED: u64 = 1 << 14;
 const COMPOUND_HEAD: u64 = 1 << 15;
 const COMPOUND_TAIL: u64 = 1 << 16;
 const NOPAGE: u64 = 1 << 20;
-/// Handed to the hypervisor by the balloon.
+/// Given to the host by the balloon.
 const OFFLINE: u64 = 1 << 23;
 const PGTABLE: u64 = 1 << 26;
-/// Not of the stable ones: include/linux/kernel-page-flags.h.
+/// This flag is not part of the stable interface: include/linux/kernel-page-flags.h.
 const RESERVED: u64 = 1 << 32;
 
 /// Pages that a guest uses for one thing, in KiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Use {
-    /// What for.
+    /// What it uses them for.
     pub name: String,
-    /// Pages of the guest's process.
+    /// Private pages of the guest's process.
     pub private_kib: u64,
-    /// Those of them that hold zeros alone.
+    /// Private pages that hold only zeros.
     pub zero_kib: u64,
     /// Pages of a file.
     pub file_kib: u64,
-    /// Neither: never touched, or given back.
+    /// Absent pages: never touched, or given back.
     pub absent_kib: u64,
 }
 
-/// What a page is to the guest's kernel.
+/// What the guest's kernel uses a page for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Free,
@@ -81,7 +81,7 @@ impl Kind {
         } else if has(ANON) {
             Self::Anonymous
         } else if has(SWAPBACKED) {
-            // Shared memory is backed by swap, and is nobody's anonymous memory.
+            // Shared memory is backed by swap, and is not anonymous memory.
             Self::Shmem
         } else if has(LRU) || has(UPTODATE) || has(REFERENCED | MMAP) {
             Self::PageCache
@@ -106,12 +106,13 @@ impl Kind {
     }
 }
 
-/// Bytes of flags for so many MiB of guest RAM.
+/// The length in bytes of the flags for so many MiB of guest RAM.
 pub(super) fn flags_len(mebibytes: u32) -> u64 {
     (u64::from(mebibytes) << 20) / PAGE * ENTRY
 }
 
-/// A disk for them, to be given to a guest. None for a guest with RAM beyond the hole, whose page frames are not numbered as its RAM is.
+/// Makes the disk for a guest's flags. `None` for a guest with RAM above the hole, where numbers of page frames and
+/// offsets in RAM differ.
 pub(super) fn disk(mebibytes: u32) -> Result<Option<tempfile::NamedTempFile>, BenchError> {
     if u64::from(mebibytes) << 20 > MMIO_HOLE_START {
         return Ok(None);
@@ -125,7 +126,7 @@ pub(super) fn disk(mebibytes: u32) -> Result<Option<tempfile::NamedTempFile>, Be
     new().map_err(BenchError::io("make a disk for a guest's page flags"))
 }
 
-/// What the guest left there: nothing where its kernel has no `kpageflags`.
+/// The flags that the guest has written; `None` where its kernel has no `kpageflags`.
 pub(super) fn flags(disk: &File, mebibytes: u32) -> Result<Option<Vec<u64>>, BenchError> {
     let mut bytes = vec![0; flags_len(mebibytes) as usize];
     disk.read_exact_at(&mut bytes, 0)
@@ -157,7 +158,7 @@ impl Ram {
         })
     }
 
-    /// Whether a page holds zeros alone. A page that is absent would be, and stays so.
+    /// Whether a page holds only zeros. Reading an absent page does not make it present.
     pub(super) fn is_zero(&self, page: u64) -> Result<bool, BenchError> {
         let mut bytes = [0; PAGE as usize];
         self.memory
@@ -167,9 +168,9 @@ impl Ram {
     }
 }
 
-/// Sorts the pages of guest RAM, which starts at guest address 0, by what the guest uses them for; most private pages first. What is
-/// reserved is called as the one of `parts` that lies there, so that the kernel's image is told from what it set aside. Private pages
-/// are asked about by `is_zero`.
+/// Counts the pages of guest RAM, which starts at guest address 0, by what the guest uses them for; the use with the
+/// most private pages is first. A reserved page gets the name of the one of `parts` that is there, which distinguishes
+/// the kernel's image from other reserved memory. `is_zero` is called for private pages.
 pub(super) fn uses(
     flags: &[u64],
     entries: &[u64],
@@ -180,7 +181,7 @@ pub(super) fn uses(
     let mut head = 0;
     for (page, entry) in (0..).zip(entries) {
         let mut own = flags.get(page as usize).copied().unwrap_or(NOPAGE);
-        // Some kernels say only of the first page of an allocation what it is for.
+        // Some kernels set the flags for the use of an allocation only on its first page.
         if own & COMPOUND_TAIL != 0 {
             own |= head;
         } else {
@@ -276,7 +277,7 @@ mod tests {
                 )
             })
             .collect();
-        // The free page inside the kernel's image is free.
+        // A free page inside the kernel's image counts as free.
         assert_eq!(
             figures,
             [
@@ -324,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_has_room_for_all_flags_and_one_that_was_not_written_to_says_nothing() {
+    fn a_disk_has_room_for_all_flags_and_an_unwritten_one_has_none() {
         let mut disk = disk(513).unwrap().unwrap();
         assert_eq!(disk.as_file().metadata().unwrap().len(), 2 << 20);
         assert_eq!(flags(disk.as_file(), 513).unwrap(), None);

@@ -1,4 +1,4 @@
-//! Where the host has the pages of a process.
+//! Reads where the host has the pages of a process.
 
 use std::fs::File;
 use std::ops::Range;

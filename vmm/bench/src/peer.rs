@@ -1,4 +1,4 @@
-//! QEMU with its microvm machine, the smallest that it has: what Coppice is measured beside.
+//! The peer that Coppice is compared with: QEMU with its smallest machine, microvm.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,10 +6,11 @@ use std::str::FromStr;
 
 use super::inputs::Inputs;
 
-/// Where Debian has it.
+/// The path of the program in Debian.
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64-microvm";
 
-/// How the peer is called: a program, and words before those that make a guest. A host without its libraries can name their loader.
+/// How the peer is started: a program, and words before the arguments for a guest. On a host without the peer's
+/// libraries, the program can be their loader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     program: String,
@@ -25,7 +26,7 @@ impl Default for Peer {
     }
 }
 
-/// No program.
+/// The text names no program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("names no program")]
 pub struct NoProgram;
@@ -43,12 +44,12 @@ impl FromStr for Peer {
 }
 
 impl Peer {
-    /// Whether its program is on this host.
+    /// Whether this host has the program.
     pub(super) fn is_there(&self) -> bool {
         Path::new(&self.program).exists()
     }
 
-    /// A guest, still without disk, kernel and command line.
+    /// The command for a guest, without disk, kernel and command line.
     pub(super) fn command(&self, inputs: &Inputs, mebibytes: u32, merge: bool) -> Command {
         let merge = if merge { "on" } else { "off" };
         let mut command = Command::new(&self.program);

@@ -1,6 +1,6 @@
-//! The picture: memory in use against guests, a panel for each workload and a line for each configuration.
+//! Draws memory in use against the number of guests, with a panel for each workload and a line for each configuration.
 //!
-//! The font comes along, as a server has none.
+//! The font is part of the program, because a server has none.
 
 use std::error::Error;
 use std::fs::File;
@@ -17,9 +17,9 @@ use plotters::style::{FontStyle, register_font};
 
 use super::{BenchError, Report, Run, Workload};
 
-/// Of a panel, in pixels.
+/// The size of a panel, in pixels.
 const SIZE: (u32, u32) = (960, 640);
-/// At most, on the axis of guests.
+/// The most labels on the axis of guests.
 const X_LABELS: usize = 16;
 const FONT: &str = "sans-serif";
 /// The colours of Okabe and Ito, which most people can tell apart.
@@ -35,7 +35,7 @@ const COLOURS: [RGBColor; 8] = [
 ];
 
 /// Whether a picture was drawn; the error is of whatever library drew.
-type Drawn = Result<(), Box<dyn Error + Send + Sync>>;
+type DrawResult = Result<(), Box<dyn Error + Send + Sync>>;
 
 /// The workloads of a report, each once.
 fn workloads(report: &Report) -> Vec<Workload> {
@@ -52,7 +52,7 @@ fn workloads(report: &Report) -> Vec<Workload> {
 pub(super) fn draw(report: &Report, folder: &Path) -> Result<(), BenchError> {
     static FONTS: Once = Once::new();
     FONTS.call_once(|| {
-        // Refused only where the font is broken; drawing then says that there is none.
+        // The call fails only if the font is broken; drawing then reports that there is none.
         let _ = register_font(FONT, FontStyle::Normal, dejavu::sans::regular());
     });
     let panels = workloads(report).len().max(1) as u32;
@@ -72,7 +72,7 @@ pub(super) fn draw(report: &Report, folder: &Path) -> Result<(), BenchError> {
     encode(&pixels, size, &png).map_err(at(&png))
 }
 
-fn encode(pixels: &[u8], (width, height): (u32, u32), path: &Path) -> Drawn {
+fn encode(pixels: &[u8], (width, height): (u32, u32), path: &Path) -> DrawResult {
     let file = BufWriter::new(File::create(path)?);
     let mut encoder = png::Encoder::new(file, width, height);
     encoder.set_color(png::ColorType::Rgb);
@@ -82,7 +82,7 @@ fn encode(pixels: &[u8], (width, height): (u32, u32), path: &Path) -> Drawn {
     Ok(writer.finish()?)
 }
 
-fn draw_on<B: DrawingBackend>(area: &DrawingArea<B, Shift>, report: &Report) -> Drawn
+fn draw_on<B: DrawingBackend>(area: &DrawingArea<B, Shift>, report: &Report) -> DrawResult
 where
     B::ErrorType: 'static,
 {
@@ -107,11 +107,11 @@ fn draw_panel<B: DrawingBackend>(
     area: &DrawingArea<B, Shift>,
     workload: Workload,
     runs: &[&Run],
-) -> Drawn
+) -> DrawResult
 where
     B::ErrorType: 'static,
 {
-    // Guests as whole numbers, so that the axis has no half ones.
+    // Guests are whole numbers, so that the axis has no fractions.
     let used: Vec<Vec<_>> = runs
         .iter()
         .map(|run| {
@@ -147,7 +147,7 @@ where
         .axis_desc_style((FONT, 20))
         .draw()?;
     for (run, points) in runs.iter().zip(&used) {
-        // The same for a configuration in every picture.
+        // A configuration has the same colour in every picture.
         let colour = COLOURS[run.configuration as usize % COLOURS.len()];
         let each = run.line.map_or(String::new(), |line| {
             format!(": {:.1} MiB each further guest", line.guest_kib / 1024.0)
@@ -195,7 +195,7 @@ mod tests {
         assert_eq!((reader.info().width, reader.info().height), SIZE);
         let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
         reader.next_frame(&mut pixels).unwrap();
-        // Text and lines, and much that is white.
+        // The picture has text and lines, and is mostly white.
         let dark = pixels
             .chunks(3)
             .filter(|pixel| pixel.iter().all(|part| *part < 64))

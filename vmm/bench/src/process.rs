@@ -1,4 +1,4 @@
-//! What the process of a guest holds of the host's memory.
+//! The memory of a guest's process.
 
 use std::ops::Range;
 
@@ -8,19 +8,19 @@ use host::procfs::{self, Mapping, ProcError, Usage};
 /// A process's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProcessMemory {
-    /// All of it.
+    /// All of its memory.
     pub(super) whole: Usage,
     /// Guest RAM.
     pub(super) ram: Usage,
-    /// The rest: the VMM's own.
+    /// Everything else, which is the VMM's.
     pub(super) beside: Usage,
     /// Page tables of the process.
     pub(super) page_tables: u64,
-    /// Mappings that guest RAM is made of.
+    /// The number of mappings of guest RAM.
     pub(super) ram_mappings: usize,
 }
 
-/// The mappings of a process, and where the `mebibytes` of its guest are.
+/// The mappings of a process, and the addresses of the `mebibytes` of its guest's RAM.
 pub(super) fn mappings(pid: u32, mebibytes: u32) -> Result<(Vec<Mapping>, Range<u64>), BenchError> {
     let mappings = procfs::mappings(pid)?;
     let ram = procfs::guest_ram(&mappings, u64::from(mebibytes) << 20)
@@ -29,7 +29,7 @@ pub(super) fn mappings(pid: u32, mebibytes: u32) -> Result<(Vec<Mapping>, Range<
 }
 
 impl ProcessMemory {
-    /// Of a process with a guest of so many MiB.
+    /// Reads the memory of a process with a guest of so many MiB.
     pub(super) fn of(pid: u32, mebibytes: u32) -> Result<Self, BenchError> {
         let (mappings, range) = mappings(pid, mebibytes)?;
         let (ram, beside) = procfs::split(&mappings, &range);

@@ -1,4 +1,4 @@
-//! What a benchmark found. As JSON this is `result.json`; memory is in KiB throughout.
+//! The result of a benchmark. As JSON this is `result.json`; memory is in KiB throughout.
 
 use std::fs;
 use std::path::Path;
@@ -13,18 +13,18 @@ use super::ksm::KsmFigures;
 use super::number::float;
 use super::workload::Workload;
 
-/// All of a benchmark.
+/// The result of a benchmark.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The version of Coppice.
     pub coppice: String,
-    /// What was measured on.
+    /// The host that was measured on.
     pub host: Host,
-    /// Each configuration under each workload.
+    /// A run for each configuration and each workload.
     pub runs: Vec<Run>,
 }
 
-/// One configuration under one workload.
+/// A run: guests of one configuration with one workload.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// How guests were started.
@@ -35,19 +35,20 @@ pub struct Run {
     pub guest_kib: u64,
     /// Whether they were started all at once.
     pub parallel: bool,
-    /// How long they had to come to rest before each reading, in seconds.
+    /// How long they idled before each reading, in seconds.
     pub settle_seconds: f64,
-    /// The host with no guest, and after each that was started; with all started at once, with none and with all.
+    /// The host without guests, and after the start of each guest; where all are started at once, without guests and
+    /// with all of them.
     pub points: Vec<Point>,
     /// (available and at hand before - the same after) / guests.
     pub host_kib_per_guest: f64,
-    /// What each further guest takes, by the last points; absent where the points show no such thing.
+    /// What each further guest takes; absent where the points do not show that.
     pub line: Option<Line>,
-    /// What a host's memory was when this many guests took it, by the line: its size, and guests.
+    /// How many guests larger hosts hold, by the line.
     pub extrapolation: Vec<Extrapolation>,
-    /// Each guest, read when all were there.
+    /// Each guest, read when all were idle.
     pub guests: Vec<GuestFigures>,
-    /// CPU time when all were there, second by second.
+    /// CPU time when all were idle, second by second.
     pub cpu: Vec<Second>,
     /// The page merger of the host's kernel, where it ran.
     pub ksm: Option<KsmFigures>,
@@ -74,23 +75,23 @@ pub struct GuestFigures {
     pub idle_seconds: f64,
     /// The checksum that it printed, which was as expected.
     pub checksum: String,
-    /// The whole process, nobody else's.
+    /// Private memory of the process.
     pub private_kib: u64,
-    /// The whole process, others' as well.
+    /// Shared memory of the process.
     pub shared_kib: u64,
-    /// The whole process, with its share of what is others' as well.
+    /// Proportional memory of the process.
     pub pss_kib: u64,
-    /// Guest RAM, nobody else's.
+    /// Private guest RAM.
     pub ram_private_kib: u64,
-    /// Guest RAM, others' as well.
+    /// Shared guest RAM.
     pub ram_shared_kib: u64,
-    /// Guest RAM that is of no file.
+    /// Anonymous guest RAM.
     pub ram_anonymous_kib: u64,
-    /// Mappings that guest RAM is made of.
+    /// The number of mappings of guest RAM.
     pub ram_mappings: usize,
-    /// The VMM beside guest RAM, nobody else's.
+    /// Private memory of the process without guest RAM.
     pub vmm_private_kib: u64,
-    /// The VMM beside guest RAM, others' as well.
+    /// Shared memory of the process without guest RAM.
     pub vmm_shared_kib: u64,
     /// Page tables of the process.
     pub page_tables_kib: u64,
@@ -112,13 +113,13 @@ pub struct Second {
 }
 
 impl Run {
-    /// Computes from its points what it comes to.
+    /// Computes the figures that follow from the points.
     pub(super) fn conclude(&mut self) {
         let used = self.used();
         self.host_kib_per_guest = used
             .last()
             .map_or(0.0, |(count, used)| used / count.max(1.0));
-        // The first has what is fixed.
+        // The first guest also takes the fixed part, which the line leaves out of the slope.
         let further: Vec<_> = used
             .into_iter()
             .filter(|(count, _)| *count >= 1.0)
@@ -136,7 +137,7 @@ impl Run {
             .collect();
     }
 
-    /// What the host lost of a figure with each guest, in KiB; what grows with guests is positive.
+    /// By how much a figure of the host grew with each guest, in KiB.
     pub(super) fn per_guest(&self, figure: impl Fn(&HostMemory) -> u64) -> f64 {
         let (Some(first), Some(last)) = (self.points.first(), self.points.last()) else {
             return 0.0;
@@ -145,7 +146,7 @@ impl Run {
         (float(figure(&last.memory)) - float(figure(&first.memory))) / guests
     }
 
-    /// What the guests took of the host's memory at each point, in KiB.
+    /// How much of the host's memory the guests took at each point, in KiB.
     pub(super) fn used(&self) -> Vec<(f64, f64)> {
         let before = self.points.first().map_or(0, |point| point.memory.unused());
         self.points
@@ -157,7 +158,7 @@ impl Run {
             .collect()
     }
 
-    /// CPU time of something as a part of one core.
+    /// A CPU time as a part of one core.
     pub(super) fn cpu_share(&self, figure: impl Fn(&Second) -> f64) -> f64 {
         let window = self.cpu.last().map_or(0.0, |last| last.at);
         if window > 0.0 {
@@ -167,7 +168,7 @@ impl Run {
         }
     }
 
-    /// Its name where workloads are told apart.
+    /// The name of the run: configuration and workload.
     pub(super) fn name(&self) -> String {
         format!("{}, {}", self.configuration, self.workload)
     }

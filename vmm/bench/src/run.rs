@@ -1,4 +1,4 @@
-//! Starts the guests of each configuration, and takes the readings.
+//! Runs the benchmark: starts the guests of each configuration, and takes the readings.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -26,12 +26,12 @@ use kvm::boot::{self, LoadSegment};
 
 const RESULT: &str = "result.json";
 
-/// Measures every configuration under every workload, and leaves the result in the folder that the options name: after each run, so that
-/// a later one that fails costs no earlier one.
+/// Measures every configuration with every workload, and writes the result to the folder that the options name. It is
+/// written after each run, so that a failing run does not lose earlier ones.
 ///
 /// # Errors
-/// See [`BenchError`]: the first guest that ends, hangs or prints a wrong checksum ends the benchmark. No guest is left then, and the
-/// host's settings are as before.
+/// See [`BenchError`]: the first guest that ends, hangs or prints a wrong checksum ends the benchmark. All guests have
+/// ended then, and the host's settings are restored.
 pub fn density(options: &Options) -> Result<Report, BenchError> {
     let bench = Bench::new(options)?;
     let mut report = Report {
@@ -53,12 +53,12 @@ pub fn density(options: &Options) -> Result<Report, BenchError> {
         ));
     }
     if let Some(out) = &options.out {
-        leave(&report, out)?;
+        write_report(&report, out)?;
     }
     Ok(report)
 }
 
-/// Joins the results of earlier benchmarks into one, and leaves that in `out`.
+/// Joins the results of earlier benchmarks into one, and writes that to `out`.
 ///
 /// # Errors
 /// See [`BenchError`].
@@ -73,7 +73,7 @@ pub fn plot(results: &[PathBuf], out: &Path) -> Result<Report, BenchError> {
     }
     let report = joined.ok_or_else(|| BenchError::Refused("no result to plot".to_owned()))?;
     make_folder(out)?;
-    leave(&report, out)?;
+    write_report(&report, out)?;
     Ok(report)
 }
 
@@ -81,7 +81,7 @@ fn make_folder(folder: &Path) -> Result<(), BenchError> {
     fs::create_dir_all(folder).map_err(BenchError::io(format!("make {}", folder.display())))
 }
 
-fn leave(report: &Report, out: &Path) -> Result<(), BenchError> {
+fn write_report(report: &Report, out: &Path) -> Result<(), BenchError> {
     report.to_file(&out.join(RESULT))?;
     let table = out.join("table.txt");
     fs::write(&table, format!("{report}\n"))
@@ -89,10 +89,10 @@ fn leave(report: &Report, out: &Path) -> Result<(), BenchError> {
     super::plot::draw(report, out)
 }
 
-/// Says for one guest of each of Coppice's configurations where its RAM is, and what the guest uses it for.
+/// Explains for one guest of each of Coppice's configurations where its RAM is, and what the guest uses it for.
 ///
 /// # Errors
-/// As [`density`].
+/// Those of [`density`].
 pub fn explanations(options: &Options) -> Result<Vec<Explanation>, BenchError> {
     let bench = Bench::new(options)?;
     let mut explanations = Vec::new();
@@ -114,17 +114,17 @@ pub fn explanations(options: &Options) -> Result<Vec<Explanation>, BenchError> {
     Ok(explanations)
 }
 
-/// What all runs need.
+/// What all runs have in common.
 struct Bench<'a> {
     options: &'a Options,
     interrupt: Interrupt,
-    /// The unpacked kernel: open, for the peer to read it by this process's descriptor, wherever the cache is.
+    /// The unpacked kernel. The peer reads it through this descriptor, so that it needs no access to the cache.
     kernel: File,
     segments: Vec<LoadSegment>,
 }
 
-/// A guest at rest.
-struct Resting {
+/// A guest that has done its work, and idles.
+struct IdleGuest {
     guest: Guest,
     times: Times,
     checksum: String,
@@ -137,7 +137,7 @@ impl<'a> Bench<'a> {
         if let Some(out) = &options.out {
             make_folder(out)?;
         }
-        // The first boot would unpack it: better here than in one guest's time.
+        // The kernel is unpacked here, because otherwise the first guest's time would include that.
         let (kernel, segments) = boot::unpacked(&options.inputs.kernel)?;
         Ok(Self {
             options,
@@ -147,7 +147,7 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// Makes the reference image, which the first guest would have made at its own expense.
+    /// Makes the reference image, because otherwise the figures of the first guest would include that.
     fn warm(&self) -> Result<(), BenchError> {
         let status = Command::new(coppice()?)
             .args(["image", "warm", "--cmdline", CMDLINE, "--mem"])
@@ -170,7 +170,7 @@ impl<'a> Bench<'a> {
         if configuration.needs_reference() {
             self.warm()?;
         }
-        // Dropped after the guests, so that it is put back whatever happens.
+        // This is dropped after the guests, so that KSM's settings are restored whatever happens.
         let ksm = match configuration {
             Configuration::QemuMicrovmKsm => Some(Ksm::start()?),
             Configuration::ShareOff
@@ -181,7 +181,7 @@ impl<'a> Bench<'a> {
             | Configuration::Pmem
             | Configuration::QemuMicrovm => None,
         };
-        let (mut resting, mut points) = (Vec::new(), Vec::new());
+        let (mut idle, mut points) = (Vec::new(), Vec::new());
         let mut ksm_figures = self.settle(None)?;
         points.push(point(0)?);
         if options.parallel {
@@ -189,23 +189,23 @@ impl<'a> Bench<'a> {
                 .map(|number| self.start(configuration, workload, number, None))
                 .collect();
             for (number, guest) in (1..).zip(started?) {
-                resting.push(self.rest(guest, configuration, workload, number)?);
+                idle.push(self.wait_for_idle(guest, configuration, workload, number)?);
             }
             ksm_figures = self.settle(ksm.as_ref())?;
             points.push(point(options.guests)?);
         } else {
             for number in 1..=options.guests {
                 let guest = self.start(configuration, workload, number, None)?;
-                resting.push(self.rest(guest, configuration, workload, number)?);
+                idle.push(self.wait_for_idle(guest, configuration, workload, number)?);
                 ksm_figures = self.settle(ksm.as_ref())?;
                 points.push(point(number)?);
             }
         }
         let mut guests = Vec::new();
-        for (number, resting) in (1..).zip(&mut resting) {
-            let figures =
-                self.figures(resting)
-                    .map_err(of_guest(configuration, workload, number))?;
+        for (number, idle) in (1..).zip(&mut idle) {
+            let figures = self
+                .figures(idle)
+                .map_err(of_guest(configuration, workload, number))?;
             guests.push(figures);
         }
         let mut run = Run {
@@ -219,12 +219,11 @@ impl<'a> Bench<'a> {
             line: None,
             extrapolation: Vec::new(),
             guests,
-            cpu: self.watch_cpu(&resting, ksm.as_ref())?,
+            cpu: self.watch_cpu(&idle, ksm.as_ref())?,
             ksm: ksm_figures,
         };
-        for (number, resting) in (1..).zip(&mut resting) {
-            resting
-                .guest
+        for (number, idle) in (1..).zip(&mut idle) {
+            idle.guest
                 .check()
                 .map_err(of_guest(configuration, workload, number))?;
         }
@@ -254,14 +253,14 @@ impl<'a> Bench<'a> {
         Guest::start(&mut command)
     }
 
-    /// Waits until a guest is at rest.
-    fn rest(
+    /// Waits until a guest idles.
+    fn wait_for_idle(
         &self,
         mut guest: Guest,
         configuration: Configuration,
         workload: Workload,
         number: usize,
-    ) -> Result<Resting, BenchError> {
+    ) -> Result<IdleGuest, BenchError> {
         let checksum = workload.expected(number);
         let times = guest
             .wait_until_idle(&checksum, self.options.patience, &self.interrupt)
@@ -271,28 +270,29 @@ impl<'a> Bench<'a> {
             self.options.guests,
             times.idle.as_secs_f64()
         );
-        Ok(Resting {
+        Ok(IdleGuest {
             guest,
             times,
             checksum,
         })
     }
 
-    /// Gives guests, and the page merger of the host's kernel, the time to come to rest.
+    /// Waits the time of `--settle`, and then until the page merger of the host's kernel has merged all.
     fn settle(&self, ksm: Option<&Ksm>) -> Result<Option<KsmFigures>, BenchError> {
         self.interrupt.sleep(self.options.settle)?;
-        ksm.map(|ksm| ksm.settle(&self.interrupt)).transpose()
+        ksm.map(|ksm| ksm.wait_until_merged(&self.interrupt))
+            .transpose()
     }
 
-    fn figures(&self, resting: &mut Resting) -> Result<GuestFigures, BenchError> {
-        resting.guest.check()?;
-        let pid = resting.guest.pid();
+    fn figures(&self, idle: &mut IdleGuest) -> Result<GuestFigures, BenchError> {
+        idle.guest.check()?;
+        let pid = idle.guest.pid();
         let memory = ProcessMemory::of(pid, self.options.memory)?;
         Ok(GuestFigures {
-            init_seconds: resting.times.init.as_secs_f64(),
-            uptime_at_init_seconds: resting.times.uptime,
-            idle_seconds: resting.times.idle.as_secs_f64(),
-            checksum: resting.checksum.clone(),
+            init_seconds: idle.times.init.as_secs_f64(),
+            uptime_at_init_seconds: idle.times.uptime,
+            idle_seconds: idle.times.idle.as_secs_f64(),
+            checksum: idle.checksum.clone(),
             private_kib: memory.whole.private,
             shared_kib: memory.whole.shared,
             pss_kib: memory.whole.proportional,
@@ -307,13 +307,13 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// CPU time of guests at rest, second by second.
-    fn watch_cpu(&self, resting: &[Resting], ksm: Option<&Ksm>) -> Result<Vec<Second>, BenchError> {
+    /// Measures the CPU time of idle guests, second by second.
+    fn watch_cpu(&self, idle: &[IdleGuest], ksm: Option<&Ksm>) -> Result<Vec<Second>, BenchError> {
         let read = || -> Result<[Duration; 3], BenchError> {
             let mut sums = [Duration::ZERO; 3];
-            for resting in resting {
-                sums[0] += procfs::of_process(resting.guest.pid())?;
-                sums[1] += procfs::of_merger(resting.guest.pid())?;
+            for idle in idle {
+                sums[0] += procfs::of_process(idle.guest.pid())?;
+                sums[1] += procfs::of_merger(idle.guest.pid())?;
             }
             if let Some(ksm) = ksm {
                 sums[2] = ksm.cpu_time()?;
@@ -346,9 +346,9 @@ impl<'a> Bench<'a> {
         let disk = page_use::disk(memory)?;
         let flags = disk.as_ref().map(NamedTempFile::path);
         let guest = self.start(configuration, workload, 1, flags)?;
-        let resting = self.rest(guest, configuration, workload, 1)?;
+        let idle = self.wait_for_idle(guest, configuration, workload, 1)?;
         self.settle(None)?;
-        let pid = resting.guest.pid();
+        let pid = idle.guest.pid();
         let (_, ram) = process::mappings(pid, memory)?;
         let entries = pagemap::pagemap(pid, &ram)?;
         let parts = self.parts()?;
@@ -368,7 +368,7 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// What was put into guest memory, and where.
+    /// What was loaded into guest memory, and where.
     fn parts(&self) -> Result<Vec<Part>, BenchError> {
         let initrd = &self.options.inputs.initrd;
         let bytes = fs::metadata(initrd)
@@ -387,7 +387,7 @@ fn point(guests: usize) -> Result<Point, BenchError> {
     })
 }
 
-/// Says whose an error is; a signal is nobody's.
+/// Adds to an error which guest it is of. A signal is no guest's.
 fn of_guest(
     configuration: Configuration,
     workload: Workload,

@@ -1,4 +1,4 @@
-//! The result for people.
+//! Prints the result as tables.
 
 use std::fmt;
 
@@ -167,7 +167,7 @@ impl fmt::Display for Report {
                 )?;
             }
         }
-        write!(f, "\n{}", extrapolate::HOW)
+        write!(f, "\n{}", extrapolate::METHOD)
     }
 }
 

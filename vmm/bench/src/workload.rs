@@ -1,4 +1,4 @@
-//! What a guest does before it idles, as a script for the guest's `/init`, and the checksum that proves it.
+//! The work that a guest does before it idles: a script for the guest's `/init`, and the checksum that it has to print.
 
 use std::fmt::{self, Write as _};
 
@@ -7,22 +7,23 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-/// Starts the line on which a guest prints its checksum.
+/// The beginning of the line on which a guest prints its checksum.
 pub(super) const SUM: &str = "BENCH-SUM ";
-/// The line a guest prints when all that is left to do is to wait.
+/// The line that a guest prints when its work is done, and it idles.
 pub(super) const IDLE: &str = "BENCH-IDLE";
-/// Starts the line on which `/init` says at what uptime it got to run.
+/// The beginning of the line on which `/init` prints the uptime at its start.
 pub(super) const INIT: &str = "COPPICE-INIT uptime=";
 
 /// Lines that [`Workload::Write`] writes, of 128 bytes: 16 MiB.
 const LINES: u32 = (16 << 20) / 128;
-/// MD5 of what `resources/guest/build.sh` puts on the benchmark's disk.
+/// MD5 of the file that `resources/guest/build.sh` puts on the benchmark's disk.
 const DATA_MD5: &str = "5190a94c24b537fd1ac2c225956dac1d";
-/// MD5 of the word and its newline.
+/// MD5 of "idle" and a newline.
 const IDLE_MD5: &str = "20426e7fb47b7cc498125e6477f152a5";
 /// MD5 of 4096 times all bytes.
 const PYTHON_MD5: &str = "c35cc7d8d91728a0cb052831bc4ef372";
-/// What Debian's python3-minimal has of the library; each module is compiled by the guest, as the disk holds no bytecode.
+/// The modules of the library that Debian's python3-minimal has. The guest compiles each of them, as the disk has no
+/// bytecode.
 const PYTHON_MODULES: &str = "argparse,ast,calendar,configparser,csv,datetime,dis,email.parser,hashlib,inspect,ipaddress,\
                               logging,pathlib,pickle,platform,random,selectors,ssl,subprocess,threading,time,traceback,typing,urllib.parse";
 
@@ -61,7 +62,7 @@ pub(super) enum Device {
 }
 
 impl Device {
-    /// The guest's name of the first disk beside its own.
+    /// The name in the guest of the disk that follows its own.
     fn next(self) -> &'static str {
         match self {
             Self::Block => "/dev/vdb",
@@ -71,8 +72,8 @@ impl Device {
 }
 
 impl Workload {
-    /// The word of the kernel command line that makes `/init` do it. So many bytes of `/proc/kpageflags` as `flags_len` says go to the disk
-    /// beside the guest's own before it idles.
+    /// The word of the kernel command line that makes `/init` do the work. With `flags_len`, the guest writes that many
+    /// bytes of `/proc/kpageflags` to the disk that follows its own before it idles.
     pub(super) fn cmdline(self, device: Device, guest: usize, flags_len: Option<u64>) -> String {
         let script = self.script(device, guest, flags_len);
         let script = base64::engine::general_purpose::STANDARD.encode(script);
@@ -88,7 +89,8 @@ impl Workload {
                 "until [ -e /dev/pmem0 ]; do sleep 0.1; done; mount -t ext4 -o ro,dax /dev/pmem0 /mnt"
             }
         };
-        // Read at once, so that what is done with the flags is not in them; and no more than is of RAM, as they go on to the end of pmem.
+        // The flags are read at once, so that they do not show the work of writing them; and only those of RAM, as the
+        // file goes on to the end of pmem.
         let dump = flags_len.map_or_else(String::new, |len| {
             let disk = device.next();
             format!("dd if=/proc/kpageflags of={disk} bs={len} count=1 conv=fsync\n")
@@ -97,7 +99,7 @@ impl Workload {
             Self::Idle => "S=$(echo idle | md5sum)".to_owned(),
             Self::Read => "cat /mnt/data/40M >/dev/null; S=$(md5sum /mnt/data/40M)".to_owned(),
             Self::Python => {
-                // Its root has neither file: it inherits both, open.
+                // Python's root folder has neither file, so that it inherits both as open descriptors.
                 let (dump, files) = flags_len.map_or_else(Default::default, |len| {
                     let dump = format!(
                         "import os\nos.write(4, os.read(3, {len}))\nos.fsync(4)\nos.close(4)\n"
@@ -150,7 +152,7 @@ mod tests {
 
     use super::*;
 
-    /// Room for the command line in a Linux kernel, beside the words that are always there.
+    /// The room for the work on the command line of a Linux kernel, beside the words that are always there.
     const ROOM: usize = 2047 - 100;
 
     #[test]
@@ -184,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn a_script_says_where_the_disk_is() {
+    fn a_script_names_the_disk_of_the_guest() {
         let script = |device| Workload::Read.script(device, 1, None);
         assert!(script(Device::Block).contains("ro /dev/vda"));
         assert!(script(Device::Memory).contains("ro,dax /dev/pmem0"));

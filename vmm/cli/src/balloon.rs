@@ -9,21 +9,21 @@ use config::{Mebibytes, SizeError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BalloonArgument(pub BalloonConfig);
 
-/// Not the description of a balloon.
+/// Why a text is not the description of a balloon.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BalloonArgumentError {
-    /// Not an amount.
+    /// The amount cannot be read.
     #[error(transparent)]
     Amount(#[from] SizeError),
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of a balloon: deflate-on-oom, stats=SECONDS, hinting, reporting, behind the amount, if there is one"
     )]
     UnknownOption(String),
-    /// An option that is there twice.
+    /// An option is given twice.
     #[error("{0} is given twice")]
     Twice(&'static str),
-    /// Not an interval.
+    /// The interval of the statistics cannot be read.
     #[error("stats={0} is not stats=SECONDS, of 1 to {max}", max = u16::MAX)]
     Interval(String),
 }
@@ -49,7 +49,7 @@ impl FromStr for BalloonArgument {
 
     fn from_str(text: &str) -> Result<Self, BalloonArgumentError> {
         let mut parts = text.split(',').peekable();
-        // No option begins with a digit.
+        // No option begins with a digit, so that a first part that does is the amount.
         let amount =
             parts.next_if(|part| part.is_empty() || part.starts_with(|c: char| c.is_ascii_digit()));
         let amount_mib = match amount {

@@ -22,35 +22,35 @@ pub struct DiskArgument {
     share: Option<ShareMode>,
 }
 
-/// Not the description of a disk.
+/// Why a text is not the description of a disk.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskError {
-    /// No file.
+    /// The file is missing.
     #[error(
         "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space][,share=off|read]"
     )]
     NoFile,
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space, share=off|read (a comma in a file name is written twice)"
     )]
     UnknownOption(String),
-    /// An option that is there twice.
+    /// An option is given twice.
     #[error("{0} is given twice")]
     Twice(&'static str),
-    /// A value that an option cannot have.
+    /// An option has a value that it cannot have.
     #[error("{option}={value} is not {option}={expected}")]
     Value {
         /// The option.
         option: &'static str,
-        /// What it was set to.
+        /// Its value.
         value: String,
-        /// What it may be.
+        /// The values that it may have.
         expected: &'static str,
     },
 }
 
-/// Cuts at single commas, and makes one of two.
+/// Splits a text at single commas. Two commas stand for one in a part.
 pub(super) fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut rest = text.chars().peekable();
@@ -145,7 +145,8 @@ fn parse_queues(value: &str) -> Result<u16, DiskError> {
 }
 
 impl DiskArgument {
-    /// The drive, which is called `disk` and its number where it was not given a name. `taken` tells the names that are in use.
+    /// The drive. Without an id, it gets the first of `disk0`, `disk1` and so on that is free. `taken` returns whether
+    /// an id is in use.
     pub fn into_drive(self, taken: impl Fn(&str) -> bool) -> DriveConfig {
         let Self {
             path,
@@ -160,7 +161,7 @@ impl DiskArgument {
             share,
         } = self;
         let id = id.unwrap_or_else(|| {
-            // A guest has fewer drives than there are numbers here.
+            // There are more numbers than a guest can have drives, so that one is free.
             let mut free = (0..=u16::MAX).map(|number| format!("disk{number}"));
             free.find(|id| !taken(id)).unwrap_or_default()
         });

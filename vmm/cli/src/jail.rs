@@ -16,31 +16,31 @@ impl From<JailArgument> for JailConfig {
     }
 }
 
-/// Not the description of a jail.
+/// Why a text is not the description of a jail.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JailArgumentError {
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of a jail: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT, pids=N, io=WEIGHT, allow=PATH, require=all (a comma in a path is written twice)"
     )]
     UnknownOption(String),
-    /// An option that is there twice.
+    /// An option is given twice.
     #[error("{0} is given twice")]
     Twice(&'static str),
-    /// A value that an option cannot have.
+    /// An option has a value that it cannot have.
     #[error("{option}={value} is not {option}={expected}")]
     Value {
         /// The option.
         option: &'static str,
-        /// What it was set to.
+        /// Its value.
         value: String,
-        /// What it may be.
+        /// The values that it may have.
         expected: &'static str,
     },
-    /// A limit that is no size.
+    /// The limit of memory is not a size.
     #[error("memory")]
     Memory(#[from] SizeError),
-    /// A limit without a group.
+    /// A limit is given without a group.
     #[error("{0} is a limit of a group, and needs cgroup=NAME")]
     NoGroup(&'static str),
 }
@@ -56,7 +56,7 @@ pub(super) fn set<T>(
     }
 }
 
-/// A number of at least `least` and at most `most`.
+/// Parses a number of at least `least` and at most `most`.
 pub(super) fn number<T>(
     option: &'static str,
     value: &str,
@@ -88,7 +88,7 @@ impl FromStr for JailArgument {
             else {
                 return Err(JailArgumentError::UnknownOption(part));
             };
-            // -1 is no number of a user.
+            // The number -1 is no user: system calls take it as "no change".
             let ids = (0, u32::MAX - 1);
             match option {
                 "uid" => set("uid", &mut jail.uid, number("uid", value, ids, "NUMBER")?)?,
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn options_say_more_than_there_is_in_any_case() {
+    fn options_add_to_what_every_jail_has() {
         assert_eq!(jail(""), JailConfig::default());
         let expected = JailConfig {
             uid: Some(1000),

@@ -1,6 +1,6 @@
-//! The command line of `coppice`: what it takes, what that asks for.
+//! The command line of `coppice`: its arguments, and the options that they stand for.
 //!
-//! What [`Command`] names a tool is parsed by another program: see [`ToolArguments`].
+//! The arguments of commands with [`ToolArguments`] are parsed by another program.
 
 mod balloon;
 mod disk;
@@ -53,10 +53,10 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// What `coppice help` says of a tool, whose own help another program has.
+/// The end of the help of a tool, whose complete help another program prints.
 const MORE: &str = "More: coppice COMMAND --help";
 
-/// What `coppice` can do.
+/// The commands of `coppice`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run one guest, with its serial console on this terminal.
@@ -67,7 +67,8 @@ pub enum Command {
     Serve(Box<ServeArguments>),
     /// Make and use guests of the host daemon (coppice serve).
     Vm(Box<VmArguments>),
-    /// What `coppice serve` starts for its guests' processes to be copies of; asked on standard input.
+    /// The process that `coppice serve` starts for its guests' processes to be copies of. Requests arrive on standard
+    /// input.
     #[command(hide = true)]
     Zygote {
         /// Room for their command lines.
@@ -105,26 +106,28 @@ pub enum Command {
     Man(ToolArguments),
 }
 
-/// What `coppice-tools` is to do: it parses these words itself, so that nothing of a tool is part of a guest's process.
+/// The arguments of a tool. `coppice-tools` parses them, so that no code of a tool is part of a guest's process.
 #[derive(Debug, Args)]
 pub struct ToolArguments {
-    /// The words behind the name of the tool.
+    /// The words after the name of the tool.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
     pub words: Vec<OsString>,
 }
 
-/// What `coppice image` can do.
+/// The commands of `coppice image`.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
-    /// Boot a kernel once in a guest that is thrown away, and keep what became of its memory, for guests to share (--share all).
+    /// Boot a kernel once in a guest that is thrown away, and keep what became of its memory, for guests to share
+    /// (--share all).
     ///
-    /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background: this makes it
-    /// before the first guest.
+    /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background:
+    /// this makes it before the first guest.
     Warm {
         /// The kernel, as guests are given it.
         #[arg(long, value_name = "FILE", value_parser = utf8_path)]
         kernel: PathBuf,
-        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as mitigations=.
+        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as
+        /// mitigations=.
         #[arg(
             long,
             value_name = "TEXT",
@@ -142,7 +145,8 @@ pub enum ImageCommand {
         #[arg(long, value_name = "NAME", value_parser = domain)]
         share_domain: Option<String>,
     },
-    /// What `coppice run` starts before it gives away the right to: as `warm`, told of the kernel on standard input.
+    /// As `warm`, with the request on standard input. `coppice run` starts this process before it gives up the right to
+    /// start any.
     #[command(hide = true)]
     WarmWhenTold,
 }

@@ -17,21 +17,21 @@ pub struct PmemArgument {
     parents: Option<PathBuf>,
 }
 
-/// Not the description of a pmem device.
+/// Why a text is not the description of a pmem device.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PmemError {
-    /// No file.
+    /// The file is missing.
     #[error("names no file: write FILE[,ro|cow|rw][,root][,id=ID][,format=vhdx|raw][,parents=DIR]")]
     NoFile,
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of a pmem device: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR (a comma in a file name is written twice)"
     )]
     UnknownOption(String),
-    /// An option that is there twice.
+    /// An option is given twice.
     #[error("{0} is given twice")]
     Twice(&'static str),
-    /// A format that there is not.
+    /// The format is unknown.
     #[error("format={0} is not format=vhdx|raw")]
     Format(String),
 }
@@ -80,10 +80,11 @@ impl FromStr for PmemArgument {
 }
 
 impl PmemArgument {
-    /// The device, which is called `pmem` and its number where it was not given a name. `taken` tells the names that are in use.
+    /// The device. Without an id, it gets the first of `pmem0`, `pmem1` and so on that is free. `taken` returns whether
+    /// an id is in use.
     pub fn into_pmem(self, taken: impl Fn(&str) -> bool) -> PmemConfig {
         let id = self.id.unwrap_or_else(|| {
-            // A guest has fewer devices than there are numbers here.
+            // There are more numbers than a guest can have devices, so that one is free.
             let mut free = (0..=u16::MAX).map(|number| format!("pmem{number}"));
             free.find(|id| !taken(id)).unwrap_or_default()
         });

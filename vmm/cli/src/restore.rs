@@ -10,23 +10,23 @@ use config::{DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RestoreArgument(pub LoadSnapshot);
 
-/// Not the description of a snapshot.
+/// Why a text is not the description of a snapshot.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RestoreError {
-    /// No file.
+    /// The file is missing.
     #[error(
         "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,disk.ID=FILE][,clone.ID=FILE][,vsock=SOCKET][,cid=N][,trust][,paused]"
     )]
     NoFile,
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
     )]
     UnknownOption(String),
-    /// An option that is there twice.
+    /// An option is given twice.
     #[error("{0} is given twice")]
     Twice(String),
-    /// Memory from two places.
+    /// A memory file and a page-fault handler are both given.
     #[error("memory=FILE and uffd=SOCKET are both given: leave out one")]
     TwoMemories,
 }
@@ -87,7 +87,7 @@ impl FromStr for RestoreArgument {
         if load.mem_backend.is_some() && load.mem_file_path.is_some() {
             return Err(RestoreError::TwoMemories);
         }
-        // A disk may have been moved, and is to be cloned from there.
+        // A disk may be given twice: as the file that it was moved to, and to be cloned from there.
         let of = |drive: &DriveOverride| (drive.drive_id.clone(), drive.clone);
         for (number, drive) in load.drives.iter().enumerate() {
             if load

@@ -1,5 +1,5 @@
-//! The arguments of `coppice run`, and what they ask for together with a configuration file or with what the host daemon
-//! tells its process.
+//! The arguments of `coppice run`, and the options that follow from them together with a configuration file, or with
+//! the launch specification of the host daemon.
 
 use std::path::PathBuf;
 
@@ -36,13 +36,12 @@ pub struct RunArguments {
     pub initrd: Option<PathBuf>,
     /// The kernel command line [default: console=ttyS0 reboot=k panic=-1].
     ///
-    /// Nothing is added to it but root= (with ro or rw), where a disk is marked as root, and what a balloon with reporting needs (see
-    /// --balloon).
+    /// Only root= (with ro or rw) is added to it, where a disk is marked as root, and what a balloon with reporting
+    /// needs (see --balloon).
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
-    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space,
-    /// share=off|read. Can be
-    /// repeated.
+    /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR,
+    /// keep-space, share=off|read. Can be repeated.
     ///
     /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
     /// ro: the guest cannot write, and the file can be shared;
@@ -56,16 +55,18 @@ pub struct RunArguments {
     /// A comma in a file name is written twice.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub disk: Vec<DiskArgument>,
-    /// A balloon: memory that the guest gives back, and options behind commas: deflate-on-oom, stats=SECONDS, hinting, reporting.
+    /// A balloon: memory that the guest gives back, and options behind commas: deflate-on-oom, stats=SECONDS, hinting,
+    /// reporting.
     ///
-    /// The amount, with a binary suffix, is what the guest is to do without: 64M; 0 if not given. Without any value, there is a balloon of 0
-    /// for the REST API. It takes the place of the one in the configuration file. Options:
+    /// The amount, with a binary suffix, is what the guest is to do without: 64M; 0 if not given. Without any value,
+    /// there is a balloon of 0 for the REST API. It takes the place of the one in the configuration file. Options:
     /// deflate-on-oom: the guest takes memory out of the balloon rather than run out of it;
     /// stats=SECONDS: the guest says every so often how its memory is used;
     /// hinting: the guest gives back its free memory when the REST API says so;
-    /// reporting: the guest gives back its free memory all the time. Linux would tell of free blocks of 2 MiB and more only, so
-    /// `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says `page_reporting_order`. Linux before
-    /// 6.2 forgets it; write 0 to `/sys/module/page_reporting/parameters/page_reporting_order` there.
+    /// reporting: the guest gives back its free memory all the time. Linux would report only free blocks of 2 MiB and
+    /// more, so `page_reporting.page_reporting_order=0` is added to the kernel command line, unless that says
+    /// `page_reporting_order`. Linux before 6.2 forgets it; write 0 to
+    /// `/sys/module/page_reporting/parameters/page_reporting_order` there.
     #[arg(
         long,
         value_name = "[AMOUNT][,OPTION...]",
@@ -76,9 +77,10 @@ pub struct RunArguments {
     pub balloon: Option<BalloonArgument>,
     /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
     ///
-    /// Programs of the host connect to the socket (mode 0600), say `CONNECT PORT`, and are answered `OK`; port N of the host, for the guest, is what
-    /// listens at `SOCKET_N`. At port 80 the guest finds its metadata (`PUT /mmds`). The device takes the place of the one in the configuration file.
-    /// A guest of the daemon has its socket in its folder: there, no path is given, and the identifier is made up.
+    /// Programs of the host connect to the socket (mode 0600), say `CONNECT PORT`, and are answered `OK`; port N of the
+    /// host, for the guest, is what listens at `SOCKET_N`. At port 80 the guest finds its metadata (`PUT /mmds`). The
+    /// device takes the place of the one in the configuration file. A guest of the daemon has its socket in its folder:
+    /// there, no path is given, and the identifier is made up.
     #[arg(
         long,
         value_name = "[CID][,path=SOCKET]",
@@ -87,18 +89,19 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub vsock: Option<VsockArgument>,
-    /// What the guest is told of itself, over vsock: a file with an object of JSON, as `PUT /mmds` takes it.
+    /// The guest's metadata, which it reads over vsock: a file with an object of JSON, as `PUT /mmds` takes it.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub metadata: Option<PathBuf>,
-    /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR. Can be
-    /// repeated.
+    /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw,
+    /// parents=DIR. Can be repeated.
     ///
-    /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts them with -o dax.
-    /// Options:
+    /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts
+    /// them with -o dax. Options:
     /// ro: what the guest writes is dropped, and the file can be shared (the default);
     /// cow: what the guest writes is its own, and forgotten at its end; the file can be shared;
     /// rw: what the guest has flushed is on the disk;
-    /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the command line);
+    /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the
+    /// command line);
     /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub pmem: Vec<PmemArgument>,
@@ -110,14 +113,16 @@ pub struct RunArguments {
     pub cpus: Option<u8>,
     /// Which pages of files the guest shares with other guests: off, boot, read or all [default: all].
     ///
-    /// boot: the kernel and the initrd; read: also what the guest reads from disks that do not change (read-only disks, and the parents of
-    /// differencing disks); all: also what the kernel makes of memory while it boots, what the guest unpacks of its initrd, and what it frees goes back to the host.
+    /// boot: the kernel and the initrd; read: also what the guest reads from disks that do not change (read-only disks,
+    /// and the parents of differencing disks); all: also what the kernel makes of memory while it boots, what the guest
+    /// unpacks of its initrd, and what it frees goes back to the host.
     #[arg(long, value_name = "MODE")]
     pub share: Option<ShareMode>,
-    /// Share with guests of the domain NAME alone: letters, digits and underscores [default: with guests without a domain].
+    /// Share with guests of the domain NAME alone: letters, digits and underscores [default: with guests without a
+    /// domain].
     ///
-    /// The kernel and the initrd are kept for each domain. The pages of a disk are shared by the domain that has it first, and copied for guests of
-    /// any other, which the log tells.
+    /// The kernel and the initrd are kept for each domain. The pages of a disk are shared by the domain that has it
+    /// first, and copied for guests of any other, which the log reports.
     #[arg(long, value_name = "NAME")]
     pub share_domain: Option<String>,
     /// Most of a core that finding shared pages may take in the long run, in percent [default: 5].
@@ -129,20 +134,25 @@ pub struct RunArguments {
     /// Have Linux do without its trace file system: 8 MiB less for each guest, with kernels before 6.6
     /// [default: with `--share all`, unless the command line sets up tracing].
     ///
-    /// `initcall_blacklist=event_trace_init,tracer_init_tracefs` is added to the kernel command line, unless that has an `initcall_blacklist`.
+    /// `initcall_blacklist=event_trace_init,tracer_init_tracefs` is added to the kernel command line, unless that has
+    /// an `initcall_blacklist`.
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     pub lean: Option<bool>,
-    /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB pages].
+    /// Let the host back guest RAM with transparent huge pages: faster, and more memory for each guest [default: 4 KiB
+    /// pages].
     #[arg(long)]
     pub huge_pages: bool,
-    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET,
-    /// cid=N, trust, paused.
+    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE,
+    /// clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused.
     ///
-    /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are given beside it. Options:
+    /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are
+    /// given beside it. Options:
     /// memory: the memory file, where it is not where it was written;
-    /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of mapping the file;
+    /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of
+    /// mapping the file;
     /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
-    /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many guests;
+    /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many
+    /// guests;
     /// vsock: the socket of the vsock device, where it is to be another;
     /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
     /// trust: do not compare the checksums of all memory before the guest runs;
@@ -151,16 +161,19 @@ pub struct RunArguments {
     pub restore: Option<RestoreArgument>,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
     ///
-    /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started there.
+    /// The socket is for this user alone (mode 0600). Without a kernel, the guest waits to be configured and started
+    /// there.
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub api_sock: Option<PathBuf>,
-    /// The name of the guest, as GET / tells it: 1 to 63 lower case letters, digits and dashes [default: anonymous-instance].
+    /// The name of the guest, as GET / returns it: 1 to 63 lower case letters, digits and dashes [default:
+    /// anonymous-instance].
     #[arg(long, visible_alias = "name", value_name = "ID", value_parser = guest_id)]
     pub id: Option<String>,
     /// Serve the guest's serial console on this Unix socket, to any number of clients.
     ///
-    /// A client is shown the last 32 KiB, and then what comes; what it writes goes to the guest. One that reads too slowly loses output. The
-    /// socket is for this user alone (mode 0600). Nothing is shown on standard output then; a file (--serial) gets its copy.
+    /// A client is shown the last 32 KiB, and then what comes; what it writes goes to the guest. One that reads too
+    /// slowly loses output. The socket is for this user alone (mode 0600). Nothing is shown on standard output then; a
+    /// file (--serial) gets its copy.
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub console_sock: Option<PathBuf>,
     /// At the end, write why the guest ended to this file, as JSON: kind, text, code.
@@ -169,15 +182,16 @@ pub struct RunArguments {
     /// Do not start the guest before the REST API says so (`InstanceStart`), even where it has a kernel.
     #[arg(long)]
     pub no_start: bool,
-    /// Begin a session, and wait for a line of JSON on standard input, which tells of the guest: end where there is none.
+    /// Start a session, and wait for a line of JSON on standard input, the launch specification. End if there is none.
     ///
-    /// Whoever starts the process notes its number first. A process that is in no notes has ended.
+    /// Whoever starts the process records its number before it writes that line, so that a process without a record has
+    /// ended.
     #[arg(long, hide = true, requires = "api_sock", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "metadata", "config", "restore", "no_start", "jail"])]
     pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk and --pmem add to its devices. Where --kernel,
-    /// --initrd or --cmdline and the file both say the same thing, that is an error.
+    /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk and --pmem add to
+    /// its devices. Where --kernel, --initrd or --cmdline and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
     /// What to log: off, error, warn, info, debug or trace, also by module [default: warn].
@@ -194,17 +208,20 @@ pub struct RunArguments {
     /// Append the output of the guest's serial console to this file, instead of showing it.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub serial: Option<PathBuf>,
-    /// Run the guest in a jail, with options behind commas: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT, pids=N, io=WEIGHT, allow=PATH,
-    /// require=all.
+    /// Run the guest in a jail, with options behind commas: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT,
+    /// pids=N, io=WEIGHT, allow=PATH, require=all.
     ///
-    /// The process keeps what its guest needs and gives away the rest: it has namespaces and a root folder of its own, no capabilities, and
-    /// Landlock holds it to its files. Without privileges there are fewer layers; the log tells which (--log info), and GET /vm/jail. Options:
+    /// The process keeps the rights that its guest needs and gives up the rest: it has namespaces and a root folder of
+    /// its own, no capabilities, and Landlock limits it to its files. Without privileges there are fewer layers; the
+    /// log (--log info) and GET /vm/jail list them. Options:
     /// uid, gid: the user and group that the process becomes, by number; the guest's files have to be theirs;
-    /// cgroup: the control group (v2) that the process joins, below the root of the hierarchy; it is made if it is not there;
-    /// memory, cpu, pids, io: limits of that group: a size; percent of a core; processes and threads; weight of its I/O, 1 to 10000;
-    /// allow: a file or folder that the process may go on opening and writing to, for disks and snapshots that the REST API names later. Can
-    /// be repeated;
-    /// require=all: a layer that cannot be had is an error.
+    /// cgroup: the control group (v2) that the process joins, below the root of the hierarchy; it is made if it is not
+    /// there;
+    /// memory, cpu, pids, io: limits of that group: a size; percent of a core; processes and threads; weight of its
+    /// I/O, 1 to 10000;
+    /// allow: a file or folder that the process may go on opening and writing to, for disks and snapshots that the REST
+    /// API names later. Can be repeated;
+    /// require=all: a layer that cannot be entered is an error.
     #[arg(
         long,
         value_name = "OPTION[,OPTION...]",
@@ -214,9 +231,10 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub jail: Option<JailArgument>,
-    /// What becomes of a system call that a guest process does not need.
+    /// What happens at a system call that a guest process does not need.
     ///
-    /// kill: it ends the process, and the log names it; log: the kernel's log names it, and it is done; off: it is done.
+    /// kill: it ends the process, and the log names it; log: the kernel's log names it, and it is done; off: it is
+    /// done.
     #[arg(long, value_name = "MODE", value_enum, default_value_t = SeccompMode::Kill)]
     pub seccomp: SeccompMode,
 }
@@ -229,7 +247,7 @@ impl RunArguments {
         }
     }
 
-    /// Joins the arguments with the configuration file, and checks the whole.
+    /// Joins the arguments with the configuration file, and checks the result.
     ///
     /// # Errors
     /// [`UsageError`].
@@ -255,8 +273,8 @@ impl RunArguments {
         Ok(RunOptions { config, ..options })
     }
 
-    /// Joins the arguments of a process that the host daemon has started with what the daemon told it, and checks the
-    /// whole.
+    /// Joins the arguments of a process that the host daemon has started with the daemon's launch specification, and
+    /// checks the result.
     ///
     /// # Errors
     /// [`UsageError`].
@@ -287,7 +305,7 @@ impl RunArguments {
         })
     }
 
-    /// The guest alone, of the arguments and the configuration file.
+    /// The configuration of the guest, from the arguments and the configuration file.
     ///
     /// # Errors
     /// [`UsageError`].

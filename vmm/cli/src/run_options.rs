@@ -1,30 +1,30 @@
-//! What `coppice run` is asked for.
+//! The options of `coppice run`.
 
 use std::path::PathBuf;
 
 use config::{LoadSnapshot, VmConfig};
 use jail::Confinement;
 
-/// What `coppice run` was asked for.
+/// The options of `coppice run`.
 #[derive(Debug)]
 pub struct RunOptions {
-    /// The guest. It starts at once if it has a boot source, and else waits for `InstanceStart`.
+    /// The guest. It starts at once if it has a boot source, and otherwise waits for `InstanceStart`.
     pub config: VmConfig,
     /// The name of the guest.
     pub id: Option<String>,
     /// Where to listen for REST requests.
     pub api_socket: Option<PathBuf>,
-    /// What the process gives away before.
+    /// How the process is confined before the guest runs.
     pub confinement: Confinement,
     /// Where to serve the serial console.
     pub console_socket: Option<PathBuf>,
-    /// Where to write why it ended.
+    /// Where to write why the guest ended.
     pub end_file: Option<PathBuf>,
-    /// The guest waits for `InstanceStart` even with a boot source.
+    /// Whether the guest waits for `InstanceStart` even with a boot source.
     pub no_start: bool,
-    /// The guest is configured here, and started in another process.
+    /// Whether the process only takes the configuration of the guest, which another process runs.
     pub only_configure: bool,
-    /// The host daemon has started the process.
+    /// Whether the host daemon has started the process, which then waits at its gate.
     pub held: bool,
     /// The snapshot that the guest goes on from.
     pub restore: Option<LoadSnapshot>,

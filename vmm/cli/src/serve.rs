@@ -19,13 +19,14 @@ pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub struct ServeArguments {
-    /// Listen on this Unix socket [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
+    /// Listen on this Unix socket [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or
+    /// `$XDG_RUNTIME_DIR/coppice.sock`].
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Mode of the socket, in octal [default: 600; 660 with --socket-group, 666 with --allow-uid].
     ///
-    /// Whoever can open the socket is looked at all the same: root, the user of the daemon, and who is named here may call. Who may call can
-    /// have guests read and write every file that the daemon can.
+    /// Whoever can open the socket is looked at all the same: root, the user of the daemon, and who is named here may
+    /// call. Who may call can have guests read and write every file that the daemon can.
     #[arg(long, value_name = "MODE", value_parser = mode)]
     pub socket_mode: Option<u32>,
     /// Group of the socket, by name or number: its members may call.
@@ -34,8 +35,8 @@ pub struct ServeArguments {
     /// A user, by number, who may call. Can be repeated.
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
-    /// Where the state is: guests outlive the daemon, and the next one finds them there [default: /var/lib/coppice for root, else
-    /// `$XDG_STATE_HOME/coppice` or ~/.local/state/coppice].
+    /// Where the state is: guests outlive the daemon, and the next one finds them there [default: /var/lib/coppice for
+    /// root, else `$XDG_STATE_HOME/coppice` or ~/.local/state/coppice].
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
     /// Show the guests on this TCP address as well, to anybody, for reading alone: 127.0.0.1:8080.
@@ -56,16 +57,20 @@ pub struct ServeArguments {
     /// Most RAM of all guests that have a process: 64G.
     #[arg(long, value_name = "SIZE")]
     pub max_memory: Option<Mebibytes>,
-    /// How each guest is jailed, by options behind commas: uids=FIRST-LAST, cgroup=NAME, cpu=PERCENT, pids=N, allow=PATH, require=all; or off.
+    /// How each guest is jailed, by options behind commas: uids=FIRST-LAST, cgroup=NAME, cpu=PERCENT, pids=N,
+    /// allow=PATH, require=all; or off.
     ///
-    /// As by `coppice run --jail`, with as many layers as the host allows. Each guest also is the first process of a namespace of processes, and,
-    /// where the daemon is root's, a user of its own. Its disks, kernel and initrd have to be open to that user, as they are not made so:
-    /// `guest_uid` of GET /vms/ID tells which it is, and so does the refusal of a guest that cannot open one. Options:
-    /// uids: the users, by number, of which each guest gets one, and the group of that number [default: 1900000000-1900065535 for root];
-    /// cgroup: the control group (v2), below the root of the hierarchy, in which each guest has one of its own that is made, limited
-    /// to the guest's RAM and a margin, and removed by the daemon;
+    /// As by `coppice run --jail`, with as many layers as the host allows. Each guest also is the first process of a
+    /// namespace of processes, and, where the daemon is root's, a user of its own. Its disks, kernel and initrd have to
+    /// be open to that user, as they are not made so: `guest_uid` of GET /vms/ID tells which it is, and so does the
+    /// refusal of a guest that cannot open one. Options:
+    /// uids: the users, by number, of which each guest gets one, and the group of that number [default:
+    /// 1900000000-1900065535 for root];
+    /// cgroup: the control group (v2), below the root of the hierarchy, in which each guest has one of its own that is
+    /// made, limited to the guest's RAM and a margin, and removed by the daemon;
     /// cpu, pids: further limits of each: percent of a core; processes and threads;
-    /// allow: a file or folder that all guests may open, and write to as far as their users may, for what the REST API names later. Can be repeated;
+    /// allow: a file or folder that all guests may open, and write to as far as their users may, for what the REST API
+    /// names later. Can be repeated;
     /// require=all: a guest that lacks a layer does not start.
     #[arg(
         long,
@@ -77,15 +82,16 @@ pub struct ServeArguments {
     pub jail: Option<ServeJailArgument>,
     /// Which guests share pages with each other, where their configuration names no domain: those of one owner, or all.
     ///
-    /// The owner is the user who made the guest, or the one whom its label `owner` names. Guests that share can learn by timing which pages others
-    /// use.
+    /// The owner is the user who made the guest, or the one whom its label `owner` names. Guests that share can learn
+    /// by timing which pages others use.
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     pub share_domains: ShareDomains,
     /// Stop all guests when the daemon ends, and give them so many seconds to shut down [default: they go on].
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "10")]
     pub stop_guests: Option<u64>,
-    /// Execute the program for each guest, so that addresses differ from one guest's process to the next: they are copies of one process otherwise, share
-    /// what the program has put right in its memory when it was loaded, and begin sooner.
+    /// Execute the program for each guest, so that addresses differ from one guest's process to the next: they are
+    /// copies of one process otherwise, share what the program has put right in its memory when it was loaded, and
+    /// begin sooner.
     #[arg(long)]
     pub own_layout: bool,
     /// What to log: off, error, warn, info, debug or trace, also by module [default: info].
@@ -115,7 +121,7 @@ fn ratio(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A group of /etc/group.
+/// Parses a group: its number, or its name in /etc/group.
 fn group(text: &str) -> Result<u32, String> {
     if let Ok(gid) = text.parse() {
         return Ok(gid);
@@ -147,7 +153,7 @@ fn default_state() -> PathBuf {
         .join("coppice")
 }
 
-/// The socket where none is given.
+/// The default socket.
 pub fn default_socket() -> PathBuf {
     if let Some(path) = variable(SOCKET_VARIABLE) {
         return path;
@@ -162,10 +168,10 @@ pub fn default_socket() -> PathBuf {
 }
 
 impl ServeArguments {
-    /// What is asked for.
+    /// The options that the arguments stand for.
     ///
     /// # Errors
-    /// Where the host does not tell how much memory it has.
+    /// Where the host does not report how much memory it has.
     pub fn into_options(self) -> std::io::Result<Options> {
         let default_mode = match (self.allow_uid.as_slice(), self.socket_group) {
             ([_, ..], _) => 0o666,

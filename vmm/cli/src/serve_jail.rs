@@ -17,20 +17,20 @@ impl From<ServeJailArgument> for Option<JailPolicy> {
     }
 }
 
-/// Not how guests are jailed.
+/// Why a text does not describe how guests are jailed.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServeJailError {
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of the guests' jails: uids=FIRST-LAST, cgroup=NAME, cpu=PERCENT, pids=N, allow=PATH, require=all; or off, alone (a comma in a path is written twice)"
     )]
     UnknownOption(String),
-    /// An option with a value that cannot be, or that is there twice.
+    /// An option has a value that it cannot have, or is given twice.
     #[error(transparent)]
     Option(#[from] JailArgumentError),
 }
 
-/// `FIRST-LAST`. Root is no user for a guest, and -1 is none.
+/// Parses `FIRST-LAST`. Neither root nor -1, which is no user, can be a guest's.
 fn uids(value: &str) -> Result<RangeInclusive<u32>, JailArgumentError> {
     let range = value.split_once('-').and_then(|(first, last)| {
         let (first, last) = (first.parse().ok()?, last.parse().ok()?);
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn guests_are_jailed_as_it_says_or_not_at_all() {
+    fn guests_are_jailed_by_the_options_or_not_at_all() {
         assert_eq!(policy(""), Some(JailPolicy::default()));
         assert_eq!(policy("off"), None);
         let expected = JailPolicy {

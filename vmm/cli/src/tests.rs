@@ -29,7 +29,7 @@ fn the_command_line_is_well_formed() {
 }
 
 #[test]
-fn the_help_tells_keys_exit_codes_and_examples() {
+fn the_help_has_keys_exit_codes_and_examples() {
     let mut command = Cli::command();
     let help = command
         .find_subcommand_mut("run")
@@ -123,7 +123,7 @@ fn pmem_devices_add_to_those_of_a_configuration_file() {
 }
 
 #[test]
-fn without_a_kernel_somebody_has_to_say_later() {
+fn without_a_kernel_there_has_to_be_a_socket_to_configure_the_guest() {
     assert!(options(&[]).unwrap_err().contains("nothing to run"));
     assert!(
         options(&["--api-sock", "s"])
@@ -228,7 +228,7 @@ fn the_log_level_of_the_command_line_wins() {
 }
 
 #[test]
-fn values_that_cannot_be_are_usage_errors() {
+fn invalid_values_are_usage_errors() {
     let cases: [&[&str]; 9] = [
         &["--kernel", "k", "--mem", "128"],
         &["--kernel", "k", "--cpus", "0"],
@@ -270,7 +270,7 @@ fn a_sharing_domain_wins_over_the_configuration_file_and_has_to_be_a_name() {
 }
 
 #[test]
-fn a_process_of_the_daemon_is_told_of_its_guest_and_takes_nothing_of_it_from_the_command_line() {
+fn a_process_of_the_daemon_gets_its_guest_by_the_launch_specification_alone() {
     let held = |arguments: &[&str]| {
         let words = ["coppice", "run", "--held", "--id", "a", "--api-sock", "s"];
         let cli = Cli::try_parse_from(words.iter().chain(arguments)).ok()?;

@@ -1,34 +1,34 @@
-//! Arguments that do not go together.
+//! Why the arguments of a command cannot be used.
 
 use std::path::PathBuf;
 
 use config::ConfigError;
 use control::mmds::MetadataFileError;
 
-/// Arguments that do not go together.
+/// Why the arguments of a command cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum UsageError {
-    /// The configuration file, or what the arguments make of it.
+    /// The configuration file, or its combination with the arguments, is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The metadata of the guest.
+    /// The metadata of the guest cannot be read.
     #[error(transparent)]
     Metadata(#[from] MetadataFileError),
-    /// Nothing to start, and nobody to say what.
+    /// The arguments name no guest, and no socket to configure one.
     #[error(
         "nothing to run: give --kernel, or a --config with a boot-source, or --restore, or --api-sock to be told later"
     )]
     NothingToRun,
-    /// A clone is as its template.
+    /// A clone has the configuration of its template, which cannot be changed.
     #[error("{0} is the template's: leave it out beside --template")]
     TemplatesOwn(&'static str),
     /// An argument of `coppice run` that `coppice vm create` does not take.
     #[error("{0} is the daemon's to decide")]
     DaemonsOwn(&'static str),
-    /// A part of a boot source without a kernel.
+    /// A part of a boot source is given without a kernel.
     #[error("{0} needs --kernel, or a --config with a boot-source")]
     NeedsKernel(&'static str),
-    /// The command line and the configuration file say the same thing.
+    /// An argument and the configuration file set the same value.
     #[error("{flag} and {field} of {} both say it: leave out one", file.display())]
     Conflict {
         /// The argument.

@@ -8,13 +8,13 @@ use std::str::FromStr;
 use config::{SharingConfig, is_guest_id};
 use host::report::chain;
 
-/// The REST socket tells paths in JSON, which is UTF-8.
+/// Parses a path of UTF-8, because the REST socket returns paths in JSON.
 #[allow(clippy::unnecessary_wraps, reason = "the shape of a value parser")]
 pub(crate) fn utf8_path(text: &str) -> Result<PathBuf, Infallible> {
     Ok(PathBuf::from(text))
 }
 
-/// A name becomes a folder, and a part of URLs.
+/// Parses a guest's name, which is used as the name of a folder, and in URLs.
 pub(crate) fn guest_id(text: &str) -> Result<String, String> {
     if is_guest_id(text) {
         Ok(text.to_owned())
@@ -23,7 +23,7 @@ pub(crate) fn guest_id(text: &str) -> Result<String, String> {
     }
 }
 
-/// A name becomes a folder.
+/// Parses the name of a sharing domain, which is used as the name of a folder.
 pub(crate) fn domain(text: &str) -> Result<String, String> {
     let config = SharingConfig {
         domain: Some(text.to_owned()),
@@ -35,7 +35,7 @@ pub(crate) fn domain(text: &str) -> Result<String, String> {
     }
 }
 
-/// A value whose errors have sources, which the parser of the command line would not show.
+/// Parses a value whose errors have sources: the parser of the command line shows only the outermost error.
 pub(crate) fn with_sources<T>(text: &str) -> Result<T, String>
 where
     T: FromStr<Err: Error + 'static>,

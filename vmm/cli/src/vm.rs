@@ -12,10 +12,11 @@ use config::VmConfig;
 use control::mmds::Mmds;
 use daemon::remote::GuestCommand;
 
-/// The daemon to talk to, and how.
+/// The daemon to connect to, and the form of the output.
 #[derive(Clone, Debug, Args)]
 pub struct Connection {
-    /// The socket of the daemon [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or `$XDG_RUNTIME_DIR/coppice.sock`].
+    /// The socket of the daemon [default: `$COPPICE_SOCKET`, or /run/coppice/coppice.sock for root, or
+    /// `$XDG_RUNTIME_DIR/coppice.sock`].
     #[arg(long, value_name = "PATH", global = true)]
     pub socket: Option<PathBuf>,
     /// Write JSON.
@@ -41,7 +42,7 @@ pub struct VmArguments {
     pub command: VmCommand,
 }
 
-/// What `coppice vm` can do.
+/// The commands of `coppice vm`.
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
     /// Make a guest, of the arguments of `coppice run`, and start it. Made twice in the same way, it is there once.
@@ -57,11 +58,12 @@ pub enum VmCommand {
 /// The arguments of `coppice vm create`.
 #[derive(Debug, Args)]
 pub struct CreateArguments {
-    /// When a guest that has ended is started again: never; on-failure; or always, unless it was stopped by request, so also after a start of the host.
+    /// When a guest that has ended is started again: never; on-failure; or always, unless it was stopped by request, so
+    /// also after a start of the host.
     #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure", "always"])]
     pub restart: String,
-    /// Make the guest a clone of a template: it goes on where that stood, with disks of its own. With --name, --label, --metadata, --restart and
-    /// --no-start alone.
+    /// Make the guest a clone of a template: it goes on from the saved state, with disks of its own. With --name,
+    /// --label, --metadata, --restart and --no-start alone.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "config"])]
     pub template: Option<String>,
     /// A word to find it by: NAME=VALUE. Can be repeated.
@@ -77,7 +79,7 @@ fn label(text: &str) -> Result<(String, String), String> {
     Ok((name.to_owned(), value.to_owned()))
 }
 
-/// The daemon works in another folder.
+/// Makes a path absolute, because the daemon has another working directory.
 fn from_here(path: &mut PathBuf) {
     let image = path.to_str().is_some_and(|path| path.starts_with("image:"));
     if !image && let Ok(whole) = absolute(Path::new(path)) {

@@ -10,18 +10,18 @@ use config::VsockConfig;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VsockArgument(pub VsockConfig);
 
-/// Not the description of a socket device.
+/// Why a text is not the description of a socket device.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VsockArgumentError {
-    /// Not an identifier.
+    /// The context identifier cannot be read.
     #[error("{0:?} is not a context identifier: 3 to 4294967294")]
     Cid(String),
-    /// An unknown option.
+    /// An option is unknown.
     #[error(
         "{0:?} is not an option of a socket device: path=SOCKET, behind the context identifier, if there is one (a comma in a path is written twice)"
     )]
     UnknownOption(String),
-    /// An option that is there twice.
+    /// An option is given twice.
     #[error("path is given twice")]
     Twice,
 }

@@ -12,23 +12,23 @@ pub const PAGES_PER_MIB: u32 = 256;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonConfig {
-    /// Memory that the guest is to do without, in MiB; no more than it has.
+    /// Memory that the guest gives back, in MiB; no more than it has.
     pub amount_mib: u32,
     /// The guest takes memory out of the balloon rather than run out of it.
     pub deflate_on_oom: bool,
-    /// Seconds from one set of statistics to the next; none where 0.
+    /// Seconds between two reports of statistics; no statistics where 0.
     #[serde(default)]
     pub stats_polling_interval_s: u16,
-    /// The guest tells of its free memory when it is asked to.
+    /// The guest names its free pages when the host starts a run of hinting.
     #[serde(default)]
     pub free_page_hinting: bool,
-    /// The guest tells of its free memory all the time.
+    /// The guest reports its free pages all the time.
     #[serde(default)]
     pub free_page_reporting: bool,
 }
 
 impl BalloonConfig {
-    /// A balloon that takes nothing, and has the guest tell of its free memory.
+    /// A balloon of size 0 with free page reporting.
     pub fn reporting() -> Self {
         Self {
             free_page_reporting: true,
@@ -36,9 +36,9 @@ impl BalloonConfig {
         }
     }
 
-    /// Pages of 4 KiB that the balloon is to have.
+    /// The target size of the balloon, in pages of 4 KiB.
     pub fn target_pages(&self) -> u32 {
-        // Page numbers have 32 bits as well: a guest has no more pages.
+        // A guest has no more pages than 32 bits can count, because page numbers have 32 bits.
         self.amount_mib.saturating_mul(PAGES_PER_MIB)
     }
 }
@@ -73,7 +73,7 @@ impl From<BalloonConfig> for Device {
     }
 }
 
-/// What of a balloon can change while its guest runs.
+/// The fields of a balloon that can change while its guest runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonUpdate {
@@ -85,7 +85,7 @@ pub struct BalloonUpdate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonStatisticsUpdate {
-    /// In seconds.
+    /// The interval in seconds.
     pub stats_polling_interval_s: u16,
 }
 
@@ -93,7 +93,7 @@ pub struct BalloonStatisticsUpdate {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct HintingStart {
-    /// The guest may use again what it has told of as soon as it has told all.
+    /// The guest may use the reported pages again as soon as it has reported all of them.
     #[serde(default = "acknowledged")]
     pub acknowledge_on_stop: bool,
 }

@@ -1,4 +1,5 @@
-//! Bodies of requests that are not part of a configuration. The `OpenAPI` document of the daemon is made of the same types.
+//! Bodies of requests that are not part of a configuration. The `OpenAPI` document of the daemon is made of the same
+//! types.
 
 use std::path::PathBuf;
 
@@ -15,12 +16,12 @@ pub struct Action {
     pub action_type: ActionType,
 }
 
-/// What a guest can be told to do.
+/// The actions of a guest.
 #[derive(Clone, Copy, Deserialize, ToSchema)]
 pub enum ActionType {
-    /// Write the counters.
+    /// Write all counters to the file of `metrics`.
     FlushMetrics,
-    /// Start.
+    /// Start the guest.
     InstanceStart,
     /// Press Ctrl-Alt-Del.
     SendCtrlAltDel,
@@ -30,7 +31,7 @@ pub enum ActionType {
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveSnapshot {
-    /// A new file, in which the disk goes on.
+    /// A new file, which is the guest's disk from then on.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
 }
@@ -52,7 +53,7 @@ pub struct DriveCompact {
     pub find_zeros: bool,
 }
 
-/// The body of `PUT /drives/{id}/commit`: nothing can be said about it yet.
+/// The body of `PUT /drives/{id}/commit`, which has no fields yet.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveCommit {}
@@ -61,14 +62,14 @@ pub struct DriveCommit {}
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct JobUpdate {
-    /// What is to become of the job.
+    /// The new state of the job.
     pub state: JobEnd,
 }
 
-/// What can be asked of a job.
+/// The states that a request can bring a job to.
 #[derive(Clone, Copy, Deserialize, ToSchema)]
 pub enum JobEnd {
-    /// That it stops.
+    /// The job stops.
     Cancelled,
 }
 
@@ -76,14 +77,14 @@ pub enum JobEnd {
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VmUpdate {
-    /// What the vCPUs are to do.
+    /// The new state of the vCPUs.
     pub state: VmState,
 }
 
 /// Whether the vCPUs run.
 #[derive(Clone, Copy, Deserialize, ToSchema)]
 pub enum VmState {
-    /// They stand still.
+    /// They are paused.
     Paused,
     /// They run.
     Resumed,
@@ -94,23 +95,23 @@ pub enum VmState {
 #[serde(deny_unknown_fields)]
 pub struct HintingStop {}
 
-/// What `GET /version` answers. The name of the field is Firecracker's.
+/// The response to `GET /version`. The name of the field is Firecracker's.
 #[derive(Serialize, ToSchema)]
 pub struct Version {
     /// The version of Coppice.
     pub firecracker_version: &'static str,
 }
 
-/// The body of `PUT /mmds` and of `PATCH /mmds`, and what `GET /mmds` answers: an object with anything in it.
+/// The body of `PUT /mmds` and of `PATCH /mmds`, and the response to `GET /mmds`: an object with any content.
 ///
-/// It is read as it is by the metadata store, and not by way of this type.
+/// The metadata store reads the JSON itself, and does not use this type.
 #[derive(Serialize, Deserialize, ToSchema)]
 #[allow(dead_code, reason = "the document is made from it")]
 pub struct Metadata(std::collections::BTreeMap<String, serde_json::Value>);
 
 /// The body of `PATCH /machine-config`: the fields that are to change, one at least.
 ///
-/// It is read field by field into what is there ([`crate::MachineConfig::updated`]), and not by way of this type.
+/// The fields are applied to the present configuration ([`crate::MachineConfig::updated`]), without this type.
 #[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 #[allow(dead_code, reason = "the document is made from it")]

@@ -1,4 +1,4 @@
-//! The kernel, and what it is given.
+//! The kernel, its initial RAM disk and its command line.
 
 use std::path::PathBuf;
 
@@ -25,8 +25,9 @@ pub struct BootSourceConfig {
     /// How the kernel is entered. Not in Firecracker.
     #[serde(default)]
     pub boot_protocol: BootProtocol,
-    /// Linux does without what costs a small guest much memory and it hardly uses: its trace file system. Where absent, it does if the guest shares all
-    /// that can be shared and the command line has it trace nothing. Not in Firecracker.
+    /// Whether Linux does without its trace file system, which takes much memory of a small guest and is hardly used.
+    /// Where absent, Linux does without if the guest shares all that can be shared and its command line sets up no
+    /// tracing. Not in Firecracker.
     #[serde(default)]
     pub lean: Option<bool>,
 }
@@ -34,7 +35,7 @@ pub struct BootSourceConfig {
 /// How a kernel is entered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum BootProtocol {
-    /// What suits the file.
+    /// The best protocol that the file has.
     #[default]
     Auto,
     /// The PVH entry of an ELF kernel.

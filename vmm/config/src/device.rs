@@ -20,7 +20,8 @@ pub enum HostFile<'a> {
     PortSockets(&'a Path),
 }
 
-/// The configuration of a virtio device: an element of a list of [`VmConfig`](crate::VmConfig), or an optional field of it.
+/// The configuration of a virtio device: an element of a list of [`VmConfig`](crate::VmConfig), or an optional field of
+/// it.
 ///
 /// What checks, jails, counts or stores devices asks them by this trait, and knows no kind of them.
 pub trait DeviceConfig {

@@ -12,10 +12,10 @@ use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig};
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
 const SERIAL_MAX: usize = 20;
-/// Most request queues: one for each vCPU that a guest can have.
+/// The most request queues: one for each vCPU that a guest can have.
 const QUEUES_MAX: u16 = crate::limits::MAX_VCPUS as u16;
 
-/// Firecracker's drive, and what Coppice knows beyond it.
+/// Firecracker's drive, with additional fields.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveConfig {
@@ -24,7 +24,7 @@ pub struct DriveConfig {
     /// The file.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
-    /// The guest's kernel is told to mount this drive as its root: it becomes the first disk, and `root=` is added to the command line.
+    /// The guest mounts this drive as its root: it becomes the first disk, and `root=` is added to the command line.
     pub is_root_device: bool,
     /// The partition to mount as root, by its unique ID, instead of the whole disk.
     #[serde(default)]
@@ -32,10 +32,10 @@ pub struct DriveConfig {
     /// The guest cannot write, and the file may be shared with other guests that cannot either.
     #[serde(default)]
     pub is_read_only: bool,
-    /// Whether a guest's flush reaches the medium. It always does here, so both values are the same.
+    /// Whether a guest's flush reaches the medium. With Coppice it always does, so both values have the same effect.
     #[serde(default)]
     pub cache_type: CacheType,
-    /// How bytes are moved.
+    /// How requests are executed.
     #[serde(default)]
     pub io_engine: IoEngine,
     /// Not supported: refused unless `null`.
@@ -46,8 +46,8 @@ pub struct DriveConfig {
     #[serde(default, skip_serializing)]
     #[schema(ignore)]
     pub socket: Option<IgnoredAny>,
-    /// The format of the file; found by its signature where absent. Name it for a raw disk that a guest may write: a guest
-    /// decides what such a disk begins with. Not in Firecracker.
+    /// The format of the file; found by its signature where absent. Name it for a raw disk that a guest may write: a
+    /// guest decides what such a disk begins with. Not in Firecracker.
     #[serde(default)]
     pub format: Option<DriveFormat>,
     /// Serial number, up to 20 printable ASCII characters; the `drive_id` where absent. Not in Firecracker.
@@ -56,14 +56,16 @@ pub struct DriveConfig {
     /// Number of request queues, 1 to 32. Not in Firecracker.
     #[serde(default = "one")]
     pub num_queues: u16,
-    /// Space that the guest frees stays with the file, for its next blocks, rather than go back to the host. Not in Firecracker.
+    /// Space that the guest frees stays with the file, for its next blocks, rather than go back to the host. Not in
+    /// Firecracker.
     #[serde(default)]
     pub keep_space: bool,
-    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in
+    /// Firecracker.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub parents: Option<PathBuf>,
-    /// What of it is shared at most, `off` or `read`; as the guest's memory where absent. Not in Firecracker.
+    /// Whether its pages are shared, `off` or `read`; by the guest's mode of sharing where absent. Not in Firecracker.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub share: Option<ShareMode>,
@@ -76,7 +78,7 @@ const fn one() -> u16 {
 /// Firecracker's `cache_type`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum CacheType {
-    /// Flushes need not reach the medium; here they do all the same.
+    /// Flushes need not reach the medium; with Coppice they do.
     Unsafe,
     /// Flushes reach the medium.
     #[default]
@@ -102,7 +104,7 @@ impl From<IoEngine> for EngineKind {
     }
 }
 
-/// What of a drive can change while its guest runs.
+/// The fields of a drive that can change while its guest runs.
 #[derive(Clone, Debug, PartialEq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveUpdate {
@@ -200,7 +202,7 @@ impl DeviceConfig for DriveConfig {
                 || uuid.len() > 36
                 || !uuid.chars().all(|c| c == '-' || c.is_ascii_alphanumeric()))
         {
-            // The text goes into the kernel command line: nothing but a UUID may.
+            // The text is put into the kernel command line, so only a UUID is accepted.
             return Err(ConfigError::invalid(
                 "drives.partuuid",
                 &format_args!("{uuid:.80?}"),

@@ -1,4 +1,4 @@
-//! What is wrong with a configuration.
+//! Why a configuration cannot be used.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 use super::id::{DEVICE_ID_MAX, DeviceId};
 use crate::limits::{MAX_FILE_SIZE, MAX_VIRTIO_DEVICES};
 
-/// A configuration that cannot be used. Its one-line `Display` names the field.
+/// Why a configuration cannot be used. The one-line `Display` names the field.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The configuration file cannot be read.
@@ -19,7 +19,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// The configuration file is too long.
@@ -39,20 +39,20 @@ pub enum ConfigError {
     /// A request body, or a part of one, is not of the expected shape.
     #[error(transparent)]
     Shape(serde_json::Error),
-    /// A value that Coppice cannot honour.
+    /// A field has a value that Coppice does not support.
     #[error("{field}: not supported")]
     Unsupported {
         /// The field.
         field: &'static str,
     },
-    /// A value that cannot be.
+    /// A field has an invalid value.
     #[error("{field}: {value} is not {expected}")]
     Invalid {
         /// The field.
         field: &'static str,
-        /// What it was set to.
+        /// Its value.
         value: String,
-        /// What it may be.
+        /// The values that it may have.
         expected: String,
     },
     /// A file cannot be opened.
@@ -62,10 +62,10 @@ pub enum ConfigError {
         field: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// Something else than a regular file.
+    /// A path names something other than a regular file.
     #[error("{field}: {} is not a regular file", path.display())]
     NotAFile {
         /// The field that names it.
@@ -91,13 +91,13 @@ pub enum ConfigError {
         /// The first one.
         first: String,
     },
-    /// More devices than interrupt lines.
+    /// The guest has more devices than interrupt lines.
     #[error("a guest has at most {MAX_VIRTIO_DEVICES} virtio devices, not {found}")]
     TooManyDevices {
         /// All of them together.
         found: usize,
     },
-    /// An update that changes nothing.
+    /// An update sets no field.
     #[error("the update is empty")]
     EmptyUpdate,
 }
@@ -116,7 +116,7 @@ impl ConfigError {
     }
 }
 
-/// Names go into paths of the REST API, and into names of counters.
+/// Checks an id, which is used in paths of the REST API, and in names of counters.
 pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError> {
     match DeviceId::new(id) {
         Ok(_) => Ok(()),
@@ -128,7 +128,7 @@ pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError>
     }
 }
 
-/// Opens a regular file as it will be opened, and closes it again. Never waits for the other end of a pipe.
+/// Checks that a regular file can be opened as it will be. Does not block if the path names a FIFO.
 pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Result<(), ConfigError> {
     let failed = |source| ConfigError::File {
         field,
@@ -143,7 +143,7 @@ pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Resul
             .open(path)
     };
     let file = match open(write) {
-        // A directory cannot be opened for writing, but is better called one.
+        // A directory cannot be opened for writing. It is opened for reading, so that the error says what it is.
         Err(error) if error.kind() == io::ErrorKind::IsADirectory => open(false),
         opened => opened,
     };
@@ -161,7 +161,7 @@ pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Resul
     }
 }
 
-/// Paths go through JSON and to system calls: no empty ones, no zero bytes, none too long for the host.
+/// Checks a path, which is passed to system calls: it must not be empty, have zero bytes or be too long for the host.
 pub(super) fn check_path(field: &'static str, path: &Path) -> Result<(), ConfigError> {
     let bytes = path.as_os_str().as_encoded_bytes();
     let limit = libc::PATH_MAX.cast_unsigned() as usize;

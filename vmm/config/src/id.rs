@@ -6,8 +6,8 @@ use std::ops::Deref;
 
 use serde::{Deserialize, Serialize};
 
-/// Whether `text` can be the name of a guest or of a template: 1 to 63 lower case letters, digits and dashes, as it
-/// becomes a folder and a part of URLs.
+/// Whether `text` can be the name of a guest or of a template: 1 to 63 lower case letters, digits and dashes, because
+/// it is used as the name of a folder and in URLs.
 pub fn is_guest_id(text: &str) -> bool {
     let word = |c: u8| c == b'-' || c.is_ascii_digit() || c.is_ascii_lowercase();
     (1..=63).contains(&text.len()) && text.bytes().all(word)
@@ -16,8 +16,8 @@ pub fn is_guest_id(text: &str) -> bool {
 /// Longest name of a device, in bytes.
 pub(crate) const DEVICE_ID_MAX: usize = 64;
 
-/// The name of a drive or pmem device: 1 to 64 letters, digits and underscores. It becomes a part of paths on the host and of
-/// URLs, so a text of another origin than a checked configuration is made one before it is used there.
+/// The name of a drive or pmem device: 1 to 64 letters, digits and underscores. It becomes a part of paths on the host
+/// and of URLs, so a text of another origin than a checked configuration is made one before it is used there.
 #[derive(
     Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema,
 )]

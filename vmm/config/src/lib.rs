@@ -1,4 +1,4 @@
-//! What a user asks for, in the shape of Firecracker's configuration file and REST bodies.
+//! The configuration of a guest, in the form of Firecracker's configuration file and REST bodies.
 //!
 //! ```json
 //! {
@@ -9,9 +9,11 @@
 //! }
 //! ```
 //!
-//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`, `keep_space`, `parents` and `share` of
-//! a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it
-//! cannot honour: nothing that was asked for is left out in silence. Rate limits, CPU templates, SMT and huge pages are such values.
+//! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`,
+//! `keep_space`, `parents` and `share` of a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of
+//! `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it does not
+//! support, so that no part of a configuration is ignored. Rate limits, CPU templates, SMT and huge pages of hugetlbfs
+//! are such values.
 
 mod balloon;
 pub mod bodies;
@@ -61,23 +63,25 @@ pub use snapshot::{
 };
 pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
 
-/// Everything about one guest.
+/// The configuration of one guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
-    /// The kernel, and what it is given. A guest cannot start without.
+    /// The kernel, its initial RAM disk and its command line. A guest cannot start without a kernel.
     #[serde(default)]
     pub boot_source: Option<BootSourceConfig>,
-    /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
+    /// Virtual disks, in the order in which the guest sees them; the root device, if one is marked, comes before the
+    /// others.
     #[serde(default)]
     pub drives: Vec<DriveConfig>,
-    /// Disks as memory, in the order in which the guest sees them; the root device, if one is marked, comes before the others.
+    /// Disks as memory, in the order in which the guest sees them; the root device, if one is marked, comes before the
+    /// others.
     #[serde(default)]
     pub pmem: Vec<PmemConfig>,
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
-    /// What of its memory the guest shares.
+    /// How the guest shares memory with others.
     #[serde(default)]
     pub sharing: SharingConfig,
     /// The entropy device (virtio-rng); none where absent.
@@ -89,7 +93,7 @@ pub struct VmConfig {
     /// The socket device (virtio-vsock); none where absent.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
-    /// Where a guest with a socket device finds its metadata; as the defaults say where absent.
+    /// How a guest with a socket device gets its metadata; the defaults apply where absent.
     #[serde(default)]
     pub mmds_config: Option<MmdsConfig>,
     /// Where the output of the serial console goes; to standard output where absent.
@@ -168,7 +172,7 @@ impl VmConfig {
         Ok(config)
     }
 
-    /// Checks every field by itself and all of them together. Does not look at any file: see [`VmConfig::check_files`].
+    /// Checks every field by itself and all of them together. Opens no file: see [`VmConfig::check_files`].
     ///
     /// # Errors
     /// `Unsupported`, `Invalid`, `DuplicateId`, `SecondRoot`, `TooManyDevices`.
@@ -237,7 +241,7 @@ impl VmConfig {
         self.devices().try_for_each(DeviceConfig::check_files)
     }
 
-    /// What of it makes a guest, if anything is set: all but the log, the metrics and the serial console.
+    /// The first field that is set and describes the guest: any but the log, the metrics and the serial console.
     pub fn of_a_guest(&self) -> Option<&'static str> {
         let is_set = [
             (self.boot_source.is_some(), "boot-source"),
@@ -257,7 +261,7 @@ impl VmConfig {
     /// Makes the paths of devices mean the same in any folder.
     ///
     /// # Errors
-    /// `Read`, where this process has no folder any more.
+    /// `Read`, where the working directory of this process does not exist any more.
     pub fn make_paths_absolute(&mut self) -> Result<(), ConfigError> {
         for path in self.devices_mut().flat_map(DeviceConfig::paths_mut) {
             *path = std::path::absolute(&*path).map_err(|source| ConfigError::Read {

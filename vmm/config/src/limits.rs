@@ -1,14 +1,14 @@
-//! How much of something a guest can have. The layout of a guest's memory has room for that, and no more.
+//! Limits of a guest. The layout of a guest's memory has room for so much, and no more.
 
-/// vCPUs.
+/// The most vCPUs.
 pub const MAX_VCPUS: u8 = 32;
-/// Virtio devices: each has an interrupt line of its own, and the IOAPIC has no more that are free.
+/// The most virtio devices. Each has an interrupt line of its own, and the IOAPIC has no more free ones.
 pub const MAX_VIRTIO_DEVICES: usize = 18;
 /// Room for the kernel command line with its terminating zero, in bytes.
 pub const CMDLINE_MAX: u64 = 0x1_0000;
 /// Longest body of a REST request in bytes, which is Firecracker's.
 pub const MAX_BODY: usize = 51200;
-/// The kernel command line of a guest that is given none.
+/// The default kernel command line.
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// Longest configuration file, in bytes.

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::ConfigError;
 use crate::limits::MAX_VCPUS;
 
-/// Least and most RAM of a guest in MiB: the boot structures take the first MiB, and no host has more than 16 TiB.
+/// The range of RAM of a guest in MiB: the boot structures take the first MiB, and no host has more than 16 TiB.
 const MEM_MIB: std::ops::RangeInclusive<u32> = 2..=(1 << 24);
 
 /// Firecracker's `machine-config`.

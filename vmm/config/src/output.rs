@@ -1,4 +1,4 @@
-//! Where things are written: the serial console, the log, the metrics.
+//! Where the serial console, the log and the metrics are written.
 
 use std::path::PathBuf;
 
@@ -36,7 +36,7 @@ impl SerialConfig {
     }
 }
 
-/// Firecracker's `logger`. What is absent stays as it was.
+/// Firecracker's `logger`. Fields that are absent stay as they were.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoggerConfig {
@@ -53,7 +53,7 @@ pub struct LoggerConfig {
     /// Whether lines name file and line of the code.
     #[serde(default)]
     pub show_log_origin: Option<bool>,
-    /// Only what this module and those below it log.
+    /// Logs only messages of this module and those below it.
     #[serde(default)]
     pub module: Option<String>,
 }
@@ -63,9 +63,9 @@ pub struct LoggerConfig {
 pub enum LogLevel {
     /// Nothing.
     Off,
-    /// What went wrong.
+    /// Errors.
     Error,
-    /// What may be wrong.
+    /// Errors, and what may be wrong.
     Warn,
     /// What happens.
     Info,

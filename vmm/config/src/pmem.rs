@@ -1,4 +1,4 @@
-//! Disks as memory.
+//! pmem devices: disks that the guest sees as memory.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{check_file, check_id, check_path};
 use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig};
 
-/// Firecracker's pmem device, and what Coppice knows beyond it.
+/// Firecracker's pmem device, with additional fields.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct PmemConfig {
@@ -17,7 +17,8 @@ pub struct PmemConfig {
     /// The file.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
-    /// The guest's kernel is told to mount this device as its root: it becomes the first pmem device, and `root=` is added to the command line.
+    /// The guest mounts this device as its root: it becomes the first pmem device, and `root=` is added to the command
+    /// line.
     #[serde(default)]
     pub root_device: bool,
     /// The guest cannot write, and the file may be shared with other guests that cannot either.
@@ -27,32 +28,33 @@ pub struct PmemConfig {
     #[serde(default, skip_serializing)]
     #[schema(ignore)]
     pub rate_limiter: Option<IgnoredAny>,
-    /// What comes of what the guest writes; by `read_only`, `ro` or `rw`, where absent. Not in Firecracker.
+    /// What becomes of the guest's writes; `ro` or `rw` by `read_only` where absent. Not in Firecracker.
     #[serde(default)]
     pub mode: Option<PmemMode>,
     /// The format of the file; found by its signature where absent. Not in Firecracker.
     #[serde(default)]
     pub format: Option<DriveFormat>,
-    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in Firecracker.
+    /// The folder that the parents of a differencing disk have to lie in, or below; anywhere where absent. Not in
+    /// Firecracker.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub parents: Option<PathBuf>,
 }
 
-/// What comes of what a guest writes to a pmem device.
+/// What becomes of a guest's writes to a pmem device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum PmemMode {
-    /// It is dropped. The file is shared with other guests.
+    /// Writes are dropped. The file is shared with other guests.
     Ro,
-    /// It is the guest's own, and forgotten at its end. The file is shared with other guests.
+    /// Written pages are the guest's own, and are dropped at its end. The file is shared with other guests.
     Cow,
-    /// It is on the disk when the guest has flushed.
+    /// Writes are on the disk when the guest has flushed them.
     Rw,
 }
 
 impl PmemMode {
-    /// Whether the disk changes.
+    /// Whether the guest's writes change the disk.
     pub fn keeps(self) -> bool {
         match self {
             Self::Ro | Self::Cow => false,
@@ -76,7 +78,7 @@ impl PmemConfig {
         }
     }
 
-    /// What comes of what the guest writes.
+    /// What becomes of the guest's writes: `mode`, or its default by `read_only`.
     pub fn mode(&self) -> PmemMode {
         match self.mode {
             Some(mode) => mode,
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mode_follows_from_read_only_where_it_is_not_said() {
+    fn the_mode_follows_from_read_only_where_it_is_absent() {
         let mode = |value: serde_json::Value| {
             let mut one = pmem("a");
             for (field, value) in value.as_object().unwrap() {

@@ -1,4 +1,4 @@
-//! What a guest shares with others.
+//! How a guest shares memory with others.
 
 use memshare::ShareMode;
 use serde::{Deserialize, Serialize};
@@ -10,17 +10,19 @@ use super::error::check_id;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SharingConfig {
-    /// What is shared.
+    /// Which pages are shared.
     #[serde(default)]
     #[schema(value_type = String)]
     pub mode: ShareMode,
-    /// Share of a core that the merger may use in the long run, in percent, 1 to 100.
+    /// The part of a core that the merger may use on average, in percent, 1 to 100.
     #[serde(default = "cpu_percent")]
     pub cpu_percent: u8,
-    /// Reads of at least so many KiB in one piece are put in place without a copy; all are copied, and merged later, where absent.
+    /// Contiguous reads of at least so many KiB are placed without a copy. Where absent, all reads are copied, and
+    /// merged later.
     #[serde(default)]
     pub place_kib: Option<u32>,
-    /// The guest shares with guests of this domain alone: 1 to 64 letters, digits and underscores. Those without are in one together.
+    /// The guest shares with guests of this domain alone: 1 to 64 letters, digits and underscores. Guests without a
+    /// domain are in one together.
     #[serde(default)]
     pub domain: Option<String>,
 }

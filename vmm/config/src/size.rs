@@ -8,12 +8,11 @@ pub struct Mebibytes(pub u32);
 
 /// A size in bytes. It is written as a number, with or without one of the binary suffixes `K`, `M`, `G` and `T`, in any
 /// case, and with or without `iB` behind it. Before a suffix the number may have a fraction, of which whole bytes are
-/// taken, or whole MiB where the suffix is `G` or `T`, and whole KiB where it is `M`: `1.1G` is 1126 MiB, as no size is
-/// what it says exactly.
+/// taken, or whole MiB where the suffix is `G` or `T`, and whole KiB where it is `M`: `1.1G` is 1126 MiB, rounded down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bytes(pub u64);
 
-/// Not a size.
+/// Why a text is not a size.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SizeError {
     /// No number before the suffix.
@@ -30,7 +29,7 @@ pub enum SizeError {
     /// Not whole MiB, where those are counted.
     #[error("{0:?} is not a whole number of MiB, as 128M is; without a suffix it is bytes")]
     Mebibytes(String),
-    /// More than can be counted.
+    /// The size is too large for 64 bits.
     #[error("{0:?} is more than any host has")]
     TooLarge(String),
 }

@@ -1,39 +1,39 @@
-//! What a user asks of snapshots, in the shape of Firecracker's REST bodies.
+//! Requests for snapshots, in the form of Firecracker's REST bodies.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// The body of `PUT /snapshot/create`, as Firecracker has it.
+/// The body of `PUT /snapshot/create`: Firecracker's, with an additional field.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateSnapshot {
-    /// What of the memory is saved.
+    /// Which pages of the memory are saved.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
-    /// The state file, which is written, or replaced as a whole.
+    /// The state file. It is made, or replaced as a whole.
     #[schema(value_type = String)]
     pub snapshot_path: PathBuf,
-    /// The memory file, which is written, or replaced as a whole. Guests that were loaded from the old one keep that.
+    /// The memory file. It is made, or replaced as a whole. Guests that were loaded from the old one keep that.
     #[schema(value_type = String)]
     pub mem_file_path: PathBuf,
-    /// Whether a guest with `track_dirty_pages` goes on from the memory file of its first snapshot, so that the next can be a difference to it: not where
-    /// the file is going to be moved. Not in Firecracker.
+    /// Whether a guest with `track_dirty_pages` maps the memory file of its first snapshot, so that the next one can be
+    /// a difference to it. Set it to `false` where the file will be moved. Not in Firecracker.
     #[serde(default = "yes")]
     pub is_base: bool,
 }
 
-/// What of the memory a snapshot holds.
+/// Which pages of the memory a snapshot has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 pub enum SnapshotType {
     /// All of it.
     #[default]
     Full,
-    /// What is not as it was in the snapshot before, which has to stay where it is.
+    /// The pages that differ from the snapshot before. That snapshot's files must stay where they are.
     Diff,
 }
 
-/// The body of `PUT /snapshot/load`: Firecracker's, and what Coppice knows beyond it.
+/// The body of `PUT /snapshot/load`: Firecracker's, with additional fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LoadSnapshot {
@@ -43,30 +43,30 @@ pub struct LoadSnapshot {
     /// The memory file; the one that the state names where absent.
     #[serde(default)]
     pub mem_backend: Option<MemoryBackend>,
-    /// The older name of a file as `mem_backend`.
+    /// The memory file, by the older field of Firecracker's API; otherwise use `mem_backend`.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub mem_file_path: Option<PathBuf>,
     /// Lets the guest run at once.
     #[serde(default)]
     pub resume_vm: bool,
-    /// Whether the guest can be saved as a difference. It always can, but for one whose memory a page-fault handler gives: that goes on from the
-    /// memory file of its first Full snapshot then.
+    /// Whether the guest can be saved as a difference. A guest from files always can. A guest whose memory a page-fault
+    /// handler provides can after its first Full snapshot, whose memory file it maps then.
     #[serde(default, alias = "enable_diff_snapshots")]
     pub track_dirty_pages: bool,
     /// Compares the checksums of all memory before the guest runs, if it is in files. Not in Firecracker.
     #[serde(default = "yes")]
     pub verify_memory: bool,
-    /// Disks that are elsewhere now. Not in Firecracker.
+    /// Disks whose files have moved, or that are to be cloned. Not in Firecracker.
     #[serde(default)]
     pub drives: Vec<DriveOverride>,
-    /// Another socket for the vsock device, or another identifier.
+    /// Another socket for the vsock device, or another CID.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
 }
 
 impl LoadSnapshot {
-    /// Of a state file, with the memory and the disks where they were.
+    /// The load of a state file, with the memory and the disks where they were.
     pub fn new(snapshot_path: PathBuf) -> Self {
         Self {
             snapshot_path,
@@ -81,7 +81,7 @@ impl LoadSnapshot {
     }
 }
 
-/// What of a vsock device is another than it was.
+/// Fields of the vsock device that differ from the saved ones.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct VsockOverride {
@@ -89,7 +89,8 @@ pub struct VsockOverride {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub uds_path: Option<PathBuf>,
-    /// The guest's context identifier, which it asks for again when it is loaded; the one that it had where absent. Not in Firecracker.
+    /// The guest's context identifier, which it reads again after the load; the one that it had where absent. Not in
+    /// Firecracker.
     #[serde(default)]
     pub guest_cid: Option<u32>,
 }
@@ -105,7 +106,7 @@ pub struct MemoryBackend {
     /// The file, or the socket.
     #[schema(value_type = String)]
     pub backend_path: PathBuf,
-    /// What it is.
+    /// The kind of the backend.
     pub backend_type: MemoryBackendType,
 }
 
@@ -114,7 +115,7 @@ pub struct MemoryBackend {
 pub enum MemoryBackendType {
     /// A memory file, which is mapped.
     File,
-    /// The socket of a process that gives the pages when they are touched.
+    /// The socket of a page-fault handler, which provides the pages when they are touched.
     Uffd,
 }
 
@@ -122,13 +123,14 @@ pub enum MemoryBackendType {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DriveOverride {
-    /// Of the drive; of the pmem device, where no drive has it.
+    /// The id of the drive, or of the pmem device where no drive has it.
     pub drive_id: String,
     /// The disk.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
-    /// The disk is made now, as a child of the one that the drive had, which nobody may write to any more: so that a snapshot can be loaded many
-    /// times. Without, it is that disk, in another place.
+    /// Whether the disk is made now, as a child of the one that the drive had, so that a snapshot can be loaded many
+    /// times. Nobody may write to the parent any more. Otherwise the file is the disk that the drive had, in another
+    /// place.
     #[serde(default)]
     pub clone: bool,
 }

@@ -65,7 +65,7 @@ fn an_empty_configuration_is_128_mib_and_one_vcpu() {
 }
 
 #[test]
-fn what_is_not_known_or_not_supported_is_refused_by_name() {
+fn unknown_and_unsupported_fields_are_refused_by_name() {
     let machine = |field: &str, value: serde_json::Value| {
         let mut config = json!({"vcpu_count": 1, "mem_size_mib": 128});
         config[field] = value;
@@ -265,7 +265,7 @@ fn an_update_of_a_drive_names_another_file() {
 }
 
 #[test]
-fn files_are_looked_at_as_they_will_be_opened() {
+fn files_are_checked_as_they_will_be_opened() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("disk");
     std::fs::write(&file, [0; 512]).unwrap();
@@ -313,7 +313,7 @@ fn a_configuration_file_that_cannot_be_used_is_named() {
 }
 
 #[test]
-fn a_sharing_domain_is_a_name_and_none_where_it_is_not_said() {
+fn a_sharing_domain_is_a_name_and_absent_by_default() {
     let parsed = |sharing| parse(json!({ "sharing": sharing }));
     let domain = |sharing| parsed(sharing).unwrap().sharing.domain;
     assert_eq!(domain(json!({"mode": "boot"})), None);

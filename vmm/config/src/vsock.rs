@@ -1,4 +1,4 @@
-//! Sockets between the guest and its host, and what the guest is told there.
+//! The vsock device, and the guest's metadata, which it reads over vsock.
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +7,14 @@ use serde::{Deserialize, Serialize};
 use super::error::check_path;
 use super::{ConfigError, DeviceConfig, HostFile, MachineConfig};
 
-/// The guest's context identifier where none is given: the first that is not reserved (VIRTIO 1.2, 5.10.4).
+/// The default context identifier of a guest: the first that is not reserved (VIRTIO 1.2, 5.10.4).
 pub const FIRST_CID: u32 = 3;
-/// The port of the host at which a guest finds its metadata, where none is given.
+/// The default port of the host at which a guest reads its metadata.
 const METADATA_PORT: u32 = 80;
 /// No port and no identifier (`VMADDR_PORT_ANY`, `VMADDR_CID_ANY`).
 const ANY: u32 = u32::MAX;
-/// Longest path of the socket: that of port 4294967294 has 11 characters more, and 107 at most (unix(7)).
+/// The longest path of the socket: a path may have 107 bytes (unix(7)), and that of port 4294967294 is 11 bytes longer
+/// than the socket's.
 const LONGEST_PATH: usize = 96;
 
 /// Firecracker's `vsock`.
@@ -27,15 +28,15 @@ pub struct VsockConfig {
     #[serde(default)]
     #[schema(minimum = 3)]
     pub guest_cid: Option<u32>,
-    /// The Unix socket that programs of the host connect to. For port N of the host, the guest is connected to `uds_path_N`. The daemon has it in the
-    /// guest's folder; else it has to be given.
+    /// The Unix socket that programs of the host connect to. For port N of the host, the guest is connected to
+    /// `uds_path_N`. For a guest of the daemon it is in the guest's folder; otherwise it is required.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub uds_path: Option<PathBuf>,
 }
 
 impl VsockConfig {
-    /// A device of this socket.
+    /// A device with this socket.
     pub fn new(guest_cid: Option<u32>, uds_path: impl Into<PathBuf>) -> Self {
         Self {
             vsock_id: None,
@@ -54,7 +55,7 @@ impl VsockConfig {
         self.uds_path.as_deref().unwrap_or(Path::new(""))
     }
 
-    /// Checks that there is a path for the socket, which only the daemon finds by itself.
+    /// Checks that there is a path for the socket, which only the daemon chooses itself.
     fn check_path(&self) -> Result<(), ConfigError> {
         let path = self.path();
         check_path("vsock.uds_path", path)?;
@@ -96,11 +97,11 @@ impl DeviceConfig for VsockConfig {
     }
 }
 
-/// Firecracker's `mmds-config`; but the guest asks for its metadata over vsock, as it has no network.
+/// Firecracker's `mmds-config`. Guests read their metadata over vsock, as they have no network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MmdsConfig {
-    /// How the guest asks.
+    /// The version of the protocol.
     #[serde(default)]
     pub version: MmdsVersion,
     /// Not supported: refused unless empty, as guests have no network.
@@ -111,10 +112,10 @@ pub struct MmdsConfig {
     #[serde(default, skip_serializing)]
     #[schema(ignore)]
     pub ipv4_address: Option<String>,
-    /// Answers in the text format of IMDS, whatever the guest says that it accepts.
+    /// Responds in the text format of IMDS, whatever the guest's request accepts.
     #[serde(default)]
     pub imds_compat: bool,
-    /// The port of the host at which the guest finds it. Not in Firecracker.
+    /// The port of the host at which the guest reads its metadata. Not in Firecracker.
     #[serde(default = "metadata_port")]
     pub vsock_port: u32,
 }
@@ -123,14 +124,14 @@ const fn metadata_port() -> u32 {
     METADATA_PORT
 }
 
-/// How a guest asks for its metadata.
+/// The version of the protocol by which a guest reads its metadata.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum MmdsVersion {
-    /// It asks.
+    /// Requests need no token.
     #[default]
     V1,
-    /// Not supported: it gets a token first. That keeps others from having a guest's programs ask for them over its network, which nobody can
-    /// here.
+    /// Not supported: the guest has to get a token first. Tokens keep others from using a program of the guest to read
+    /// the metadata over the guest's network, which is impossible without a network.
     V2,
 }
 
@@ -161,7 +162,7 @@ impl MmdsConfig {
         Ok(())
     }
 
-    /// The port of a guest that nothing was configured for, or that of `config`.
+    /// The port that `config` sets, or the default.
     pub fn port_of(config: Option<&Self>) -> u32 {
         config.map_or(METADATA_PORT, |config| config.vsock_port)
     }

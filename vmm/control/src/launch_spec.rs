@@ -33,7 +33,7 @@ pub enum Purpose {
     Restore(LoadSnapshot),
 }
 
-/// How a process is to begin, beyond what its command line says.
+/// How a process is to begin, in addition to its command line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LaunchSpec {
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_specification_is_refused() {
+    fn an_invalid_specification_is_refused() {
         let line = spec(Purpose::Boot).to_line().unwrap();
         let error = LaunchSpec::read(&mut &*[&*line, b"\n"].concat()).unwrap_err();
         assert!(matches!(error, LaunchSpecError::NotAlone), "{error:?}");

@@ -98,7 +98,7 @@ impl MetricsFile {
     /// Opens `path`, and makes it if it is not there. Does not wait for a reader of a pipe.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn open(path: &Path) -> io::Result<Self> {
         open_output(path).map(Self)
     }
@@ -106,7 +106,7 @@ impl MetricsFile {
     /// Appends a line. One write: lines of several guests in one file do not mix.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn write(&mut self, line: &Value) -> io::Result<()> {
         self.0.write_all(format!("{line}\n").as_bytes())
     }
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn the_counters_of_a_device_are_told_by_its_name() {
+    fn the_counters_of_a_device_are_listed_by_its_name() {
         let device = PmemMetrics::default();
         device.flushes.store(3, Ordering::Relaxed);
         let mapping = MappingFigures {

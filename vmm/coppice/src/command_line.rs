@@ -26,7 +26,7 @@ pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitC
     };
     match parsed() {
         Ok(Ok(cli)) => Ok(cli),
-        Ok(Err(error)) => Err(told_by_parser(&error)),
+        Ok(Err(error)) => Err(parser_error(&error)),
         Err(error) => Err(fail(
             exit::FAILURE,
             format_args!("parser of arguments: {}", chain(&error)),
@@ -46,8 +46,8 @@ pub fn fail_with(code: u8, error: &dyn Error) -> ExitCode {
     fail(code, chain(error))
 }
 
-/// Help and version go to standard output; what is wrong is said in one line like everything else.
-fn told_by_parser(error: &clap::Error) -> ExitCode {
+/// Help and version go to standard output; an error is printed in one line, as every other one.
+fn parser_error(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
             Ok(()) => ExitCode::SUCCESS,

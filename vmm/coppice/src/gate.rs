@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 
 use control::launch_spec::{LaunchSpec, LaunchSpecError};
 
-/// Leaves the session of whoever started the process, and waits to be told how to begin.
+/// Leaves the session of whoever started the process, and waits for the launch specification.
 ///
 /// # Errors
 /// [`LaunchSpecError`].

@@ -1,5 +1,5 @@
-//! What `coppice` does: [`run`] runs a guest to its end, [`gate`] is where the process of a daemon's guest waits before,
-//! [`warm`] makes reference images of kernels, [`command_line`] is where all of its programs begin.
+//! What `coppice` does: [`run`] runs a guest to its end, [`gate`] is where the process of a daemon's guest waits
+//! before, [`warm`] makes reference images of kernels, [`command_line`] is where all of its programs begin.
 
 pub mod command_line;
 pub mod gate;

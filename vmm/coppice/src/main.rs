@@ -11,7 +11,7 @@ use std::process::{self, ExitCode};
 use cli::{Cli, Command, ImageCommand, RunArguments, ServeArguments, VmArguments, VmCommand};
 use control::logging::Log;
 use coppice::command_line::{fail, fail_with, log_warnings, parse};
-use coppice::warm::{self, Warmed};
+use coppice::warm::{self, WarmOutcome};
 use coppice::{gate, run};
 use daemon::{remote, serve, zygote};
 use host::report::chain;
@@ -169,8 +169,10 @@ fn make_image(command: ImageCommand) -> ExitCode {
         ImageCommand::WarmWhenTold => warm::warm_when_told(),
     };
     match warmed {
-        Ok(Some(Warmed::Kept(path))) => println!("{} is there", path.display()),
-        Ok(Some(Warmed::Made { path, pages })) => println!("{}: {pages} pages", path.display()),
+        Ok(Some(WarmOutcome::Kept(path))) => println!("{} is there", path.display()),
+        Ok(Some(WarmOutcome::Made { path, pages })) => {
+            println!("{}: {pages} pages", path.display());
+        }
         Ok(None) => {}
         Err(error) => return fail_with(exit::FAILURE, &error),
     }

@@ -34,13 +34,13 @@ fn json(folder: &Path, arguments: &str) -> Value {
 /// The one line that says why a command fails, and its exit code.
 fn refusal(folder: &Path, arguments: &str) -> (i32, String) {
     let output = coppice(folder, arguments);
-    let said = String::from_utf8(output.stderr).unwrap();
+    let printed = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{arguments}");
     assert!(
-        said.starts_with("coppice: ") && said.lines().count() == 1,
-        "{arguments}: {said}"
+        printed.starts_with("coppice: ") && printed.lines().count() == 1,
+        "{arguments}: {printed}"
     );
-    (output.status.code().unwrap(), said)
+    (output.status.code().unwrap(), printed)
 }
 
 fn qemu_io(folder: &Path, format: &str, file: &str, command: &str) {
@@ -80,9 +80,9 @@ fn the_life_of_a_family_of_disks() {
     assert_eq!(extents[1]["state"], "transparent");
 
     json(folder, "resize child.vhdx 128M");
-    let (code, said) = refusal(folder, "resize child.vhdx 64M");
+    let (code, printed) = refusal(folder, "resize child.vhdx 64M");
     assert_eq!(code, 1);
-    assert!(said.contains("--shrink"), "{said}");
+    assert!(printed.contains("--shrink"), "{printed}");
     json(folder, "resize --shrink child.vhdx 64M");
 
     let hash = |file: &str| json(folder, &format!("check --hash {file}"))["content"].clone();
@@ -97,20 +97,20 @@ fn the_life_of_a_family_of_disks() {
     json(folder, "commit --delete next.vhdx");
     assert!(!folder.join("next.vhdx").exists());
     json(folder, "create --parent base.vhdx other.vhdx");
-    let (code, said) = refusal(folder, "commit child.vhdx");
+    let (code, printed) = refusal(folder, "commit child.vhdx");
     assert_eq!(code, 1);
     assert!(
-        said.contains("other.vhdx") && said.contains("--force"),
-        "{said}"
+        printed.contains("other.vhdx") && printed.contains("--force"),
+        "{printed}"
     );
     json(folder, "commit --force child.vhdx");
-    let (_, said) = refusal(folder, "map other.vhdx");
+    let (_, printed) = refusal(folder, "map other.vhdx");
     assert!(
-        said.contains("has changed since") && said.contains("rebase --force"),
-        "{said}"
+        printed.contains("has changed since") && printed.contains("rebase --force"),
+        "{printed}"
     );
-    let (_, said) = refusal(folder, "rebase --parent base.vhdx other.vhdx");
-    assert!(said.contains("has changed since"), "{said}");
+    let (_, printed) = refusal(folder, "rebase --parent base.vhdx other.vhdx");
+    assert!(printed.contains("has changed since"), "{printed}");
     json(folder, "rebase --force --parent base.vhdx other.vhdx");
     json(folder, "map other.vhdx");
     json(folder, "compact --find-zeros base.vhdx");
@@ -118,7 +118,7 @@ fn the_life_of_a_family_of_disks() {
 }
 
 #[test]
-fn conversions_are_told_by_their_formats() {
+fn conversions_name_their_formats() {
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path();
     std::fs::write(folder.join("a.raw"), vec![7; 3 << 20]).unwrap();
@@ -133,24 +133,24 @@ fn conversions_are_told_by_their_formats() {
         std::fs::read(folder.join("a.raw")).unwrap(),
         std::fs::read(folder.join("b.raw")).unwrap()
     );
-    let (code, said) = refusal(folder, "convert --to raw a.vhdx b.raw");
+    let (code, printed) = refusal(folder, "convert --to raw a.vhdx b.raw");
     assert_eq!(code, 1);
-    assert!(said.contains("--overwrite"), "{said}");
+    assert!(printed.contains("--overwrite"), "{printed}");
     json(folder, "convert --overwrite --to raw a.vhdx b.raw");
     let differs = coppice(folder, "diff a.raw a.vhdx");
     assert_eq!(differs.status.code(), Some(0));
     qemu_io(folder, "raw", "b.raw", "write -P 9 1M 4k");
     let differs = coppice(folder, "diff a.raw b.raw");
     assert_eq!(differs.status.code(), Some(1));
-    let said = String::from_utf8(differs.stdout).unwrap();
+    let printed = String::from_utf8(differs.stdout).unwrap();
     assert!(
-        said.contains("0x100000") && said.contains("4 KiB in 1 ranges"),
-        "{said}"
+        printed.contains("0x100000") && printed.contains("4 KiB in 1 ranges"),
+        "{printed}"
     );
 }
 
 #[test]
-fn a_damaged_file_is_told_and_repaired() {
+fn a_damaged_file_is_reported_and_repaired() {
     use std::os::unix::fs::FileExt;
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path();
@@ -193,8 +193,8 @@ fn a_damaged_file_is_told_and_repaired() {
 /// The answer, in JSON, of a command that succeeds but for a part of the disk that is lost.
 fn with_loss(folder: &Path, arguments: &str) -> Value {
     let output = coppice(folder, &format!("{arguments} --json"));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(3), "{arguments}: {said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{arguments}: {printed}");
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
@@ -216,28 +216,28 @@ fn what_a_repair_gives_up_is_named_and_kept() {
     let folder = temporary.path();
     cut(folder, "a.vhdx");
     let lost = serde_json::json!([{"offset": 1 << 20, "length": 2 << 20}]);
-    let said = coppice(folder, "repair a.vhdx");
-    assert_eq!(said.status.code(), Some(3));
-    let said = String::from_utf8(said.stdout).unwrap();
+    let printed = coppice(folder, "repair a.vhdx");
+    assert_eq!(printed.status.code(), Some(3));
+    let printed = String::from_utf8(printed.stdout).unwrap();
     assert!(
-        said.contains("lost: 2 MiB of the disk at 0x100000")
-            && said.contains("--undo a.vhdx.bat-backup a.vhdx"),
-        "{said}"
+        printed.contains("lost: 2 MiB of the disk at 0x100000")
+            && printed.contains("--undo a.vhdx.bat-backup a.vhdx"),
+        "{printed}"
     );
     json(folder, "check a.vhdx");
     let undone = json(folder, "repair --undo a.vhdx.bat-backup a.vhdx");
     assert_eq!((&undone["entries"], &undone["lost"]), (&2.into(), &lost));
-    let (code, said) = refusal(folder, "repair --undo a.vhdx.bat-backup a.vhdx");
+    let (code, printed) = refusal(folder, "repair --undo a.vhdx.bat-backup a.vhdx");
     assert!(
-        code == 1 && said.contains("is not as the repair left it"),
-        "{said}"
+        code == 1 && printed.contains("is not as the repair left it"),
+        "{printed}"
     );
     // The first backup stays; a name that was given is not taken from another; and without any there is none.
     let repaired = with_loss(folder, "repair --backup a.vhdx");
     assert_eq!(repaired["backup"], "a.vhdx.bat-backup.2");
     cut(folder, "b.vhdx");
-    let (_, said) = refusal(folder, "repair --backup=a.vhdx.bat-backup b.vhdx");
-    assert!(said.contains("write the backup"), "{said}");
+    let (_, printed) = refusal(folder, "repair --backup=a.vhdx.bat-backup b.vhdx");
+    assert!(printed.contains("write the backup"), "{printed}");
     let files = std::fs::read_dir(folder).unwrap().count();
     let repaired = with_loss(folder, "repair --no-backup b.vhdx");
     assert_eq!(
@@ -268,7 +268,7 @@ fn a_salvage_copies_what_is_there() {
 }
 
 #[test]
-fn a_container_is_no_disk_unless_it_is_said_to_be() {
+fn a_container_is_no_disk_unless_the_format_is_given() {
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path();
     for (format, name, reader) in [
@@ -288,10 +288,10 @@ fn a_container_is_no_disk_unless_it_is_said_to_be() {
             "map FILE",
             "repair FILE",
         ] {
-            let (code, said) = refusal(folder, &arguments.replace("FILE", &file));
+            let (code, printed) = refusal(folder, &arguments.replace("FILE", &file));
             assert!(
-                code == 1 && said.contains(name) && said.contains(reader),
-                "{said}"
+                code == 1 && printed.contains(name) && printed.contains(reader),
+                "{printed}"
             );
         }
         json(folder, &format!("convert --from raw {file} {format}.vhdx"));
@@ -301,16 +301,16 @@ fn a_container_is_no_disk_unless_it_is_said_to_be() {
         .current_dir(folder)
         .status();
     assert!(made.unwrap().success());
-    let (_, said) = refusal(folder, "info disk");
+    let (_, printed) = refusal(folder, "info disk");
     assert!(
-        said.contains("qcow2") && said.contains("coppice disk convert"),
-        "{said}"
+        printed.contains("qcow2") && printed.contains("coppice disk convert"),
+        "{printed}"
     );
     json(folder, "convert disk disk.vhdx");
 }
 
 #[test]
-fn a_new_file_is_what_its_name_says() {
+fn a_new_file_has_the_form_that_its_name_stands_for() {
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path();
     json(folder, "create --size 8M a.vhdx");
@@ -332,10 +332,10 @@ fn a_new_file_is_what_its_name_says() {
         "create --parent a.vhdx e.raw",
         "snapshot a.vhdx e.raw",
     ] {
-        let (code, said) = refusal(folder, arguments);
+        let (code, printed) = refusal(folder, arguments);
         assert!(
-            code == 1 && said.contains("the name is that of"),
-            "{arguments}: {said}"
+            code == 1 && printed.contains("the name is that of"),
+            "{arguments}: {printed}"
         );
     }
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), before);
@@ -358,7 +358,7 @@ fn sizes_have_fractions_and_long_suffixes() {
 }
 
 #[test]
-fn what_guests_cannot_share_is_told() {
+fn what_guests_cannot_share_is_reported() {
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path();
     let file = std::fs::File::create(folder.join("small.raw")).unwrap();
@@ -377,8 +377,8 @@ fn what_guests_cannot_share_is_told() {
     json(folder, "create --parent small.vhdx child.vhdx");
     for file in ["small.raw", "small.vhdx", "child.vhdx"] {
         for command in ["info", "check"] {
-            let said = json(folder, &format!("{command} {file}"));
-            let reason = said["unshared"][0]["reason"].as_str().unwrap();
+            let printed = json(folder, &format!("{command} {file}"));
+            let reason = printed["unshared"][0]["reason"].as_str().unwrap();
             assert!(
                 reason.contains("ext2 with blocks of 1024 bytes"),
                 "{reason}"
@@ -449,10 +449,10 @@ fn an_interrupted_conversion_ends_in_good_order() {
     let sent = Command::new("kill").args(["-INT", &pid]).status().unwrap();
     assert!(sent.success());
     let status = child.wait().unwrap();
-    let mut said = String::new();
-    child.stderr.unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(status.code(), Some(130), "{said}");
-    assert!(said.contains("interrupted"), "{said}");
+    let mut printed = String::new();
+    child.stderr.unwrap().read_to_string(&mut printed).unwrap();
+    assert_eq!(status.code(), Some(130), "{printed}");
+    assert!(printed.contains("interrupted"), "{printed}");
     assert_eq!(std::fs::read_dir(folder).unwrap().count(), 1);
 }
 

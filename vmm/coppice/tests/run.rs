@@ -28,7 +28,7 @@ fn output(arguments: &[&str]) -> (i32, String, String) {
 }
 
 #[test]
-fn what_is_wrong_is_said_in_one_line_and_by_the_exit_code() {
+fn an_error_is_printed_in_one_line_and_has_an_exit_code() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     fs::write(
@@ -260,8 +260,8 @@ fn the_end_is_written_to_a_file() {
     assert_eq!(report()["code"], 2);
 }
 
-/// What becomes of a process of the daemon that is told this: its exit code, and its report, if there is one.
-fn told(line: &[u8]) -> (i32, Option<Value>) {
+/// Starts a process with a line at its gate: returns its exit code, and its report, if there is one.
+fn launch(line: &[u8]) -> (i32, Option<Value>) {
     let folder = tempfile::tempdir().unwrap();
     let mut child = process::command()
         .args(["run", "--held", "--id", "web-1", "--api-sock", "s"])
@@ -287,12 +287,12 @@ fn told(line: &[u8]) -> (i32, Option<Value>) {
 #[test]
 fn a_held_process_ends_where_nobody_lets_it_go() {
     for line in ["", "{\"purpose\": \"boot\"}"] {
-        assert_eq!(told(line.as_bytes()), (1, None), "{line}");
+        assert_eq!(launch(line.as_bytes()), (1, None), "{line}");
     }
 }
 
 #[test]
-fn a_held_process_that_is_told_nonsense_says_so() {
+fn a_held_process_refuses_an_invalid_launch_specification() {
     let long = " ".repeat(1 << 20);
     for (line, named) in [
         ("\n", "launch specification"),
@@ -302,7 +302,7 @@ fn a_held_process_that_is_told_nonsense_says_so() {
         ("{\"purpose\": \"boot\"}\n", "config.json"),
         (&long, "at most"),
     ] {
-        let (code, report) = told(line.as_bytes());
+        let (code, report) = launch(line.as_bytes());
         let report = report.unwrap();
         assert_eq!((code, &report["code"]), (2, &json!(2)));
         let text = report["text"].as_str().unwrap();

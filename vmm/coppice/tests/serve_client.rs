@@ -55,7 +55,7 @@ fn a_guest_lives_its_life_by_the_command_line() {
     assert!(done(&daemon, &["vm", "stop", "g", "--force"]).contains("stopped"));
     assert!(done(&daemon, &["vm", "start", "g"]).contains("running"));
     assert_eq!(done(&daemon, &["vm", "delete", "g"]), "");
-    for (arguments, code, said) in [
+    for (arguments, code, printed) in [
         (&["vm", "show", "g"][..], 1, "there is no guest g"),
         (&["vm", "create", "--kernel", "/nowhere"], 1, "/nowhere"),
         (
@@ -66,7 +66,10 @@ fn a_guest_lives_its_life_by_the_command_line() {
         (&["vm", "--socket", "/nowhere", "list"], 1, "coppice serve"),
     ] {
         let (status, _, err) = daemon.cli(arguments);
-        assert!(status == code && err.contains(said), "{arguments:?}: {err}");
+        assert!(
+            status == code && err.contains(printed),
+            "{arguments:?}: {err}"
+        );
     }
 }
 

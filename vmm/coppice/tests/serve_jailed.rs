@@ -286,7 +286,7 @@ fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_
     let source = json!({"kernel_image_path": daemon.kernel()});
     assert_eq!(put("/boot-source", &source).0, 204);
     assert_eq!(put("/drives/d", &drive).0, 204);
-    let told = daemon.get("/vms/g/vm/config");
+    let reported = daemon.get("/vms/g/vm/config");
     let start = json!({"action_type": "InstanceStart"});
     for _ in 0..2 {
         let (status, answer) = put("/actions", &start);
@@ -302,7 +302,7 @@ fn a_guest_that_waits_is_refused_a_closed_disk_with_its_user_and_starts_when_it_
             "{text}"
         );
         assert_eq!(daemon.get("/vms/g")["state"], "not_started");
-        assert_eq!(daemon.get("/vms/g/vm/config"), told);
+        assert_eq!(daemon.get("/vms/g/vm/config"), reported);
     }
     chown(&disk, Some(uid(&daemon, "g")), None).unwrap();
     assert_eq!(put("/actions", &start).0, 204);

@@ -52,7 +52,7 @@ fn a_guest_is_made_once_shown_and_deleted_without_a_trace() {
 }
 
 #[test]
-fn what_cannot_be_is_refused_with_a_reason_and_leaves_nothing() {
+fn an_invalid_request_is_refused_with_a_reason_and_leaves_nothing() {
     let daemon = Daemon::start(&[]);
     let path = daemon.folder().join("no kernel");
     fs::write(&path, "#".repeat(8192)).unwrap();
@@ -224,7 +224,7 @@ fn guests_outlive_their_daemon_and_the_next_one_finds_them() {
 }
 
 #[test]
-fn the_end_of_one_guest_is_told_with_its_reason_and_no_other_ends() {
+fn the_end_of_one_guest_is_reported_with_its_reason_and_no_other_ends() {
     let daemon = Daemon::start(&[]);
     let mut events = daemon.events(0);
     let other = daemon.create_running("other");
@@ -373,7 +373,7 @@ fn one_state_folder_has_one_daemon() {
 }
 
 #[test]
-fn guests_end_with_a_daemon_that_is_told_so() {
+fn guests_end_with_a_daemon_that_is_started_with_stop_guests() {
     let mut daemon = Daemon::start(&["--stop-guests", "0"]);
     daemon.create_running("a");
     daemon.create_waiting("b");
@@ -409,8 +409,11 @@ fn a_guest_that_is_always_to_run_is_started_again_until_it_is_stopped() {
     until("it has ended", || daemon.processes().is_empty());
     daemon.restart();
     let mut events = daemon.events(0);
-    let told = events.next("g", "restarting")["reason"].clone();
-    assert!(told.as_str().unwrap().contains("signal 15"), "{told}");
+    let reported = events.next("g", "restarting")["reason"].clone();
+    assert!(
+        reported.as_str().unwrap().contains("signal 15"),
+        "{reported}"
+    );
     events.next("g", "started");
     assert!(daemon.echoes("g"));
 
@@ -459,7 +462,7 @@ fn a_guest_that_has_not_run_is_not_started_again() {
 }
 
 #[test]
-fn what_stands_in_the_way_of_a_start_is_told() {
+fn what_prevents_a_start_is_reported() {
     let daemon = Daemon::start(&[]);
     // The remains of a guest of that name are removed.
     fs::create_dir_all(daemon.vm_folder("g").join("vm.json.new")).unwrap();

@@ -276,7 +276,7 @@ fn a_guest_that_hangs_holds_up_nobody_else() {
 }
 
 #[test]
-fn listeners_are_told_what_they_have_missed_and_metrics_what_there_is() {
+fn listeners_get_the_events_that_they_have_missed_and_metrics_have_all_guests() {
     let daemon = Daemon::start(&[]);
     daemon.create_waiting("a");
     let first = daemon.events(0).next("a", "created");
@@ -297,7 +297,7 @@ fn listeners_are_told_what_they_have_missed_and_metrics_what_there_is() {
         "# EOF",
     ] {
         assert!(
-            all.lines().any(|told| told == line),
+            all.lines().any(|reported| reported == line),
             "{line} is not in {all}"
         );
     }
@@ -440,11 +440,11 @@ fn the_dashboard_shows_metrics_that_there_are() {
     }
     assert!(names.len() > 10);
     for name in names {
-        let told = metrics.lines().any(|line| {
+        let reported = metrics.lines().any(|line| {
             line.strip_prefix(&name)
                 .is_some_and(|rest| rest.starts_with([' ', '{']))
         });
-        assert!(told, "{name} is not in {metrics}");
+        assert!(reported, "{name} is not in {metrics}");
     }
 }
 

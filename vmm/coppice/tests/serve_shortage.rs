@@ -108,7 +108,7 @@ impl Drop for Filled {
     }
 }
 
-/// Whether the text of a refusal says that the disk is full, and names the file.
+/// Whether the text of a refusal names the full disk and the file.
 fn tells_of_a_full_disk(small: &Small, refusal: &(u16, Value)) {
     let (status, answer) = refusal;
     let text = answer["fault_message"].as_str().unwrap();

@@ -474,11 +474,14 @@ fn a_clone_has_an_identifier_a_socket_and_metadata_of_its_own() {
         assert!(daemon.echoes(id), "{id}");
         let config = daemon.get(&format!("/vms/{id}/vm/config"));
         assert_eq!(config["vsock"]["guest_cid"], cid, "{id}");
-        let told = daemon.get(&format!("/vms/{id}/mmds"));
-        assert_eq!(told["role"], role, "{id}");
-        assert_eq!(told["coppice"]["hostname"], id);
-        assert_eq!(told["coppice"]["cid"], cid);
-        let generation = told["coppice"]["generation"].as_str().unwrap().to_owned();
+        let reported = daemon.get(&format!("/vms/{id}/mmds"));
+        assert_eq!(reported["role"], role, "{id}");
+        assert_eq!(reported["coppice"]["hostname"], id);
+        assert_eq!(reported["coppice"]["cid"], cid);
+        let generation = reported["coppice"]["generation"]
+            .as_str()
+            .unwrap()
+            .to_owned();
         assert!(generations.insert(generation), "{id}");
         // The guest has no driver for the device, so connections are closed.
         let path = daemon.vm_folder(id).join("vsock.sock");

@@ -88,8 +88,8 @@ fn config(daemon: &Daemon) -> Value {
 }
 
 /// Checks that the guest has what it was configured to, and its disks open.
-fn has_all(daemon: &Daemon, told: &Value, role: &str) {
-    assert_eq!(config(daemon), *told);
+fn has_all(daemon: &Daemon, reported: &Value, role: &str) {
+    assert_eq!(config(daemon), *reported);
     let mmds = daemon.get("/vms/g/mmds");
     assert_eq!(
         (&mmds["role"], &mmds["coppice"]["cid"]),
@@ -113,7 +113,7 @@ fn again(daemon: &Daemon) {
 }
 
 #[test]
-fn what_a_guest_was_told_before_its_start_it_has_then_and_whenever_it_starts_again() {
+fn the_configuration_of_a_waiting_guest_holds_at_its_start_and_at_every_later_one() {
     let mut daemon = Daemon::start(&[]);
     let waiting = daemon.create_waiting("g");
     for (path, body) in everything(&daemon) {
@@ -125,7 +125,7 @@ fn what_a_guest_was_told_before_its_start_it_has_then_and_whenever_it_starts_aga
         "/machine-config",
         &json!({"track_dirty_pages": true}),
     );
-    let told = config(&daemon);
+    let reported = config(&daemon);
     // A request that is refused changes nothing, nor does a restart of the daemon.
     let (status, _) = daemon.call(
         "PUT",
@@ -140,18 +140,18 @@ fn what_a_guest_was_told_before_its_start_it_has_then_and_whenever_it_starts_aga
         (&waiting["pid"], &json!(24))
     );
     tell(&daemon, "PUT", "/actions", &start());
-    has_all(&daemon, &told, "db");
+    has_all(&daemon, &reported, "db");
     assert_ne!(daemon.get("/vms/g")["pid"], waiting["pid"]);
     until("the guest says that it is up", || {
         fs::read_to_string(daemon.folder().join("serial")).is_ok_and(|text| text.contains("up"))
     });
     assert_eq!(daemon.call("PUT", "/vms/g/actions", Some(&start())).0, 400);
     again(&daemon);
-    has_all(&daemon, &told, "db");
+    has_all(&daemon, &reported, "db");
     daemon.kill_and_restart();
     daemon.until_state("g", "running");
     again(&daemon);
-    has_all(&daemon, &told, "db");
+    has_all(&daemon, &reported, "db");
     // A second request to make it finds the same guest, and shows its later configuration.
     let (status, vm) = daemon.post("/vms", &json!({"id": "g", "start": false}));
     assert_eq!(status, 200);
@@ -161,7 +161,7 @@ fn what_a_guest_was_told_before_its_start_it_has_then_and_whenever_it_starts_aga
 }
 
 #[test]
-fn what_is_changed_of_a_guest_that_runs_it_has_when_it_starts_again() {
+fn a_changed_configuration_of_a_running_guest_holds_at_its_next_start() {
     let mut daemon = Daemon::start(&[]);
     for is_killed in [false, true] {
         daemon.create_waiting("g");
@@ -179,18 +179,18 @@ fn what_is_changed_of_a_guest_that_runs_it_has_when_it_starts_again() {
         tell(&daemon, "PATCH", "/balloon/statistics", &interval);
         tell(&daemon, "PUT", "/mmds", &json!({"role": "x", "more": 1}));
         tell(&daemon, "PATCH", "/mmds", &json!({"role": "web"}));
-        let told = config(&daemon);
-        assert_eq!(told["drives"][1]["path_on_host"], json!(other));
+        let reported = config(&daemon);
+        assert_eq!(reported["drives"][1]["path_on_host"], json!(other));
         if is_killed {
             daemon.kill_and_restart();
             daemon.until_state("g", "running");
         }
         again(&daemon);
-        has_all(&daemon, &told, "web");
+        has_all(&daemon, &reported, "web");
         assert_eq!(
             (
-                &told["balloon"]["amount_mib"],
-                &told["balloon"]["stats_polling_interval_s"]
+                &reported["balloon"]["amount_mib"],
+                &reported["balloon"]["stats_polling_interval_s"]
             ),
             (&json!(3), &json!(7))
         );
@@ -224,7 +224,7 @@ fn a_disk_that_takes_the_place_of_a_snapshot_is_that_of_the_next_start() {
 }
 
 #[test]
-fn a_guest_that_cannot_start_waits_with_what_it_was_told_until_that_is_mended() {
+fn a_guest_that_cannot_start_waits_with_its_configuration_until_that_is_corrected() {
     let mut daemon = Daemon::start(&[]);
     daemon.create_waiting("g");
     let refused = |daemon: &Daemon, expected: u16, named: &str| {
@@ -255,9 +255,9 @@ fn a_guest_that_cannot_start_waits_with_what_it_was_told_until_that_is_mended() 
     let machine = json!({"vcpu_count": 1, "mem_size_mib": 20});
     tell(&daemon, "PUT", "/machine-config", &machine);
     tell(&daemon, "PUT", "/mmds", &json!({"kept": true}));
-    let told = config(&daemon);
+    let reported = config(&daemon);
     refused(&daemon, 422, "kernel");
-    assert_eq!(config(&daemon), told);
+    assert_eq!(config(&daemon), reported);
     assert_eq!(daemon.get("/vms/g/mmds")["kept"], true);
     assert_eq!(daemon.processes().len(), 1);
     daemon.kill_and_restart();
@@ -269,7 +269,7 @@ fn a_guest_that_cannot_start_waits_with_what_it_was_told_until_that_is_mended() 
 }
 
 #[test]
-fn a_process_that_is_only_told_never_starts_a_guest() {
+fn a_configuring_process_never_starts_a_guest() {
     let daemon = Daemon::start(&[]);
     daemon.create_waiting("g");
     let source = json!({"kernel_image_path": daemon.kernel()});
@@ -337,7 +337,7 @@ fn of_many_who_start_a_guest_one_does_and_no_change_that_was_answered_is_lost() 
 }
 
 #[test]
-fn who_watches_the_console_of_a_guest_that_waits_sees_it_start() {
+fn a_client_at_the_console_of_a_waiting_guest_sees_it_start() {
     let daemon = Daemon::start(&[]);
     daemon.create_waiting("g");
     let source = json!({"kernel_image_path": daemon.kernel()});

@@ -97,7 +97,7 @@ impl Guest {
         fs::read_to_string(self.folder.join("log")).unwrap()
     }
 
-    /// Waits for its end; its exit code and what it has said.
+    /// Waits for its end, and returns its exit code and output.
     fn end(&mut self) -> (Option<i32>, String) {
         let mut code = None;
         until("the guest's process ends", || {
@@ -181,17 +181,17 @@ impl Saved {
         Guest::start(&self.path(name), &["--restore", &restore])
     }
 
-    /// `coppice run --restore` that is refused, with these options; what it says.
+    /// Runs `coppice run --restore` with options that are refused, and returns its output.
     fn refused(&self, options: &str) -> String {
         let output = coppice()
             .args(["run", "--restore", &format!("{}{options}", self.state())])
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        said
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{printed}");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
+        printed
     }
 }
 
@@ -243,7 +243,7 @@ fn with_dirty_pages_tracked_it_goes_on_from_the_file_and_needs_the_handler_no_mo
     guest.echoes();
     guest.set_state("Paused");
     assert_eq!(guest.save("full", "Full").0, 204);
-    handler.die();
+    handler.stop();
     assert_eq!(guest.save("diff", "Diff").0, 204);
     guest.set_state("Resumed");
     guest.echoes();
@@ -253,16 +253,16 @@ fn with_dirty_pages_tracked_it_goes_on_from_the_file_and_needs_the_handler_no_mo
     again.echoes();
 }
 
-/// What the guest says when its handler has gone.
+/// The report of a guest whose handler has ended.
 fn ends_with_a_report(mut guest: Guest, saved: &Saved) {
-    let (code, said) = guest.end();
+    let (code, printed) = guest.end();
     let expected = format!(
         "coppice: the page-fault handler at {} has closed its connection: the guest ends",
         saved.socket().display()
     );
-    assert_eq!(code, Some(1), "{said}");
-    let reports = said.lines().filter(|line| line.starts_with(&expected));
-    assert_eq!(reports.count(), 1, "{said}");
+    assert_eq!(code, Some(1), "{printed}");
+    let reports = printed.lines().filter(|line| line.starts_with(&expected));
+    assert_eq!(reports.count(), 1, "{printed}");
 }
 
 #[test]
@@ -277,15 +277,15 @@ fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_
         }
         match case {
             "runs" => {}
-            // A vCPU wants its first page.
+            // A vCPU waits for its first page.
             "waits" => {
-                handler.fall_silent();
+                handler.stop_answering();
                 guest.set_state("Resumed");
             }
-            // A thread of the host wants one, with the lock of all requests, and never lets go.
+            // A thread of the host waits for one while it holds the lock of all requests, and never releases it.
             _ => {
                 guest.set_state("Paused");
-                handler.fall_silent();
+                handler.stop_answering();
                 let api = guest.folder.join("api.sock");
                 let body = json!({"snapshot_path": guest.folder.join("s"), "mem_file_path": guest.folder.join("m")});
                 std::thread::spawn(move || call(&api, "PUT", "/snapshot/create", Some(&body)));
@@ -301,7 +301,7 @@ fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_
                 });
             }
         }
-        handler.die();
+        handler.stop();
         ends_with_a_report(guest, &saved);
     }
 }
@@ -310,10 +310,10 @@ fn a_guest_ends_with_a_report_when_its_handler_dies_whether_it_waits_for_a_page_
 fn a_handler_that_is_not_there_is_named_and_the_process_can_load_later() {
     let saved = Saved::new(&[]);
     let socket = saved.socket();
-    let said = saved.refused(&format!(",uffd={}", socket.display()));
+    let printed = saved.refused(&format!(",uffd={}", socket.display()));
     assert!(
-        said.contains(socket.to_str().unwrap()) && said.contains("start it first"),
-        "{said}"
+        printed.contains(socket.to_str().unwrap()) && printed.contains("start it first"),
+        "{printed}"
     );
     let guest = Guest::start(&saved.path("b"), &[]);
     let load = json!({
@@ -339,7 +339,7 @@ fn a_jailed_guest_has_its_handler_from_before_the_jail() {
 }
 
 #[test]
-fn a_jailed_guest_that_is_told_later_needs_the_device_and_the_socket_in_its_jail() {
+fn a_jailed_guest_that_is_loaded_later_needs_the_device_and_the_socket_in_its_jail() {
     let saved = Saved::new(&[]);
     let _handler = saved.handler();
     let folder = saved.path("saved").to_str().unwrap().to_owned();
@@ -401,7 +401,7 @@ fn with_pmem(name: &str) -> Saved {
 }
 
 #[test]
-fn what_a_guest_wrote_to_memory_that_is_a_disk_is_there_when_it_goes_on_as_its_ram_has_it() {
+fn writes_to_a_pmem_device_are_on_the_disk_when_a_saved_guest_goes_on() {
     for name in ["d.vhdx", "d.raw"] {
         let saved = with_pmem(name);
         let guest = Guest::start(&saved.path("b"), &["--restore", &saved.state()]);
@@ -561,8 +561,8 @@ fn a_loaded_guest_has_the_vsock_device_that_it_had_with_another_socket_and_ident
         config["vsock"],
         json!({"guest_cid": 10, "uds_path": second})
     );
-    let told = loaded.try_call("GET", "/mmds", None).unwrap().1;
-    assert_eq!(told, json!({"name": "second"}));
+    let reported = loaded.try_call("GET", "/mmds", None).unwrap().1;
+    assert_eq!(reported, json!({"name": "second"}));
 
     // By REST, as Firecracker has it.
     let empty = Guest::start(&saved.path("empty"), &[]);
@@ -577,11 +577,14 @@ fn a_loaded_guest_has_the_vsock_device_that_it_had_with_another_socket_and_ident
     assert!(third.exists());
 
     // A socket that another guest has is not taken from it.
-    let said = saved.refused(&format!(",vsock={socket}"));
-    assert!(said.contains("another process listens there"), "{said}");
+    let printed = saved.refused(&format!(",vsock={socket}"));
+    assert!(
+        printed.contains("another process listens there"),
+        "{printed}"
+    );
     let plain = Saved::new(&[]);
-    let said = plain.refused(",cid=5");
-    assert!(said.contains("no vsock device"), "{said}");
+    let printed = plain.refused(",cid=5");
+    assert!(printed.contains("no vsock device"), "{printed}");
 }
 
 #[test]

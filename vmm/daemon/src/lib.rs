@@ -1,4 +1,5 @@
-//! The host daemon: many guests by one socket ([`serve`]), its client ([`remote`]), and the process that theirs are copies of ([`zygote`]).
+//! The host daemon: many guests by one socket ([`serve`]), its client ([`remote`]), and the process that theirs are
+//! copies of ([`zygote`]).
 
 pub mod remote;
 pub mod serve;

@@ -1,4 +1,4 @@
-//! How `coppice` ends, and what its exit code, and the file of `--end-file`, say about that.
+//! How `coppice` ends, its exit codes, and the report in the file of `--end-file`.
 
 use std::error::Error;
 use std::fs;
@@ -17,18 +17,18 @@ pub enum GuestEnd {
     PowerOff,
     /// It asked for a reset.
     Reset,
-    /// Its kernel panicked, and told so by pvpanic.
+    /// Its kernel panicked, and reported that by pvpanic.
     Panic,
     /// A triple fault.
     TripleFault,
-    /// It cannot go on, for a reason that is not its own decision.
+    /// It could not start or go on.
     Failed(String),
 }
 
-/// Why `coppice run` comes to its end.
+/// Why `coppice run` ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitReason {
-    /// The guest's own doing, or its failure.
+    /// The guest has ended.
     Guest(GuestEnd),
     /// A signal asked for it.
     Signal(u8),
@@ -75,7 +75,8 @@ impl ExitReason {
                 GuestEnd::Failed(_) => FAILURE,
             },
             Self::Signal(number) => SIGNAL_BASE.saturating_add(*number),
-            // The keys stand for the Ctrl-C that goes to the guest in raw mode: SIGINT is signal 2.
+            // In raw mode Ctrl-C goes to the guest, and Ctrl-A x takes its place: so the code is that of SIGINT, signal
+            // 2.
             Self::Quit => SIGNAL_BASE + 2,
         }
     }
@@ -87,7 +88,7 @@ impl From<&ExitReason> for ExitCode {
     }
 }
 
-/// Why a guest ended, in words for programs and for people.
+/// Why a guest ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EndKind {
@@ -103,32 +104,32 @@ pub enum EndKind {
     Failed,
     /// A signal asked the process to end.
     Signal,
-    /// A user at the terminal did.
+    /// A user at the terminal ended the process, by `Ctrl-A x`.
     Quit,
-    /// The process was killed, or crashed itself: told by others, as it could not.
+    /// The process was killed, or crashed. Another process has written the report.
     Killed,
-    /// Nobody saw it.
+    /// The end was not observed.
     Unknown,
 }
 
-/// What `--end-file` is given.
+/// The content of the file of `--end-file`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct EndReport {
-    /// Why.
+    /// Why the guest ended.
     pub kind: EndKind,
-    /// The same for people.
+    /// The reason as a sentence.
     pub text: String,
-    /// The exit code of the process; none where it was killed, or nobody saw it.
+    /// The exit code of the process; none where it was killed, or its end was not observed.
     pub code: Option<u8>,
 }
 
 impl EndReport {
-    /// A guest that could not be run, with the error and its sources.
+    /// The report of a guest that could not be run, with the error and its sources.
     pub fn failed(error: &dyn Error) -> Self {
         Self::failed_because(chain(error).to_string())
     }
 
-    /// A guest that could not be run, where there is no error but a text.
+    /// The report of a guest that could not be run, with a text.
     pub fn failed_because(text: impl Into<String>) -> Self {
         Self {
             kind: EndKind::Failed,
@@ -137,10 +138,10 @@ impl EndReport {
         }
     }
 
-    /// Writes it as JSON, whole or not at all.
+    /// Writes the report as JSON, completely or not at all.
     ///
     /// # Errors
-    /// What the host says.
+    /// The host's error.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut new = path.as_os_str().to_owned();
         new.push(".new");
@@ -148,7 +149,8 @@ impl EndReport {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
         }
-        // Not through a link that a process in a jail has left there, when this one is not in it yet.
+        // A new file is created, so that a link that a jailed process has left there is not followed by this process,
+        // which is not jailed yet.
         let mut file = fs::File::create_new(&new)?;
         file.write_all(&serde_json::to_vec(self)?)?;
         fs::rename(&new, path)

@@ -1,14 +1,15 @@
-//! The heap of a guest's process, which every guest of a host has.
+//! The heap of a guest's process. It is kept small, because every guest of a host has one.
 
-/// Bytes that have a mapping of their own, or that may be free at the heap's end.
+/// The size in bytes from which an allocation is a mapping of its own, and the size that may be free at the heap's end.
 const LARGE: i32 = 64 << 10;
 
-/// Has all threads allocate from one heap. Else the C library would give each thread one of its own, with free pages of its own, so that they do not wait for
-/// each other; threads of a guest's process hardly allocate once it runs.
+/// Has all threads allocate from one heap. By default the C library has a heap for each thread, each with free pages,
+/// so that threads do not wait for each other. Threads of a guest's process hardly allocate once the guest runs.
 pub fn share() {
     for (parameter, value) in [
         (libc::M_ARENA_MAX, 1),
-        // Buffers go back as soon as they are free. Where this is not said, the library raises it to the size of the largest that was.
+        // Buffers are given back as soon as they are free. Unless the threshold is set, the library raises it to the
+        // size of the largest buffer that was freed.
         (libc::M_MMAP_THRESHOLD, LARGE),
         (libc::M_TRIM_THRESHOLD, LARGE),
     ] {
@@ -17,9 +18,10 @@ pub fn share() {
     }
 }
 
-/// Gives the pages of the heap that are free back to the host. What a guest is built with, the command line's parser first of all, takes much more than
-/// what it runs with, and the C library would keep it for ever.
+/// Gives free pages of the heap back to the host. Building a guest takes much more memory than running it, most of it
+/// in the parser of the command line, and the C library would never give it back.
 pub fn give_back() {
-    // SAFETY: the C library's own free pages are all that changes (malloc_trim(3)); whoever allocates meanwhile is kept out by its locks.
+    // SAFETY: malloc_trim(3) changes only free pages of the C library, whose locks keep out threads that allocate
+    // meanwhile.
     unsafe { libc::malloc_trim(0) };
 }

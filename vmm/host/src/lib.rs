@@ -1,9 +1,9 @@
-//! What a process of Coppice has of its host, whatever it is for: signals, its heap and stack, the terminal, listening sockets, files that it appends to,
-//! `/proc`, and the code that it exits with.
+//! What every process of Coppice uses of its host: signals, heap and stack, the terminal, listening sockets, files that
+//! it appends to, `/proc`, exit codes, and the reporter of errors.
 //!
 //! The reporter of errors is a crate below this one, and can be had from here, as all that writes to a person is here.
 //!
-//! The modules do not know of guests, and do not use each other.
+//! The modules know nothing of devices or KVM, and do not use each other.
 
 pub mod exit;
 pub mod heap;

@@ -1,4 +1,4 @@
-//! Files that a process appends to: the log, the metrics, what a serial console writes.
+//! Files that a process appends to: the log, the metrics, the output of a serial console.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,8 +11,8 @@ use rustix::io::Errno;
 /// Bits of a folder's mode by which others than its owner can make links in it.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// The path from the folder that this process works in, where the file lies below that folder and others may write there:
-/// a guest's folder, in which the guest's process can put a link in the place of anything.
+/// The path from the folder that this process works in, where the file lies below that folder and others may write
+/// there: a guest's folder, in which the guest's process can put a link in the place of anything.
 fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
     let folder = std::env::current_dir()?;
     let inside = match path.strip_prefix(&folder) {
@@ -44,9 +44,10 @@ fn open(path: &Path, inside: Option<&Path>, access: OFlags) -> rustix::io::Resul
     Ok(opened?.into())
 }
 
-/// Opens a file or named pipe to append to, and makes it, for its owner alone, if it is not there. A named pipe is opened for reading as well,
-/// since it could not be opened, or would end, where nobody reads it. Where it lies below the folder that this process works in, and others may write to
-/// that folder, no link is followed, and a relative path leads nowhere else.
+/// Opens a file or named pipe to append to. A file that does not exist is made for its owner alone. A named pipe is
+/// opened for reading as well, because otherwise it could not be opened while it has no reader, and writes would fail
+/// when its reader ends. Where the file lies below the folder that this process works in, and others may write to that
+/// folder, no link is followed, and a relative path leads nowhere else.
 ///
 /// # Errors
 /// The host's error; `ELOOP` where there is a link that is not followed, `EXDEV` where a relative path leads elsewhere.

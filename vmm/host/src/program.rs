@@ -1,17 +1,17 @@
-//! The programs of Coppice, which lie in one folder.
+//! The programs of Coppice, which are installed in one folder.
 
 use std::path::PathBuf;
 use std::{env, io};
 
-/// What runs guests and serves them.
+/// The program that runs guests and is the daemon.
 pub const COPPICE: &str = "coppice";
-/// What `coppice` does beside that, in a program of its own.
+/// The program with the commands that run no guest, such as `coppice disk`.
 pub const TOOLS: &str = "coppice-tools";
 
-/// Where a program of Coppice is: in the folder that the file of this one is, or was, in.
+/// The path of a program of Coppice: in the folder that the file of this process's program is, or was, in.
 ///
 /// # Errors
-/// Where the host does not tell which file this process runs.
+/// Where the host does not report which file this process runs.
 pub fn beside_this(name: &str) -> io::Result<PathBuf> {
     Ok(env::current_exe()?.with_file_name(name))
 }

@@ -1,6 +1,7 @@
 //! Signals as events: blocked in every thread, and read from a descriptor by the event loop.
 //!
-//! So that nothing runs in a signal handler, and the terminal, the disks and the socket are left in order whichever way the process ends.
+//! Nothing runs in a signal handler, so that the process restores the terminal, closes the disks and removes the socket
+//! however it ends.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -25,8 +26,9 @@ fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
 }
 
 impl Signals {
-    /// Blocks `SIGHUP`, `SIGINT`, `SIGQUIT` and `SIGTERM` in this thread, and in all that it starts later: so it has to come first.
-    /// `SIGTTOU` as well, for the terminal to be restored even where the process has gone to the background.
+    /// Blocks `SIGHUP`, `SIGINT`, `SIGQUIT` and `SIGTERM` in this thread, and in all threads that it starts later: so
+    /// it has to be called first. Blocks `SIGTTOU` as well, so that the terminal can be restored even where the process
+    /// is in the background.
     ///
     /// # Errors
     /// Where the host has no descriptor left.
@@ -79,12 +81,13 @@ impl AsRawFd for Signals {
     }
 }
 
-/// Keeps the C allocator to one arena, which all threads share: an arena for each thread costs more memory than
-/// the few allocations of a running guest gain by not waiting for each other. Large pieces are mapped, and given back when they are freed:
-/// left to itself, the allocator takes the next ones of their size from the heap, which then never shrinks.
+/// Limits the C allocator to one arena, which all threads share: a running guest allocates so little that an arena for
+/// each thread would cost more memory than it saves time. Large allocations are mappings of their own, which are given
+/// back when they are freed: by default, the allocator takes later ones of that size from the heap, which then never
+/// shrinks.
 pub fn share_one_heap() {
     const LARGE: libc::c_int = 64 << 10;
-    // SAFETY: mallopt changes parameters of the allocator and no memory.
+    // SAFETY: mallopt(3) changes parameters of the allocator and no memory.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);

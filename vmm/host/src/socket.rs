@@ -1,4 +1,4 @@
-//! The Unix socket: for its user alone, and gone when the process is.
+//! A listening Unix socket, which is open to its user alone, and which is removed when the process ends.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -10,35 +10,36 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 
-/// Programs that may wait to be accepted: as many as the host allows (`net.core.somaxconn`).
+/// The number of clients that may wait to be accepted: as many as the host allows (`net.core.somaxconn`).
 const BACKLOG: i32 = i32::MAX;
 
-/// A socket cannot be listened to.
+/// Why a socket cannot be listened to.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// Something else has the name.
+    /// A file that is no socket has the name.
     #[error("socket {}: exists and is not a socket", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// Another process listens.
+    /// Another process listens to the socket.
     #[error("socket {}: another process listens there", path.display())]
     InUse {
         /// The path.
         path: PathBuf,
     },
-    /// The host refuses.
+    /// The host refuses an operation.
     #[error("socket {}", path.display())]
     Io {
         /// The path.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }
 
-/// A socket that is listened to. Its file is removed when this is dropped, unless it has become another's.
+/// A socket that this process listens to. Its file is removed when this is dropped, unless another file has taken its
+/// name.
 #[derive(Debug)]
 pub struct ApiSocket {
     listener: UnixListener,
@@ -51,7 +52,8 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     Ok((metadata.dev(), metadata.ino()))
 }
 
-/// The file of a socket has the mode that the socket has before, so nobody else finds it open for a moment.
+/// Binds a socket for its user alone. The mode is set before the socket is bound, and its file gets that mode, so that
+/// the file is never open to others.
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
     let flags = SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -81,7 +83,7 @@ impl ApiSocket {
         })
     }
 
-    /// Where it is.
+    /// The path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -138,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_socket_is_for_its_user_alone_and_goes_with_its_owner() {
+    fn the_socket_is_for_its_user_alone_and_is_removed_with_its_owner() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         let socket = ApiSocket::bind(&path).unwrap();
@@ -174,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_left_alone() {
+    fn a_file_that_is_no_socket_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         std::fs::write(&path, "precious").unwrap();

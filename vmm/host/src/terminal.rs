@@ -1,6 +1,6 @@
-//! The terminal in raw mode, and back.
+//! Puts the terminal into raw mode, and restores it.
 //!
-//! There is one terminal for the process, so its state is the process's as well: the panic hook has to find it without being handed it.
+//! A process has one terminal, so the original mode is in a static: the panic hook has to find it.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,7 +12,7 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr};
 static RAW: AtomicBool = AtomicBool::new(false);
 static ORIGINAL: Mutex<Option<(OwnedFd, Termios)>> = Mutex::new(None);
 
-/// The terminal is raw as long as this lives.
+/// The terminal is in raw mode for as long as this lives.
 #[must_use = "the terminal is restored when this is dropped"]
 pub struct RawMode(());
 
@@ -52,11 +52,12 @@ impl Drop for RawMode {
 
 /// Whether a line on the terminal needs a carriage return of its own.
 pub fn is_raw() -> bool {
-    // Nothing else is ordered by it: a line that races with the change looks odd and no more.
+    // No other memory is ordered by this flag. A line that is printed during the change may be out of place.
     RAW.load(Ordering::Relaxed)
 }
 
-/// Restores the terminal from any thread, at the very end of the process. One that is being restored by another thread is left to that.
+/// Restores the terminal from any thread, at the very end of the process. Does nothing if another thread is restoring
+/// it.
 pub fn restore_terminal() {
     if let Some(original) = ORIGINAL.try_lock() {
         put_back(original);
@@ -70,8 +71,8 @@ fn restore() {
 fn put_back(mut original: MutexGuard<'_, Option<(OwnedFd, Termios)>>) {
     let original = original.take();
     if let Some((terminal, original)) = original {
-        // A terminal that is gone (after SIGHUP) has no mode to restore. Output that nobody reads must not keep the process:
-        // so without waiting for it.
+        // A terminal that is gone (after SIGHUP) has no mode to restore. The mode is set without waiting for pending
+        // output, because output that nobody reads must not keep the process from ending.
         let _ = tcsetattr(terminal, OptionalActions::Now, &original);
     }
     RAW.store(false, Ordering::Relaxed);

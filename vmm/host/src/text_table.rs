@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-/// A table of columns that are as wide as they have to be: the first to the left, all others to the right.
+/// A table whose columns are as wide as their cells need. The first column is aligned to the left, all others to the
+/// right.
 pub fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<_> = (0..count)

@@ -1,7 +1,7 @@
-//! Control groups (v2): limits of what the process takes of the host.
+//! Control groups (v2): limits of the host's resources that the process may use.
 //!
-//! A process that is jailed by itself makes its group and joins it. Where a daemon starts it, the daemon makes the group before and removes it
-//! afterwards, and the process joins.
+//! A process that jails itself makes its group and joins it. Where a daemon starts the process, the daemon makes the
+//! group before and removes it afterwards, and the process only joins it.
 
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::error::doing;
 use host::report::chain;
 
-/// A group and its limits; what is absent is not limited.
+/// A group and its limits. A limit that is absent is not set.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CgroupConfig {
@@ -28,7 +28,7 @@ pub struct CgroupConfig {
     pub io: Option<u16>,
 }
 
-/// How often a group has met its limits since it was made; 0 where that cannot be told.
+/// How often a group has reached its limits since it was made; 0 where that is not known.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LimitHits {
     /// Processes that the kernel has killed for want of memory (`memory.events`).
@@ -40,11 +40,11 @@ pub struct LimitHits {
 /// The period of `cpu.max`, in microseconds.
 const PERIOD: u64 = 100_000;
 
-/// How often, and how much later each time, a group is removed again whose last process is just going.
-const TRIES: u32 = 50;
-const AGAIN: Duration = Duration::from_millis(20);
+/// How often the removal of a group is tried while its last process ends, and the pause between two attempts.
+const REMOVE_ATTEMPTS: u32 = 50;
+const REMOVE_PAUSE: Duration = Duration::from_millis(20);
 
-/// Where the v2 hierarchy is mounted: alone, or beside those of v1.
+/// The mount point of the v2 hierarchy, which may be the only one, or be beside those of v1.
 ///
 /// # Errors
 /// Where it is not mounted.
@@ -80,7 +80,7 @@ impl CgroupConfig {
         limits
     }
 
-    /// The group below `root`, by the parts of its name alone.
+    /// The path of the group below `root`, which has to be made of plain names.
     fn relative(&self) -> io::Result<&Path> {
         let relative = self.name.strip_prefix("/").unwrap_or(&self.name);
         let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
@@ -93,17 +93,17 @@ impl CgroupConfig {
         Ok(relative)
     }
 
-    /// Makes the group where it is not there, and sets its limits, in the hierarchy of `root`.
+    /// Makes the group if it does not exist, and sets its limits, in the hierarchy of `root`.
     ///
     /// # Errors
-    /// What the host says, with the file at fault.
+    /// The host's error, with the file at fault.
     pub fn make(&self, root: &Path) -> io::Result<PathBuf> {
         let relative = self.relative()?;
         let limits = self.limits();
         let mut group = root.to_owned();
         for part in relative.components() {
             for (controller, ..) in &limits {
-                // It may be given on already, and the limit tells if it is not.
+                // The controller may be enabled already. If it is not, writing the limit fails.
                 let _ = fs::write(
                     group.join("cgroup.subtree_control"),
                     format!("+{controller}"),
@@ -126,11 +126,11 @@ impl CgroupConfig {
     /// Makes the group, and joins it.
     pub(super) fn join(&self) -> io::Result<()> {
         let group = self.make(&root()?)?;
-        // The kernel takes 0 for the process that writes it.
+        // The kernel takes 0 as the number of the process that writes it.
         write(&group.join("cgroup.procs"), "0")
     }
 
-    /// What the limits of the group have done so far.
+    /// How often the group has reached its limits.
     pub fn hits(&self) -> LimitHits {
         LimitHits {
             killed: self.event("memory.events", "oom_kill"),
@@ -180,17 +180,19 @@ impl CgroupConfig {
         fs::read_to_string(root()?.join(self.relative()?).join(file))
     }
 
-    /// Removes the group, which no process is in any more; those above it stay. One that is not there is no error.
+    /// Removes the group, which has no process any more; groups above it stay. A group that does not exist is no error.
     ///
     /// # Errors
-    /// What the host says; also where the last process takes longer than a second to go.
+    /// The host's error; also where the last process takes longer than a second to end.
     pub fn remove(&self, root: &Path) -> io::Result<()> {
         let group = root.join(self.relative()?);
         for again in 0.. {
             match fs::remove_dir(&group) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::ResourceBusy && again < TRIES => {
-                    std::thread::sleep(AGAIN);
+                Err(error)
+                    if error.kind() == io::ErrorKind::ResourceBusy && again < REMOVE_ATTEMPTS =>
+                {
+                    std::thread::sleep(REMOVE_PAUSE);
                 }
                 Err(error) => {
                     return Err(doing(group.display().to_string())(error));
@@ -255,7 +257,7 @@ mod tests {
         let read = |path: &Path| fs::read_to_string(path).unwrap();
         assert_eq!(read(&made.join("memory.max")), "1048576");
         assert_eq!(read(&made.join("pids.max")), "8");
-        // In a true hierarchy, the files go with the folder.
+        // In a real hierarchy, the files are removed with the folder.
         for file in ["memory.max", "pids.max"] {
             fs::remove_file(made.join(file)).unwrap();
         }

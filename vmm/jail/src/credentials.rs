@@ -1,6 +1,6 @@
 //! User, group, capabilities.
 //!
-//! Each is a property of a thread: to be changed while there is one.
+//! Each is a property of a thread, so all are changed while the process has one thread.
 
 use std::io;
 
@@ -12,20 +12,20 @@ use rustix::thread::{
     set_thread_res_uid,
 };
 
-/// Becomes a user and a group, without any further group. Whether there is anything to become.
+/// Becomes a user and a group, without supplementary groups. Returns whether a user or group was given.
 pub(super) fn become_user(uid: Option<u32>, gid: Option<u32>) -> io::Result<bool> {
     if uid.is_none() && gid.is_none() {
         return Ok(false);
     }
-    // -1 is no user, and would mean that nothing changes.
+    // -1 is no user: the system call takes it as "no change".
     if uid == Some(u32::MAX) || gid == Some(u32::MAX) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let uid = uid.map_or_else(geteuid, Uid::from_raw);
     let gid = gid.map_or_else(getegid, Gid::from_raw);
-    // The groups go before the right to change them does.
+    // The supplementary groups are dropped while the process still has the right to drop them.
     match set_thread_groups(&[]) {
-        // Without the right, one has to stay who one is.
+        // A process without the right to drop groups can only keep its user and group.
         Err(_) if uid == geteuid() && gid == getegid() => return Ok(true),
         done => done?,
     }
@@ -34,9 +34,10 @@ pub(super) fn become_user(uid: Option<u32>, gid: Option<u32>) -> io::Result<bool
     Ok(true)
 }
 
-/// Closes the ways to capabilities, as long as it has the right to: that a program that is executed has any, and that root has all.
+/// Closes the ways to capabilities, if the process has the right to: executed programs get none, and root gets none for
+/// being root.
 pub(super) fn close_ways_to_capabilities() {
-    // Where there is no such right, no_new_privs does as much.
+    // Where the process has no such right, no_new_privs has the same effect.
     for capability in CapabilitySet::all().iter() {
         let _ = remove_capability_from_bounding_set(capability);
     }
@@ -52,7 +53,7 @@ pub(super) fn close_ways_to_capabilities() {
     }
 }
 
-/// Gives all capabilities away.
+/// Drops all capabilities.
 pub(super) fn drop_capabilities() -> io::Result<()> {
     clear_ambient_capability_set()?;
     let none = CapabilitySets {
@@ -64,13 +65,13 @@ pub(super) fn drop_capabilities() -> io::Result<()> {
     Ok(())
 }
 
-/// Has the process's own folder of `/proc` belong to the user that it has become, as after a program of that user's was executed: what its memory
-/// maps is told there, and sharing and snapshots look at it. There are no core dumps all the same (`limits`).
+/// Makes the process's folder in `/proc` belong to the user that it has become, as an execution of a program would:
+/// sharing and snapshots read the process's mappings there. Core dumps stay disabled (`limits`).
 pub(super) fn own_proc() -> io::Result<()> {
     Ok(set_dumpable_behavior(DumpableBehavior::Dumpable)?)
 }
 
-/// Nothing that is executed gains privileges.
+/// Keeps executed programs from gaining privileges.
 pub(super) fn no_new_privs() -> io::Result<()> {
     Ok(set_no_new_privs(true)?)
 }

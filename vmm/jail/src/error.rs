@@ -1,4 +1,4 @@
-//! Why a process is not jailed as asked.
+//! Why a process is not jailed as requested.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,15 +6,15 @@ use std::path::PathBuf;
 use super::report::Layer;
 use host::report::chain;
 
-/// Why a process is not jailed as asked. It is in no defined state then, and has to end.
+/// Why a process is not jailed as requested. The process is in an undefined state then, and has to end.
 #[derive(Debug, thiserror::Error)]
 pub enum JailError {
-    /// A layer that was asked for cannot be had.
+    /// A layer that was requested cannot be entered.
     #[error("--jail: {layer}: {why}")]
     Missing {
         /// The layer.
         layer: Layer,
-        /// Why it cannot be had.
+        /// Why it cannot be entered.
         why: String,
     },
     /// The filters of system calls.
@@ -30,7 +30,7 @@ pub enum JailError {
         path: PathBuf,
         /// The user of the process.
         uid: u32,
-        /// What it was to do with it.
+        /// The access that it needs.
         access: &'static str,
         /// The user that the file belongs to.
         owner: u32,
@@ -42,7 +42,7 @@ pub enum JailError {
     Path {
         /// The path.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }
@@ -60,7 +60,7 @@ pub(super) fn doing(what: String) -> impl FnOnce(io::Error) -> io::Error {
     move |source| io::Error::new(source.kind(), Refused { what, source })
 }
 
-/// The error for a layer that was asked for by name.
+/// The error for a layer that was requested by name.
 pub(super) fn required(layer: Layer) -> impl FnOnce(io::Error) -> JailError {
     move |error| JailError::Missing {
         layer,

@@ -1,4 +1,4 @@
-//! Landlock: no file but those that the guest needs, also where there is no namespace of mounts.
+//! Landlock: allows the files that the guest needs and no others, also where there is no mount namespace.
 
 use std::io;
 
@@ -9,7 +9,7 @@ use landlock::{
 
 use super::need::{Access, Need};
 
-/// The newest that is used; what an older kernel does not have is left out.
+/// The newest ABI that is used. Rights that an older kernel does not know are left out.
 const FILES: ABI = ABI::V9;
 
 fn rights(need: &Need, is_folder: bool) -> BitFlags<AccessFs> {
@@ -39,10 +39,10 @@ fn rights(need: &Need, is_folder: bool) -> BitFlags<AccessFs> {
     }
 }
 
-/// Whether the kernel has it.
+/// Whether the kernel has Landlock.
 pub(super) fn is_available() -> bool {
     const VERSION: libc::c_long = 1;
-    // SAFETY: with this flag, landlock_create_ruleset(2) reads no memory, and answers with a number.
+    // SAFETY: with this flag, landlock_create_ruleset(2) reads no memory, and returns a number.
     let version = unsafe {
         libc::syscall(
             libc::SYS_landlock_create_ruleset,
@@ -54,9 +54,9 @@ pub(super) fn is_available() -> bool {
     version > 0
 }
 
-/// Restricts this thread, and all that it starts from now on.
+/// Restricts this thread and all threads that it starts from now on.
 ///
-/// The files are looked for where the process sees them: by their targets if it is in a tree.
+/// The files are named as the process sees them: by their targets if it is in a tree.
 pub(super) fn enter(needs: &[Need], in_tree: bool) -> io::Result<()> {
     let mut ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(FILES))
@@ -65,7 +65,7 @@ pub(super) fn enter(needs: &[Need], in_tree: bool) -> io::Result<()> {
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?;
     for need in needs {
-        // What is not there can be opened by nobody.
+        // A file that does not exist needs no rule.
         let path = if in_tree { &need.target } else { &need.source };
         let (Ok(opened), is_folder) = (PathFd::new(path), path.is_dir()) else {
             continue;

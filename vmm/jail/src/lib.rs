@@ -1,15 +1,20 @@
-//! The jail of a guest process: what it can still reach when the first instruction of its guest runs.
+//! The jail of a guest process, which limits what it can reach before the first instruction of its guest runs.
 //!
-//! A guest process serves whatever its guest asks of its devices. Should one of them err, then what the guest gets is this process, so the process
-//! gives away beforehand all that it does not need. The layers, in their order, each useful where another fails:
+//! A guest process serves the requests of its guest to its devices. If a device has a defect, the guest may take over
+//! the process, so the process gives up all rights that it does not need beforehand. These are the layers in their
+//! order, each of which is useful where another fails:
 //!
 //! ```text
-//! cgroup ─> namespaces ─> tree (pivot_root) ─> limits ─> uid, gid ─> capabilities ─> no_new_privs ─> landlock ─> seccomp
-//!  needs /sys  └── all before any other thread exists: each is a property of a thread, and is inherited ──┘
+//! cgroup (needs /sys) ─> namespaces ─> tree (pivot_root) ─> limits ─> uid, gid ─> capabilities
+//!                     ─> no_new_privs ─> landlock ─> seccomp
 //! ```
 //!
-//! A user without privileges has a namespace of users made for the others, where the host allows that; what cannot be had is left out, and told
-//! by [`JailReport`]. What was asked for by name (`uid`, `gid`, `cgroup`) is an error where it cannot be had, and so is everything with `require=all`.
+//! All of them are entered before any other thread exists, because each is a property of a thread, which the threads
+//! that it starts inherit.
+//!
+//! For a user without privileges, a user namespace is made for the other namespaces, where the host allows that. A
+//! layer that cannot be entered is left out, and [`JailReport`] lists it. A layer that was requested by name (`uid`,
+//! `gid`, `cgroup`) is an error where it cannot be entered, and so is every layer with `require=all`.
 
 mod cgroup;
 mod credentials;
@@ -39,7 +44,8 @@ pub use seccomp::SeccompMode;
 
 use error::required;
 
-/// Confines this process to what a guest of `config` needs, with its sockets at `sockets`. Called by the only thread of the process.
+/// Confines this process to what a guest of `config` needs, with its sockets at `sockets`. To be called by the only
+/// thread of the process.
 ///
 /// # Errors
 /// [`JailError`].
@@ -48,7 +54,8 @@ pub fn enter(
     config: &VmConfig,
     sockets: &[&Path],
 ) -> Result<JailReport, JailError> {
-    // What the kernel told the process at its start is looked up now; where the kernel is old, that takes a file that is to be out of reach.
+    // The page size is looked up now: with an old kernel, the lookup reads a file (`/proc/self/auxv`) that the jail
+    // puts out of reach.
     rustix::param::page_size();
     let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let mut report = JailReport {
@@ -64,7 +71,7 @@ pub fn enter(
         report.lacks(Layer::Seccomp, "--seccomp off");
     } else {
         if confinement.jail.is_none() {
-            report.note(Layer::NoNewPrivs, credentials::no_new_privs());
+            report.record(Layer::NoNewPrivs, credentials::no_new_privs());
         }
         seccomp::enter(confinement.seccomp).map_err(JailError::Seccomp)?;
         report.has(Layer::Seccomp);
@@ -87,7 +94,7 @@ pub fn enter(
     Ok(report)
 }
 
-/// Gives a file that this process has made, before it is jailed, to the user that it is about to become.
+/// Changes the owner of a file that this process has made, before it is jailed, to the user that it is about to become.
 ///
 /// # Errors
 /// `Path`.
@@ -98,7 +105,7 @@ pub fn give(confinement: &Confinement, path: &Path) -> Result<(), JailError> {
     }
 }
 
-/// All layers but the filters of system calls.
+/// Enters all layers but the filters of system calls.
 fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Result<(), JailError> {
     match &jail.cgroup {
         Some(group) => {
@@ -108,31 +115,31 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
         None => report.lacks(Layer::Cgroup, "no cgroup= was given"),
     }
     if jail.uid.is_some() || jail.gid.is_some() {
-        // Its device may be for root alone.
-        kvm::vm::keep_kvm_open();
+        // `/dev/kvm` may be open to root alone.
+        kvm::vm::open_kvm_early();
     }
     namespaces::enter(report).map_err(required(Layer::UserNamespace))?;
     if report.contains(Layer::MountNamespace) {
-        report.note(Layer::Tree, tree::enter(needs));
+        report.record(Layer::Tree, tree::enter(needs));
     } else {
         report.lacks(Layer::Tree, "it takes a mount namespace");
     }
-    report.note(Layer::Limits, limits::enter());
-    // First, as only root may do this, and the process may be about to become another user.
+    report.record(Layer::Limits, limits::enter());
+    // This comes first, as only root may do it, and the process may be about to become another user.
     credentials::close_ways_to_capabilities();
     match credentials::become_user(jail.uid, jail.gid) {
         Ok(true) => report.has(Layer::Credentials),
         Ok(false) => report.lacks(Layer::Credentials, "no uid= was given"),
         Err(error) => return Err(required(Layer::Credentials)(error)),
     }
-    report.note(Layer::Capabilities, credentials::drop_capabilities());
-    report.note(Layer::NoNewPrivs, credentials::no_new_privs());
+    report.record(Layer::Capabilities, credentials::drop_capabilities());
+    report.record(Layer::NoNewPrivs, credentials::no_new_privs());
     let in_tree = report.contains(Layer::Tree);
     if jail.uid.is_some() {
         credentials::own_proc().map_err(required(Layer::Credentials))?;
-        needs::are_open(needs, in_tree)?;
+        needs::check_access(needs, in_tree)?;
     }
-    report.note(Layer::Landlock, landlock::enter(needs, in_tree));
+    report.record(Layer::Landlock, landlock::enter(needs, in_tree));
     Ok(())
 }
 

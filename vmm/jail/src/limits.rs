@@ -4,10 +4,11 @@ use std::io;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors of a guest with all its devices, connections and layers of disks, several times over.
+/// The limit of descriptors: several times as many as a guest needs for all its devices, connections and layers of
+/// disks.
 const DESCRIPTORS: u64 = 2048;
 
-/// No core dumps, which would hold the guest's memory; no message queues; descriptors for a guest.
+/// Sets the limits: no core dumps, which would hold the guest's memory, no message queues, and descriptors for a guest.
 pub(super) fn enter() -> io::Result<()> {
     for (resource, most) in [
         (Resource::Core, 0),

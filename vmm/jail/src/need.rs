@@ -1,17 +1,17 @@
-//! A file or folder of the host that a guest needs, and for what.
+//! A file or folder of the host that a guest needs, and how it is used.
 
 use std::path::PathBuf;
 
-/// What is done with a file or folder.
+/// How a file or folder is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// It is read.
     Read,
-    /// It is read and written; in a folder, files come and go.
+    /// It is read and written; in a folder, files are also made and removed.
     Write,
     /// It is a device.
     Device,
-    /// A file in it is removed at the end.
+    /// It is a folder in which a file is removed at the end.
     Remove,
     /// It is a socket that is connected to.
     Connect,
@@ -22,10 +22,10 @@ pub enum Access {
 pub struct Need {
     /// Where it is on the host.
     pub source: PathBuf,
-    /// Where the guest process looks for it.
+    /// The path at which the guest process opens it.
     pub target: PathBuf,
-    /// What is done with it.
+    /// How it is used.
     pub access: Access,
-    /// What the guest has to be able to do with it, to start.
+    /// The access without which the guest cannot start.
     pub vital: Option<Access>,
 }

@@ -1,4 +1,4 @@
-//! What of the host's files a guest needs.
+//! Which of the host's files a guest needs.
 
 use std::fs;
 use std::io;
@@ -17,15 +17,16 @@ use config::{DeviceConfig, DriveFormat, HostFile, VmConfig};
 use host::output::open_output;
 use kvm::boot;
 
-/// Longest chain of disks that is looked along; a longer one is refused where it is opened.
+/// The longest chain of disks that is followed; a longer one is refused when it is opened.
 const LONGEST_CHAIN: usize = 256;
 
-/// Collects what is there, under the names that it has.
+/// Collects the files that exist, under all names that they are opened by.
 #[derive(Default)]
 struct Needs(Vec<Need>);
 
 impl Needs {
-    /// Adds a path as it is written, and as it is with all links followed. What is not there is left to those who need it to tell.
+    /// Adds a path as it is written, and as it is with all links followed. A file that does not exist is left out;
+    /// whoever opens it reports that.
     fn add(&mut self, path: &Path, access: Access) {
         self.add_as(path, access, None);
     }
@@ -74,7 +75,7 @@ impl Needs {
         }
     }
 
-    /// Adds the sockets that a vsock device at `path` leads to, of those that are there.
+    /// Adds the sockets that exist of those that a vsock device at `path` connects to.
     fn add_ports(&mut self, path: &Path) {
         let mut start = path.file_name().unwrap_or_default().to_owned();
         start.push("_");
@@ -90,7 +91,7 @@ impl Needs {
         }
     }
 
-    /// Adds a disk, and all disks that it stands on.
+    /// Adds a disk and all its parents.
     fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
         self.add_vital(path, access);
         if format == Some(DriveFormat::Raw) {
@@ -114,7 +115,7 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// What is no VHDX, or cannot be opened, has no parent.
+/// The parent of a disk; `None` where it is no VHDX, cannot be opened, or has none.
 fn parent_of(path: &Path) -> Option<PathBuf> {
     let is_file = path.metadata().is_ok_and(|metadata| metadata.is_file());
     is_file.then(|| Vhdx::info(path).ok()?.parent_path)?
@@ -125,7 +126,8 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
     move |source| JailError::Path { path, source }
 }
 
-/// All that a guest of `config` needs, with its sockets at `sockets`. Makes what it is to find when it is jailed: the outputs, and the cache of kernels.
+/// All that a guest of `config` needs, with its sockets at `sockets`. Makes the files that it needs to find when it is
+/// jailed: its outputs, and the cache of kernels.
 pub(super) fn of(
     config: &VmConfig,
     sockets: &[&Path],
@@ -133,16 +135,16 @@ pub(super) fn of(
 ) -> Result<Vec<Need>, JailError> {
     let mut needs = Needs::default();
     needs.add(Path::new("/dev/kvm"), Access::Device);
-    // Identifiers of disks are random; a static program may ask here rather than by getrandom(2).
+    // Identifiers of disks are random, and a static program may read this file instead of calling getrandom(2).
     needs.add(Path::new("/dev/random"), Access::Device);
     needs.add(Path::new("/dev/urandom"), Access::Device);
     needs.add(Path::new("/dev/null"), Access::Device);
-    // It says how many mappings a process can have.
+    // This file has the limit of mappings of a process.
     needs.add(Path::new("/proc/sys/vm/max_map_count"), Access::Read);
     let process = Path::new("/proc/self");
     needs.0.push(Need {
         source: process.canonicalize().map_err(failed(process))?,
-        // Its number is another in a namespace of processes.
+        // The process has another number in its PID namespace.
         target: Path::new("/proc").join(std::process::id().to_string()),
         access: Access::Read,
         vital: None,
@@ -175,7 +177,7 @@ pub(super) fn of(
     }
     for path in &jail.allow {
         let kind = path.metadata().map_err(failed(path))?.file_type();
-        // Landlock has a right of its own for what a device alone can do.
+        // Landlock has a right of its own for the requests (ioctl) of a device.
         let access = if kind.is_char_device() {
             Access::Device
         } else {
@@ -183,7 +185,7 @@ pub(super) fn of(
         };
         needs.add(path, access);
     }
-    // What lies in a folder comes after the folder.
+    // The files in a folder have to come after the folder.
     needs.0.sort_by(|a, b| a.target.cmp(&b.target));
     needs.0.dedup_by(|later, first| {
         let is_same = later.target == first.target;
@@ -198,7 +200,7 @@ pub(super) fn of(
     Ok(needs.0)
 }
 
-/// Makes a file the guest process's own.
+/// Changes the owner of a file to the guest process's user.
 pub(super) fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
     if jail.uid.is_none() && jail.gid.is_none() {
         return Ok(());
@@ -206,8 +208,9 @@ pub(super) fn give(path: &Path, jail: &JailConfig) -> Result<(), JailError> {
     lchown(path, jail.uid, jail.gid).map_err(failed(path))
 }
 
-/// Whether the user that this process has become may do with the guest's files what it needs to; told before any of them is opened.
-pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
+/// Checks that the user that this process has become has the access to the guest's files that it needs, before any of
+/// them is opened.
+pub(super) fn check_access(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
     for need in needs {
         let (mode, wanted) = match need.vital {
             Some(Access::Read) => (Mode::READ_OK, "read"),
@@ -229,20 +232,21 @@ pub(super) fn are_open(needs: &[Need], in_tree: bool) -> Result<(), JailError> {
     Ok(())
 }
 
-/// Kernels, unpacked, and what is made of them: read alone, as other guests have them too. What the cache does not have is made now.
+/// Adds the unpacked kernels, and the files that are made of them. They are only read, as other guests have them too.
+/// Files that the cache lacks are made now.
 fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
     let domain = config.sharing.domain.as_deref();
     let cache = boot::cache_dir(domain);
     let share = config.sharing.mode >= ShareMode::Boot;
     let kept = match &config.boot_source {
-        Some(source) => boot::keep_ready(source, domain, share),
+        Some(source) => boot::fill_cache(source, domain, share),
         None => Vec::new(),
     };
     if jail.uid.is_none() {
         needs.add(&cache, Access::Read);
         return;
     }
-    // The folder is for its user alone, and what is in it for those who are given it.
+    // Only its owner may list the folder, so that a file in it may be readable for users who are given the file itself.
     for file in kept.iter().flat_map(|file| with_references(file, &cache)) {
         if let Err(error) = readable(&file) {
             tracing::warn!(error = %host::report::chain(&error), file = %file.display(), "the guest has a copy of its own of it");
@@ -270,8 +274,8 @@ fn readable(file: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The socket is removed at the end, for which its folder is needed. A folder with anything else in it can be left to the process only where
-/// Landlock keeps it from that.
+/// Adds the folder of a socket, which is needed to remove the socket at the end. A folder with other files in it can be
+/// given to the process only where Landlock keeps it from those.
 fn add_folder_of_socket(needs: &mut Needs, socket: &Path, jail: &JailConfig) {
     let folder = folder_of(socket);
     let same = |path: &PathBuf| path.canonicalize().ok() == folder.canonicalize().ok();

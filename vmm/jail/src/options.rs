@@ -1,4 +1,4 @@
-//! What a process is asked to give away.
+//! How a process is to be confined.
 
 use std::path::PathBuf;
 
@@ -7,27 +7,27 @@ use serde::{Deserialize, Serialize};
 use super::cgroup::CgroupConfig;
 use super::seccomp::SeccompMode;
 
-/// What a jail is to be, beyond what there is in any case.
+/// The options of a jail, in addition to the layers that every jail has.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JailConfig {
-    /// The user that the process becomes; as it is where absent.
+    /// The user that the process becomes; it keeps its user where absent.
     pub uid: Option<u32>,
-    /// The group that the process becomes; as it is where absent.
+    /// The group that the process becomes; it keeps its group where absent.
     pub gid: Option<u32>,
     /// The control group that the process joins.
     pub cgroup: Option<CgroupConfig>,
     /// Files and folders that the process may go on opening, and write to.
     pub allow: Vec<PathBuf>,
-    /// A layer that cannot be had is an error.
+    /// Whether a layer that cannot be entered is an error.
     pub require_all: bool,
 }
 
-/// What a process gives away before its guest runs.
+/// How a process is confined before its guest runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Confinement {
     /// The jail, if there is to be one.
     pub jail: Option<JailConfig>,
-    /// What becomes of system calls that it does not need.
+    /// What happens at a system call that it does not need.
     pub seccomp: SeccompMode,
 }

@@ -1,24 +1,26 @@
-//! Processes that are the first of a namespace of processes.
+//! Processes that are the first of a PID namespace.
 
 use std::io;
 use std::process::{Child, Command};
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-/// What was started.
+/// A process that was started.
 #[derive(Debug)]
 pub struct Spawned {
     /// The process.
     pub child: Child,
-    /// Whether it is the first of a namespace of processes, and sees no other.
+    /// Whether it is the first process of a PID namespace, and sees no other.
     pub own_processes: bool,
 }
 
-/// Starts a command as the first process of a namespace of processes, and where that cannot be had, among all others.
+/// Starts a command as the first process of a PID namespace, or among all others where the host allows no namespace.
 ///
-/// A namespace is for the children of the thread that asks for it, and a thread can ask once: so a thread is made for this, and gone afterwards.
+/// A thread unshares a PID namespace for its children, and can do so once. So a new thread does this, and ends
+/// afterwards.
 ///
-/// A command that asks for a signal at the death of its parent would get it at once: its parent is that thread.
+/// A command must not ask for a signal at the death of its parent (`PR_SET_PDEATHSIG`): its parent is that thread, so
+/// it would get the signal at once.
 ///
 /// # Errors
 /// Where the host starts no thread or no process.

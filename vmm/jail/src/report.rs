@@ -25,7 +25,7 @@ pub enum Layer {
     IpcNamespace,
     /// A host name of its own.
     UtsNamespace,
-    /// Processes of its own: given by who starts it.
+    /// Processes of its own; whoever starts the process makes this namespace.
     PidNamespace,
     /// A root folder with nothing in it but what the guest needs.
     Tree,
@@ -64,26 +64,26 @@ impl Display for Layer {
     }
 }
 
-/// A layer that is not there.
+/// A layer that is not in force.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 #[schema(as = MissingLayer)]
 pub struct Missing {
     /// The layer.
     pub layer: Layer,
-    /// Why it is not there.
+    /// Why it is not in force.
     pub why: String,
 }
 
-/// What `GET /vm/jail` answers: the layers in force.
+/// The response to `GET /vm/jail`: the layers in force.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct JailReport {
-    /// Whether a jail was asked for.
+    /// Whether a jail was requested.
     pub jailed: bool,
-    /// Those that are there.
+    /// The layers that are in force.
     pub layers: Vec<Layer>,
-    /// Those that are not.
+    /// The layers that are not.
     pub missing: Vec<Missing>,
-    /// What becomes of system calls that are not in the policy.
+    /// What happens at a system call that is not in the policy.
     pub seccomp: SeccompMode,
     /// The user of the process.
     pub uid: u32,
@@ -101,15 +101,15 @@ impl JailReport {
         self.missing.push(Missing { layer, why });
     }
 
-    /// Notes whether a layer is there.
-    pub(super) fn note(&mut self, layer: Layer, made: io::Result<()>) {
+    /// Records whether a layer is in force.
+    pub(super) fn record(&mut self, layer: Layer, made: io::Result<()>) {
         match made {
             Ok(()) => self.has(layer),
             Err(error) => self.lacks(layer, chain(&error).to_string()),
         }
     }
 
-    /// Whether a layer is there.
+    /// Whether a layer is in force.
     pub fn contains(&self, layer: Layer) -> bool {
         self.layers.contains(&layer)
     }

@@ -1,7 +1,7 @@
 //! The tree: a root folder with what the guest needs, under the names it has on the host, and nothing else.
 //!
-//! Each file or folder is a mount of its own, taken before the host's tree is out of sight. The new root is a file system in memory that nobody can
-//! write to any more when all is in place.
+//! Each file or folder is a mount of its own, which is opened before the host's tree is out of reach. The new root is a
+//! file system in memory, which is made read-only when all mounts are attached.
 
 use std::ffi::CString;
 use std::io;
@@ -22,24 +22,24 @@ use super::error;
 
 use super::need::{Access, Need};
 
-/// Folders, links and empty files: all that is in the file system itself.
+/// The size of the file system itself, which holds folders, links and empty files.
 const SIZE: &str = "1m";
-/// Where the new root is mounted on its way; its content is out of sight from then on.
-const PASSAGE: &str = "/proc";
+/// Where the new root is mounted until it becomes the root. The mount covers what is there.
+const TEMPORARY_MOUNT: &str = "/proc";
 
-/// A mount that is nowhere yet.
+/// A mount that is not attached yet.
 struct Mount<'a> {
     need: &'a Need,
     tree: OwnedFd,
     is_folder: bool,
 }
 
-fn doing(what: &str, path: &Path) -> impl FnOnce(Errno) -> io::Error {
+fn failed_to(what: &str, path: &Path) -> impl FnOnce(Errno) -> io::Error {
     let failed = error::doing(format!("{what} {}", path.display()));
     move |error| failed(error.into())
 }
 
-/// Moves the process into a tree of what it needs; in a namespace of mounts of its own.
+/// Moves the process into a tree of the files that it needs. The process has a mount namespace of its own.
 pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
     let cwd = std::env::current_dir()?;
     let root = Path::new("/");
@@ -47,23 +47,23 @@ pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )
-    .map_err(doing("keep to itself the mounts of", root))?;
+    .map_err(failed_to("keep to itself the mounts of", root))?;
     let own = needs
         .iter()
-        .filter(|need| !comes_with_a_folder(need, needs));
-    let mounts: Vec<_> = own.map(take).collect::<Result<_, _>>()?;
+        .filter(|need| !is_covered_by_a_folder(need, needs));
+    let mounts: Vec<_> = own.map(open_mount).collect::<Result<_, _>>()?;
     let tree = new_root()?;
     move_mount(
         &tree,
         "",
         CWD,
-        PASSAGE,
+        TEMPORARY_MOUNT,
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
-    .map_err(doing("mount on", Path::new(PASSAGE)))?;
+    .map_err(failed_to("mount on", Path::new(TEMPORARY_MOUNT)))?;
     if let Err(error) = fill_and_pivot(&tree, &mounts, &cwd) {
-        // The process goes on without, and finds /proc again.
-        let _ = unmount(PASSAGE, UnmountFlags::DETACH);
+        // The process goes on without a tree, and /proc is uncovered again.
+        let _ = unmount(TEMPORARY_MOUNT, UnmountFlags::DETACH);
         let _ = std::env::set_current_dir(cwd);
         return Err(error);
     }
@@ -75,28 +75,31 @@ pub(super) fn enter(needs: &[Need]) -> io::Result<()> {
 fn fill_and_pivot(tree: &OwnedFd, mounts: &[Mount<'_>], cwd: &Path) -> io::Result<()> {
     for mount in mounts {
         let target = mount.need.target.as_path();
-        place(tree.as_fd(), mount).map_err(doing("put in place", target))?;
+        attach(tree.as_fd(), mount).map_err(failed_to("put in place", target))?;
     }
-    make_folders(tree.as_fd(), cwd).map_err(doing("make", cwd))?;
+    make_folders(tree.as_fd(), cwd).map_err(failed_to("make", cwd))?;
     let process = std::process::id().to_string();
-    symlinkat(process, tree, "proc/self").map_err(doing("make", Path::new("/proc/self")))?;
+    symlinkat(process, tree, "proc/self").map_err(failed_to("make", Path::new("/proc/self")))?;
     let root = Path::new("/");
-    fchdir(tree).map_err(doing("enter", root))?;
+    fchdir(tree).map_err(failed_to("enter", root))?;
     match pivot_root(".", ".") {
-        // What was the root lies on the new one, and is below where this process stands.
-        Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(doing("unmount", root)),
-        // The first root of the kernel (initramfs) cannot be exchanged, but covered: a process that may not chroot sees nothing below.
+        // The old root is mounted on the new one, and covers the working directory of this process, so that "." names
+        // it.
+        Ok(()) => unmount(".", UnmountFlags::DETACH).map_err(failed_to("unmount", root)),
+        // The first root of the kernel (initramfs) cannot be exchanged, but it can be covered: a process that may not
+        // call chroot(2) cannot reach what is covered.
         Err(Errno::INVAL) => {
             move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-                .map_err(doing("cover", root))?;
-            chroot(".").map_err(doing("change to", root))
+                .map_err(failed_to("cover", root))?;
+            chroot(".").map_err(failed_to("change to", root))
         }
-        Err(error) => Err(doing("pivot_root to", root)(error)),
+        Err(error) => Err(failed_to("pivot_root to", root)(error)),
     }
 }
 
-/// Whether a file that is written to lies in a folder that is, too. As a mount of its own, it could not be removed there, nor another one take its place.
-fn comes_with_a_folder(need: &Need, needs: &[Need]) -> bool {
+/// Whether a file that is written to is in a folder that is written to, too. If it were a mount of its own, it could
+/// neither be removed nor replaced.
+fn is_covered_by_a_folder(need: &Need, needs: &[Need]) -> bool {
     let above = needs.iter().filter(|other| {
         other.target != need.target
             && need.target.starts_with(&other.target)
@@ -114,7 +117,7 @@ fn comes_with_a_folder(need: &Need, needs: &[Need]) -> bool {
 }
 
 fn new_root() -> io::Result<OwnedFd> {
-    let failed = || doing("make", Path::new("tmpfs"));
+    let failed = || failed_to("make", Path::new("tmpfs"));
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed())?;
     fsconfig_set_string(&context, "size", SIZE).map_err(failed())?;
     fsconfig_set_string(&context, "mode", "0755").map_err(failed())?;
@@ -129,14 +132,15 @@ fn new_root() -> io::Result<OwnedFd> {
     .map_err(failed())
 }
 
-/// Takes a copy of the mount of a file or folder, with no more rights than it takes.
-fn take(need: &Need) -> io::Result<Mount<'_>> {
+/// Opens a copy of the mount of a file or folder, with no more rights than are needed.
+fn open_mount(need: &Need) -> io::Result<Mount<'_>> {
     let is_folder = need.source.is_dir();
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if is_folder {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    let tree = open_tree(CWD, &need.source, flags).map_err(doing("take", &need.source))?;
+    let tree = open_tree(CWD, &need.source, flags)
+        .map_err(failed_to("open the mount of", &need.source))?;
     let attributes = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
     let attributes = attributes
         | match need.access {
@@ -144,7 +148,7 @@ fn take(need: &Need) -> io::Result<Mount<'_>> {
             Access::Write | Access::Remove => libc::MOUNT_ATTR_NODEV,
             Access::Device => 0,
         };
-    // A device that was given in `allow=` stays one.
+    // A device that `allow=` names has to stay a device.
     let attributes = if is_folder || need.source.is_file() {
         attributes
     } else {
@@ -158,7 +162,7 @@ fn take(need: &Need) -> io::Result<Mount<'_>> {
     })
 }
 
-/// Adds attributes (`MOUNT_ATTR_*`) to a mount, and to those below it if asked for.
+/// Adds attributes (`MOUNT_ATTR_*`) to a mount, and to those below it if `recursive` is set.
 fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: attributes,
@@ -167,7 +171,8 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io
         userns_fd: 0,
     };
     let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: mount_setattr(2) reads an empty path and a `mount_attr` of the length that is given, both of which live through the call.
+    // SAFETY: mount_setattr(2) reads an empty path and a `mount_attr` of the length that is given, both of which live
+    // through the call.
     let set = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
@@ -185,19 +190,19 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io
     }
 }
 
-/// A path below the root as one from there.
+/// An absolute path, as a relative one from the root.
 fn relative(path: &Path) -> &Path {
     path.strip_prefix("/").unwrap_or(path)
 }
 
 fn make_folders(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<()> {
     let mut folders: Vec<_> = relative(path).ancestors().collect();
-    // The last one is no folder but the root.
+    // The last ancestor is the root itself.
     folders.pop();
     for folder in folders.into_iter().rev() {
         match mkdirat(root, folder, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            // It lies in a folder that is only read.
+            // The folder exists, in a folder that is mounted read-only.
             Err(_) if statat(root, folder, AtFlags::empty()).is_ok() => {}
             Err(error) => return Err(error),
         }
@@ -205,8 +210,8 @@ fn make_folders(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<()> {
     Ok(())
 }
 
-/// Makes what a mount goes on, where it is not there, and puts it on that.
-fn place(root: BorrowedFd<'_>, mount: &Mount<'_>) -> rustix::io::Result<()> {
+/// Makes the file or folder that a mount is attached to, if it does not exist, and attaches the mount.
+fn attach(root: BorrowedFd<'_>, mount: &Mount<'_>) -> rustix::io::Result<()> {
     let target = relative(&mount.need.target);
     if mount.is_folder {
         make_folders(root, target)?;
@@ -232,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_may_be_written_to_as_its_folder_comes_with_that() {
+    fn only_a_writable_file_in_a_writable_folder_is_covered_by_the_folder() {
         let folder = tempfile::tempdir().unwrap();
         let at = |name: &str| folder.path().join(name);
         std::fs::create_dir_all(at("own/below")).unwrap();
@@ -250,7 +255,7 @@ mod tests {
                 need("own/below", "own/below", folder),
                 file.clone(),
             ];
-            comes_with_a_folder(&file, &needs)
+            is_covered_by_a_folder(&file, &needs)
         };
         let (read, write) = (Access::Read, Access::Write);
         assert!(comes("own/disk", "own/disk", write, read));

@@ -1,4 +1,4 @@
-//! Where things lie in guest physical memory and on the I/O port bus.
+//! The layout of guest physical memory and of the I/O port bus.
 //!
 //! ```text
 //! 0x0000_0000  RAM: boot structures (GDT, zero page or PVH start info, page tables, command line)
@@ -15,7 +15,7 @@ use config::limits::MAX_VIRTIO_DEVICES;
 pub const BOOT_GDT: u64 = 0x500;
 /// IDT of the boot vCPU (empty).
 pub const BOOT_IDT: u64 = 0x520;
-/// `hvm_start_info` of the PVH boot protocol, its module list and memory map behind it.
+/// `hvm_start_info` of the PVH boot protocol; its module list and memory map follow it.
 pub const PVH_START_INFO: u64 = 0x6000;
 /// `boot_params` (the zero page) of the Linux boot protocol.
 pub const ZERO_PAGE: u64 = 0x7000;
@@ -40,8 +40,8 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// End of the hole.
 pub const MMIO_HOLE_END: u64 = 0x1_0000_0000;
-/// Where memory beside RAM begins, each window of it anew: so that huge pages can map it, and nothing of a guest's RAM shares a
-/// memory block of its kernel's with it.
+/// The alignment of memory beside RAM, that is of each window: huge pages can map it, and no memory block of the
+/// guest's kernel has both RAM and a window in it.
 pub const WINDOW_ALIGNMENT: u64 = 1 << 30;
 /// First virtio-mmio device; each takes [`VIRTIO_MMIO_SIZE`] bytes.
 pub const VIRTIO_MMIO_START: u64 = 0xc000_1000;
@@ -64,16 +64,16 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042_PORT: u16 = 0x60;
 /// GSI of the i8042 keyboard.
 pub const I8042_GSI: u32 = 1;
-/// GSI of the event device that tells of a new generation ID: that of COM2, which there is not.
+/// GSI of the event device that notifies of a new generation ID. It is the GSI of COM2, which guests do not have.
 pub const GENERATION_GSI: u32 = 3;
 /// Index port of the CMOS RTC; the data port follows.
 pub const RTC_PORT: u16 = 0x70;
-/// pvpanic (ACPI `QEMU0001`): the guest tells that it panicked.
+/// pvpanic (ACPI `QEMU0001`): the guest reports that it panicked.
 pub const PVPANIC_PORT: u16 = 0x505;
 /// Sleep control, sleep status and reset registers of hardware-reduced ACPI: three one-byte ports
 /// (the FADT of `boot::acpi` names them).
 pub const ACPI_PM_PORT: u16 = 0x600;
-/// The boot timer: the guest tells that it has booted. A PC has its floppy disks there.
+/// The boot timer: the guest reports that it has booted. On a PC, this port is the floppy controller's.
 pub const BOOT_TIMER_PORT: u16 = 0x3f0;
 /// GSIs for virtio-mmio devices, in order of use.
 pub const VIRTIO_GSIS: [u32; MAX_VIRTIO_DEVICES] = [

@@ -1,10 +1,10 @@
-//! How the disk of a drive is opened, for a guest that starts and for one that is loaded.
+//! Opens the disk of a drive, for a guest that starts and for one that is loaded.
 
 use std::sync::Arc;
 
 use config::DriveConfig;
 
-/// Opens the disk of a drive as its guest is going to have it.
+/// Opens the disk of a drive with the options of its configuration.
 pub(crate) fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::OpenError> {
     let options = storage::OpenOptions {
         read_only: drive.is_read_only,

@@ -1,6 +1,8 @@
-//! What `coppice` does beside running guests: virtual disks, a view of all guests, an examination of the host, and the pages of its own command line.
+//! The commands of `coppice` that run no guest: virtual disks, a view of all guests, an examination of the host, and
+//! man pages and completions of the command line.
 //!
-//! None of it is part of a guest's process: it is linked into a program of its own, `coppice-tools`, which `coppice` executes.
+//! None of it is part of a guest's process: it is linked into a program of its own, `coppice-tools`, which `coppice`
+//! executes.
 
 pub mod disk_tool;
 pub mod doctor;

@@ -8,18 +8,18 @@ use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-/// Why a page is not there.
+/// Why a page cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
-    /// Standard output.
+    /// Standard output cannot be written to.
     #[error("the completions cannot be written")]
     Output(#[source] io::Error),
-    /// A file.
+    /// A file cannot be written.
     #[error("{}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }

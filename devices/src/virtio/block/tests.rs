@@ -564,7 +564,7 @@ fn kicks_and_completions_reach_the_device_through_its_events() {
 }
 
 #[test]
-fn the_driver_is_told_of_a_replaced_disk_if_it_is_of_the_same_kind() {
+fn the_driver_is_notified_of_a_replaced_disk_if_it_is_of_the_same_kind() {
     let mut device = device(FileDisk::new(false, SectorSize::B512), EngineKind::Auto);
     let mut larger = FileDisk::new(false, SectorSize::B512);
     Arc::get_mut(&mut larger).unwrap().geometry.size = 2 * DISK_SIZE;
@@ -622,7 +622,7 @@ fn the_configuration_space_is_laid_out_as_specified() {
 }
 
 #[test]
-fn a_request_on_memory_whose_file_was_cut_fails_and_is_told_of() {
+fn a_request_on_memory_whose_file_was_cut_fails_and_is_reported() {
     with_each_engine(|engine| {
         let memory = memory();
         let region = memory.iter().next().unwrap();
@@ -635,17 +635,17 @@ fn a_request_on_memory_whose_file_was_cut_fails_and_is_told_of() {
         window.map_file(0x1_2000, 4096, &file, 0).unwrap();
         file.set_len(0).unwrap();
         let mut device = device(FileDisk::new(false, SectorSize::B512), engine);
-        let told = Arc::new(AtomicUsize::new(0));
-        let count = told.clone();
+        let reported = Arc::new(AtomicUsize::new(0));
+        let count = reported.clone();
         device.on_fault(Arc::new(move || {
             count.fetch_add(1, Ordering::Relaxed);
         }));
         let mut driver = Driver::new(&memory, device, true);
         let read = driver.request(VIRTIO_BLK_T_IN, 0, (0x1_2000, 512, WRITE));
-        assert_eq!((read.0, told.load(Ordering::Relaxed)), (IOERR, 1));
+        assert_eq!((read.0, reported.load(Ordering::Relaxed)), (IOERR, 1));
         let written = driver.request(VIRTIO_BLK_T_OUT, 0, (0x1_2000, 512, 0));
-        assert_eq!((written.0, told.load(Ordering::Relaxed)), (IOERR, 2));
+        assert_eq!((written.0, reported.load(Ordering::Relaxed)), (IOERR, 2));
         let elsewhere = driver.request(VIRTIO_BLK_T_IN, 0, (DATA, 512, WRITE));
-        assert_eq!((elsewhere.0, told.load(Ordering::Relaxed)), (OK, 2));
+        assert_eq!((elsewhere.0, reported.load(Ordering::Relaxed)), (OK, 2));
     });
 }

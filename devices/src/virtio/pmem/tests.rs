@@ -22,7 +22,7 @@ const SIZE: u64 = 64 << 20;
 /// What no response is.
 const UNTOUCHED: u32 = 0x5a5a_5a5a;
 
-/// Counts its flushes, and fails as long as it is told to.
+/// Counts its flushes, and fails a number of them.
 #[derive(Default)]
 pub(super) struct Counting {
     flushes: AtomicUsize,
@@ -149,7 +149,7 @@ impl<'a> Driver<'a> {
 }
 
 #[test]
-fn the_configuration_says_where_the_memory_lies_and_is_not_written() {
+fn the_configuration_has_the_place_of_the_memory_and_is_read_only() {
     let mut device = device(None);
     let mut bytes = [0xff; 20];
     device.write_config(0, &[1; 16]);
@@ -180,7 +180,7 @@ fn memory_that_keeps_nothing_is_flushed_at_once() {
 }
 
 #[test]
-fn a_request_is_answered_when_its_flush_is_over_and_says_whether_it_failed() {
+fn a_request_completes_when_its_flush_is_over_with_the_status_of_the_flush() {
     let memory = memory();
     let backing = Arc::new(Counting::default());
     let mut driver = Driver::new(&memory, device(Some(backing.clone())));
@@ -252,7 +252,7 @@ fn a_pause_answers_what_was_taken_and_a_resumed_device_catches_up() {
 }
 
 #[test]
-fn a_reset_forgets_requests_and_the_flush_under_way_answers_nobody() {
+fn a_reset_forgets_requests_and_a_flush_in_progress_completes_none() {
     let memory = memory();
     let (begun, has_begun) = channel();
     let (go_on, may_go_on) = channel();

@@ -122,7 +122,7 @@ fn a_call_that_is_none_is_hung_up_on() {
         driver.turn();
         assert_eq!(program.read(&mut [0]).unwrap_or(0), 0, "{line:?}");
     }
-    // And one that says nothing stays, as long as there are few.
+    // A client that sends nothing stays, as long as there are few.
     let silent: Vec<_> = (0..8).map(|_| driver.call("CONN")).collect();
     driver.turn();
     let mut turned_away = driver.call("");
@@ -153,7 +153,7 @@ fn a_caller_that_does_not_wait_is_reset_where_the_guest_knows_of_it() {
 }
 
 #[test]
-fn what_cannot_be_is_reset_and_a_reset_is_not() {
+fn an_invalid_packet_is_answered_by_a_reset_and_a_reset_is_not() {
     let memory = memory();
     let mut driver = Driver::new(&memory);
     (0..16).for_each(|_| driver.give(0, 4096));
@@ -193,7 +193,7 @@ fn what_cannot_be_is_reset_and_a_reset_is_not() {
 }
 
 #[test]
-fn a_guest_has_the_room_that_it_was_told_of_and_no_more() {
+fn a_guest_has_the_credit_that_it_was_given_and_no_more() {
     let memory = memory();
     let (mut driver, mut program, key) = connected(&memory);
     let data = [9; 2048];
@@ -224,7 +224,7 @@ fn a_guest_has_the_room_that_it_was_told_of_and_no_more() {
     assert_eq!(got, sent);
     let last = driver.received().pop().unwrap().0;
     assert_eq!(last.op(), Some(Op::CreditUpdate));
-    // The rest is no news before it is half of the room.
+    // No credit update is sent before half of the buffer is free again.
     assert!(sent - (last.fwd_cnt.get() as usize) < 16 << 10);
     // A guest that sends without room loses the connection.
     let too_much = vec![0; 2048];
@@ -259,13 +259,13 @@ fn the_host_waits_for_the_room_of_the_guest_and_asks_for_it_once() {
     let (mut program, _) = listener.accept().unwrap();
     program.write_all(&[1; 25]).unwrap();
     driver.turn();
-    let said: Vec<_> = driver
+    let printed: Vec<_> = driver
         .received()
         .iter()
         .map(|(h, b)| (h.op().unwrap(), b.len()))
         .collect();
     assert_eq!(
-        said,
+        printed,
         [
             (Op::Response, 0),
             (Op::ReadWrite, 10),
@@ -274,18 +274,18 @@ fn the_host_waits_for_the_room_of_the_guest_and_asks_for_it_once() {
     );
     // It says that all, or more than all, has been read.
     driver.send(&small(Op::CreditUpdate, 10), &[]);
-    let said: Vec<_> = driver
+    let printed: Vec<_> = driver
         .received()
         .iter()
         .map(|(h, b)| (h.op().unwrap(), b.len()))
         .collect();
-    assert_eq!(said, [(Op::ReadWrite, 10), (Op::CreditRequest, 0)]);
+    assert_eq!(printed, [(Op::ReadWrite, 10), (Op::CreditRequest, 0)]);
     driver.send(&small(Op::CreditUpdate, 21), &[]);
     assert!(driver.received().is_empty());
 }
 
 #[test]
-fn a_guest_that_takes_no_answers_is_not_heard_until_it_does() {
+fn a_guest_that_takes_no_responses_is_not_served_until_it_does() {
     let memory = memory();
     let mut driver = Driver::new(&memory);
     let key = Key { guest: 1, host: 2 };
@@ -329,7 +329,7 @@ fn a_service_answers_and_ends_the_connection() {
 }
 
 #[test]
-fn a_paused_device_waits_and_a_restored_one_says_that_its_connections_are_gone() {
+fn a_paused_device_waits_and_a_restored_one_reports_that_its_connections_are_gone() {
     let memory = memory();
     let (mut driver, mut program, key) = connected(&memory);
     driver.device.pause();

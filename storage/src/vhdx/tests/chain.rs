@@ -85,7 +85,7 @@ fn a_chain_of_layers_with_blocks_of_every_size_reads_as_one_disk() {
 }
 
 #[test]
-fn a_child_whose_parent_changed_is_refused_with_both_identifiers_and_read_only_when_told() {
+fn a_child_whose_parent_changed_is_refused_with_both_identifiers_and_opened_read_only_by_option() {
     let folder = tempfile::tempdir().unwrap();
     let (base, child) = (
         folder.path().join("base.vhdx"),

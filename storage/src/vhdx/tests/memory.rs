@@ -1,4 +1,4 @@
-//! A file in memory that records what is done to it and fails when told to.
+//! A file in memory that records the operations on it, and fails on request.
 
 use std::collections::BTreeMap;
 use std::fs::File;

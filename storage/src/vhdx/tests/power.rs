@@ -27,7 +27,7 @@ const PLACES: [u64; 8] = [0, 1, 100, 101, 102, 103, 254, 255];
 /// Cuts of a normal run, at least.
 const CUTS: u64 = 10_000;
 
-/// A generator that is told by its seed.
+/// A generator that depends on its seed alone.
 #[derive(Clone)]
 struct Random(u64);
 

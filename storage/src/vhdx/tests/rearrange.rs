@@ -22,7 +22,7 @@ fn range(block: u64, count: u64) -> ByteRange {
     ByteRange::new(block * MIB, count * MIB).unwrap()
 }
 
-/// Cancels when it has been told of progress a number of times.
+/// Cancels after a number of reports of progress.
 struct Until(AtomicU64);
 
 impl Progress for Until {
@@ -191,7 +191,7 @@ fn a_disk_is_compacted_while_others_write_and_trim() {
 }
 
 #[test]
-fn who_has_requests_in_flight_and_begins_another_is_given_way() {
+fn a_user_with_requests_in_flight_may_begin_another() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk");
     Vhdx::create(&path, &small()).unwrap();

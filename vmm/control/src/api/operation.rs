@@ -1,4 +1,5 @@
-//! What an operation of a guest's REST API is: how it is asked for, what it takes and answers, and what the host daemon has to know of it.
+//! What an operation of a guest's REST API is: how it is asked for, what it takes and answers, and what the host daemon
+//! has to know of it.
 
 use super::description::{Answer, RequestBody};
 use super::handler::Handler;

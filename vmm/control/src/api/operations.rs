@@ -1,5 +1,5 @@
-//! The operations of a guest's REST API, in one table: the guest's process dispatches by it, the daemon passes requests on by it and records what is
-//! kept, and the `OpenAPI` document is made of it.
+//! The operations of a guest's REST API, in one table: the guest's process dispatches by it, the daemon passes requests
+//! on by it and records what is kept, and the `OpenAPI` document is made of it.
 
 use std::marker::PhantomData;
 
@@ -413,7 +413,8 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
     .life(LifeEffect::Loads),
 ];
 
-/// The operation that a request asks for, and the name in its path, empty where it has none. `None` where there is no such operation.
+/// The operation that a request asks for, and the name in its path, empty where it has none. `None` where there is no
+/// such operation.
 pub fn find_operation<'p>(
     method: &str,
     path: &'p str,

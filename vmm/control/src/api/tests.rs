@@ -226,7 +226,7 @@ fn a_guest_is_configured_started_and_ruled() {
 
 #[test]
 #[allow(clippy::too_many_lines, reason = "a table")]
-fn what_cannot_be_is_answered_with_a_fault_and_changes_nothing() {
+fn an_invalid_request_gets_a_fault_and_changes_nothing() {
     let bench = Bench::new();
     let disk = file(bench.folder.path(), "disk");
     assert_eq!(bench.put("/drives/a", &drive("a", &disk)).0, 204);
@@ -532,7 +532,7 @@ fn a_balloon_is_ruled_as_in_firecracker() {
     assert_eq!(bench.get("/balloon")["stats_polling_interval_s"], 2);
     let status = json!({"host_cmd": 0, "guest_cmd": null});
     assert_eq!(bench.get("/balloon/hinting/status"), status);
-    // The double has no driver: what is said of it comes after the body was understood.
+    // The double has no driver, which is reported only after the body was parsed.
     for body in ["", "{}", r#"{"acknowledge_on_stop": false}"#] {
         refused("PATCH", "/balloon/hinting/start", body, "no driver");
     }
@@ -588,9 +588,9 @@ fn bodies_over_the_limit_are_refused_however_they_come() {
             .0,
         413
     );
-    let told = "PUT /entropy HTTP/1.1\r\nHost: l\r\nContent-Length: 99999999999\r\n\r\n";
+    let reported = "PUT /entropy HTTP/1.1\r\nHost: l\r\nContent-Length: 99999999999\r\n\r\n";
     assert_eq!(
-        parse(&bench.raw(told.as_bytes())).0,
+        parse(&bench.raw(reported.as_bytes())).0,
         413,
         "before any of it is sent"
     );

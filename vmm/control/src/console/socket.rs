@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn who_comes_later_is_shown_the_last_output_and_then_the_rest() {
+    fn a_late_client_gets_the_last_output_and_then_the_rest() {
         let mut bench = Bench::new();
         bench.print(b"boot\n");
         let mut clients = [bench.client(), bench.client()];

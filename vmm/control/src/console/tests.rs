@@ -148,7 +148,7 @@ fn a_file_and_dev_null_are_read_to_their_end() {
 }
 
 #[test]
-fn keys_of_coppice_are_heard_before_the_guest_is_there_and_while_it_reads_nothing() {
+fn keys_of_coppice_work_before_the_guest_runs_and_while_it_reads_nothing() {
     let (master, slave) = pty();
     let raw = RawMode::enter(&slave).unwrap().unwrap();
     let mut bench = Bench::new(slave);

@@ -416,7 +416,7 @@ fn a_drive_of_a_running_guest_gets_another_file_or_keeps_its_own() {
 }
 
 #[test]
-fn what_is_done_to_the_disk_of_a_running_guest_is_seen_in_its_configuration() {
+fn a_changed_disk_of_a_running_guest_is_in_its_configuration() {
     let folder = tempfile::tempdir().unwrap();
     let calls = Calls::default();
     let mut control = running(folder.path(), &calls);
@@ -449,7 +449,7 @@ fn what_is_done_to_the_disk_of_a_running_guest_is_seen_in_its_configuration() {
             "cancel a".into()
         ]
     );
-    // Another file is not replaced by what a commit that is over has said.
+    // A commit that is over does not replace another file in the configuration.
     let after = folder.path().join("after");
     control.snapshot_drive("a", &after).unwrap();
     assert_eq!(control.config().drives[0].path_on_host, after);
@@ -596,7 +596,7 @@ fn a_snapshot_is_loaded_before_a_guest_is_configured_or_not_at_all() {
 }
 
 #[test]
-fn a_load_is_told_as_firecracker_has_it_and_unknown_fields_are_refused() {
+fn a_load_has_the_form_of_firecrackers_and_unknown_fields_are_refused() {
     let parse = |body: Value| serde_json::from_value::<LoadSnapshot>(body);
     let load = parse(json!({
         "snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "File"},

@@ -86,7 +86,7 @@ pub enum LogError {
     File {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// The subscriber of the log is gone.

@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_request_is_refused_and_no_more_of_it_kept() {
+    fn bytes_that_are_no_request_are_refused_and_not_kept() {
         let (head, _) = ask_of(false, "PUT /latest/api/token HTTP/1.1\r\n\r\n");
         assert!(head.starts_with("HTTP/1.1 405") && head.contains("Allow: GET"));
         assert_eq!(get("nothing", "").0, 400);

@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_changes_nothing() {
+    fn an_invalid_request_changes_nothing() {
         let mmds = Mmds::default();
         assert_eq!(mmds.get(), json!({}));
         assert!(matches!(

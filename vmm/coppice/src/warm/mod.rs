@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_mins(2);
 
 /// What became of a request for a reference image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Warmed {
+pub enum WarmOutcome {
     /// The image was there already.
     Kept(PathBuf),
     /// It was made.
@@ -82,7 +82,7 @@ fn failed(what: impl Into<String>) -> impl FnOnce(io::Error) -> WarmError {
 ///
 /// # Errors
 /// [`WarmError`]. An empty file is left behind for a kernel that does not boot to its end, and nothing else.
-pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
+pub fn warm(request: &WarmRequest) -> Result<WarmOutcome, WarmError> {
     let size = request.size.representative();
     let cpu = vm::cpu_model(size.vcpus)?;
     let mut initrd = tempfile::NamedTempFile::new().map_err(failed("make an initrd"))?;
@@ -107,7 +107,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     .path();
     match path.metadata() {
         Ok(metadata) if metadata.len() == 0 => return Err(WarmError::FailedBefore(path)),
-        Ok(_) => return Ok(Warmed::Kept(path)),
+        Ok(_) => return Ok(WarmOutcome::Kept(path)),
         Err(_) => {}
     }
     let mut cmdline = "quiet panic=-1 reboot=k".to_owned();
@@ -134,7 +134,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
     config.machine_config.mem_size_mib = size.mem_mib;
     config.machine_config.vcpu_count = size.vcpus;
     match boot_and_keep(&config, &path) {
-        Ok(pages) => Ok(Warmed::Made { path, pages }),
+        Ok(pages) => Ok(WarmOutcome::Made { path, pages }),
         Err(error @ (WarmError::End(_) | WarmError::Slow)) => {
             // Without the empty file, every later guest with this kernel would try again. No guest uses an empty image.
             File::create(&path).map_err(failed(path.display().to_string()))?;
@@ -149,7 +149,7 @@ pub fn warm(request: &WarmRequest) -> Result<Warmed, WarmError> {
 ///
 /// # Errors
 /// [`WarmError`].
-pub fn warm_when_told() -> Result<Option<Warmed>, WarmError> {
+pub fn warm_when_told() -> Result<Option<WarmOutcome>, WarmError> {
     let mut text = Vec::new();
     let read = io::stdin().read_to_end(&mut text);
     let request = read.and_then(|_| {
@@ -199,8 +199,8 @@ fn boot_and_keep(config: &VmConfig, path: &Path) -> Result<u64, WarmError> {
     kept
 }
 
-/// Writes the guest's own pages, each at its address. Pages of zeros are left out, except in the range of the kernel: from
-/// such a page a later guest learns beforehand that its kernel is going to write there.
+/// Writes the guest's own pages, each at its address. Pages of zeros are left out, except in the range of the kernel:
+/// from such a page a later guest learns beforehand that its kernel is going to write there.
 fn keep(machine: &Machine, path: &Path) -> Result<u64, WarmError> {
     let io = |source| failed(path.display().to_string())(source);
     let kernel = machine

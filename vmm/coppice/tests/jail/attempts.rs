@@ -1,4 +1,5 @@
-//! Ways out of a jail, or to do harm from within, as a guest would try them that has taken over its process: by system calls.
+//! Ways out of a jail, or to do harm from within, as a guest would try them that has taken over its process: by system
+//! calls.
 
 #![allow(
     clippy::cast_sign_loss,
@@ -46,8 +47,9 @@ const fn filtered(name: &'static str, run: fn(&Host) -> Tried) -> Attempt {
 
 fn call(number: c_long, arguments: [usize; 6]) -> Result<i64, i32> {
     let [first, second, third, fourth, fifth, sixth] = arguments;
-    // SAFETY: the pointers among the arguments are to memory that the callers keep through the call, long enough for what each call
-    // reads and writes, or null; no call changes a mapping that exists, and what would change the course of the process is to fail.
+    // SAFETY: the pointers among the arguments are to memory that the callers keep through the call, long enough for
+    // what each call reads and writes, or null; no call changes a mapping that exists, and what would change the course
+    // of the process is to fail.
     let result = unsafe { libc::syscall(number, first, second, third, fourth, fifth, sixth) };
     if result < 0 {
         Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(0))

@@ -1,7 +1,7 @@
 //! The jail, from within: what a guest process can reach, and what one gets that tries to get out.
 //!
-//! Each case is a process of its own, as it cannot leave the jail again: this test binary again, with words in its environment. It has one thread,
-//! as `coppice run` has when it is jailed.
+//! Each case is a process of its own, as it cannot leave the jail again: this test binary again, with words in its
+//! environment. It has one thread, as `coppice run` has when it is jailed.
 
 #![allow(clippy::unwrap_used, reason = "a test may end where it fails")]
 
@@ -24,7 +24,7 @@ use host::{Host, USER};
 const CASE: &str = "COPPICE_JAIL_CASE";
 const KIND: &str = "COPPICE_JAIL_KIND";
 const HOST: &str = "COPPICE_JAIL_HOST";
-/// What the child says is behind this: the test harness writes to standard output, too.
+/// The beginning of the line with the child's output: the test harness writes to standard output, too.
 const MARK: &str = "\u{1}";
 
 /// Who is jailed, and how.
@@ -36,7 +36,8 @@ enum Kind {
     RootUnfiltered,
     /// A user without privileges.
     Rootless,
-    /// A user without privileges on a host that makes no namespaces for users: as it is for a process that has threads already.
+    /// A user without privileges on a host that makes no namespaces for users: as it is for a process that has threads
+    /// already.
     Bare,
 }
 
@@ -88,7 +89,8 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
     jail::enter(&confinement, &config, &[]).unwrap()
 }
 
-/// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that ends.
+/// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that
+/// ends.
 fn become_single() {
     // SAFETY: the other thread of the process waits for this test to end, and holds nothing that the new process takes.
     let pid = unsafe { libc::fork() };
@@ -115,7 +117,7 @@ fn child() {
     }
     let report = enter(kind, &host);
     jail::seccomp::started(case == PORT).unwrap();
-    let said = if case == PORT {
+    let printed = if case == PORT {
         let connected = std::os::unix::net::UnixStream::connect(host.folder().join(PORT));
         json!({"report": report, "connected": connected.map_err(|error| error.to_string()).err()})
     } else if case == "look" {
@@ -130,7 +132,7 @@ fn child() {
             Err(errno) => json!({"refused": errno}),
         }
     };
-    println!("{MARK}{said}");
+    println!("{MARK}{printed}");
     // Until it has been looked at.
     let _ = std::io::stdin().read_to_end(&mut Vec::new());
     std::process::exit(0);
@@ -154,18 +156,19 @@ fn command(kind: Kind, host: &Host, case: &str) -> Command {
     command
 }
 
-fn said(text: &str) -> Option<Value> {
-    let (_, said) = text.split_once(MARK)?;
-    serde_json::from_str(said.lines().next()?).ok()
+fn printed_json(text: &str) -> Option<Value> {
+    let (_, printed) = text.split_once(MARK)?;
+    serde_json::from_str(printed.lines().next()?).ok()
 }
 
-/// What a process says of itself.
+/// The report of a process about itself.
 fn look() -> Value {
     let listed = std::fs::read_dir("/").is_ok();
     json!({"pid": std::process::id(), "lists_root": listed})
 }
 
-/// All that there is from the root folder of a process on, as one finds it who may see everything; but for what is below the process's own folder.
+/// All that there is from the root folder of a process on, as one finds it who may see everything; but for what is
+/// below the process's own folder.
 fn reachable(pid: u64) -> Vec<PathBuf> {
     fn walk(root: &Path, folder: &Path, found: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).unwrap().flatten() {
@@ -205,9 +208,11 @@ fn shows_only_what_was_given(kind: Kind, layers: &[&str], missing: &[&str]) {
         .spawn()
         .unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    let said = lines.map_while(Result::ok).find_map(|line| said(&line));
-    let said = said.unwrap_or_else(|| panic!("it says nothing: {:?}", child.wait()));
-    let pid = said["seen"]["pid"].as_u64().unwrap();
+    let printed = lines
+        .map_while(Result::ok)
+        .find_map(|line| printed_json(&line));
+    let printed = printed.unwrap_or_else(|| panic!("it says nothing: {:?}", child.wait()));
+    let pid = printed["seen"]["pid"].as_u64().unwrap();
     let found = reachable(pid);
     let read = |name| std::fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
     let (net, status) = (read("net/dev"), read("status"));
@@ -217,7 +222,7 @@ fn shows_only_what_was_given(kind: Kind, layers: &[&str], missing: &[&str]) {
         let list = value.as_array().unwrap().iter();
         list.map(|name| name.as_str().unwrap().to_owned()).collect()
     };
-    let report = &said["report"];
+    let report = &printed["report"];
     assert_eq!(names(&report["layers"]), layers, "{report}");
     let without: Vec<_> = report["missing"].as_array().unwrap().iter().collect();
     let without: Vec<_> = without.iter().map(|missing| &missing["layer"]).collect();
@@ -227,7 +232,7 @@ fn shows_only_what_was_given(kind: Kind, layers: &[&str], missing: &[&str]) {
         (&json!(USER), &json!(USER))
     );
 
-    let seen = &said["seen"];
+    let seen = &printed["seen"];
     let process = Path::new("/proc").join(pid.to_string());
     let devices = ["/dev/kvm", "/dev/null", "/dev/random", "/dev/urandom"].map(PathBuf::from);
     let mut given: Vec<_> = devices.into_iter().filter(|path| path.exists()).collect();
@@ -283,11 +288,11 @@ fn a_guest_process_connects_to_the_sockets_that_its_vsock_device_leads_to() {
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let said = said(&String::from_utf8_lossy(&output.stdout));
-        let said = said.unwrap_or_else(|| panic!("{output:?}"));
-        let layers = said["report"]["layers"].as_array().unwrap();
-        assert!(layers.contains(&json!("tree")), "{said}");
-        assert_eq!(said["connected"], Value::Null, "{said}");
+        let printed = printed_json(&String::from_utf8_lossy(&output.stdout));
+        let printed = printed.unwrap_or_else(|| panic!("{output:?}"));
+        let layers = printed["report"]["layers"].as_array().unwrap();
+        assert!(layers.contains(&json!("tree")), "{printed}");
+        assert_eq!(printed["connected"], Value::Null, "{printed}");
     }
 }
 
@@ -314,7 +319,7 @@ fn a_guest_process_of_root_finds_only_what_its_guest_needs() {
 }
 
 #[test]
-fn a_guest_process_of_a_user_finds_only_what_its_guest_needs_and_says_what_it_lacks() {
+fn a_guest_process_of_a_user_finds_only_what_its_guest_needs_and_reports_what_it_lacks() {
     if skip::unless_root() {
         let layers: Vec<_> = ["user_namespace"]
             .into_iter()
@@ -333,15 +338,15 @@ fn refused_by(kind: Kind, host: &Host, attempt: &Attempt) -> Result<String, Stri
         .unwrap();
     let stdout = String::from_utf8_lossy(&output.stdout);
     let stderr = String::from_utf8_lossy(&output.stderr);
-    match (output.status.code(), said(&stdout)) {
+    match (output.status.code(), printed_json(&stdout)) {
         (Some(148), None) => stderr
             .split("stopped system call ")
             .nth(1)
             .map(|call| format!("seccomp: {}", call.trim()))
             .ok_or_else(|| format!("it ended without a word: {stderr}")),
-        (Some(0), Some(said)) => match said["refused"].as_i64() {
+        (Some(0), Some(printed)) => match printed["refused"].as_i64() {
             Some(errno) => Ok(std::io::Error::from_raw_os_error(errno as i32).to_string()),
-            None => Err(format!("it got {}", said["got"])),
+            None => Err(format!("it got {}", printed["got"])),
         },
         _ => Err(format!("{:?}: {stderr}", output.status)),
     }

@@ -30,11 +30,13 @@ const CODE: [u8; 98] = [
 const ADDRESS: u64 = 0x10_0000;
 const CODE_AT: u64 = 0x1000;
 
-/// Keeps what is typed in the first byte above 4 GiB, where memory that is a disk begins, and in RAM. `g` has it print the one, `m` the other.
+/// Keeps what is typed in the first byte above 4 GiB, where memory that is a disk begins, and in RAM. `g` has it print
+/// the one, `m` the other.
 const OF_PMEM: [u8; 116] = [
     // mov edx, 0x3f8; mov al, 'u'; out dx, al
     0xba, 0xf8, 0x03, 0x00, 0x00, 0xb0, 0x75, 0xee,
-    // The tables of 4 to 5 GiB: mov rax, cr3; and rax, ~0xfff; mov rax, [rax]; and rax, ~0xfff; mov qword [rax + 32], 0x200003
+    // The tables of 4 to 5 GiB: mov rax, cr3; and rax, ~0xfff; mov rax, [rax]; and rax, ~0xfff; mov qword [rax + 32],
+    // 0x200003
     0x0f, 0x20, 0xd8, 0x48, 0x25, 0x00, 0xf0, 0xff, 0xff, 0x48, 0x8b, 0x00, 0x48, 0x25, 0x00, 0xf0,
     0xff, 0xff, 0x48, 0xc7, 0x40, 0x20, 0x03, 0x00, 0x20, 0x00,
     // mov ebx, 0x200000; mov rcx, 0x100000083; mov [rbx], rcx; mov rax, cr3; mov cr3, rax

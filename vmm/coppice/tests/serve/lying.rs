@@ -1,5 +1,6 @@
-//! A guest's process that lies: the test takes its place at the guest's socket, and answers the daemon as it likes. Nothing outside of the guest's folder
-//! may come of that, the guest's settings stay those of its operator, and the daemon goes on serving.
+//! A guest's process that lies: the test takes its place at the guest's socket, and answers the daemon as it likes.
+//! Nothing outside of the guest's folder may come of that, the guest's settings stay those of its operator, and the
+//! daemon goes on serving.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -148,7 +149,8 @@ fn answer(mut client: UnixStream, status: u16, body: &[u8]) {
     let _ = client.write_all(&[head.as_bytes(), length.as_bytes(), body].concat());
 }
 
-/// What the daemon is asked while the process lies: everything that makes it ask the process, or record something of the guest.
+/// What the daemon is asked while the process lies: everything that makes it ask the process, or record something of
+/// the guest.
 fn requests(daemon: &Daemon) -> Vec<(&'static str, &'static str, Value)> {
     let child = daemon.vm_folder("a").join("child.vhdx");
     vec![

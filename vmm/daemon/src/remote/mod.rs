@@ -291,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_whose_reads_are_mostly_unaligned_is_told_of() {
+    fn a_guest_whose_reads_are_mostly_unaligned_is_reported() {
         let mut report = json!({"mode": "all", "mostly_unaligned": false});
         assert_eq!(sharing(&report), "all");
         report["mostly_unaligned"] = json!(true);

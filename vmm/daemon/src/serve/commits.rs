@@ -2,7 +2,8 @@
 //! disk the guest has all the while.
 //!
 //! ```text
-//! disk and parent recorded ──> the guest's process merges ──> over: the guest's new disk recorded, commit off the record
+//! disk and parent recorded ──> the guest's process merges ──> over: the guest's new disk recorded,
+//!                                                                    commit off the record
 //! ```
 //!
 //! While the process runs, it is asked which disk that is. After its end the files tell, see [`DriveTask::Commit`]: a
@@ -129,10 +130,10 @@ impl Daemon {
         Ok(before)
     }
 
-    /// Whether a file that the guest's process names as the parent of a disk can become the disk of that drive, where the
-    /// guest is in a jail: it is the one that the operator gave the drive, or that a drive has had before, or lies in the
-    /// guest's folder, or below a path that the operator gives all guests. It is opened as any disk of the guest is, by
-    /// the guest's user.
+    /// Whether a file that the guest's process names as the parent of a disk can become the disk of that drive, where
+    /// the guest is in a jail: it is the one that the operator gave the drive, or that a drive has had before, or lies
+    /// in the guest's folder, or below a path that the operator gives all guests. It is opened as any disk of the guest
+    /// is, by the guest's user.
     fn can_be_base(&self, vm: &Vm, drive: &DeviceId, base: &Path) -> bool {
         let is_plain = base
             .components()

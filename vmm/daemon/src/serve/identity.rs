@@ -2,7 +2,8 @@
 //! and its metadata.
 //!
 //! ```text
-//! vm.json has the CID ──> config.json, or its LaunchSpec, has it too ──> metadata.json written at each start ──> process
+//! vm.json has the CID ──> config.json, or its LaunchSpec, has it too
+//!                     ──> metadata.json written at each start ──> process
 //! ```
 //!
 //! A clone is loaded as a guest with another CID. It learns that by its vsock device

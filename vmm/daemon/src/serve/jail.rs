@@ -2,7 +2,8 @@
 //! they may write to.
 //!
 //! ```text
-//! vm.json names user and group ──> group made ──> folder given to the user ──> process spawned, joins the group, is jailed
+//! vm.json names user and group ──> group made ──> folder given to the user
+//!                              ──> process spawned, joins the group, is jailed
 //! process ended ──> control group removed ──> folder removed
 //! ```
 //!
@@ -251,8 +252,8 @@ impl Jails {
         }
     }
 
-    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives its jail, if
-    /// it is to be in one.
+    /// Makes the control group and the folder ready for the process of a guest that is about to start. Gives its jail,
+    /// if it is to be in one.
     ///
     /// # Errors
     /// The host's error.
@@ -423,7 +424,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_told_of_its_jail_with_paths_from_its_folder() {
+    fn a_process_gets_its_jail_with_paths_from_its_folder() {
         let policy = JailPolicy {
             allow: vec!["/disks/a,b".into()],
             require_all: true,

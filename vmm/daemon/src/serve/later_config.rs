@@ -1,14 +1,16 @@
-//! The later settings of a guest: what the operator has changed over the guest's own API, as far as it is to outlive the guest's process. That is the
-//! guest's configuration and its metadata.
+//! The later settings of a guest: what the operator has changed over the guest's own API, as far as it is to outlive
+//! the guest's process. That is the guest's configuration and its metadata.
 //!
 //! ```text
-//! request ──> applied to the settings on record ──> passed on to the guest's process ── done ──> vm.json ──> response to the caller
+//! request ──> applied to the settings on record ──> passed on to the guest's process ── done
+//!         ──> vm.json ──> response to the caller
 //! ```
 //!
-//! So every change that a caller was told is done is in the settings that the guest is started with from then on, in whichever process. They are made of
-//! the operator's requests alone: the process is asked whether it has accepted a request, and never what its configuration is, since a guest may have
-//! taken it over. Where the process gives no answer, the request counts as accepted, as the operator has asked for it. Actions of the process (to pause, to
-//! save, to work on a disk) are not kept; the disks that a guest has after those are recorded by `pending` and `commits`.
+//! So every change that a caller was told is done is in the settings that the guest is started with from then on, in
+//! whichever process. They are made of the operator's requests alone: the process is asked whether it has accepted a
+//! request, and never what its configuration is, since a guest may have taken it over. Where the process gives no
+//! answer, the request counts as accepted, as the operator has asked for it. Actions of the process (to pause, to save,
+//! to work on a disk) are not kept; the disks that a guest has after those are recorded by `pending` and `commits`.
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -344,7 +344,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guests_are_told_apart_by_a_label_and_metrics_stay_together() {
+    fn guests_are_distinguished_by_a_label_and_metrics_stay_together() {
         let mut joined = Joined::default();
         let guest = |n: u8| {
             format!(

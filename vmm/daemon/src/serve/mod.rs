@@ -6,7 +6,8 @@
 //!                     │            ├─ waiting        a guest that is configured over its own API, and its start
 //!                     │            ├─ supervision    a guest's process: brought up, watched, started again
 //!                     │            │      └─ process ═══> coppice run (one a guest, outlives the daemon)
-//!                     │            ├─ pending, commits, later_config    operations and changes that outlive the process
+//!                     │            ├─ pending, commits,
+//!                     │            │  later_config   operations and changes that outlive the process
 //!                     │            └─ persist        the record on disk
 //!                     └── proxy, console ────────────> the guest's own sockets
 //! daemon    what the daemon owns: guests (vm), templates, images, jails, events, metrics, store

@@ -48,7 +48,7 @@ pub struct Launch<'a> {
     pub id: &'a str,
     /// Its folder, which the process works in.
     pub folder: &'a Path,
-    /// What it is told when it is released.
+    /// The launch specification that it gets when it is released.
     pub spec: &'a LaunchSpec,
 }
 
@@ -76,7 +76,7 @@ pub struct GatedProcess {
     pid: u32,
     fd: OwnedFd,
     gate: PipeWriter,
-    /// What it is told through its gate.
+    /// The launch specification that it gets through its gate.
     line: Vec<u8>,
     start_us: u64,
 }

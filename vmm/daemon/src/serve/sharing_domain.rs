@@ -1,8 +1,8 @@
 //! With whom a guest of the daemon shares pages, where its configuration does not say.
 //!
 //! Guests that share a page can learn by timing whether others have used it (Flush+Reload: Yarom and Falkner, USENIX
-//! Security 2014), and by mincore(2) whether it is in the page cache. So guests of different owners share nothing unless
-//! the daemon is told that they may.
+//! Security 2014), and by mincore(2) whether it is in the page cache. So guests of different owners share nothing
+//! unless the daemon is told that they may.
 
 use std::collections::BTreeMap;
 

@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_of_a_template_goes_and_a_whole_one_is_found() {
+    fn an_incomplete_template_is_removed_and_a_complete_one_is_found() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["half", "whole"] {
             fs::create_dir(folder.path().join(name)).unwrap();

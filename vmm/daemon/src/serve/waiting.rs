@@ -1,15 +1,17 @@
 //! A guest that waits to be configured over its own API, and how it starts.
 //!
 //! ```text
-//! configuring process ── InstanceStart ──> `later` and `pending.start` recorded ──> it ends ──> guest's process, jailed
-//!        ^                                                                                     │ cannot    │ answers
-//!        └─────────── started again, with the later configuration <───────────────────────────┘ start     └─> off the record
+//! configuring process ── InstanceStart ──> `later` and `pending.start` recorded ──> it ends
+//!        ^                                                                            │
+//!        │                                                                  guest's process, jailed
+//!        │                                                                   │ cannot     │ answers
+//!        └──────── started again, with the later configuration <─────────────┘ start      └─> off the record
 //! ```
 //!
 //! A jail allows what the guest's process needs of the host, which is not known before such a guest is configured. So
 //! its process at first is one that only takes configuration (`Purpose::Configure`): it never runs a guest, and is in
-//! no jail. When the guest starts, it gets another process, which has the whole configuration from its beginning. The next
-//! daemon that finds `pending.start` looks how far that came: the guest runs, or waits again.
+//! no jail. When the guest starts, it gets another process, which has the whole configuration from its beginning. The
+//! next daemon that finds `pending.start` looks how far that came: the guest runs, or waits again.
 
 use std::sync::Arc;
 use std::time::Instant;

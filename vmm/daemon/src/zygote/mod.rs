@@ -2,8 +2,9 @@
 //! Chromium call it.
 //!
 //! ```text
-//! coppice serve ── SOCK_SEQPACKET: arguments, descriptors ──> coppice zygote ── clone(CLONE_PARENT) ──> coppice run ...
-//!       └───────────────────────── its parent, as if it had started the process itself ────────────────────┘
+//! coppice serve ── SOCK_SEQPACKET: arguments, descriptors ──> coppice zygote
+//!       │                                                           │ clone(CLONE_PARENT)
+//!       └── its parent, as if it had started the process itself ──> coppice run ...
 //! ```
 //!
 //! A program that can be loaded at any address has some 200 KiB of pointers that are relocated when it is loaded, which

@@ -8,7 +8,7 @@ use procfs::process::{Process, Stat};
 
 use super::ProcError;
 
-/// The thread of Coppice that makes guests share what they have read.
+/// The name of the merger's thread, which makes guests share what they have read.
 const MERGER: &str = "share";
 
 fn duration(ticks: u64) -> Duration {
@@ -21,8 +21,8 @@ fn used(stat: &Stat) -> Duration {
     duration(stat.utime.saturating_add(stat.stime))
 }
 
-/// Reads something of a process. The name that a process gives itself is no text, if it so wishes: nothing here depends
-/// on it.
+/// Reads something of a process. The name that a process gives itself need not be UTF-8, and nothing here depends on
+/// it.
 fn read<T>(pid: u32, read: impl FnOnce(&Process) -> procfs::ProcResult<T>) -> Result<T, ProcError> {
     let path = PathBuf::from(format!("/proc/{pid}"));
     Process::new_with_root(path.clone())
@@ -46,7 +46,7 @@ fn failure(path: PathBuf, error: procfs::ProcError) -> ProcError {
     ProcError::Read { path, source }
 }
 
-/// When a process started, since boot. With its number, this tells it from every other process.
+/// When a process started, since boot. Its start and its number together identify a process.
 ///
 /// # Errors
 /// `Read`, `Malformed`.
@@ -68,7 +68,7 @@ pub fn of_process(pid: u32) -> Result<Duration, ProcError> {
 /// `Read`, `Malformed`.
 pub fn of_merger(pid: u32) -> Result<Duration, ProcError> {
     read(pid, |process| {
-        // A thread may end at any time.
+        // A thread may end at any time, so one that cannot be read is left out.
         let threads = process.tasks()?.filter_map(|task| task.ok()?.stat().ok());
         Ok(threads
             .filter(|stat| stat.comm == MERGER)
@@ -126,7 +126,7 @@ mod tests {
                 .spawn(move || {
                     let end = Instant::now() + Duration::from_millis(400);
                     let mut sums = [Duration::ZERO; 2];
-                    // On a busy machine it may take longer until there is something to count.
+                    // On a busy machine it may take longer until the thread has used any CPU time.
                     while Instant::now() < end || sums[1].is_zero() {
                         sums = [of_merger(pid).unwrap(), of_process(pid).unwrap()];
                     }

@@ -3,9 +3,9 @@
 /// A mapping of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MappedFile {
-    /// Device and inode: files of one name may be different ones.
+    /// Device and inode, because different files can have the same name.
     pub identity: (String, u64),
-    /// Its path, as the kernel tells it.
+    /// Its path, as the kernel reports it.
     pub path: String,
     /// Bytes that are mapped.
     pub bytes: u64,
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_mappings_of_files_are_told_and_paths_may_hold_spaces() {
+    fn only_mappings_of_files_are_returned_and_paths_may_have_spaces() {
         let text = "\
             55d0a8e00000-55d0a8e21000 r-xp 00001000 fe:01 1234                       /usr/bin/coppice\n\
             7f1240000000-7f1248000000 rw-p 00000000 00:00 0 \n\
@@ -46,12 +46,12 @@ mod tests {
             7ffc12345000-7ffc12366000 rw-p 00000000 00:00 0                          [stack]\n\
             not a mapping\n";
         let files = mapped_files(text);
-        let told: Vec<_> = files
+        let found: Vec<_> = files
             .iter()
             .map(|file| (file.path.as_str(), file.identity.1, file.bytes))
             .collect();
         assert_eq!(
-            told,
+            found,
             [
                 ("/usr/bin/coppice", 1234, 0x21000),
                 ("/disks/base,v1 .vhdx (deleted)", 99, 2 << 20)

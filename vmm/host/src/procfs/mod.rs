@@ -1,4 +1,4 @@
-//! What the kernel says of processes, in `/proc`: their memory, the files that they map, and their CPU time.
+//! Processes in `/proc`: their memory, the files that they map, and their CPU time.
 //!
 //! `stat` is read with the crate `procfs`. `maps` and `smaps` are not: for each mapping of `smaps` the crate makes a
 //! map of two dozen strings, which is 20 MiB for a guest whose memory is in 10,000 pieces where this module takes 0.7;
@@ -16,15 +16,15 @@ pub use cpu::{of_merger, of_process, start_of};
 pub use maps::{MappedFile, mapped_files};
 pub use smaps::{Mapping, Usage, guest_ram, parse, split};
 
-/// Why nothing can be said of a process.
+/// Why a process cannot be examined.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcError {
-    /// It has ended, or is another user's.
+    /// The process has ended, or is another user's.
     #[error("cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// A file of the kernel is not as expected.
@@ -32,7 +32,7 @@ pub enum ProcError {
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What it was to hold.
+        /// What should be in it.
         expected: &'static str,
     },
 }
@@ -42,7 +42,7 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> ProcError {
     move |source| ProcError::Read { path, source }
 }
 
-/// A file of a process, by the name it has in its folder.
+/// Reads a file of a process, by its name in the process's folder.
 ///
 /// # Errors
 /// `Read`.
@@ -59,7 +59,7 @@ pub fn mappings(pid: u32) -> Result<Vec<Mapping>, ProcError> {
     Ok(parse(&read(pid, "smaps")?))
 }
 
-/// All memory of a process.
+/// The memory of a process, all mappings together.
 ///
 /// # Errors
 /// `Read`.

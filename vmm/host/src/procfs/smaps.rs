@@ -7,18 +7,18 @@ use std::ops::Range;
 pub struct Usage {
     /// In the process's page tables.
     pub resident: u64,
-    /// The process's share of that, where others have part in it.
+    /// The process's share of that: pages that others map, too, are divided by the number of processes (Pss).
     pub proportional: u64,
-    /// Nobody else's.
+    /// Mapped by no other process.
     pub private: u64,
-    /// Others' as well.
+    /// Mapped by other processes, too.
     pub shared: u64,
-    /// Of no file.
+    /// Of no file (anonymous memory).
     pub anonymous: u64,
 }
 
 impl Usage {
-    /// What a line of `smaps` or `smaps_rollup` adds.
+    /// Adds a line of `smaps` or `smaps_rollup`.
     fn add_line(&mut self, line: &str) {
         let mut words = line.split_whitespace();
         let (name, value) = (words.next(), words.next());
@@ -57,11 +57,12 @@ impl Usage {
 pub struct Mapping {
     /// Addresses in the process.
     pub range: Range<u64>,
-    /// Readable, writable, not executable, private: what guest RAM is.
+    /// Whether it is readable, writable, not executable and private, as guest RAM is.
     is_data: bool,
-    /// Not counted against what the host may promise (`nr` of `VmFlags`): Coppice asks so for all of guest RAM, and for nothing else.
+    /// Whether it is not accounted as committed memory (`nr` of `VmFlags`, `MAP_NORESERVE`). Coppice maps guest RAM so,
+    /// and nothing else.
     is_unreserved: bool,
-    /// What it takes.
+    /// The memory that it takes.
     pub usage: Usage,
 }
 
@@ -96,9 +97,9 @@ pub fn parse(text: &str) -> Vec<Mapping> {
     mappings
 }
 
-/// Where guest RAM of `bytes` is: a run of mappings that touch each other, alike in kind, and are as large together. Sharing cuts guest RAM into many
-/// mappings, anonymous ones and ones of files, and what lies before or behind may touch it; of several such runs, guest RAM is the one in
-/// use.
+/// Finds guest RAM of `bytes` bytes: a run of adjacent mappings of the same kind, which have this size together.
+/// Sharing cuts guest RAM into many mappings, anonymous ones and ones of files, and other mappings may be adjacent to
+/// it. Of several such runs, guest RAM is the one that is used most.
 pub fn guest_ram(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
     let run = |first: usize| {
         let rest = mappings.get(first..)?;
@@ -126,7 +127,7 @@ pub fn guest_ram(mappings: &[Mapping], bytes: u64) -> Option<Range<u64>> {
         .map(|(_, range)| range)
 }
 
-/// What the mappings inside `ram` use, and what all others do.
+/// The memory of the mappings inside `ram`, and that of all others.
 pub fn split(mappings: &[Mapping], ram: &Range<u64>) -> (Usage, Usage) {
     let (mut inside, mut beside) = (Usage::default(), Usage::default());
     for mapping in mappings {
@@ -173,7 +174,7 @@ mod tests {
     const STACK: &str = "rd wr mr mw me ac sd";
     const BASE: u64 = 0x7f12_4000_0000;
 
-    /// Guest RAM of 128 MiB in five pieces, a thread's stack right before it, a library right behind.
+    /// Guest RAM of 128 MiB in five pieces, with a thread's stack right before it and a library right after it.
     fn shared_guest() -> String {
         let at = |mib: u64| BASE + mib * MIB;
         [
@@ -218,7 +219,7 @@ mod tests {
     fn guest_ram_is_found_whole_in_however_many_pieces() {
         let mappings = parse(&shared_guest());
         assert_eq!(mappings.len(), 9);
-        // A stack of 2 MiB and all but the last piece are as large.
+        // A stack of 2 MiB and all pieces but the last have the same size together.
         let ram = guest_ram(&mappings, 128 * MIB).unwrap();
         assert_eq!(ram, BASE..BASE + 128 * MIB);
         let (inside, beside) = split(&mappings, &ram);
@@ -266,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rollup_is_the_sum_that_the_kernel_made() {
+    fn a_rollup_is_read_as_the_sum_of_all_mappings() {
         let text = mapping(BASE, BASE + MIB, "---p", "[rollup]", 300, 20, "");
         let usage = Usage::of_rollup(&text);
         assert_eq!(
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_adds_up_to_what_its_rollup_says() {
+    fn the_mappings_of_this_process_add_up_to_its_rollup() {
         let read = |name| std::fs::read_to_string(format!("/proc/self/{name}")).unwrap();
         let (mappings, rollup) = (
             parse(&read("smaps")),
@@ -284,7 +285,7 @@ mod tests {
         );
         let (inside, beside) = split(&mappings, &(0..0));
         assert_eq!(inside, Usage::default());
-        // Other tests allocate meanwhile.
+        // Other tests allocate at the same time.
         assert!(beside.resident.abs_diff(rollup.resident) < 64 << 10);
     }
 }

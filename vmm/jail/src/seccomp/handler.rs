@@ -1,4 +1,5 @@
-//! The handler of `SIGSYS`, and what it may touch: atomics, and system calls that are safe in a signal handler (signal-safety(7)).
+//! The handler of `SIGSYS`. It uses nothing but atomics, and system calls that are safe in a signal handler
+//! (signal-safety(7)).
 
 use std::ffi::c_int;
 use std::io;
@@ -21,20 +22,20 @@ const NAME_LEN: usize = 16;
 /// The file of the log, where there is one.
 static LOG: AtomicI32 = AtomicI32::new(-1);
 
-/// What a filter stops is also written to this descriptor, which stays open.
+/// Sets a descriptor that a stopped system call is also written to. The descriptor has to stay open.
 pub fn log_to(fd: RawFd) {
     LOG.store(fd, Ordering::SeqCst);
 }
 
-/// Has a system call that a filter stops end the process.
+/// Installs the handler, so that a system call that a filter stops ends the process.
 pub(super) fn install() -> io::Result<()> {
     let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_stopped;
     // SAFETY: all zeros are a value of `sigaction`: no signal blocked, no flags.
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = handler as libc::sighandler_t;
     action.sa_flags = libc::SA_SIGINFO;
-    // SAFETY: `action` is initialised and lives through the call, and the handler is safe in any context that the signal may come in; the
-    // old action is not asked for.
+    // SAFETY: `action` is initialised and lives through the call, and the handler is safe in any context that the
+    // signal may come in; the old action is not asked for.
     let set = unsafe { libc::sigaction(libc::SIGSYS, &raw const action, ptr::null_mut()) };
     if set == 0 {
         Ok(())
@@ -43,7 +44,7 @@ pub(super) fn install() -> io::Result<()> {
     }
 }
 
-/// A line of text that takes no memory but its own.
+/// A line of text in a buffer of its own, as a signal handler must not allocate.
 struct Line {
     bytes: [u8; 160],
     len: usize,
@@ -94,8 +95,8 @@ fn line(thread: &[u8], number: u32) -> Line {
 }
 
 extern "C" fn on_stopped(signal: c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` of 128 bytes that is valid until the handler returns. Its bytes at `SI_SYSCALL`
-    // are initialised whatever raised the signal; they count only where a filter raised it.
+    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` of 128 bytes that is valid until the handler returns. Its
+    // bytes at `SI_SYSCALL` are initialised whatever raised the signal; they are used only where a filter raised it.
     let (code, number) = unsafe {
         (
             (*info).si_code,
@@ -108,7 +109,7 @@ extern "C" fn on_stopped(signal: c_int, info: *mut libc::siginfo_t, _context: *m
         // SAFETY: PR_GET_NAME writes `TASK_COMM_LEN` bytes, which `name` has.
         unsafe { libc::prctl(libc::PR_GET_NAME, name.as_mut_ptr()) };
         let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
-        // A thread that holds the terminal is left to that; what it takes otherwise is an ioctl.
+        // Restoring the terminal is one ioctl. Where another thread is restoring it, this one does not wait for that.
         restore_terminal();
         let line = line(name, number);
         line.write(libc::STDERR_FILENO);
@@ -119,8 +120,8 @@ extern "C" fn on_stopped(signal: c_int, info: *mut libc::siginfo_t, _context: *m
         // SAFETY: `_exit` takes any number and does not return.
         unsafe { libc::_exit(exit::SECCOMP.into()) };
     }
-    // Sent by a process: it ends this one, as it would by default.
-    // SAFETY: `_exit` takes any number and does not return.
+    // The signal was sent by a process, so it ends this process, as it does by default. SAFETY: `_exit` takes any
+    // number and does not return.
     unsafe { libc::_exit(c_int::from(exit::SIGNAL_BASE) + signal) };
 }
 

@@ -1,7 +1,7 @@
-//! Which system calls the process can make.
+//! Filters of system calls.
 //!
-//! The policies are `resources/seccomp/*.json`, compiled when this is built. A filter is inherited by every thread that is started later, and no
-//! thread can get rid of one:
+//! The policies are `resources/seccomp/*.json`, which the build compiles. Threads inherit the filters of the thread
+//! that starts them, and no thread can remove a filter:
 //!
 //! ```text
 //! main thread, before any other ── main ── absent ── a rule about this process ──> every thread
@@ -9,12 +9,14 @@
 //!                                                               each vCPU: vcpu
 //! ```
 //!
-//! `main` lists what a guest process needs in its life. `started` takes away what only building a guest needs: making rings of `io_uring`, whose
-//! operations no filter sees; `unconnected`, to connect to a socket, which a guest with a vsock device goes on doing. `vcpu` lists what a thread needs
-//! that runs the guest's accesses, so no file can be opened there.
-//! `absent` says of a system call that the kernel does not have it, for the C library to do without.
+//! `main` lists the system calls that a guest process needs in its life. `started` forbids those that only building a
+//! guest needs: to make rings of `io_uring`, whose operations no filter sees. `unconnected` forbids to connect to a
+//! socket, which only a guest with a vsock device needs to do later. `vcpu` lists the system calls of a thread that
+//! serves the guest's accesses, so that no file can be opened there. `absent` has a system call fail as if the kernel
+//! did not have it, so that the C library does without.
 //!
-//! What is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the process.
+//! A system call that is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the
+//! process.
 
 mod handler;
 
@@ -37,7 +39,7 @@ mod tables {
     include!(concat!(env!("OUT_DIR"), "/seccomp.rs"));
 }
 
-/// What becomes of a system call that is not in the policy.
+/// What happens at a system call that is not in the policy.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum, utoipa::ToSchema,
 )]
@@ -46,19 +48,19 @@ pub enum SeccompMode {
     /// There is no filter.
     #[default]
     Off,
-    /// The kernel logs it (audit, dmesg), and it is done.
+    /// The kernel logs it (audit, dmesg), and executes it.
     Log,
     /// It ends the process, which names it.
     Kill,
 }
 
-/// The mode of this process, for the filters that come later.
+/// The mode of this process, for filters that are added later.
 static MODE: AtomicU8 = AtomicU8::new(0);
 
-/// Whether what building a guest needs has been taken away.
+/// Whether the system calls that only building a guest needs are forbidden already.
 static STARTED: AtomicBool = AtomicBool::new(false);
 
-/// Whether this process can still build a guest: not where one failed to start after [`started`].
+/// Whether this process can still build a guest. It cannot if a guest failed to start after [`started`].
 pub fn can_build() -> bool {
     !STARTED.load(Ordering::SeqCst)
 }
@@ -71,7 +73,8 @@ fn mode() -> SeccompMode {
     }
 }
 
-/// Filters this thread, and all that it starts from now on. Called once, by the only thread of the process.
+/// Filters this thread, and all threads that it starts from now on. To be called once, by the only thread of the
+/// process.
 ///
 /// # Errors
 /// Where the kernel has no filters, or no signal handler can be set.
@@ -92,7 +95,8 @@ pub fn enter(wanted: SeccompMode) -> io::Result<()> {
     Ok(())
 }
 
-/// Signals go to threads of this process alone, which has its number only now.
+/// A filter that allows signals to threads of this process alone. It is compiled now, because only now the number of
+/// the process is known.
 fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
     let elsewhere = SeccompCondition::new(
         0,
@@ -118,8 +122,8 @@ fn own_process(mode: SeccompMode) -> io::Result<BpfProgram> {
         .map_err(io::Error::other)
 }
 
-/// Takes away what only building a guest needs, from every thread; before a vCPU has run. Nothing where the process is not filtered. One whose
-/// guest `connects` to sockets of the host can go on doing that.
+/// Forbids the system calls that only building a guest needs, in every thread, before a vCPU has run. A process whose
+/// guest `connects` to sockets of the host may still connect. Does nothing where the process is not filtered.
 ///
 /// # Errors
 /// Where the kernel refuses.
@@ -136,7 +140,7 @@ pub fn started(connects: bool) -> io::Result<()> {
     apply_filter_all_threads(program).map_err(io::Error::other)
 }
 
-/// Leaves this thread what a vCPU needs. Nothing where the process is not filtered.
+/// Limits this thread to the system calls that a vCPU needs. Does nothing where the process is not filtered.
 ///
 /// # Errors
 /// Where the kernel refuses.

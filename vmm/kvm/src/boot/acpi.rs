@@ -28,13 +28,14 @@ const OEM_ID: [u8; 6] = *b"COPPIC";
 const OEM_TABLE_ID: [u8; 8] = *b"COPPICVM";
 const OEM_REVISION: u32 = 1;
 
-/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): an i8042 is there, VGA is not; the clear "CMOS RTC not present" bit says that the RTC is.
+/// `IAPC_BOOT_ARCH` (ACPI 6.5, table 5.11): the guest has an i8042, and no VGA. It has an RTC, so the bit "CMOS RTC not
+/// present" stays clear.
 const IAPC_8042: u16 = 1 << 1;
 const IAPC_NO_VGA: u16 = 1 << 2;
 /// Register of the CMOS RTC that holds the century.
 const RTC_CENTURY: u8 = 0x32;
 
-/// The notification that the generation ID has changed.
+/// The value of the notification that the generation ID has changed.
 const GENERATION_CHANGED: u8 = 0x80;
 
 /// Size in bytes of the header that every table but the RSDP starts with.
@@ -94,7 +95,7 @@ pub(super) fn build(
     Ok(address)
 }
 
-/// Puts tables one behind the other.
+/// Writes tables to guest memory, one after the other.
 struct Writer<'a> {
     memory: &'a GuestMemory,
     next: u64,
@@ -134,7 +135,7 @@ fn fadt(dsdt: u64) -> FADTBuilder {
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::Headless)
-        // There is neither a fixed nor a control-method button: set bits say "not fixed hardware".
+        // The guest has no power button and no sleep button: the set bits mean "not fixed hardware".
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Wbinvd);
@@ -168,7 +169,7 @@ const ISA_DEVICES: [IsaDevice; 3] = [
         ports: &[(layout::I8042_PORT, 1), (layout::I8042_PORT + 4, 1)],
         gsi: Some(layout::I8042_GSI),
     },
-    // No interrupt: the RTC tells the time and nothing else.
+    // The RTC has no interrupt, because it only reports the time.
     IsaDevice {
         name: "RTC_",
         id: "PNP0B00",
@@ -197,7 +198,7 @@ fn dsdt(virtio: &[MmioDevice]) -> Vec<u8> {
 }
 
 fn interrupt(gsi: u32) -> Interrupt {
-    // Consumer, edge-triggered, active high, exclusive: how KVM's irqfd raises it.
+    // The interrupt is a consumer's, edge-triggered, active high and exclusive, as KVM's irqfd raises it.
     Interrupt::new(true, true, false, false, gsi)
 }
 
@@ -241,8 +242,8 @@ fn pvpanic(sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
-/// The generation ID of the VM (Microsoft, Virtual Machine Generation ID), by the names that QEMU's has, and the event device that notifies of a new
-/// one (ACPI 6.5, 5.6.9).
+/// The generation ID of the VM (Microsoft, Virtual Machine Generation ID), with the names of QEMU's device, and the
+/// event device that notifies of a new ID (ACPI 6.5, 5.6.9).
 fn generation_id(sink: &mut Vec<u8>) {
     // Microsoft's name for the device; drivers look for it in either case.
     let name = "VM_Gen_Counter";

@@ -13,12 +13,12 @@ use super::BootError;
 
 /// `header`, at 0x202: "`HdrS`".
 pub(super) const MAGIC: [u8; 4] = *b"HdrS";
-/// Where [`MAGIC`] stands in the file.
+/// Offset of [`MAGIC`] in the file.
 pub(super) const MAGIC_OFFSET: u64 = 0x202;
 
 const SETUP_HEADER_OFFSET: u64 = 0x1f1;
 const BOOT_FLAG: u16 = 0xaa55;
-/// 2.12: `xloadflags`, and with it the 64-bit entry point.
+/// Version 2.12 has `xloadflags`, and with it the 64-bit entry point.
 const MIN_VERSION: u16 = 0x020c;
 /// `loadflags`: the protected-mode code loads high.
 const LOADED_HIGH: u8 = 1 << 0;

@@ -1,10 +1,10 @@
-//! The compressions that kernels come in, told by their first bytes and undone as a stream.
+//! The compressions of kernels: recognised by their first bytes, and unpacked as a stream.
 
 use std::io::{self, BufRead, Read, Write};
 
 /// The block size of the LZ4 legacy frame (LZ4 frame format, "Legacy frame").
 const LZ4_LEGACY_BLOCK: usize = 8 << 20;
-/// Memory that an XZ stream may ask for: twice what `xz -9` needs.
+/// Memory that an XZ stream may need: twice as much as those of `xz -9`.
 const XZ_MEMORY: u64 = 128 << 20;
 /// Window of a zstd frame, as a power of two: that of `zstd -22 --ultra`, which kernels are built with.
 const ZSTD_WINDOW_LOG: u32 = 27;
@@ -14,15 +14,15 @@ const ZSTD_WINDOW_LOG: u32 = 27;
 pub(super) enum Compression {
     Gzip,
     Xz,
-    /// The legacy frame, in which kernels are built.
+    /// The legacy frame, which the kernel's build uses.
     Lz4Legacy,
-    /// The frame of today's tools.
+    /// The frame of current tools.
     Lz4,
     Zstd,
 }
 
 impl Compression {
-    /// Tells the compression by the first bytes.
+    /// Recognises the compression by the first bytes.
     pub(super) fn of(start: &[u8]) -> Option<Self> {
         const MAGICS: [(&[u8], Compression); 5] = [
             (b"\x1f\x8b", Compression::Gzip),
@@ -37,7 +37,7 @@ impl Compression {
             .map(|(_, compression)| *compression)
     }
 
-    /// The name of a compression that kernels can have and that is not undone here.
+    /// The name of a compression that kernels can have, and that cannot be unpacked here.
     pub(super) fn unsupported(start: &[u8]) -> Option<&'static str> {
         const MAGICS: [(&[u8], &str); 3] = [
             (b"BZh", "bzip2"),
@@ -59,8 +59,8 @@ impl Compression {
         }
     }
 
-    /// Unpacks the one stream that `packed` starts with. Behind it may stand four bytes, the length of the kernel, as the payload of
-    /// a bzImage has them.
+    /// Unpacks the one stream that `packed` starts with. Four bytes may follow it, the length of the kernel, as in the
+    /// payload of a bzImage.
     pub(super) fn decode(self, packed: impl BufRead, out: &mut impl Write) -> io::Result<()> {
         match self {
             Self::Gzip => copy(flate2::bufread::GzDecoder::new(packed), out),
@@ -84,7 +84,7 @@ fn copy(mut decoder: impl Read, out: &mut impl Write) -> io::Result<()> {
     io::copy(&mut decoder, out).map(drop)
 }
 
-/// A magic number, then blocks, each behind its compressed length.
+/// Unpacks a legacy frame: a magic number, then blocks, each after its compressed length.
 fn decode_lz4_legacy(mut packed: impl BufRead, out: &mut impl Write) -> io::Result<()> {
     let mut word = [0; 4];
     packed.read_exact(&mut word)?;
@@ -93,7 +93,7 @@ fn decode_lz4_legacy(mut packed: impl BufRead, out: &mut impl Write) -> io::Resu
     while !packed.fill_buf()?.is_empty() {
         packed.read_exact(&mut word)?;
         if packed.fill_buf()?.is_empty() {
-            // The length of the kernel: no block follows.
+            // This is the length of the kernel, after which no block follows.
             break;
         }
         let len = u32::from_le_bytes(word) as usize;
@@ -153,7 +153,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn every_compression_is_told_and_undone() {
+    fn every_compression_is_recognised_and_unpacked() {
         for (compression, bytes) in packed(&content()) {
             assert_eq!(Compression::of(&bytes), Some(compression));
             assert_eq!(decode(compression, &bytes).unwrap(), content());

@@ -1,7 +1,8 @@
 //! ELF `vmlinux`: which bytes of the file go where in guest memory, and where execution starts.
 //!
-//! Parsed here rather than by linux-loader, because the ranges are wanted as values (what is read today can be mapped) and because
-//! an error is to say which field is wrong. Fields: System V ABI, chapter 4; the PVH note: Xen, `elfnote.h`.
+//! The file is parsed here rather than by linux-loader, because the ranges are needed as values, so that they can be
+//! mapped instead of read, and because an error should name the field that is wrong. Fields: System V ABI, chapter 4;
+//! the PVH note: Xen, `elfnote.h`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -22,11 +23,11 @@ const MACHINE_X86_64: u16 = 62;
 const MAX_PROGRAM_HEADERS: u16 = 64;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
-/// Flag of a segment that is written to.
+/// Flag of a segment that the kernel writes to.
 const PF_W: u32 = 2;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: the PVH entry point.
 const PHYS32_ENTRY: u32 = 18;
-/// A note segment is read whole.
+/// The longest note segment: it is read into memory as a whole.
 const MAX_NOTES: u64 = 64 << 10;
 
 #[derive(FromBytes, Immutable, KnownLayout)]
@@ -81,7 +82,7 @@ pub struct LoadSegment {
     pub guest_address: GuestAddress,
     /// Bytes in guest memory; those past `file_len` are zero.
     pub mem_len: u64,
-    /// Whether the kernel writes there as it runs, by the segment's flags.
+    /// Whether the kernel writes to it while it runs, by the segment's flags.
     pub is_writable: bool,
 }
 

@@ -6,7 +6,7 @@ use vm_memory::GuestMemoryError;
 
 use crate::layout::HIGH_RAM_START;
 
-/// Each names the file or the structure at fault, and what was expected of it.
+/// Why a guest cannot be booted. Each variant names the file or the structure at fault, and what was expected of it.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// A file cannot be opened or read.
@@ -18,7 +18,7 @@ pub enum BootError {
         role: &'static str,
         /// Open or read.
         action: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
     /// The path names no regular file.
@@ -57,7 +57,7 @@ pub enum BootError {
         /// What was expected and what was found.
         expected: String,
     },
-    /// A compression that is not undone here.
+    /// The kernel is compressed in a way that cannot be unpacked here.
     #[error("{}: the kernel is compressed by {compression}; gzip, xz, lz4 and zstd are understood", path.display())]
     Compression {
         /// The file.
@@ -116,7 +116,7 @@ pub enum BootError {
         path: PathBuf,
         /// Its size in bytes.
         size: u64,
-        /// Bytes there are.
+        /// The bytes that there are.
         room: u64,
     },
     /// The command line is longer than the kernel takes.
@@ -126,7 +126,7 @@ pub enum BootError {
     CmdlineTooLong {
         /// Its length in bytes.
         len: usize,
-        /// Most, in bytes.
+        /// The longest that it takes, in bytes.
         max: usize,
     },
     /// The command line holds a zero byte.
@@ -135,7 +135,7 @@ pub enum BootError {
     /// Too many devices for the ACPI area.
     #[error("the ACPI tables of all devices do not fit into {room} bytes; use fewer devices")]
     AcpiTooLarge {
-        /// Bytes there are.
+        /// The bytes that there are.
         room: u64,
     },
     /// Guest memory does not hold a boot structure.

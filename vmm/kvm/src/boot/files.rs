@@ -14,7 +14,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::BootError;
 use super::elf::LoadSegment;
 
-/// Opens a regular file for reading, without waiting for whatever else the path may name.
+/// Opens a regular file for reading. Does not block if the path names a FIFO or a device.
 pub(super) fn open_file(path: &Path, role: &'static str) -> Result<(File, u64), BootError> {
     let error = |action| {
         move |source| BootError::File {
@@ -39,8 +39,8 @@ pub(super) fn open_file(path: &Path, role: &'static str) -> Result<(File, u64), 
     Ok((file, metadata.len()))
 }
 
-/// Reads a range of a file into guest memory, but for its holes: RAM is zero before the guest runs, and a page that is not written
-/// costs the host nothing.
+/// Reads a range of a file into guest memory, except for its holes: RAM is zero before the guest runs, and a page that
+/// is not written takes no memory of the host.
 pub(super) fn copy(
     memory: &GuestMemory,
     path: &Path,
@@ -66,8 +66,8 @@ pub(super) fn copy(
     Ok(())
 }
 
-/// Maps the whole pages of a range of a file, which does not change, into guest memory, and reads the rest; reads all of it where the pages of
-/// the file are not pages of the guest.
+/// Maps the whole pages of a range of an immutable file into guest memory, and reads the rest. Reads all of it where
+/// the pages of the file are not aligned to the guest's.
 pub(super) fn share(
     memory: &GuestMemory,
     shared: &SharedMemory,
@@ -138,7 +138,7 @@ mod tests {
             file_len: mib + 5,
             ..segment
         };
-        // The file's end is as a hole: a file is checked against its length before.
+        // The end of the file is treated as a hole, because segments were checked against the file's length before.
         copy(&memory, path, "kernel", &sparse, &too_long).unwrap();
     }
 }

@@ -1,7 +1,8 @@
-//! The runtime form of an initrd: the files that a guest will make of it, each from a page on.
+//! The files of an initrd, as a guest unpacks them: each begins at a page.
 //!
-//! A guest unpacks its initrd into pages of its own, wherever it has some, and runs from them: the same bytes in every guest. In this form they lie as
-//! they do in the guest's page cache, whole pages and the last filled up with zeros, so that they can be mapped in the place of those.
+//! A guest unpacks its initrd into pages of its own, at any address, and runs from them, so that every guest has the
+//! same bytes. In this file they are arranged as in the guest's page cache, in whole pages of which the last is filled
+//! up with zeros, so that they can be mapped in place of the guest's pages.
 
 use std::io::{self, BufRead, BufReader, Read, Seek};
 
@@ -11,30 +12,36 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use super::compression::Compression;
 use super::page_writer::PageWriter;
 
-/// Bits of a mode that tell the type of a file, and those of a regular one (Linux, Documentation/driver-api/early-userspace/buffer-format.rst).
+/// The bits of a mode for the type of a file, and their value for a regular one (Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
 const TYPE: u32 = 0o170_000;
 const REGULAR: u32 = 0o100_000;
 /// First bytes of an archive, `newc` with checksums or without.
 const ARCHIVE: &[u8] = b"07070";
-/// Bytes that tell what comes.
+/// Bytes by which an archive or a compression is recognised.
 const START: u64 = 6;
 
-/// Whether archives may be compressed: one that was is not compressed again.
+/// Whether archives may be compressed: an archive that was compressed is not compressed twice.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Layer {
+enum Nesting {
     Outer,
     Unpacked,
 }
 
-/// Writes the files of an initrd: of all its archives, which follow one another, compressed or not (Linux, buffer-format.rst).
+/// Writes the files of all archives of an initrd, which follow one another, compressed or not (Linux,
+/// buffer-format.rst).
 ///
 /// # Errors
-/// Where it is not made of archives, or they are damaged; or where the files cannot be written.
+/// Where the initrd is not made of archives, or one is damaged; or where the files cannot be written.
 pub(super) fn write(source: &mut dyn BufRead, out: &mut PageWriter) -> io::Result<()> {
-    write_layer(source, out, Layer::Outer)
+    write_archives(source, out, Nesting::Outer)
 }
 
-fn write_layer(source: &mut dyn BufRead, out: &mut PageWriter, layer: Layer) -> io::Result<()> {
+fn write_archives(
+    source: &mut dyn BufRead,
+    out: &mut PageWriter,
+    nesting: Nesting,
+) -> io::Result<()> {
     while skip_zeros(source)? {
         let mut start = Vec::new();
         source.take(START).read_to_end(&mut start)?;
@@ -43,24 +50,24 @@ fn write_layer(source: &mut dyn BufRead, out: &mut PageWriter, layer: Layer) -> 
             write_archive(&mut segment, out)?;
             continue;
         }
-        let compression = Compression::of(&start).filter(|_| layer == Layer::Outer);
+        let compression = Compression::of(&start).filter(|_| nesting == Nesting::Outer);
         let compression = compression.ok_or_else(|| {
             io::Error::other(format!(
                 "the initrd has something that is no archive: {start:02x?}"
             ))
         })?;
-        // In memory, with holes, until it is closed.
+        // The unpacked archive is in memory, with holes, until it is closed.
         let memory = memfd_create("initrd", MemfdFlags::CLOEXEC)?;
         let mut unpacked = PageWriter::new(memory.into());
         compression.decode(segment, &mut unpacked)?;
         let mut unpacked = unpacked.finish()?;
         unpacked.rewind()?;
-        write_layer(&mut BufReader::new(unpacked), out, Layer::Unpacked)?;
+        write_archives(&mut BufReader::new(unpacked), out, Nesting::Unpacked)?;
     }
     Ok(())
 }
 
-/// Whether there is anything behind the zeros that archives are filled up with.
+/// Skips the zeros that archives are filled up with, and returns whether anything follows.
 fn skip_zeros(source: &mut dyn BufRead) -> io::Result<bool> {
     loop {
         let bytes = source.fill_buf()?;

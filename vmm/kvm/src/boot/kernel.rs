@@ -15,30 +15,31 @@ use super::source::{BootSource, Protocol};
 use super::unpack::{self, Form, Packed, Unpacked};
 use super::{BootError, bzimage, elf};
 
-/// Longest command line of a kernel that does not say: Linux' `COMMAND_LINE_SIZE` on x86 without the terminating zero, past which it
-/// cuts in silence.
+/// The longest command line of a kernel that does not declare its limit: Linux' `COMMAND_LINE_SIZE` on x86 without the
+/// terminating zero. Linux cuts a longer one without a warning.
 const ELF_CMDLINE_MAX: usize = 2047;
 
 /// Where the identity map of the 64-bit entry ends, see [`super::registers`].
 const IDENTITY_MAP_END: u64 = 1 << 30;
 
-/// A kernel, found and checked, not yet in guest memory.
+/// A kernel that is found and checked, and not in guest memory yet.
 pub(super) struct Kernel {
     pub(super) path: PathBuf,
     pub(super) file: File,
-    /// Whether the file lies in the cache, so that it does not change.
+    /// Whether the file is in the cache, so that it is immutable.
     pub(super) is_cached: bool,
     pub(super) segments: Vec<LoadSegment>,
     pub(super) entry: EntryPoint,
     pub(super) header: Option<setup_header>,
-    /// Highest address an initrd may reach, where the kernel says so.
+    /// The address that the initrd has to end at or below, by the kernel's header.
     pub(super) initrd_max: u64,
     /// Longest command line in bytes.
     pub(super) cmdline_max: usize,
 }
 
 impl Kernel {
-    /// A file of `cache` that does not change, and holds what the kernel's holds; none for a kernel that unpacks itself, as it writes over what it was.
+    /// An immutable file of `cache` with the kernel's content. `None` for a kernel that unpacks itself, because it
+    /// overwrites its own image.
     pub(super) fn cached(&self, cache: &Path) -> Option<File> {
         if self.header.is_some() {
             None
@@ -46,12 +47,12 @@ impl Kernel {
             self.file.try_clone().ok()
         } else {
             let len = self.file.metadata().ok()?.len();
-            unpack::keep(&self.path, &self.file, len, cache)
+            unpack::cache_copy(&self.path, &self.file, len, cache)
         }
     }
 }
 
-/// Opens and checks the kernel of `source`; one that is unpacked on the host lies in `cache`.
+/// Opens and checks the kernel of `source`. If it is unpacked on the host, the result is in `cache`.
 pub(super) fn find_kernel(source: &BootSource, cache: &Path) -> Result<Kernel, BootError> {
     let path = &source.kernel;
     let (file, len) = open_file(path, "kernel")?;
@@ -121,7 +122,7 @@ fn unpacked_kernel(
 ) -> Result<Kernel, BootError> {
     let (file, is_cached) = match unpacked {
         Unpacked::Cached(file) => (file, true),
-        Unpacked::Own(file) => (file, false),
+        Unpacked::Uncached(file) => (file, false),
     };
     let len = file
         .metadata()
@@ -214,7 +215,8 @@ fn bzimage_kernel(
         }
     }
     let header = image.header;
-    // The preferred address is where a kernel runs that is not moved; it needs `init_size` bytes from there to unpack itself.
+    // The preferred address is where a kernel runs if nobody moves it. From there on, it needs `init_size` bytes to
+    // unpack itself.
     let address = header.pref_address;
     let mem_len = u64::from(header.init_size).max(image.kernel_len);
     let entry = address
@@ -249,7 +251,7 @@ fn bzimage_kernel(
     })
 }
 
-/// Refuses an entry that would fault at its first instruction.
+/// Refuses an entry point whose first instruction would fault.
 pub(super) fn check_entry(kernel: &Kernel) -> Result<(), BootError> {
     let (rip, limit) = match kernel.entry {
         EntryPoint::Linux64 { rip } => (rip.raw_value(), IDENTITY_MAP_END),

@@ -1,6 +1,6 @@
-//! What a kernel is told of a virtio-mmio device.
+//! A virtio-mmio device, as ACPI tables or the command line describe it to a kernel.
 
-/// A virtio-mmio device, as the kernel is told of it.
+/// Registers and interrupt of a virtio-mmio device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MmioDevice {
     /// First guest physical address of its registers.
@@ -12,7 +12,7 @@ pub struct MmioDevice {
 }
 
 impl MmioDevice {
-    /// The device for the command line of a kernel without ACPI (Linux, `virtio_mmio.device=`).
+    /// The parameter that describes the device to a kernel without ACPI (Linux, `virtio_mmio.device=`).
     pub fn cmdline(&self) -> String {
         format!(
             "virtio_mmio.device={:#x}@{:#x}:{}",

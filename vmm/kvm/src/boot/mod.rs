@@ -1,5 +1,5 @@
-//! From a kernel file to a guest that can run: loads kernel, initrd and command line into guest memory, writes the
-//! boot parameters and ACPI tables, and says with which registers the first vCPU starts.
+//! Boots a guest: loads kernel, initrd and command line into guest memory, writes the boot parameters and ACPI tables,
+//! and computes the registers that the first vCPU starts with.
 //!
 //! ```text
 //!  bzImage ─┬─ payload ── unpack (cache) ─┐
@@ -46,8 +46,8 @@ use files::{copy, open_file};
 use kernel::{Kernel, check_entry, find_kernel};
 use params::{BootInfo, Initrd};
 
-/// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. Where that is `shared`, kernel and initrd are mapped
-/// from copies of their files in the cache, and read only where that cannot be.
+/// Loads everything a guest with `vcpus` CPUs and the devices `virtio` boots from into `memory`. With `shared`, kernel
+/// and initrd are mapped from copies of their files in the cache; what cannot be mapped is read.
 ///
 /// # Errors
 /// [`BootError`], naming the file and what of it is wrong. Guest memory is then in no defined state.
@@ -96,16 +96,16 @@ pub fn load(
     })
 }
 
-/// Where the kernels of this user, and all that is made of them, lie for a sharing domain.
+/// The folder of the cache for a sharing domain, with this user's unpacked kernels and all that is made of them.
 pub fn cache_dir(domain: Option<&str>) -> PathBuf {
     unpack::cache_dir(domain)
 }
 
-/// The file of the cache of a sharing domain that the kernel at `path` is mapped from, made where it is not there; `None` where there is none, as for a bzImage that
-/// unpacks itself, or a cache that cannot be used.
+/// The file that the kernel at `path` is mapped from, in the cache of a sharing domain; it is made if it does not
+/// exist. `None` for a bzImage that unpacks itself, or where the cache cannot be used.
 ///
 /// # Errors
-/// As [`load`].
+/// Those of [`load`].
 pub fn runtime_kernel(path: &Path, domain: Option<&str>) -> Result<Option<PathBuf>, BootError> {
     let source = BootSource {
         kernel: path.to_owned(),
@@ -120,9 +120,9 @@ pub fn runtime_kernel(path: &Path, domain: Option<&str>) -> Result<Option<PathBu
     Ok(shared.map(|file| file.path().to_owned()))
 }
 
-/// Makes what guests of `source` are to find in the cache of a sharing domain, as far as that can be; with the initrd if it is to be shared. The files
-/// that are there, of which [`load`] makes use.
-pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) -> Vec<PathBuf> {
+/// Fills the cache of a sharing domain with what guests of `source` need, as far as that is possible; with the initrd
+/// if `share` is set. Returns the files, which [`load`] uses.
+pub fn fill_cache(source: &BootSourceConfig, domain: Option<&str>, share: bool) -> Vec<PathBuf> {
     let cache = unpack::cache_dir(domain);
     let of_config = BootSource {
         kernel: source.kernel_image_path.clone(),
@@ -131,7 +131,7 @@ pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) 
         protocol: Protocol::from(source.boot_protocol),
         domain: domain.map(str::to_owned),
     };
-    // What is wrong with them is told where they are loaded.
+    // Errors are reported when the files are loaded.
     let kernel = find_kernel(&of_config, &cache).ok();
     let kernel = kernel
         .filter(|kernel| share || kernel.is_cached)
@@ -141,8 +141,8 @@ pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) 
         let opened = open_file(path, "initrd").ok();
         let kept = opened.map(|(file, len)| {
             [
-                unpack::keep(path, &file, len, &cache),
-                unpack::keep_files(path, &file, len, &cache),
+                unpack::cache_copy(path, &file, len, &cache),
+                unpack::cache_initrd_files(path, &file, len, &cache),
             ]
         });
         kept.into_iter().flatten().flatten()
@@ -152,13 +152,14 @@ pub fn keep_ready(source: &BootSourceConfig, domain: Option<&str>, share: bool) 
     shared.map(|file| file.path().to_owned()).collect()
 }
 
-/// The files that a guest makes of its initrd, each from a page on, from the cache of a sharing domain; `None` where there is no such form of it.
+/// The file of the cache of a sharing domain with the files that a guest unpacks of its initrd, each of which begins at
+/// a page. `None` where the initrd cannot be unpacked, or the cache cannot be used.
 ///
 /// # Errors
 /// [`BootError`], for an initrd that cannot be opened.
 pub fn initrd_files(initrd: &Path, domain: Option<&str>) -> Result<Option<File>, BootError> {
     let (file, len) = open_file(initrd, "initrd")?;
-    Ok(unpack::keep_files(
+    Ok(unpack::cache_initrd_files(
         initrd,
         &file,
         len,
@@ -166,10 +167,11 @@ pub fn initrd_files(initrd: &Path, domain: Option<&str>) -> Result<Option<File>,
     ))
 }
 
-/// A kernel as guests get it, and where its parts go: an ELF file, unpacked into the cache where it was packed.
+/// The kernel that guests get, and where its segments are loaded: an ELF file, unpacked into the cache if it is
+/// compressed.
 ///
 /// # Errors
-/// [`BootError`], also for a kernel that only unpacks itself.
+/// [`BootError`], also for a kernel that can only unpack itself.
 pub fn unpacked(kernel: &Path) -> Result<(File, Vec<LoadSegment>), BootError> {
     let source = BootSource {
         kernel: kernel.to_owned(),
@@ -190,7 +192,7 @@ fn low_ram_end(memory: &GuestMemory) -> u64 {
         .map_or(0, |region| region.start_addr().raw_value() + region.len())
 }
 
-/// A guest that can start.
+/// A guest that is ready to start.
 #[derive(Debug)]
 pub struct Loaded {
     /// How its first vCPU starts.
@@ -204,11 +206,12 @@ pub struct Loaded {
 pub struct MappedKernel {
     /// The file.
     pub file: Arc<SharedFile>,
-    /// Guest physical addresses of its text and read-only data, from the first segment that is not written to to the end of the last.
+    /// Guest physical addresses of its text and read-only data: from the first read-only segment to the end of the
+    /// last.
     pub addresses: Range<u64>,
 }
 
-/// Where files are loaded to.
+/// The memory that files are loaded into, and the cache that they are mapped from.
 struct Destination<'a> {
     memory: &'a GuestMemory,
     shared: Option<&'a SharedMemory>,
@@ -216,7 +219,7 @@ struct Destination<'a> {
 }
 
 impl Destination<'_> {
-    /// The file that does not change, as `cached` finds it, if it is to be shared.
+    /// The immutable file that `cached` finds, if memory is shared.
     fn cached(&self, cached: impl FnOnce(&Path) -> Option<File>) -> Option<Arc<SharedFile>> {
         let files = self.shared?.files();
         files.share(&Arc::new(cached(self.cache)?)).ok()
@@ -261,7 +264,7 @@ fn load_kernel(
                 ram_end,
             });
         }
-        // What lies past `file_len` is zero, as RAM is.
+        // RAM is zero, so nothing is written for the bytes past `file_len`.
         into.put(path, "kernel", file, cached.as_ref(), segment)?;
         kernel_end = kernel_end.max(end);
     }
@@ -280,7 +283,7 @@ fn load_kernel(
     Ok((kernel_end, mapped))
 }
 
-/// Puts the initrd as high as it goes, where no kernel needs the room.
+/// Puts the initrd as high as possible, where no kernel needs the room.
 fn load_initrd(
     into: &Destination<'_>,
     path: &Path,
@@ -307,7 +310,7 @@ fn load_initrd(
         mem_len: len,
         is_writable: true,
     };
-    let cached = into.cached(|cache| unpack::keep(path, &file, len, cache));
+    let cached = into.cached(|cache| unpack::cache_copy(path, &file, len, cache));
     into.put(path, "initrd", &file, cached.as_ref(), &segment)?;
     Ok(Initrd { address, len })
 }
@@ -381,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn segments_lie_where_the_kernel_says() {
+    fn segments_are_loaded_at_the_kernels_addresses() {
         let (kernel, memory) = (file(&elf::tests::kernel(0x1000)), memory(4 << 20));
         load(
             &memory,
@@ -397,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn shared_files_are_mapped_where_pages_allow_it_and_read_as_ever_elsewhere() {
+    fn shared_files_are_mapped_where_pages_are_aligned_and_read_elsewhere() {
         const PAGE: u64 = memshare::PAGE_SIZE;
         let folder = tempfile::tempdir().unwrap();
         let memory = memory(8 << 20);
@@ -410,7 +413,7 @@ mod tests {
         let bytes: Vec<u8> = (0..3 * PAGE + 100).map(|at| (at / 7) as u8).collect();
         let source = file(&bytes);
         let cached = into.cached(|cache| {
-            unpack::keep(source.path(), source.as_file(), bytes.len() as u64, cache)
+            unpack::cache_copy(source.path(), source.as_file(), bytes.len() as u64, cache)
         });
         let put = |file_offset, address| {
             let segment = LoadSegment {
@@ -437,10 +440,10 @@ mod tests {
             .iter()
             .map(|run| (run.gfn * PAGE, run.pages, run.backing.offset))
             .collect();
-        // Pages of the file lie on pages of the guest at the first and the last of the three places.
+        // Pages of the file are aligned to pages of the guest at the first and the last of the three addresses.
         let expected = [(1 << 20, 3, 0), ((3 << 20) + PAGE, 1, 2 * PAGE)];
         assert_eq!(mapped, expected);
-        // The file itself may change: guests have the copy in the cache.
+        // The file itself may change, because guests have the copy in the cache.
         source.as_file().set_len(0).unwrap();
         let first: [u8; 8] = memory.read_obj(GuestAddress(1 << 20)).unwrap();
         assert_eq!(first, bytes[..8]);
@@ -549,7 +552,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_kernel_is_refused_with_what_it_is() {
+    fn a_file_that_is_no_kernel_is_refused_with_its_first_bytes() {
         for (bytes, says) in [
             (&b""[..], "empty"),
             (b"#!/bin/sh\n", "23 21 2f 62"),

@@ -1,22 +1,22 @@
-//! Writes what was unpacked to a file, with holes for its pages of zeros.
+//! Writes unpacked bytes to a file, with holes for pages of zeros.
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 
-/// Larger kernels are refused: what expands further is not a kernel.
+/// The most bytes that are unpacked. A file that expands further is not a kernel.
 const MAX_UNPACKED: u64 = 1 << 30;
 /// Granularity of holes.
 const PAGE: usize = 4096;
 
-/// Unpacked bytes held before they are written, a multiple of the page size.
+/// Unpacked bytes that are buffered before they are written; a multiple of the page size.
 const BUFFER: usize = 64 << 10;
 
-/// Writes what was unpacked to a file, with holes for its pages of zeros.
+/// Writes unpacked bytes to a file, with holes for pages of zeros.
 pub(super) struct PageWriter {
     file: File,
     buffer: Vec<u8>,
-    /// Bytes before those in the buffer.
+    /// Bytes that are written to the file, which those in the buffer follow.
     written: u64,
 }
 
@@ -29,7 +29,7 @@ impl PageWriter {
         }
     }
 
-    /// Writes what is held, but for a page that is not complete.
+    /// Writes the complete pages of the buffer.
     fn write_pages(&mut self) -> io::Result<()> {
         let is_zero = |page: &[u8; PAGE]| page.iter().all(|byte| *byte == 0);
         let (pages, _) = self.buffer.as_chunks::<PAGE>();

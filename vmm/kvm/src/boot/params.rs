@@ -1,5 +1,5 @@
-//! What the kernel is told: the zero page of the Linux boot protocol, or the start info of PVH. Both carry the memory map, the
-//! command line, the initrd and the address of the RSDP.
+//! The boot parameters of the kernel: the zero page of the Linux boot protocol, or the start info of PVH. Both carry
+//! the memory map, the command line, the initrd and the address of the RSDP.
 
 use devices::GuestMemory;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
@@ -24,9 +24,9 @@ const LOADER_UNDEFINED: u8 = 0xff;
 
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const PVH_MAGIC: u32 = 0x336e_c578;
-/// Version 1 has the memory map.
+/// Version 1 of the start info has the memory map.
 const PVH_VERSION: u32 = 1;
-/// Behind the start info: the module list and the memory map, up to the zero page.
+/// The module list and the memory map follow the start info, up to the zero page.
 const PVH_MODULES: u64 = PVH_START_INFO + 0x40;
 const PVH_MEMORY_MAP: u64 = PVH_START_INFO + 0x80;
 
@@ -38,7 +38,7 @@ pub(super) struct Initrd {
     pub(super) len: u64,
 }
 
-/// Where the initrd and the ACPI tables lie, which the kernel is told by either protocol.
+/// Where the initrd and the ACPI tables are. Both protocols pass that to the kernel.
 pub(super) struct BootInfo {
     pub(super) initrd: Option<Initrd>,
     pub(super) rsdp: GuestAddress,
@@ -52,7 +52,7 @@ struct MapEntry {
     kind: u32,
 }
 
-/// RAM as the guest may use it: without the legacy area between 640 KiB and 1 MiB, of which it is told the ACPI tables.
+/// The memory map of the guest. It leaves out the legacy area between 640 KiB and 1 MiB, except for the ACPI tables.
 fn memory_map(memory: &GuestMemory) -> Vec<MapEntry> {
     let mut map = vec![
         MapEntry {
@@ -106,7 +106,7 @@ pub(super) fn write_cmdline(
         .map_err(BootError::memory("command line"))
 }
 
-/// Writes the zero page. `header` is that of the bzImage, where the kernel comes from one.
+/// Writes the zero page. `header` is the setup header of the bzImage, where the kernel comes from one.
 pub(super) fn write_zero_page(
     memory: &GuestMemory,
     header: Option<setup_header>,
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_zero_page_tells_everything() {
+    fn the_zero_page_has_command_line_initrd_rsdp_and_memory_map() {
         let memory = memory();
         write_zero_page(&memory, None, 7, &info()).unwrap();
         let params: boot_params = memory.read_obj(GuestAddress(ZERO_PAGE)).unwrap();
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pvh_start_info_tells_everything() {
+    fn the_pvh_start_info_has_command_line_initrd_rsdp_and_memory_map() {
         let memory = memory();
         write_pvh_start_info(&memory, &info()).unwrap();
         let info: hvm_start_info = memory.read_obj(GuestAddress(PVH_START_INFO)).unwrap();

@@ -20,12 +20,12 @@ const RFLAGS: u64 = 1 << 1;
 const CODE_SELECTOR: u16 = 0x10;
 const DATA_SELECTOR: u16 = 0x18;
 const TSS_SELECTOR: u16 = 0x20;
-/// Entries of the GDT, up to the IDT: two null ones, code and data. The task register is loaded, and neither protocol reads its
-/// descriptor again.
+/// Entries of the GDT, up to the IDT: two null ones, code and data. The task register is loaded, and neither protocol
+/// reads its descriptor again.
 const GDT_LEN: usize = 4;
 const _: () = assert!(BOOT_GDT + GDT_LEN as u64 * 8 <= BOOT_IDT);
 
-/// Present, writable, and large where it stands in a page directory.
+/// A page table entry that is present and writable; `PTE_LARGE` in a page directory makes it map 2 MiB.
 const PTE_PRESENT_WRITABLE: u64 = 0b11;
 const PTE_LARGE: u64 = 1 << 7;
 const PAGE_TABLE_LEN: u64 = 4096;
@@ -45,7 +45,7 @@ pub enum EntryPoint {
     },
 }
 
-/// Enters the kernel: what [`super::load`] has prepared.
+/// How the first vCPU enters the kernel that [`super::load`] has loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BootState {
     pub(super) entry: EntryPoint,
@@ -70,7 +70,7 @@ impl BootState {
         }
     }
 
-    /// Sets segments, descriptor tables and control registers in what KVM gives after reset.
+    /// Sets segments, descriptor tables and control registers in the values that KVM has after reset.
     pub fn apply_sregs(&self, sregs: &mut kvm_sregs) {
         let long = matches!(self.entry, EntryPoint::Linux64 { .. });
         let code = segment(CODE_SELECTOR, SegmentKind::Code { long });
@@ -132,7 +132,7 @@ impl BootState {
     }
 }
 
-/// Maps the first GiB onto itself by 2 MiB pages: the kernel and what it is given lie there or it maps them itself
+/// Maps the first GiB onto itself by 2 MiB pages: the kernel and its boot parameters are there, or it maps them itself
 /// (boot protocol, "64-bit Boot Protocol": an identity map for the kernel, `boot_params` and command line).
 fn write_identity_map(memory: &GuestMemory) -> Result<(), BootError> {
     let (pml4, pdpt, pd) = (

@@ -15,7 +15,7 @@ pub struct BootSource {
     pub cmdline: String,
     /// How the kernel is entered.
     pub protocol: Protocol,
-    /// The sharing domain whose cache it is, where that has a name.
+    /// The sharing domain whose cache is used, where the domain has a name.
     pub domain: Option<String>,
 }
 
@@ -29,7 +29,7 @@ pub enum Protocol {
     Pvh,
     /// The 64-bit entry of an ELF kernel.
     Linux64,
-    /// A bzImage as it is: the guest unpacks it.
+    /// A bzImage, which the guest unpacks.
     BzImage,
 }
 

@@ -1,14 +1,16 @@
 //! Compressed kernels: unpacked once on the host, into a cache that all guests of a user share.
 //!
-//! No guest spends time and memory on decompression, and every guest of one kernel reads the same pages of one file. A cached kernel
-//! is found by the identity of its source (device, inode, size, modification and change time): a source that is replaced or written to
-//! has another identity, and asking for it costs one `stat`, not a hash of the file. Of guests that start at once, one
-//! unpacks and the others wait for it; the kernel appears by rename, so it is whole.
+//! No guest spends time and memory on decompression, and every guest of one kernel reads the same pages of one file. A
+//! cached kernel is found by the identity of its source (device, inode, size, modification and change time): a source
+//! that is replaced or written to has another identity, and the lookup takes one `stat`, not a hash of the file. When
+//! several guests start at once, one unpacks and the others wait for it; the kernel appears by rename, so it is always
+//! complete.
 //!
-//! Pages of zeros (a kernel's `.bss` is in its file) become holes, of which nothing is read into guest memory.
+//! Pages of zeros (a kernel's `.bss` is in its file) become holes, which are not read into guest memory.
 //!
-//! Files that are not compressed lie here too, where guests are to share them: what is mapped into a guest must not change, and nobody but this
-//! user writes here. So do the [files of initrds](mod@super::initrd_files).
+//! The cache also has copies of files that are not compressed, where guests are to share them: a file that is mapped
+//! into a guest must not change, and nobody but this user writes to the cache. It also has the [files of
+//! initrds](mod@super::initrd_files).
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -23,22 +25,22 @@ use super::initrd_files::write as write_files;
 use super::page_writer::PageWriter;
 use super::{BootError, elf};
 
-/// Changes with what is stored.
+/// The version of the files in the cache, which is part of their names. It changes when what is stored changes.
 const CACHE_VERSION: u32 = 1;
-/// The name of a kernel that is not whole yet.
+/// The name of a kernel that is not complete yet begins so.
 const TEMPORARY_PREFIX: &str = ".unpacking-";
-/// What is made of a file.
+/// What the cache holds of a file.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Form {
-    /// The kernel that it holds, unpacked.
+    /// The unpacked kernel.
     Kernel(Compression),
     /// A copy.
     Plain,
-    /// The files of an initrd, from a page on each.
+    /// The files of an initrd, each of which begins at a page.
     Files,
 }
 
-/// What is to be unpacked, and where it lies in its file.
+/// The part of a file that is to be unpacked.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Packed<'a> {
     pub(super) path: &'a Path,
@@ -52,17 +54,17 @@ pub(super) struct Packed<'a> {
 
 /// An unpacked kernel.
 pub(super) enum Unpacked {
-    /// It lies in the cache, for all guests of this user, and does not change.
+    /// The kernel is in the cache, for all guests of this user, and is immutable.
     Cached(File),
-    /// It lies in memory until it is closed, as the cache cannot be used.
-    Own(File),
+    /// The kernel is in memory until it is closed, because the cache cannot be used.
+    Uncached(File),
 }
 
-/// The unpacked kernel, from `cache` where it is there already.
+/// Unpacks the kernel, or takes it from `cache` where it is unpacked already.
 pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<Unpacked, BootError> {
     match cached(&packed, cache) {
         Ok(file) => Ok(Unpacked::Cached(file)),
-        // The cache or the kernel is at fault: if the kernel is, it cannot be unpacked anywhere.
+        // Either the cache or the kernel is at fault. If the kernel is, it cannot be unpacked into memory either.
         Err(unusable) => {
             let memory = memfd_create("kernel", MemfdFlags::CLOEXEC);
             let file = memory
@@ -77,30 +79,30 @@ pub(super) fn unpack(packed: Packed<'_>, cache: &Path) -> Result<Unpacked, BootE
                     source,
                 })?;
             tracing::warn!(dir = %cache.display(), error = %unusable, "the kernel cache cannot be used; each guest unpacks its kernel");
-            Ok(Unpacked::Own(file))
+            Ok(Unpacked::Uncached(file))
         }
     }
 }
 
-/// A copy of a file as it is, in the cache; `None` where the cache cannot be used.
-pub(super) fn keep(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
-    kept(path, file, len, Form::Plain, cache)
+/// A copy of a file in the cache; `None` where the cache cannot be used.
+pub(super) fn cache_copy(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
+    cache_form(path, file, len, Form::Plain, cache)
         .inspect_err(|error| {
             tracing::warn!(dir = %cache.display(), file = %path.display(), error = %chain(&error), "the cache cannot be used; each guest has a copy");
         })
         .ok()
 }
 
-/// The files of an initrd, in the cache; `None` where the cache cannot be used, or the initrd is none that Linux would unpack.
-pub(super) fn keep_files(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
-    kept(path, file, len, Form::Files, cache)
+/// The files of an initrd in the cache; `None` where the cache cannot be used, or Linux could not unpack the initrd.
+pub(super) fn cache_initrd_files(path: &Path, file: &File, len: u64, cache: &Path) -> Option<File> {
+    cache_form(path, file, len, Form::Files, cache)
         .inspect_err(|error| {
             tracing::warn!(file = %path.display(), error = %chain(&error), "what guests unpack of the initrd is not shared");
         })
         .ok()
 }
 
-fn kept(path: &Path, file: &File, len: u64, form: Form, cache: &Path) -> io::Result<File> {
+fn cache_form(path: &Path, file: &File, len: u64, form: Form, cache: &Path) -> io::Result<File> {
     let packed = Packed {
         path,
         file,
@@ -128,7 +130,7 @@ fn cached(packed: &Packed<'_>, dir: &Path) -> io::Result<File> {
         .prefix(TEMPORARY_PREFIX)
         .tempfile_in(dir)?;
     let file = unpack_to(packed, temporary.reopen()?)?;
-    // A rename may outlive a power cut that the content does not.
+    // After a power cut, the file could have its new name and not its content.
     file.sync_data()?;
     if cache_name(packed)? == name {
         temporary.persist(path)?;
@@ -136,7 +138,7 @@ fn cached(packed: &Packed<'_>, dir: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Removes what processes that were killed left: under the lock nobody else is unpacking.
+/// Removes the temporary files of processes that were killed. The caller holds the lock, so nobody else is unpacking.
 fn remove_left_over(dir: &Path) -> io::Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
@@ -197,8 +199,8 @@ fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
     ))
 }
 
-/// A cached kernel that this user or root, and nobody else, can have put there: root gives a guest process that is another user's what it needs of
-/// root's cache.
+/// Opens a cached kernel that only this user or root can have written. Root's files are accepted because root's daemon
+/// gives the process of a guest, which is another user, the files that it needs of root's cache.
 fn open_cached(path: &Path) -> Option<File> {
     let file = OpenOptions::new()
         .read(true)
@@ -211,8 +213,8 @@ fn open_cached(path: &Path) -> Option<File> {
     (metadata.is_file() && own).then_some(file)
 }
 
-/// Where this user's unpacked kernels lie: `$XDG_CACHE_HOME/coppice/kernels`, by default below `~/.cache`; without a
-/// home, below `/var/cache`. A sharing domain has a folder of its own in there.
+/// The folder of this user's unpacked kernels: `$XDG_CACHE_HOME/coppice/kernels`, by default below `~/.cache`; without
+/// a home, below `/var/cache`. A sharing domain has a folder of its own in it.
 pub(super) fn cache_dir(domain: Option<&str>) -> PathBuf {
     let absolute = |name| {
         std::env::var_os(name)
@@ -224,7 +226,7 @@ pub(super) fn cache_dir(domain: Option<&str>) -> PathBuf {
     let kernels = base
         .unwrap_or_else(|| "/var/cache".into())
         .join("coppice/kernels");
-    // No file there is called like a domain: those have dots in their names.
+    // No file in the cache has the name of a domain, because all files have dots in their names.
     domain.map_or_else(|| kernels.clone(), |domain| kernels.join(domain))
 }
 
@@ -251,7 +253,7 @@ mod tests {
             len: file.metadata().unwrap().len(),
         };
         match unpack(packed, cache)? {
-            Unpacked::Cached(file) | Unpacked::Own(file) => Ok(file),
+            Unpacked::Cached(file) | Unpacked::Uncached(file) => Ok(file),
         }
     }
 
@@ -332,7 +334,7 @@ mod tests {
         let source = dir.path().join("initrd");
         fs::write(&source, b"070701, and more").unwrap();
         let file = File::open(&source).unwrap();
-        let kept = |cache| keep(&source, &file, 16, cache);
+        let kept = |cache| cache_copy(&source, &file, 16, cache);
         let (first, second) = (kept(dir.path()).unwrap(), kept(dir.path()).unwrap());
         assert_eq!(content(&first), b"070701, and more");
         let inode = |file: &File| file.metadata().unwrap().ino();

@@ -31,7 +31,8 @@ const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1 EDX: more than one logical processor in the package.
 const HTT: u32 = 1 << 28;
-/// Leaf `0x4000_0001` EAX: asynchronous page faults, as such, as exits to a nested hypervisor, and with an interrupt when the page is there.
+/// Leaf `0x4000_0001` EAX: asynchronous page faults: the feature itself, their delivery as exits to a nested
+/// hypervisor, and an interrupt when the page is present.
 const ASYNC_PF: u32 = (1 << 4) | (1 << 10) | (1 << 14);
 /// Leaf `0x8000_0001` ECX: the logical processors of the package are cores.
 const CMP_LEGACY: u32 = 1 << 1;
@@ -47,12 +48,12 @@ pub(super) struct Template {
 }
 
 impl Template {
-    /// What the host supports, for a guest of `vcpus`.
+    /// The CPUID that the host supports, for a guest of `vcpus` vCPUs.
     pub(super) fn of_host(kvm: &Kvm, vcpus: u8) -> Result<Self, VmError> {
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(VmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
-        // The bit is not among the supported ones: user space is to set it where the irqchip is KVM's.
+        // KVM does not list the bit as supported: user space has to set it where the irqchip is KVM's.
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         Ok(Self {
             entries: supported.as_slice().to_vec(),
@@ -61,7 +62,7 @@ impl Template {
         })
     }
 
-    /// Bits of a guest physical address; 36 where a processor does not say (SDM volume 3, 4.1.4).
+    /// Bits of a guest physical address; 36 where the processor does not report them (SDM volume 3, 4.1.4).
     pub(super) fn physical_bits(&self) -> u32 {
         let sizes = self.entries.iter().find(|e| e.function == AMD_SIZES);
         sizes.map_or(36, |sizes| sizes.eax & 0xff)
@@ -70,7 +71,7 @@ impl Template {
     /// The CPUID of the vCPU with local APIC ID `apic_id`.
     pub(super) fn for_vcpu(&self, apic_id: u8) -> Result<CpuId, VmError> {
         let mut entries = self.entries.clone();
-        // The host's own topology; leaf 0xb alone tells that of the guest.
+        // These leaves have the host's topology; the guest's is in leaf 0xb alone.
         entries.retain(|e| !matches!(e.function, TOPOLOGY | TOPOLOGY_V2 | AMD_TOPOLOGY_V2));
         for entry in &mut entries {
             self.adapt(entry, u32::from(apic_id));
@@ -79,7 +80,7 @@ impl Template {
         CpuId::from_entries(&entries).map_err(|_| VmError::CpuidTooLong(entries.len()))
     }
 
-    /// What tells this CPU from others, as a guest sees it: a digest of all leaves.
+    /// A digest of all leaves, which distinguishes this CPU from others as guests see them.
     pub(super) fn digest(&self) -> Result<Vec<u8>, VmError> {
         let mut digest = Sha256::new();
         for entry in self.for_vcpu(0)?.as_slice() {
@@ -132,8 +133,9 @@ impl Template {
             PERFORMANCE_MONITORING | AMD_PERFORMANCE_MONITORING => {
                 (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
-            // A guest of anonymous memory hardly ever has such a fault; one whose memory is files' has many, and on AMD processors tasks that wait
-            // for ever and vCPUs that spin came of them (cloud-hypervisor #2277, firecracker #3020 and #3043).
+            // A guest with anonymous memory hardly ever has such a fault. A guest whose memory is mapped from files has
+            // many, and on AMD processors they have led to tasks that wait for ever and to vCPUs that spin
+            // (cloud-hypervisor #2277, firecracker #3020 and #3043).
             KVM_FEATURES => set(&mut entry.eax, ASYNC_PF, false),
             AMD_FEATURES => {
                 set(&mut entry.ecx, CMP_LEGACY, many);
@@ -245,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn the_hypervisor_is_told_and_the_pmu_is_not() {
+    fn the_guest_sees_a_hypervisor_and_no_pmu() {
         let cpuid = template(1).for_vcpu(0).unwrap();
         assert_eq!(
             find(&cpuid, FEATURES, 0).ecx & (HYPERVISOR | TSC_DEADLINE),

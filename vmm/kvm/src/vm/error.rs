@@ -10,7 +10,7 @@ pub enum VmError {
     /// `/dev/kvm` cannot be opened.
     #[error("cannot open /dev/kvm ({advice})", advice = open_advice(*.0))]
     Open(#[source] errno::Error),
-    /// An API that no kernel since 2007 speaks.
+    /// KVM has an API version that no kernel since 2007 has.
     #[error("KVM speaks API version {0}, not 12")]
     ApiVersion(i32),
     /// The host's KVM lacks a capability.
@@ -19,32 +19,32 @@ pub enum VmError {
     /// Too few or too many vCPUs.
     #[error("a guest has 1 to {MAX_VCPUS} vCPUs, not {0}")]
     Vcpus(u8),
-    /// A size of RAM that cannot be.
+    /// Guest RAM cannot have this size.
     #[error(
         "guest RAM of {size:#x} bytes: it has to be a multiple of 4 KiB from {min:#x} to {max:#x}"
     )]
     MemorySize {
-        /// Asked for, in bytes.
+        /// The size that was requested, in bytes.
         size: u64,
-        /// Least, in bytes.
+        /// The smallest size, in bytes.
         min: u64,
-        /// Most, in bytes.
+        /// The largest size, in bytes.
         max: u64,
     },
-    /// The host does not map the RAM.
+    /// The host cannot map the RAM.
     #[error("cannot map {size:#x} bytes of guest RAM")]
     MapMemory {
-        /// Asked for, in bytes.
+        /// The size that was requested, in bytes.
         size: u64,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
-    /// Memory beside RAM that the guest has no addresses for.
+    /// The guest has no addresses for a window beside RAM.
     #[error(
         "the guest's addresses, of {bits} bits, have no room for {size:#x} bytes above its RAM"
     )]
     WindowSize {
-        /// Asked for, in bytes.
+        /// The size that was requested, in bytes.
         size: u64,
         /// Bits of a guest physical address.
         bits: u32,
@@ -60,15 +60,15 @@ pub enum VmError {
     Kvm {
         /// The ioctl or system call.
         request: &'static str,
-        /// What the kernel said.
+        /// The kernel's error.
         source: errno::Error,
     },
-    /// The host starts no more threads.
+    /// The host cannot start the thread of a vCPU.
     #[error("cannot start the thread of vCPU {index}")]
     Thread {
         /// Number of the vCPU.
         index: u8,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
 }

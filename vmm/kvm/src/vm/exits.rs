@@ -1,4 +1,5 @@
-//! How often vCPUs have left the guest for this program. What KVM serves by itself (halts, the irqchip, kicks of virtio queues) is not among it.
+//! Counters of the exits of vCPUs to this program. Exits that KVM handles itself (halts, the irqchip, kicks of virtio
+//! queues) are not counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -13,9 +14,9 @@ pub enum ExitKind {
     MmioRead,
     /// It wrote to a device's memory.
     MmioWrite,
-    /// This program wanted it out of the guest.
+    /// This program took it out of the guest.
     Interrupted,
-    /// It could not go on, or the guest was at its end.
+    /// It could not go on, or the guest has ended.
     Ended,
 }
 
@@ -30,7 +31,7 @@ impl ExitKind {
         Self::Ended,
     ];
 
-    /// Its name, as metrics have it.
+    /// Its name in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::IoIn => "io_in",
@@ -43,7 +44,7 @@ impl ExitKind {
     }
 }
 
-/// The exits of one vCPU, whose thread alone writes to it: so that no other's counters are in its cache lines.
+/// The exits of one vCPU. Only its own thread writes to them, so that vCPUs do not write to each other's cache lines.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 pub struct ExitCounters([AtomicU64; ExitKind::ALL.len()]);
@@ -66,7 +67,7 @@ impl ExitCounters {
         self.of(kind).fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many there were.
+    /// The number of exits of a kind.
     pub fn get(&self, kind: ExitKind) -> u64 {
         self.of(kind).load(Ordering::Relaxed)
     }

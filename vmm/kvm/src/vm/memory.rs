@@ -13,11 +13,11 @@ use config::HugePageConfig;
 
 use crate::layout::{HIGH_RAM_START, MMIO_HOLE_END, MMIO_HOLE_START};
 
-/// RAM is given in whole pages.
+/// The size of RAM is a multiple of this, in bytes.
 const PAGE_SIZE: u64 = 4096;
-/// Least RAM: the boot structures and tables take the first MiB.
+/// The smallest RAM: the boot structures and tables take the first MiB.
 const MIN_SIZE: u64 = 2 * HIGH_RAM_START;
-/// Most RAM: more than any host has, little enough that no address computation overflows.
+/// The largest RAM: more than any host has, and small enough that no address computation overflows.
 const MAX_SIZE: u64 = 1 << 44;
 
 /// Whether guest RAM may be backed by transparent huge pages.
@@ -27,8 +27,8 @@ pub enum HugePages {
     /// each touched page up to 2 MiB, which costs an idle small guest more RAM than it uses.
     #[default]
     Never,
-    /// As the host is set: fewer faults and TLB misses, for guests that use most of their RAM. The guest's own page tables gain from it
-    /// where the host aligns large mappings (Linux 6.7).
+    /// As the host is configured. A guest that uses most of its RAM then has fewer faults and TLB misses, and gains
+    /// from it in its own page tables where the host aligns large mappings (Linux 6.7).
     HostPolicy,
 }
 
@@ -36,7 +36,7 @@ impl From<HugePageConfig> for HugePages {
     fn from(config: HugePageConfig) -> Self {
         match config {
             HugePageConfig::Transparent => Self::HostPolicy,
-            // The other is refused before a guest is made.
+            // The configuration with huge pages of hugetlbfs is refused before a guest is made.
             HugePageConfig::None | HugePageConfig::Hugetlbfs2M => Self::Never,
         }
     }
@@ -109,12 +109,12 @@ fn no_huge_pages(mapping: &MmapRegion) {
     }
 }
 
-/// `memory` as memory that is shared.
+/// Guest RAM as [`SharedMemory`], so that its pages can be shared.
 pub(crate) fn shared(memory: &GuestMemory, limits: Limits) -> SharedMemory {
     let regions = memory.iter().map(|region| {
-        // SAFETY: the range is the whole mapping of a region of RAM, anonymous and private as `region` made it, of whole pages as `map` checked, and
-        // mapped as long as the clone of `memory` lives. Guest memory is accessed through raw pointers and system calls alone, and what is
-        // mapped there is nobody's concern but the guest's.
+        // SAFETY: the range is the whole mapping of a region of RAM, anonymous and private as `region` made it, of
+        // whole pages as `map` checked, and mapped as long as the clone of `memory` lives. Guest memory is accessed
+        // through raw pointers and system calls alone, so that no reference is affected by what is mapped there.
         let window =
             unsafe { Window::over(region.as_ptr(), region.len(), Arc::new(memory.clone())) };
         Region {
@@ -125,7 +125,7 @@ pub(crate) fn shared(memory: &GuestMemory, limits: Limits) -> SharedMemory {
     SharedMemory::new(regions.collect(), limits)
 }
 
-/// The regions of `memory` as KVM wants them: slot, guest address, length, host address.
+/// The regions of `memory` as arguments of KVM: slot, guest address, length, host address.
 pub(super) fn slots(memory: &GuestMemory) -> impl Iterator<Item = (u32, u64, u64, u64)> + '_ {
     memory.iter().zip(0..).map(|(region, slot)| {
         (

@@ -1,4 +1,4 @@
-//! The virtual machine as KVM sees it: memory slots, interrupt controllers, vCPUs.
+//! The virtual machine in KVM: memory slots, interrupt controllers, vCPUs.
 //!
 //! ```text
 //! Vm::new ── register_irqfd, register_ioevent, memory ──> Vm::start ──> Vcpus: pause <─> resume ── stop
@@ -43,10 +43,10 @@ pub(crate) use memory::shared as shared_memory;
 pub use settings::{Buses, ConfineThread, VmSettings};
 pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
 pub use state::{StateError, VcpuState, VmState};
-pub use threads::{Brake, VcpuHold, Vcpus};
+pub use threads::{VcpuHold, VcpuHolder, Vcpus};
 pub use vcpu::{VcpuError, VcpuExit};
 
-/// What the VM cannot do without.
+/// The capabilities of KVM that a VM needs, with their names.
 pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
@@ -57,18 +57,19 @@ pub const REQUIRED_CAPABILITIES: [(Cap, &str); 7] = [
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
 ];
 
-/// KVM, opened before the process lost the right to.
-static KEPT: OnceLock<File> = OnceLock::new();
+/// KVM, where it was opened before the process lost the right to open it.
+static OPENED_EARLY: OnceLock<File> = OnceLock::new();
 
-/// Opens KVM for later, for a process that is about to become a user who may not. Where this user may not either, that is told later.
-pub fn keep_kvm_open() {
+/// Opens KVM now, for a process that is about to become a user who may not open it. An error is not reported here, but
+/// when a VM is made.
+pub fn open_kvm_early() {
     if let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") {
-        KEPT.get_or_init(|| kvm);
+        OPENED_EARLY.get_or_init(|| kvm);
     }
 }
 
 fn open_kvm() -> Result<Kvm, VmError> {
-    match KEPT.get().map(File::try_clone) {
+    match OPENED_EARLY.get().map(File::try_clone) {
         Some(Ok(kvm)) => {
             // SAFETY: the descriptor is of /dev/kvm, and nobody else knows this copy of it.
             Ok(unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) })
@@ -77,10 +78,11 @@ fn open_kvm() -> Result<Kvm, VmError> {
     }
 }
 
-/// What tells the CPU of a guest with so many vCPUs from that of a guest elsewhere.
+/// A digest of the CPU that a guest with so many vCPUs has on this host, which distinguishes it from that of a guest on
+/// another host.
 ///
 /// # Errors
-/// `Open`, and `Kvm` and `CpuidTooLong` where KVM does not tell.
+/// `Open`, and `Kvm` and `CpuidTooLong` where KVM does not report its CPUID.
 pub fn cpu_model(vcpus: u8) -> Result<Vec<u8>, VmError> {
     let kvm = open_kvm()?;
     cpuid::Template::of_host(&kvm, vcpus)?.digest()
@@ -94,7 +96,7 @@ pub struct Vm {
     cpuid: cpuid::Template,
     has_pit: bool,
     vcpus: Vec<vcpu::Vcpu>,
-    /// Its state is that of another, which has run.
+    /// Whether its state was restored, so that it has run before.
     restored: bool,
     confine_vcpu: ConfineThread,
 }
@@ -123,7 +125,7 @@ impl Vm {
         let memory = memory::map(memory_bytes, huge_pages)?;
         let cpuid = cpuid::Template::of_host(&kvm, vcpus)?;
         let fd = kvm.create_vm().map_err(VmError::kvm("KVM_CREATE_VM"))?;
-        // Intel hosts without unrestricted guest need pages of their own; both lie in the hole.
+        // Intel hosts without unrestricted guest need these pages of KVM's; both are in the hole.
         fd.set_identity_map_address(KVM_IDENTITY_MAP)
             .map_err(VmError::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(KVM_TSS as usize)
@@ -172,12 +174,13 @@ impl Vm {
         &self.memory
     }
 
-    /// Guest RAM, of which pages can be shared within `limits`. Called once: each answer keeps its own record of what is mapped.
+    /// Guest RAM whose pages can be shared within `limits`. To be called once, because each value keeps its own table
+    /// of what is mapped.
     pub fn share(&self, limits: memshare::Limits) -> memshare::SharedMemory {
         memory::shared(&self.memory, limits)
     }
 
-    /// Puts a window into the guest's addresses, after RAM and the windows before it.
+    /// Places a window among the guest's addresses, after RAM and the windows before it.
     pub fn add_window(
         &mut self,
         window: Arc<Window>,
@@ -188,10 +191,10 @@ impl Vm {
             .add(&self.fd, (&self.memory, physical_bits), window, access)
     }
 
-    /// Gives the VM, which has not run, what KVM held of another, and each vCPU its state.
+    /// Restores the saved state of a VM and of its vCPUs. The VM has not run yet.
     ///
     /// # Errors
-    /// [`StateError`]; the VM is of no use then.
+    /// [`StateError`]; then the VM must not be started.
     pub fn restore(&mut self, state: &VmState, vcpus: &[VcpuState]) -> Result<(), StateError> {
         state.restore(&self.fd, self.has_pit, (&mut self.vcpus, vcpus))?;
         self.restored = true;
@@ -217,10 +220,10 @@ impl Vm {
             .map_err(VmError::kvm("KVM_IOEVENTFD"))
     }
 
-    /// Starts the vCPUs: the first with `regs`, and with what `set_sregs` makes of its system registers; the others wait for it to
-    /// start them.
+    /// Starts the vCPUs: the first with `regs`, and with its system registers as `set_sregs` changes them. The others
+    /// wait until the guest starts them.
     ///
-    /// `on_exit` is called once, from a vCPU thread, when a vCPU ends the guest; it must not wait for the vCPUs.
+    /// `on_exit` is called once, by the thread of a vCPU that ends the guest; it must not wait for the vCPUs.
     pub fn start(
         self,
         buses: Buses,
@@ -236,7 +239,7 @@ impl Vm {
         Ok(vcpus)
     }
 
-    /// Starts the vCPU threads of a guest that has its state from another; they stand still until [`Vcpus::resume`].
+    /// Starts the vCPU threads of a guest whose state was restored. They wait until [`Vcpus::resume`].
     ///
     /// `on_exit` is as for [`Vm::start`].
     pub fn start_paused(
@@ -256,7 +259,8 @@ impl Vm {
     }
 }
 
-/// The PIT costs a kernel thread and ticks: only guests without TSC-deadline timer need it, to calibrate theirs.
+/// Creates the PIT. It costs a kernel thread and timer ticks, and only guests without TSC-deadline timer need it, to
+/// calibrate their timer.
 fn create_pit(fd: &VmFd) -> Result<(), VmError> {
     let config = kvm_pit_config {
         flags: KVM_PIT_SPEAKER_DUMMY,
@@ -275,8 +279,8 @@ fn add_slots(fd: &VmFd, memory: &GuestMemory) -> Result<(), VmError> {
             userspace_addr,
             flags: 0,
         };
-        // SAFETY: the range is a whole mapping of `memory`, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU can
-        // run. Slots and guest ranges come from a checked memory map and do not overlap.
+        // SAFETY: the range is a whole mapping of `memory`, which the `Vm`, and after its start `Vcpus`, keeps mapped
+        // until no vCPU can run. Slots and guest ranges come from a checked memory map and do not overlap.
         unsafe { fd.set_user_memory_region(region) }
             .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }

@@ -1,6 +1,6 @@
 //! Tiny bare-metal guests on the machine's own `/dev/kvm`: exits, memory slots, eventfds, pause and resume.
 //!
-//! They run on any KVM, slow or fast. Where there is none they fail: there is nothing to test this module with.
+//! They run on any KVM, slow or fast. Where there is none they fail, because nothing else can test this module.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
@@ -24,7 +24,7 @@ enum Access {
     Write(u64, Vec<u8>),
 }
 
-/// Tells the test of each access; reads return 0x5a.
+/// A device that sends each access to the test; reads return 0x5a.
 struct Probe(std::sync::mpsc::Sender<Access>);
 
 impl BusDevice for Probe {
@@ -47,7 +47,7 @@ fn vm(vcpus: u8, memory_bytes: u64) -> Vm {
     .unwrap_or_else(|error| panic!("this test needs a working /dev/kvm: {error}"))
 }
 
-/// How the code of a test is run.
+/// The processor mode that the code of a test runs in.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Mode {
     /// 16 bits.
@@ -132,15 +132,15 @@ fn run(vm: Vm, code: &[u8], mode: Mode) -> Running {
 }
 
 #[test]
-fn port_accesses_reach_the_device_and_its_answer_the_guest() {
+fn port_accesses_reach_the_device_and_its_value_reaches_the_guest() {
     // in al, PORT; inc al; out PORT+1, al; hlt
-    let run = run(
+    let guest = run(
         vm(1, 4 << 20),
         &[0xe4, 0x10, 0xfe, 0xc0, 0xe6, 0x11, 0xf4],
         Mode::Real,
     );
-    assert_eq!(run.accesses.recv().unwrap(), Access::Read(0, 1));
-    assert_eq!(run.accesses.recv().unwrap(), Access::Write(1, vec![0x5b]));
+    assert_eq!(guest.accesses.recv().unwrap(), Access::Read(0, 1));
+    assert_eq!(guest.accesses.recv().unwrap(), Access::Write(1, vec![0x5b]));
 }
 
 #[test]
@@ -149,12 +149,13 @@ fn a_string_access_is_one_access_for_each_element() {
     vm.memory()
         .write_slice(b"abcdef", GuestAddress(0x3000))
         .unwrap();
-    // mov dx, PORT; mov di, 0x3100; mov cx, 3; rep insb; mov si, 0x3000; mov cx, 3; rep outsw; mov si, 0x3100; outsw; hlt
+    // mov dx, PORT; mov di, 0x3100; mov cx, 3; rep insb; mov si, 0x3000; mov cx, 3; rep outsw; mov si, 0x3100; outsw;
+    // hlt
     let code = [
         0xba, 0x10, 0x00, 0xbf, 0x00, 0x31, 0xb9, 0x03, 0x00, 0xf3, 0x6c, 0xbe, 0x00, 0x30, 0xb9,
         0x03, 0x00, 0xf3, 0x6f, 0xbe, 0x00, 0x31, 0x6f, 0xf4,
     ];
-    let run = run(vm, &code, Mode::Real);
+    let guest = run(vm, &code, Mode::Real);
     for expected in [
         Access::Read(0, 1),
         Access::Read(0, 1),
@@ -164,15 +165,15 @@ fn a_string_access_is_one_access_for_each_element() {
         Access::Write(0, b"ef".to_vec()),
         Access::Write(0, vec![0x5a; 2]),
     ] {
-        assert_eq!(run.accesses.recv().unwrap(), expected);
+        assert_eq!(guest.accesses.recv().unwrap(), expected);
     }
 }
 
 #[test]
 fn an_unclaimed_port_reads_all_ones() {
     // in al, 0x80; out PORT, al; hlt
-    let run = run(vm(1, 4 << 20), &[0xe4, 0x80, 0xe6, 0x10, 0xf4], Mode::Real);
-    assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0xff]));
+    let guest = run(vm(1, 4 << 20), &[0xe4, 0x80, 0xe6, 0x10, 0xf4], Mode::Real);
+    assert_eq!(guest.accesses.recv().unwrap(), Access::Write(0, vec![0xff]));
 }
 
 #[test]
@@ -182,10 +183,10 @@ fn mmio_accesses_reach_the_device() {
     code.push(0xa3); // mov [MMIO + 8], eax
     code.extend((MMIO as u32 + 8).to_le_bytes());
     code.push(0xf4); // hlt
-    let run = run(vm(1, 4 << 20), &code, Mode::Protected);
-    assert_eq!(run.accesses.recv().unwrap(), Access::Read(4, 4));
+    let guest = run(vm(1, 4 << 20), &code, Mode::Protected);
+    assert_eq!(guest.accesses.recv().unwrap(), Access::Read(4, 4));
     assert_eq!(
-        run.accesses.recv().unwrap(),
+        guest.accesses.recv().unwrap(),
         Access::Write(8, vec![0x5a; 4])
     );
 }
@@ -202,9 +203,9 @@ fn an_ioevent_takes_the_write_and_leaves_other_values_to_the_device() {
         code.extend(value.to_le_bytes());
     }
     code.push(0xf4);
-    let run = run(vm, &code, Mode::Protected);
+    let guest = run(vm, &code, Mode::Protected);
     assert_eq!(
-        run.accesses.recv().unwrap(),
+        guest.accesses.recv().unwrap(),
         Access::Write(0x50, vec![2, 0, 0, 0])
     );
     assert_eq!(event.read().unwrap(), 1);
@@ -226,7 +227,8 @@ fn an_irqfd_interrupts_a_halted_guest() {
     vm.memory()
         .write_slice(&handler, GuestAddress(HANDLER.into()))
         .unwrap();
-    // The interrupt controller (8259): mov al, word; out port, al. Vectors from 0x20, a slave at line 2, 8086 mode, none masked.
+    // The interrupt controller (8259): mov al, word; out port, al. Vectors from 0x20, a slave at line 2, 8086 mode,
+    // none masked.
     let mut code = Vec::new();
     for (port, word) in [
         (0x20, 0x11),
@@ -239,20 +241,23 @@ fn an_irqfd_interrupts_a_halted_guest() {
     }
     // mov sp, 0x8000; sti; out PORT, al; l: hlt; jmp l
     code.extend([0xbc, 0x00, 0x80, 0xfb, 0xe6, 0x10, 0xf4, 0xeb, 0xfd]);
-    let run = run(vm, &code, Mode::Real);
-    assert_eq!(run.accesses.recv().unwrap(), Access::Write(0, vec![0]));
+    let guest = run(vm, &code, Mode::Real);
+    assert_eq!(guest.accesses.recv().unwrap(), Access::Write(0, vec![0]));
     for _ in 0..2 {
         event.write(1).unwrap();
-        assert!(matches!(run.accesses.recv().unwrap(), Access::Write(1, _)));
+        assert!(matches!(
+            guest.accesses.recv().unwrap(),
+            Access::Write(1, _)
+        ));
     }
 }
 
 #[test]
 fn a_fault_without_a_handler_ends_the_guest_once() {
     // int3, with an empty IDT
-    let run = run(vm(1, 4 << 20), &[0xcc], Mode::Protected);
-    // A KVM that interprets the guest gives up on the fault instead of raising the third.
-    let exit = run.exits.recv().unwrap();
+    let guest = run(vm(1, 4 << 20), &[0xcc], Mode::Protected);
+    // A KVM that interprets the guest's instructions fails at the fault, and raises no triple fault.
+    let exit = guest.exits.recv().unwrap();
     assert!(
         matches!(
             exit,
@@ -260,43 +265,44 @@ fn a_fault_without_a_handler_ends_the_guest_once() {
         ),
         "{exit:?}"
     );
-    drop(run.vcpus);
-    assert!(run.exits.recv().is_err(), "told a second time");
+    drop(guest.vcpus);
+    assert!(guest.exits.recv().is_err(), "told a second time");
 }
 
 #[test]
 fn a_paused_guest_stands_still_and_a_resumed_one_goes_on() {
     // l: out PORT, al; jmp l
-    let run = run(vm(1, 4 << 20), &[0xe6, 0x10, 0xeb, 0xfc], Mode::Real);
+    let guest = run(vm(1, 4 << 20), &[0xe6, 0x10, 0xeb, 0xfc], Mode::Real);
     for _ in 0..3 {
-        run.accesses
+        guest
+            .accesses
             .recv()
-            .unwrap_or_else(|_| panic!("{:?}", run.exits.try_recv()));
-        run.vcpus.pause();
-        while run.accesses.try_recv().is_ok() {}
-        run.vcpus.pause();
-        assert!(run.accesses.try_recv().is_err(), "an access while paused");
-        run.vcpus.resume();
+            .unwrap_or_else(|_| panic!("{:?}", guest.exits.try_recv()));
+        guest.vcpus.pause();
+        while guest.accesses.try_recv().is_ok() {}
+        guest.vcpus.pause();
+        assert!(guest.accesses.try_recv().is_err(), "an access while paused");
+        guest.vcpus.resume();
     }
-    run.accesses.recv().unwrap();
+    guest.accesses.recv().unwrap();
 }
 
 #[test]
 fn a_guest_that_never_exits_can_be_paused_and_stopped() {
     // l: jmp l
-    let mut run = run(vm(1, 4 << 20), &[0xeb, 0xfe], Mode::Real);
-    run.vcpus.pause();
-    run.vcpus.resume();
-    run.vcpus.stop();
-    run.vcpus.pause();
-    run.vcpus.resume();
+    let mut guest = run(vm(1, 4 << 20), &[0xeb, 0xfe], Mode::Real);
+    guest.vcpus.pause();
+    guest.vcpus.resume();
+    guest.vcpus.stop();
+    guest.vcpus.pause();
+    guest.vcpus.resume();
 }
 
 #[test]
 fn vcpus_that_were_never_started_pause_and_stop() {
-    let run = run(vm(MAX_VCPUS, 4 << 20), &[0xeb, 0xfe], Mode::Real);
-    run.vcpus.pause();
-    run.vcpus.resume();
+    let guest = run(vm(MAX_VCPUS, 4 << 20), &[0xeb, 0xfe], Mode::Real);
+    guest.vcpus.pause();
+    guest.vcpus.resume();
 }
 
 #[test]
@@ -335,7 +341,7 @@ fn ram_lies_on_both_sides_of_the_hole() {
     assert_eq!(memory.read_obj::<u8>(GuestAddress(HIGH + 1)).unwrap(), 0x78);
 }
 
-/// Runs a guest that reads a byte of a window and writes the next one; what it read, and the bytes afterwards.
+/// Runs a guest that reads a byte of a window and writes the next one. Returns what it read, and the bytes afterwards.
 fn guest_with_window(access: WindowAccess) -> (Access, [u8; 2], PlacedWindow) {
     let window = Arc::new(Window::reserve(64 << 20).unwrap());
     let mut vm = vm(1, 4 << 20);
@@ -393,9 +399,9 @@ fn the_guest_starts_its_other_vcpus() {
         code.extend(value.to_le_bytes());
     }
     code.push(0xf4);
-    let run = run(vm, &code, Mode::Protected);
-    assert_eq!(run.accesses.recv().unwrap(), Access::Write(1, vec![7]));
-    run.vcpus.pause();
+    let guest = run(vm, &code, Mode::Protected);
+    assert_eq!(guest.accesses.recv().unwrap(), Access::Write(1, vec![7]));
+    guest.vcpus.pause();
 }
 
 #[test]
@@ -441,7 +447,7 @@ fn a_panic_on_a_vcpu_thread_ends_the_guest() {
 }
 
 #[test]
-fn a_missing_kvm_says_what_to_do() {
+fn the_error_for_a_missing_kvm_says_what_to_do() {
     for (errno, advice) in [(libc::ENOENT, "load kvm_amd"), (libc::EACCES, "group kvm")] {
         let error = VmError::Open(errno::Error::new(errno)).to_string();
         assert!(error.contains(advice) && !error.contains('\n'), "{error}");

@@ -1,7 +1,9 @@
-//! No performance counters for guests: they measure neighbours as well, and a watchdog that uses them wakes an idle guest.
+//! Hides performance counters from guests: they would measure neighbours as well, and a watchdog that uses them wakes
+//! an idle guest.
 //!
-//! CPUID (leaf `0xa`) hides them on Intel. On AMD the first four are part of the architecture: KVM has to be told not to emulate
-//! them, and their MSRs to fault, or KVM writes a line to the host's log when a kernel looks for them.
+//! CPUID (leaf `0xa`) hides them on Intel. On AMD the first four are part of the architecture: KVM has to be configured
+//! not to emulate them, and to make access to their MSRs fault; otherwise it writes a line to the host's log when a
+//! kernel probes them.
 
 use kvm_bindings::{KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{Cap, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
@@ -12,13 +14,15 @@ use super::error::VmError;
 const AMD_COUNTERS: u32 = 0xc001_0000;
 const AMD_COUNTER_COUNT: u32 = 8;
 
-/// A bit for each MSR, 0 to deny the access. KVM reads whole longs, though `MsrFilterRange` asks for the bytes of the count only.
+/// A bit for each MSR, 0 to deny the access. KVM reads whole longs, although `MsrFilterRange` only needs the bytes for
+/// the count.
 static DENY: [u8; 8] = [0; 8];
 const _: () = assert!(AMD_COUNTER_COUNT as usize <= DENY.len() * 8);
 
-/// Takes the counters away, before the first vCPU is made.
+/// Disables the counters. To be called before the first vCPU is made.
 pub(super) fn disable(vm: &VmFd) -> Result<(), VmError> {
-    // No flag: a KVM before Linux 5.18, where hiding them has to do, or one that emulates no counters on this host.
+    // The flag is absent in KVM before Linux 5.18, where hiding the counters has to be enough, and where KVM emulates
+    // no counters on this host.
     let can = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
     if u32::try_from(can).is_ok_and(|flags| flags & KVM_PMU_CAP_DISABLE != 0) {
         let disable = kvm_enable_cap {

@@ -1,10 +1,10 @@
-//! What a VM is made with, and what its vCPUs find beside RAM.
+//! The settings of a VM, and the buses that its vCPUs access.
 
 use devices::bus::Bus;
 
 use super::memory::HugePages;
 
-/// Gives away what the calling thread does not need.
+/// A function that gives up the rights that the calling thread does not need.
 pub type ConfineThread = fn() -> std::io::Result<()>;
 
 /// Size and shape of a VM.
@@ -16,7 +16,8 @@ pub struct VmSettings {
     pub vcpus: u8,
     /// How RAM is backed.
     pub huge_pages: HugePages,
-    /// Called by each vCPU's thread before its vCPU enters the guest, to give away what a vCPU does not need; an error ends the guest.
+    /// Called by each vCPU's thread before its vCPU enters the guest, to give up the rights that it does not need. An
+    /// error ends the guest.
     pub confine_vcpu: ConfineThread,
 }
 

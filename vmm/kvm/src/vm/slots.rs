@@ -1,6 +1,7 @@
 //! Memory of a guest that is not its RAM: windows, each a memory slot of its own, above all RAM.
 //!
-//! Such memory is no part of `GuestMemory`, so no device reads or writes it for the guest: what a descriptor names there is refused.
+//! Such memory is no part of `GuestMemory`, so no device reads or writes it for the guest: a descriptor with such an
+//! address is refused.
 
 use std::io;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use crate::layout::{MMIO_HOLE_END, WINDOW_ALIGNMENT};
 /// What a guest may do with a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WindowAccess {
-    /// Read. What it writes goes to the MMIO bus (`KVM_MEM_READONLY`).
+    /// Read. Its writes go to the MMIO bus (`KVM_MEM_READONLY`).
     Read,
     /// Read and write.
     Write,
@@ -30,7 +31,7 @@ pub enum WindowAccess {
 pub struct PlacedWindow {
     /// Where it begins, guest physical.
     pub address: u64,
-    /// What the guest has written; only where that is logged.
+    /// The log of the pages that the guest has written, where they are logged.
     pub log: Option<DirtyLog>,
 }
 
@@ -51,27 +52,28 @@ impl std::fmt::Debug for DirtyLog {
 }
 
 impl DirtyLog {
-    /// The pages written since the last call, a bit each from the first on; they are forgotten. A page that is written once this has begun may
-    /// be told now or next time, and one that was written before is told now.
+    /// Returns the pages written since the last call, as a bitmap from the first page on, and clears the log. A page
+    /// that is written during the call may be returned by this call or the next; one that was written before is
+    /// returned by this call.
     ///
     /// # Errors
-    /// What KVM says.
+    /// KVM's error.
     pub fn take(&self) -> io::Result<Vec<u64>> {
-        // Slots are at most as long as an address space.
+        // A slot is no longer than an address space, so that its length is a `usize`.
         Ok(self.vm.get_dirty_log(self.slot, self.len as usize)?)
     }
 }
 
-/// What has been put above RAM.
+/// The windows that are placed above RAM.
 #[derive(Default)]
 pub(super) struct Windows {
-    /// What KVM's slots map: not unmapped while a vCPU can run.
+    /// The windows, which must stay mapped while a vCPU can run, because KVM's slots map them.
     pub(super) mapped: Vec<Arc<Window>>,
     /// Where the last one ends.
     end: u64,
 }
 
-/// Where a window of `len` bytes begins that comes after `end`; `None` where the guest has no such addresses.
+/// The address of a window of `len` bytes that comes after `end`; `None` where the guest has no such addresses.
 fn place(end: u64, len: u64, physical_bits: u32) -> Option<u64> {
     let address = end.checked_next_multiple_of(WINDOW_ALIGNMENT)?;
     let limit = 1u64.checked_shl(physical_bits).unwrap_or(u64::MAX);
@@ -86,7 +88,8 @@ fn end_of_ram(memory: &GuestMemory) -> u64 {
 }
 
 impl Windows {
-    /// Puts a window into the addresses, of `physical_bits`, of the guest with `memory`, after that and the windows before it.
+    /// Places a window among the addresses, of `physical_bits` bits, of the guest with `memory`, after RAM and the
+    /// windows before it.
     pub(super) fn add(
         &mut self,
         fd: &Arc<VmFd>,
@@ -118,8 +121,8 @@ impl Windows {
             userspace_addr: window.as_ptr() as u64,
             flags,
         };
-        // SAFETY: the range is a whole window, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU can run. Slots are numbered
-        // after those of RAM, and the guest range lies after all that there is.
+        // SAFETY: the range is a whole window, which the `Vm`, and after its start `Vcpus`, keeps mapped until no vCPU
+        // can run. Slots are numbered after those of RAM, and the guest range lies after all that there is.
         unsafe { fd.set_user_memory_region(region) }
             .map_err(VmError::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         self.mapped.push(window);

@@ -1,7 +1,7 @@
-//! What KVM holds of a guest: taken from one that stands still, and given to one that has not run.
+//! The state of a guest in KVM: it is saved while the guest is paused, and restored into a VM that has not run.
 //!
-//! The order in which the parts of a vCPU are set matters (Linux Documentation/virt/kvm/api.rst): CPUID before all that depends on features, the local
-//! APIC before the MSR of its deadline, and pending events at last.
+//! The order in which the parts of a vCPU are set matters (Linux Documentation/virt/kvm/api.rst): CPUID before all that
+//! depends on features, the local APIC before the MSR of its deadline, and pending events last.
 
 use std::sync::Arc;
 
@@ -16,29 +16,29 @@ use serde::{Deserialize, Serialize};
 use super::error::VmError;
 use super::vcpu::Vcpu;
 
-/// Why the state of a guest cannot be taken, or not be given to another.
+/// Why the state of a guest cannot be saved or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// A KVM request failed.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// A vCPU has left.
+    /// A vCPU has ended.
     #[error("vCPU {0} has come to its end")]
     Ended(u8),
-    /// The guest is a hypervisor.
+    /// The guest is a hypervisor, whose own guests have state in the processor.
     #[error(
         "vCPU {0} runs guests of its own (EFER.SVME or CR4.VMXE), whose state cannot be saved; unload kvm in the guest"
     )]
     Nested(u8),
-    /// More floating-point state than is saved.
+    /// The guest has more floating-point state than can be saved.
     #[error(
         "vCPU state of {0} bytes (KVM_GET_XSAVE2) cannot be saved: more than 4096; hide AMX from the guest"
     )]
     Xsave(i32),
-    /// Another processor.
+    /// The guest was saved on another processor.
     #[error("the guest was saved on another processor: {0}")]
     Processor(String),
-    /// Not as many vCPUs as there are.
+    /// The state has another number of vCPUs than the guest.
     #[error("the state is of {saved} vCPUs, and the guest has {present}")]
     Vcpus {
         /// In the state.
@@ -46,12 +46,12 @@ pub enum StateError {
         /// In the guest.
         present: usize,
     },
-    /// One timer chip more or less than the guest has.
+    /// Either the state or the guest has a PIT, and the other has none.
     #[error("the state has {} PIT, and the guest has {}", if *.0 { "a" } else { "no" }, if *.0 { "none" } else { "one" })]
     Pit(bool),
 }
 
-/// What KVM holds of a guest beside its vCPUs.
+/// The state of a VM in KVM, without its vCPUs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmState {
@@ -63,12 +63,12 @@ pub struct VmState {
     pit: Option<kvm_pit_state2>,
 }
 
-/// A vCPU.
+/// The state of a vCPU in KVM.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
-    /// `None` where KVM does not tell.
+    /// `None` where KVM does not report it.
     tsc_khz: Option<u32>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
@@ -86,12 +86,12 @@ const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// EFER.SVME (AMD64 APM volume 2, 3.1.7) and CR4.VMXE (SDM volume 3, 2.5).
 const EFER_SVME: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
-/// `KVM_CLOCK_TSC_STABLE` and others are only told, not taken, by `KVM_SET_CLOCK`.
+/// The flags that `KVM_SET_CLOCK` accepts: `KVM_CLOCK_TSC_STABLE` and others are only returned by `KVM_GET_CLOCK`.
 const CLOCK_FLAGS_TAKEN: u32 = 0;
 
 const XSAVE_BYTES: i32 = 4096;
 
-/// The MSRs that KVM saves, as far as it has any.
+/// The MSRs that have to be saved, by `KVM_GET_MSR_INDEX_LIST`.
 pub(super) fn msrs_to_save(kvm: &Kvm) -> Result<Arc<[u32]>, VmError> {
     let list = kvm
         .get_msr_index_list()
@@ -118,7 +118,7 @@ pub(super) fn check_size(vm: &VmFd) -> Result<(), StateError> {
 }
 
 impl VmState {
-    /// Of a guest whose vCPUs stand still.
+    /// The state of a VM whose vCPUs are paused.
     pub(super) fn of(fd: &VmFd, has_pit: bool) -> Result<Self, VmError> {
         Ok(Self {
             clock: fd.get_clock().map_err(VmError::kvm("KVM_GET_CLOCK"))?,
@@ -132,7 +132,8 @@ impl VmState {
     }
 }
 
-/// Feature bits of CPUID that a guest may have come to rely on: function, index, and the registers EAX to EDX that are sets of features.
+/// Feature bits of CPUID that a guest may have come to rely on: function, index, and the registers EAX to EDX that are
+/// sets of features.
 const FEATURE_LEAVES: [(u32, u32, [bool; 4]); 9] = [
     (0x1, 0, [false, false, true, true]),
     (0x7, 0, [false, true, true, true]),
@@ -145,7 +146,7 @@ const FEATURE_LEAVES: [(u32, u32, [bool; 4]); 9] = [
     (0x8000_0008, 0, [false, true, false, false]),
 ];
 
-/// Leaf 1 ECX, OSXSAVE: follows CR4, so a part of the state. Leaf 7 EDX and others have none such.
+/// Leaf 1 ECX, OSXSAVE: it follows CR4, so it is state and no feature. The other leaves have no such bits.
 const OSXSAVE: u32 = 1 << 27;
 
 fn words(entry: &kvm_cpuid_entry2) -> [u32; 4] {
@@ -159,7 +160,7 @@ fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> Option<[u32;
     found.map(words)
 }
 
-/// What of the CPU that a guest was saved on this host lacks; `None` where it can go on here.
+/// What this host lacks of the CPU that a guest was saved on; `None` where the guest can go on here.
 fn lacks(saved: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Option<String> {
     let vendor = |entries| leaf(entries, 0, 0).map(|[_, ebx, ecx, edx]| [ebx, edx, ecx]);
     let name = |words: Option<[u32; 3]>| {
@@ -201,10 +202,10 @@ fn lacks(saved: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Option<String
 }
 
 impl VmState {
-    /// Gives a VM, which has not run, what KVM held of another, and each of its vCPUs its state.
+    /// Restores the saved state of a VM and of its vCPUs. The VM has not run yet.
     ///
     /// # Errors
-    /// [`StateError`]; the VM is of no use then.
+    /// [`StateError`]; then the VM must not be started.
     pub(super) fn restore(
         &self,
         fd: &VmFd,
@@ -252,7 +253,8 @@ impl Vcpu {
         if sregs.efer & EFER_SVME != 0 || sregs.cr4 & CR4_VMXE != 0 {
             return Err(StateError::Nested(self.index));
         }
-        // KVM_GET_MP_STATE also takes in what is about to change the state (an INIT or a start-up IPI): first of all.
+        // KVM_GET_MP_STATE also processes events that are about to change the state (an INIT or a start-up IPI), so it
+        // comes first.
         let mp_state = fd
             .get_mp_state()
             .map_err(VmError::kvm("KVM_GET_MP_STATE"))?;
@@ -293,15 +295,15 @@ impl Vcpu {
                 .get_msrs(&mut msrs)
                 .map_err(VmError::kvm("KVM_GET_MSRS"))?;
             entries.extend(msrs.as_slice().iter().take(got));
-            // One that is listed and not there for this CPU ends the call.
+            // An MSR that is listed, and that this CPU does not have, ends the call, so the call is repeated behind it.
             left = left.get(got + 1..).unwrap_or_default();
         }
         let value = |wanted: u32| {
             let found = entries.iter().find(|entry| entry.index == wanted);
             found.map(|entry| entry.data)
         };
-        // A deadline that has passed reads as 0, and the interrupt that it raises may not have come to the local APIC yet; KVM does not tell. A
-        // deadline of now raises it again, which a guest takes for an early tick at worst.
+        // A deadline that has passed reads as 0, and its interrupt may not have reached the local APIC yet; KVM does
+        // not report that. A deadline of now raises the interrupt again, which at worst is an early tick for the guest.
         if value(IA32_TSC_DEADLINE) == Some(0)
             && let Some(now) = value(IA32_TSC)
             && let Some(deadline) = entries
@@ -313,7 +315,7 @@ impl Vcpu {
         Ok(entries)
     }
 
-    /// Gives a vCPU that has not run the state of another.
+    /// Restores the state of a vCPU, which has not run yet.
     pub(super) fn restore(&mut self, state: &VcpuState) -> Result<(), VmError> {
         self.cpuid = CpuId::from_entries(&state.cpuid)
             .map_err(|_| VmError::CpuidTooLong(state.cpuid.len()))?;
@@ -332,10 +334,10 @@ impl Vcpu {
             .map_err(VmError::kvm("KVM_SET_REGS"))?;
         fd.set_sregs(&state.sregs)
             .map_err(VmError::kvm("KVM_SET_SREGS"))?;
-        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 tells of the VM. `check_size` refuses states of more than the 4096 of the structure, and
-        // `Vm::new` asks for no feature that would make this VM's longer.
+        // SAFETY: KVM reads as many bytes as KVM_CAP_XSAVE2 returns for the VM. `check_size` refuses states of more
+        // than the 4096 of the structure, and `Vm::new` asks for no feature that would make this VM's longer.
         unsafe { fd.set_xsave(&state.xsave) }.map_err(VmError::kvm("KVM_SET_XSAVE"))?;
-        // A processor without XSAVE has none, and lets none be set.
+        // A processor without XSAVE has no XCRs, and refuses to set any.
         if state.xcrs.nr_xcrs > 0 {
             fd.set_xcrs(&state.xcrs)
                 .map_err(VmError::kvm("KVM_SET_XCRS"))?;
@@ -363,7 +365,7 @@ impl Vcpu {
             let Some(refused) = left.get(set) else {
                 break;
             };
-            // What user space may not write (a feature register, say) is no loss where it has that value already.
+            // An MSR that user space may not write (a feature register, for one) may have the saved value already.
             if self.msr(refused.index) != Some(refused.data) {
                 return Err(VmError::Msr(refused.index));
             }
@@ -403,7 +405,7 @@ mod tests {
     fn a_guest_goes_on_only_where_every_feature_is_that_it_saw() {
         let saved = [entry(0, [1, 2, 3, 4]), entry(1, [7, 7, 0b101 | OSXSAVE, 1])];
         assert_eq!(lacks(&saved, &saved), None);
-        // Model, family and what else is no feature may differ, and so may OSXSAVE.
+        // Model, family and other values that are no features may differ, and so may OSXSAVE.
         let newer = [entry(0, [9, 2, 3, 4]), entry(1, [8, 9, 0b111, 3])];
         assert_eq!(lacks(&saved, &newer), None);
         let older = [entry(0, [1, 2, 3, 4]), entry(1, [7, 7, 0b001, 1])];

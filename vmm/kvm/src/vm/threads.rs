@@ -1,9 +1,9 @@
 //! The vCPU threads: start, pause, resume and stop.
 //!
-//! Each thread owns its vCPU. What they share is a table under one mutex: the state they should be in, how many are parked, and for
-//! each the `immediate_exit` byte of its `kvm_run` page. To get a vCPU out of the guest, the state is changed, `immediate_exit`
-//! set, and the thread signalled. The signal ends a `KVM_RUN` that is under way; one that has not begun yet returns at once
-//! because of `immediate_exit`. So no order of events loses a kick.
+//! Each thread owns its vCPU. What they share is a table under one mutex: the state they should be in, how many are
+//! parked, and for each the `immediate_exit` byte of its `kvm_run` page. To get a vCPU out of the guest, the state is
+//! changed, `immediate_exit` set, and the thread signalled. The signal ends a `KVM_RUN` that is under way; one that has
+//! not begun yet returns at once because of `immediate_exit`. So no order of events loses a kick.
 
 use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -36,9 +36,9 @@ enum Target {
     Stop,
 }
 
-/// What [`Shared::gate`] lets a vCPU do.
-enum Gate {
-    /// Run; `waited` when it had to wait for that.
+/// What a vCPU does next, after [`Shared::wait_while_paused`].
+enum Next {
+    /// Run the guest. `waited` is set if the vCPU was paused.
     Run { waited: bool },
     /// End its thread.
     Stop,
@@ -52,12 +52,12 @@ unsafe impl Send for ExitByte {}
 
 struct Table {
     target: Target,
-    /// How many want all vCPUs out of the guest for a moment, whatever the target.
+    /// The number of [`VcpuHold`]s, which keep all vCPUs out of the guest for a moment, whatever the target is.
     holds: usize,
     /// By vCPU; `None` once its thread has left its loop, before the vCPU is dropped.
     exit_bytes: Vec<Option<ExitByte>>,
     parked: usize,
-    /// By vCPU, where somebody waits for the states of all.
+    /// By vCPU, while a save waits for the states of all.
     states: Option<Vec<Option<Result<VcpuState, StateError>>>>,
 }
 
@@ -66,8 +66,8 @@ impl Table {
         self.exit_bytes.iter().flatten().count()
     }
 
-    /// Whether vCPUs are to stay out of the guest for now.
-    fn is_closed(&self) -> bool {
+    /// Whether vCPUs have to stay out of the guest for now.
+    fn must_stay_out(&self) -> bool {
         match self.target {
             Target::Run => self.holds > 0,
             Target::Pause => true,
@@ -75,16 +75,17 @@ impl Table {
         }
     }
 
-    /// Where the state of a vCPU is to be put, if somebody still waits for it.
-    fn wanted_state(&mut self, index: u8) -> Option<&mut Option<Result<VcpuState, StateError>>> {
+    /// The place for the state of a vCPU, if a save still waits for it.
+    fn requested_state(&mut self, index: u8) -> Option<&mut Option<Result<VcpuState, StateError>>> {
         let slot = self.states.as_mut()?.get_mut(usize::from(index))?;
         slot.is_none().then_some(slot)
     }
 
     fn set_immediate_exit(&self, index: usize, value: u8) {
         if let Some(Some(byte)) = self.exit_bytes.get(index) {
-            // SAFETY: the byte lies in the `kvm_run` mapping of a vCPU whose thread still owns it: the thread takes its entry out of
-            // the table, under the mutex that is held here, before it drops the vCPU. All user-space stores are atomic.
+            // SAFETY: the byte lies in the `kvm_run` mapping of a vCPU whose thread still owns it: the thread takes its
+            // entry out of the table, under the mutex that is held here, before it drops the vCPU. All user-space
+            // stores are atomic.
             unsafe { AtomicU8::from_ptr(byte.0) }.store(value, Ordering::SeqCst);
         }
     }
@@ -93,11 +94,12 @@ impl Table {
 struct Shared {
     table: Mutex<Table>,
     changed: Condvar,
-    /// Until they are joined. Its lock comes after the table's.
+    /// The threads, until they are joined. This lock is taken after the table's.
     threads: Mutex<Vec<JoinHandle<()>>>,
     ended: AtomicBool,
     on_exit: Box<dyn Fn(VcpuExit) + Send + Sync>,
-    /// The VM itself: when the last descriptor of it is closed, KVM takes the irqfds away, though vCPUs still hold the VM.
+    /// The VM itself. KVM removes its irqfds when its last descriptor is closed, even though vCPUs still refer to the
+    /// VM.
     vm: Arc<VmFd>,
 }
 
@@ -106,15 +108,15 @@ impl Shared {
         self.table.lock()
     }
 
-    /// Waits while the vCPUs are to be paused, and tells the vCPU's state meanwhile if that is asked for.
-    fn gate(&self, vcpu: &Vcpu) -> Gate {
+    /// Waits while the vCPUs are paused or held. Saves the vCPU's state meanwhile, if that is requested.
+    fn wait_while_paused(&self, vcpu: &Vcpu) -> Next {
         let mut table = self.table();
         table.set_immediate_exit(vcpu.index.into(), 0);
         // A hold is too short for the guest to notice.
         let mut waited = false;
-        while table.is_closed() {
+        while table.must_stay_out() {
             waited |= table.target == Target::Pause;
-            if let Some(slot) = table.wanted_state(vcpu.index) {
+            if let Some(slot) = table.requested_state(vcpu.index) {
                 *slot = Some(vcpu.save());
             }
             table.parked += 1;
@@ -123,12 +125,12 @@ impl Shared {
             table.parked -= 1;
         }
         match table.target {
-            Target::Stop => Gate::Stop,
-            Target::Run | Target::Pause => Gate::Run { waited },
+            Target::Stop => Next::Stop,
+            Target::Run | Target::Pause => Next::Run { waited },
         }
     }
 
-    /// Makes every vCPU come by its gate.
+    /// Makes every vCPU leave the guest, and call [`Shared::wait_while_paused`].
     fn kick(&self, table: &Table) {
         let threads = self.threads.lock();
         for (index, thread) in threads.iter().enumerate() {
@@ -139,10 +141,10 @@ impl Shared {
         }
     }
 
-    /// Waits until every vCPU is at its gate, as long as that is closed.
+    /// Waits until every vCPU is parked, for as long as vCPUs have to stay out of the guest.
     fn wait_for_parked(&self, mut table: MutexGuard<'_, Table>) {
         self.changed.wait_while(&mut table, |table| {
-            table.is_closed() && table.parked < table.live()
+            table.must_stay_out() && table.parked < table.live()
         });
     }
 
@@ -167,17 +169,17 @@ pub struct Vcpus {
     has_pit: bool,
     /// By vCPU.
     exits: Vec<Arc<ExitCounters>>,
-    /// What the memory slots of the VM map: not unmapped while a vCPU can run.
+    /// The memory of the VM's slots, which must stay mapped while a vCPU can run.
     _memory: (GuestMemory, Vec<Arc<Window>>),
 }
 
-/// What the vCPU threads are started with.
+/// The values that the vCPU threads are started with.
 pub(super) struct Parts {
     pub(super) vm: Arc<VmFd>,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) has_pit: bool,
     pub(super) memory: (GuestMemory, Vec<Arc<Window>>),
-    /// The vCPUs have run elsewhere.
+    /// Whether the vCPUs' state was restored, so that they have run before.
     pub(super) restored: bool,
     /// See [`super::VmSettings::confine_vcpu`].
     pub(super) confine: ConfineThread,
@@ -190,7 +192,7 @@ fn kick_signal() -> libc::c_int {
 }
 
 impl Vcpus {
-    /// The threads stand still until [`Vcpus::resume`].
+    /// Starts the threads, which wait until [`Vcpus::resume`].
     pub(super) fn start(
         parts: Parts,
         buses: Buses,
@@ -241,7 +243,8 @@ impl Vcpus {
             match thread {
                 Ok(thread) => this.threads().push(thread),
                 Err(source) => {
-                    // The vCPUs without a thread are gone with the closure that owned them, their pages with them.
+                    // The vCPUs without a thread were dropped with the closure that owned them, and their `kvm_run`
+                    // pages were unmapped.
                     let started = this.threads().len();
                     this.shared.table().exit_bytes.truncate(started);
                     return Err(VmError::Thread { index, source });
@@ -265,20 +268,21 @@ impl Vcpus {
         table
     }
 
-    /// Takes all vCPUs out of the guest; returns when none is in it, with every access of the guest served to its end.
+    /// Takes all vCPUs out of the guest. Returns when none is in it and every device access of the guest is complete.
     ///
-    /// Waits for device accesses under way: not to be called with a device locked, nor from a vCPU thread.
+    /// It waits for device accesses that are in progress, so it must not be called with a device locked, nor by a vCPU
+    /// thread.
     pub fn pause(&self) {
         let table = self.set_target(Target::Pause);
         self.shared.wait_for_parked(table);
     }
 
-    /// Lets the vCPUs run on.
+    /// Lets the vCPUs run again.
     pub fn resume(&self) {
         drop(self.set_target(Target::Run));
     }
 
-    /// What KVM holds of the guest, which is paused: of the VM, and of each vCPU.
+    /// The state of the guest, which is paused: of the VM, and of each vCPU.
     ///
     /// # Errors
     /// [`StateError`].
@@ -287,7 +291,7 @@ impl Vcpus {
         let mut table = self.shared.table();
         table.states = Some(table.exit_bytes.iter().map(|_| None).collect());
         self.shared.changed.notify_all();
-        // A vCPU that has left its loop, or leaves it now, tells nothing.
+        // A vCPU whose thread has left its loop, or leaves it now, never stores its state.
         let waiting = |table: &mut Table| {
             let live = table.exit_bytes.iter().map(Option::is_some);
             let states = table.states.iter().flatten();
@@ -304,15 +308,15 @@ impl Vcpus {
         Ok((VmState::of(&self.shared.vm, self.has_pit)?, vcpus))
     }
 
-    /// How often the vCPUs have left the guest, by what for.
+    /// How often the vCPUs have left the guest, by kind of exit.
     pub fn exits(&self) -> Vec<(ExitKind, u64)> {
         let all = |kind| self.exits.iter().map(|vcpu| vcpu.get(kind)).sum();
         ExitKind::ALL.map(|kind| (kind, all(kind))).to_vec()
     }
 
-    /// A way to hold the vCPUs that outlives this value.
-    pub fn brake(&self) -> Brake {
-        Brake(self.shared.clone())
+    /// A value to hold the vCPUs with, which may outlive this one.
+    pub fn holder(&self) -> VcpuHolder {
+        VcpuHolder(self.shared.clone())
     }
 
     /// Takes all vCPUs out of the guest for good and ends their threads.
@@ -320,7 +324,7 @@ impl Vcpus {
         drop(self.set_target(Target::Stop));
         let threads = std::mem::take(&mut *self.threads());
         for thread in threads {
-            // A panic of the thread has been told through `on_exit`.
+            // A panic of the thread was reported through `on_exit`.
             let _ = thread.join();
         }
     }
@@ -333,7 +337,8 @@ fn thread_time(thread: &JoinHandle<()>) -> Option<Duration> {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: the thread is not joined as long as its handle exists, so that the name is valid, and the clock's number is written to a place of its own.
+    // SAFETY: the thread is not joined as long as its handle exists, so that the name is valid, and the clock's number
+    // is written to a place of its own.
     let found = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &raw mut clock) };
     // SAFETY: any number may be asked for, and the time is written to a place of its own.
     if found != 0 || unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
@@ -343,22 +348,23 @@ fn thread_time(thread: &JoinHandle<()>) -> Option<Duration> {
     Some(Duration::new(seconds, u32::try_from(time.tv_nsec).ok()?))
 }
 
-/// Holds the vCPUs of a VM for moments, paused or not.
+/// Takes [`VcpuHold`]s of the vCPUs of a VM, whether it is paused or not.
 #[derive(Clone)]
-pub struct Brake(Arc<Shared>);
+pub struct VcpuHolder(Arc<Shared>);
 
-/// No vCPU is in the guest as long as this lives.
+/// A hold: no vCPU is in the guest for as long as this lives.
 #[must_use = "the vCPUs go on when this is dropped"]
 pub struct VcpuHold<'a>(&'a Shared);
 
-impl Brake {
-    /// CPU time that the threads of the vCPUs have used so far, those not counted that have ended.
+impl VcpuHolder {
+    /// CPU time that the threads of the vCPUs have used so far, without threads that have ended.
     pub fn cpu_time(&self) -> Duration {
         let threads = self.0.threads.lock();
         threads.iter().filter_map(thread_time).sum()
     }
 
-    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until what is returned is dropped. `None` once they are stopped for good.
+    /// Takes all vCPUs out of the guest, as [`Vcpus::pause`] does, until what is returned is dropped. `None` once they
+    /// are stopped for good.
     pub fn hold(&self) -> Option<VcpuHold<'_>> {
         let mut table = self.0.table();
         if table.target == Target::Stop {
@@ -392,7 +398,8 @@ fn thread_main(
     (restored, confine): (bool, ConfineThread),
 ) {
     let index = vcpu.index;
-    // The mask is inherited; a thread that waits for its signals by signalfd may have blocked this one too.
+    // Threads inherit the mask of signals, and the thread that starts this one may have blocked all of them, to read
+    // them by signalfd.
     if let Err(why) = unblock_signal(kick_signal()) {
         tracing::warn!(%why, index, "the kick signal stays as it was");
     }
@@ -417,14 +424,15 @@ fn thread_main(
 
 /// Runs the vCPU until it is to stop (`None`) or the guest ends.
 fn run_loop(shared: &Shared, buses: &Buses, vcpu: &mut Vcpu, restored: bool) -> Option<VcpuExit> {
-    // Every vCPU waits for the start of all; only a pause after that is one that the guest could notice, or the time between its save and its restore.
+    // Every vCPU waits until all are started. The guest can only notice a pause after that, or the time between its
+    // save and its restore.
     let mut entered = restored;
-    while let Gate::Run { waited } = shared.gate(vcpu) {
+    while let Next::Run { waited } = shared.wait_while_paused(vcpu) {
         if waited
             && entered
             && let Err(error) = vcpu.fd.kvmclock_ctrl()
         {
-            // EINVAL: the guest has not set up its kvm-clock; then it needs not be told of the pause.
+            // EINVAL means that the guest has not set up its kvm-clock, so that it need not be notified of the pause.
             tracing::debug!(error = %chain(&error), "KVM_KVMCLOCK_CTRL");
         }
         entered = true;

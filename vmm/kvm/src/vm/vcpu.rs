@@ -23,7 +23,7 @@ pub enum VcpuExit {
     Shutdown,
     /// The guest asked for a reset through KVM.
     Reset,
-    /// The guest told of a crash through KVM.
+    /// The guest reported a crash through KVM.
     Crash,
     /// The vCPU cannot go on.
     Failed(VcpuError),
@@ -49,7 +49,7 @@ pub enum VcpuError {
     Run {
         /// Number of the vCPU.
         index: u8,
-        /// What KVM said.
+        /// KVM's error.
         source: errno::Error,
     },
     /// The processor refused the vCPU's state (`KVM_EXIT_FAIL_ENTRY`).
@@ -82,12 +82,12 @@ pub enum VcpuError {
         /// KVM's name of the exit.
         exit: String,
     },
-    /// The thread of the vCPU could not give away what it does not need.
+    /// The thread of the vCPU could not give up the rights that it does not need.
     #[error("vCPU {index}: no filter of system calls: {reason}")]
     Filter {
         /// Number of the vCPU.
         index: u8,
-        /// What the host said.
+        /// The host's error.
         reason: String,
     },
     /// The thread of the vCPU panicked: a defect of this program.
@@ -98,13 +98,13 @@ pub enum VcpuError {
     },
 }
 
-/// What a call of [`Vcpu::run`] ended with.
+/// How a call of [`Vcpu::run`] ended.
 pub(super) enum Step {
-    /// An access was served; run on.
+    /// An access was served, and the vCPU can run again.
     Handled,
-    /// A signal or `immediate_exit`: somebody wants the vCPU out of the guest.
+    /// A signal or `immediate_exit`: the vCPU is to leave the guest.
     Interrupted,
-    /// The guest is at its end.
+    /// The guest has ended.
     Ended(VcpuExit),
 }
 
@@ -114,13 +114,13 @@ pub(super) struct Vcpu {
     pub(super) index: u8,
     /// What the guest sees of its CPU.
     pub(super) cpuid: CpuId,
-    /// Those that KVM saves.
+    /// The MSRs that have to be saved.
     pub(super) msrs: Arc<[u32]>,
-    /// What it left the guest for.
+    /// The counters of its exits.
     pub(super) exits: Arc<ExitCounters>,
 }
 
-/// MSRs at boot: fast string operations, and write-back as the default memory type, as firmware leaves them.
+/// The MSRs at boot, as firmware leaves them: fast string operations, and write-back as the default memory type.
 const BOOT_MSRS: [(u32, u64); 11] = [
     (0x174, 0),         // IA32_SYSENTER_CS
     (0x175, 0),         // IA32_SYSENTER_ESP
@@ -195,8 +195,8 @@ impl Vcpu {
                 self.exits.count(ExitKind::IoIn);
                 let data = &raw mut *data;
                 let size = element_size(&mut self.fd);
-                // SAFETY: the bytes lie in the mapping of `fd`'s `kvm_run`, behind the structure itself. Nobody else refers to them,
-                // and KVM writes them only in the next run of this vCPU, which `&mut self` holds back.
+                // SAFETY: the bytes lie in the mapping of `fd`'s `kvm_run`, behind the structure itself. Nobody else
+                // refers to them, and KVM writes them only in the next run of this vCPU, which `&mut self` holds back.
                 for element in unsafe { &mut *data }.chunks_exact_mut(size) {
                     if !buses.pio.read(port.into(), element) {
                         element.fill(0xff);
@@ -274,8 +274,8 @@ fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, delivery: u32) {
     }
 }
 
-/// Bytes of each element of the port access that the last run ended with: a string instruction brings many in one exit, all for the
-/// same port.
+/// Bytes of each element of the port access that the last run ended with: a string instruction brings many in one exit,
+/// all for the same port.
 fn element_size(fd: &mut VcpuFd) -> usize {
     // SAFETY: the last exit was KVM_EXIT_IO, for which KVM fills this member of the union; any bits are a valid u8.
     let size = unsafe { fd.get_kvm_run().__bindgen_anon_1.io.size };

@@ -45,19 +45,20 @@ impl<'a> Root<'a> {
     }
 }
 
-/// What Linux is to do about its memory.
+/// What a Linux guest is told to do with its memory.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Wanted {
-    /// Tell of free pages one by one, see [`report_every_page`].
+pub(super) struct LinuxOptions {
+    /// Linux reports single free pages, see [`report_every_page`].
     pub(super) reporting: bool,
-    /// Make no file of each of its trace events: before Linux 6.6, some ten thousand inodes in every guest.
+    /// Linux makes no file of each of its trace events: those are some ten thousand inodes in every guest before Linux
+    /// 6.6.
     pub(super) lean: Lean,
 }
 
-/// Whether Linux does without its trace file system.
+/// Whether Linux does without its trace file system (`--lean`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Lean {
-    /// It has it.
+    /// It has its trace file system.
     #[default]
     No,
     /// It does without, unless the command line has it trace something.
@@ -67,9 +68,9 @@ pub(super) enum Lean {
 }
 
 impl Lean {
-    /// What a user has said, or what goes with how the guest shares.
-    pub(super) fn new(said: Option<bool>, mode: ShareMode) -> Self {
-        match said {
+    /// What the user has configured, and otherwise what suits the guest's mode of sharing.
+    pub(super) fn new(configured: Option<bool>, mode: ShareMode) -> Self {
+        match configured {
             Some(true) => Self::Yes,
             None if mode == ShareMode::All => Self::IfUnused,
             Some(false) | None => Self::No,
@@ -77,7 +78,7 @@ impl Lean {
     }
 
     fn applies(self, cmdline: &str) -> bool {
-        /// How the words begin that set up tracing at boot (kernel-parameters.txt).
+        /// How the words that set up tracing at boot begin (kernel-parameters.txt).
         const TRACING: [&str; 5] = [
             "ftrace",
             "trace_",
@@ -98,14 +99,14 @@ const LEAN: &str = "initcall_blacklist=event_trace_init,tracer_init_tracefs";
 
 /// Completes the command line that was given, or the default one.
 ///
-/// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told to do without ACPI (`acpi=off`)
-/// gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT, and would take them twice. What is `wanted` of the
-/// guest's memory is told, unless the command line speaks of it.
+/// Where a drive or a pmem device is marked as the root device, `root=` and its mode are added. A kernel that is told
+/// to do without ACPI (`acpi=off`) gets a `virtio_mmio.device=` for each device; with ACPI it finds them in the DSDT,
+/// and would take them twice. The words for `options` are added unless the command line has them.
 pub(super) fn complete(
     given: Option<&str>,
     root: Option<Root<'_>>,
     virtio: &[MmioDevice],
-    wanted: Wanted,
+    options: LinuxOptions,
 ) -> String {
     let mut cmdline = given.unwrap_or(DEFAULT_CMDLINE).to_owned();
     if let Some(root) = root {
@@ -119,17 +120,18 @@ pub(super) fn complete(
             cmdline = format!("{cmdline} {}", device.cmdline());
         }
     }
-    if wanted.reporting {
+    if options.reporting {
         cmdline = report_every_page(cmdline);
     }
-    if wanted.lean.applies(&cmdline) && !cmdline.contains("initcall_blacklist=") {
+    if options.lean.applies(&cmdline) && !cmdline.contains("initcall_blacklist=") {
         cmdline = format!("{cmdline} {LEAN}");
     }
     cmdline
 }
 
-/// Lets Linux report free memory down to single pages, unless the command line says how. On its own it tells of free blocks of 2 MiB and more, and
-/// only while 64 MiB are free, so that a small guest tells of nothing. Linux before 6.2 forgets the word when the driver loads.
+/// Has Linux report free memory down to single pages, unless the command line says otherwise. By default Linux reports
+/// free blocks of 2 MiB and more, and only while 64 MiB are free, so that a small guest reports nothing. Linux before
+/// 6.2 forgets this word when the driver loads.
 fn report_every_page(cmdline: String) -> String {
     if cmdline.contains("page_reporting_order") {
         cmdline
@@ -151,11 +153,11 @@ mod tests {
     #[test]
     fn what_was_given_stays_as_it_is() {
         assert_eq!(
-            complete(Some("quiet"), None, &[DEVICE], Wanted::default()),
+            complete(Some("quiet"), None, &[DEVICE], LinuxOptions::default()),
             "quiet"
         );
         assert_eq!(
-            complete(None, None, &[], Wanted::default()),
+            complete(None, None, &[], LinuxOptions::default()),
             DEFAULT_CMDLINE
         );
     }
@@ -169,7 +171,7 @@ mod tests {
                 Some("quiet"),
                 Some(Root::Drive(&root)),
                 &[],
-                Wanted::default()
+                LinuxOptions::default()
             ),
             "quiet root=/dev/vda ro"
         );
@@ -180,20 +182,20 @@ mod tests {
                 Some("quiet"),
                 Some(Root::Drive(&root)),
                 &[],
-                Wanted::default()
+                LinuxOptions::default()
             ),
             "quiet root=PARTUUID=0eaa91a0-01 rw"
         );
     }
 
     #[test]
-    fn free_pages_are_reported_one_by_one_unless_the_user_says_otherwise() {
+    fn free_pages_are_reported_one_by_one_unless_the_command_line_sets_the_order() {
         let with = |given| {
-            let wanted = Wanted {
+            let options = LinuxOptions {
                 reporting: true,
-                ..Wanted::default()
+                ..LinuxOptions::default()
             };
-            complete(Some(given), None, &[], wanted)
+            complete(Some(given), None, &[], options)
         };
         assert_eq!(with("quiet"), "quiet page_reporting.page_reporting_order=0");
         let given = "quiet page_reporting.page_reporting_order=9";
@@ -217,18 +219,23 @@ mod tests {
             assert!(Root::of(&config).is_none());
             config.pmem[1].root_device = true;
             assert_eq!(
-                complete(Some("quiet"), Root::of(&config), &[], Wanted::default()),
+                complete(
+                    Some("quiet"),
+                    Root::of(&config),
+                    &[],
+                    LinuxOptions::default()
+                ),
                 format!("quiet root=/dev/pmem0 {word} rootflags=dax")
             );
         }
     }
 
     #[test]
-    fn a_lean_guest_has_no_trace_events_unless_the_user_says_otherwise() {
-        let with = |said, mode, given| {
-            let lean = Lean::new(said, mode);
+    fn a_lean_guest_has_no_trace_events_unless_the_command_line_sets_up_tracing() {
+        let with = |configured, mode, given| {
+            let lean = Lean::new(configured, mode);
             let reporting = false;
-            complete(Some(given), None, &[], Wanted { reporting, lean })
+            complete(Some(given), None, &[], LinuxOptions { reporting, lean })
         };
         let (all, read) = (ShareMode::All, ShareMode::Read);
         let (lean, full) = (format!("quiet {LEAN}"), "quiet");
@@ -246,14 +253,19 @@ mod tests {
     }
 
     #[test]
-    fn without_acpi_the_kernel_is_told_of_each_device() {
+    fn without_acpi_each_device_is_on_the_command_line() {
         let second = MmioDevice {
             base: 0xc000_2000,
             gsi: 6,
             ..DEVICE
         };
         assert_eq!(
-            complete(Some("acpi=off"), None, &[DEVICE, second], Wanted::default()),
+            complete(
+                Some("acpi=off"),
+                None,
+                &[DEVICE, second],
+                LinuxOptions::default()
+            ),
             "acpi=off virtio_mmio.device=0x1000@0xc0001000:5 virtio_mmio.device=0x1000@0xc0002000:6"
         );
     }

@@ -1,7 +1,8 @@
-//! With whom a guest shares: guests of its own domain alone.
+//! The sharing domain of a guest: it shares pages with the guests of its own domain alone.
 //!
-//! What is made of kernels and initrds lies in a folder of the cache for each domain, so those are other files. A disk is one file for all, and goes to the
-//! domain that has it first, see [`storage::Domain`]: to the guests of any other it is as if they did not share.
+//! The files that are made of kernels and initrds lie in a folder of the cache for each domain, so that domains have
+//! different ones. A disk is one file for all domains, and belongs to the one that opens it first, see
+//! [`storage::Domain`]: guests of any other domain read it as if they did not share.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -16,12 +17,12 @@ use config::SharingConfig;
 pub(crate) struct SharingDomain {
     name: String,
     domain: storage::Domain,
-    /// Files that others have.
+    /// Files that belong to other domains.
     foreign: Mutex<Vec<Weak<File>>>,
 }
 
 impl SharingDomain {
-    /// Guests without a domain are in one together.
+    /// The domain that is configured. Guests without one are in a domain together.
     pub(crate) fn of(config: &SharingConfig) -> Self {
         let name = config.domain.clone().unwrap_or_default();
         let digest = Sha256::digest(&name);
@@ -33,8 +34,8 @@ impl SharingDomain {
         }
     }
 
-    /// Whether the guest may share a file, which is open and locked for reading; from then on other domains may not. A file that is refused once
-    /// stays so until it is opened again.
+    /// Whether the guest may share a file, which is open and locked for reading. Once it may, guests of other domains
+    /// may not. A file that is refused stays refused until it is opened again.
     pub(crate) fn admits(&self, file: &Arc<File>) -> bool {
         let mut foreign = self.foreign.lock();
         // A weak reference keeps the address from being used again.

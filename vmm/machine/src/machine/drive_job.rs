@@ -1,4 +1,5 @@
-//! What is done to the disk of a running guest: snapshots and sizes at once, compaction and commits as jobs.
+//! Jobs on the disk of a running guest: compaction and commits. Snapshots and new sizes are done at once, and are no
+//! jobs.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,7 +16,7 @@ use super::error::DriveError;
 use super::sharing::{Sharing, Unsharing};
 use devices::lock;
 
-/// Why nothing can be merged into a file.
+/// The error for a parent that nothing can be merged into.
 fn parent_refuses(error: ChainError, base: &Path) -> DriveError {
     use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
     match error {
@@ -39,17 +40,18 @@ pub enum DriveTask {
         /// Also gives back blocks that hold only zeros.
         find_zeros: bool,
     },
-    /// Merges the disk, whose file is at `top`, into its parent, and goes on with that. Meanwhile it goes on in a child, see [`commit_child`].
+    /// Merges the disk, whose file is at `top`, into its parent, which is the guest's disk from then on. Meanwhile the
+    /// guest writes to a child, see [`commit_child`].
     ///
-    /// Whenever the process is killed, the files tell which disk the guest had: the child where that is there and whole, `top` where that alone is,
-    /// and else the parent.
+    /// If the process is killed, the files that are left say which disk the guest had: the child where it exists and is
+    /// complete, otherwise `top` where it exists, and otherwise the parent.
     Commit {
         /// The file.
         top: PathBuf,
     },
 }
 
-/// The file in which a guest goes on while its disk in the file `top` is committed.
+/// The file that a guest writes to while its disk in the file `top` is committed.
 pub fn commit_child(top: &Path) -> PathBuf {
     let mut name = top.as_os_str().to_owned();
     name.push(".commit");
@@ -65,27 +67,27 @@ impl DriveTask {
     }
 }
 
-/// Where a job is.
+/// How far a job has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum JobState {
-    /// At work.
+    /// The job is running.
     Running,
-    /// Done.
+    /// The job has done its task.
     Done,
-    /// Stopped, as was asked for.
+    /// The job was cancelled, and has stopped.
     Cancelled,
-    /// Stopped by an error.
+    /// The job was stopped by an error.
     Failed,
 }
 
-/// What is known of a job.
+/// A job as the API reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct JobStatus {
     /// `compaction` or `commit`.
     pub operation: &'static str,
-    /// Where it is.
+    /// How far it has come.
     pub state: JobState,
-    /// Bytes behind it.
+    /// Bytes that are processed.
     pub done: u64,
     /// Bytes in all.
     pub total: u64,
@@ -99,7 +101,7 @@ pub struct JobStatus {
     pub base_on_host: Option<PathBuf>,
 }
 
-/// What the disk of a drive stands on.
+/// The parent of a drive's disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct DriveParent {
     /// The file of its parent.
@@ -108,7 +110,7 @@ pub struct DriveParent {
 }
 
 impl DriveParent {
-    /// Of a disk whose file is at `top`.
+    /// The parent of a disk whose file is at `top`.
     pub(super) fn of(disk: &Vhdx, top: &Path) -> Result<Self, DriveError> {
         let parent = disk.parent_path(top).ok_or(DriveError::NoParent)?;
         // The name in the disk is relative to its folder.
@@ -120,7 +122,7 @@ impl DriveParent {
     }
 }
 
-/// A job, as it is seen from outside.
+/// A job, which a thread of its own runs.
 #[derive(Debug)]
 pub struct DriveJob {
     task: DriveTask,
@@ -129,7 +131,7 @@ pub struct DriveJob {
     cancelled: AtomicBool,
     end: parking_lot::Mutex<Option<(JobState, Option<String>)>>,
     path: parking_lot::Mutex<Option<PathBuf>>,
-    /// What a commit merges into.
+    /// The file that a commit merges into.
     base: Option<PathBuf>,
 }
 
@@ -160,7 +162,7 @@ impl DriveJob {
         self.task.name()
     }
 
-    /// Where it is.
+    /// How far it has come.
     pub fn status(&self) -> JobStatus {
         let (state, error) = self.end.lock().clone().unwrap_or((JobState::Running, None));
         JobStatus {
@@ -231,7 +233,7 @@ impl DriveJob {
                 Ok(())
             }
             DriveTask::Commit { top } => {
-                // The merge writes to files whose pages the guest may have.
+                // The merge writes to files whose pages the guest may have mapped.
                 let sharing = lock(drive).sharing().cloned();
                 lock(drive).share(None);
                 let files = lock(drive).disk().files();
@@ -247,7 +249,8 @@ impl DriveJob {
         }
     }
 
-    /// Freezes the disk under a new child, merges it while the guest goes on in that, and at last the child too, which is short.
+    /// Puts a child over the disk, and merges the disk while the guest writes to the child. In the end the child is
+    /// merged too, which holds up the guest only for a short time.
     fn commit(&self, drive: &Mutex<VirtioBlock>, top: &Path) -> Result<(), DriveError> {
         let disk = vhdx(lock(drive).disk())?;
         let base = self.base.clone().ok_or(DriveError::NoParent)?;
@@ -256,7 +259,7 @@ impl DriveJob {
         let mut failed = None;
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
             let child = vhdx(disk)?.snapshot(top, &new)?;
-            // From here on the guest needs the new file, whatever comes.
+            // From here on the guest needs the new file, even if the commit fails.
             *self.path.lock() = Some(new.clone());
             Ok(match child.open_for_commit() {
                 Ok(ready) => ready,
@@ -279,7 +282,8 @@ impl DriveJob {
         lock(drive).change_disk(|disk| -> Result<Arc<dyn Disk>, DriveError> {
             let done = vhdx(disk)?.finish_commit(&new, &base)?;
             *self.path.lock() = Some(base.clone());
-            // Before the guest writes to what is below them: what is there tells which disk it has, so `top` goes first.
+            // The files are removed before the guest writes to the parent, because they say which disk the guest has:
+            // so `top` is removed first.
             removed = [top, &new].into_iter().try_for_each(|file| {
                 std::fs::remove_file(file).map_err(|error| DriveError::Io {
                     operation: format!("remove {}, which is merged", file.display()),

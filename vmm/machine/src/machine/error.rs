@@ -49,7 +49,7 @@ pub enum StartError {
     Pmem {
         /// `id`.
         pmem: String,
-        /// Why it cannot be.
+        /// Why the guest cannot have it.
         source: Box<PmemError>,
     },
     /// More devices than interrupt lines.
@@ -58,7 +58,7 @@ pub enum StartError {
     /// A device that each guest has is not there.
     #[error("the guest has no {0}")]
     Missing(&'static str),
-    /// Two devices want the same addresses.
+    /// Two devices have the same addresses.
     #[error(transparent)]
     Bus(#[from] BusRangeError),
     /// The socket of the vsock device.
@@ -67,18 +67,18 @@ pub enum StartError {
     /// The generation ID.
     #[error(transparent)]
     Generation(#[from] VmGenIdError),
-    /// What a device was is not what it can be here.
+    /// The saved state of a device does not fit the device.
     #[error(transparent)]
     Restore(#[from] RestoreError),
     /// The snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
-    /// The host has no more of something.
+    /// The host has no room for a device: no descriptor, no memory or no thread.
     #[error("cannot make the {device}")]
     Host {
         /// The device.
         device: &'static str,
-        /// What the host said.
+        /// The host's error.
         source: std::io::Error,
     },
 }
@@ -116,7 +116,7 @@ pub enum MachineError {
         /// What is wrong with its file.
         source: storage::OpenError,
     },
-    /// The new file differs in what the guest has been promised.
+    /// The new file differs from the old one in a property that the guest relies on.
     #[error("drive {drive}")]
     Replacement {
         /// `drive_id`.
@@ -132,7 +132,7 @@ pub enum MachineError {
         /// Why not.
         source: DriveError,
     },
-    /// The host does not say where the guest's memory is.
+    /// The host does not report how much of the guest's memory is mapped from where.
     #[error("where guest memory is cannot be told")]
     Sharing(#[source] std::io::Error),
     /// The guest has not read the keys typed before.
@@ -143,7 +143,7 @@ pub enum MachineError {
 /// Why an operation on the disk of a running guest failed. The guest goes on with the disk it has.
 #[derive(Debug, thiserror::Error)]
 pub enum DriveError {
-    /// A raw disk.
+    /// The operation needs a VHDX, and the disk is raw.
     #[error("is not a VHDX")]
     NotVhdx,
     /// A disk without parent.
@@ -157,7 +157,7 @@ pub enum DriveError {
     ParentClosed {
         /// The file.
         base: PathBuf,
-        /// What the host said.
+        /// The host's error.
         #[source]
         error: std::io::Error,
     },
@@ -173,7 +173,7 @@ pub enum DriveError {
     /// The disk refused.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// Memory that is a disk, and is only read.
+    /// The disk of a pmem device that the guest only reads.
     #[error("is not written to")]
     NotWritten,
     /// Not all that the guest has written is on the disk.
@@ -187,7 +187,7 @@ pub enum DriveError {
     Io {
         /// What was tried.
         operation: String,
-        /// What the host said.
+        /// The host's error.
         #[source]
         error: std::io::Error,
     },

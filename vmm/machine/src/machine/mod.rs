@@ -5,15 +5,15 @@
 //!                       └── GuestEnd, told once through `Surroundings::on_end`
 //! ```
 //!
-//! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine itself is called
-//! by one thread at a time.
+//! The vCPUs run on threads of their own; all devices are served by the event loop that `start` adds them to. A machine
+//! itself is called by one thread at a time.
 
 mod attach;
 mod cmdline;
 mod domain;
 mod drive_job;
 mod error;
-mod faults;
+mod lost_pages;
 mod pages;
 mod sharing;
 mod snapshot;
@@ -72,7 +72,7 @@ pub struct Machine {
     sharing: Sharing,
     /// Who gives the memory, where that is another process; until vCPUs and devices have stopped.
     served: Option<Served>,
-    /// The files that the memory is the news of, where there are any.
+    /// The files that later differences are to, where there are any.
     base: Option<MemoryState>,
 }
 
@@ -167,8 +167,8 @@ impl Machine {
             .map_err(|source| changed(id, source))
     }
 
-    /// Lets the disk of a pmem device, whose file is at `path`, go on in a new file at `new`, and keeps the old one as it is, with all that the guest
-    /// has written.
+    /// Lets the disk of a pmem device, whose file is at `path`, go on in a new file at `new`, and keeps the old one as
+    /// it is, with all that the guest has written.
     ///
     /// # Errors
     /// `NoPmem`, `ChangePmem`; the device then keeps its file.

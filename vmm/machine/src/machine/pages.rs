@@ -1,4 +1,4 @@
-//! Which page of a guest is which page of a file, and the other way round.
+//! Which page of a file backs a page of the guest, and which pages of the guest a page of a file backs.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,20 +7,20 @@ use memshare::{Backing, FileIdentity, PAGE_SIZE, PageState, SharedMemory};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// A guest physical address, in decimal or, behind `0x`, in hexadecimal.
+/// A guest physical address; read from decimal digits, or from hexadecimal ones behind `0x`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Address(pub u64);
 
-/// A page of a file, whatever its name: `DEVICE-INODE-OFFSET`, in decimal, with the offset in bytes.
+/// A page of a file, by the file's identity; read from `DEVICE-INODE-OFFSET` in decimal, with the offset in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FilePage {
     /// The file (`st_dev`, `st_ino`).
     pub file: FileIdentity,
-    /// Where the page begins, or a byte of it.
+    /// The offset of a byte of the page.
     pub offset: u64,
 }
 
-/// A name in a path is none of that kind.
+/// The name of a page in the path of a request cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{name:.80?} is not {expected}")]
 pub struct PageNameError {
@@ -66,8 +66,8 @@ impl FromStr for FilePage {
 pub struct PageReport {
     /// Guest physical address of its first byte.
     pub address: u64,
-    /// `own`: nothing but the guest. `mapped`: the file's page. `copied`: it was the file's page until the guest wrote to it. `candidate`: it may be a copy of the
-    /// file's page, and is to be compared with it.
+    /// `own`: the page is the guest's own. `mapped`: it is the file's page. `copied`: it was the file's page until the
+    /// guest wrote to it. `candidate`: it may be a copy of the file's page, and is to be compared with it.
     pub state: &'static str,
     /// The file, by the name that it was opened by.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -78,7 +78,7 @@ pub struct PageReport {
     pub offset: Option<u64>,
 }
 
-/// The pages of a guest that are a file's page, or may come to be.
+/// The pages of a guest that are a certain page of a file, or may become it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct FilePageReport {
     /// Guest physical addresses of their first bytes.
@@ -86,7 +86,7 @@ pub struct FilePageReport {
 }
 
 impl PageReport {
-    /// Of the page with a guest physical address; `None` where there is no RAM.
+    /// The report of the page with a guest physical address; `None` where there is no RAM.
     pub(super) fn of(memory: &SharedMemory, Address(address): Address) -> Option<Self> {
         let address = address / PAGE_SIZE * PAGE_SIZE;
         let mut regions = memory.regions().iter();
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_told_of_from_both_sides() {
+    fn a_page_is_reported_from_the_guests_side_and_from_the_files() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().write_all_at(&[7; 8192], 0).unwrap();
         let file = Arc::new(File::open(file.path()).unwrap());

@@ -1,4 +1,4 @@
-//! What of a guest's memory is shared: joins the memory manager to the vCPUs and devices of a machine.
+//! The sharing of a guest's memory: joins the memory manager to the vCPUs and devices of a machine.
 
 use std::fs::File;
 use std::ops::Range;
@@ -18,9 +18,9 @@ use vm_memory::GuestAddress;
 
 use super::domain::SharingDomain;
 use super::error::{StartError, host};
-use super::faults::Faults;
+use super::lost_pages::LostPages;
 use super::surroundings::OnEnd;
-use crate::fault::FaultWatch;
+use crate::bus_error::BusErrorWatch;
 use crate::pmem::Pmem;
 use crate::reference::{Key, Size, WarmRequest, Warmer, Warming};
 use config::{DriveConfig, VmConfig};
@@ -28,23 +28,23 @@ use host::heap;
 use host::procfs;
 use host::report::chain;
 use kvm::boot::{self, BootSource, MappedKernel};
-use kvm::vm::{self, Brake, HugePages, Vm, VmError};
+use kvm::vm::{self, HugePages, VcpuHolder, Vm, VmError};
 
-/// How often the guest is tried to be held where it has to be, and the pause between.
+/// How often a hold of the guest is tried where there has to be one, and the pause between two attempts.
 const HOLD_ATTEMPTS: u32 = 1000;
 const HOLD_PAUSE: Duration = Duration::from_millis(5);
-/// The thread waits for a process, and opens a file.
+/// Enough for a thread that waits for a process and opens a file.
 const WARM_STACK_SIZE: usize = 64 << 10;
 
-/// Brings vCPUs and devices to a standstill.
-struct Machinery {
-    brake: Brake,
+/// The vCPUs and devices that are brought to a standstill for an exchange of pages.
+struct VcpusAndDevices {
+    holder: VcpuHolder,
     devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
 }
 
-impl StandStill for Machinery {
+impl StandStill for VcpusAndDevices {
     fn cpu_time(&self) -> Duration {
-        self.brake.cpu_time()
+        self.holder.cpu_time()
     }
 
     fn scans_done(&self) {
@@ -52,12 +52,13 @@ impl StandStill for Machinery {
     }
 
     fn hold(&self, work: &mut dyn FnMut(&IsBusy<'_>)) -> bool {
-        let Some(_held) = self.brake.hold() else {
+        let Some(_held) = self.holder.hold() else {
             return false;
         };
         let mut devices = Vec::with_capacity(self.devices.len());
         for device in &self.devices {
-            // A device that is being used may go on being used for long, and its user may wait for the table.
+            // A device that is in use may be in use for long, and whoever uses it may wait for the table of pages,
+            // which the caller has locked: so a hold does not wait for it.
             match device.try_lock() {
                 Ok(device) => devices.push(device),
                 Err(TryLockError::Poisoned(device)) => devices.push(device.into_inner()),
@@ -73,17 +74,17 @@ impl StandStill for Machinery {
     }
 }
 
-/// The sharing of a guest that is being put together.
+/// The sharing of a guest that is being built.
 pub(super) struct Plan {
     mode: ShareMode,
     place_from: Option<u64>,
     memory: Arc<SharedMemory>,
-    faults: Arc<Faults>,
-    watch: Option<FaultWatch>,
+    lost_pages: Arc<LostPages>,
+    watch: Option<BusErrorWatch>,
 }
 
 impl Plan {
-    /// Where anything of the guest's memory is a file's, that is watched from now on.
+    /// Makes the plan. Where files are mapped into the guest's memory, lost pages are watched for from now on.
     pub(super) fn new(
         vm: &Vm,
         config: &VmConfig,
@@ -98,7 +99,7 @@ impl Plan {
         let config = &config.sharing;
         let mode = config.mode;
         let limits = Limits {
-            // A guest that has booted elsewhere has given back what it had of them.
+            // A guest that is loaded gave back its pages of zeros in the process that it was booted in.
             zeros: mode == ShareMode::All && boots,
             base: mode == ShareMode::All && !boots,
             ..Limits::of_host(config.cpu_percent, huge_pages)
@@ -109,26 +110,26 @@ impl Plan {
             .files()
             .admit_by(Box::new(move |file| domain.admits(file)));
         let windows = pmem.iter().map(|(_, pmem)| pmem.memory().clone()).collect();
-        let faults = Faults::new(memory.clone(), windows, on_end);
+        let lost_pages = LostPages::new(memory.clone(), windows, on_end);
         let watch = (mode > ShareMode::Off || !pmem.is_empty())
-            .then(|| faults.watch())
+            .then(|| lost_pages.watch())
             .transpose()
             .map_err(host("handler of SIGBUS"))?;
         Ok(Self {
             mode,
             place_from: config.place_kib.map(|kib| u64::from(kib) << 10),
             memory,
-            faults,
+            lost_pages,
             watch,
         })
     }
 
-    /// Who is to know of lost pages.
-    pub(super) fn faults(&self) -> &Arc<Faults> {
-        &self.faults
+    /// What handles lost pages.
+    pub(super) fn lost_pages(&self) -> &Arc<LostPages> {
+        &self.lost_pages
     }
 
-    /// Whether all is shared that can be.
+    /// Whether everything is shared that can be.
     pub(super) fn is_all(&self) -> bool {
         self.mode == ShareMode::All
     }
@@ -138,12 +139,12 @@ impl Plan {
         &self.memory
     }
 
-    /// The memory, where kernel and initrd are to be mapped.
+    /// The memory, where kernel and initrd are to be mapped at boot.
     pub(super) fn at_boot(&self) -> Option<&SharedMemory> {
         (self.mode >= ShareMode::Boot).then_some(&*self.memory)
     }
 
-    /// Has what the guest will unpack of its initrd shared, where all is.
+    /// Has the files shared that the guest will unpack of its initrd, where everything is shared.
     pub(super) fn share_initrd(&self, source: &BootSource) {
         let Some(initrd) = source.initrd.as_ref().filter(|_| self.is_all()) else {
             return;
@@ -157,7 +158,7 @@ impl Plan {
         }
     }
 
-    /// How the reads of a drive are shared.
+    /// How the reads of a drive are shared; `None` where they are not.
     pub(super) fn of_drive(&self, drive: &DriveConfig) -> Option<Arc<DriveSharing>> {
         let mode = drive.share.map_or(self.mode, |share| self.mode.min(share));
         (mode >= ShareMode::Read).then(|| {
@@ -168,7 +169,8 @@ impl Plan {
         })
     }
 
-    /// What the kernel is to be compared with, where that is wanted; made by `warm` where it is not there, and else that is dismissed.
+    /// The reference image that the kernel is to be compared with, where there is to be one. If it does not exist,
+    /// `warm` is asked to make it; otherwise `warm` is dismissed.
     pub(super) fn reference(
         &self,
         kernel: Option<MappedFrom>,
@@ -196,15 +198,15 @@ impl Plan {
         found
     }
 
-    /// Begins to share, with the guest's vCPUs and devices.
+    /// Begins to share. `holder` and `devices` are the vCPUs and devices of the guest, which are held for an exchange.
     pub(super) fn start(
         self,
-        brake: Brake,
+        holder: VcpuHolder,
         devices: Vec<Arc<Mutex<dyn VirtioDevice>>>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Sharing, StartError> {
-        let still: Arc<dyn StandStill> = Arc::new(Machinery { brake, devices });
-        // Where nothing is merged, it is for the files that it looks at.
+        let still: Arc<dyn StandStill> = Arc::new(VcpusAndDevices { holder, devices });
+        // The merger also runs where nothing is merged, because it checks whether the mapped files have changed.
         let merger = self
             .watch
             .is_some()
@@ -228,7 +230,7 @@ impl Plan {
     }
 }
 
-/// A kernel that is mapped, and what it was booted from.
+/// A kernel that is mapped, and what it was booted from: the key of its reference image.
 pub(super) struct MappedFrom {
     mapped: MappedKernel,
     path: PathBuf,
@@ -248,7 +250,8 @@ impl MappedFrom {
         }
     }
 
-    /// Copies the pages that the kernel will write to while it boots, by its reference image, where there is one.
+    /// Copies the pages that the kernel will write to while it boots, as its reference image shows them, where there is
+    /// one.
     fn copy_ahead(&self, image: &Path, memory: &SharedMemory) {
         let copy = || {
             let image = File::open(image)?;
@@ -264,7 +267,7 @@ impl MappedFrom {
         }
     }
 
-    /// Where the reference image of the kernel is, or would be.
+    /// The path of the kernel's reference image, whether it exists or not.
     fn image(&self) -> Result<PathBuf, VmError> {
         let cpu = vm::cpu_model(self.size.representative().vcpus)?;
         let key = Key {
@@ -276,10 +279,10 @@ impl MappedFrom {
         Ok(key.path())
     }
 
-    /// The reference image of the kernel: the one there is, or one that is made meanwhile.
+    /// The kernel's reference image: the one that exists, or one that `warm` begins to make.
     fn reference(self, image: PathBuf, warm: Option<&Warmer>) -> std::io::Result<Reference> {
         let warming = match warm {
-            Some(warm) if !image.exists() => warm.tell(&WarmRequest {
+            Some(warm) if !image.exists() => warm.request(&WarmRequest {
                 kernel: std::path::absolute(self.path)?,
                 cmdline: self.cmdline,
                 size: self.size,
@@ -291,15 +294,15 @@ impl MappedFrom {
     }
 }
 
-/// What a guest's own pages are compared with.
+/// The reference image that a guest's own pages are compared with.
 pub(super) struct Reference {
     image: PathBuf,
-    /// Who makes the image.
+    /// The process that makes the image, where it does not exist yet.
     warming: Option<Warming>,
 }
 
 impl Reference {
-    /// Has the guest compared with the image, once it is there.
+    /// Has the guest compared with the image, as soon as it exists.
     fn add(self, memory: &Arc<SharedMemory>) -> std::io::Result<()> {
         let Self { image, warming } = self;
         let add = move |memory: &SharedMemory| memory.add_reference(&Arc::new(File::open(&image)?));
@@ -336,9 +339,9 @@ pub(super) struct Sharing {
     kernel: Option<Range<u64>>,
     memory: Arc<SharedMemory>,
     still: Arc<dyn StandStill>,
-    /// Ends before anything that it holds still.
+    /// The merger, which ends before the devices and vCPUs that it holds do.
     merger: Option<Merger>,
-    _watch: Option<FaultWatch>,
+    _watch: Option<BusErrorWatch>,
 }
 
 impl Sharing {
@@ -347,12 +350,12 @@ impl Sharing {
         &self.memory
     }
 
-    /// Where the kernel is, if it is mapped.
+    /// The addresses of the kernel, if it is mapped.
     pub(super) fn kernel(&self) -> Option<&Range<u64>> {
         self.kernel.as_ref()
     }
 
-    /// A way to take files' pages from the guest that outlives this value.
+    /// What takes files' pages from the guest. It outlives this value.
     pub(super) fn unsharing(&self) -> Unsharing {
         Unsharing {
             memory: self.memory.clone(),
@@ -415,13 +418,13 @@ pub(super) struct Unsharing {
 }
 
 impl Unsharing {
-    /// Takes every page of the files from the guest, so that they can be written to.
+    /// Gives the guest copies of its own of every page of the files, so that the files can be written to.
     pub(super) fn unshare(&self, files: &[Arc<File>]) -> std::io::Result<()> {
         for file in files {
             let file = FileIdentity::of(file)?;
             for attempt in 1.. {
                 match self.memory.unshare(file, &*self.still) {
-                    // A device is in use for a moment.
+                    // A device is in use at the moment.
                     Err(error)
                         if error.kind() == std::io::ErrorKind::WouldBlock
                             && attempt < HOLD_ATTEMPTS =>
@@ -439,7 +442,7 @@ impl Unsharing {
     }
 }
 
-/// What `GET /vm/sharing` answers. Pages are of 4 KiB.
+/// The response to `GET /vm/sharing`. Pages are of 4 KiB.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, utoipa::ToSchema)]
 pub struct SharingReport {
     /// What is shared: `off`, `boot`, `read` or `all`.

@@ -1,4 +1,4 @@
-//! Saves a machine that stands still.
+//! Saves a machine that is paused.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ impl Machine {
     /// Saves the guest, which is paused and was started with `config`.
     ///
     /// # Errors
-    /// [`SnapshotError`]; then there is no new file, and the guest can go on all the same.
+    /// [`SnapshotError`]; then there is no new file, and the guest can be resumed.
     pub fn snapshot(
         &mut self,
         request: &CreateSnapshot,
@@ -51,7 +51,8 @@ impl Machine {
         snapshot::write_state(&request.snapshot_path, &state, file)?;
         let is_replaced = |base: &MemoryState| base.layers.iter().any(|layer| layer.path == own);
         match &self.base {
-            // A difference to what had that name would be laid upon what has it now.
+            // The new file has replaced one that the guest's memory is a delta to, so the delta is to be to the new
+            // file from now on.
             Some(base) if is_replaced(base) => self.go_on_from(state.memory),
             None if config.machine_config.track_dirty_pages && request.is_base => {
                 self.go_on_from(state.memory)
@@ -60,7 +61,7 @@ impl Machine {
         }
     }
 
-    /// Brings to the disks all that the guest has written, and notes which they are.
+    /// Writes to the disks all that the guest has written, and returns their identities.
     fn identify_disks(
         &self,
     ) -> Result<(Vec<DriveState>, BTreeMap<String, DiskIdentity>), SnapshotError> {
@@ -72,7 +73,8 @@ impl Machine {
             })
         });
         let pmem = self.pmem.iter().map(|(id, pmem)| {
-            // The pages that the guest wrote are its own, and no part of RAM: the disk has to have them before it is noted.
+            // The pages that the guest wrote are no part of RAM, so they have to be on the disk before its identity is
+            // taken.
             pmem.write_back()
                 .map_err(|source| SnapshotError::Writeback {
                     pmem: id.clone(),
@@ -86,14 +88,15 @@ impl Machine {
         ))
     }
 
-    /// Puts the saved memory in place of the guest's, which is the same, so that what the guest writes from now on can be told from it.
+    /// Maps the saved memory in place of the guest's, which holds the same, so that the guest's later writes can be
+    /// distinguished from it.
     fn go_on_from(&mut self, saved: MemoryState) -> Result<(), SnapshotError> {
         saved
             .clone()
             .open(None, false)?
             .rebase(self.shared_memory())?;
         self.base = Some(saved);
-        // No page is left that another process gives.
+        // No page is left that the page-fault handler has to provide.
         self.served = None;
         Ok(())
     }

@@ -13,9 +13,9 @@ use event_manager::SubscriberOps;
 
 use super::Machine;
 use super::attach::{Attached, Builder, Pc, SerialEnds, attach_configured, map_pmem};
-use super::cmdline::{self, Lean, Wanted};
+use super::cmdline::{self, Lean, LinuxOptions};
 use super::error::{StartError, host};
-use super::faults::Faults;
+use super::lost_pages::LostPages;
 use super::sharing::{MappedFrom, Plan, Reference};
 use super::surroundings::{OnEnd, Subscriber, Surroundings};
 use crate::pmem::Pmem;
@@ -90,7 +90,7 @@ impl Assembled {
     fn start(
         self,
         ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
-        start: impl FnOnce(Buses, Arc<Faults>) -> Result<Vcpus, VmError>,
+        start: impl FnOnce(Buses, Arc<LostPages>) -> Result<Vcpus, VmError>,
         kernel: Option<(Range<u64>, Option<Reference>)>,
     ) -> Result<Machine, StartError> {
         let Attached {
@@ -104,16 +104,16 @@ impl Assembled {
         } = self.attached;
         // From here on a guest may have taken over whoever serves it.
         jail::seccomp::started(connects).map_err(host("seccomp filter"))?;
-        let faults = self.plan.faults().clone();
+        let lost_pages = self.plan.lost_pages().clone();
         let ids: Vec<_> = subscribers
             .into_iter()
             .map(|subscriber| ops.add_subscriber(subscriber))
             .collect();
         let plan = self.plan;
-        let started = start(buses, faults)
+        let started = start(buses, lost_pages)
             .map_err(StartError::from)
             .and_then(|vcpus| {
-                let sharing = plan.start(vcpus.brake(), devices, kernel)?;
+                let sharing = plan.start(vcpus.holder(), devices, kernel)?;
                 Ok((sharing, vcpus))
             });
         match started {
@@ -173,7 +173,7 @@ impl Machine {
                 source.boot_args.as_deref(),
                 cmdline::Root::of(config),
                 &parts.attached.virtio,
-                Wanted {
+                LinuxOptions {
                     reporting: parts.attached.reports_free_pages,
                     lean: Lean::new(source.lean, config.sharing.mode),
                 },
@@ -192,18 +192,19 @@ impl Machine {
         let size = Size::from(&config.machine_config);
         let kernel = kernel.map(|mapped| MappedFrom::new(mapped, boot_source, size));
         let kernel = parts.plan.reference(kernel, parts.warm.take());
-        let start = |buses, faults: Arc<Faults>| {
+        let start = |buses, lost_pages: Arc<LostPages>| {
             vm.start(
                 buses,
                 &state.regs(),
                 |sregs| state.apply_sregs(sregs),
-                move |exit| faults.vcpu_left(exit),
+                move |exit| lost_pages.vcpu_left(exit),
             )
         };
         parts.start(ops, start, kernel)
     }
 
-    /// Builds a guest that goes on where that of a snapshot stood, and adds its devices to the event loop. It stands still until it is resumed.
+    /// Builds a guest that goes on where that of a snapshot stood, and adds its devices to the event loop. It stands
+    /// still until it is resumed.
     ///
     /// # Errors
     /// [`StartError`]; then nothing runs and every disk is closed again.
@@ -232,8 +233,9 @@ impl Machine {
         lock(&*parts.generation()?).renew(vm.memory())?;
         vm.restore(&loading.state.vm, &loading.state.vcpus)
             .map_err(SnapshotError::from)?;
-        let start =
-            |buses, faults: Arc<Faults>| vm.start_paused(buses, move |exit| faults.vcpu_left(exit));
+        let start = |buses, lost_pages: Arc<LostPages>| {
+            vm.start_paused(buses, move |exit| lost_pages.vcpu_left(exit))
+        };
         // Its kernel is as it was saved, and shared as that.
         let kernel = parts.plan.reference(None, parts.warm.take());
         let mut machine = parts.start(ops, start, kernel)?;

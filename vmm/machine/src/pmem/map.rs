@@ -1,12 +1,14 @@
-//! The memory that shows a disk.
+//! The mapping of a disk: memory that shows its contents.
 //!
-//! Whole pages of the disk's files are mapped, from whichever layer has them. What reads as zeros stays fresh memory, for which the host has one page
-//! for all. What is no whole page of a file, such as sectors that two layers share a page of, or the end of a file, is copied.
+//! Whole pages of the disk's files are mapped, from whichever layer has them. Ranges that read as zeros stay untouched
+//! memory, for which the host has one page of zeros. Bytes that are no whole page of a file are copied: sectors of two
+//! layers in one page, or the end of a file.
 //!
-//! A mapping is right as long as nobody uses that space of the file for anything else. [`Disk::resolve_read`] promises just that until the
-//! request ends, so the requests are kept until the guest has stopped. A disk that is open for reading changes nothing anyway, nor
-//! does any parent: others are kept from writing by locks. In a disk that is open for writing, the writes of this guest's own
-//! flushes alone reach mapped pages, with what the guest's copy of the page holds.
+//! A mapping is valid as long as nobody uses that space of the file for anything else. [`Disk::resolve_read`] promises
+//! just that until the request ends, so the requests are kept until the guest has stopped. A disk that is open for
+//! reading does not change anyway, nor does any parent: locks keep other processes from writing. In a disk that is open
+//! for writing, only the flushes of this guest write to mapped pages, and they write what the guest's copy of the page
+//! holds.
 
 use std::fs::File;
 use std::io;
@@ -21,13 +23,13 @@ use storage::{ByteRange, Disk, DiskError, Extent, ExtentKind, RequestId, blockin
 
 /// The guest's kernel takes memory in units of 2 MiB (Linux, `memremap_compat_align`).
 const UNIT: u64 = 2 << 20;
-/// Bytes of the disk that are resolved at once: bounds what their extents take.
+/// Bytes of the disk that are resolved at once. It bounds the memory that the extents take.
 const PIECE: u64 = 64 << 20;
 
 /// Why a disk cannot be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MapError {
-    /// Too many pieces.
+    /// The disk is in too many pieces.
     #[error(
         "is in too many pieces: it takes {needed} mappings, and {left} are left (half of vm.max_map_count, for all pmem devices together); bring them together by `coppice disk convert` or `coppice disk compact`, use it as a drive, or raise vm.max_map_count"
     )]
@@ -37,45 +39,47 @@ pub enum MapError {
         /// How many there may be.
         left: usize,
     },
-    /// A file ends before what is said to be in it.
+    /// A file ends before the bytes that the disk's metadata places in it.
     #[error("has {len} bytes at offset {offset:#x} of a file that ends before them")]
     Short {
-        /// Where the bytes are to be.
+        /// Where the bytes should be.
         offset: u64,
         /// How many.
         len: u64,
     },
-    /// The disk does not say where its bytes are.
+    /// The disk cannot resolve where its bytes are.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The host does not map it.
+    /// The host refuses the mapping.
     #[error("cannot map {len:#x} bytes")]
     Host {
         /// How many bytes.
         len: u64,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
 }
 
-/// How many mappings are left to the disks of a guest.
+/// How many mappings the pmem devices of a guest may still take.
 #[derive(Clone, Copy, Debug)]
 pub struct MapBudget(usize);
 
 impl MapBudget {
-    /// Half of what the host lets a process have: the other half is for RAM that is shared page by page, and for the process itself.
+    /// Half of the mappings that the host allows a process: the other half is for RAM that is shared page by page, and
+    /// for the process itself.
     pub fn of_host() -> Self {
         Self(max_map_count() / 2)
     }
 
-    /// Takes what it takes to put another mapping into the midst of one; whether there was as much.
+    /// Takes the mappings that are added when a new one is put into the middle of another: two. Returns whether they
+    /// were left.
     pub fn take_one_inside(&mut self) -> bool {
         let left = self.0.checked_sub(2);
         self.0 = left.unwrap_or(self.0);
         left.is_some()
     }
 
-    /// What is left beside disks that are mapped.
+    /// The budget that is left beside disks that are mapped already.
     #[must_use]
     pub fn beside(self, mapped: impl Iterator<Item = MappingFigures>) -> Self {
         let taken = mapped.map(|figures| figures.mappings).sum();
@@ -90,15 +94,15 @@ impl MapBudget {
 
 /// A disk and the memory that shows it.
 pub(super) struct MappedDisk {
-    /// What is mapped, or a child of that.
+    /// The disk that is mapped, or a child of it.
     disk: Mutex<Arc<dyn Disk>>,
     window: Arc<Window>,
-    /// What keeps the mapped space of the files as it is.
+    /// The requests that keep the mapped space of the files from being used for anything else.
     requests: Mutex<Vec<RequestId>>,
-    /// Which pages are files', from the first of the window on.
+    /// Which pages are pages of the disk's files, by their number in the window.
     table: Table,
-    /// Which pages are those of another file, laid over the disk's.
-    laid: Mutex<Table>,
+    /// Which pages are those of another file, mapped over the disk's.
+    overlay: Mutex<Table>,
     figures: MappingFigures,
 }
 
@@ -109,7 +113,8 @@ impl MappedDisk {
         Self::of(disk, budget, &|_| true)
     }
 
-    /// Maps what `admits` lets be shared of a disk, and copies the rest. Behind its end there are zeros, to a whole number of 2 MiB.
+    /// Maps the files of a disk that `admits` lets be shared, and copies the rest. Zeros follow the end of the disk, up
+    /// to a whole number of 2 MiB.
     pub(super) fn of(
         disk: &Arc<dyn Disk>,
         budget: &mut MapBudget,
@@ -120,16 +125,16 @@ impl MappedDisk {
         let failed = |source| MapError::Host { len, source };
         let window = Arc::new(Window::reserve(len).map_err(failed)?);
         if let Err(error) = window.keep_small_pages(0, len) {
-            // A kernel without huge pages has none to keep out.
+            // A kernel without huge pages refuses this, and has none to avoid.
             tracing::debug!(error = %host::report::chain(&error), "madvise(MADV_NOHUGEPAGE)");
         }
-        // From here on dropped, with all requests that there are, where something fails.
+        // If something fails from here on, this value is dropped, and finishes the requests that there are.
         let mut mapped = Self {
             disk: Mutex::new(disk.clone()),
             window: window.clone(),
             requests: Mutex::default(),
             table: Table::default(),
-            laid: Mutex::default(),
+            overlay: Mutex::default(),
             figures: MappingFigures::default(),
         };
         let mut mapper = Mapper {
@@ -141,7 +146,7 @@ impl MappedDisk {
             end: 0,
             copied_to: 0,
             admits,
-            asked: None,
+            last_admission: None,
             files: FileRegistry::default(),
             table: Table::default(),
             figures: MappingFigures::default(),
@@ -170,23 +175,25 @@ impl MappedDisk {
         disk.clone()
     }
 
-    /// Goes on with the disk that `change` makes of this one: a child, under which this one takes no more writes. So what is mapped stays as it is, and
-    /// is what the child shows; the guest's writes alone go elsewhere. The disk has all of them, and nobody writes to it meanwhile.
+    /// Replaces the disk by the child that `change` makes of it, under which it takes no more writes. So the mappings
+    /// stay valid, and show what the child shows; only the guest's later writes go elsewhere. All of its earlier writes
+    /// are on the disk, and nobody writes to it during the call.
     ///
     /// # Errors
-    /// Those of `change`; then all is as before.
+    /// Those of `change`; then the disk stays.
     pub(super) fn change_disk<E>(
         &self,
         change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
     ) -> Result<(), E> {
         let mut disk = self.disk.lock();
-        // A disk that nobody writes to any more needs none, and is not given a child before they are given back.
-        self.give_back(&disk);
+        // A disk that nobody writes to any more needs no requests to keep its space, and cannot be given a child while
+        // it has any.
+        self.finish_requests(&disk);
         match change(&disk) {
             Ok(child) => *disk = child,
             Err(error) => {
-                if let Err(error) = self.take_again(&disk) {
-                    // Nothing moves what is mapped but a discard, which these devices do not have.
+                if let Err(error) = self.resolve_again(&disk) {
+                    // Only a discard would free mapped space, and these devices have none.
                     tracing::error!(error = %host::report::chain(&error), "what is mapped of a disk is kept by no request any more");
                 }
                 return Err(error);
@@ -195,7 +202,7 @@ impl MappedDisk {
         Ok(())
     }
 
-    fn take_again(&self, disk: &Arc<dyn Disk>) -> Result<(), DiskError> {
+    fn resolve_again(&self, disk: &Arc<dyn Disk>) -> Result<(), DiskError> {
         let size = disk.geometry().size;
         let mut extents = Vec::new();
         for offset in (0..size).step_by(PIECE as usize) {
@@ -212,14 +219,14 @@ impl MappedDisk {
         &self.window
     }
 
-    /// The first page that is a file's and cannot be read any more, with its offset in the window as its address.
+    /// The first page of a file that is lost. Its address is its offset in the window.
     pub(super) fn lost_page(&self) -> Option<LostPage> {
-        let laid = self.laid.lock();
-        self.table.lost_page().or_else(|| laid.lost_page())
+        let overlay = self.overlay.lock();
+        self.table.lost_page().or_else(|| overlay.lost_page())
     }
 
-    pub(super) fn laid(&self) -> &Mutex<Table> {
-        &self.laid
+    pub(super) fn overlay(&self) -> &Mutex<Table> {
+        &self.overlay
     }
 
     /// The files that are mapped.
@@ -240,14 +247,14 @@ impl MappedDisk {
         self.figures
     }
 
-    /// Lets go of the files and closes the disk. Nobody uses the memory any more.
+    /// Finishes the requests and closes the disk. The caller ensures that nobody uses the memory any more.
     pub(super) fn close(&self) -> Result<(), DiskError> {
         let disk = self.disk();
-        self.give_back(&disk);
+        self.finish_requests(&disk);
         disk.close()
     }
 
-    fn give_back(&self, disk: &Arc<dyn Disk>) {
+    fn finish_requests(&self, disk: &Arc<dyn Disk>) {
         for request in std::mem::take(&mut *self.requests()) {
             disk.finish(request, true);
         }
@@ -256,7 +263,7 @@ impl MappedDisk {
 
 impl Drop for MappedDisk {
     fn drop(&mut self) {
-        self.give_back(&self.disk());
+        self.finish_requests(&self.disk());
     }
 }
 
@@ -273,17 +280,17 @@ struct Mapper<'a> {
     window: &'a Window,
     /// Bytes of the disk.
     size: u64,
-    /// Most mappings.
+    /// The most mappings that the disk may take.
     limit: usize,
-    /// What is mapped when it is known where it ends.
+    /// The run that is mapped as soon as it is known where it ends.
     run: Option<Run>,
     /// Where the last mapping ends.
     end: u64,
-    /// What lies before this is not copied again.
+    /// Up to where the disk is copied, so that no page is copied twice.
     copied_to: u64,
-    /// Whether a file that does not change may be shared, and the last answer.
+    /// Whether an immutable file may be shared, and the file that was asked about last, with the answer.
     admits: &'a dyn Fn(&Arc<File>) -> bool,
-    asked: Option<(Arc<File>, bool)>,
+    last_admission: Option<(Arc<File>, bool)>,
     files: FileRegistry,
     table: Table,
     figures: MappingFigures,
@@ -297,11 +304,11 @@ impl Mapper<'_> {
         };
         let (start, end) = (extent.offset, extent.offset + extent.len);
         let (first, last) = (start.next_multiple_of(PAGE_SIZE), end - end % PAGE_SIZE);
-        let is_apart = start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last;
-        if is_apart || !self.is_admitted(file) {
+        let is_unaligned = start % PAGE_SIZE != file_offset % PAGE_SIZE || first >= last;
+        if is_unaligned || !self.is_admitted(file) {
             return self.copy(start, end);
         }
-        // The pages at its ends are others' as well.
+        // The pages at the ends of the extent are part of its neighbours, too.
         self.copy(start, first)?;
         self.map(Run {
             at: first,
@@ -312,22 +319,22 @@ impl Mapper<'_> {
         self.copy(last, end)
     }
 
-    /// A file that this guest writes to is nobody else's anyway.
+    /// A file that this guest writes to is shared with nobody anyway, so that it needs no admission.
     fn is_admitted(&mut self, file: &Arc<File>) -> bool {
         if !self.disk.is_immutable(file) {
             return true;
         }
-        match &self.asked {
+        match &self.last_admission {
             Some((last, answer)) if Arc::ptr_eq(last, file) => *answer,
             Some(_) | None => {
                 let answer = (self.admits)(file);
-                self.asked = Some((file.clone(), answer));
+                self.last_admission = Some((file.clone(), answer));
                 answer
             }
         }
     }
 
-    /// Copies the pages that a range touches, zeros after the end of the disk among them.
+    /// Copies the pages that a range touches, with zeros after the end of the disk.
     fn copy(&mut self, start: u64, end: u64) -> Result<(), MapError> {
         let first = (start - start % PAGE_SIZE).max(self.copied_to);
         let mut page = [0; PAGE_SIZE as usize];
@@ -355,7 +362,7 @@ impl Mapper<'_> {
         before.map_or(Ok(()), |run| self.map_run(&run))
     }
 
-    /// Maps a run whose end is known. Beyond the limit it is only counted.
+    /// Maps a run whose end is known. Runs beyond the limit are only counted, for the error.
     fn map_run(&mut self, run: &Run) -> Result<(), MapError> {
         let gap = run.at != self.end;
         self.figures.mappings += 1 + usize::from(gap);
@@ -367,7 +374,7 @@ impl Mapper<'_> {
             len: run.len,
             source,
         };
-        // A page past the end of its file would raise SIGBUS, in the guest's hands or ours.
+        // Access to a page past the end of its file would raise SIGBUS, in this process or for the guest.
         let held = run.file.metadata().map_err(failed)?.len();
         if run.file_offset + run.len > held {
             return Err(MapError::Short {

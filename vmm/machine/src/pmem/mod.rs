@@ -1,14 +1,14 @@
-//! Disks as a guest's memory (virtio-pmem): what a disk holds is mapped from its files, so that all guests of a host share what its page cache
-//! has of them.
+//! Disks as a guest's memory (virtio-pmem): the contents of a disk are mapped from its files, so that all guests of a
+//! host share the pages that its page cache has of them.
 //!
 //! ```text
 //! open: disk ── resolve_read ─> extents ── mmap ─> window ── memory slot ─> guest
 //! flush:  guest ── dirty log ─> pages ── resolve_write, flush ─> disk
 //! ```
 //!
-//! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says what comes of it. In
-//! `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long as the host's page cache keeps it. In `cow` it is
-//! nowhere else, and is saved with the guest.
+//! The mapping is private: a page that the guest writes becomes a copy of its own, whatever the mode. [`PmemMode`] says
+//! what becomes of it. In `rw` the copy stays when its page is on the disk, so such a page is in memory twice as long
+//! as the host's page cache keeps it. In `cow` it is nowhere else, and is saved with the guest.
 
 mod map;
 mod own_pages;
@@ -33,7 +33,7 @@ pub use self::map::{MapBudget, MapError};
 pub use self::own_pages::OwnPagesError;
 use self::writeback::Writeback;
 pub use self::writeback::{DirtyPages, WritebackError};
-use crate::fault::GuestRange;
+use crate::bus_error::GuestRange;
 use config::{PmemConfig, PmemMode};
 use kvm::vm::{DirtyLog, Vm, VmError, WindowAccess};
 
@@ -51,7 +51,7 @@ pub enum PmemError {
         /// Why not.
         source: MapError,
     },
-    /// The guest has no place for it.
+    /// The guest has no room for it among its addresses.
     #[error(transparent)]
     Vm(#[from] VmError),
     /// The host has no file descriptor left.
@@ -67,7 +67,7 @@ pub struct Pmem {
     guard: Option<Guard>,
 }
 
-/// Where a guest may only read, and who takes on the MMIO bus what it writes there all the same.
+/// A range that the guest may only read, and the device on the MMIO bus that takes its writes there.
 pub struct Guard {
     /// First guest physical address.
     pub address: u64,
@@ -77,7 +77,7 @@ pub struct Guard {
     pub writes: Arc<Mutex<dyn BusDevice>>,
 }
 
-/// The memory of a pmem device, as it is seen by who looks for lost pages, and by who saves the guest.
+/// The memory of a pmem device, for the search for lost pages and for snapshots.
 #[derive(Clone)]
 pub struct PmemMemory {
     address: u64,
@@ -91,8 +91,8 @@ impl PmemMemory {
         GuestRange::new(self.address, self.disk.window())
     }
 
-    /// The files behind it that are not to change: none where the guest's writes go to them.
-    pub fn settled_files(&self) -> Vec<Arc<SharedFile>> {
+    /// The immutable files behind it: none where the guest's writes go to the files.
+    pub fn immutable_files(&self) -> Vec<Arc<SharedFile>> {
         if self.mode.keeps() {
             Vec::new()
         } else {
@@ -100,7 +100,7 @@ impl PmemMemory {
         }
     }
 
-    /// The first page that is a file's and cannot be read any more.
+    /// The first page of a file that is lost.
     pub fn lost_page(&self) -> Option<LostPage> {
         let lost = self.disk.lost_page()?;
         Some(LostPage {
@@ -109,7 +109,7 @@ impl PmemMemory {
         })
     }
 
-    /// Whether what the guest writes stays with it, and with its snapshots.
+    /// Whether the guest's writes stay in its memory and its snapshots, and never reach the disk.
     pub(crate) fn is_cow(&self) -> bool {
         self.mode == PmemMode::Cow
     }
@@ -119,7 +119,7 @@ impl PmemMemory {
         self.disk.window()
     }
 
-    /// Runs of pages that are not as the disk has them: offsets in bytes from the first, in order. The guest stands still.
+    /// Runs of pages that differ from the disk: offsets in bytes from the first, in order. The guest is paused.
     ///
     /// # Errors
     /// [`OwnPagesError`].
@@ -127,26 +127,26 @@ impl PmemMemory {
         self.disk.own_pages()
     }
 
-    /// Maps pages of `file`, which is not to change, over the disk's.
+    /// Maps pages of `file`, which is immutable, over the disk's.
     ///
     /// # Errors
-    /// Where the range is outside the memory or not made of whole pages, and what the host says; then nothing is changed.
-    pub(crate) fn lay(
+    /// Where the range is outside the memory or not made of whole pages, and the host's error; then nothing is changed.
+    pub(crate) fn map_over(
         &self,
         at: u64,
         len: u64,
         file: &Arc<SharedFile>,
         offset: u64,
     ) -> io::Result<()> {
-        self.disk.lay(at, len, file, offset)
+        self.disk.map_over(at, len, file, offset)
     }
 
-    /// What the disk looks like as memory.
+    /// How the disk is mapped.
     pub(crate) fn figures(&self) -> MappingFigures {
         self.disk.figures()
     }
 
-    /// That of a raw disk in mode `cow`, of no guest.
+    /// The memory of a raw disk in mode `cow`, without a guest.
     #[cfg(test)]
     pub(crate) fn cow(disk: &std::path::Path) -> Self {
         let options = OpenOptions {
@@ -165,8 +165,8 @@ impl PmemMemory {
 }
 
 impl Pmem {
-    /// Opens and maps a disk, within the `budget` of mappings that all of the guest's share, and puts it into the guest's addresses. Files that
-    /// `admits` refuses are copied.
+    /// Opens and maps a disk, within the `budget` of mappings that all disks of the guest share, and places it among
+    /// the guest's addresses. Files that `admits` refuses are copied.
     ///
     /// # Errors
     /// [`PmemError`].
@@ -259,7 +259,7 @@ impl Pmem {
         &self.memory
     }
 
-    /// What belongs on the MMIO bus, where the guest may only read.
+    /// The range that belongs on the MMIO bus, where the guest may only read.
     pub fn guard(&self) -> Option<&Guard> {
         self.guard.as_ref()
     }
@@ -269,11 +269,11 @@ impl Pmem {
         self.memory.disk.disk()
     }
 
-    /// Makes durable what the guest has written, and has what it writes from then on go to the disk that `change` makes of this one: a child. `None`
-    /// where it writes to no disk.
+    /// Makes durable what the guest has written, and replaces the disk by the child that `change` makes of it, which
+    /// takes the guest's later writes. `None` where the guest's writes go to no disk.
     ///
     /// # Errors
-    /// Where not all is on the disk, and those of `change`; then the disk stays.
+    /// Where not all of it is on the disk, and those of `change`; then the disk stays.
     pub(crate) fn change_disk<E: From<WritebackError>>(
         &self,
         change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
@@ -282,10 +282,10 @@ impl Pmem {
         Some(writeback.change_disk(change))
     }
 
-    /// Makes durable what the guest has written: all of it, while no vCPU runs.
+    /// Makes durable what the guest has written. While no vCPU runs, that is all of it.
     ///
     /// # Errors
-    /// Where something that the guest has written is not on the disk.
+    /// Where a part of it is not on the disk.
     pub(crate) fn write_back(&self) -> Result<(), WritebackError> {
         match &self.writeback {
             Some(writeback) => writeback.write_back().map(drop),
@@ -296,7 +296,7 @@ impl Pmem {
     /// Makes durable what the guest has written, and closes the disk. No vCPU runs any more, and the device is reset.
     ///
     /// # Errors
-    /// Where something that the guest has written is not on the disk.
+    /// Where a part of it is not on the disk.
     pub fn close(&self) -> Result<(), WritebackError> {
         let written = self.write_back();
         let closed = self.memory.disk.close();
@@ -305,26 +305,30 @@ impl Pmem {
     }
 }
 
-/// Takes what a guest writes to memory that it may only read: KVM hands such writes over (`KVM_MEM_READONLY`), and here they end.
+/// Drops what a guest writes to memory that it may only read: KVM hands such writes to the process
+/// (`KVM_MEM_READONLY`).
 struct DroppedWrites {
     id: String,
-    told: bool,
+    has_warned: bool,
 }
 
 impl DroppedWrites {
     fn new(id: String) -> Self {
-        Self { id, told: false }
+        Self {
+            id,
+            has_warned: false,
+        }
     }
 }
 
 impl BusDevice for DroppedWrites {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
-        // Reads are the memory's own.
+        // KVM serves reads from the memory itself, so that none arrive here.
         data.fill(0xff);
     }
 
     fn write(&mut self, offset: u64, _data: &[u8]) {
-        if !std::mem::replace(&mut self.told, true) {
+        if !std::mem::replace(&mut self.has_warned, true) {
             tracing::warn!(
                 pmem = %self.id,
                 offset,

@@ -1,7 +1,8 @@
-//! Which pages of a mapped disk are the guest's own, as it has written to them: for a guest that is saved, and back again for one that is loaded.
+//! The pages of a mapped disk that the guest has written to, and that are its own: they are found for a snapshot, and
+//! mapped again when it is loaded.
 //!
-//! The host's page tables tell where the guest may have written: the page is no file's any more. Many such pages still are as the disk has them, like
-//! those that were copied when the disk was mapped, so each is compared with the disk.
+//! The host's page tables show where the guest may have written: such a page is no longer a file's. Many of these pages
+//! still equal the disk's, such as those that were copied when the disk was mapped, so each is compared with the disk.
 
 use std::io;
 use std::ops::Range;
@@ -12,7 +13,7 @@ use storage::{Disk, DiskError, blocking};
 
 use super::map::MappedDisk;
 
-/// Bytes whose page tables are looked at together: bounds what the answer takes.
+/// Bytes whose page tables are read at once. It bounds the memory that their entries take.
 const PIECE: u64 = 1 << 30;
 /// Bytes of the disk that are read at once.
 const STEP: u64 = 256 << 10;
@@ -20,15 +21,15 @@ const STEP: u64 = 256 << 10;
 /// Why it is not known which pages are the guest's own.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnPagesError {
-    /// The page tables are not to be seen.
+    /// The page tables cannot be read.
     #[error("the host does not say which pages were written")]
     PageTables(#[from] io::Error),
-    /// The disk does not say what it has there.
+    /// The disk cannot be read.
     #[error(transparent)]
     Disk(#[from] DiskError),
 }
 
-/// What the disk holds from `at` on, and zeros past its end.
+/// Reads the disk from `at` on, and zeros past its end.
 fn read_disk(disk: &dyn Disk, bytes: &mut [u8], at: u64) -> Result<(), DiskError> {
     let left = disk.geometry().size.saturating_sub(at);
     let (held, rest) = bytes.split_at_mut(left.min(bytes.len() as u64) as usize);
@@ -40,16 +41,16 @@ fn read_disk(disk: &dyn Disk, bytes: &mut [u8], at: u64) -> Result<(), DiskError
 }
 
 impl MappedDisk {
-    /// Runs of pages that are not as the disk has them: offsets in bytes from the first of the window, in order. The guest stands still, and nobody
-    /// writes to the disk.
+    /// Runs of pages that differ from the disk: offsets in bytes from the first of the window, in order. The guest is
+    /// paused, and nobody writes to the disk.
     pub(super) fn own_pages(&self) -> Result<Vec<Range<u64>>, OwnPagesError> {
         let mut own: Vec<Range<u64>> = Vec::new();
         let window = self.window();
         for piece in (0..window.len()).step_by(PIECE as usize) {
             let kinds = window.page_kinds(piece, PIECE.min(window.len() - piece))?;
-            let laid = self.laid().lock();
+            let overlay = self.overlay().lock();
             let is_candidate = |(page, kind): (u64, &PageKind)| {
-                *kind == PageKind::Private || laid.get(page).is_some()
+                *kind == PageKind::Private || overlay.get(page).is_some()
             };
             let first = piece / PAGE_SIZE;
             let candidates: Vec<u64> = (first..)
@@ -57,7 +58,7 @@ impl MappedDisk {
                 .filter(|candidate| is_candidate(*candidate))
                 .map(|(page, _)| page)
                 .collect();
-            drop(laid);
+            drop(overlay);
             for run in candidates.chunk_by(|page, next| page + 1 == *next) {
                 let (Some(first), Some(last)) = (run.first(), run.last()) else {
                     continue;
@@ -91,20 +92,21 @@ impl MappedDisk {
         Ok(())
     }
 
-    /// Maps pages of `file` over the disk's, private as those are: the guest's own from when it was saved.
+    /// Maps pages of `file` over the disk's, and private as those are. They are the guest's own pages of when it was
+    /// saved.
     ///
     /// # Errors
-    /// Where the range is outside the window or not made of whole pages, and what the host says; then nothing is changed.
-    pub(super) fn lay(
+    /// Where the range is outside the window or not made of whole pages, and the host's error; then nothing is changed.
+    pub(super) fn map_over(
         &self,
         at: u64,
         len: u64,
         file: &Arc<SharedFile>,
         offset: u64,
     ) -> io::Result<()> {
-        let mut laid = self.laid().lock();
+        let mut overlay = self.overlay().lock();
         self.window().map_file(at, len, file.file(), offset)?;
-        laid.insert(Run {
+        overlay.insert(Run {
             gfn: at / PAGE_SIZE,
             pages: len / PAGE_SIZE,
             backing: Backing {

@@ -78,8 +78,8 @@ fn read(disk: &MappedDisk, offset: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// The memory holds what the disk does, and zeros behind it.
-fn shows_its_disk(mapped: &MappedDisk) {
+/// Asserts that the memory holds what the disk does, and zeros after its end.
+fn assert_shows_its_disk(mapped: &MappedDisk) {
     let size = mapped.disk().geometry().size;
     let mut expected = vec![0; mapped.window().len() as usize];
     blocking::read_at(&*mapped.disk(), &mut expected[..size as usize], 0).unwrap();
@@ -111,17 +111,17 @@ fn a_child_over_its_parent_is_mapped_from_both_files() {
     let parent = folder.vhdx("base", 16 * MIB, &[(0, pattern(1, 4 * MIB))]);
     let child = folder.child("child", &parent, &[(MIB, pattern(9, MIB))]);
     let disk = mapped(&child);
-    shows_its_disk(&disk);
+    assert_shows_its_disk(&disk);
     let figures = disk.figures();
     assert_eq!((figures.mapped, figures.copied), (4 * 256, 0));
-    // The parent's first block, the child's, the parent's other two, and what nobody has.
+    // The mappings are the parent's first block, the child's block, the parent's other two, and the unmapped rest.
     assert_eq!((figures.mappings, mappings(&disk)), (4, 4));
     let kinds = disk.window().page_kinds(0, 4 * MIB).unwrap();
     assert!(kinds.iter().all(|kind| *kind == PageKind::File));
 }
 
 #[test]
-fn zeros_are_memory_that_takes_nothing() {
+fn zeros_of_a_disk_take_no_memory() {
     let folder = Folder::new();
     let path = folder.vhdx("disk", 64 * MIB, &[(8 * MIB, pattern(1, 4096))]);
     let disk = open(&path, false);
@@ -134,14 +134,14 @@ fn zeros_are_memory_that_takes_nothing() {
     assert_eq!((disk.figures().mappings, disk.figures().mapped), (3, 256));
     assert_eq!(read(&disk, 8 * MIB, 4096), [0; 4096]);
     assert_eq!(read(&disk, 32 * MIB, 4096), pattern(3, 4096));
-    shows_its_disk(&disk);
+    assert_shows_its_disk(&disk);
 }
 
 #[test]
 fn sectors_of_two_layers_in_a_page_are_copied_and_all_others_mapped() {
     let folder = Folder::new();
     let parent = folder.vhdx("base", 4 * MIB, &[(0, pattern(1, 2 * MIB))]);
-    // A sector, a page and a half from its middle on, and whole pages.
+    // The child has a sector, a page and a half that begin in the middle of a page, and whole pages.
     let own = [
         (512, pattern(70, 512)),
         (MIB + 2048, pattern(90, 6144)),
@@ -149,7 +149,7 @@ fn sectors_of_two_layers_in_a_page_are_copied_and_all_others_mapped() {
     ];
     let child = folder.child("child", &parent, &own);
     let disk = mapped(&child);
-    shows_its_disk(&disk);
+    assert_shows_its_disk(&disk);
     assert_eq!(disk.figures().copied, 2);
     let kinds = disk.window().page_kinds(MIB, 16384).unwrap();
     assert_eq!(kinds[0], PageKind::Private);
@@ -175,7 +175,7 @@ fn a_raw_file_that_ends_inside_a_page_reads_as_zeros_after_its_end() {
         let path = folder.raw("raw", &pattern(7, len));
         let disk = mapped(&path);
         assert_eq!(disk.window().len(), len.next_multiple_of(2 * MIB));
-        shows_its_disk(&disk);
+        assert_shows_its_disk(&disk);
         assert_eq!(disk.figures().copied, u64::from(len % 4096 != 0));
         assert_eq!(disk.figures().mapped, len / 4096);
     }
@@ -207,7 +207,7 @@ fn a_file_in_too_many_pieces_is_refused_with_the_count_and_the_way_out() {
     for part in ["disk: is in", "16 mappings", "coppice disk convert"] {
         assert!(text.contains(part), "{part} in {text}");
     }
-    // The disks of a guest share what there is.
+    // The disks of a guest share the budget.
     let mut budget = MapBudget::new(31);
     assert!(MappedDisk::new(&open(&path, true), &mut budget).is_ok());
     assert!(MappedDisk::new(&open(&path, true), &mut budget).is_err());
@@ -226,7 +226,7 @@ fn what_the_guest_writes_changes_no_file() {
     assert_eq!(std::fs::read(&path).unwrap(), before);
 }
 
-/// Answers with what the test wrote since.
+/// A dirty log that the test fills.
 #[derive(Default)]
 struct Written(Mutex<Vec<u64>>);
 
@@ -239,7 +239,7 @@ impl DirtyPages for Arc<Written> {
     }
 }
 
-/// A guest with a disk for writing, and no KVM.
+/// Memory over a disk that is open for writing, and the dirty log of its writes, without KVM.
 struct Guest {
     disk: Arc<MappedDisk>,
     log: Arc<Written>,
@@ -281,7 +281,7 @@ fn a_flush_brings_what_was_written_to_the_child_and_leaves_the_parent() {
     let before = std::fs::read(&parent).unwrap();
     let child = folder.child("child", &parent, &[(MIB, pattern(9, 65536))]);
     let guest = Guest::over(&open(&child, false));
-    // In a block that the parent has, in one that both have, across both, and in one that nobody has.
+    // Writes to a block of the parent, to one of both, across both, and to one that neither has.
     let writes = [
         (4096, pattern(20, 4096)),
         (MIB - 4096, pattern(30, 12288)),
@@ -297,7 +297,7 @@ fn a_flush_brings_what_was_written_to_the_child_and_leaves_the_parent() {
     guest.writes(0, &pattern(60, 4096));
     assert_eq!(guest.writeback.write_back().unwrap(), PAGE_SIZE);
     guest.disk.close().unwrap();
-    shows_its_disk(&guest.disk);
+    assert_shows_its_disk(&guest.disk);
     drop(guest);
     let disk = open(&child, true);
     for (offset, bytes) in writes {
@@ -315,13 +315,13 @@ fn a_flush_is_durable_without_a_close() {
     let guest = Guest::over(&disk);
     guest.writes(3 * MIB, &pattern(7, 4096));
     guest.writeback.write_back().unwrap();
-    // As a cut would leave it: the file as it is now, with a log to replay.
+    // A power cut would leave the file as it is now, with a log to replay.
     let copy = folder.raw("cut", &std::fs::read(&path).unwrap());
     assert_eq!(
         bytes_of(&*open(&copy, true), 3 * MIB, 4096),
         pattern(7, 4096)
     );
-    shows_its_disk(&mapped(&copy));
+    assert_shows_its_disk(&mapped(&copy));
 }
 
 #[test]
@@ -353,7 +353,7 @@ fn what_the_guest_writes_past_the_end_of_the_disk_fails_the_flush_and_the_rest_i
     assert_eq!(bytes[(MIB + 4096) as usize..], pattern(3, 512));
 }
 
-/// A raw disk whose writes or flushes fail as long as they are told to.
+/// A raw disk of which the next `writes` writes and `flushes` flushes fail.
 #[derive(Debug)]
 struct Failing {
     disk: Arc<dyn Disk>,
@@ -366,7 +366,7 @@ impl Failing {
         match counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) {
             Ok(_) => Err(DiskError::Io {
                 operation: "this test".into(),
-                source: io::Error::other("as it wants"),
+                source: io::Error::other("injected"),
             }),
             Err(_) => Ok(()),
         }
@@ -395,8 +395,8 @@ impl Disk for Failing {
         Self::fail(&self.writes)?;
         self.disk.resolve_write(range, out)
     }
-    fn finish(&self, ticket: RequestId, ok: bool) {
-        self.disk.finish(ticket, ok);
+    fn finish(&self, request: RequestId, ok: bool) {
+        self.disk.finish(request, ok);
     }
     fn flush_by_sync(&self) -> Option<Arc<File>> {
         None
@@ -433,7 +433,7 @@ fn what_a_failed_flush_did_not_keep_is_tried_again_by_the_next() {
         guest.writes(8192, &pattern(5, 4096));
         let error = guest.writeback.write_back().unwrap_err();
         let error = host::report::chain(&error).to_string();
-        assert!(error.contains("as it wants"), "{error}");
+        assert!(error.contains("injected"), "{error}");
         guest.writes(65536, &pattern(6, 4096));
         assert_eq!(guest.writeback.write_back().unwrap(), 2 * PAGE_SIZE);
         let bytes = std::fs::read(&path).unwrap();
@@ -447,7 +447,7 @@ fn a_write_that_is_not_allowed_goes_nowhere() {
     let mut dropped = DroppedWrites::new("a".to_owned());
     for _ in 0..2 {
         dropped.write(0, &[1; 8]);
-        assert!(dropped.told);
+        assert!(dropped.has_warned);
     }
     let mut data = [0; 4];
     dropped.read(0, &mut data);
@@ -491,7 +491,7 @@ fn a_file_that_is_not_admitted_is_copied_and_one_that_is_cut_is_named() {
     let top = disk.files().first().cloned().unwrap();
     let admits = |file: &Arc<File>| Arc::ptr_eq(file, &top);
     let mapped = MappedDisk::of(&disk, &mut MapBudget::new(1000), &admits).unwrap();
-    shows_its_disk(&mapped);
+    assert_shows_its_disk(&mapped);
     let figures = mapped.figures();
     assert_eq!((figures.mapped, figures.copied), (256, 256));
     assert_eq!((mapped.files().len(), mapped.lost_page()), (1, None));
@@ -505,13 +505,13 @@ fn a_file_that_is_not_admitted_is_copied_and_one_that_is_cut_is_named() {
 #[test]
 fn own_pages_are_those_that_differ_from_the_disk_wherever_they_come_from() {
     let folder = Folder::new();
-    // Its last sectors are no whole page, and are copied.
+    // The last sectors of the disk are no whole page, and are copied.
     let path = folder.raw("raw", &vec![3; (MIB + 512) as usize]);
     let disk = mapped(&path);
     assert_eq!(disk.figures().copied, 1);
     assert_eq!(disk.own_pages().unwrap(), []);
     let window = disk.window();
-    // As it was, what it was, and past the end of the disk.
+    // The first write changes nothing, the next two change pages, and the last two are past the end of the disk.
     window.write(4096, &[3; 100]);
     window.write(3 * 4096, &[4; 4096]);
     window.write(4 * 4096 + 4095, &[0]);
@@ -526,10 +526,10 @@ fn own_pages_are_those_that_differ_from_the_disk_wherever_they_come_from() {
     let file = memshare::FileRegistry::default()
         .share(&Arc::new(file))
         .unwrap();
-    again.lay(8 * 4096, 8192, &file, 0).unwrap();
+    again.map_over(8 * 4096, 8192, &file, 0).unwrap();
     assert_eq!(read(&again, 8 * 4096, 4096), pattern(1, 4096));
-    again.lay(2 * MIB, 4096, &file, 0).unwrap_err();
-    // Laid, and nobody has touched it; the second page is as the disk's.
+    again.map_over(2 * MIB, 4096, &file, 0).unwrap_err();
+    // Nobody has touched the pages that were mapped over the disk's, of which the second equals the disk's.
     let own = |page: u64| std::iter::once(page * 4096..(page + 1) * 4096).collect::<Vec<_>>();
     assert_eq!(again.own_pages().unwrap(), own(8));
     again.window().write(8 * 4096, &[3; 4096]);
@@ -546,7 +546,7 @@ fn own_pages_are_those_that_differ_from_the_disk_wherever_they_come_from() {
 }
 
 #[test]
-fn a_disk_goes_on_in_a_child_and_what_is_seen_of_it_stays() {
+fn a_disk_is_replaced_by_a_child_and_the_memory_shows_the_same() {
     let folder = Folder::new();
     let path = folder.vhdx("base", 8 * MIB, &[(0, pattern(1, 2 * MIB))]);
     let child = folder.path("child");
@@ -568,7 +568,7 @@ fn a_disk_goes_on_in_a_child_and_what_is_seen_of_it_stays() {
     guest.writeback.write_back().unwrap();
     guest.writes(12288, &pattern(7, 4096));
     change(false).unwrap();
-    // All that was written before, flushed or not, and nothing since.
+    // The parent has everything that was written before, flushed or not, and nothing that was written since.
     let sealed = std::fs::read(&path).unwrap();
     guest.writes(MIB, &pattern(8, 8192));
     guest.writes(6 * MIB, &pattern(9, 4096));

@@ -1,4 +1,4 @@
-//! What a guest has written to memory, brought to its disk.
+//! Writes to the disk what a guest has written to the memory that shows it.
 
 use std::io;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use kvm::vm::DirtyLog;
 /// Bytes that are written at once.
 const STEP: u64 = 256 << 10;
 
-/// Says what a guest has written; KVM does, or a double in tests.
+/// A log of the pages that a guest has written: KVM's, or a double in tests.
 pub trait DirtyPages: Send + Sync {
-    /// The pages written since the last call, a bit each from the first on.
+    /// Returns the pages written since the last call, as a bitmap from the first page on.
     ///
     /// # Errors
-    /// What the host says; then nothing is forgotten.
+    /// The host's error; then the log keeps what it has.
     fn take(&self) -> io::Result<Vec<u64>>;
 }
 
@@ -32,23 +32,23 @@ impl DirtyPages for DirtyLog {
 /// Why not all that a guest has written is on its disk.
 #[derive(Debug, thiserror::Error)]
 pub enum WritebackError {
-    /// It is not known what the guest has written.
+    /// KVM does not report which pages the guest has written.
     #[error("KVM does not say which pages were written")]
     Log(#[source] io::Error),
-    /// The disk refuses.
+    /// The disk refuses a write or a flush.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The guest has written where the memory has a page and the disk no byte.
+    /// The guest has written past the end of the disk, where the memory has a page and the disk no byte.
     #[error("the guest wrote at {0:#x}, past the end of the disk")]
     PastEnd(u64),
 }
 
-/// A disk that gets what its guest writes.
+/// A disk and the log of what its guest writes to the memory that shows it.
 pub(super) struct Writeback<L> {
     disk: Arc<MappedDisk>,
     log: L,
-    /// Pages that were written and may not be on the disk; a bit each, nothing where there are none. Held over the I/O of a flush: one
-    /// at a time.
+    /// Pages that were written and may not be on the disk, as a bitmap; empty where there are none. The lock is held
+    /// over the I/O of a flush, so that one flush runs at a time.
     pending: Mutex<Vec<u64>>,
 }
 
@@ -61,12 +61,14 @@ impl<L: DirtyPages> Writeback<L> {
         }
     }
 
-    /// Makes durable all that was written before the call; gives the bytes that took. What fails is tried again by the next call.
+    /// Makes durable all that was written before the call, and returns how many bytes that were. What fails is tried
+    /// again by the next call.
     pub(super) fn write_back(&self) -> Result<u64, WritebackError> {
-        self.write_back_under(&mut self.pending())
+        self.write_back_locked(&mut self.pending())
     }
 
-    /// Makes durable all that was written before the call, and has what is written from then on go to the disk that `change` makes of this one.
+    /// Makes durable all that was written before the call, and replaces the disk by the one that `change` makes of it,
+    /// which takes later writes.
     ///
     /// # Errors
     /// Where not all is on the disk, and those of `change`; then the disk stays.
@@ -74,9 +76,9 @@ impl<L: DirtyPages> Writeback<L> {
         &self,
         change: impl FnOnce(&Arc<dyn Disk>) -> Result<Arc<dyn Disk>, E>,
     ) -> Result<(), E> {
-        // No flush comes between.
+        // The lock keeps a flush from running between the two steps.
         let mut pending = self.pending();
-        self.write_back_under(&mut pending)?;
+        self.write_back_locked(&mut pending)?;
         self.disk.change_disk(change)
     }
 
@@ -84,7 +86,7 @@ impl<L: DirtyPages> Writeback<L> {
         self.pending.lock()
     }
 
-    fn write_back_under(&self, pending: &mut Vec<u64>) -> Result<u64, WritebackError> {
+    fn write_back_locked(&self, pending: &mut Vec<u64>) -> Result<u64, WritebackError> {
         let written = self.log.take().map_err(WritebackError::Log)?;
         let words = pending.len().max(written.len());
         pending.resize(words, 0);
@@ -105,7 +107,7 @@ impl<L: DirtyPages> Writeback<L> {
         Ok(bytes)
     }
 
-    /// Writes what the disk has of a range of pages.
+    /// Writes a range of pages to the disk, as far as the disk reaches.
     fn write_run(
         &self,
         start: u64,
@@ -122,7 +124,7 @@ impl<L: DirtyPages> Writeback<L> {
             window.read(at, step);
             let (kept, rest) =
                 step.split_at(size.saturating_sub(at).min(step.len() as u64) as usize);
-            // Zeros are there anyway.
+            // Bytes past the end of the disk read as zeros, so zeros that were written there are not lost.
             if let Some(lost) = rest.iter().position(|byte| *byte != 0) {
                 past_end.get_or_insert(at + (kept.len() + lost) as u64);
             }

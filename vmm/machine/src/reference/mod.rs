@@ -1,18 +1,18 @@
 //! Reference images: a guest's memory as it stands after its kernel has booted.
 //!
-//! A kernel patches its own text while it boots (alternatives, return thunks, static keys), so that most of what is mapped from its file is soon a
-//! copy in every guest, and the same copy. What it sets up at boot is the same in every guest, too, a good part of it at the same address: `struct page`s,
-//! tables, its data. A reference image holds the pages of a guest that the host has booted for this
-//! purpose alone, with nothing in it: no disk, and a program that powers off. The memory manager compares a guest's own
-//! pages with it, and maps what is equal.
+//! A kernel patches its own text while it boots (alternatives, return thunks, static keys), so that most pages that are
+//! mapped from its file soon are copies in every guest, and the same copies. The data that it sets up at boot is the
+//! same in every guest, too, and much of it is at the same address: `struct page`s, tables, its variables. A reference
+//! image holds the pages of a guest that the host has booted for this purpose alone, without a disk, and with a program
+//! that powers off. The memory manager compares a guest's own pages with it, and maps what is equal.
 //!
 //! ```text
 //! coppice run ── image there? ── yes ──> SharedMemory::add_reference
 //!                    └── no ── Warmer: coppice image warm (once, in the background) ── image ──> add_reference
 //! ```
 //!
-//! An image is good for one kernel, one model of CPU, one size of machine, and the words of the command line that change a kernel's text. That it fits is never
-//! relied on: pages are compared.
+//! An image is good for one kernel, one model of CPU, one size of machine, and the words of the command line that
+//! change a kernel's text. Nothing relies on that it fits, because pages are compared.
 
 mod warmer;
 
@@ -29,8 +29,9 @@ use kvm::vm;
 pub(crate) use warmer::Warming;
 pub use warmer::{WarmRequest, Warmer};
 
-/// Words of a kernel command line that may change the kernel's text or read-only data, up to their `=`. Any other is of no account, however many
-/// command lines there are; one that is missing here costs a guest some shared pages, and nothing else.
+/// Words of a kernel command line that may change the kernel's text or read-only data, up to their `=`. Images do not
+/// depend on any other word, so that guests with different command lines share one. A word that is missing here costs a
+/// guest some shared pages, and nothing else.
 const TEXT_WORDS: [&str; 47] = [
     "apparmor",
     "audit",
@@ -93,12 +94,13 @@ pub fn text_words(cmdline: &str) -> Vec<&str> {
         .collect()
 }
 
-/// RAM in MiB up to which there is an image for each size. Larger guests are compared with that of [`SMALL_MIB`], which has what does not depend on it.
+/// RAM in MiB up to which there is an image for each size. Larger guests are compared with that of [`SMALL_MIB`], which
+/// has the pages that do not depend on the size.
 const LARGEST_MIB: u32 = 1024;
 /// RAM in MiB in which any kernel boots.
 const SMALL_MIB: u32 = 128;
 
-/// A guest's machine, as far as what its kernel makes of memory depends on it.
+/// The size of a guest's machine, on which depends what its kernel writes to memory at boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// vCPUs.
@@ -108,7 +110,8 @@ pub struct Size {
 }
 
 impl Size {
-    /// The machine whose image does for this one. A kernel for one CPU is patched as such; any number more makes no difference.
+    /// The machine whose image is good for this one. A kernel that finds one CPU is patched for that; it makes no
+    /// difference how many more than one it finds.
     #[must_use]
     pub fn representative(self) -> Self {
         let mem_mib = if self.mem_mib <= LARGEST_MIB {
@@ -132,7 +135,7 @@ impl From<&MachineConfig> for Size {
     }
 }
 
-/// What an image depends on.
+/// Everything that an image depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key<'a> {
     /// The kernel, unpacked, in the cache.
@@ -146,7 +149,7 @@ pub struct Key<'a> {
 }
 
 impl Key<'_> {
-    /// Where the image is, or would be: beside the kernel.
+    /// The path of the image, which is beside the kernel, whether it exists or not.
     pub fn path(&self) -> PathBuf {
         let mut digest = Sha256::new();
         digest.update(self.cpu);
@@ -163,7 +166,7 @@ impl Key<'_> {
     }
 }
 
-/// Whether there is an image for the guest of `config`, as far as can be told without building it.
+/// Whether there is an image for the guest of `config`. Answers `false` where the kernel is not unpacked yet.
 pub fn is_there(config: &VmConfig) -> bool {
     let Some(source) = &config.boot_source else {
         return false;

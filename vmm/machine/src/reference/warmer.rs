@@ -1,7 +1,8 @@
-//! Has a reference image made by another process, which is started while this one still may.
+//! Has a reference image made by another process, which is started while this process may still start one.
 //!
-//! A guest process gives away the right to execute programs before it reads what its guest or a client says. So the program that makes the image is
-//! started before that, and waits on its standard input to be told of which kernel; without a word it ends.
+//! A guest's process gives up the right to execute programs before it reads anything of its guest or a client. So the
+//! program that makes the image is started before that, and waits on its standard input for the request that names the
+//! kernel. It ends if its standard input is closed without one.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Size;
 
-/// What an image is to be made of.
+/// The request for an image: the kernel and the machine that it is made with.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct WarmRequest {
     /// The kernel, as a guest is given it.
@@ -27,12 +28,13 @@ pub struct WarmRequest {
     pub domain: Option<String>,
 }
 
-/// A process that waits to be told, until it is told or dismissed.
+/// A process that waits for a request, until it gets one or is dismissed.
 #[derive(Clone, Debug)]
 pub struct Warmer(Arc<Mutex<Option<Child>>>);
 
 impl Warmer {
-    /// Starts the process: this program (`coppice image warm-when-told`), whatever has become of its file.
+    /// Starts the process: this program (`coppice image warm-when-told`), by `/proc/self/exe`, so that its file may
+    /// have been replaced.
     ///
     /// # Errors
     /// Where the host starts no process.
@@ -53,19 +55,19 @@ impl Warmer {
     /// Has the process make an image; `None` where it is gone.
     ///
     /// # Errors
-    /// Where the process cannot be told.
-    pub(crate) fn tell(&self, request: &WarmRequest) -> io::Result<Option<Warming>> {
+    /// Where the request cannot be written to the process.
+    pub(crate) fn request(&self, request: &WarmRequest) -> io::Result<Option<Warming>> {
         let Some(mut child) = self.take() else {
             return Ok(None);
         };
-        let told = child.stdin.take().map_or(Ok(()), |mut stdin| {
+        let sent = child.stdin.take().map_or(Ok(()), |mut stdin| {
             stdin.write_all(&serde_json::to_vec(request)?)
         });
         let warming = Warming(child);
-        told.map(|()| Some(warming))
+        sent.map(|()| Some(warming))
     }
 
-    /// Ends the process, if it has not been told.
+    /// Ends the process, if it has no request.
     pub(crate) fn dismiss(&self) {
         if let Some(mut child) = self.take() {
             drop(child.stdin.take());
@@ -76,12 +78,12 @@ impl Warmer {
     }
 }
 
-/// A process that makes an image.
+/// A process that is making an image.
 #[derive(Debug)]
 pub(crate) struct Warming(Child);
 
 impl Warming {
-    /// Waits for its end.
+    /// Waits for the end of the process.
     pub(crate) fn wait(mut self) -> io::Result<ExitStatus> {
         self.0.wait()
     }

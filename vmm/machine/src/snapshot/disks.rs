@@ -1,4 +1,5 @@
-//! Which disk a guest had when it was saved: memory goes with the disk as it was at that moment, and with no other.
+//! The identities of the disks that a guest had when it was saved: its memory fits the disk as it was at that moment,
+//! and no other.
 
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -10,22 +11,22 @@ use storage::vhdx::Vhdx;
 
 use super::error::SnapshotError;
 
-/// A disk at one moment, as far as it can be told from others and from itself at another.
+/// The identity of a disk at one moment: it differs from that of other disks, and of the same disk after a write.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 pub enum DiskIdentity {
-    /// By the identifiers in the file, which a copy has too.
+    /// A VHDX, by the identifiers in its file. A copy of the file has them, too.
     Vhdx {
         /// Virtual disk ID ([MS-VHDX] 2.6.2.3).
         virtual_disk_id: String,
-        /// `DataWriteGuid` ([MS-VHDX] 2.2.2): another one with the first write after this one was noted.
+        /// `DataWriteGuid` ([MS-VHDX] 2.2.2), which the first write after the snapshot changes.
         data_write_guid: String,
     },
-    /// By what the file system says of the file.
+    /// A raw disk, by its file's metadata.
     Raw {
         /// Length in bytes.
         len: u64,
-        /// When it was written to, in nanoseconds since 1970.
+        /// When the file was last written to, in nanoseconds since 1970.
         modified: i64,
     },
 }
@@ -54,7 +55,8 @@ impl fmt::Display for DiskIdentity {
 const NANOSECONDS: i64 = 1_000_000_000;
 
 impl DiskIdentity {
-    /// Of a disk on which nothing is under way. `None` where the host does not tell.
+    /// The identity of a disk that has no requests in flight. `None` where the host does not return the file's
+    /// metadata.
     pub fn of(disk: &Arc<dyn Disk>) -> Option<Self> {
         if let Some(vhdx) = Vhdx::of(disk.clone()) {
             let identifiers = vhdx.identifiers();
@@ -99,12 +101,12 @@ impl fmt::Display for DiskOf<'_> {
 }
 
 impl DiskOf<'_> {
-    /// Notes the disk, on which nothing is under way; what is written to it from now on makes it another.
+    /// The identity of the disk, which has no requests in flight. A later write to the disk changes its identity.
     ///
     /// # Errors
-    /// `Disk`, and `Unsupported` where the host does not tell it from others.
+    /// `Disk`, and `Unsupported` where the disk's identity is not known.
     pub(crate) fn identify(self, disk: &Arc<dyn Disk>) -> Result<DiskIdentity, SnapshotError> {
-        // The next write announces itself, by a new DataWriteGuid.
+        // After a close, the next write sets a new DataWriteGuid.
         disk.close().map_err(|source| SnapshotError::Disk {
             device: self.to_string(),
             source,
@@ -146,7 +148,7 @@ mod tests {
             let saved = DiskIdentity::of(&disk).unwrap();
             blocking::read_at(&*disk, &mut [0; 512], 0).unwrap();
             assert_eq!(DiskIdentity::of(&disk).unwrap(), saved);
-            // The clock of a file system may tick only so often.
+            // Times of a file system are only as fine as the kernel's clock tick.
             std::thread::sleep(std::time::Duration::from_millis(20));
             blocking::write_at(&*disk, &[2; 512], 512).unwrap();
             assert_ne!(DiskIdentity::of(&disk).unwrap(), saved);

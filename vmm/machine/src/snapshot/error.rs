@@ -1,4 +1,4 @@
-//! What can go wrong with a snapshot.
+//! Why a snapshot was not made, or not loaded.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,13 +20,13 @@ pub enum SnapshotError {
         operation: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// A file that is no snapshot's state.
+    /// The file is not the state of a snapshot.
     #[error("{} is not the state of a snapshot", .0.display())]
     NotAState(PathBuf),
-    /// Written by a Coppice that is newer, or that nobody has any more.
+    /// The state was written by another version of Coppice, whose format differs.
     #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), VERSION)]
     Version {
         /// The file.
@@ -34,7 +34,7 @@ pub enum SnapshotError {
         /// Its version.
         version: u32,
     },
-    /// A file that is shorter than it says.
+    /// A file is shorter than the state says.
     #[error("{} ends after {found} of {expected} bytes: it was cut", path.display())]
     Truncated {
         /// The file.
@@ -44,10 +44,10 @@ pub enum SnapshotError {
         /// Bytes that it should have.
         expected: u64,
     },
-    /// The state of a device.
+    /// The state of a device cannot be saved.
     #[error(transparent)]
     Save(#[from] SaveError),
-    /// Bytes that are not those that were written.
+    /// Bytes of a file differ from those that were written.
     #[error("{} is damaged: the checksum of its bytes from {offset:#x} on is another", path.display())]
     Damaged {
         /// The file.
@@ -55,10 +55,10 @@ pub enum SnapshotError {
         /// Where, in bytes.
         offset: u64,
     },
-    /// A state that contradicts itself, or what it is loaded with.
+    /// The state contradicts itself, or the guest that it is loaded into.
     #[error("the state says {0}")]
     Contradiction(String),
-    /// Its values are none that this Coppice could have written.
+    /// The state is JSON that this version of Coppice cannot have written.
     #[error("{} cannot be understood", path.display())]
     Json {
         /// The file.
@@ -66,22 +66,22 @@ pub enum SnapshotError {
         /// What is wrong.
         source: serde_json::Error,
     },
-    /// A disk that is not as it was.
+    /// A disk has changed since the snapshot, or is another.
     #[error(
         "{device}: its disk was {saved} when the snapshot was made, and is {found}; give the disk as it was then"
     )]
     OtherDisk {
         /// `drive ID` or `pmem ID`.
         device: String,
-        /// What it was.
+        /// Its identity when the snapshot was made.
         saved: String,
-        /// What it is.
+        /// Its identity now.
         found: String,
     },
-    /// A device that the snapshot does not have.
+    /// The request names a device that the snapshot does not have.
     #[error("the snapshot has no drive and no pmem device {0}")]
     NoDrive(String),
-    /// The disk of a device does not close.
+    /// The disk of a device cannot be closed.
     #[error("{device}")]
     Disk {
         /// `drive ID` or `pmem ID`.
@@ -89,7 +89,7 @@ pub enum SnapshotError {
         /// Why.
         source: storage::DiskError,
     },
-    /// Not all that the guest has written to memory that is a disk gets there.
+    /// Not all that the guest has written to a pmem device can be written to its disk.
     #[error("pmem {pmem}: what the guest wrote cannot be brought to its disk")]
     Writeback {
         /// `id`.
@@ -97,7 +97,7 @@ pub enum SnapshotError {
         /// Why not.
         source: WritebackError,
     },
-    /// What the guest has written to a pmem device in mode `cow` is not found.
+    /// The pages that the guest has written on a pmem device in mode `cow` cannot be found.
     #[error("pmem {pmem}: what the guest wrote cannot be saved")]
     OwnPages {
         /// `id`.
@@ -105,41 +105,42 @@ pub enum SnapshotError {
         /// Why not.
         source: OwnPagesError,
     },
-    /// What the guest had written to a pmem device in mode `cow` is in a file, and memory is not from files.
+    /// What the guest had written to a pmem device in mode `cow` is in the memory file, and the guest is to get its
+    /// memory from a page-fault handler.
     #[error(
         "pmem {0}: what the guest wrote to it is in the memory file, and a page-fault handler gives RAM alone: load with mem_backend File"
     )]
-    NotOfHandler(String),
-    /// A device that cannot be saved.
+    OwnPagesWithHandler(String),
+    /// The guest has something that cannot be saved or loaded.
     #[error("{0}")]
     Unsupported(String),
-    /// A file of a snapshot cannot be there.
+    /// A file of the snapshot cannot have the name that was given.
     #[error("{field}: {} {taken}; name another file", path.display())]
     Target {
         /// The field that names it.
         field: &'static str,
         /// The file.
         path: PathBuf,
-        /// What it is.
+        /// Why it cannot be there.
         taken: &'static str,
     },
-    /// A difference to nothing.
+    /// A difference has no snapshot before it.
     #[error(
         "a Diff needs a snapshot before it: set track_dirty_pages, and make a Full one first, or load one"
     )]
     NoBase,
-    /// A difference to what a page-fault handler gives, of which nobody knows where it is from.
+    /// A difference to the memory that a page-fault handler provides, which is no file that this process knows.
     #[error(
         "a Diff needs a snapshot that is a file, and a page-fault handler gives this guest its memory: load with track_dirty_pages, and make a Full one first"
     )]
     NoFileBelow,
-    /// Memory that a page-fault handler gives.
+    /// The page-fault handler cannot provide the memory.
     #[error(transparent)]
     Uffd(#[from] UffdError),
-    /// What KVM holds.
+    /// The state of KVM cannot be read or written.
     #[error(transparent)]
     State(#[from] StateError),
-    /// Where the guest's memory is cannot be told, or not be changed.
+    /// The host refuses to read or to change the mappings of guest memory.
     #[error("guest memory")]
     Memory(#[source] io::Error),
 }

@@ -23,7 +23,7 @@ use super::error::SnapshotError;
 use super::version::VERSION;
 
 const MAGIC: [u8; 8] = *b"COPPSNAP";
-/// Longest state that is read, in bytes: many times that of the largest guest.
+/// The longest state that is read, in bytes: many times that of the largest guest.
 const MAX_LEN: u64 = 64 << 20;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -35,12 +35,13 @@ struct Header {
     len: [u8; 8],
 }
 
-/// A file that takes the name `path`, and the place of what has it, once it is complete, and goes otherwise. It has no name until then where the
-/// host's file system can do that: so nothing is left of it when the process is killed.
+/// A file that takes the name `path` when it is complete, and replaces the file that has it. If it is dropped before,
+/// it is removed. Until then it has no name, where the host's file system supports that (`O_TMPFILE`): so nothing is
+/// left of it when the process is killed.
 #[derive(Debug)]
 pub(crate) struct NewFile {
     file: File,
-    /// The name that it has until it is complete, where it needs one.
+    /// The temporary name, where it needs one.
     other: Option<TempPath>,
     path: PathBuf,
 }
@@ -52,7 +53,7 @@ fn folder_of(path: &Path) -> &Path {
 }
 
 impl NewFile {
-    /// Makes it, in the folder of `path`.
+    /// Creates the file in the folder of `path`.
     ///
     /// # Errors
     /// `File`.
@@ -64,13 +65,13 @@ impl NewFile {
             let path = folder.join(name);
             let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
             match open(&folder, flags, Mode::RUSR | Mode::WUSR) {
-                // A name is given by way of this folder.
+                // The file is given its name by way of this folder, so it has to be there.
                 Ok(file) if Path::new(DESCRIPTORS).exists() => Ok(Self {
                     file: file.into(),
                     other: None,
                     path,
                 }),
-                // Whatever else is in the way of a file without a name is in the way of one with a name, too, and told better.
+                // Other causes keep a file with a name from being created, too, and its error describes them better.
                 Ok(_) | Err(_) => {
                     let (file, other) = NamedTempFile::new_in(&folder)?.into_parts();
                     Ok(Self {
@@ -84,17 +85,17 @@ impl NewFile {
         made().map_err(failed)
     }
 
-    /// What is to be written to.
+    /// The file that is written to.
     pub(super) fn file(&self) -> &File {
         &self.file
     }
 
-    /// The name that it is to have, from the root folder on.
+    /// The absolute path that it is to have.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes what was written durable. That the disk is full is known by then.
+    /// Makes durable what was written. An error of a full disk is found here at the latest.
     ///
     /// # Errors
     /// `File`.
@@ -103,7 +104,7 @@ impl NewFile {
         self.file.sync_data().map_err(failed)
     }
 
-    /// Gives it its length, a hole at its end among it, and makes what was written durable.
+    /// Sets the length of the file, which may end in a hole, and makes durable what was written.
     ///
     /// # Errors
     /// `File`.
@@ -113,10 +114,10 @@ impl NewFile {
         self.sync()
     }
 
-    /// Gives it its name. Whether no other file had it.
+    /// Gives the file its name, and returns whether the name was free.
     ///
     /// # Errors
-    /// `File`; then whatever had the name has it still.
+    /// `File`; then the file that had the name still has it.
     pub(super) fn name(self) -> Result<bool, SnapshotError> {
         let failed = SnapshotError::file("name", &self.path);
         let named = || -> io::Result<bool> {
@@ -129,7 +130,8 @@ impl NewFile {
                 Err(Errno::EXIST) => {}
                 linked => return Ok(linked.map(|()| true)?),
             }
-            // A name cannot be given to another file at once, but one name can take another's place.
+            // linkat(2) replaces no file, so the file gets a temporary name, which then replaces the other by
+            // rename(2).
             let mut random = [0; 8];
             rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
             let name = format!(".coppice-{:016x}", u64::from_ne_bytes(random));
@@ -149,7 +151,7 @@ fn link(file: &File, path: &Path) -> rustix::io::Result<()> {
     linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW)
 }
 
-/// Writes a state to a file that has not its name yet.
+/// Writes a state to a new file, which does not have its name yet.
 ///
 /// # Errors
 /// `File`.
@@ -279,11 +281,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("state");
         let new = write(&path, &json!(1)).unwrap();
-        // Also where it is not dropped, as with a process that is killed.
+        // There is no name even while the file is not dropped, as when the process is killed.
         assert!(new.other.is_some() || folder.path().read_dir().unwrap().count() == 0);
         drop(new);
         assert_eq!(folder.path().read_dir().unwrap().count(), 0);
-        // A name that cannot be given leaves nothing either.
+        // A name that cannot be given leaves no file either.
         std::fs::create_dir(&path).unwrap();
         write(&path, &json!(1)).unwrap().name().unwrap_err();
         assert_eq!(folder.path().read_dir().unwrap().count(), 1);

@@ -1,8 +1,9 @@
-//! The memory files of a snapshot: guest RAM as it is mapped into guests.
+//! The memory files of a snapshot, which are mapped as the RAM of guests.
 //!
-//! A memory file has the regions of RAM one behind the other, and a hole wherever nothing was saved. That of a full snapshot stands for itself; that of
-//! a difference holds some runs of pages, and what it is laid upon has the others. So a guest's memory is a list of layers, the lowest first.
-//! Behind RAM are pages of pmem devices, see `own_pages`. Blocks of each run have checksums, in the state.
+//! A memory file has the regions of RAM one after the other, with a hole wherever nothing was saved. The file of a full
+//! snapshot is complete; the file of a difference holds a delta, and the files below it have the other pages. So a
+//! guest's memory is a list of layers, the lowest first. The pages of pmem devices follow RAM, see `own_pages`. The
+//! blocks of each run have checksums in the state.
 
 use std::fs::File;
 use std::ops::Range;
@@ -19,34 +20,33 @@ use super::own_pages::AllOwnPages;
 use super::runs::{Blocks, SavedRun};
 use crate::pmem::{MapBudget, PmemMemory};
 
-/// Most layers: each is a file that is held open, and mapped.
+/// The most layers: each is a file that is kept open and mapped.
 const MAX_LAYERS: usize = 64;
 
-/// Guest RAM in files.
+/// The files that a guest's RAM is in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryState {
     /// Bytes of RAM.
     pub bytes: u64,
-    /// The lowest first.
+    /// The layers, the lowest first.
     pub layers: Vec<Layer>,
-    /// Pages that are in the uppermost file behind RAM.
+    /// Pages of pmem devices, which follow RAM in the uppermost file.
     #[serde(default, skip_serializing_if = "AllOwnPages::is_empty")]
     pub own_pages: AllOwnPages,
 }
 
-/// One file of it.
+/// One of the files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layer {
     /// The file.
     pub path: PathBuf,
-    /// What it holds, by offset.
+    /// The runs of pages that it holds, in the order of their offsets.
     pub runs: Vec<SavedRun>,
 }
 
-/// Writes what `memory` holds to a file that has not its name yet, and no more than what is not in the base where `diff` says so. The guest stands
-/// still.
+/// Writes `memory` to a new file: all of it, or the delta to its base where `diff` is set. The guest is paused.
 ///
 /// # Errors
 /// `File` and `Memory`.
@@ -76,10 +76,10 @@ pub(super) fn write(
                 }
             }
         };
-        // A full snapshot is one run, whatever of it is zeros.
-        let news = contents.iter().filter(|(_, c)| *c != Content::Base);
+        // A full snapshot is one run, even where pages are zeros.
+        let delta = contents.iter().filter(|(_, c)| *c != Content::Base);
         let parts: Vec<Range<u64>> = if diff {
-            news.map(|(range, _)| range.clone()).collect()
+            delta.map(|(range, _)| range.clone()).collect()
         } else {
             std::iter::once(0..region.window.len()).collect()
         };
@@ -97,7 +97,7 @@ pub(super) fn write(
 }
 
 impl MemoryState {
-    /// Checks what the state says of itself: a hostile one has no say about what is mapped where.
+    /// Checks the state by itself, so that a hostile one cannot have pages mapped outside the guest's RAM.
     fn validate(&self) -> Result<(), SnapshotError> {
         let wrong = |what: String| Err(SnapshotError::Contradiction(what));
         if self.layers.is_empty() || self.layers.len() > MAX_LAYERS {
@@ -120,7 +120,8 @@ impl MemoryState {
         Ok(())
     }
 
-    /// Opens the files, the uppermost at `top` if that is given, each as long as it has to be; and compares all checksums if `verify` says so.
+    /// Opens the files, the uppermost at `top` if that is given, checks their lengths, and compares all checksums if
+    /// `verify` is set.
     ///
     /// # Errors
     /// `Contradiction`, `File`, `Truncated`, `Damaged`.
@@ -174,12 +175,13 @@ pub struct OpenMemory {
 }
 
 impl OpenMemory {
-    /// What it is.
+    /// The state that the files belong to.
     pub fn state(&self) -> &MemoryState {
         &self.state
     }
 
-    /// Puts the one file, which holds all of it, in place of RAM that is the same, and makes it the base. The guest stands still.
+    /// Maps the one file, which holds all of RAM, in place of RAM, which holds the same, and makes it the base. The
+    /// guest is paused.
     ///
     /// # Errors
     /// `Memory`.
@@ -194,11 +196,12 @@ impl OpenMemory {
         Ok(())
     }
 
-    /// Lays what the guest had written to pmem devices in mode `cow` over their disks, which nobody has touched.
+    /// Maps what the guest had written to pmem devices in mode `cow` over their disks. Nobody has touched the devices'
+    /// memory yet.
     ///
     /// # Errors
     /// `Contradiction` where the devices are others, `Memory`, `File`.
-    pub(crate) fn lay<'a>(
+    pub(crate) fn map_over<'a>(
         &self,
         memory: &SharedMemory,
         devices: impl Iterator<Item = (&'a str, &'a PmemMemory)> + Clone,
@@ -217,14 +220,14 @@ impl OpenMemory {
             .map_err(|error| SnapshotError::file("share", &layer.path)(error.into()))?;
         let mapped = devices.clone().map(|(_, memory)| memory.figures());
         let budget = MapBudget::of_host().beside(mapped);
-        own_pages.lay(*bytes, &shared, devices, budget)?;
+        own_pages.map_over(*bytes, &shared, devices, budget)?;
         if !own_pages.is_empty() {
             memory.look_after(shared);
         }
         Ok(())
     }
 
-    /// Maps the files into RAM that nobody has touched, and makes them its base.
+    /// Maps the files as RAM, which nobody has touched yet, and makes them its base.
     ///
     /// # Errors
     /// `Contradiction` where the RAM is of another size, `Memory`.
@@ -255,7 +258,7 @@ impl OpenMemory {
                                 .map_base(region.start + at, size, &shared, part.start)
                                 .map_err(SnapshotError::Memory)?;
                         } else {
-                            // Enough mappings: what is left is the guest's own copy.
+                            // The limit of mappings is reached, so the rest is copied, and is the guest's own.
                             copy(file, part.start, &region.window, at, size)
                                 .map_err(SnapshotError::file("read", &layer.path))?;
                         }
@@ -293,7 +296,7 @@ mod tests {
 
     const PAGES: u64 = 40;
 
-    /// Two regions, as with RAM on both sides of the hole.
+    /// Two regions, as RAM has on both sides of the hole for devices.
     fn memory(runs: usize) -> SharedMemory {
         let region = |start: u64, pages: u64| Region {
             start: start * PAGE_SIZE,
@@ -370,7 +373,7 @@ mod tests {
                 let copy = memory(runs);
                 open.map(&copy).unwrap();
                 prop_assert_eq!(&bytes(&copy), &expected);
-                // The next difference is to the copy, which goes on as the guest.
+                // The next difference is taken of a guest that was loaded from the layers.
                 guest = memory(1000);
                 open.map(&guest).unwrap();
             }

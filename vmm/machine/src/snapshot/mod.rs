@@ -1,14 +1,18 @@
 //! Snapshots of a guest: made while it is paused, and loaded by another process, now or later, once or many times.
 //!
 //! ```text
-//! paused guest ── create ──> state file: configuration, KVM's state, devices', identity of each disk, checksums of memory
-//!                       └──> memory file: RAM, with holes; or the news since the last one (Diff); and what pmem devices have that no disk has
+//! paused guest ── create ─┬─> state file: configuration, states of KVM and of the devices, identity of each
+//!                         │   disk, checksums of memory
+//!                         └─> memory file: RAM, with holes; or the delta to the last one (Diff); and the pages of
+//!                             pmem devices that no disk has
 //! state + memory files ── load ──> a paused guest, whose RAM is the memory file, mapped private
 //! ```
 //!
-//! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums are to be compared. All
-//! guests that are loaded from a memory file share its pages, through the host's page cache, until they write to them; that is what a clone is.
-//! A page-fault handler can give the memory instead, see [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is the guest's own.
+//! A load reads the state and maps the memory: how long it takes does not depend on the size of RAM, unless checksums
+//! are to be compared. All guests that are loaded from a memory file share its pages, through the host's page cache,
+//! until they write to them; that is what a clone is. A page-fault handler can give the memory instead, see
+//! [`PageServer`]. The disks are no part of a snapshot: each has to be as it was, or, for a clone, gets a child that is
+//! the guest's own.
 
 mod disks;
 mod error;
@@ -44,8 +48,9 @@ pub use version::VERSION;
 
 use runs::Blocks;
 
-/// Writes the memory of a guest that stands still, which is laid upon `base`, the layers that it was loaded from or last saved to, and what its pmem
-/// devices have that no disk has. Returns the layers of the whole, and the file, which gets its name with that of the state.
+/// Writes the memory of a guest that is paused, and the pages of its pmem devices that no disk has. A difference is to
+/// `base`, the layers that the guest was loaded from or last saved to. Returns the layers of the whole, and the new
+/// file, which gets its name together with the file of the state.
 ///
 /// # Errors
 /// `NoBase`, `Target`, `File`, `Memory`, `OwnPages`; then there is no new file.
@@ -84,8 +89,8 @@ pub(crate) fn write_memory<'a>(
     Ok((state, new))
 }
 
-/// Writes the state of a guest, and gives it and the memory file their names: when all that a full disk could hinder is done, and older files are
-/// whole as long.
+/// Writes the state of a guest, and then gives it and the memory file their names. All that a full disk could make fail
+/// is done before, so that older files of these names are complete until they are replaced.
 ///
 /// # Errors
 /// `Target`, `File`; then there is no new file.
@@ -121,15 +126,15 @@ pub(crate) enum MemorySource {
 pub struct Loading {
     pub(crate) state: GuestState,
     memory: MemorySource,
-    /// Disks that were made for it, until it is certain that the guest has them.
+    /// Disks that were created for it, which are removed unless the guest starts with them.
     made: Vec<PathBuf>,
 }
 
 impl Loading {
-    /// Reads and checks a snapshot, and makes the disks of a clone.
+    /// Reads and checks a snapshot, and creates the disks of a clone.
     ///
     /// # Errors
-    /// [`SnapshotError`]; then no disk was made.
+    /// [`SnapshotError`]; then no disk was created.
     pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
         let mut state: GuestState = file::read(&request.snapshot_path)?;
         if let Some(other) = &request.vsock_override {
@@ -150,7 +155,7 @@ impl Loading {
                 MemoryBackendType::File => open(Some(&backend.backend_path)),
                 MemoryBackendType::Uffd => {
                     if let Some(pmem) = state.memory.own_pages.first() {
-                        return Err(SnapshotError::NotOfHandler(pmem.to_owned()));
+                        return Err(SnapshotError::OwnPagesWithHandler(pmem.to_owned()));
                     }
                     let handler = PageServer::connect(&backend.backend_path);
                     handler.map(MemorySource::Handler).map_err(Into::into)
@@ -168,26 +173,27 @@ impl Loading {
             made: Vec::new(),
         };
         for drive in &request.drives {
-            loading.move_disk(drive)?;
+            loading.override_disk(drive)?;
         }
         Ok(loading)
     }
 
-    /// Disks that were made for it.
+    /// The disks that were created for it.
     pub fn made(&self) -> &[PathBuf] {
         &self.made
     }
 
-    /// What the guest was started with.
+    /// The configuration that the guest was started with.
     pub fn config(&self) -> &VmConfig {
         &self.state.config
     }
 
-    /// Gives RAM, and pmem devices in mode `cow`, their bytes; nobody has touched either. `on_lost` is told if who gives them goes before it has given
-    /// all.
+    /// Maps the saved pages into RAM and into pmem devices in mode `cow`, or has the page-fault handler provide them.
+    /// Nobody has touched that memory yet. If the handler ends before it has provided all pages, `on_lost` is called
+    /// with the reason for the guest's end.
     ///
     /// # Errors
-    /// As [`OpenMemory::map`] and [`OpenMemory::lay`], `Uffd`.
+    /// Those of [`OpenMemory::map`] and [`OpenMemory::map_over`], and `Uffd`.
     pub(crate) fn give_memory<'a>(
         &self,
         memory: &SharedMemory,
@@ -197,7 +203,7 @@ impl Loading {
         match &self.memory {
             MemorySource::Files(files) => {
                 files.map(memory)?;
-                files.lay(memory, pmem)?;
+                files.map_over(memory, pmem)?;
                 Ok(None)
             }
             MemorySource::Handler(handler) => {
@@ -207,7 +213,7 @@ impl Loading {
         }
     }
 
-    /// The files that the memory is the news of, where it is from files.
+    /// The files that later differences are to, where the memory is from files.
     pub(crate) fn base(&self) -> Option<&MemoryState> {
         match &self.memory {
             MemorySource::Files(files) => Some(files.state()),
@@ -215,7 +221,7 @@ impl Loading {
         }
     }
 
-    fn move_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
+    fn override_disk(&mut self, request: &DriveOverride) -> Result<(), SnapshotError> {
         let id = &request.drive_id;
         let GuestState { config, .. } = &mut self.state;
         let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
@@ -250,13 +256,13 @@ impl Loading {
             Vhdx::create_child(new, &below.path_on_host, &ChildOptions::default())
                 .map_err(|error| failed(&error))?;
             self.made.push(new.clone());
-            // It is the guest's own, and has just been made.
+            // The new child is the guest's own, so it has no saved identity.
             self.state.forget_disk(device);
         }
         Ok(())
     }
 
-    /// Checks that the disk of a device is the one that the guest had.
+    /// Checks that the disk of a device is the one that the guest had when it was saved.
     pub(crate) fn check_disk(
         &self,
         device: DiskOf<'_>,
@@ -265,7 +271,7 @@ impl Loading {
         self.state.check_disk(device, disk)
     }
 
-    /// The guest has its disks: they stay.
+    /// Keeps the disks that were created, as the guest has them now.
     pub(crate) fn keep_disks(&mut self) {
         self.made.clear();
     }

@@ -1,6 +1,7 @@
-//! What guests have written to pmem devices in mode `cow`, which no disk has: pages in the memory file, behind RAM, one behind the other.
+//! The pages that guests have written on pmem devices in mode `cow`, which no disk has. They follow RAM in the memory
+//! file, one after the other.
 //!
-//! Each snapshot has all of them, a difference too: so they are in its own memory file, whatever that is laid upon.
+//! Each snapshot has all of them, a difference too, so the layers below its memory file are not needed for them.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -17,23 +18,23 @@ use super::file::NewFile;
 use super::runs::{Blocks, SavedRun};
 use crate::pmem::{MapBudget, PmemMemory};
 
-/// The pages of a pmem device that are not as its disk has them.
+/// The pages of a pmem device that differ from its disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct OwnPages {
     /// Bytes of the device.
     pub bytes: u64,
-    /// Which they are, by offset in the device.
+    /// The pages, by their offsets in the device.
     pub runs: Vec<SavedRun>,
 }
 
 impl OwnPages {
-    /// Bytes that they take of the file.
+    /// The bytes that they take of the file.
     fn len(&self) -> u64 {
         self.runs.iter().map(|run| run.len).sum()
     }
 
-    /// Each run, and where it is in the file if the first is at `start`.
+    /// Each run, and its offset in the file, where that of the first is `start`.
     fn placed(&self, start: u64) -> impl Iterator<Item = (&SavedRun, u64)> {
         self.runs.iter().scan(start, |next, run| {
             let at = *next;
@@ -43,12 +44,12 @@ impl OwnPages {
     }
 }
 
-/// Those of all devices in mode `cow`, by id.
+/// The own pages of all devices in mode `cow`, by the id of the device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct AllOwnPages(BTreeMap<String, OwnPages>);
 
-fn whose(id: &str) -> String {
+fn label(id: &str) -> String {
     format!("pmem {id}")
 }
 
@@ -58,12 +59,12 @@ impl AllOwnPages {
         self.0.is_empty()
     }
 
-    /// The first device that has any.
+    /// The first device, by id.
     pub(super) fn first(&self) -> Option<&str> {
         self.0.keys().next().map(String::as_str)
     }
 
-    /// Writes those of a guest that stands still, from `start` of the file on.
+    /// Writes the own pages of a guest that is paused, from `start` of the file on.
     ///
     /// # Errors
     /// `OwnPages`, `File`.
@@ -75,7 +76,7 @@ impl AllOwnPages {
     ) -> Result<Self, SnapshotError> {
         let (mut all, mut next) = (BTreeMap::new(), start);
         let mut devices: Vec<_> = devices.filter(|(_, memory)| memory.is_cow()).collect();
-        // As they are read.
+        // They are read back in the order of their ids.
         devices.sort_by_key(|(id, _)| *id);
         for (id, memory) in devices {
             let ranges = memory
@@ -99,10 +100,10 @@ impl AllOwnPages {
         Ok(Self(all))
     }
 
-    /// Where the file ends that has RAM to `start`, and these behind it.
+    /// Where the file ends that has RAM up to `start`, and these pages after it.
     ///
     /// # Errors
-    /// `Contradiction`, where they are none that can have been written.
+    /// `Contradiction`, where Coppice cannot have written such runs.
     pub(super) fn end(&self, start: u64) -> Result<u64, SnapshotError> {
         let mut end = start;
         for (id, own) in &self.0 {
@@ -110,8 +111,8 @@ impl AllOwnPages {
                 let what = format!("pmem {id} has {:#x} bytes: no whole pages", own.bytes);
                 return Err(SnapshotError::Contradiction(what));
             }
-            SavedRun::validate(&own.runs, own.bytes, &whose(id))?;
-            // Runs without overlap take no more than the device has.
+            SavedRun::validate(&own.runs, own.bytes, &label(id))?;
+            // The runs do not overlap, so they take no more bytes than the device has.
             end = end.checked_add(own.len()).ok_or_else(|| {
                 SnapshotError::Contradiction(format!("pmem {id} ends past what a file can hold"))
             })?;
@@ -134,11 +135,11 @@ impl AllOwnPages {
         Ok(())
     }
 
-    /// Lays them over the disks of the devices, which are of the size that they had, as far as the `budget` of mappings goes, and copies the rest.
+    /// Maps the pages over the disks of the devices, as far as the `budget` of mappings goes, and copies the rest.
     ///
     /// # Errors
-    /// `Contradiction` where they are of other devices, `Memory`, `File`.
-    pub(super) fn lay<'a>(
+    /// `Contradiction` where the devices or their sizes are others, `Memory`, `File`.
+    pub(super) fn map_over<'a>(
         &self,
         start: u64,
         file: &Arc<SharedFile>,
@@ -169,7 +170,7 @@ impl AllOwnPages {
             for (run, at) in own.placed(next) {
                 if budget.take_one_inside() {
                     memory
-                        .lay(run.offset, run.len, file, at)
+                        .map_over(run.offset, run.len, file, at)
                         .map_err(SnapshotError::Memory)?;
                 } else {
                     copy(file.file(), at, memory, run)
@@ -182,7 +183,7 @@ impl AllOwnPages {
     }
 }
 
-/// Enough mappings: what is left is the guest's own copy.
+/// Copies a run, for which the budget has no mapping left.
 fn copy(file: &File, at: u64, memory: &PmemMemory, run: &SavedRun) -> std::io::Result<()> {
     let mut page = [0; PAGE_SIZE as usize];
     for offset in (0..run.len).step_by(PAGE_SIZE as usize) {
@@ -214,7 +215,7 @@ mod tests {
         SharedMemory::new(vec![Region { start: 0, window }], Limits::of_host(5, false))
     }
 
-    /// Saves the devices behind RAM that is all zeros.
+    /// Saves the devices of a guest whose RAM is all zeros.
     fn save(path: &Path, devices: &[(&str, &PmemMemory)]) -> MemoryState {
         let new = NewFile::create(path).unwrap();
         let mut blocks = Blocks::new().unwrap();
@@ -240,7 +241,7 @@ mod tests {
     fn load(state: &MemoryState, devices: &[(&str, &PmemMemory)]) -> Result<(), SnapshotError> {
         let state = serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap();
         let open = MemoryState::open(state, None, true)?;
-        open.lay(&ram(), devices.iter().copied())
+        open.map_over(&ram(), devices.iter().copied())
     }
 
     fn page(memory: &PmemMemory, page: u64) -> u8 {
@@ -263,7 +264,7 @@ mod tests {
         let mut now = devices();
         let mut expected = [vec![5; 70], vec![5; 70]];
         for pages in &mut expected {
-            // Past the end of the disk.
+            // The memory reads as zeros past the end of the disk.
             pages[64..].fill(0);
         }
         for round in 0..3 {
@@ -300,7 +301,10 @@ mod tests {
         let loaded = PmemMemory::cow(&path);
         let devices = [("d", &loaded)].into_iter();
         let budget = MapBudget::new(5);
-        state.own_pages.lay(RAM, &file, devices, budget).unwrap();
+        state
+            .own_pages
+            .map_over(RAM, &file, devices, budget)
+            .unwrap();
         let kinds = loaded.window().page_kinds(0, 20 * PAGE_SIZE).unwrap();
         let copied = kinds
             .iter()

@@ -13,10 +13,10 @@ use serde::{Deserialize, Serialize};
 use super::error::SnapshotError;
 use super::file::NewFile;
 
-/// Bytes that a checksum is of.
+/// Bytes that share a checksum.
 const BLOCK: u64 = 1 << 20;
 
-/// A run of pages in a memory file, where they are in RAM.
+/// A run of pages in a memory file, by its place in RAM or in the pmem device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SavedRun {
@@ -43,7 +43,7 @@ impl SavedRun {
     ///
     /// # Errors
     /// `Contradiction`.
-    pub(super) fn validate(runs: &[Self], bytes: u64, whose: &str) -> Result<(), SnapshotError> {
+    pub(super) fn validate(runs: &[Self], bytes: u64, label: &str) -> Result<(), SnapshotError> {
         let mut end = 0;
         for run in runs {
             let Self { offset, len, .. } = run;
@@ -52,7 +52,7 @@ impl SavedRun {
                 *len > 0 && offset.is_multiple_of(PAGE_SIZE) && len.is_multiple_of(PAGE_SIZE);
             let run_end = run_end.filter(|_| is_whole && *offset >= end);
             end = run_end.ok_or_else(|| {
-                let what = format!("{whose} holds {offset:#x}+{len:#x} of {bytes:#x} bytes");
+                let what = format!("{label} holds {offset:#x}+{len:#x} of {bytes:#x} bytes");
                 SnapshotError::Contradiction(what)
             })?;
             if run.checksums.len() as u64 != len.div_ceil(BLOCK) {
@@ -84,11 +84,11 @@ impl SavedRun {
     }
 }
 
-/// What the blocks of a file are put together in.
+/// The buffer in which each block of a file is assembled.
 pub(super) struct Blocks(Vec<u8>);
 
 impl Blocks {
-    /// The one allocation of its size, which a host without memory refuses: then there is no snapshot, and the guest goes on.
+    /// Allocates the buffer. A host without memory refuses that; then there is no snapshot, and the guest goes on.
     ///
     /// # Errors
     /// `Memory`.
@@ -100,7 +100,8 @@ impl Blocks {
         Ok(Self(buffer))
     }
 
-    /// Writes a range of memory to the file at `file_at`. `read` puts what a part of it holds in place of zeros.
+    /// Writes a range of memory to the file at `file_at`. `read` fills a buffer of zeros with what a part of the range
+    /// holds.
     ///
     /// # Errors
     /// `File`.
@@ -130,7 +131,7 @@ impl Blocks {
     }
 }
 
-/// CRC-32C. Most of a small guest's memory is zeros, and looking is faster than adding up.
+/// CRC-32C. Most of a small guest's memory is zeros, for which a comparison is faster than a checksum.
 fn checksum(bytes: &[u8]) -> u32 {
     static OF_ZERO_BLOCK: LazyLock<u32> =
         LazyLock::new(|| crc32c::crc32c(&vec![0; BLOCK as usize]));

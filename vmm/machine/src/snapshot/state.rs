@@ -1,4 +1,4 @@
-//! All that is known of a guest that stands still, but for its memory.
+//! Everything that is saved of a guest but its memory.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,24 +13,24 @@ use super::memory::MemoryState;
 use config::VmConfig;
 use kvm::vm::{VcpuState, VmState};
 
-/// All that is known of a guest that stands still, but for its memory.
+/// Everything that is saved of a guest but its memory.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct GuestState {
-    /// What it was started with, and what has become of it.
+    /// What it was started with, and has been changed to since.
     pub config: VmConfig,
     pub vm: VmState,
     pub vcpus: Vec<VcpuState>,
     pub devices: DeviceStates,
     pub drives: Vec<DriveState>,
-    /// By id; of none that was saved before these were noted.
+    /// By id. Absent in snapshots of versions that did not save these identities.
     #[serde(default)]
     pub pmem: BTreeMap<String, DiskIdentity>,
     pub memory: MemoryState,
 }
 
 impl GuestState {
-    /// Checks that a disk is the one that the device had; one of which nothing was noted can be any.
+    /// Checks that a disk is the one that the device had. A device without a saved identity may have any disk.
     ///
     /// # Errors
     /// `OtherDisk`.
@@ -60,7 +60,7 @@ impl GuestState {
         })
     }
 
-    /// The device has another disk, which is new.
+    /// Removes the identity of a device's disk, because the device gets a new one.
     pub(super) fn forget_disk(&mut self, device: DiskOf<'_>) {
         match device {
             DiskOf::Drive(id) => self.drives.retain(|drive| drive.drive_id != id),

@@ -1,4 +1,5 @@
 //! The version of the format of snapshots.
 
-/// The version that is written, and the only one that is read. A change that an older reader would misunderstand gets a new one.
+/// The version that is written, and the only one that is read. A change of the format that an older reader would
+/// misunderstand gets a new version.
 pub const VERSION: u32 = 1;

@@ -1,7 +1,9 @@
-//! A page-fault handler for a guest: gives each page that is asked for from a memory file, and zeros for what was given back.
+//! A page-fault handler for a guest: it provides each page from a memory file, and zeros for pages that were given
+//! back.
 //!
-//! This is all that one has to do. It keeps the connection open as long as it serves, reads all events that there are before it answers the first,
-//! and tries again where the kernel says `EAGAIN`, as pages are being given back at that moment.
+//! A handler has to do no more than this. It keeps the connection open for as long as it serves, reads all events that
+//! there are before it answers the first, and tries again on `EAGAIN`, which the kernel returns while pages are being
+//! given back.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -31,7 +33,7 @@ const LONGEST: usize = 1024;
 /// What a handler has seen so far.
 #[derive(Debug, Default)]
 pub struct Seen {
-    /// What the guest said of its memory.
+    /// The mappings that the guest has sent.
     pub mappings: Value,
     /// Pages that were asked for, by offset in the memory file.
     pub given: BTreeSet<u64>,
@@ -43,9 +45,9 @@ pub struct Seen {
 pub struct Handler {
     thread: Option<JoinHandle<()>>,
     seen: Arc<Mutex<Seen>>,
-    /// Closed for it to go.
-    leash: Option<UnixStream>,
-    /// It answers nothing any more, and stays.
+    /// The handler ends when this is closed.
+    stop: Option<UnixStream>,
+    /// Whether it answers no fault any more, while the connection stays open.
     silent: Arc<AtomicBool>,
 }
 
@@ -54,7 +56,7 @@ impl Handler {
     pub fn start(socket: &Path, memory: &Path) -> Self {
         let listener = UnixListener::bind(socket).unwrap();
         let memory = File::open(memory).unwrap();
-        let (leash, end) = UnixStream::pair().unwrap();
+        let (stop, end) = UnixStream::pair().unwrap();
         let (seen, silent) = (Arc::<Mutex<Seen>>::default(), Arc::<AtomicBool>::default());
         let thread = std::thread::spawn({
             let (seen, silent) = (seen.clone(), silent.clone());
@@ -69,24 +71,24 @@ impl Handler {
         Self {
             thread: Some(thread),
             seen,
-            leash: Some(leash),
+            stop: Some(stop),
             silent,
         }
     }
 
-    /// What it has seen.
+    /// Passes to `look` what the handler has seen.
     pub fn seen<T>(&self, look: impl FnOnce(&Seen) -> T) -> T {
         look(&self.seen.lock().unwrap())
     }
 
     /// Answers no fault from now on.
-    pub fn fall_silent(&self) {
+    pub fn stop_answering(&self) {
         self.silent.store(true, Ordering::SeqCst);
     }
 
-    /// Dies.
-    pub fn die(&mut self) {
-        drop(self.leash.take());
+    /// Ends the handler, as if its process had ended.
+    pub fn stop(&mut self) {
+        drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
             thread.join().unwrap();
         }
@@ -95,11 +97,11 @@ impl Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        drop(self.leash.take());
+        drop(self.stop.take());
     }
 }
 
-/// Waits for either; whether the handler is to go.
+/// Waits for `other` or the end; returns whether the handler is to end.
 fn is_over(other: &impl std::os::fd::AsFd, end: &UnixStream) -> bool {
     let mut both = [
         PollFd::new(other, PollFlags::IN),
@@ -109,7 +111,7 @@ fn is_over(other: &impl std::os::fd::AsFd, end: &UnixStream) -> bool {
     !both[1].revents().is_empty()
 }
 
-/// The mappings, and the descriptor that came with them.
+/// Receives the mappings, and the descriptor that came with them.
 fn receive(guest: &UnixStream) -> Option<(Value, OwnedFd)> {
     let mut bytes = [0; LONGEST];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -157,7 +159,7 @@ fn serve(
         }
         while !asked.is_empty() || all[0].revents().contains(PollFlags::IN) {
             events(&uffd, &mappings, &mut asked, &mut seen.lock().unwrap());
-            // What was asked for since then has just been taken.
+            // Events that arrived in the meantime have just been taken.
             if silent.load(Ordering::SeqCst) {
                 break;
             }
@@ -224,8 +226,8 @@ fn offset_of(mappings: &Value, address: u64) -> u64 {
 fn copy(uffd: &File, address: u64, page: &[u8]) -> io::Result<()> {
     // `struct uffdio_copy`: destination, source, length, mode, and how much was copied.
     let mut request = [address, page.as_ptr() as u64, page.len() as u64, 0, 0];
-    // SAFETY: UFFDIO_COPY reads and writes five words, which live through the call as the source does; it fills pages of the process that made the
-    // descriptor, where there are none.
+    // SAFETY: UFFDIO_COPY reads and writes five words, which live through the call as the source does; it fills pages
+    // of the process that made the descriptor, where there are none.
     let done = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_COPY, &raw mut request) };
     if done == 0 {
         Ok(())

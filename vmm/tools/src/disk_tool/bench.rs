@@ -1,4 +1,4 @@
-//! `coppice disk bench`: the engine on a VHDX beside the same engine on a raw file, and peers beside both.
+//! `coppice disk bench`: compares the disk engine on a VHDX with the same engine on a raw file, and both with peers.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use super::watch::Watch;
 use config::Bytes;
 use host::report::chain;
 
-/// Layers of the chain that is read beside a single file.
+/// Layers of the chain whose reads are compared with those of a single file.
 const LAYERS: u32 = 8;
 
 /// `coppice disk bench`.
@@ -72,7 +72,7 @@ struct Case {
     random: bool,
 }
 
-/// What it came to.
+/// The result of a measurement.
 #[derive(Clone, Copy, Debug, Default)]
 struct Measured {
     /// Requests a second.
@@ -81,10 +81,10 @@ struct Measured {
     p99: Duration,
 }
 
-/// A generator of places; the same places for every disk.
-struct Places(u64);
+/// A generator of pseudo-random numbers for offsets (xorshift). Every disk gets the same offsets.
+struct RandomOffsets(u64);
 
-impl Places {
+impl RandomOffsets {
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
@@ -102,7 +102,7 @@ impl Bench {
                 "make a scratch folder in {}",
                 self.folder.display()
             )))?;
-        // First, while the process has not had memory that it could use again.
+        // This is measured first, before the process has freed memory that it could use again.
         let (opens, opens_table) = opens(scratch.path())?;
         let mut rows = Vec::new();
         let mut text = format!(
@@ -164,7 +164,7 @@ impl Bench {
         Ok(Outcome::new(json, text))
     }
 
-    /// Makes a disk, fills it unless it is to be allocated, and measures.
+    /// Makes a disk, fills it unless the case allocates its blocks, and measures.
     fn measure(
         &self,
         folder: &Path,
@@ -235,7 +235,7 @@ impl Bench {
         let mut queue = DiskQueue::new(Arc::clone(disk), EngineKind::Auto)
             .map_err(ToolError::io("start the engine"))?;
         let slots = self.size.0 / case.len;
-        let mut places = Places(0x9E37_79B9_7F4A_7C15);
+        let mut offsets = RandomOffsets(0x9E37_79B9_7F4A_7C15);
         let mut number = 0;
         let mut idle: Vec<OwnedBuffer> = (0..case.depth)
             .map(|_| OwnedBuffer::new(vec![0x5A; case.len as usize]))
@@ -257,7 +257,7 @@ impl Bench {
                 && let Some(buffer) = idle.pop()
             {
                 let slot = if case.random {
-                    places.next() % slots
+                    offsets.next() % slots
                 } else {
                     number % slots
                 };
@@ -311,7 +311,7 @@ impl Bench {
     }
 }
 
-/// What it takes to open disks, and to keep them open.
+/// Measures the time to open disks, and the memory of open ones.
 fn opens(folder: &Path) -> Result<(serde_json::Value, String), ToolError> {
     const MANY: u64 = 64;
     let failed = || ToolError::io("read /proc/self/statm");
@@ -329,7 +329,7 @@ fn opens(folder: &Path) -> Result<(serde_json::Value, String), ToolError> {
         let path = folder.join(format!("small{number}"));
         Vhdx::create(&path, &CreateOptions::new(10 << 30))?;
         let disk = storage::open(&path, &OpenOptions::default())?;
-        // In use: some blocks written, and their pages in memory.
+        // The disks are in use: some of their blocks were written, so that metadata pages are in memory.
         for block in 0..16 {
             storage::blocking::write_at(&*disk, &[1; 4096], block * (640 << 20)).map_err(
                 |error| ToolError::Disk {
@@ -352,7 +352,7 @@ fn opens(folder: &Path) -> Result<(serde_json::Value, String), ToolError> {
     ))
 }
 
-/// Bytes of memory that the process has.
+/// The resident memory of the process, in bytes.
 fn resident() -> std::io::Result<u64> {
     let text = std::fs::read_to_string("/proc/self/statm")?;
     let pages: u64 = text
@@ -363,7 +363,8 @@ fn resident() -> std::io::Result<u64> {
     Ok(pages * rustix::param::page_size() as u64)
 }
 
-/// 4 KiB every MiB into an empty disk with blocks of 1 MiB, flushed at the end.
+/// Measures writes of 4 KiB to every MiB of an empty disk with blocks of 1 MiB, flushed at the end, with the peers and
+/// with Coppice.
 fn peers(folder: &Path, watch: &Watch) -> Result<(serde_json::Value, String), ToolError> {
     const COUNT: u64 = 1000;
     const STEP: u64 = 1 << 20;
@@ -387,7 +388,7 @@ fn peers(folder: &Path, watch: &Watch) -> Result<(serde_json::Value, String), To
     let mut queue = DiskQueue::new(Arc::clone(&disk), EngineKind::Auto)
         .map_err(ToolError::io("start the engine"))?;
     let started = Instant::now();
-    // As many at a time as qemu-img bench has, 64.
+    // As many requests are in flight as with qemu-img bench: 64.
     for at in 0..COUNT {
         if let Some(range) = ByteRange::new(at * STEP, 4096) {
             queue.submit(Request::Write(range), OwnedBuffer::new(vec![0x5A; 4096]));
@@ -443,7 +444,7 @@ fn qemu(command: &mut std::process::Command) -> Result<(), ToolError> {
     }
 }
 
-/// A latency for people; with several requests in flight none is measured.
+/// A latency as text. It is only measured with one request in flight.
 fn latency(time: Duration) -> String {
     if time.is_zero() {
         "-".into()
@@ -478,7 +479,7 @@ fn cases() -> Vec<Case> {
         for len in [4 << 10, 64 << 10] {
             for depth in [1, 32] {
                 for random in [false, true] {
-                    // Space that is taken or given back is so once.
+                    // Space is allocated or given back once, so that a random order would repeat offsets.
                     if random && matches!(operation, Operation::Allocate | Operation::Trim) {
                         continue;
                     }

@@ -1,4 +1,4 @@
-//! Chains of disks: children, and their end.
+//! Chains of disks: snapshots, other parents, and commits.
 
 use std::path::{Path, PathBuf};
 
@@ -69,7 +69,7 @@ impl Commit {
         ))
     }
 
-    /// Other children of the parent, where they are likely to be: in its folder, and in that of the child.
+    /// The other children of the parent that are in its folder or in the child's.
     fn siblings(&self, parent: &Path) -> Result<Vec<PathBuf>, ToolError> {
         let mut siblings = Vec::new();
         for file in [parent, &self.file] {

@@ -73,7 +73,7 @@ impl Convert {
             foreign::open
         };
         let (format, mut source) = open(&self.src, format).map_err(|error| match error {
-            // It names its file itself.
+            // This error names its file itself.
             foreign::SourceError::Open(error) => ToolError::Open(error),
             error => ToolError::Convert(ConvertError::Source {
                 path: self.src.clone(),

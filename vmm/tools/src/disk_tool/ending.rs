@@ -1,4 +1,4 @@
-//! What the ending of a file's name says of its form.
+//! The form of a new disk, by the ending of its file's name.
 
 use std::path::Path;
 
@@ -20,47 +20,47 @@ impl Form {
     }
 }
 
-/// What a name promises.
+/// The form that the ending of a name stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Promise {
+enum NamedForm {
     Form(Form),
-    /// A form that is not written here, by its name.
+    /// A form that Coppice does not write, by its name.
     Other(&'static str),
-    Nothing,
+    Unknown,
 }
 
-fn promise(path: &Path) -> Promise {
+fn named_form(path: &Path) -> NamedForm {
     let ending = path.extension().and_then(|ending| ending.to_str());
     match ending.map(str::to_ascii_lowercase).as_deref() {
-        Some("vhdx" | "avhdx") => Promise::Form(Form::Vhdx),
-        Some("raw" | "img" | "dd" | "iso") => Promise::Form(Form::Raw),
-        Some("qcow2" | "qcow") => Promise::Other("qcow2"),
-        Some("vmdk") => Promise::Other("VMDK"),
-        Some("vhd" | "vpc") => Promise::Other("VHD"),
-        Some("vdi") => Promise::Other("VDI"),
-        Some("qed") => Promise::Other("QED"),
-        Some("gz" | "xz" | "zst" | "bz2" | "lz4" | "zip" | "7z") => Promise::Other("compressed"),
-        Some(_) | None => Promise::Nothing,
+        Some("vhdx" | "avhdx") => NamedForm::Form(Form::Vhdx),
+        Some("raw" | "img" | "dd" | "iso") => NamedForm::Form(Form::Raw),
+        Some("qcow2" | "qcow") => NamedForm::Other("qcow2"),
+        Some("vmdk") => NamedForm::Other("VMDK"),
+        Some("vhd" | "vpc") => NamedForm::Other("VHD"),
+        Some("vdi") => NamedForm::Other("VDI"),
+        Some("qed") => NamedForm::Other("QED"),
+        Some("gz" | "xz" | "zst" | "bz2" | "lz4" | "zip" | "7z") => NamedForm::Other("compressed"),
+        Some(_) | None => NamedForm::Unknown,
     }
 }
 
-/// The form of a new file: what was asked for, else what its name says, else a VHDX.
+/// The form of a new file: the requested one, otherwise that of its name, otherwise a VHDX.
 ///
 /// # Errors
-/// Where the name says something else.
+/// Where the name stands for another form.
 pub(super) fn form(path: &Path, wanted: Option<Form>) -> Result<Form, ToolError> {
     let refused = |why: String| Err(ToolError::Refused(format!("{}: {why}", path.display())));
-    match (promise(path), wanted) {
-        (Promise::Other(name), _) => refused(format!(
+    match (named_form(path), wanted) {
+        (NamedForm::Other(name), _) => refused(format!(
             "the name is that of a {name} file, which is not written here: a VHDX or a raw disk is"
         )),
-        (Promise::Form(named), Some(wanted)) if named != wanted => refused(format!(
+        (NamedForm::Form(named), Some(wanted)) if named != wanted => refused(format!(
             "the name is that of {}, and the file would be {}",
             named.name(),
             wanted.name()
         )),
-        (Promise::Form(form), _) | (Promise::Nothing, Some(form)) => Ok(form),
-        (Promise::Nothing, None) => Ok(Form::Vhdx),
+        (NamedForm::Form(form), _) | (NamedForm::Unknown, Some(form)) => Ok(form),
+        (NamedForm::Unknown, None) => Ok(Form::Vhdx),
     }
 }
 

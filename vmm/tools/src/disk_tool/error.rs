@@ -19,7 +19,7 @@ pub enum ToolError {
     /// A conversion failed.
     #[error(transparent)]
     Convert(storage::convert::ConvertError),
-    /// Something of a disk.
+    /// An operation on a disk failed.
     #[error("{}", path.display())]
     Disk {
         /// The disk.
@@ -28,7 +28,7 @@ pub enum ToolError {
         #[source]
         error: DiskError,
     },
-    /// Something of a chain.
+    /// An operation on a chain failed.
     #[error("{}", path.display())]
     Chain {
         /// The disk.
@@ -37,22 +37,22 @@ pub enum ToolError {
         #[source]
         error: ChainError,
     },
-    /// What was asked for cannot be done.
+    /// The request cannot be done.
     #[error("{0}")]
     Refused(String),
-    /// The host refused.
+    /// The host refused an operation.
     #[error("cannot {operation}")]
     Io {
         /// What was tried.
         operation: String,
-        /// The error of the host.
+        /// The host's error.
         #[source]
         error: std::io::Error,
     },
     /// The outcome could not be written as JSON.
     #[error("cannot write JSON")]
     Json(#[from] serde_json::Error),
-    /// A signal, by its number.
+    /// A signal has ended the work; its number.
     #[error("interrupted by signal {0}")]
     Cancelled(u8),
 }
@@ -63,7 +63,7 @@ impl ToolError {
         move |error| Self::Io { operation, error }
     }
 
-    /// An error of the disk at `path`; a cancellation is told by what the watch saw.
+    /// The error for a disk at `path`. A cancellation becomes the signal that the watch has received.
     pub(super) fn disk(path: &Path, watch: &Watch) -> impl FnOnce(DiskError) -> Self {
         let (path, signal) = (path.to_owned(), watch.signal());
         move |error| match error {
@@ -77,7 +77,7 @@ impl ToolError {
         move |error| match error {
             ChainError::Disk(DiskError::Cancelled) => Self::Cancelled(signal),
             ChainError::Disk(error) => Self::Disk { path, error },
-            // They name their files themselves.
+            // These errors name their files themselves.
             ChainError::Create(error) => error.into(),
             ChainError::Open(error) => error.into(),
             error @ ChainError::Refused(_) => Self::Chain { path, error },

@@ -1,4 +1,4 @@
-//! What a disk is, and holds.
+//! Examines disks: identity, structures, extents and differences.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use super::size::human;
 use super::watch::Watch;
 use host::report::chain;
 
-/// Extents are asked for in pieces of this many bytes.
+/// Extents are resolved in pieces of this many bytes.
 const STRIDE: u64 = 1 << 34;
 
 /// `coppice disk info`.
@@ -126,7 +126,7 @@ fn describe(info: &storage::vhdx::Info) -> String {
     text
 }
 
-/// What keeps guests from sharing pages of a disk, for programs and for people.
+/// What keeps guests from sharing pages of a disk, as JSON and as text.
 fn unshared(disk: &dyn Disk) -> Result<(Value, String), storage::DiskError> {
     let found = alignment::unshared(disk)?;
     let json = found
@@ -180,14 +180,14 @@ impl Info {
 
     fn vhdx(&self) -> Result<Outcome, ToolError> {
         let mut layers = vec![Vhdx::info(&self.file)?];
-        // A cycle ends where it begins.
+        // A chain with a cycle is followed once around.
         while let Some(next) = layers.last().and_then(|info| info.parent_path.clone())
             && !layers.iter().any(|known| same(&known.path, &next))
         {
             layers.push(Vhdx::info(&next)?);
         }
         let mut text = layers.iter().map(describe).collect::<Vec<_>>().join("\n");
-        // Says what is wrong with the chain, if anything is.
+        // The error of the open is what is wrong with the chain, if anything is.
         let (looked, problem) = match Vhdx::open(&self.file, &OpenOptions::read_only()) {
             Ok(disk) => match unshared(&disk) {
                 Ok(found) => (Some(found), None),
@@ -216,8 +216,8 @@ fn same(a: &Path, b: &Path) -> bool {
         .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
-/// Whether a file is a raw disk, or is in a format that is refused as soon as it is opened as one. What is called a
-/// VHDX is not, however damaged it is.
+/// Whether a file is a raw disk, or is in a format that is refused as soon as it is opened as one. A file whose name
+/// ends in `.vhdx` is no raw disk, however damaged it is.
 pub(super) fn is_raw(path: &Path) -> Result<bool, ToolError> {
     match storage::detect(path) {
         Ok(SourceFormat::Vhdx) => Ok(false),
@@ -298,7 +298,7 @@ impl Check {
             match Vhdx::open(&self.file, &OpenOptions::read_only()) {
                 Ok(disk) => self.content(&disk, watch, &mut json, &mut text)?,
                 Err(error) if self.hash => return Err(error.into()),
-                // Something is wrong with another file of the chain.
+                // Another file of the chain is damaged or missing, and only this file is checked.
                 Err(_) => {}
             }
         }
@@ -307,7 +307,7 @@ impl Check {
         Ok(outcome)
     }
 
-    /// A raw disk has nothing that could be wrong.
+    /// Checks a raw disk, which has no structures that could be damaged.
     fn raw(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let disk = storage::open(&self.file, &OpenOptions::read_only())?;
         let mut text = format!("{}: a raw disk, without structures\n", self.file.display());
@@ -316,7 +316,7 @@ impl Check {
         Ok(Outcome::new(json, text))
     }
 
-    /// Says what is to be said of what a disk holds.
+    /// Adds what the content of the disk shows: what keeps guests from sharing it, and its digest.
     fn content(
         &self,
         disk: &dyn Disk,
@@ -421,7 +421,7 @@ impl Map {
     }
 }
 
-/// Joins the extent at `at` to the one before it, where they are one.
+/// Joins the extent at `at` to the one before it, where it continues that.
 fn join(all: &mut Vec<Mapping>, at: usize) {
     let (Some(before), Some(next)) = (at.checked_sub(1).and_then(|at| all.get(at)), all.get(at))
     else {

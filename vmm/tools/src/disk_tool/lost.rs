@@ -1,4 +1,4 @@
-//! What is lost of a disk.
+//! The lost ranges of a disk, as JSON and as text.
 
 use std::fmt::Write as _;
 
@@ -7,16 +7,16 @@ use storage::ByteRange;
 
 use super::size::human;
 
-/// Ranges that are written out for people; all are in the JSON.
+/// The most ranges that the text lists; the JSON has all.
 const SHOWN: usize = 100;
-/// What is lost of a disk, for programs.
+/// The lost ranges as JSON.
 pub(super) fn lost_json(lost: &[ByteRange]) -> Value {
     lost.iter()
         .map(|range| json!({"offset": range.offset(), "length": range.len()}))
         .collect()
 }
 
-/// What is lost of a disk, for people: a line a range.
+/// The lost ranges as text, one in a line.
 pub(super) fn lost_text(lost: &[ByteRange]) -> String {
     let mut text = String::new();
     for range in lost.iter().take(SHOWN) {
@@ -35,7 +35,7 @@ pub(super) fn lost_text(lost: &[ByteRange]) -> String {
     text
 }
 
-/// Bytes of ranges.
+/// The sum of the ranges, in bytes.
 pub(super) fn total(ranges: &[ByteRange]) -> u64 {
     ranges.iter().map(|range| range.len()).sum()
 }

@@ -1,4 +1,4 @@
-//! New disks, and other sizes of them.
+//! New disks, and changes of their size.
 
 use std::path::{Path, PathBuf};
 
@@ -76,7 +76,7 @@ impl Create {
     }
 }
 
-/// A child of another size than its parent's is a child that has grown.
+/// Makes a child larger than its parent, by a resize after it was created.
 fn grow_child(path: &Path, size: u64, watch: &Watch) -> Result<(), ToolError> {
     let grown = Vhdx::open(path, &OpenOptions::default())
         .map_err(ToolError::from)
@@ -86,7 +86,7 @@ fn grow_child(path: &Path, size: u64, watch: &Watch) -> Result<(), ToolError> {
                 .map_err(ToolError::disk(path, watch))
         });
     if grown.is_err() {
-        // What is reported is why it could not be made as asked for.
+        // An error of the removal is not reported, but why the child could not be made.
         let _ = std::fs::remove_file(path);
     }
     grown

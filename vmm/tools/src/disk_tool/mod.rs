@@ -1,8 +1,8 @@
 //! `coppice disk`: virtual disks from the command line.
 //!
-//! A module a kind of work. Each operation gives an `Outcome`, which is shown to people or, with `--json`, to programs;
-//! errors are one line on standard error either way. What takes long is watched by `Watch`: a bar on a terminal, and an
-//! end in good order when a signal asks for it.
+//! Each module has one kind of operation. Each operation returns an `Outcome`, which is printed as text or, with
+//! `--json`, as JSON; errors are one line on standard error either way. `Watch` shows the progress of long operations
+//! on a terminal, and cancels them at a signal.
 
 mod bench;
 mod chain;
@@ -25,7 +25,7 @@ pub use size::Sector;
 
 use watch::Watch;
 
-/// Shown behind the help.
+/// Examples, which follow the help.
 pub const EXAMPLES: &str = "Examples:
   coppice disk create --size 10G base.vhdx
   coppice disk convert debian.qcow2 base.vhdx
@@ -67,10 +67,10 @@ pub enum DiskCommand {
     Bench(bench::Bench),
 }
 
-/// Does what a command says, and writes the outcome; gives the exit code.
+/// Executes a command, prints the outcome, and returns the exit code.
 ///
 /// # Errors
-/// See [`ToolError`]. Files are then as they were, or as the operation's own documentation says.
+/// See [`ToolError`]. Files are then unchanged, or as the documentation of the operation says.
 pub fn run(command: &DiskCommand) -> Result<u8, ToolError> {
     let output = match command {
         DiskCommand::Create(command) => command.output,
@@ -87,7 +87,7 @@ pub fn run(command: &DiskCommand) -> Result<u8, ToolError> {
         DiskCommand::Diff(command) => command.output,
         DiskCommand::Bench(command) => command.output,
     };
-    // First of all: signals are blocked in the threads that are started later.
+    // This comes first, because threads inherit the mask of blocked signals.
     let watch = Watch::new(!output.json).map_err(ToolError::io("watch for signals"))?;
     let outcome = match command {
         DiskCommand::Create(command) => command.run(&watch),
@@ -114,7 +114,7 @@ pub fn run(command: &DiskCommand) -> Result<u8, ToolError> {
     let mut stdout = std::io::stdout().lock();
     match std::io::Write::write_all(&mut stdout, format!("{}\n", text.trim_end()).as_bytes()) {
         Ok(()) => Ok(outcome.code),
-        // Whoever read it has seen enough.
+        // The reader of the output has closed the pipe, which is no error.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(outcome.code),
         Err(error) => Err(ToolError::io("write the outcome")(error)),
     }

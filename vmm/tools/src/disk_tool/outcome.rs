@@ -1,11 +1,11 @@
-//! What an operation found or did, and how that is written.
+//! The outcome of an operation, and how it is printed.
 
 use std::fmt::Write as _;
 
 use clap::Args;
 use serde_json::Value;
 
-/// The exit code of what is done, but for a part of the disk that is lost.
+/// The exit code of an operation that is complete, except for a part of the disk that is lost.
 pub(super) const LOST: u8 = 3;
 
 /// How the outcome is written.
@@ -16,7 +16,7 @@ pub struct Output {
     pub(super) json: bool,
 }
 
-/// What an operation found or did.
+/// The outcome of an operation.
 pub(super) struct Outcome {
     pub(super) json: Value,
     pub(super) text: String,
@@ -34,7 +34,7 @@ impl Outcome {
     }
 }
 
-/// Lines of names and values.
+/// Text with a name and a value in each line.
 pub(super) fn lines<'a>(pairs: impl IntoIterator<Item = (&'a str, String)>) -> String {
     let mut text = String::new();
     for (name, value) in pairs {

@@ -1,4 +1,4 @@
-//! Damaged files: putting them right, and undoing that.
+//! Repairs damaged files, and undoes repairs.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use super::outcome::{LOST, Outcome, Output};
 use super::size::human;
 use super::watch::Watch;
 
-/// Most names that are tried for a backup.
+/// The most names that are tried for a backup.
 const MOST_BACKUPS: u32 = 100;
 
 /// `coppice disk repair`.
@@ -41,7 +41,7 @@ pub struct Repair {
     pub(super) output: Output,
 }
 
-/// A name for the backup of a disk that no file has.
+/// A name for the backup of a disk's entries that no file has.
 fn free_name(file: &Path) -> PathBuf {
     let name = |number| {
         let mut name = file.as_os_str().to_owned();
@@ -51,7 +51,7 @@ fn free_name(file: &Path) -> PathBuf {
         }
         PathBuf::from(name)
     };
-    // Where all are taken, the first is refused when it is made.
+    // Where all names are taken, creating the first one fails.
     let free = (1..=MOST_BACKUPS)
         .map(name)
         .find(|name| name.symlink_metadata().is_err());

@@ -1,4 +1,4 @@
-//! Sizes, as the command line takes them and as people read them.
+//! Sizes on the command line and in output.
 
 use clap::ValueEnum;
 use storage::SectorSize;
@@ -26,7 +26,7 @@ impl From<Sector> for SectorSize {
     }
 }
 
-/// A size for people, with the exact number where that is another.
+/// A size as text, with the exact number of bytes where the text is rounded.
 pub(super) fn human(bytes: u64) -> String {
     for (unit, shift) in [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)] {
         if bytes >= 1 << shift {
@@ -45,7 +45,7 @@ pub(super) fn human(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
-/// The block size of the command line as the format takes it.
+/// A block size of the command line, which the format has to allow.
 pub(super) fn block_size(size: Bytes) -> Result<u32, ToolError> {
     u32::try_from(size.0).map_err(|_| {
         ToolError::Refused(format!(

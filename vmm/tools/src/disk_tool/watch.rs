@@ -12,12 +12,12 @@ use host::signals::Signals;
 pub(super) struct Watch {
     bar: Option<ProgressBar>,
     signals: Signals,
-    /// The first signal that came, or 0.
+    /// The first signal that was received, or 0.
     signal: AtomicU8,
 }
 
 impl Watch {
-    /// Blocks the signals that end a process; with a bar if `bar` is set and there is a terminal.
+    /// Blocks the signals that end a process. Shows a bar if `bar` is set and standard error is a terminal.
     pub(super) fn new(bar: bool) -> io::Result<Self> {
         let signals = Signals::block()?;
         let bar = (bar && io::stderr().is_terminal()).then(|| {
@@ -34,7 +34,7 @@ impl Watch {
         })
     }
 
-    /// The signal that ended the work, if one did: `SIGINT` where it is not known.
+    /// The signal that ended the work, or `SIGINT` where it is not known.
     pub(super) fn signal(&self) -> u8 {
         match self.signal.load(Ordering::Relaxed) {
             0 => 2,
@@ -42,7 +42,7 @@ impl Watch {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(super) fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

@@ -1,12 +1,12 @@
-//! One thing that was looked at, and how that ended.
+//! A check of one property of the host, and its result.
 
 use serde::Serialize;
 
-/// How a check ended.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
-    /// As it should be.
+    /// The host is as it should be.
     Ok,
     /// Guests run, but slower, fewer, or less confined than they could be.
     Warn,
@@ -14,14 +14,14 @@ pub enum Status {
     Fail,
 }
 
-/// One thing that was looked at.
+/// A check of one property of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What was looked at; stable, for programs.
+    /// The name of the property; it does not change between versions.
     pub name: &'static str,
-    /// How it ended.
+    /// The result.
     pub status: Status,
-    /// What was found, for people.
+    /// What was found, as text.
     pub found: String,
     /// What to do about it, where there is something to do.
     pub advice: Option<String>,

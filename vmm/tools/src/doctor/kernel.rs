@@ -14,7 +14,7 @@ const CGROUP: &str = "cgroup_v2";
 const LANDLOCK: &str = "landlock";
 const SECCOMP: &str = "seccomp";
 
-/// What limits a guest process.
+/// The controllers that limit a guest process.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 
 pub(super) fn checks() -> Vec<Check> {
@@ -58,7 +58,8 @@ fn cgroup_v2() -> Check {
     }
 }
 
-/// Where cgroup v2 is mounted, by `/proc/self/mountinfo` (proc(5): the mount point is field 5, the type follows the ` - `).
+/// Where cgroup v2 is mounted, by `/proc/self/mountinfo` (proc(5): the mount point is field 5, the type follows the ` -
+/// `).
 fn cgroup2_mount(mountinfo: &str) -> Option<&str> {
     mountinfo.lines().find_map(|line| {
         let (mount, file_system) = line.split_once(" - ")?;

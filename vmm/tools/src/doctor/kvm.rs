@@ -1,4 +1,4 @@
-//! `/dev/kvm`: there, usable, complete and fast.
+//! Checks `/dev/kvm`: whether it exists and can be used, has all capabilities, and is fast.
 
 use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::Kvm;
@@ -12,7 +12,8 @@ const DEVICE: &str = "kvm";
 const API: &str = "kvm_api";
 const CAPABILITIES: &str = "kvm_capabilities";
 
-/// What follows from a failed check is not looked at: it would only repeat the failure.
+/// The checks of KVM. After one that fails, those that depend on it are left out, as they would only repeat the
+/// failure.
 pub(super) fn checks() -> Vec<Check> {
     let kvm = match Kvm::new() {
         Ok(kvm) => kvm,

@@ -14,13 +14,14 @@ const LOCKED_MEMORY: &str = "locked_memory";
 const HUGE_PAGES: &str = "transparent_huge_pages";
 const MEMORY: &str = "memory";
 
-/// Linux's default. A guest whose every second page is a mapping of its own needs one for each 4 KiB: enough for 128 MiB at worst.
+/// Linux's default. A guest whose every second page is a mapping of its own needs one for each 4 KiB: enough for 128
+/// MiB at worst.
 const LEAST_MAPPINGS: u64 = 65_530;
 /// Linux's default of the soft limit.
 const LEAST_OPEN_FILES: u64 = 1024;
 /// Linux's default since 5.16.
 const LEAST_LOCKED_MEMORY: u64 = 8 << 20;
-/// A few guests and the host's page cache.
+/// Enough for a few guests and the host's page cache.
 const LEAST_MEMORY: u64 = 512 << 20;
 
 pub(super) fn checks() -> Vec<Check> {
@@ -86,7 +87,8 @@ fn describe(limit: Option<u64>, unit: &str, bytes: u64) -> String {
     }
 }
 
-/// Every mode is fine: guests have small pages unless they ask for others. It is told since it explains what such guests cost.
+/// Reports the mode of transparent huge pages. Every mode is fine, because guests have small pages unless they are
+/// configured otherwise; the mode explains how much memory such guests take.
 fn huge_pages() -> Check {
     let text = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
     let mode = text.as_deref().ok().and_then(chosen);

@@ -1,8 +1,9 @@
 //! Examines the host: whether guests can run here, how fast, and what is missing or set too low.
 //!
 //! ```text
-//! kvm ──> speed (only where KVM opens)     kernel: io_uring, cgroup v2, Landlock, seccomp     limits: mappings, files, memory
-//!   └────────┴──────────────> Report <──────────────────┴───────────────────────────────────────┘
+//! kvm, and speed where KVM opens ─────────────────┐
+//! kernel: io_uring, cgroup v2, Landlock, seccomp ─┼─> Report
+//! limits: mappings, files, memory ────────────────┘
 //! ```
 //!
 //! Nothing on the host is changed. One tiny guest runs for a second at most.
@@ -20,7 +21,7 @@ mod syscall;
 
 pub use check::{Check, Status};
 
-/// What the host is like. As JSON: `{"can_run_guests": bool, "checks": [{"name", "status", "found", "advice"}]}`.
+/// The checks of the host. As JSON: `{"can_run_guests": bool, "checks": [{"name", "status", "found", "advice"}]}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     can_run_guests: bool,

@@ -1,9 +1,10 @@
 //! How fast a guest runs: the instructions a second of a loop in ring 0.
 //!
-//! There are hosts whose `/dev/kvm` opens and lacks nothing, but interprets what the guest's kernel executes. They are told apart by
-//! speed: an interpreter gets to a few million instructions a second, AMD-V or VT-x to billions, and AMD-V that is itself emulated
-//! (a guest in QEMU's TCG) to some hundreds of millions. A stock distribution kernel executes about half a thousand million
-//! instructions until its first process: with less than [`LEAST`] a second that takes minutes, and interpreters give up on the way.
+//! There are hosts whose `/dev/kvm` opens and has all capabilities, but interprets the instructions of the guest's
+//! kernel. Their speed gives them away: an interpreter executes a few million instructions a second, AMD-V or VT-x
+//! billions, and AMD-V that is itself emulated (a guest in QEMU's TCG) some hundreds of millions. A stock distribution
+//! kernel executes about five hundred million instructions before its first process starts: at less than [`LEAST`] a
+//! second that takes minutes, and interpreters fail on the way.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -17,14 +18,14 @@ use super::check::Check;
 use kvm::vm::{Buses, HugePages, VcpuExit, Vm, VmError, VmSettings};
 
 const NAME: &str = "guest_speed";
-/// Instructions a second with which stock kernels start in bearable time.
+/// The least speed, in instructions a second, at which stock kernels start within seconds.
 const LEAST: u64 = 50_000_000;
 
 const MEMORY: u64 = 2 << 20;
 const CODE: u64 = 0x1000;
 const PORT: u8 = 0x10;
-/// Rounds of the inner loop between two marks: few enough that an interpreter makes several marks in [`LIMIT`], enough that the
-/// exit of a mark does not count beside them.
+/// Rounds of the inner loop between two marks: few enough that an interpreter makes several marks in [`LIMIT`], enough
+/// that the time of a mark's exit is negligible.
 const ROUNDS: u32 = 100_000;
 /// `mov`, the inner loop, `out`, `jmp`.
 const INSTRUCTIONS_PER_MARK: u64 = 1 + 2 * ROUNDS as u64 + 2;
@@ -57,7 +58,7 @@ fn described(speed: u64) -> String {
     )
 }
 
-/// Why there is no speed to tell.
+/// Why the speed is not known.
 #[derive(Debug, thiserror::Error)]
 enum SpeedError {
     #[error("no guest can be made")]
@@ -86,12 +87,12 @@ impl BusDevice for Marks {
     }
 
     fn write(&mut self, _: u64, _: &[u8]) {
-        // Nobody listens any more once the measurement is over.
+        // The receiver is gone once the measurement is over.
         let _ = self.0.send(Event::Mark(Instant::now()));
     }
 }
 
-/// Runs the guest; instructions a second.
+/// Runs the guest, and returns its speed in instructions a second.
 fn measure() -> Result<u64, SpeedError> {
     let vm = Vm::new(VmSettings {
         memory_bytes: MEMORY,

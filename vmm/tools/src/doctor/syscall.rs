@@ -1,9 +1,9 @@
-//! System calls that ask the kernel for a feature and change nothing.
+//! System calls that query a feature of the kernel and change nothing.
 
 use std::io;
 use std::ptr;
 
-/// `LANDLOCK_CREATE_RULESET_VERSION` (`linux/landlock.h`): tell the ABI version instead of making a rule set.
+/// `LANDLOCK_CREATE_RULESET_VERSION` (`linux/landlock.h`): return the ABI version instead of making a rule set.
 const LANDLOCK_CREATE_RULESET_VERSION: libc::c_uint = 1;
 
 /// The version of the Landlock ABI, 1 or more.

@@ -7,7 +7,7 @@ use clap::Args;
 use super::column::Column;
 use super::options::Options;
 
-/// Shown behind the help.
+/// Text that follows the help.
 pub const HELP: &str = "Keys:
   Left, Right   sort by another column
   r             sort the other way round
@@ -38,7 +38,7 @@ pub struct TopArguments {
     files: bool,
 }
 
-/// A tenth of a second to an hour.
+/// Parses a delay from a tenth of a second to an hour.
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text
         .parse()
@@ -49,7 +49,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 impl TopArguments {
-    /// What they ask for.
+    /// The options that the arguments stand for.
     pub fn into_options(self) -> Options {
         Options {
             delay: self.delay,

@@ -1,4 +1,4 @@
-//! The columns of the guests: what they show, and how they sort.
+//! The columns of the table of guests: their cells, and how they sort.
 
 use std::cmp::Ordering;
 
@@ -6,14 +6,14 @@ use clap::ValueEnum;
 
 use super::reading::{FileRow, GuestRow, Reading};
 
-/// What is shown of a guest.
+/// A column: what is shown of a guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Column {
     /// Name of its REST socket, or of its kernel.
     Name,
     /// Number of its process.
     Pid,
-    /// RAM that it was promised.
+    /// RAM that it is configured with.
     Ram,
     /// Private memory of the process.
     #[default]
@@ -28,7 +28,7 @@ pub enum Column {
     RamShared,
     /// CPU time of the process.
     Cpu,
-    /// CPU time of the thread that makes it share.
+    /// CPU time of its merger.
     Merger,
     /// What sharing saves.
     Saved,
@@ -36,7 +36,7 @@ pub enum Column {
     Merged,
 }
 
-/// A number of any column; absent is less than any.
+/// The number of a cell, to sort by. An absent one is less than any other.
 #[allow(
     clippy::cast_precision_loss,
     reason = "to compare, and 2^53 KiB are enough"
@@ -57,7 +57,7 @@ fn or_none(value: Option<u64>, show: impl FnOnce(u64) -> String) -> String {
     value.map_or_else(|| "-".to_owned(), show)
 }
 
-/// Names come from users, who may have put anything into them: what would move the cursor is replaced.
+/// Names come from users and may have any characters, so control characters, which could move the cursor, are replaced.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
@@ -65,7 +65,7 @@ fn printable(text: &str) -> String {
 }
 
 impl Column {
-    /// What stands above it.
+    /// The heading of the column.
     pub(super) fn heading(self) -> &'static str {
         match self {
             Self::Name => "GUEST",
@@ -86,7 +86,7 @@ impl Column {
     fn cell(self, guest: &GuestRow) -> String {
         match self {
             Self::Name => printable(&guest.name),
-            // The sums have none.
+            // The row of sums has no process.
             Self::Pid if guest.pid == 0 => String::new(),
             Self::Pid => guest.pid.to_string(),
             Self::Ram => guest.ram_mib.to_string(),
@@ -119,7 +119,7 @@ impl Column {
         }
     }
 
-    /// Names and processes rise; of everything else, the most comes first.
+    /// Names and processes are sorted in ascending order, everything else in descending order.
     fn compare(self, a: &GuestRow, b: &GuestRow) -> Ordering {
         match self {
             Self::Name => a.name.cmp(&b.name),
@@ -137,7 +137,7 @@ impl Column {
         }
     }
 
-    /// The column so many to the right; behind the last is the first.
+    /// The column that is `right` columns further to the right; the first follows the last.
     pub(super) fn moved(self, right: isize) -> Self {
         let columns = Self::value_variants();
         let at = columns.iter().position(|column| *column == self);
@@ -148,7 +148,7 @@ impl Column {
     }
 }
 
-/// Sorts guests; those that are alike by process.
+/// Sorts guests; equal ones by process.
 pub(super) fn sort(guests: &mut [GuestRow], by: Column, reverse: bool) {
     guests.sort_by(|a, b| {
         let order = by.compare(a, b);
@@ -201,7 +201,7 @@ impl Table {
         }
     }
 
-    /// All of it, from top to bottom.
+    /// All rows, from top to bottom.
     pub(super) fn into_rows(self) -> Vec<Vec<String>> {
         let mut rows = vec![self.heading];
         rows.extend(self.rows);
@@ -248,7 +248,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_most_comes_first_and_what_is_not_known_last() {
+    fn the_largest_number_comes_first_and_an_unknown_one_last() {
         assert_eq!(sorted(Column::Private, false), [10, 20, 30]);
         assert_eq!(sorted(Column::Private, true), [20, 30, 10]);
         assert_eq!(sorted(Column::Saved, false), [20, 30, 10]);
@@ -258,7 +258,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn columns_go_round() {
+    fn the_first_column_follows_the_last() {
         assert_eq!(Column::Name.moved(-1), Column::Merged);
         assert_eq!(Column::Merged.moved(1), Column::Name);
         assert_eq!(Column::Pid.moved(1), Column::Ram);

@@ -5,10 +5,10 @@ use std::io;
 /// Why guests cannot be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum TopError {
-    /// The host does not list processes.
+    /// The processes of the host cannot be listed.
     #[error("cannot read /proc")]
     Processes(#[source] io::Error),
-    /// The terminal, or what waits for it.
+    /// The terminal or the thread that reads cannot be used.
     #[error("terminal")]
     Terminal(#[source] io::Error),
     /// Nobody reads the output.

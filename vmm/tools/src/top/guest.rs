@@ -12,24 +12,24 @@ use config::{MachineConfig, VmConfig};
 use control::launch_spec::CONFIG;
 use host::program;
 
-/// What the command line of a guest says.
+/// A guest, as its command line describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Described {
+pub(super) struct GuestDescription {
     pub(super) name: String,
     pub(super) socket: Option<PathBuf>,
     pub(super) ram_mib: u32,
 }
 
-/// Words of the command line of a daemon's guest: the daemon of an older version gave more, which are not understood any
-/// more.
-const HELD_WORDS: usize = 11;
+/// The number of words of the command line of a daemon's guest that are parsed. Daemons of older versions gave more
+/// words, which are not parsed any more.
+const GATED_WORDS: usize = 11;
 
 /// The arguments of `coppice run`, by the kernel's `cmdline` of a process.
 fn run_arguments(cmdline: &str) -> Option<RunArguments> {
-    // A copy of the zygote has room behind its words.
+    // The command line of a copy of the zygote is padded with zeros.
     let mut words: Vec<_> = cmdline.trim_end_matches('\0').split('\0').collect();
     if words.get(2) == Some(&"--held") {
-        words.truncate(HELD_WORDS);
+        words.truncate(GATED_WORDS);
     }
     match Cli::try_parse_from(words).ok()?.command {
         Command::Run(arguments) => Some(*arguments),
@@ -47,8 +47,8 @@ fn run_arguments(cmdline: &str) -> Option<RunArguments> {
     }
 }
 
-/// What `cmdline` says of the guest of a process in the folder `cwd`.
-pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
+/// The guest of a process with the command line `cmdline` in the folder `cwd`.
+pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<GuestDescription> {
     let arguments = run_arguments(cmdline)?;
     let stem = |path: &PathBuf| {
         path.file_stem()
@@ -62,7 +62,7 @@ pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
     };
     let name = arguments.id.clone().or_else(by_file);
     let file = match &arguments.config {
-        // A daemon's guest is told of its configuration otherwise.
+        // A daemon's guest gets its configuration by its launch specification, and it is also in a file of its folder.
         None if arguments.held => Some(Path::new(CONFIG)),
         file => file.as_deref(),
     };
@@ -71,7 +71,7 @@ pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
         Some(config.machine_config.mem_size_mib)
     };
     let ram = arguments.mem.map(|mem| mem.0).or_else(configured);
-    Some(Described {
+    Some(GuestDescription {
         name: name.unwrap_or_else(|| "-".to_owned()),
         socket: arguments.api_sock.map(|path| cwd.join(path)),
         ram_mib: ram.unwrap_or(MachineConfig::default().mem_size_mib),
@@ -82,13 +82,13 @@ pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<Described> {
 fn is_coppice(exe: &Path) -> bool {
     let name = exe.file_name().map(|name| name.to_string_lossy());
     let name = name.as_deref().unwrap_or_default();
-    // The kernel says so of a file that has been replaced since.
+    // The kernel appends this to the name of a file that was replaced since.
     let name = name.strip_suffix(" (deleted)").unwrap_or(name);
     name == program::COPPICE || program::beside_this(program::COPPICE).is_ok_and(|own| own == exe)
 }
 
-/// The guest of a process, if it is one of this user's.
-pub(super) fn of_process(pid: u32) -> Option<Described> {
+/// The guest of a process, if the process is a guest's, and this user's.
+pub(super) fn of_process(pid: u32) -> Option<GuestDescription> {
     let folder = PathBuf::from(format!("/proc/{pid}"));
     if fs::metadata(&folder).ok()?.uid() != rustix::process::geteuid().as_raw() {
         return None;
@@ -112,7 +112,7 @@ pub(super) fn processes() -> io::Result<Vec<u32>> {
 mod tests {
     use super::*;
 
-    fn described(words: &[&str]) -> Option<Described> {
+    fn described(words: &[&str]) -> Option<GuestDescription> {
         let cmdline: String = words.iter().flat_map(|word| [*word, "\0"]).collect();
         describe(&cmdline, Path::new("/cwd"))
     }
@@ -149,7 +149,7 @@ mod tests {
         let config = r#"{"machine-config": {"vcpu_count": 1, "mem_size_mib": 256}}"#;
         fs::write(folder.path().join("config.json"), config).unwrap();
         let new = "coppice\0run\0--held\0--id\0b\0--api-sock\0api.sock\0--console-sock\0console.sock\0--end-file\0end.json\0";
-        // As daemons started it that told all on the command line.
+        // Daemons of older versions passed everything on the command line.
         let old = format!("{new}--config\0config.json\0--only-configure\0");
         for cmdline in [new, &old] {
             let guest = describe(cmdline, folder.path()).unwrap();

@@ -1,6 +1,7 @@
-//! The terminal, from the first look until the user quits.
+//! Shows guests on the terminal until the user quits.
 //!
-//! A thread reads, as guests with much memory take their time; the calling thread draws, and waits for keys, signals and readings.
+//! A thread of its own reads, because guests with much memory take long to read. The calling thread draws, and waits
+//! for keys, signals and readings.
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, Receiver};
@@ -15,20 +16,20 @@ use rustix::io::{Errno, read, write};
 use super::error::TopError;
 use super::options::Options;
 use super::reading::{Reader, Reading};
-use super::screen::{Outcome, Screen};
+use super::screen::{KeyEffect, Screen};
 use host::signals::Signals;
 
-type Told = Result<Reading, TopError>;
+type ReadResult = Result<Reading, TopError>;
 
-/// The terminal is as it was once this is dropped; a panic restores it as well, before it is reported.
-struct Restored(DefaultTerminal);
+/// Restores the terminal when it is dropped. A panic restores it as well, before it is reported.
+struct TerminalGuard(DefaultTerminal);
 
-impl Restored {
+impl TerminalGuard {
     fn enter() -> io::Result<Self> {
         match ratatui::try_init() {
             Ok(terminal) => Ok(Self(terminal)),
             Err(error) => {
-                // It may be half done.
+                // The terminal may be partly set up.
                 let _ = ratatui::try_restore();
                 Err(error)
             }
@@ -36,7 +37,7 @@ impl Restored {
     }
 }
 
-impl Drop for Restored {
+impl Drop for TerminalGuard {
     fn drop(&mut self) {
         // A terminal that is gone has nothing to restore.
         let _ = self.0.show_cursor();
@@ -44,8 +45,12 @@ impl Drop for Restored {
     }
 }
 
-/// Reads every `delay` until nobody listens. The event tells of each reading.
-fn start_reading(mut reader: Reader, delay: Duration) -> io::Result<(Receiver<Told>, OwnedFd)> {
+/// Starts a thread that reads every `delay`, until the receiver is dropped. The event becomes readable with each
+/// reading.
+fn start_reading(
+    mut reader: Reader,
+    delay: Duration,
+) -> io::Result<(Receiver<ReadResult>, OwnedFd)> {
     let event = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?;
     let (sender, receiver) = mpsc::channel();
     let tell = event.try_clone()?;
@@ -57,7 +62,8 @@ fn start_reading(mut reader: Reader, delay: Duration) -> io::Result<(Receiver<To
     Ok((receiver, event))
 }
 
-/// Waits for the first of keys, a signal and a reading, or a change of the terminal's size. Whether the terminal is still there.
+/// Waits for a key, a signal, a reading or a change of the terminal's size. Returns whether the terminal is still
+/// there.
 fn wait(signals: &Signals, event: &OwnedFd) -> io::Result<bool> {
     let stdin = io::stdin();
     let mut descriptors = [
@@ -66,7 +72,7 @@ fn wait(signals: &Signals, event: &OwnedFd) -> io::Result<bool> {
         PollFd::new(event, PollFlags::IN),
     ];
     match poll(&mut descriptors, None) {
-        // The size has changed.
+        // A signal has interrupted the call, as the size has changed.
         Err(Errno::INTR) | Ok(_) => {}
         Err(error) => return Err(error.into()),
     }
@@ -74,10 +80,10 @@ fn wait(signals: &Signals, event: &OwnedFd) -> io::Result<bool> {
     Ok(!descriptors[0].revents().intersects(gone))
 }
 
-/// Shows guests until the user quits; the signal that ended it, if one did.
+/// Shows guests until the user quits. Returns the signal that ended it, if one did.
 pub(super) fn show(options: &Options) -> Result<Option<u8>, TopError> {
     let signals = Signals::block().map_err(TopError::Terminal)?;
-    let mut terminal = Restored::enter().map_err(TopError::Terminal)?;
+    let mut terminal = TerminalGuard::enter().map_err(TopError::Terminal)?;
     let (readings, event) =
         start_reading(Reader::default(), options.delay).map_err(TopError::Terminal)?;
     let mut screen = Screen::new(options.sort, options.files);
@@ -95,11 +101,11 @@ pub(super) fn show(options: &Options) -> Result<Option<u8>, TopError> {
         }
         while event::poll(Duration::ZERO).map_err(TopError::Terminal)? {
             let event = event::read().map_err(TopError::Terminal)?;
-            if screen.take(&event) == Outcome::Quit {
+            if screen.handle(&event) == KeyEffect::Quit {
                 return Ok(None);
             }
         }
-        // There is nothing in it where something else has happened.
+        // The event is not readable where something else has happened, which is no error.
         let _ = read(&event, &mut [0; 8]);
         for reading in readings.try_iter() {
             screen.show(reading?);

@@ -5,8 +5,9 @@
 //! (/proc)  (+ REST)   └─ column, text_table         once, as text or JSON
 //! ```
 //!
-//! Guests are found by their processes, so there is nothing that has to run or be registered. All figures are the host kernel's, but for what
-//! only a guest's VMM knows: that is asked for on its REST socket, where it has one.
+//! Guests are found by their processes, so that no daemon has to run, and no guest has to be registered. All figures
+//! are the host kernel's, except for those that only a guest's VMM knows, which are read from its REST socket where it
+//! has one.
 
 mod arguments;
 mod column;
@@ -31,10 +32,11 @@ use column::Table;
 use host::text_table::columns;
 use reading::Reader;
 
-/// Shows the guests: on a terminal until the user quits, and else once. The signal that ended it, if one did.
+/// Shows the guests: on a terminal until the user quits, and otherwise once. Returns the signal that ended it, if one
+/// did.
 ///
 /// # Errors
-/// [`TopError`]. The terminal is then as before.
+/// [`TopError`]. The terminal is restored then.
 pub fn run(options: &Options) -> Result<Option<u8>, TopError> {
     let on_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     if on_terminal && !options.once && !options.json {

@@ -1,10 +1,10 @@
-//! What is to be shown, and how.
+//! The options of `coppice top`.
 
 use std::time::Duration;
 
 use super::column::Column;
 
-/// What `coppice top` was asked for.
+/// What `coppice top` shows, and how.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How long to wait between two readings.

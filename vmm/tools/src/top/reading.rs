@@ -1,4 +1,4 @@
-//! One look at all guests.
+//! A reading of all guests at one moment.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -7,35 +7,35 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use super::error::TopError;
-use super::guest::{self, Described};
+use super::guest::{self, GuestDescription};
 use control::api;
 use host::procfs::{self, ProcError};
 
-/// A guest at one moment. What cannot be told of it is absent.
+/// A guest at one moment. Figures that are not known are absent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct GuestRow {
-    /// Its name: of its REST socket, or of its kernel.
+    /// Its name: that of its REST socket, or of its kernel.
     pub name: String,
     /// Its process; 0 in sums, which have none.
     #[serde(skip_serializing_if = "is_no_process")]
     pub pid: u32,
-    /// RAM that it was promised.
+    /// RAM that it is configured with.
     pub ram_mib: u32,
-    /// Memory of the process that is nobody else's.
+    /// Private memory of the process.
     pub private_kib: u64,
-    /// Memory of the process that others map as well.
+    /// Memory of the process that others map, too.
     pub shared_kib: u64,
-    /// Memory of the process, where what is shared is divided by those that map it.
+    /// Proportional memory of the process: shared pages are divided by the number of processes that map them.
     pub proportional_kib: u64,
-    /// RAM of the guest that is nobody else's. No RAM is found in a process whose guest has not started.
+    /// Private RAM of the guest. Absent where the guest has not started, as its process has no RAM then.
     pub ram_private_kib: Option<u64>,
-    /// RAM of the guest that others map as well.
+    /// RAM of the guest that others map, too.
     pub ram_shared_kib: Option<u64>,
     /// CPU time in percent of a core, since the reading before, or since its start.
     pub cpu_percent: f64,
-    /// The part of that of the thread that makes it share.
+    /// The merger's part of it.
     pub merger_cpu_percent: f64,
-    /// What it would hold more without sharing, by its REST socket.
+    /// How much more memory it would take without sharing, by its REST socket.
     pub saved_bytes: Option<u64>,
     /// Pages that were compared and exchanged in total, by its REST socket.
     pub merged_pages: Option<u64>,
@@ -44,7 +44,7 @@ pub struct GuestRow {
 /// A file that guests map.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct FileRow {
-    /// Its path, as the kernel tells it.
+    /// Its path, as the kernel reports it.
     pub path: String,
     /// Guests that map it.
     pub guests: usize,
@@ -59,24 +59,24 @@ pub struct Reading {
     pub guests: Vec<GuestRow>,
     /// Their sums.
     pub totals: GuestRow,
-    /// The files that they map: those of most guests first.
+    /// The files that they map; those that most guests map come first.
     pub files: Vec<FileRow>,
 }
 
-/// What was known of a process before.
-struct Known {
-    guest: Described,
+/// The reading of a process before this one.
+struct Previous {
+    guest: GuestDescription,
     /// When it was read, since boot, and its CPU times then.
     at: Duration,
     cpu: Duration,
     merger: Duration,
 }
 
-/// Reads again and again.
+/// Reads all guests repeatedly, and keeps what the next reading needs.
 #[derive(Default)]
 pub(super) struct Reader {
-    /// By number and start: numbers are used again.
-    known: BTreeMap<(u32, Duration), Known>,
+    /// By number and start of the process, because numbers are used again.
+    known: BTreeMap<(u32, Duration), Previous>,
     /// Processes that are no guests of this user.
     others: BTreeSet<(u32, Duration)>,
 }
@@ -158,12 +158,12 @@ pub(super) fn files<'a>(maps: impl IntoIterator<Item = &'a str>) -> Vec<FileRow>
 }
 
 impl Reader {
-    /// Reads all.
+    /// Reads all guests.
     pub(super) fn read(&mut self) -> Result<Reading, TopError> {
         let (mut guests, mut maps) = (Vec::new(), Vec::new());
         let (mut known, mut others) = (BTreeMap::new(), BTreeSet::new());
         for pid in guest::processes().map_err(TopError::Processes)? {
-            // Processes end at any time: one that cannot be read is none.
+            // Processes end at any time, so one that cannot be read is left out.
             let Ok(start) = procfs::start_of(pid) else {
                 continue;
             };
@@ -173,7 +173,7 @@ impl Reader {
                 continue;
             }
             let before = self.known.remove(&key).or_else(|| {
-                Some(Known {
+                Some(Previous {
                     guest: guest::of_process(pid)?,
                     at: start,
                     cpu: Duration::ZERO,
@@ -181,7 +181,7 @@ impl Reader {
                 })
             });
             let Some(before) = before else {
-                // What has just been forked is not what it will be.
+                // A process that was just forked may still execute another program.
                 if now().saturating_sub(start) > Duration::from_secs(1) {
                     others.insert(key);
                 }
@@ -202,11 +202,11 @@ impl Reader {
     }
 }
 
-fn examine(pid: u32, before: Known) -> Result<(GuestRow, String, Known), ProcError> {
+fn examine(pid: u32, before: Previous) -> Result<(GuestRow, String, Previous), ProcError> {
     let guest = before.guest;
     let (mut ram_mib, mut sharing) = (guest.ram_mib, None);
     if let Some(socket) = &guest.socket {
-        // Nobody answers where a guest is at its start or its end.
+        // A guest that is starting or ending does not respond.
         if let Ok(machine) = api::get::<Machine>(socket, "/machine-config") {
             ram_mib = machine.mem_size_mib;
             sharing = api::get::<Sharing>(socket, "/vm/sharing").ok();
@@ -233,7 +233,7 @@ fn examine(pid: u32, before: Known) -> Result<(GuestRow, String, Known), ProcErr
         saved_bytes: sharing.as_ref().map(|sharing| sharing.saved_bytes),
         merged_pages: sharing.as_ref().map(|sharing| sharing.merged_pages),
     };
-    let known = Known {
+    let known = Previous {
         guest,
         at,
         cpu,
@@ -247,19 +247,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_counted_once_a_guest_and_told_apart_by_inode() {
+    fn files_are_counted_once_a_guest_and_distinguished_by_inode() {
         let line = |at: u64, inode: u64, path: &str| {
             format!("{at:x}-{:x} r--p 0 fe:01 {inode} {path}\n", at + 4096)
         };
         let first = line(0, 1, "/own") + &line(4096, 2, "/base") + &line(8192, 2, "/base");
         let second = line(0, 3, "/own") + &line(4096, 2, "/base");
         let files = files([first.as_str(), &second]);
-        let told: Vec<_> = files
+        let found: Vec<_> = files
             .iter()
             .map(|file| (file.path.as_str(), file.guests, file.mapped_bytes))
             .collect();
         assert_eq!(
-            told,
+            found,
             [("/base", 2, 12288), ("/own", 1, 4096), ("/own", 1, 4096)]
         );
     }

@@ -1,4 +1,4 @@
-//! What is on the terminal, and what keys do to it.
+//! The content of the terminal, and the keys that change it.
 
 use ratatui::Frame;
 use ratatui::crossterm::event::{Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
@@ -12,25 +12,25 @@ use super::reading::Reading;
 
 const KEYS: &str = "Left/Right sort  r reverse  f files  Up/Down scroll  q quit";
 
-/// What is shown of a name at least, and the room between columns.
+/// The least width of a name, and the room between columns.
 const NAME: usize = 12;
 const SPACING: usize = 2;
 
-/// What comes of a key.
+/// What a key does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub(super) enum KeyEffect {
     Stay,
     Quit,
 }
 
-/// What is shown, and how.
+/// The state of the screen.
 #[derive(Debug)]
 pub(super) struct Screen {
     reading: Reading,
     sort: Column,
     reverse: bool,
     files: bool,
-    /// Rows that are above the first that is shown.
+    /// The number of rows that are scrolled out above.
     above: usize,
 }
 
@@ -51,7 +51,7 @@ fn styled(cells: &[String], marked: Option<usize>) -> Row<'_> {
     Row::new(cells)
 }
 
-/// The widths of the columns for which there is room: names are cut first, figures are shown whole or not at all.
+/// The widths of the columns that fit. Names are cut first; figures are shown completely or not at all.
 fn fitted(widths: &[usize], room: usize) -> Vec<usize> {
     let mut shown: Vec<_> = widths.iter().copied().take(1).collect();
     let mut used = shown.first().copied().unwrap_or(0).min(NAME);
@@ -80,7 +80,7 @@ impl Screen {
         }
     }
 
-    /// Shows what has been read.
+    /// Shows a new reading.
     pub(super) fn show(&mut self, reading: Reading) {
         self.reading = reading;
         self.arrange();
@@ -100,8 +100,8 @@ impl Screen {
         (self.sort, self.reverse) = (column, false);
     }
 
-    /// Does what the user says.
-    pub(super) fn take(&mut self, event: &Event) -> Outcome {
+    /// Handles a key or another event of the terminal.
+    pub(super) fn handle(&mut self, event: &Event) -> KeyEffect {
         let Event::Key(KeyEvent {
             code,
             modifiers,
@@ -109,12 +109,12 @@ impl Screen {
             ..
         }) = event
         else {
-            return Outcome::Stay;
+            return KeyEffect::Stay;
         };
         match code {
-            KeyCode::Char('q') | KeyCode::Esc => return Outcome::Quit,
+            KeyCode::Char('q') | KeyCode::Esc => return KeyEffect::Quit,
             KeyCode::Char('c') if modifiers.contains(KeyModifiers::CONTROL) => {
-                return Outcome::Quit;
+                return KeyEffect::Quit;
             }
             KeyCode::Left => self.sort_by(self.sort.moved(-1)),
             KeyCode::Right => self.sort_by(self.sort.moved(1)),
@@ -125,7 +125,7 @@ impl Screen {
             _ => {}
         }
         self.arrange();
-        Outcome::Stay
+        KeyEffect::Stay
     }
 
     pub(super) fn draw(&self, frame: &mut Frame<'_>) {
@@ -191,8 +191,8 @@ mod tests {
         (lines.collect(), marked.trim().to_owned())
     }
 
-    fn press(screen: &mut Screen, code: KeyCode) -> Outcome {
-        screen.take(&Event::Key(KeyEvent::new(code, KeyModifiers::NONE)))
+    fn press(screen: &mut Screen, code: KeyCode) -> KeyEffect {
+        screen.handle(&Event::Key(KeyEvent::new(code, KeyModifiers::NONE)))
     }
 
     fn names(screen: &Screen) -> Vec<String> {
@@ -221,7 +221,7 @@ mod tests {
         press(&mut screen, KeyCode::Char('r'));
         assert_eq!(names(&screen), ["c", "a", "b"]);
         for _ in 0..3 {
-            assert_eq!(press(&mut screen, KeyCode::Left), Outcome::Stay);
+            assert_eq!(press(&mut screen, KeyCode::Left), KeyEffect::Stay);
         }
         assert_eq!(names(&screen), ["a", "b", "c"]);
         assert_eq!(shown(&screen, 120).1, "GUEST");
@@ -273,10 +273,10 @@ mod tests {
     #[test]
     fn quitting_has_three_keys() {
         let mut screen = screen();
-        assert_eq!(press(&mut screen, KeyCode::Char('q')), Outcome::Quit);
-        assert_eq!(press(&mut screen, KeyCode::Esc), Outcome::Quit);
-        assert_eq!(press(&mut screen, KeyCode::Char('c')), Outcome::Stay);
+        assert_eq!(press(&mut screen, KeyCode::Char('q')), KeyEffect::Quit);
+        assert_eq!(press(&mut screen, KeyCode::Esc), KeyEffect::Quit);
+        assert_eq!(press(&mut screen, KeyCode::Char('c')), KeyEffect::Stay);
         let interrupt = KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
-        assert_eq!(screen.take(&Event::Key(interrupt)), Outcome::Quit);
+        assert_eq!(screen.handle(&Event::Key(interrupt)), KeyEffect::Quit);
     }
 }

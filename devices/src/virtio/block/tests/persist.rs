@@ -24,7 +24,7 @@ fn with(change: impl FnOnce(&mut FileDisk, &mut BlockConfig)) -> VirtioBlock {
 }
 
 #[test]
-fn the_disk_the_guest_knows_is_gone_on_with_and_any_other_is_refused() {
+fn a_load_takes_the_disk_that_the_guest_had_and_refuses_any_other() {
     let state = through_json(&with(|_, _| {}).save_state());
     let mut same = with(|_, _| {});
     same.restore_state(&state).unwrap();

@@ -13,7 +13,7 @@ fn one_coppice_asks_another() {
 }
 
 #[test]
-fn who_does_not_answer_holds_nobody_up() {
+fn a_guest_that_does_not_respond_holds_up_no_other_request() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     assert!(matches!(

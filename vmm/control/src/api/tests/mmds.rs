@@ -1,4 +1,4 @@
-//! The socket device, and what the guest is told by it.
+//! The socket device, and the guest's metadata.
 
 use super::*;
 
@@ -25,7 +25,7 @@ fn metadata_are_set_and_changed_before_and_after_the_start() {
 }
 
 #[test]
-fn a_socket_device_is_told_of_as_it_was_configured() {
+fn a_socket_device_is_reported_as_it_was_configured() {
     let bench = Bench::new();
     let done = (204, Value::Null);
     let vsock = json!({"guest_cid": 52, "uds_path": bench.path("v")});

@@ -48,8 +48,8 @@ fn parse(text: &str) -> BTreeMap<String, Family> {
     let mut current = String::new();
     let body = text.strip_suffix("# EOF\n").expect("an end");
     for line in body.lines() {
-        if let Some(said) = line.strip_prefix("# ") {
-            let mut words = said.splitn(3, ' ');
+        if let Some(printed) = line.strip_prefix("# ") {
+            let mut words = printed.splitn(3, ' ');
             let mut next = || words.next().unwrap_or_else(|| panic!("{line}")).to_owned();
             let (keyword, name, value) = (next(), next(), next());
             if name != current {
@@ -139,8 +139,8 @@ fn check_histogram(name: &str, family: &Family) {
         );
         let (last, count) = buckets.pop().unwrap();
         assert!(last.is_infinite(), "{name}{labels}");
-        let told = family.samples[&format!("_count{labels}")];
-        assert!((told - count).abs() < 0.5, "{name}{labels}");
+        let reported = family.samples[&format!("_count{labels}")];
+        assert!((reported - count).abs() < 0.5, "{name}{labels}");
         assert!(family.samples[&format!("_sum{labels}")] >= 0.0);
     }
 }
@@ -220,7 +220,7 @@ fn before_a_guest_has_started_there_is_what_there_is() {
 }
 
 #[test]
-fn names_units_and_values_are_as_prometheus_wants_them() {
+fn names_units_and_values_follow_the_conventions_of_prometheus() {
     let families = parse(&full().encode().unwrap());
     let value = |name: &str, labels: &str| {
         let family = families.get(name).unwrap_or_else(|| panic!("{name}"));

@@ -36,8 +36,8 @@ pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(),
     for config in root.chain(others) {
         let mut block = new_block(config)?;
         block.share(builder.plan.of_drive(config));
-        let faults = builder.plan.faults().clone();
-        block.on_fault(Arc::new(move || faults.request_failed()));
+        let lost_pages = builder.plan.lost_pages().clone();
+        block.on_fault(Arc::new(move || lost_pages.request_failed()));
         let drive = Arc::new(Mutex::new(block));
         builder.add_virtio(&config.drive_id, drive.clone())?;
         let id = config.drive_id.clone();

@@ -1,4 +1,4 @@
-//! The event descriptors of devices.
+//! The event descriptors of devices: eventfd(2).
 
 use std::sync::Arc;
 

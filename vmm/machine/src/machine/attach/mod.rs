@@ -1,7 +1,7 @@
 //! Puts the devices of a machine together.
 //!
-//! Each module here adds the devices of one kind to a [`Builder`], with what is behind them on the host. [`VIRTIO`] names them all: to
-//! add a kind of device to machines is to write its module, and a line there.
+//! Each module here adds the devices of one kind to a [`Builder`], with what is behind them on the host. [`VIRTIO`]
+//! names them all: to add a kind of device to machines is to write its module, and a line there.
 
 mod balloon;
 mod builder;

@@ -25,8 +25,8 @@ impl Backing for PmemDisk {
     }
 }
 
-/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order in which it finds
-/// them. This comes before the devices, because the memory manager has to know all memory.
+/// Maps the disks of all pmem devices, the root device before the others: a guest numbers them in the order in which it
+/// finds them. This comes before the devices, because the memory manager has to know all memory.
 pub(in crate::machine) fn map(
     config: &VmConfig,
     vm: &mut Vm,

@@ -1,4 +1,5 @@
-//! Guest memory whose pages another process gives, one by one, when they are first touched: Firecracker's `mem_backend` of type `Uffd`.
+//! Guest memory whose pages another process, the page-fault handler, provides one by one when they are first touched:
+//! Firecracker's `mem_backend` of type `Uffd`.
 //!
 //! ```text
 //! connect ── (jail) ── serve: register RAM ── mappings + descriptor ─> handler
@@ -7,10 +8,12 @@
 //!                        the handler goes ── hangup of the socket ───> the guest ends
 //! ```
 //!
-//! This process keeps the descriptor as well. If it did not, the kernel would give zeros for all pages that are left once the handler has gone, and
-//! the guest would go on with those; so it waits, and is ended.
+//! This process keeps the descriptor as well. If it did not, the kernel would provide zeros for all remaining pages
+//! once the handler has ended, and the guest would go on with those. As it does, a thread that touches such a page
+//! waits, and the guest is ended.
 //!
-//! What the memory manager maps over registered pages is registered no more, and needs nobody to give it.
+//! Pages of files that the memory manager maps over registered pages are not registered, so the handler need not
+//! provide them.
 
 mod sys;
 #[cfg(test)]
@@ -31,10 +34,10 @@ use serde::Serialize;
 use self::sys::{OpenFailure, Userfault};
 use self::watch::Watch;
 
-/// Why a guest cannot have its memory from a handler.
+/// Why a guest cannot get its memory from a page-fault handler.
 #[derive(Debug, thiserror::Error)]
 pub enum UffdError {
-    /// Nobody listens.
+    /// Nobody listens at the socket.
     #[error(
         "cannot connect to the page-fault handler at {} (start it first, and let it listen there; in a jail, its socket has to be given as allow=)",
         path.display()
@@ -42,42 +45,42 @@ pub enum UffdError {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
-    /// The process may not have a descriptor that sees what KVM touches.
+    /// The process may not have a descriptor that reports the pages that KVM touches.
     #[error(
         "cannot make a userfaultfd that sees the kernel's faults: {call}; set vm.unprivileged_userfaultfd to 1, or let the guest's user read and write /dev/userfaultfd (in a jail, with allow=/dev/userfaultfd), or load by coppice run --restore with CAP_SYS_PTRACE; /dev/userfaultfd"
     )]
     Open {
-        /// What userfaultfd(2) said: an error has one source, and the device was asked last.
+        /// The error of userfaultfd(2); the source is that of the device, which was asked last.
         call: io::Error,
-        /// What the device said.
+        /// The error of `/dev/userfaultfd`.
         #[source]
         device: io::Error,
     },
-    /// A kernel without what is needed.
+    /// The kernel does not have the features that are needed.
     #[error(
         "the host's userfaultfd does not tell of pages that are given back (UFFD_FEATURE_EVENT_REMOVE), as Linux from 4.11 on does"
     )]
     Features(#[source] io::Error),
-    /// RAM cannot be registered.
+    /// RAM cannot be registered with the descriptor.
     #[error("cannot register guest RAM with userfaultfd")]
     Register(#[source] io::Error),
-    /// RAM of another size.
+    /// The saved RAM is of another size than the guest's.
     #[error("the state says memory is {saved:#x} bytes, and the guest has {present:#x}")]
     Size {
-        /// By the state.
+        /// Bytes by the state.
         saved: u64,
-        /// By the guest.
+        /// Bytes of the guest.
         present: u64,
     },
-    /// The handler does not take what it is to have.
+    /// The handler does not take the descriptor.
     #[error("the page-fault handler at {} does not take the descriptor", path.display())]
     Send {
         /// The socket.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         source: io::Error,
     },
     /// The host has no thread or descriptor left.
@@ -94,14 +97,15 @@ impl From<OpenFailure> for UffdError {
     }
 }
 
-/// Where a region of RAM is in this process, and where its bytes are in the memory file: as Firecracker tells it.
+/// Where a region of RAM is in this process, and where its bytes are in the memory file, as Firecracker sends it to
+/// handlers.
 #[derive(Debug, Serialize)]
 struct Mapping {
     base_host_virt_addr: u64,
     size: u64,
     offset: u64,
     page_size: u64,
-    /// In bytes, whatever its name says: so it is in Firecracker, whose handlers read it.
+    /// In bytes, in spite of its name: Firecracker sends bytes, and its handlers expect them.
     page_size_kib: u64,
 }
 
@@ -124,7 +128,7 @@ fn mappings(memory: &SharedMemory) -> Vec<Mapping> {
         .collect()
 }
 
-/// A handler that has not been asked for anything yet.
+/// The connection to a page-fault handler that provides no pages yet.
 #[derive(Debug)]
 pub struct PageServer {
     path: PathBuf,
@@ -133,7 +137,8 @@ pub struct PageServer {
 }
 
 impl PageServer {
-    /// Connects to the handler that listens at `path`, and makes the descriptor. Where that is before the jail, the jail needs neither.
+    /// Connects to the handler that listens at `path`, and makes the descriptor. When both are made before the jail is
+    /// entered, the jail needs to allow neither.
     ///
     /// # Errors
     /// `Connect`, `Open`, `Features`.
@@ -150,8 +155,9 @@ impl PageServer {
         })
     }
 
-    /// Has the handler give the pages of RAM that nobody has touched, `bytes` by the state. Should it go while the answer lives, `on_lost` is told why
-    /// the guest ends; and the process is ended, where that has not come of it a moment later.
+    /// Has the handler provide the pages of RAM, which nobody has touched yet, and which is `bytes` long by the state.
+    /// If the handler ends while the returned value lives, `on_lost` is called with the reason for the guest's end, and
+    /// the process is ended if it has not ended by itself a few seconds later.
     ///
     /// # Errors
     /// `Size`, `Register`, `Send`, `Watch`.
@@ -187,7 +193,7 @@ impl PageServer {
         })
     }
 
-    /// All in one message: the descriptor goes with its first byte.
+    /// Sends everything in one message, because the descriptor is received with the first byte.
     fn send(&self, mappings: &[Mapping]) -> io::Result<()> {
         let json = serde_json::to_vec(mappings)?;
         let descriptors = [self.uffd.as_fd()];
@@ -209,10 +215,11 @@ impl PageServer {
     }
 }
 
-/// Guest memory that a handler gives, as long as this lives. What it has not given by then reads as zeros: no vCPU and no device may come to it.
+/// Guest memory that a handler provides for as long as this lives. After that, the pages that are missing read as
+/// zeros, so no vCPU and no device may touch them.
 #[derive(Debug)]
 pub struct Served {
-    /// Goes first: the handler is free to go once it sees that this process has.
+    /// The watch is dropped before the descriptor: the handler may end as soon as it sees the descriptor closed.
     _watch: Watch,
     _uffd: Arc<Userfault>,
 }

@@ -1,6 +1,7 @@
-//! The kernel's side of it: `userfaultfd` (Linux, Documentation/admin-guide/mm/userfaultfd.rst, include/uapi/linux/userfaultfd.h).
+//! The kernel's interface: `userfaultfd` (Linux, Documentation/admin-guide/mm/userfaultfd.rst,
+//! include/uapi/linux/userfaultfd.h).
 //!
-//! The crate of that name makes its bindings with libclang when it is built; these are three requests.
+//! The crate `userfaultfd` is not used, because its build needs libclang, and only three requests are needed here.
 
 use std::fs::File;
 use std::io;
@@ -12,11 +13,12 @@ use rustix::mm::{UserfaultfdFlags, userfaultfd};
 const DEVICE: &str = "/dev/userfaultfd";
 /// `UFFD_API`.
 const API: u64 = 0xaa;
-/// `UFFD_FEATURE_EVENT_REMOVE`: who serves the pages is told of those that are given back, whose bytes are zeros from then on.
+/// `UFFD_FEATURE_EVENT_REMOVE`: the kernel reports to the handler the pages that are given back, which read as zeros
+/// from then on.
 const EVENT_REMOVE: u64 = 1 << 3;
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 const MISSING: u64 = 1;
-/// `_UFFDIO_COPY` in the answer to `UFFDIO_REGISTER`.
+/// `_UFFDIO_COPY` in the `ioctls` that `UFFDIO_REGISTER` returns.
 const CAN_COPY: u64 = 1 << 3;
 
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
@@ -43,28 +45,28 @@ struct RegisterRequest {
 /// Why there is no descriptor.
 #[derive(Debug)]
 pub(super) enum OpenFailure {
-    /// The process may not have one.
+    /// The process may not have a descriptor.
     Refused {
-        /// What userfaultfd(2) said.
+        /// The error of userfaultfd(2).
         call: io::Error,
-        /// What `/dev/userfaultfd` said.
+        /// The error of `/dev/userfaultfd`.
         device: io::Error,
     },
-    /// The kernel has too old ones.
+    /// The kernel's userfaultfd lacks a feature.
     Features(io::Error),
 }
 
-/// A descriptor that tells of pages of this process that somebody touches and that are not there, whoever that is: a thread, or the kernel on its
-/// behalf, as KVM for a guest.
+/// A descriptor that reports missing pages of this process that are touched, by a thread or by the kernel on its
+/// behalf, as KVM does for a guest.
 #[derive(Debug)]
 pub(super) struct Userfault(OwnedFd);
 
 impl Userfault {
-    /// Opens one, by either of the two ways that there are to see the kernel's faults: the system call takes `CAP_SYS_PTRACE` or
-    /// `vm.unprivileged_userfaultfd`, the device the rights of its file.
+    /// Opens a descriptor that reports the kernel's faults, by either of two ways: the system call takes
+    /// `CAP_SYS_PTRACE` or `vm.unprivileged_userfaultfd`, the device the rights of its file.
     pub(super) fn open() -> Result<Self, OpenFailure> {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-        // SAFETY: a descriptor to which no memory is registered yet changes the behaviour of none.
+        // SAFETY: the new descriptor has no memory registered yet, so it changes the behaviour of none.
         let opened = match unsafe { userfaultfd(flags) } {
             Ok(fd) => fd,
             Err(call) => from_device().map_err(|device| OpenFailure::Refused {
@@ -73,12 +75,12 @@ impl Userfault {
             })?,
         };
         let this = Self(opened);
-        this.agree().map_err(OpenFailure::Features)?;
+        this.negotiate().map_err(OpenFailure::Features)?;
         Ok(this)
     }
 
-    /// The handshake, without which nothing can be registered.
-    fn agree(&self) -> io::Result<()> {
+    /// The handshake (`UFFDIO_API`), without which nothing can be registered.
+    fn negotiate(&self) -> io::Result<()> {
         let mut request = ApiRequest {
             api: API,
             features: EVENT_REMOVE,
@@ -86,10 +88,11 @@ impl Userfault {
         };
         // SAFETY: UFFDIO_API reads and writes an `ApiRequest`, which lives through the call.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_API, &raw mut request) };
-        answer(done)
+        check_result(done)
     }
 
-    /// From here on, a page of the window that was not touched yet waits for whoever has the descriptor to give it.
+    /// Registers a window. From here on, a thread that touches a missing page of it waits until whoever has the
+    /// descriptor provides the page.
     pub(super) fn register(&self, window: &Window) -> io::Result<()> {
         let mut request = RegisterRequest {
             start: window.as_ptr() as u64,
@@ -97,10 +100,10 @@ impl Userfault {
             mode: MISSING,
             ioctls: 0,
         };
-        // SAFETY: UFFDIO_REGISTER reads and writes a `RegisterRequest`, which lives through the call. The range is a whole window, which is guest
-        // memory: that bytes of it come from elsewhere, at any time, is in its contract.
+        // SAFETY: UFFDIO_REGISTER reads and writes a `RegisterRequest`, which lives through the call. The range is a
+        // whole window, which is guest memory: its contract allows that its bytes change at any time.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_REGISTER, &raw mut request) };
-        answer(done)?;
+        check_result(done)?;
         if request.ioctls & CAN_COPY == 0 {
             return Err(io::ErrorKind::Unsupported.into());
         }
@@ -114,7 +117,7 @@ impl AsFd for Userfault {
     }
 }
 
-fn answer(returned: libc::c_int) -> io::Result<()> {
+fn check_result(returned: libc::c_int) -> io::Result<()> {
     if returned < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -126,7 +129,7 @@ fn from_device() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
     // SAFETY: USERFAULTFD_IOC_NEW takes a number and touches no memory.
     let fd = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
-    answer(fd)?;
+    check_result(fd)?;
     // SAFETY: the kernel has just made the descriptor, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -12,13 +12,13 @@ mod page_server;
 
 const PAGES: u64 = 8;
 
-/// Two regions of memory, given from a file whose pages hold their numbers from 1 on.
-struct Bench {
+/// Two regions of memory, which a handler provides from a file whose pages hold their numbers from 1 on.
+struct ServedRegions {
     folder: tempfile::TempDir,
     memory: SharedMemory,
 }
 
-impl Bench {
+impl ServedRegions {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut file = std::fs::File::create(folder.path().join("memory")).unwrap();
@@ -59,14 +59,14 @@ impl Bench {
 
 #[test]
 fn pages_come_from_the_handler_when_they_are_touched_also_by_the_kernel_and_no_others() {
-    let bench = Bench::new();
-    let handler = bench.handler();
-    let _served = bench.serve();
-    assert!(bench.holds(0, 2, 3) && bench.holds(1, 1, PAGES as u8 + 2));
-    // A system call that writes part of a page: the kernel itself touches it.
+    let guest = ServedRegions::new();
+    let handler = guest.handler();
+    let _served = guest.serve();
+    assert!(guest.holds(0, 2, 3) && guest.holds(1, 1, PAGES as u8 + 2));
+    // The kernel itself touches a page, in a system call that writes part of it.
     let mut source = tempfile::tempfile().unwrap();
     source.write_all(&[0xee; 16]).unwrap();
-    let target = bench.memory.regions()[0]
+    let target = guest.memory.regions()[0]
         .window
         .as_ptr()
         .wrapping_add(5 * PAGE_SIZE as usize);
@@ -80,7 +80,7 @@ fn pages_come_from_the_handler_when_they_are_touched_also_by_the_kernel_and_no_o
         )
     };
     assert_eq!(read, 16);
-    let window = &bench.memory.regions()[0].window;
+    let window = &guest.memory.regions()[0].window;
     assert!(window.holds(5 * PAGE_SIZE, &[0xee; 16]));
     assert!(window.holds(5 * PAGE_SIZE + 16, &[6; 4080]));
     let given = handler.seen(|seen| seen.given.clone());
@@ -89,14 +89,14 @@ fn pages_come_from_the_handler_when_they_are_touched_also_by_the_kernel_and_no_o
 }
 
 #[test]
-fn the_handler_is_told_of_the_memory_in_firecrackers_words() {
-    let bench = Bench::new();
-    let handler = bench.handler();
-    let _served = bench.serve();
-    assert!(bench.holds(0, 0, 1));
+fn the_handler_gets_the_mappings_in_firecrackers_format() {
+    let guest = ServedRegions::new();
+    let handler = guest.handler();
+    let _served = guest.serve();
+    assert!(guest.holds(0, 0, 1));
     let mapping = |region: usize, offset| {
         serde_json::json!({
-            "base_host_virt_addr": bench.memory.regions()[region].window.as_ptr() as u64,
+            "base_host_virt_addr": guest.memory.regions()[region].window.as_ptr() as u64,
             "size": PAGES * PAGE_SIZE, "offset": offset, "page_size": 4096, "page_size_kib": 4096,
         })
     };
@@ -105,60 +105,60 @@ fn the_handler_is_told_of_the_memory_in_firecrackers_words() {
 }
 
 #[test]
-fn what_is_given_back_is_told_and_reads_as_zeros_and_a_mapped_file_needs_no_handler() {
-    let bench = Bench::new();
-    let mut handler = bench.handler();
-    let served = bench.serve();
-    assert!(bench.holds(0, 3, 4));
-    // Touched before, and not.
-    bench
+fn a_page_that_is_given_back_is_reported_and_reads_as_zeros_and_a_mapped_file_needs_no_handler() {
+    let guest = ServedRegions::new();
+    let mut handler = guest.handler();
+    let served = guest.serve();
+    assert!(guest.holds(0, 3, 4));
+    // One page was touched before it is given back, and one was not.
+    guest
         .memory
         .give_back(3 * PAGE_SIZE, 2 * PAGE_SIZE)
         .unwrap();
-    assert!(bench.holds(0, 3, 0) && bench.holds(0, 4, 0) && bench.holds(0, 5, 6));
+    assert!(guest.holds(0, 3, 0) && guest.holds(0, 4, 0) && guest.holds(0, 5, 6));
     let removed = handler.seen(|seen| seen.removed.clone());
     assert_eq!(
         removed.into_iter().collect::<Vec<_>>(),
         [3 * PAGE_SIZE, 4 * PAGE_SIZE]
     );
-    let file = std::fs::File::open(bench.folder.path().join("memory")).unwrap();
-    let file = bench.memory.files().share(&Arc::new(file)).unwrap();
-    bench
+    let file = std::fs::File::open(guest.folder.path().join("memory")).unwrap();
+    let file = guest.memory.files().share(&Arc::new(file)).unwrap();
+    guest
         .memory
         .map(0, PAGE_SIZE, &file, 7 * PAGE_SIZE)
         .unwrap();
-    assert!(bench.holds(0, 0, 8));
-    // Given back again, it is fresh memory of this process.
-    bench.memory.give_back(0, PAGE_SIZE).unwrap();
-    assert!(bench.holds(0, 0, 0));
+    assert!(guest.holds(0, 0, 8));
+    // A mapped page that is given back is fresh memory of this process.
+    guest.memory.give_back(0, PAGE_SIZE).unwrap();
+    assert!(guest.holds(0, 0, 0));
     assert!(!handler.seen(|seen| seen.given.contains(&0) || seen.removed.contains(&0)));
     drop(served);
-    handler.die();
+    handler.stop();
 }
 
 #[test]
-fn a_handler_that_goes_is_told_once_and_nothing_is_made_up_for_what_it_has_not_given() {
-    let bench = Arc::new(Bench::new());
-    let mut handler = bench.handler();
-    let (told, lost) = mpsc::channel();
-    let server = PageServer::connect(&bench.socket()).unwrap();
-    let on_lost = Box::new(move |why| told.send(why).unwrap());
+fn the_end_of_a_handler_is_reported_once_and_missing_pages_are_never_made_up() {
+    let guest = Arc::new(ServedRegions::new());
+    let mut handler = guest.handler();
+    let (report, lost) = mpsc::channel();
+    let server = PageServer::connect(&guest.socket()).unwrap();
+    let on_lost = Box::new(move |why| report.send(why).unwrap());
     let bytes = 2 * PAGES * PAGE_SIZE;
-    let served = server.serve(&bench.memory, bytes, on_lost).unwrap();
-    assert!(bench.holds(0, 0, 1));
-    handler.fall_silent();
+    let served = server.serve(&guest.memory, bytes, on_lost).unwrap();
+    assert!(guest.holds(0, 0, 1));
+    handler.stop_answering();
     let (touched, page) = mpsc::channel();
     std::thread::spawn({
-        let bench = bench.clone();
-        move || touched.send(bench.holds(0, 1, 0))
+        let guest = guest.clone();
+        move || touched.send(guest.holds(0, 1, 0))
     });
-    handler.die();
+    handler.stop();
     let why = lost.recv_timeout(Duration::from_secs(20)).unwrap();
     assert!(why.contains("uffd.sock has closed its connection"), "{why}");
-    // Whoever waits for the page goes on waiting: not with zeros.
+    // The thread that waits for the page goes on waiting, and does not get zeros.
     let waited = page.recv_timeout(Duration::from_millis(300));
     assert_eq!(waited, Err(mpsc::RecvTimeoutError::Timeout));
-    // In order, before the process is ended for it: then it is let go.
+    // The guest ends in order before its process would be ended, so the watch is dropped.
     drop((served, server));
     assert_eq!(page.recv_timeout(Duration::from_secs(20)), Ok(true));
     assert!(lost.recv().is_err());
@@ -166,13 +166,13 @@ fn a_handler_that_goes_is_told_once_and_nothing_is_made_up_for_what_it_has_not_g
 
 #[test]
 fn a_socket_that_nobody_listens_at_and_memory_of_another_size_are_refused() {
-    let bench = Bench::new();
-    let error = PageServer::connect(&bench.socket()).unwrap_err();
+    let guest = ServedRegions::new();
+    let error = PageServer::connect(&guest.socket()).unwrap_err();
     assert!(error.to_string().contains("uffd.sock"), "{error}");
-    let _handler = bench.handler();
-    let server = PageServer::connect(&bench.socket()).unwrap();
-    let error = server.serve(&bench.memory, PAGE_SIZE, Box::new(|_| ()));
+    let _handler = guest.handler();
+    let server = PageServer::connect(&guest.socket()).unwrap();
+    let error = server.serve(&guest.memory, PAGE_SIZE, Box::new(|_| ()));
     assert!(matches!(error, Err(UffdError::Size { .. })));
-    // And nothing is registered by then.
-    assert!(bench.holds(0, 0, 0));
+    // A refused handler has no memory registered.
+    assert!(guest.holds(0, 0, 0));
 }

@@ -1,4 +1,5 @@
-//! A thread that sees a page-fault handler go: nobody else may be left to see it, as any thread may wait for a page.
+//! A thread that notices the end of a page-fault handler. Every other thread may be waiting for a page, and so could
+//! not notice it.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,14 +13,14 @@ use host::report::chain;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 
-use crate::fault;
+use crate::bus_error;
 
-/// The thread waits, and once makes a line of text.
+/// Enough for a thread that waits, and formats one line of text.
 const STACK_SIZE: usize = 64 << 10;
-/// How long a guest may take to end in order. Whoever waits for a page, with whatever lock, never does.
+/// How long the guest may take to end in order. It never does where a thread waits for a page while it holds a lock.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Sees the other end of a socket close, as long as this lives.
+/// Watches for the other end of a socket to close, for as long as this lives.
 #[derive(Debug)]
 pub(super) struct Watch {
     over: Arc<OwnedFd>,
@@ -27,7 +28,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Watches over the handler that was reached at `path`.
+    /// Starts to watch the handler that was reached at `path`.
     pub(super) fn start(
         socket: UnixStream,
         path: &Path,
@@ -55,14 +56,14 @@ impl Drop for Watch {
             return;
         }
         if let Some(thread) = self.thread.take() {
-            // A panic has been told by the panic hook.
+            // The panic hook has reported a panic of the thread.
             let _ = thread.join();
         }
     }
 }
 
 fn watch(socket: &UnixStream, over: &OwnedFd, path: &Path, on_lost: &dyn Fn(String)) {
-    // Hangups and errors are told unasked; what a handler may write is of no interest.
+    // poll(2) always reports hangups and errors. What a handler may write is not read.
     let hangup = PollFd::new(socket, PollFlags::empty());
     let end = PollFd::new(over, PollFlags::IN);
     let mut both = [hangup, end];
@@ -86,11 +87,11 @@ fn watch(socket: &UnixStream, over: &OwnedFd, path: &Path, on_lost: &dyn Fn(Stri
     );
     on_lost(report.clone());
     if !is_over(over) {
-        fault::end(&report);
+        bus_error::end(&report);
     }
 }
 
-/// Whether the guest comes to its end by itself.
+/// Whether the guest ends by itself within the grace period.
 fn is_over(over: &OwnedFd) -> bool {
     let grace = Timespec::try_from(GRACE).ok();
     loop {

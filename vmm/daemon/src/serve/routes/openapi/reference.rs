@@ -1,4 +1,5 @@
-//! The reference of the REST API for readers, made from the document: `docs/reference/rest-operations.md` has to be what this gives.
+//! The reference of the REST API for readers, made from the document: `docs/reference/rest-operations.md` has to be
+//! what this gives.
 
 use std::fmt::Write as _;
 

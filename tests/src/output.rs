@@ -1,4 +1,5 @@
-//! What programs write, gathered by one thread for all: threads for each would be memory that a guest seems to take.
+//! The output of programs, which one thread reads for all of them: a thread for each would be memory that a guest seems
+//! to take.
 
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::os::fd::OwnedFd;
@@ -10,11 +11,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::result::Failure;
 
-/// Text that grows while it is read.
+/// The text that was read of a program so far.
 #[derive(Default)]
-pub struct Growing {
+pub struct OutputBuffer {
     state: Mutex<State>,
-    grew: Condvar,
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -23,12 +24,12 @@ struct State {
     ended: bool,
 }
 
-impl Growing {
+impl OutputBuffer {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What there is so far.
+    /// The text that was read so far.
     pub fn text(&self) -> String {
         self.lock().text.clone()
     }
@@ -38,23 +39,23 @@ impl Growing {
         self.lock().ended
     }
 
-    /// Waits until the source has ended, and all of it is here.
+    /// Waits until the source has ended, and all of it was read.
     pub fn wait_for_end(&self) {
         let state = self.lock();
-        drop(self.grew.wait_while(state, |state| !state.ended));
+        drop(self.changed.wait_while(state, |state| !state.ended));
     }
 
-    /// Waits until `wanted` is there; `false` where the source ends before, or `patience` does.
-    pub fn wait_for(&self, wanted: &str, patience: Duration) -> bool {
+    /// Waits until the text contains `expected`; `false` where the source ends before that, or `patience` does.
+    pub fn wait_for(&self, expected: &str, patience: Duration) -> bool {
         let begun = Instant::now();
         let mut state = self.lock();
-        while !state.text.contains(wanted) {
+        while !state.text.contains(expected) {
             let left = patience.saturating_sub(begun.elapsed());
             if state.ended || left.is_zero() {
                 return false;
             }
             state = self
-                .grew
+                .changed
                 .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
@@ -62,7 +63,7 @@ impl Growing {
         true
     }
 
-    /// Grows by what comes from the source.
+    /// Begins to read a source into the buffer.
     pub fn follow(self: &Arc<Self>, source: OwnedFd) -> Result<(), Failure> {
         static FOLLOWER: Mutex<Option<Follower>> = Mutex::new(None);
         let mut follower = FOLLOWER.lock().unwrap_or_else(PoisonError::into_inner);
@@ -73,26 +74,26 @@ impl Growing {
         follower.as_mut().map_or(Ok(()), |it| it.add(source))
     }
 
-    /// Reads once from a source that has something; `false` at its end.
-    fn grow(&self, source: &OwnedFd) -> bool {
+    /// Reads once from a source that is readable; `false` at its end.
+    fn read_once(&self, source: &OwnedFd) -> bool {
         let mut bytes = [0; 4096];
         // A source that fails has ended.
         let len = rustix::io::read(source, &mut bytes).unwrap_or(0);
         let mut state = self.lock();
         state.text.push_str(&String::from_utf8_lossy(&bytes[..len]));
         state.ended = len == 0;
-        self.grew.notify_all();
+        self.changed.notify_all();
         len > 0
     }
 }
 
-/// A source, and what grows by it.
-type Followed = (OwnedFd, Arc<Growing>);
+/// A source, and the buffer that it is read into.
+type Source = (OwnedFd, Arc<OutputBuffer>);
 
-/// The way to the thread that reads all sources.
+/// The thread that reads all sources.
 struct Follower {
-    added: Sender<Followed>,
-    /// Has it look at what was added.
+    added: Sender<Source>,
+    /// Wakes the thread up, so that it takes the sources that were added.
     wake: PipeWriter,
 }
 
@@ -104,7 +105,7 @@ impl Follower {
         Ok(Self { added, wake })
     }
 
-    fn add(&mut self, source: Followed) -> Result<(), Failure> {
+    fn add(&mut self, source: Source) -> Result<(), Failure> {
         let lost = || Failure::Claim("the reader of consoles has ended".to_owned());
         self.added.send(source).map_err(|_| lost())?;
         let woken = self.wake.write_all(&[0]);
@@ -112,21 +113,21 @@ impl Follower {
     }
 }
 
-fn follow_all(added: &Receiver<Followed>, mut woken: PipeReader) {
-    let mut sources: Vec<Followed> = Vec::new();
+fn follow_all(added: &Receiver<Source>, mut woken: PipeReader) {
+    let mut sources: Vec<Source> = Vec::new();
     loop {
         let mut fds = vec![PollFd::new(&woken, PollFlags::IN)];
         let theirs = sources.iter().map(|(fd, _)| PollFd::new(fd, PollFlags::IN));
         fds.extend(theirs);
-        // An interruption shows nothing ready.
+        // After an interruption no source is ready.
         let _ = poll(&mut fds, None);
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let mut ready = ready.into_iter();
         if ready.next() == Some(true) {
-            // As many bytes as there are news, or fewer, and then it is woken again.
+            // There is a byte for each source that was added. If some are left, the next poll returns at once.
             let _ = woken.read(&mut [0; 64]);
         }
-        sources.retain(|(fd, text)| ready.next() != Some(true) || text.grow(fd));
+        sources.retain(|(fd, text)| ready.next() != Some(true) || text.read_once(fd));
         sources.extend(added.try_iter());
     }
 }

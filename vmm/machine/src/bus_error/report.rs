@@ -1,4 +1,4 @@
-//! Tells of a lost page, and ends the process.
+//! Reports a lost page, and ends the process.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -34,7 +34,8 @@ pub(super) fn report(host: usize, range: GuestRange) -> String {
     }
 }
 
-/// Ends the process without a lock: not even that of standard error, which a thread that writes to the log holds.
+/// Prints a report, and ends the process. Takes no lock, not even that of standard error: a thread that writes to the
+/// log may hold it.
 pub(crate) fn end(report: &str) -> ! {
     restore_terminal();
     let line = format!("coppice: {report}\n");
@@ -49,7 +50,7 @@ pub(crate) fn end(report: &str) -> ! {
     exit_at_once(exit::FAILURE)
 }
 
-/// Ends the process with no more than a system call, whatever its threads hold.
+/// Ends the process by a system call alone, whatever locks its threads hold.
 fn exit_at_once(code: u8) -> ! {
     // SAFETY: `_exit` takes any number and does not return.
     unsafe { libc::_exit(code.into()) }

@@ -1,4 +1,4 @@
-//! Each case is a process of its own, as it ends by what is shown: this test binary again, with a word in its environment.
+//! Each case ends its process, so it runs in one of its own: this test binary again, with the case in its environment.
 
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
@@ -9,8 +9,8 @@ use memshare::{PAGE_SIZE, Window};
 
 use super::*;
 
-const CASE: &str = "COPPICE_FAULT_CASE";
-const FILE: &str = "COPPICE_FAULT_FILE";
+const CASE: &str = "COPPICE_BUS_ERROR_CASE";
+const FILE: &str = "COPPICE_BUS_ERROR_FILE";
 const LEN: u64 = 4 * PAGE_SIZE;
 const ADDRESS: u64 = 0x10_0000;
 
@@ -18,7 +18,12 @@ const ADDRESS: u64 = 0x10_0000;
 fn run(case: &str, file: &tempfile::NamedTempFile) -> Output {
     file.as_file().set_len(LEN).unwrap();
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "fault::tests::child", "--ignored", "--nocapture"])
+        .args([
+            "--exact",
+            "bus_error::tests::child",
+            "--ignored",
+            "--nocapture",
+        ])
         .env(CASE, case)
         .env(FILE, file.path())
         .output()
@@ -43,7 +48,7 @@ fn child() {
     let window = Arc::new(Window::reserve(LEN).unwrap());
     window.map_file(0, LEN, &file, 0).unwrap();
     let guest = vec![GuestRange::new(ADDRESS, &window)];
-    let watch = FaultWatch::start(&guest).unwrap();
+    let watch = BusErrorWatch::start(&guest).unwrap();
     touch(&window);
     file.set_len(2 * PAGE_SIZE).unwrap();
     match case.as_str() {
@@ -52,7 +57,7 @@ fn child() {
             let other = std::thread::spawn({
                 let window = window.clone();
                 move || {
-                    // Whatever such a thread holds is held for good.
+                    // The thread never releases these locks: the handler must not need them.
                     let _standard_error = io::stderr().lock();
                     let _held = HELD.lock().unwrap();
                     touch(&window);
@@ -93,13 +98,13 @@ fn a_thread_that_touches_a_page_of_a_cut_file_ends_the_process_with_a_report() {
     for case in ["this thread", "another thread", "all threads"] {
         let file = tempfile::NamedTempFile::new().unwrap();
         let output = run(case, &file);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{case}: {said}");
+        let printed = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{case}: {printed}");
         let expected = format!(
             "coppice: guest page 0x102000 is that of {} at offset 0x2000, and cannot be read: it was cut to 8192 bytes; {ADVICE}\n",
             file.path().display()
         );
-        assert_eq!(said, expected, "{case}");
+        assert_eq!(printed, expected, "{case}");
     }
 }
 

@@ -1,8 +1,8 @@
-//! Where guest memory is in this process.
+//! A range of guest memory, and where it is in this process.
 
 use memshare::{PAGE_SIZE, Window};
 
-/// Where guest memory is in this process.
+/// A range of guest memory, and where it is in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// First guest physical address.
@@ -14,17 +14,17 @@ pub struct GuestRange {
 }
 
 impl GuestRange {
-    /// The memory of a window that the guest has at `address`.
+    /// The memory of a window, which the guest has at `address`.
     pub fn new(address: u64, window: &Window) -> Self {
         Self {
             address,
             host: window.as_ptr() as usize,
-            // A window is a part of an address space.
+            // A window is a part of this process's address space, so that its length is a `usize`.
             len: window.len() as usize,
         }
     }
 
-    /// The guest physical address of a page of it.
+    /// The guest physical address of the page that contains an address of the process.
     pub(super) fn page_of(&self, host: usize) -> u64 {
         self.address + (host - self.host) as u64 / PAGE_SIZE * PAGE_SIZE
     }

@@ -1,7 +1,8 @@
 //! The handler of `SIGBUS`.
 //!
-//! It is called where a thread reads or writes guest memory, and nowhere else: the kernel raises the signal for an address, and one that is in guest memory.
-//! Such a thread is in none of the C library's functions that may not be called again (signal-safety(7)): so the handler may do what could be done there.
+//! The kernel raises the signal for an address. The handler acts only on an address in guest memory, so the thread was
+//! reading or writing guest memory when it was stopped. Such a thread is not inside one of the C library's functions
+//! that must not be called again (signal-safety(7)), so the handler may call them.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -13,7 +14,7 @@ use super::range::GuestRange;
 use super::report::{end, report};
 use kvm::layout::VIRTIO_GSIS;
 
-/// RAM below and above the hole, and a window for each device at most.
+/// RAM below and above the hole for devices, and a window for each device at most.
 const MOST_RANGES: usize = 2 + VIRTIO_GSIS.len();
 
 struct AtomicRange {
@@ -32,7 +33,8 @@ impl AtomicRange {
         }
     }
 
-    /// Never seen as more than what it was or is to be: it is empty in between.
+    /// Changes the range. The handler can run at any moment in between, and sees the old range, no range or the new
+    /// one: the range is empty while its fields change.
     fn set(&self, address: u64, range: &Range<usize>) {
         self.end.store(0, Ordering::SeqCst);
         self.address.store(address, Ordering::SeqCst);
@@ -40,8 +42,8 @@ impl AtomicRange {
         self.end.store(range.end, Ordering::SeqCst);
     }
 
-    /// The range, where an address of the process is in it.
-    fn holding(&self, host: usize) -> Option<GuestRange> {
+    /// The range, where it contains an address of the process.
+    fn containing(&self, host: usize) -> Option<GuestRange> {
         let (start, end) = (
             self.start.load(Ordering::SeqCst),
             self.end.load(Ordering::SeqCst),
@@ -55,10 +57,11 @@ impl AtomicRange {
 }
 
 static GUEST: [AtomicRange; MOST_RANGES] = [const { AtomicRange::empty() }; MOST_RANGES];
-/// Whether a thread ends the process.
+/// Whether a thread is ending the process.
 static ENDING: AtomicBool = AtomicBool::new(false);
 
-/// Has the first thread that touches a lost page of `guest` end the process with a report, and others wait for that.
+/// Installs the handler. The first thread that touches a lost page of `guest` ends the process with a report, and the
+/// others wait for that.
 pub(super) fn install(guest: &[GuestRange]) -> io::Result<()> {
     if guest.len() > MOST_RANGES {
         return Err(io::Error::other("guest memory is in too many ranges"));
@@ -70,7 +73,7 @@ pub(super) fn install(guest: &[GuestRange]) -> io::Result<()> {
     set_action(handler as libc::sighandler_t, libc::SA_SIGINFO)
 }
 
-/// From here on every `SIGBUS` has its default meaning.
+/// Forgets guest memory. From here on every `SIGBUS` has its default meaning.
 pub(super) fn forget() {
     for slot in &GUEST {
         slot.set(0, &(0..0));
@@ -82,8 +85,8 @@ fn set_action(handler: libc::sighandler_t, flags: libc::c_int) -> io::Result<()>
     let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
     action.sa_sigaction = handler;
     action.sa_flags = flags;
-    // SAFETY: `action` is initialised and lives through the call, and the handler is the default or `on_bus_error`, which is safe in
-    // any context that a signal may come in; the old action is not asked for.
+    // SAFETY: `action` is initialised and lives through the call, and the handler is the default or `on_bus_error`,
+    // which is safe in any context that a signal may come in; the old action is not asked for.
     let set = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, ptr::null_mut()) };
     if set == 0 {
         Ok(())
@@ -97,13 +100,13 @@ extern "C" fn on_bus_error(
     info: *mut libc::siginfo_t,
     _context: *mut libc::c_void,
 ) {
-    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` that is valid until the handler returns; `si_addr` reads bytes that every
-    // signal has, and counts below only where the kernel raised it for an address.
+    // SAFETY: with SA_SIGINFO the kernel passes a `siginfo_t` that is valid until the handler returns; `si_addr` reads
+    // bytes that every signal has, and is used below only where the kernel raised the signal for an address.
     let (code, address) = unsafe { ((*info).si_code, (*info).si_addr() as usize) };
-    // What a process sends has no address and a code of 0 or less.
-    let mut ranges = GUEST.iter().filter_map(|range| range.holding(address));
+    // A signal that a process has sent has no address, and a code of 0 or less.
+    let mut ranges = GUEST.iter().filter_map(|range| range.containing(address));
     let Some(range) = ranges.next().filter(|_| code > 0) else {
-        // By the default action, once this has returned.
+        // The signal is delivered by its default action once this handler has returned.
         let _ = set_action(libc::SIG_DFL, 0);
         // SAFETY: any number may be raised; this one is blocked until the handler returns.
         unsafe { libc::raise(signal) };
@@ -113,7 +116,7 @@ extern "C" fn on_bus_error(
         end(&report(address, range));
     }
     loop {
-        // SAFETY: waits for a signal; touches nothing.
+        // SAFETY: `pause` waits for a signal, and touches no memory.
         unsafe { libc::pause() };
     }
 }

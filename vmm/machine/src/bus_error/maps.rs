@@ -1,4 +1,5 @@
-//! What is mapped at an address, as the kernel has it: no lock of this process is in the way of that.
+//! What is mapped at an address. The kernel is asked, because the tables of this process are under locks that the
+//! stopped thread may hold.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -11,13 +12,13 @@ use memshare::PAGE_SIZE;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Mapping {
     pub(super) path: PathBuf,
-    /// Of the page, in the file.
+    /// Where the page begins in the file, in bytes.
     pub(super) offset: u64,
     inode: u64,
 }
 
 impl Mapping {
-    /// Length of the file, if it is still there by its name.
+    /// Length of the file, if its name still leads to it.
     pub(super) fn file_len(&self) -> Option<u64> {
         let metadata = std::fs::metadata(&self.path).ok()?;
         (metadata.ino() == self.inode).then_some(metadata.len())
@@ -31,7 +32,7 @@ pub(super) fn of_process(address: usize) -> Option<Mapping> {
     lines.find_map(|line| parse(&line, address as u64))
 }
 
-/// What a line says of an address: `start-end perms offset dev inode path` (proc(5)).
+/// The file's page at an address, where a line is about it: `start-end perms offset dev inode path` (proc(5)).
 fn parse(line: &str, address: u64) -> Option<Mapping> {
     let hexadecimal = |text| u64::from_str_radix(text, 16).ok();
     let (range, rest) = line.split_once(' ')?;
