@@ -222,7 +222,7 @@ impl MmioTransport {
         };
         if let Err(error) = activated {
             let error: &dyn std::error::Error = &error;
-            tracing::warn!(error, "a virtio device cannot start");
+            crate::limited!(warn, error, "a virtio device cannot start");
             self.interrupt.fail();
         }
     }
