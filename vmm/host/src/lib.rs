@@ -6,6 +6,7 @@
 pub mod exit;
 pub mod heap;
 pub mod output;
+pub mod printable;
 pub mod procfs;
 pub mod program;
 pub mod report;
