@@ -29,6 +29,7 @@ mod end_reason;
 mod events;
 mod fault;
 mod guest_api;
+mod guest_metrics;
 mod identity;
 mod images;
 mod jail;
