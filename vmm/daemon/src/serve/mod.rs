@@ -6,6 +6,7 @@
 //!                     │            ├─ waiting        a guest that is configured over its own API, and its start
 //!                     │            ├─ supervision    a guest's process: brought up, watched, started again
 //!                     │            │      └─ process ═══> coppice run (one a guest, outlives the daemon)
+//!                     │            │            └─ guest_log    drains what that logs
 //!                     │            ├─ pending, commits, later_config    operations and changes that outlive the process
 //!                     │            └─ persist        the record on disk
 //!                     └── proxy, console ────────────> the guest's own sockets
@@ -18,8 +19,9 @@
 //!
 //! The daemon runs on one thread, with a few more for work that waits for the disk. It starts processes, watches them
 //! by pidfd, and passes bytes on. It never touches a guest's memory, and of what comes from a guest's process it reads
-//! nothing but the responses of that guest's VMM, with a limit on their length. The status of a guest is answered from
-//! what the daemon knows, so a guest that hangs holds up the callers that ask it, and no others.
+//! nothing but the responses of that guest's VMM, why the process ended, and its log, all with a limit on their length.
+//! The status of a guest is answered from what the daemon knows, so a guest that hangs holds up the callers that ask it,
+//! and no others.
 
 mod admission;
 mod commits;
@@ -29,6 +31,7 @@ mod end_reason;
 mod events;
 mod fault;
 mod guest_api;
+mod guest_log;
 mod guest_metrics;
 mod identity;
 mod images;

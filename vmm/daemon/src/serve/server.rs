@@ -19,11 +19,9 @@ use super::images::Images;
 use super::jail::{JailPolicy, Jails};
 use super::listen::Connections;
 use super::peer::Allowed;
-use super::process;
 use super::record::{RestartPolicy, State};
 use super::routes;
 use super::store::Store;
-use super::task::blocking;
 use super::templates::Templates;
 use super::vm::Vm;
 use crate::zygote::Zygote;
@@ -88,22 +86,6 @@ fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
 }
 
 impl Daemon {
-    /// Cuts the logs of guests that have become too long, once a minute, without end.
-    async fn trim_logs(self: Arc<Self>) {
-        loop {
-            tokio::time::sleep(process::TRIM).await;
-            let folders: Vec<_> = self.all().iter().map(|vm| vm.folder.clone()).collect();
-            let trimmed = blocking(move || {
-                folders
-                    .iter()
-                    .try_for_each(|folder| process::trim_log(folder))
-            });
-            if let Ok(Err(error)) = trimmed.await {
-                tracing::warn!(error = %chain(&error), "the log of a guest cannot be cut");
-            }
-        }
-    }
-
     async fn stop_all(self: &Arc<Self>, grace: Duration) {
         let mut stops = tokio::task::JoinSet::new();
         for vm in self.all() {
@@ -222,7 +204,6 @@ async fn serve(options: Options) -> Result<(), ServeError> {
                 .web(listener, routes::read_only(daemon.clone())),
         );
     }
-    tokio::spawn(daemon.clone().trim_logs());
     daemon.events.tell(EventKind::DaemonStarted, None, None);
     // A service manager that waits for this takes the daemon for failed if it does not come.
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {

@@ -224,7 +224,7 @@ impl Daemon {
     pub fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>, before: LimitHits) {
         let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
         tokio::spawn(async move {
-            let exit = process.ended().await;
+            let exit = process.watched(&vm.folder).await;
             daemon.ended(&vm, exit, before).await;
         });
     }
