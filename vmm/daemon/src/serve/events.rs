@@ -28,6 +28,8 @@ pub enum EventKind {
     Created,
     /// A guest was found as an earlier daemon had left it.
     Attached,
+    /// A guest was found whose record cannot be read.
+    Unreadable,
     /// A guest runs.
     Started,
     /// A guest was paused.
@@ -68,6 +70,7 @@ impl EventKind {
             Self::DaemonStopping => "daemon_stopping",
             Self::Created => "created",
             Self::Attached => "attached",
+            Self::Unreadable => "unreadable",
             Self::Started => "started",
             Self::Paused => "paused",
             Self::Resumed => "resumed",

@@ -209,6 +209,10 @@ impl Fault {
             {
                 StatusCode::INSUFFICIENT_STORAGE
             }
+            // A record that could not be read again is not written.
+            Self::Store(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             Self::Store(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Spawn(_) | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::Unreachable { .. } => StatusCode::BAD_GATEWAY,

@@ -333,6 +333,7 @@ mod tests {
             template: None,
             vsock: None,
             guest_uid: None,
+            unreadable: None,
             config: None,
         }
     }
