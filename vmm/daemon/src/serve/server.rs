@@ -1,7 +1,6 @@
 //! The start of `coppice serve`, its end, and what it does by the clock in between.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +23,7 @@ use super::routes;
 use super::store::Store;
 use super::templates::Templates;
 use super::vm::Vm;
+use super::web::WebOptions;
 use crate::zygote::Zygote;
 use host::report::chain;
 use host::signals;
@@ -46,8 +46,8 @@ pub struct Options {
     pub allowed: Allowed,
     /// Where its state is.
     pub state: PathBuf,
-    /// The address at which it shows its guests to everybody who can reach that.
-    pub web: Option<SocketAddr>,
+    /// How it shows its guests to everybody who can reach an address.
+    pub web: Option<WebOptions>,
     /// How many guests it takes on.
     pub limits: Limits,
     /// How its guests are jailed; not at all where absent.
@@ -192,7 +192,8 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         .clone()
         .unix(daemon.clone(), listener, routes::all(daemon.clone()));
     let serving = tokio::spawn(serving);
-    if let Some(address) = options.web {
+    if let Some(web) = &options.web {
+        let address = web.address;
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(host(format!("--web {address}")))?;
         if let Ok(address) = listener.local_addr() {
@@ -201,7 +202,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         tokio::spawn(
             connections
                 .clone()
-                .web(listener, routes::read_only(daemon.clone())),
+                .web(listener, routes::read_only(daemon.clone(), web)),
         );
     }
     daemon.events.tell(EventKind::DaemonStarted, None, None);
