@@ -11,6 +11,8 @@
 mod client;
 #[path = "serve_faults.rs"]
 mod faults;
+#[path = "serve_hostile.rs"]
+mod hostile;
 #[path = "serve_lifecycle.rs"]
 mod lifecycle;
 #[path = "serve_many.rs"]
