@@ -3,6 +3,8 @@
 //! Every byte that a guest writes, in a register, a ring or a buffer, is hostile: it ends in a device's
 //! documented error, never in a panic, an unbounded loop or an access outside guest memory.
 //!
+//! What a guest causes is logged by [`limited`], since it can cause it as often as it likes.
+//!
 //! Each device has the same life, see [`lifecycle`], and each kind is one line of the table [`KINDS`].
 
 mod activate_error;
@@ -13,6 +15,7 @@ pub mod latency;
 pub mod legacy;
 pub mod lifecycle;
 mod lock;
+pub mod log_limit;
 pub mod metrics;
 pub mod persist;
 pub mod virtio;

@@ -221,7 +221,7 @@ impl MmioTransport {
             Err(error) => Err(ActivateError::Ring(error)),
         };
         if let Err(error) = activated {
-            tracing::warn!(error = %report::chain(&error), "a virtio device cannot start");
+            crate::limited!(warn, error = %report::chain(&error), "a virtio device cannot start");
             self.interrupt.fail();
         }
     }

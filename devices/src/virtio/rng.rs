@@ -107,7 +107,7 @@ impl VirtioRng {
                 }
             }
             Err(error) => {
-                tracing::warn!(error = %report::chain(&error), "virtio-rng: the driver broke the ring; the device needs a reset");
+                crate::limited!(warn, error = %report::chain(&error), "virtio-rng: the driver broke the ring; the device needs a reset");
                 self.metrics.failures.fetch_add(1, Ordering::Relaxed);
                 self.active = None;
                 self.interrupt.fail();
@@ -240,7 +240,7 @@ impl MutEventSubscriber for VirtioRng {
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
         if let Err(error) = ops.add(Events::new(&self.kick[0], EventSet::IN)) {
-            tracing::error!(?error, "virtio-rng cannot wait for its queue");
+            crate::limited!(error, ?error, "virtio-rng cannot wait for its queue");
         }
     }
 }

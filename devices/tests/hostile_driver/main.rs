@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, reason = "these are tests")]
 
+mod log;
 mod malice;
 mod restored;
 mod stack;

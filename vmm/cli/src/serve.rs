@@ -1,6 +1,6 @@
 //! The arguments of `coppice serve`.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,7 +10,9 @@ use rustix::process::geteuid;
 use super::serve_jail::ServeJailArgument;
 use config::Mebibytes;
 use control::logging::{LogFilter, LogFormat};
-use daemon::serve::{Allowed, JailPolicy, Limits, Options, ShareDomains, host_memory_kib};
+use daemon::serve::{
+    Allowed, JailPolicy, Limits, Options, ShareDomains, WebOptions, host_memory_kib,
+};
 
 /// The variable that names the socket.
 pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
@@ -39,9 +41,18 @@ pub struct ServeArguments {
     /// root, else `$XDG_STATE_HOME/coppice` or ~/.local/state/coppice].
     #[arg(long, value_name = "DIR")]
     pub state: Option<PathBuf>,
-    /// Show the guests on this TCP address as well, to anybody, for reading alone: 127.0.0.1:8080.
+    /// Show a page with the guests on this TCP address, to anybody, for reading alone: 127.0.0.1:8080.
+    ///
+    /// It answers to localhost, to its own address, and to the names of --web-host, so that a page from elsewhere
+    /// cannot read it in a browser (DNS rebinding).
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub web: Option<SocketAddr>,
+    /// A further name or address by which the address of --web is called, such as that of a proxy. Can be repeated.
+    #[arg(long, value_name = "NAME", requires = "web", value_parser = web_host)]
+    pub web_host: Vec<String>,
+    /// Serve all that only reads on the address of --web: the configurations and labels of guests, metrics, health.
+    #[arg(long, requires = "web")]
+    pub web_all: bool,
     /// How far the host's memory may be promised beyond what guests hold: see below.
     #[arg(long, value_name = "R", default_value = "1.5", value_parser = ratio)]
     pub memory_ratio: f64,
@@ -112,6 +123,24 @@ fn mode(text: &str) -> Result<u32, String> {
         Ok(mode) if mode <= 0o777 => Ok(mode),
         Ok(_) | Err(_) => Err("not an octal mode, such as 660".to_owned()),
     }
+}
+
+/// A name or an address, as requests are compared with it.
+fn web_host(text: &str) -> Result<String, String> {
+    let host = text.strip_suffix('.').unwrap_or(text).to_ascii_lowercase();
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(address.to_string());
+    }
+    let is_name = |label: &str| {
+        (1..64).contains(&label.len())
+            && label
+                .bytes()
+                .all(|c| c == b'-' || c == b'_' || c.is_ascii_alphanumeric())
+    };
+    if host.len() < 254 && host.split('.').all(is_name) {
+        return Ok(host);
+    }
+    Err("not a name or an address, without a port".to_owned())
 }
 
 fn ratio(text: &str) -> Result<f64, String> {
@@ -186,7 +215,11 @@ impl ServeArguments {
                 gid: self.socket_group,
             },
             state: self.state.unwrap_or_else(default_state),
-            web: self.web,
+            web: self.web.map(|address| WebOptions {
+                address,
+                hosts: self.web_host,
+                all: self.web_all,
+            }),
             limits: Limits {
                 ratio: self.memory_ratio,
                 vms: self.max_vms,

@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 use host::output::open_output;
 use machine::MachineMetrics;
 
-pub use prometheus::{CONTENT_TYPE, Scrape};
+pub use prometheus::{CONTENT_TYPE, Family, FamilyKind, Scrape, families};
 
 /// Requests to the REST socket.
 #[derive(Debug, Default)]

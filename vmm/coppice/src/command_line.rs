@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use control::logging::{Log, LogFilter, LogFormat};
 use host::exit;
+use host::printable::printable_lines;
 use host::report::chain;
 
 /// Bytes of the parser's stack: enough for a build without optimization, and too few for the host to make a huge page
@@ -36,8 +37,10 @@ pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitC
 
 /// Says on standard error what is wrong, and gives the code to end with.
 pub fn fail(code: u8, text: impl Display) -> ExitCode {
+    // What others have written may be in it: names of files, or the reason of a guest's process.
+    let text = text.to_string();
     // Standard error may be a file on a full disk. The exit code says what it can all the same.
-    let _ = writeln!(io::stderr(), "coppice: {text}");
+    let _ = writeln!(io::stderr(), "coppice: {}", printable_lines(&text));
     ExitCode::from(code)
 }
 

@@ -11,6 +11,8 @@
 mod client;
 #[path = "serve_faults.rs"]
 mod faults;
+#[path = "serve_hostile.rs"]
+mod hostile;
 #[path = "serve_lifecycle.rs"]
 mod lifecycle;
 #[path = "serve/lying.rs"]
@@ -151,7 +153,7 @@ fn two_guests_of_a_daemon_see_nothing_of_each_other() {
     assert!(may("touch \"$1\" && rm \"$1\"", &own.join("file")));
     assert!(may("ls \"$1\"", &own));
     assert!(!may("ls \"$1\"", &other));
-    for name in ["vm.json", "pid.json", "config.json", "log"] {
+    for name in ["vm.json", "pid.json", "config.json", "log", "log.pipe"] {
         assert!(!may("cat \"$1\"", &own.join(name)), "{name}");
         assert!(!may("rm -f \"$1\"", &own.join(name)), "{name}");
         assert!(!may("mv -f \"$1\" \"$1.x\"", &own.join(name)), "{name}");

@@ -450,7 +450,7 @@ fn the_dashboard_shows_metrics_that_there_are() {
 
 #[test]
 fn the_address_for_reading_is_for_nothing_else() {
-    let daemon = Daemon::start(&["--web", "127.0.0.1:0"]);
+    let daemon = Daemon::start(&["--web", "127.0.0.1:0", "--web-all"]);
     daemon.create_waiting("g");
     let log = daemon.log();
     let (_, rest) = log.split_once("address=").unwrap();

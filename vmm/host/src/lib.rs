@@ -8,6 +8,7 @@
 pub mod exit;
 pub mod heap;
 pub mod output;
+pub mod printable;
 pub mod procfs;
 pub mod program;
 pub mod signals;

@@ -30,7 +30,7 @@ impl MutEventSubscriber for VirtioBalloon {
             .map(|(queue, kick)| Events::with_data(kick, queue, EventSet::IN));
         for events in kicks.chain([timer]) {
             if let Err(error) = ops.add(events) {
-                tracing::error!(?error, "virtio-balloon cannot wait for its events");
+                crate::limited!(error, ?error, "virtio-balloon cannot wait for its events");
             }
         }
     }

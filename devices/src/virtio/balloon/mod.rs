@@ -281,7 +281,7 @@ impl VirtioBalloon {
 
     /// Stops until the driver resets the device (2.1.2).
     fn fail(&mut self, error: &virtio_queue::Error) {
-        tracing::warn!(error = %report::chain(&error), "virtio-balloon: the driver broke a ring; the device needs a reset");
+        crate::limited!(warn, error = %report::chain(&error), "virtio-balloon: the driver broke a ring; the device needs a reset");
         add(&self.metrics.failures, 1);
         self.active = None;
         self.set_timer();

@@ -98,7 +98,7 @@ impl Timer {
             it_value: every,
         };
         if let Err(error) = timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &times) {
-            tracing::warn!(error = %report::chain(&error), "the timer of the balloon's statistics");
+            crate::limited!(warn, error = %report::chain(&error), "the timer of the balloon's statistics");
         }
     }
 

@@ -30,7 +30,7 @@ impl MutEventSubscriber for VirtioBlock {
             .map(|(queue, kick)| Events::with_data(kick, queue, EventSet::IN));
         for events in kicks.chain([completion]) {
             if let Err(error) = ops.add(events) {
-                tracing::error!(?error, "virtio-blk cannot wait for its events");
+                crate::limited!(error, ?error, "virtio-blk cannot wait for its events");
             }
         }
     }

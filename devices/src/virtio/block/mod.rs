@@ -358,7 +358,7 @@ impl VirtioBlock {
             {
                 on_fault();
             }
-            tracing::warn!(error = %report::chain(&error), operation = ?request.operation, "virtio-blk request");
+            crate::limited!(warn, error = %report::chain(&error), operation = ?request.operation, "virtio-blk request");
             add(&metrics.errors, 1);
             // Of a read it is unknown how much was written; the driver may rely on what is counted (2.7.8.2).
             let written = u32::from(request.operation != Operation::Read);
@@ -394,7 +394,7 @@ impl VirtioBlock {
     /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no status byte can
     /// report.
     fn fail(&mut self, error: &RingFault) {
-        tracing::warn!(error = %report::chain(&error), "virtio-blk: the driver broke a ring; the device needs a reset");
+        crate::limited!(warn, error = %report::chain(&error), "virtio-blk: the driver broke a ring; the device needs a reset");
         add(&self.metrics.failures, 1);
         self.stop();
         self.interrupt.fail();

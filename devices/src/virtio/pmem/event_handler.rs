@@ -31,7 +31,7 @@ impl MutEventSubscriber for VirtioPmem {
             .map(|flusher| Events::with_data(flusher.event(), FLUSHED, EventSet::IN));
         for events in [Some(kick), flushed].into_iter().flatten() {
             if let Err(error) = ops.add(events) {
-                tracing::error!(?error, "virtio-pmem cannot wait for its events");
+                crate::limited!(error, ?error, "virtio-pmem cannot wait for its events");
             }
         }
     }

@@ -235,7 +235,7 @@ impl VirtioPmem {
                 ResponseCode::Done
             }
             Err(error) => {
-                tracing::warn!(error = %report::chain(&*error), "virtio-pmem flush");
+                crate::limited!(warn, error = %report::chain(&*error), "virtio-pmem flush");
                 add(&self.metrics.errors, 1);
                 ResponseCode::Failed
             }
@@ -281,7 +281,7 @@ impl VirtioPmem {
     /// Stops until the driver resets the device (2.1.2): it has broken the protocol in a way that no response can
     /// report.
     fn fail(&mut self, error: &RingFault) {
-        tracing::warn!(error = %report::chain(&error), "virtio-pmem: the driver broke the ring; the device needs a reset");
+        crate::limited!(warn, error = %report::chain(&error), "virtio-pmem: the driver broke the ring; the device needs a reset");
         add(&self.metrics.failures, 1);
         self.stop();
         self.interrupt.fail();

@@ -26,7 +26,7 @@ impl MutEventSubscriber for VirtioVsock {
             .map(|(queue, kick)| Events::with_data(kick, queue, EventSet::IN));
         for events in kicks.chain([sockets]) {
             if let Err(error) = ops.add(events) {
-                tracing::error!(?error, "virtio-vsock cannot wait for its events");
+                crate::limited!(error, ?error, "virtio-vsock cannot wait for its events");
             }
         }
     }

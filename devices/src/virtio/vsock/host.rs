@@ -180,12 +180,15 @@ impl Host {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(error) => {
-                tracing::warn!(error = %report::chain(&error), "a vsock client cannot be accepted");
+                crate::limited!(warn, error = %report::chain(&error), "a vsock client cannot be accepted");
                 return;
             }
         };
         if self.callers.len() >= MAX_CALLERS {
-            tracing::warn!("a vsock client is turned away: {MAX_CALLERS} have not said CONNECT");
+            crate::limited!(
+                warn,
+                "a vsock client is turned away: {MAX_CALLERS} have not said CONNECT"
+            );
             return;
         }
         let number = self.next_caller;
@@ -202,7 +205,7 @@ impl Host {
         match watched {
             Ok(()) => self.callers.push(Caller { number, stream }),
             Err(error) => {
-                tracing::warn!(error = %report::chain(&error), "a vsock client cannot be served");
+                crate::limited!(warn, error = %report::chain(&error), "a vsock client cannot be served");
             }
         }
     }

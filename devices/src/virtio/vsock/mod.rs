@@ -154,7 +154,7 @@ impl VirtioVsock {
 
     /// Stops until the driver resets the device (2.1.2).
     fn fail(&mut self, error: &virtio_queue::Error) {
-        tracing::warn!(error = %report::chain(&error), "virtio-vsock: the driver broke a ring; the device needs a reset");
+        crate::limited!(warn, error = %report::chain(&error), "virtio-vsock: the driver broke a ring; the device needs a reset");
         add(&self.metrics.failures, 1);
         self.forget();
         self.interrupt.fail();

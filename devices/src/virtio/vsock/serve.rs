@@ -92,7 +92,7 @@ impl VirtioVsock {
         }
         let key = self.table.free_port(port);
         if let Err(error) = self.host.watch(&stream, key) {
-            tracing::warn!(error = %report::chain(&error), "a vsock client cannot be served");
+            crate::limited!(warn, error = %report::chain(&error), "a vsock client cannot be served");
             return;
         }
         // There is room, as was seen.

@@ -1,4 +1,9 @@
 //! The log: lines of text or JSON, to standard error or a file, and changes of that while it runs.
+//!
+//! An event is one line, in which nothing is a command to a terminal, whatever names and texts of others are in it. A
+//! line that cannot be written, since the disk or the pipe is full, is left out, and the next one that can be written
+//! says how many were: the program does not wait for its log. The daemon's guests log to a pipe that it drains at a
+//! rate.
 
 mod events;
 
@@ -8,7 +13,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use tracing::level_filters::LevelFilter;
@@ -23,6 +28,7 @@ use tracing_subscriber::reload;
 use self::events::Events;
 use config::{LogLevel, LoggerConfig};
 use host::output::open_output;
+use host::printable::printable;
 use host::terminal;
 use jail::seccomp;
 
@@ -101,6 +107,8 @@ struct Settings {
     show_origin: AtomicBool,
     /// Standard error where there is none.
     file: Mutex<Option<Arc<File>>>,
+    /// Lines that could not be written since one was. Nothing else is ordered by it.
+    left_out: AtomicU64,
 }
 
 /// The way to change the log.
@@ -117,6 +125,7 @@ impl Log {
             show_level: AtomicBool::new(true),
             show_origin: AtomicBool::new(false),
             file: Mutex::new(None),
+            left_out: AtomicU64::new(0),
         });
         let (filter, handle) = reload::Layer::new(filter.0);
         let lines = Lines {
@@ -124,7 +133,10 @@ impl Log {
             format,
         };
         // The formatter of fields has to be JSON's for its formatter of events to be of use.
-        let output = Output(settings.clone());
+        let output = Output {
+            settings: settings.clone(),
+            format,
+        };
         let layer = match format {
             LogFormat::Text => fmt::layer()
                 .with_ansi(false)
@@ -221,32 +233,70 @@ where
     }
 }
 
-struct Output(Arc<Settings>);
+struct Output {
+    settings: Arc<Settings>,
+    format: LogFormat,
+}
 
 impl<'a> MakeWriter<'a> for Output {
-    type Writer = Line;
+    type Writer = Line<'a>;
 
-    fn make_writer(&'a self) -> Line {
-        Line(self.0.file.lock().clone())
+    fn make_writer(&'a self) -> Line<'a> {
+        Line {
+            settings: &self.settings,
+            file: self.settings.file.lock().clone(),
+            format: self.format,
+        }
     }
 }
 
 /// Writes a line, which comes in one piece.
-struct Line(Option<Arc<File>>);
+struct Line<'a> {
+    settings: &'a Settings,
+    file: Option<Arc<File>>,
+    format: LogFormat,
+}
 
-impl Write for Line {
+impl Line<'_> {
+    fn put(&self, text: &str) -> io::Result<()> {
+        // In one write, so that lines of several threads or processes do not mix.
+        match &self.file {
+            Some(file) => file.as_ref().write_all(format!("{text}\n").as_bytes()),
+            None if terminal::is_raw() => io::stderr().write_all(format!("{text}\r\n").as_bytes()),
+            None => io::stderr().write_all(format!("{text}\n").as_bytes()),
+        }
+    }
+
+    fn notice(&self, left_out: u64) -> String {
+        let message = "lines of the log could not be written";
+        match self.format {
+            LogFormat::Text => format!("coppice: {left_out} {message}"),
+            LogFormat::Json => serde_json::json!({
+                "level": "WARN", "fields": {"message": message, "lines": left_out},
+            })
+            .to_string(),
+        }
+    }
+}
+
+impl Write for Line<'_> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let written = match &self.0 {
-            Some(file) => file.as_ref().write_all(line),
-            None if terminal::is_raw() => {
-                let text = line.strip_suffix(b"\n").unwrap_or(line);
-                io::stderr().write_all(&[text, b"\r\n"].concat())
-            }
-            None => io::stderr().write_all(line),
+        let text = String::from_utf8_lossy(line);
+        let text = printable(text.strip_suffix('\n').unwrap_or(&text));
+        let left_out = self.settings.left_out.swap(0, Ordering::Relaxed);
+        let noted = match left_out {
+            0 => Ok(()),
+            left_out => self.put(&self.notice(left_out)),
         };
-        // Where the disk is full, the line is lost and the guest goes on. The error is not returned: the formatter
-        // would report it on standard error, and panic where that is full, too.
-        let _ = written;
+        let still_left_out = match (noted, left_out) {
+            (Err(_), left_out) => left_out + 1,
+            (Ok(()), _) => u64::from(self.put(&text).is_err()),
+        };
+        self.settings
+            .left_out
+            .fetch_add(still_left_out, Ordering::Relaxed);
+        // The guest goes on without the line. The error is not returned: the formatter would report it on standard
+        // error, and panic where that is full, too.
         Ok(line.len())
     }
 
@@ -275,10 +325,55 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_cannot_be_written_costs_the_line_alone() {
-        let full = File::options().write(true).open("/dev/full");
-        let mut line = Line(Some(Arc::new(full.unwrap())));
-        assert_eq!(line.write(b"lost\n").unwrap(), 5);
+    fn lines_that_cannot_be_written_are_counted_and_the_next_one_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        let reader = open_output(&path).unwrap();
+        for format in [LogFormat::Text, LogFormat::Json] {
+            let (log, subscriber) = Log::new(LogFilter::default(), format);
+            log.configure(&LoggerConfig {
+                log_path: Some(path.clone()),
+                ..LoggerConfig::default()
+            })
+            .unwrap();
+            let (mut text, mut buffer) = (String::new(), vec![0; 1 << 20]);
+            let mut read = || {
+                let len = io::Read::read(&mut &reader, &mut buffer).unwrap();
+                text = String::from_utf8(buffer[..len].to_vec()).unwrap();
+                text.clone()
+            };
+            let many = 10_000;
+            tracing::subscriber::with_default(subscriber, || {
+                for number in 0..many {
+                    tracing::warn!(
+                        number,
+                        "a line that is long enough to fill the pipe with some of it"
+                    );
+                }
+                let there = read().lines().count() as u64;
+                assert!(there > 100 && there < many, "{there}");
+                tracing::warn!("the next");
+                let next = read();
+                let (notice, next) = next.trim_end().split_once('\n').unwrap();
+                assert!(next.contains("the next"), "{next}");
+                assert!(notice.contains(&(many - there).to_string()), "{notice}");
+                assert_eq!(notice.starts_with('{'), format == LogFormat::Json);
+                tracing::warn!("and one more");
+                assert_eq!(read().lines().count(), 1);
+            });
+        }
+    }
+
+    #[test]
+    fn an_event_is_one_line_without_commands_to_a_terminal() {
+        let text = logged(LogFormat::Text, LoggerConfig::default(), || {
+            let name = "a\nb\x1b[2J\u{9b}\u{202e}";
+            tracing::warn!(error = %name, "{name}");
+        });
+        assert_eq!(text.lines().count(), 1, "{text}");
+        let line = text.trim_end_matches('\n');
+        assert_eq!(printable(line), line);
     }
 
     #[test]

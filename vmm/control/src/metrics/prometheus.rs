@@ -4,6 +4,7 @@
 //! be summed over.
 
 mod families;
+mod known;
 
 use std::fmt;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use prometheus_client::registry::{Registry, Unit};
 use super::{ApiMetrics, get};
 use host::procfs::Usage;
 use machine::{MachineMetrics, SharingReport};
+
+pub use known::{Family, FamilyKind, families};
 
 /// What the text is, as HTTP says it.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";

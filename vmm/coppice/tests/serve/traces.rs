@@ -82,6 +82,7 @@ pub fn nothing_is_left_over(daemon: &Daemon, id: &str, disks: &[&Path]) {
         "pid.json",
         "end.json",
         "log",
+        "log.pipe",
         "api.sock",
         "console.sock",
     ];

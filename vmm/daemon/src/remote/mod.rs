@@ -11,6 +11,7 @@ use std::path::Path;
 use hyper::Method;
 use serde_json::{Value, json};
 
+use host::printable::{printable, printable_lines};
 use host::text_table::columns;
 
 pub use attach::HELP;
@@ -137,19 +138,21 @@ fn templates(client: &Client, command: TemplateCommand, json: bool) -> Result<()
 
 fn show(value: &Value, json: bool, text: fn(&Value) -> String) {
     if json {
-        println!("{value:#}");
+        // Also JSON, which may be shown by a terminal, and stays the same JSON.
+        println!("{}", printable_lines(&format!("{value:#}")));
     } else {
         print!("{}", text(value));
     }
 }
 
-/// A value in a table.
+/// A value in a table, as a terminal can be given it: guests and other users have chosen names and reasons.
 fn word(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
+    let text = match value {
+        Value::Null => return "-".to_owned(),
         Value::String(text) => text.clone(),
         Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
-    }
+    };
+    printable(&text).into_owned()
 }
 
 fn table(vms: &Value, header: &[&str], row: impl Fn(&Value) -> Vec<String>) -> String {
@@ -276,6 +279,30 @@ mod tests {
         );
         assert!(lines[2].contains('-'));
         assert!(stats_table(&vms).contains("web"));
+    }
+
+    #[test]
+    fn no_text_of_a_guest_is_a_command_to_the_terminal() {
+        let evil = "\x1b]0;x\x07\u{9b}2J\r\n\u{202e}";
+        let vm = json!({
+            "id": evil, "state": evil, "labels": {evil: evil}, "end": {"text": evil}, "template": evil,
+            "jail": {"jailed": true, "layers": [evil], "uid": evil, "missing": [{"layer": evil}]},
+            "sharing": {"mode": evil},
+        });
+        let vms = json!([vm]);
+        for text in [
+            list_table(&vms),
+            stats_table(&vms),
+            details(&vm),
+            template_table(&vms),
+        ] {
+            assert_eq!(text, printable_lines(&text));
+            assert!(
+                text.contains("\\u001b]0;x\\u0007\\u009b2J\\u000d\\u000a\\u202e"),
+                "{text}"
+            );
+        }
+        assert_eq!(details(&vm).lines().count(), 7);
     }
 
     #[test]

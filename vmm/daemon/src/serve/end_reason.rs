@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use super::guest_log::last_line;
 use super::process::Exit;
 use super::store;
 use host::exit::{EndKind, EndReport};
+use host::printable::printable;
 use host::report::chain;
 use jail::CgroupConfig;
 
@@ -16,9 +18,10 @@ const LONGEST_TEXT: usize = 4096;
 pub fn reason(folder: &Path, exit: Exit, killed: Option<&CgroupConfig>) -> EndReport {
     match store::read(&folder.join("end.json")) {
         Ok(Some(EndReport { kind, text, code })) => {
-            // A guest may have taken over the process that wrote it, and it is shown to many, so its length has a
-            // limit.
-            let text = text.chars().take(LONGEST_TEXT).collect();
+            // A guest may have taken over the process that wrote it, and it is shown to many: its length has a limit,
+            // and nothing in it is a command to a terminal.
+            let text: String = text.chars().take(LONGEST_TEXT).collect();
+            let text = printable(&text).into_owned();
             return EndReport { kind, text, code };
         }
         Ok(None) => {}
@@ -43,10 +46,13 @@ pub fn reason(folder: &Path, exit: Exit, killed: Option<&CgroupConfig>) -> EndRe
             (EndKind::Unknown, text.to_owned(), None)
         }
     };
-    let log = std::fs::read_to_string(folder.join("log")).unwrap_or_default();
-    let text = match log.lines().next_back() {
-        Some(line) => format!("{text}; its log ends with: {line:.300}"),
-        None => text,
+    let text = match last_line(folder) {
+        Ok(Some(line)) => format!("{text}; its log ends with: {line:.300}"),
+        Ok(None) => text,
+        Err(error) => {
+            tracing::warn!(error = %chain(&error), "the log of a process that has ended cannot be read");
+            text
+        }
     };
     EndReport { kind, text, code }
 }

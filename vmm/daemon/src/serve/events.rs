@@ -11,6 +11,7 @@ use tokio::sync::broadcast;
 use utoipa::ToSchema;
 
 use super::status::now_ms;
+use host::printable::printable;
 
 /// Events that are kept for later listeners, and most events that a listener may be behind.
 const KEPT: usize = 256;
@@ -27,6 +28,8 @@ pub enum EventKind {
     Created,
     /// A guest was found as an earlier daemon had left it.
     Attached,
+    /// A guest was found whose record cannot be read.
+    Unreadable,
     /// A guest runs.
     Started,
     /// A guest was paused.
@@ -67,6 +70,7 @@ impl EventKind {
             Self::DaemonStopping => "daemon_stopping",
             Self::Created => "created",
             Self::Attached => "attached",
+            Self::Unreadable => "unreadable",
             Self::Started => "started",
             Self::Paused => "paused",
             Self::Resumed => "resumed",
@@ -129,6 +133,8 @@ impl Default for Events {
 impl Events {
     /// Adds an event, and sends it to all listeners.
     pub fn tell(&self, kind: EventKind, vm: Option<&str>, reason: Option<String>) {
+        // Listeners show it as it comes, and a guest's process may have written a part of it.
+        let reason = reason.map(|reason| printable(&reason).into_owned());
         tracing::info!(vm, event = kind.name(), reason, "event");
         let mut history = self.history.lock();
         let event = Event {

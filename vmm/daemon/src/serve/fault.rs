@@ -67,6 +67,14 @@ pub enum Fault {
     /// A text that is no name of a device.
     #[error(transparent)]
     DeviceId(#[from] DeviceIdError),
+    /// The address for reading is called by a name that it is not known to have.
+    #[error(
+        "{0:.80?} is not known to be the name of this address: coppice serve --web-host NAME says that it is"
+    )]
+    Misdirected(String),
+    /// The caller has too many connections.
+    #[error("there are too many connections of this caller: close some")]
+    TooManyConnections,
     /// No such guest.
     #[error("there is no guest {0:.80}")]
     NoVm(String),
@@ -195,6 +203,7 @@ impl Fault {
             | Self::LongPath(_) => StatusCode::BAD_REQUEST,
             Self::DidNotStart(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Forbidden(_) | Self::ReadOnly => StatusCode::FORBIDDEN,
+            Self::Misdirected(_) => StatusCode::MISDIRECTED_REQUEST,
             Self::NoVm(_) | Self::NoImage(_) | Self::NoTemplate(_) | Self::NoPath(..) => {
                 StatusCode::NOT_FOUND
             }
@@ -213,8 +222,14 @@ impl Fault {
             {
                 StatusCode::INSUFFICIENT_STORAGE
             }
+            // A record that could not be read again is not written.
+            Self::Store(error) if error.kind() == io::ErrorKind::FileTooLarge => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             Self::Store(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Spawn(_) | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Spawn(_) | Self::Busy(_) | Self::TooManyConnections => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Unreachable { .. } => StatusCode::BAD_GATEWAY,
             Self::Silent(_) | Self::Unkillable(_) => StatusCode::GATEWAY_TIMEOUT,
         }
@@ -224,7 +239,11 @@ impl Fault {
 impl IntoResponse for Fault {
     fn into_response(self) -> Response {
         let status = self.status();
-        if status.is_server_error() && !matches!(self, Self::Refused(_) | Self::NoUser { .. }) {
+        let is_callers = matches!(
+            self,
+            Self::Refused(_) | Self::NoUser { .. } | Self::TooManyConnections
+        );
+        if status.is_server_error() && !is_callers {
             tracing::warn!(fault = %chain(&self), "a request failed");
         } else {
             tracing::debug!(fault = %chain(&self), "a request is refused");

@@ -23,7 +23,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use parking_lot::Mutex;
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, fchmod, fchown, fstat, open, openat,
 };
@@ -70,8 +69,6 @@ pub struct Jails {
     policy: Option<JailPolicy>,
     /// Whether groups can limit memory here.
     limits_memory: bool,
-    /// Users of guests whose records cannot be read.
-    reserved: Mutex<BTreeSet<u32>>,
 }
 
 /// The place in the range of users, 0 to `last`, from which on a user is looked for: always the same one for a name, so
@@ -157,7 +154,6 @@ impl Jails {
         let mut jails = Self {
             policy,
             limits_memory: false,
-            reserved: Mutex::default(),
         };
         let Some(policy) = &mut jails.policy else {
             return Ok(jails);
@@ -206,11 +202,10 @@ impl Jails {
             return Ok(None);
         };
         let uid = policy.uids.as_ref().map(|uids| {
-            let reserved = self.reserved.lock();
             let (first, last) = (*uids.start(), *uids.end());
             let begin = first + first_place(id, last - first);
             let mut turn = (begin..=last).chain(first..begin);
-            let free = turn.find(|uid| !taken.contains(uid) && !reserved.contains(uid));
+            let free = turn.find(|uid| !taken.contains(uid));
             free.ok_or(Fault::NoUser { first, last })
         });
         Ok(Some(JailResources {
@@ -219,12 +214,16 @@ impl Jails {
         }))
     }
 
-    /// Keeps other guests from getting the user of a guest whose record cannot be read: the folder has its group.
-    pub fn reserve(&self, folder: &Path) {
+    /// What the jail of a guest whose record cannot be read has of the host, as far as that follows from its name and
+    /// its folder. That has the group of the guest from its first start on; before, nothing is that user's.
+    pub fn found(&self, id: &str, folder: &Path) -> Option<JailResources> {
         use std::os::unix::fs::MetadataExt;
-        if let Ok(metadata) = fs::symlink_metadata(folder) {
-            self.reserved.lock().insert(metadata.gid());
-        }
+        let policy = self.policy.as_ref()?;
+        let gid = fs::symlink_metadata(folder).ok()?.gid();
+        Some(JailResources {
+            uid: Some(gid).filter(|gid| *gid != rustix::process::getegid().as_raw()),
+            cgroup: policy.cgroup.as_ref().map(|parent| parent.join(id)),
+        })
     }
 
     fn group(&self, jailed: &JailResources, ram_mib: u32) -> Option<CgroupConfig> {
@@ -387,7 +386,6 @@ mod tests {
         Jails {
             policy: Some(policy),
             limits_memory: true,
-            reserved: Mutex::default(),
         }
     }
 
@@ -406,8 +404,8 @@ mod tests {
             cgroup: Some("guests".into()),
             ..JailPolicy::default()
         });
-        jails.reserved.lock().insert(11);
-        let mut taken = BTreeSet::new();
+        // A guest whose record cannot be read has this user.
+        let mut taken = BTreeSet::from([11]);
         let next = |taken: &BTreeSet<u32>| Some(jails.assign("g", taken).ok()??.uid.unwrap());
         let first = next(&taken);
         for _ in 0..3 {

@@ -36,6 +36,9 @@ use host::report::chain;
 /// How old the measured memory of guests may be for admission.
 const FRESH: Duration = Duration::from_secs(10);
 
+/// What can be done with a guest whose record cannot be read.
+pub const UNREADABLE: &str = "its record cannot be read, and it can only be stopped and deleted";
+
 /// A name for a guest that was given none.
 fn made_up() -> String {
     let mut bytes = [0u8; 8];
@@ -77,7 +80,7 @@ impl Daemon {
                         drop(vm.operation.lock().await);
                         continue;
                     }
-                    return if vm.spec == spec {
+                    return if vm.spec == spec && vm.state() != State::Unreadable {
                         Ok((vm, false))
                     } else {
                         Err(Fault::Exists(id))
@@ -219,6 +222,7 @@ impl Daemon {
             State::Creating | State::Starting | State::Deleting => {
                 return Err(Self::wrong(&vm, "it cannot be started now"));
             }
+            State::Unreadable => return Err(Self::wrong(&vm, UNREADABLE)),
         }
         Ok(vm)
     }
@@ -260,6 +264,9 @@ impl Daemon {
     /// Those of [`proxy::act`].
     pub async fn pause(self: Arc<Self>, vm: Arc<Vm>, state: State) -> Result<Arc<Vm>, Fault> {
         let _operation = vm.operation.clone().lock_owned().await;
+        if vm.state() == State::Unreadable {
+            return Err(Self::wrong(&vm, UNREADABLE));
+        }
         let word = if state == State::Paused {
             "Paused"
         } else {

@@ -1,13 +1,10 @@
-//! Metrics for Prometheus: the daemon's counters, figures of its guests that it knows, and the guests' own counters,
-//! each with a label that names the guest.
+//! Metrics for Prometheus: the daemon's counters, and figures of its guests that it knows. The guests' own counters are
+//! in `guest_metrics`.
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fmt::Write as _;
-use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Bytes;
 use axum::http::Method;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
@@ -18,16 +15,9 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::proxy;
 use super::record::State;
 use super::status::VmStatus;
-use super::vm::Vm;
 use host::procfs::Usage;
-
-/// How long a guest's process may take to give its counters.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// Most lines that are taken of one guest.
-const LINES: usize = 4096;
 
 type Origin = [(&'static str, &'static str); 1];
 type Labels = [(&'static str, String); 2];
@@ -40,6 +30,7 @@ pub struct DaemonMetrics {
     made: Family<Origin, Histogram, fn() -> Histogram>,
     restarts: Counter,
     refused: Counter,
+    samples_left_out: Counter,
 }
 
 /// What a guest was made of.
@@ -68,6 +59,7 @@ impl Default for DaemonMetrics {
             made,
             restarts: Counter::default(),
             refused: Counter::default(),
+            samples_left_out: Counter::default(),
         }
     }
 }
@@ -115,6 +107,11 @@ impl DaemonMetrics {
         self.refused.inc();
     }
 
+    /// Lines of guests' processes were not samples as they have to be.
+    pub fn samples_left_out(&self, lines: usize) {
+        self.samples_left_out.inc_by(lines as u64);
+    }
+
     /// All metrics, as text.
     ///
     /// # Errors
@@ -157,6 +154,11 @@ impl DaemonMetrics {
             "daemon_callers_refused",
             "Connections of users who may not call",
             self.refused.clone(),
+        );
+        registry.register(
+            "daemon_samples_left_out",
+            "Lines of guests' processes that were asked for counters and gave something else, or too much",
+            self.samples_left_out.clone(),
         );
         registry.register_collector(Box::new(Guests { guests, process }));
         let mut text = String::new();
@@ -260,83 +262,10 @@ impl Collector for Guests {
     }
 }
 
-/// The counters of guests, one metric after the other, with a label for each guest.
-#[derive(Default)]
-pub struct Joined(BTreeMap<String, (String, String)>);
-
-fn is_name(name: &str) -> bool {
-    let word = |c: u8| c == b'_' || c.is_ascii_alphanumeric();
-    name.starts_with("coppice_") && name.bytes().all(word)
-}
-
-impl Joined {
-    /// Adds the counters of a guest's process. Lines that do not have the right form are left out, as a guest may have
-    /// taken over its process.
-    pub fn add(&mut self, vm: &str, text: &str) {
-        let mut family = None;
-        for line in text.lines().take(LINES) {
-            if line.chars().any(char::is_control) {
-                continue;
-            }
-            if let Some(about) = line.strip_prefix("# ") {
-                let mut words = about.splitn(3, ' ');
-                let (Some("HELP" | "TYPE" | "UNIT"), Some(name)) = (words.next(), words.next())
-                else {
-                    continue;
-                };
-                if !is_name(name) {
-                    family = None;
-                    continue;
-                }
-                let (head, _) = self.0.entry(name.to_owned()).or_default();
-                if !head.lines().any(|known| known == line) {
-                    head.push_str(line);
-                    head.push('\n');
-                }
-                family = Some(name.to_owned());
-                continue;
-            }
-            let Some((_, samples)) = family.as_ref().and_then(|family| self.0.get_mut(family))
-            else {
-                continue;
-            };
-            let end = line.find(['{', ' ']).unwrap_or(line.len());
-            let (name, rest) = line.split_at(end);
-            if !is_name(name) {
-                continue;
-            }
-            // Writing to a string does not fail.
-            let _ = match rest.strip_prefix('{') {
-                Some(labels) => writeln!(samples, "{name}{{vm=\"{vm}\",{labels}"),
-                None => writeln!(samples, "{name}{{vm=\"{vm}\"}}{rest}"),
-            };
-        }
-    }
-
-    /// The daemon's own metrics, with these behind.
-    pub fn after(self, own: &str) -> String {
-        let mut text = own.trim_end().trim_end_matches("# EOF").to_owned();
-        for (head, samples) in self.0.into_values() {
-            if !samples.is_empty() {
-                text.push_str(&head);
-                text.push_str(&samples);
-            }
-        }
-        text.push_str("# EOF\n");
-        text
-    }
-}
-
-/// The counters of a guest's process; `None` where it does not answer in time.
-pub async fn of_guest(vm: Arc<Vm>) -> Option<(String, String)> {
-    let asked = proxy::ask(&vm, Method::GET, "/metrics", Bytes::new(), PATIENCE).await;
-    let response = asked.ok().filter(|response| response.status.is_success())?;
-    let text = String::from_utf8(response.body.to_vec()).ok()?;
-    Some((vm.id.clone(), text))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write as _;
+
     use expect_test::expect_file;
 
     use super::super::record::RestartPolicy;
@@ -344,24 +273,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn guests_are_distinguished_by_a_label_and_metrics_stay_together() {
-        let mut joined = Joined::default();
-        let guest = |n: u8| {
-            format!(
-                "# HELP coppice_a Help\n# TYPE coppice_a counter\ncoppice_a_total{{drive=\"x\"}} {n}\n\
-                 # TYPE coppice_b gauge\ncoppice_b {n}\nevil 1\n# EOF\n"
-            )
-        };
-        joined.add("one", &guest(1));
-        joined.add("two", &guest(2));
+    fn what_the_daemon_has_done_is_counted() {
         let own = DaemonMetrics::default();
         own.answered(&Method::GET, 200, Duration::from_millis(2));
         own.made(true, Duration::from_millis(20));
-        let text = joined.after(&own.encode(Vec::new(), None).unwrap());
-        let expected = "# HELP coppice_a Help\n# TYPE coppice_a counter\n\
-            coppice_a_total{vm=\"one\",drive=\"x\"} 1\ncoppice_a_total{vm=\"two\",drive=\"x\"} 2\n\
-            # TYPE coppice_b gauge\ncoppice_b{vm=\"one\"} 1\ncoppice_b{vm=\"two\"} 2\n# EOF\n";
-        assert!(text.ends_with(expected), "{text}");
+        own.samples_left_out(3);
+        let text = own.encode(Vec::new(), None).unwrap();
         assert!(
             text.contains("coppice_daemon_requests_total{method=\"GET\",code=\"200\"} 1"),
             "{text}"
@@ -373,7 +290,22 @@ mod tests {
             assert!(text.contains(&made), "{text}");
         }
         assert!(text.contains("coppice_vms{state=\"running\"} 0"), "{text}");
+        assert!(text.contains("coppice_daemon_samples_left_out_total 3"));
         assert_eq!(text.matches("# EOF").count(), 1);
+    }
+
+    #[test]
+    fn no_metric_of_a_guest_has_the_name_of_one_of_the_daemons() {
+        let own = DaemonMetrics::default();
+        let text = own.encode(vec![guest()], Some(Usage::default())).unwrap();
+        let own: Vec<_> = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .collect();
+        for family in control::metrics::families() {
+            let is_own = |line: &&str| line.split(' ').next() == Some(family.name);
+            assert!(!own.iter().any(is_own), "{}", family.name);
+        }
     }
 
     /// A guest of which all is known.
@@ -401,6 +333,7 @@ mod tests {
             template: None,
             vsock: None,
             guest_uid: None,
+            unreadable: None,
             config: None,
         }
     }

@@ -6,10 +6,12 @@
 //!                     │            ├─ waiting        a guest that is configured over its own API, and its start
 //!                     │            ├─ supervision    a guest's process: brought up, watched, started again
 //!                     │            │      └─ process ═══> coppice run (one a guest, outlives the daemon)
+//!                     │            │            └─ guest_log    drains what that logs
 //!                     │            ├─ pending, commits,
 //!                     │            │  later_config   operations and changes that outlive the process
 //!                     │            └─ persist        the record on disk
 //!                     └── proxy, console ────────────> the guest's own sockets
+//! quota, stream, web    places of connections, their deadlines, and what of this is served by TCP
 //! daemon    what the daemon owns: guests (vm), templates, images, jails, events, metrics, store
 //! record    what is on disk of a guest
 //! ```
@@ -19,8 +21,9 @@
 //!
 //! The daemon runs on one thread, with a few more for work that waits for the disk. It starts processes, watches them
 //! by pidfd, and passes bytes on. It never touches a guest's memory, and of what comes from a guest's process it reads
-//! nothing but the responses of that guest's VMM, with a limit on their length. The status of a guest is answered from
-//! what the daemon knows, so a guest that hangs holds up the callers that ask it, and no others.
+//! nothing but the responses of that guest's VMM, why the process ended, and its log, all with a limit on their length.
+//! The status of a guest is answered from what the daemon knows, so a guest that hangs holds up the callers that ask
+//! it, and no others.
 
 mod admission;
 mod commits;
@@ -30,6 +33,8 @@ mod end_reason;
 mod events;
 mod fault;
 mod guest_api;
+mod guest_log;
+mod guest_metrics;
 mod identity;
 mod images;
 mod jail;
@@ -44,6 +49,7 @@ mod pending;
 mod persist;
 mod process;
 mod proxy;
+mod quota;
 mod readmit;
 mod record;
 mod recovery;
@@ -54,15 +60,18 @@ mod spec;
 mod status;
 mod stopping;
 mod store;
+mod stream;
 mod supervision;
 mod task;
 mod template_creation;
 mod templates;
 mod vm;
 mod waiting;
+mod web;
 
 pub use admission::{HELP as ADMISSION, Limits, host_memory_kib};
 pub use jail::{JailPolicy, UIDS as JAIL_UIDS};
 pub use peer::Allowed;
 pub use server::{Options, ServeError, run};
 pub use sharing_domain::ShareDomains;
+pub use web::WebOptions;

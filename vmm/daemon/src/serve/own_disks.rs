@@ -4,32 +4,24 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, open, openat2};
 
-use super::store::{self, is_missing};
+use super::store::{self, is_missing, open_without_waiting};
 use config::DeviceId;
 
 /// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
 
-/// Whether the disk that a process has begun to make is complete. The process may have put anything under that name, so
-/// no link is followed, and no FIFO is waited for.
+/// Whether the disk that a process has begun to make is complete. The process may have put anything under that name.
 pub fn is_whole(path: &Path) -> bool {
-    let looked =
-        || -> io::Result<bool> {
-            let mut options = File::options();
-            let options = options
-                .read(true)
-                .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-            let mut file = options.open(path)?;
-            let mut found = [0; SIGNATURE.len()];
-            Ok(file.metadata()?.is_file()
-                && file.read_exact(&mut found).is_ok()
-                && found == *SIGNATURE)
-        };
+    let looked = || -> io::Result<bool> {
+        let mut file = open_without_waiting(path, File::options().read(true))?;
+        let mut found = [0; SIGNATURE.len()];
+        Ok(file.read_exact(&mut found).is_ok() && found == *SIGNATURE)
+    };
     looked().unwrap_or(false)
 }
 

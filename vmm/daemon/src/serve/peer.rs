@@ -4,6 +4,7 @@
 //! `--socket-group`. Who a caller is comes from the kernel (`SO_PEERCRED`, `SO_PEERGROUPS`; unix(7)), and never from
 //! the request.
 
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Who may call.
@@ -20,8 +21,8 @@ pub struct Allowed {
 pub enum Caller {
     /// A user, by the socket.
     User(u32),
-    /// Anybody, by the address for reading.
-    Web,
+    /// Anybody, by the address for reading: the connection is to this one of the host's addresses.
+    Web(IpAddr),
 }
 
 const MAX_GROUPS: usize = 1024;

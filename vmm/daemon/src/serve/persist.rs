@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::daemon::Daemon;
 use super::fault::Fault;
-use super::record::Pending;
+use super::record::{Pending, State};
 use super::task::blocking;
 use super::vm::Vm;
 use host::report::chain;
@@ -24,7 +24,8 @@ impl Daemon {
     /// `Store`.
     pub async fn try_save(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let _saving = vm.saving.lock().await;
-        if !self.knows(vm) {
+        // A record that cannot be read is left as it is, for people to look at, until the guest is deleted.
+        if !self.knows(vm) || vm.state() == State::Unreadable {
             return Ok(());
         }
         let (daemon, id, record) = (self.clone(), vm.id.clone(), vm.record());

@@ -9,17 +9,17 @@
 //! the daemon; the next daemon finds it by its number (as the host sees it, outside of its namespaces), its start and
 //! the host's boot, and refers to it by a pidfd, which never comes to mean another process.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, PipeWriter, Write};
+use std::fs::File;
+use std::io::{self, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
@@ -27,19 +27,13 @@ use rustix::process::{
 use rustix::time::{ClockId, clock_gettime};
 use tokio::io::unix::AsyncFd;
 
+use super::guest_log;
 use super::record::PidFile;
 use super::store;
 use crate::zygote::{MANAGER, SpawnOptions, Zygote};
 use control::launch_spec::LaunchSpec;
 use host::procfs;
 use host::report::chain;
-
-/// Longest log of a guest in bytes.
-const LONGEST_LOG: u64 = 4 << 20;
-/// Bytes on the disk that are reserved for a log when it begins.
-const LOG_ROOM: u64 = 4 << 10;
-/// Time from one cut of logs that are too long to the next.
-pub const TRIM: Duration = Duration::from_mins(1);
 
 /// How a process is started.
 #[derive(Clone, Copy, Debug)]
@@ -63,12 +57,22 @@ pub enum Exit {
     Unseen,
 }
 
+/// A process of a guest, as it was started or found.
+#[derive(Debug)]
+pub struct Handle {
+    pid: u32,
+    fd: OwnedFd,
+    /// The pipe that has its log; absent where that cannot be opened again.
+    log: Option<File>,
+}
+
 /// A process of a guest.
 #[derive(Debug)]
 pub struct Process {
     /// Its number.
     pub pid: u32,
     fd: AsyncFd<OwnedFd>,
+    log: Mutex<Option<File>>,
 }
 
 /// A process that waits at its gate, and has done nothing yet.
@@ -79,6 +83,8 @@ pub struct GatedProcess {
     /// The launch specification that it gets through its gate.
     line: Vec<u8>,
     start_us: u64,
+    /// The pipe that has its log.
+    log: File,
 }
 
 fn opened(pid: u32) -> io::Result<OwnedFd> {
@@ -122,24 +128,14 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
             Ok(()) | Err(_) => {}
         }
     }
-    let mut log = OpenOptions::new();
-    log.write(true).create(true).truncate(true).mode(0o600);
-    // Opened for appending, so that the next line is at the beginning after `trim_log` has emptied the file.
-    log.custom_flags(libc::O_APPEND | libc::O_NOFOLLOW);
-    let path = launch.folder.join("log");
-    let log = log.open(&path).map_err(store::named(&path))?;
-    // Where the disk is full, the process fails to start for that reason, most likely, and has to have room to log it.
-    match fallocate(&log, FallocateFlags::KEEP_SIZE, 0, LOG_ROOM) {
-        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
-        Err(error) => return Err(store::named(&path)(error.into())),
-    }
+    let log = guest_log::make(launch.folder)?;
     let line = launch.spec.to_line().map_err(io::Error::other)?;
     let (stdin, gate) = io::pipe()?;
     let folder = File::open(launch.folder).map_err(store::named(launch.folder))?;
     let options = SpawnOptions {
         args: arguments(launch.id),
         stdin: stdin.as_fd(),
-        stderr: log.as_fd(),
+        stderr: log.process.as_fd(),
         folder: folder.as_fd(),
         own_processes: launch.spec.jail.is_some(),
     };
@@ -156,6 +152,7 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
             gate,
             line,
             start_us,
+            log: log.daemon,
         }),
         Err(error) => {
             drop(gate);
@@ -196,28 +193,12 @@ fn execute(launch: &Launch<'_>, options: &SpawnOptions<'_>) -> io::Result<u32> {
     Ok(child.id())
 }
 
-/// Empties the log of a guest where it has become too long. The next line of the process is at its beginning.
-///
-/// # Errors
-/// The host's error.
-pub fn trim_log(folder: &Path) -> io::Result<()> {
-    let path = folder.join("log");
-    match std::fs::symlink_metadata(&path) {
-        Ok(metadata) if metadata.is_file() && metadata.len() > LONGEST_LOG => {}
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(_) | Err(_) => return Ok(()),
-    }
-    let mut log = OpenOptions::new();
-    log.write(true).custom_flags(libc::O_NOFOLLOW);
-    log.open(path)?.set_len(0)
-}
-
 impl GatedProcess {
     /// Writes `pid.json`, and tells the process how to begin. Where that cannot be written, the process is ended.
     ///
     /// # Errors
     /// The host's error.
-    pub fn release(mut self, folder: &Path) -> io::Result<(u32, OwnedFd)> {
+    pub fn release(mut self, folder: &Path) -> io::Result<Handle> {
         let file = PidFile {
             pid: self.pid,
             start_us: self.start_us,
@@ -231,7 +212,11 @@ impl GatedProcess {
             let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED);
             return Err(error);
         }
-        Ok((self.pid, self.fd))
+        Ok(Handle {
+            pid: self.pid,
+            fd: self.fd,
+            log: Some(self.log),
+        })
     }
 }
 
@@ -246,7 +231,7 @@ fn has_ended(process: &OwnedFd) -> io::Result<bool> {
 ///
 /// # Errors
 /// The host's error.
-pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
+pub fn find(folder: &Path) -> io::Result<Option<Handle>> {
     let Some(file) = store::read::<PidFile>(&folder.join("pid.json"))? else {
         return Ok(None);
     };
@@ -259,8 +244,58 @@ pub fn find(folder: &Path) -> io::Result<Option<(u32, OwnedFd)>> {
         return Ok(None);
     };
     match start_us(file.pid) {
-        Ok(start) if start == file.start_us => Ok((!has_ended(&fd)?).then_some((file.pid, fd))),
+        Ok(start) if start == file.start_us && !has_ended(&fd)? => {
+            Ok(Some(Handle::found(file.pid, fd, folder)))
+        }
         Ok(_) | Err(_) => Ok(None),
+    }
+}
+
+/// The process of a guest whose `pid.json` cannot be read, if it has one: the command line is that of a guest of this
+/// name, and it works in the guest's folder.
+///
+/// # Errors
+/// The host's error.
+pub fn search(folder: &Path, id: &str) -> io::Result<Option<Handle>> {
+    let mut line: Vec<u8> = Vec::new();
+    for word in arguments(id) {
+        line.extend(word.as_bytes());
+        line.push(0);
+    }
+    let own = std::fs::symlink_metadata(folder)?;
+    let is_wanted = |pid: u32| -> io::Result<bool> {
+        let mut found = Vec::new();
+        let of = |name| format!("/proc/{pid}/{name}");
+        File::open(of("cmdline"))?
+            .take(line.len() as u64)
+            .read_to_end(&mut found)?;
+        let cwd = std::fs::metadata(of("cwd"))?;
+        Ok(found == line && (cwd.dev(), cwd.ino()) == (own.dev(), own.ino()))
+    };
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // Opened before it is looked at, as in `find`. Processes end at any time: one that cannot be looked at is none.
+        if let Ok(fd) = opened(pid)
+            && is_wanted(pid).unwrap_or(false)
+            && !has_ended(&fd)?
+        {
+            return Ok(Some(Handle::found(pid, fd, folder)));
+        }
+    }
+    Ok(None)
+}
+
+impl Handle {
+    /// A process that an earlier daemon has started. It runs on where its log cannot be read.
+    fn found(pid: u32, fd: OwnedFd, folder: &Path) -> Self {
+        let log = guest_log::open(folder).unwrap_or_else(|error| {
+            tracing::warn!(pid, error = %chain(&error), "the log of a process cannot be read");
+            None
+        });
+        Self { pid, fd, log }
     }
 }
 
@@ -269,10 +304,20 @@ impl Process {
     ///
     /// # Errors
     /// The host's error.
-    pub fn new((pid, fd): (u32, OwnedFd)) -> io::Result<Self> {
+    pub fn new(Handle { pid, fd, log }: Handle) -> io::Result<Self> {
         // SAFETY: an `OwnedFd` is open, and the same, as long as it lives; it is never taken out again.
         let fd = unsafe { AsyncFd::register_with_interest(fd, tokio::io::Interest::READABLE)? };
-        Ok(Self { pid, fd })
+        let log = Mutex::new(log);
+        Ok(Self { pid, fd, log })
+    }
+
+    /// Waits until it ends, with all of its log in the log of its folder, and reaps it where it is a child.
+    pub async fn watched(&self, folder: &Path) -> Exit {
+        let log = self.log.lock().take();
+        match log {
+            Some(log) => guest_log::drain(log, folder, self.ended()).await,
+            None => self.ended().await,
+        }
     }
 
     /// Waits until it ends, and reaps it where it is a child.
@@ -315,31 +360,11 @@ mod tests {
             boot_id: store::boot_id().unwrap(),
         };
         store::write(&folder.path().join("pid.json"), &file, false).unwrap();
-        let (pid, fd) = find(folder.path()).unwrap().unwrap();
-        assert_eq!(pid, child.id());
+        let found = find(folder.path()).unwrap().unwrap();
+        assert_eq!(found.pid, child.id());
         drop(child.stdin.take());
-        poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap();
+        poll(&mut [PollFd::new(&found.fd, PollFlags::IN)], None).unwrap();
         assert!(find(folder.path()).unwrap().is_none());
         assert!(child.wait().unwrap().success());
-    }
-
-    #[test]
-    fn a_log_that_is_too_long_begins_anew_and_a_link_in_its_place_is_left_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("log");
-        let mut options = OpenOptions::new();
-        let mut log = options.append(true).create(true).open(&path).unwrap();
-        log.write_all(b"line\n").unwrap();
-        trim_log(folder.path()).unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"line\n");
-        log.set_len(LONGEST_LOG + 1).unwrap();
-        trim_log(folder.path()).unwrap();
-        log.write_all(b"next\n").unwrap();
-        assert_eq!(std::fs::read(&path).unwrap(), b"next\n");
-        std::fs::rename(&path, folder.path().join("other")).unwrap();
-        log.set_len(LONGEST_LOG + 1).unwrap();
-        std::os::unix::fs::symlink("other", &path).unwrap();
-        trim_log(folder.path()).unwrap();
-        assert_eq!(log.metadata().unwrap().len(), LONGEST_LOG + 1);
     }
 }

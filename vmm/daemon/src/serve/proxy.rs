@@ -25,9 +25,14 @@ use tokio::time::{sleep, timeout};
 use super::fault::{Failure, Fault};
 use super::record::State;
 use super::vm::{Now, Vm};
+use host::printable::printable;
 
-/// Longest response in bytes.
+/// Longest response in bytes, and longest head of one; longest response that tells the state of a guest.
 const MAX_RESPONSE: usize = 4 << 20;
+const MAX_HEAD: usize = 16 << 10;
+const MAX_STATE: usize = 16 << 10;
+/// Longest reason for a refusal, in characters.
+const LONGEST_REFUSAL: usize = 4096;
 /// Deadline of a request that only reads.
 pub const LOOK: Duration = Duration::from_secs(5);
 /// Deadline of a request that has the guest do something, such as start.
@@ -65,9 +70,13 @@ async fn exchange(
     method: Method,
     path: &str,
     body: Bytes,
+    longest: usize,
 ) -> Result<GuestResponse, Failure> {
     let stream = connect(socket).await?;
-    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    let (mut sender, connection) = http1::Builder::new()
+        .max_buf_size(MAX_HEAD)
+        .handshake(TokioIo::new(stream))
+        .await?;
     let request = Request::builder()
         .method(method)
         .uri(path)
@@ -76,7 +85,7 @@ async fn exchange(
     let mut exchanged = std::pin::pin!(async {
         let response = sender.send_request(request).await?;
         let (head, body) = response.into_parts();
-        let body = Limited::new(body, MAX_RESPONSE).collect().await?;
+        let body = Limited::new(body, longest).collect().await?;
         Ok::<_, Failure>(GuestResponse {
             status: head.status,
             content: head.headers.get(CONTENT_TYPE).cloned(),
@@ -97,9 +106,9 @@ async fn ask_socket(
     method: Method,
     path: &str,
     body: Bytes,
-    patience: Duration,
+    (patience, longest): (Duration, usize),
 ) -> Result<GuestResponse, Option<Failure>> {
-    match timeout(patience, exchange(socket, method, path, body)).await {
+    match timeout(patience, exchange(socket, method, path, body, longest)).await {
         Ok(done) => done.map_err(Some),
         Err(_) => Err(None),
     }
@@ -116,6 +125,21 @@ pub async fn ask(
     body: Bytes,
     patience: Duration,
 ) -> Result<GuestResponse, Fault> {
+    ask_for(vm, method, path, body, patience, MAX_RESPONSE).await
+}
+
+/// As [`ask`], for a response of at most `longest` bytes.
+///
+/// # Errors
+/// Those of [`ask`].
+pub async fn ask_for(
+    vm: &Vm,
+    method: Method,
+    path: &str,
+    body: Bytes,
+    patience: Duration,
+    longest: usize,
+) -> Result<GuestResponse, Fault> {
     let no_process = || {
         let now = vm.now();
         now.process.is_none().then_some(now.state)
@@ -131,7 +155,7 @@ pub async fn ask(
     let Ok(Ok(_place)) = place else {
         return Err(Fault::Busy(vm.id.clone()));
     };
-    let asked = ask_socket(&vm.api_socket(), method, path, body, patience).await;
+    let asked = ask_socket(&vm.api_socket(), method, path, body, (patience, longest)).await;
     asked.map_err(|failure| match failure {
         Some(source) => Fault::Unreachable {
             id: vm.id.clone(),
@@ -202,7 +226,14 @@ where
 
 /// The state of the guest that its process reports.
 pub async fn state(socket: &Path, patience: Duration) -> Option<State> {
-    let asked = ask_socket(socket, Method::GET, "/", Bytes::new(), patience).await;
+    let asked = ask_socket(
+        socket,
+        Method::GET,
+        "/",
+        Bytes::new(),
+        (patience, MAX_STATE),
+    )
+    .await;
     let info: Value = serde_json::from_slice(&asked.ok()?.body).ok()?;
     match info.get("state")?.as_str()? {
         "Not started" => Some(State::NotStarted),
@@ -232,5 +263,6 @@ pub fn refusal(response: &GuestResponse) -> Fault {
         .as_ref()
         .and_then(|body| body.get("fault_message")?.as_str())
         .unwrap_or("the guest's process refuses");
-    Fault::Guest(response.status, message.to_owned())
+    let message: String = message.chars().take(LONGEST_REFUSAL).collect();
+    Fault::Guest(response.status, printable(&message).into_owned())
 }

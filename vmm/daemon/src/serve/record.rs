@@ -93,11 +93,14 @@ pub enum State {
     Restarting,
     /// It is being deleted.
     Deleting,
+    /// Its record on the daemon's disk cannot be read. It keeps its name, its process and what it has of the host, and
+    /// can be stopped and deleted, and nothing else.
+    Unreadable,
 }
 
 impl State {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Creating,
         Self::Starting,
         Self::NotStarted,
@@ -107,6 +110,7 @@ impl State {
         Self::Failed,
         Self::Restarting,
         Self::Deleting,
+        Self::Unreadable,
     ];
 
     /// The word for it.
@@ -121,6 +125,7 @@ impl State {
             Self::Failed => "failed",
             Self::Restarting => "restarting",
             Self::Deleting => "deleting",
+            Self::Unreadable => "unreadable",
         }
     }
 }
@@ -282,6 +287,38 @@ pub struct Record {
     /// How it ended the last time.
     #[serde(default)]
     pub end: Option<Ended>,
+}
+
+impl Record {
+    /// What is known of a guest whose record cannot be read.
+    pub fn unreadable(id: &str) -> Self {
+        Self {
+            spec: VmSpec {
+                id: Some(id.to_owned()),
+                config: None,
+                template: None,
+                metadata: None,
+                start: false,
+                restart: RestartPolicy::Never,
+                labels: BTreeMap::new(),
+            },
+            uid: 0,
+            created_ms: 0,
+            phase: Phase::Present,
+            state: State::Unreadable,
+            jail: None,
+            images: Vec::new(),
+            loaded: false,
+            cid: None,
+            disks: BTreeMap::new(),
+            former_disks: BTreeSet::new(),
+            later: LaterConfig::default(),
+            pending: Pending::default(),
+            restarts: 0,
+            failures: 0,
+            end: None,
+        }
+    }
 }
 
 /// `pid.json`. A process number is used again, so it names one process for good only together with the start and the

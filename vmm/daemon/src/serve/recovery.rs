@@ -18,22 +18,59 @@ use super::stopping::KILL;
 use super::store;
 use super::vm::Vm;
 use ::jail::LimitHits;
-use config::VmConfig;
+use config::{VmConfig, VsockConfig, is_guest_id};
+use control::launch_spec::CONFIG;
 use host::report::chain;
 
 impl Daemon {
     /// Finds the guests of earlier daemons in the state folder.
     ///
     /// # Errors
-    /// Where the state folder cannot be read. A guest whose record is damaged is left alone.
+    /// Where the state folder cannot be read.
     pub async fn recover(self: &Arc<Self>) -> io::Result<()> {
         for id in self.store.ids()? {
             if let Err(error) = self.recover_vm(&id).await {
-                self.jails.reserve(&self.store.vm(&id));
-                tracing::error!(vm = %id, error = %chain(&error), "the record of a guest cannot be read, and the guest stays as it is");
+                tracing::error!(vm = %id, error = %chain(&error), "the record of a guest cannot be read");
+                if is_guest_id(&id) {
+                    self.keep_unreadable(&id, &error);
+                }
             }
         }
         Ok(())
+    }
+
+    /// Takes a guest into the registry whose record cannot be read, so that no other guest gets its name, its user or
+    /// its identifier, and so that its process can be ended.
+    fn keep_unreadable(self: &Arc<Self>, id: &str, why: &io::Error) {
+        let folder = self.store.vm(id);
+        // Written by the daemon as well, and so readable, unless that is what is damaged.
+        let config = store::read::<VmConfig>(&folder.join(CONFIG)).ok().flatten();
+        let config = config.filter(|config| config.validate().is_ok());
+        let config = config.unwrap_or_default();
+        let record = Record {
+            jail: self.jails.found(id, &folder),
+            cid: config.vsock.as_ref().map(VsockConfig::cid),
+            ..Record::unreadable(id)
+        };
+        let found = process::find(&folder)
+            .and_then(|found| match found {
+                None => process::search(&folder, id),
+                found => Ok(found),
+            })
+            .or_else(|_| process::search(&folder, id))
+            .and_then(|found| found.map(Process::new).transpose());
+        let vm = Arc::new(Vm::new(id.to_owned(), folder, record, &config));
+        let why = chain(why).to_string();
+        vm.change(|now| now.unreadable = Some(why.clone()));
+        self.vms().insert(id.to_owned(), vm.clone());
+        self.events.tell(EventKind::Unreadable, Some(id), Some(why));
+        match found {
+            Ok(Some(process)) => self.adopt(&vm, process),
+            Ok(None) => {}
+            Err(error) => {
+                tracing::error!(vm = %id, error = %chain(&error), "the process of a guest cannot be found");
+            }
+        }
     }
 
     async fn recover_vm(self: &Arc<Self>, id: &str) -> io::Result<()> {

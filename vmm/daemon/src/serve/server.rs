@@ -1,7 +1,6 @@
 //! The start of `coppice serve`, its end, and what it does by the clock in between.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,14 +18,13 @@ use super::images::Images;
 use super::jail::{JailPolicy, Jails};
 use super::listen::Connections;
 use super::peer::Allowed;
-use super::process;
 use super::record::{RestartPolicy, State};
 use super::routes;
 use super::sharing_domain::ShareDomains;
 use super::store::Store;
-use super::task::blocking;
 use super::templates::Templates;
 use super::vm::Vm;
+use super::web::WebOptions;
 use crate::zygote::Zygote;
 use host::report::chain;
 use host::signals;
@@ -49,8 +47,8 @@ pub struct Options {
     pub allowed: Allowed,
     /// Where its state is.
     pub state: PathBuf,
-    /// The address at which it shows its guests to everybody who can reach that.
-    pub web: Option<SocketAddr>,
+    /// How it shows its guests to everybody who can reach an address.
+    pub web: Option<WebOptions>,
     /// How many guests it takes on.
     pub limits: Limits,
     /// How its guests are jailed; not at all where absent.
@@ -91,22 +89,6 @@ fn host(what: impl Into<String>) -> impl FnOnce(io::Error) -> ServeError {
 }
 
 impl Daemon {
-    /// Cuts the logs of guests that have become too long, once a minute, without end.
-    async fn trim_logs(self: Arc<Self>) {
-        loop {
-            tokio::time::sleep(process::TRIM).await;
-            let folders: Vec<_> = self.all().iter().map(|vm| vm.folder.clone()).collect();
-            let trimmed = blocking(move || {
-                folders
-                    .iter()
-                    .try_for_each(|folder| process::trim_log(folder))
-            });
-            if let Ok(Err(error)) = trimmed.await {
-                tracing::warn!(error = %chain(&error), "the log of a guest cannot be cut");
-            }
-        }
-    }
-
     async fn stop_all(self: &Arc<Self>, grace: Duration) {
         let mut stops = tokio::task::JoinSet::new();
         for vm in self.all() {
@@ -214,7 +196,8 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         .clone()
         .unix(daemon.clone(), listener, routes::all(daemon.clone()));
     let serving = tokio::spawn(serving);
-    if let Some(address) = options.web {
+    if let Some(web) = &options.web {
+        let address = web.address;
         let listener = TcpListener::bind(address).await;
         let listener = listener.map_err(host(format!("--web {address}")))?;
         if let Ok(address) = listener.local_addr() {
@@ -223,10 +206,9 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         tokio::spawn(
             connections
                 .clone()
-                .web(listener, routes::read_only(daemon.clone())),
+                .web(listener, routes::read_only(daemon.clone(), web)),
         );
     }
-    tokio::spawn(daemon.clone().trim_logs());
     daemon.events.tell(EventKind::DaemonStarted, None, None);
     // A service manager that waits for this takes the daemon for failed if it does not come.
     if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {

@@ -74,6 +74,9 @@ pub struct VmStatus {
     /// Its vsock device, if it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockStatus>,
+    /// Why its record cannot be read, where it cannot: then what is only known from there is a default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unreadable: Option<String>,
     /// The user of the host that it runs as, in a jail with a user of its own: its disks have to be open to that one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_uid: Option<u32>,

@@ -8,7 +8,7 @@
 //!           /config.json   the configuration that the process starts with
 //!           /pid.json      the process: number, start, boot
 //!           /end.json      why the process ended, written by itself
-//!           /log           the log of the process
+//!           /log, /log.pipe   the log of the process, and the way to it; see `guest_log`
 //!           /metadata.json the guest's metadata, see `identity`
 //!           /api.sock, /console.sock, /vsock.sock
 //! ```
@@ -34,9 +34,12 @@ use host::report::chain;
 pub const VSOCK_SOCKET: &str = "vsock.sock";
 /// The file with the guest's metadata, in the same folder.
 pub const METADATA: &str = "metadata.json";
+/// The log of a guest's process, in the same folder.
+pub const LOG: &str = "log";
 
-/// Longest file that is read, in bytes: the process of a guest may have written it.
-const LONGEST: u64 = 4 << 20;
+/// Longest record in bytes. A longer one is neither written, as it could not be read again, nor read, as the process of
+/// a guest may have written it.
+const LONGEST_RECORD: u64 = 4 << 20;
 /// Longest path of a socket (unix(7)), without its zero byte.
 const SOCKET_PATH: usize = 107;
 
@@ -121,11 +124,50 @@ pub fn remove_unfinished(path: &Path) {
     let _ = fs::remove_file(unfinished(path));
 }
 
-/// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
+/// A record that the next daemon could not read.
+#[derive(Debug, thiserror::Error)]
+#[error("it would have {len} bytes, and {LONGEST_RECORD} at most can be read again")]
+struct TooLong {
+    len: u64,
+}
+
+/// Opens a file that the process of a guest may have replaced: no link is followed, no named pipe is waited for, and
+/// what is no regular file is refused.
 ///
 /// # Errors
 /// The host's error.
+pub fn open_without_waiting(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = options.custom_flags(flags).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no file"));
+    }
+    Ok(file)
+}
+
+/// Writes JSON to `path`, whole or not at all; where it is `durable`, also at a power cut.
+///
+/// # Errors
+/// The host's error; `FileTooLarge` where it is longer than what [`read`] takes.
 pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<()> {
+    let text = serde_json::to_vec(value).map_err(|error| named(path)(error.into()))?;
+    let len = text.len() as u64;
+    if len > LONGEST_RECORD {
+        let error = io::Error::new(io::ErrorKind::FileTooLarge, TooLong { len });
+        return Err(named(path)(error));
+    }
+    replace_as(path, &text, durable)
+}
+
+/// Replaces a file by one with these bytes, whole or not at all.
+///
+/// # Errors
+/// The host's error.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_as(path, bytes, false)
+}
+
+fn replace_as(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let new = unfinished(path);
     // A process in a jail may have put a link of that name there, which must not be written through. A folder of that
     // name makes `create_new` fail.
@@ -134,7 +176,7 @@ pub fn write(path: &Path, value: &impl Serialize, durable: bool) -> io::Result<(
         let mut options = OpenOptions::new();
         options.write(true).create_new(true).mode(0o600);
         let mut file = options.open(&new)?;
-        file.write_all(&serde_json::to_vec(value)?)?;
+        file.write_all(bytes)?;
         if durable {
             file.sync_all()?;
         }
@@ -177,19 +219,22 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// # Errors
 /// The host's error, or what is wrong with the JSON.
 pub fn read<T: DeserializeOwned>(path: &Path) -> io::Result<Option<T>> {
-    // A process in a jail may have put anything under that name, so no link is followed, and no FIFO is waited for.
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
-    let file = match opened {
+    let file = match open_without_waiting(path, OpenOptions::new().read(true)) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
+        Err(error) => return Err(named(path)(error)),
     };
-    if !file.metadata()?.is_file() {
-        return Err(named(path)(io::Error::other("it is no file")));
-    }
     let mut text = Vec::new();
-    file.take(LONGEST).read_to_end(&mut text)?;
+    file.take(LONGEST_RECORD + 1)
+        .read_to_end(&mut text)
+        .map_err(named(path))?;
+    if text.len() as u64 > LONGEST_RECORD {
+        let error = format!("it has more than {LONGEST_RECORD} bytes");
+        return Err(named(path)(io::Error::new(
+            io::ErrorKind::FileTooLarge,
+            error,
+        )));
+    }
     let value = serde_json::from_slice(&text).map_err(|error| named(path)(error.into()))?;
     Ok(Some(value))
 }
@@ -288,7 +333,7 @@ impl Store {
 
     /// Removes half-written files from the folder of a guest that nobody writes to.
     pub fn tidy(&self, id: &str) {
-        for name in ["vm.json", "config.json", "pid.json", METADATA] {
+        for name in ["vm.json", "config.json", "pid.json", METADATA, LOG] {
             remove_unfinished(&self.vm(id).join(name));
         }
     }
@@ -325,6 +370,36 @@ mod tests {
         assert!(write(&path, &2, true).is_err());
         assert_eq!(read::<u8>(&path).unwrap(), Some(1));
         assert_eq!(read::<u8>(&folder.path().join("g")).unwrap(), None);
+    }
+
+    #[test]
+    fn what_could_not_be_read_again_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        // Two bytes of it are quotation marks.
+        let longest = "x".repeat(LONGEST_RECORD as usize - 2);
+        write(&path, &longest, false).unwrap();
+        assert_eq!(read::<String>(&path).unwrap().as_ref(), Some(&longest));
+        let refused = write(&path, &format!("{longest}x"), false).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::FileTooLarge);
+        assert!(chain(&refused).to_string().contains("4194305 bytes"));
+        assert_eq!(read::<String>(&path).unwrap(), Some(longest));
+        fs::write(&path, vec![b' '; LONGEST_RECORD as usize + 1]).unwrap();
+        let refused = read::<String>(&path).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::FileTooLarge);
+    }
+
+    #[test]
+    fn a_pipe_or_a_folder_in_the_place_of_a_record_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        let mode = rustix::fs::Mode::RWXU;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
+        let refused = read::<u8>(&path).unwrap_err();
+        assert!(chain(&refused).to_string().contains("/f: it is no file"));
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        read::<u8>(&path).unwrap_err();
     }
 
     #[test]

@@ -224,7 +224,7 @@ impl Daemon {
     pub fn watch(self: &Arc<Self>, vm: &Arc<Vm>, process: &Arc<Process>, before: LimitHits) {
         let (daemon, vm, process) = (self.clone(), vm.clone(), process.clone());
         tokio::spawn(async move {
-            let exit = process.ended().await;
+            let exit = process.watched(&vm.folder).await;
             daemon.ended(&vm, exit, before).await;
         });
     }
@@ -260,8 +260,9 @@ impl Daemon {
                 now.failures = 0;
             }
             match now.state {
-                // The operation that makes, starts or deletes it decides.
-                State::Creating | State::Starting | State::Deleting => false,
+                // The operation that makes, starts or deletes it decides. Of one whose record cannot be read, it is not
+                // known what is to become of it.
+                State::Creating | State::Starting | State::Deleting | State::Unreadable => false,
                 State::NotStarted
                 | State::Running
                 | State::Paused

@@ -25,7 +25,7 @@ use super::own_disks::{free_disk, link_inside};
 use super::proxy;
 use super::record::{PendingTemplate, State};
 use super::status::now_ms;
-use super::store;
+use super::store::{self, is_missing};
 use super::task::blocking;
 use super::templates::{Template, TemplateSpec};
 use super::vm::Vm;
@@ -81,7 +81,12 @@ impl Daemon {
         }
         let vm = self.vm(&spec.vm)?;
         let _making = self.templating.lock().await;
-        if self.templates().has(&spec.id) {
+        // One whose record cannot be read has a folder, and keeps its name.
+        let folder = self.store.template(&spec.id);
+        let is_free = blocking(move || is_missing(&folder))
+            .await?
+            .unwrap_or(false);
+        if self.templates().has(&spec.id) || !is_free {
             return Err(Fault::TemplateExists(spec.id));
         }
         let _operation = vm.operation.clone().lock_owned().await;
@@ -272,10 +277,7 @@ impl Daemon {
         if let Some(child) = self.templates().child_of(&id) {
             return Err(used(format!("template {child}")));
         }
-        let clone = self
-            .all()
-            .into_iter()
-            .find(|vm| vm.spec.template.as_deref() == Some(&id));
+        let clone = self.all().into_iter().find(|vm| vm.may_use_template(&id));
         if let Some(vm) = clone {
             return Err(used(format!("guest {}", vm.id)));
         }

@@ -79,6 +79,8 @@ pub struct Now {
     pub pending: Pending,
     /// Whether a task follows its commits.
     pub is_followed: bool,
+    /// Why its record cannot be read, where it cannot.
+    pub unreadable: Option<String>,
 }
 
 impl Now {
@@ -97,7 +99,11 @@ impl Now {
             | State::Running
             | State::Paused
             | State::Restarting => !self.stopping,
-            State::NotStarted | State::Stopped | State::Failed | State::Deleting => false,
+            State::NotStarted
+            | State::Stopped
+            | State::Failed
+            | State::Deleting
+            | State::Unreadable => false,
         }
     }
 }
@@ -164,6 +170,7 @@ impl Vm {
                 later: record.later,
                 pending: record.pending,
                 is_followed: false,
+                unreadable: None,
             }),
             changed: Notify::new(),
         }
@@ -197,6 +204,17 @@ impl Vm {
             }
             changed.await;
         }
+    }
+
+    /// Whether it uses an image, or may do so, as its record does not say.
+    pub fn may_use_image(&self, name: &str) -> bool {
+        let now = self.now();
+        now.unreadable.is_some() || now.images.iter().any(|image| image == name)
+    }
+
+    /// Whether it is a clone of a template, or may be one, as its record does not say.
+    pub fn may_use_template(&self, id: &str) -> bool {
+        self.now().unreadable.is_some() || self.spec.template.as_deref() == Some(id)
     }
 
     /// Its REST socket.
@@ -242,7 +260,8 @@ impl Vm {
             | State::Paused
             | State::Stopped
             | State::Failed
-            | State::Deleting => now.process.is_some(),
+            | State::Deleting
+            | State::Unreadable => now.process.is_some(),
         };
         Load {
             uid: self.uid,
@@ -282,6 +301,7 @@ impl Vm {
                     .display()
                     .to_string(),
             }),
+            unreadable: now.unreadable.clone(),
             guest_uid: now.jail.as_ref().and_then(|jail| jail.uid),
             config: config
                 .then(|| now.later.shown().or_else(|| self.spec.config.clone()))

@@ -87,7 +87,10 @@ impl LostPages {
         if let Some(lost) = self.lost_page() {
             (self.on_end)(GuestEnd::Failed(format!("{lost}; {ADVICE}")));
         } else {
-            tracing::warn!("the host cannot reach guest memory, and no file says why");
+            devices::limited!(
+                warn,
+                "the host cannot reach guest memory, and no file says why"
+            );
         }
     }
 

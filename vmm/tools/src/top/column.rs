@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use clap::ValueEnum;
 
 use super::reading::{FileRow, GuestRow, Reading};
+use host::printable::printable;
 
 /// A column: what is shown of a guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -57,13 +58,6 @@ fn or_none(value: Option<u64>, show: impl FnOnce(u64) -> String) -> String {
     value.map_or_else(|| "-".to_owned(), show)
 }
 
-/// Names come from users and may have any characters, so control characters, which could move the cursor, are replaced.
-fn printable(text: &str) -> String {
-    text.chars()
-        .map(|c| if c.is_control() { '?' } else { c })
-        .collect()
-}
-
 impl Column {
     /// The heading of the column.
     pub(super) fn heading(self) -> &'static str {
@@ -85,7 +79,7 @@ impl Column {
 
     fn cell(self, guest: &GuestRow) -> String {
         match self {
-            Self::Name => printable(&guest.name),
+            Self::Name => printable(&guest.name).into_owned(),
             // The row of sums has no process.
             Self::Pid if guest.pid == 0 => String::new(),
             Self::Pid => guest.pid.to_string(),
@@ -184,7 +178,7 @@ impl Table {
     pub(super) fn of_files(files: &[FileRow]) -> Self {
         let row = |file: &FileRow| {
             vec![
-                printable(&file.path),
+                printable(&file.path).into_owned(),
                 file.guests.to_string(),
                 mib(file.mapped_bytes >> 10),
             ]
@@ -267,7 +261,7 @@ pub(super) mod tests {
     #[test]
     fn names_do_not_move_the_cursor_and_unknown_cells_are_dashes() {
         let table = Table::of_guests(&reading());
-        assert_eq!(table.rows[1][..4], ["b?[2J", "10", "128", "1.5"]);
+        assert_eq!(table.rows[1][..4], ["b\\u001b[2J", "10", "128", "1.5"]);
         assert_eq!(table.rows[1][10..], ["-", "-"]);
         assert_eq!(table.totals[..4], ["3 guests", "", "384", "3.5"]);
         assert_eq!(

@@ -67,7 +67,15 @@ pub(super) fn describe(cmdline: &str, cwd: &Path) -> Option<GuestDescription> {
         file => file.as_deref(),
     };
     let configured = || {
-        let config = VmConfig::from_file(&cwd.join(file?)).ok()?;
+        let path = cwd.join(file?);
+        // In a daemon's folder, a guest may have put a link or a named pipe there, which would have to be waited for.
+        let metadata = if arguments.held {
+            fs::symlink_metadata(&path)
+        } else {
+            fs::metadata(&path)
+        };
+        let path = metadata.ok()?.is_file().then_some(path)?;
+        let config = VmConfig::from_file(&path).ok()?;
         Some(config.machine_config.mem_size_mib)
     };
     let ram = arguments.mem.map(|mem| mem.0).or_else(configured);
@@ -155,6 +163,16 @@ mod tests {
             let guest = describe(cmdline, folder.path()).unwrap();
             assert_eq!((guest.name.as_str(), guest.ram_mib), ("b", 256));
         }
+    }
+
+    #[test]
+    fn a_guest_that_has_replaced_its_configuration_by_a_pipe_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        let cmdline = "coppice\0run\0--held\0--id\0b\0--api-sock\0api.sock\0--console-sock\0console.sock\0--end-file\0end.json\0";
+        let guest = describe(cmdline, folder.path()).unwrap();
+        assert_eq!((guest.name.as_str(), guest.ram_mib), ("b", 128));
     }
 
     #[test]

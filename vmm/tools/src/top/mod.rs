@@ -29,6 +29,7 @@ pub use options::Options;
 pub use reading::{FileRow, GuestRow, Reading};
 
 use column::Table;
+use host::printable::printable_lines;
 use host::text_table::columns;
 use reading::Reader;
 
@@ -50,7 +51,8 @@ pub fn run(options: &Options) -> Result<Option<u8>, TopError> {
         if options.files {
             value["files"] = serde_json::to_value(&reading.files)?;
         }
-        writeln!(out, "{}", serde_json::to_string_pretty(&value)?)?;
+        let text = serde_json::to_string_pretty(&value)?;
+        writeln!(out, "{}", printable_lines(&text))?;
         return Ok(None);
     }
     let table = if options.files {

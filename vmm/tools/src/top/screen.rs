@@ -209,7 +209,7 @@ mod tests {
         let (lines, marked) = shown(&screen(), 120);
         assert!(lines[0].starts_with("GUEST"), "{lines:?}");
         assert_eq!(marked, "PRIVATE");
-        assert!(lines[1].starts_with("b?[2J"), "{lines:?}");
+        assert!(lines[1].starts_with("b\\u001b[2J"), "{lines:?}");
         assert!(lines[6].starts_with("3 guests"), "{lines:?}");
         assert_eq!(lines[7], KEYS);
     }

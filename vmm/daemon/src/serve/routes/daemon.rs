@@ -18,7 +18,8 @@ use utoipa::ToSchema;
 use super::request::{Context, Handled, Query, SHOWN, flag};
 use crate::serve::events::{Event, EventKind};
 use crate::serve::fault::{Fault, FaultBody};
-use crate::serve::{metrics as counters, proxy};
+use crate::serve::guest_metrics::{Joined, of_guest};
+use crate::serve::proxy;
 use control::metrics::CONTENT_TYPE as OPENMETRICS;
 use host::procfs;
 
@@ -99,11 +100,11 @@ pub(in crate::serve) async fn metrics(
         (None, true) => daemon.all().into_iter().take(ASKED).collect(),
         (None, false) => Vec::new(),
     };
-    let mut joined = counters::Joined::default();
-    let texts = proxy::ask_each(asked, counters::of_guest).await;
+    let mut joined = Joined::default();
+    let texts = proxy::ask_each(asked, of_guest).await;
     let texts: BTreeMap<_, _> = texts.into_iter().collect();
     for (id, text) in &texts {
-        joined.add(id, text);
+        daemon.metrics.samples_left_out(joined.add(id, text));
     }
     let vms = daemon.all();
     let mut vms = vms

@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::request::{Context, Handled, raw};
 use crate::serve::daemon::Daemon;
 use crate::serve::fault::Fault;
+use crate::serve::lifecycle::UNREADABLE;
 use crate::serve::proxy;
 use crate::serve::record::State;
 use crate::serve::task::detached;
@@ -48,6 +49,13 @@ pub(super) async fn guest(
     body: Result<Bytes, BytesRejection>,
 ) -> Handled<Response> {
     let (vm, body) = (daemon.vm(&id)?, raw(body)?);
+    if vm.state() == State::Unreadable && method != Method::GET {
+        return Err(Fault::WrongState {
+            id,
+            state: State::Unreadable,
+            advice: UNREADABLE,
+        });
+    }
     if body.len() > config::limits::MAX_BODY {
         return Err(Fault::Body(
             StatusCode::PAYLOAD_TOO_LARGE,

@@ -75,7 +75,7 @@ pub(in crate::serve) async fn delete_image(
             let user = daemon
                 .vms()
                 .values()
-                .find_map(|vm| vm.now().images.contains(&name).then(|| vm.id.clone()));
+                .find_map(|vm| vm.may_use_image(&name).then(|| vm.id.clone()));
             match user {
                 Some(vm) => Err(Fault::ImageUsed { image: name, vm }),
                 None => images.remove(&file, &name),

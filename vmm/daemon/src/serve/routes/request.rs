@@ -64,6 +64,6 @@ pub(super) fn flag<'de, D: serde::Deserializer<'de>>(from: D) -> Result<bool, D:
 pub(super) fn uid(caller: Caller) -> Handled<u32> {
     match caller {
         Caller::User(uid) => Ok(uid),
-        Caller::Web => Err(Fault::ReadOnly),
+        Caller::Web(_) => Err(Fault::ReadOnly),
     }
 }

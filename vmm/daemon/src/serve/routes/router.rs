@@ -16,6 +16,7 @@ use super::{console, daemon, images, openapi, sharers, templates, vms};
 use crate::serve::daemon::Daemon;
 use crate::serve::fault::Fault;
 use crate::serve::page;
+use crate::serve::web::{WebOptions, only_known_hosts};
 use config::MAX_FILE_SIZE;
 
 async fn no_path(method: Method, uri: Uri) -> Fault {
@@ -55,11 +56,18 @@ fn reading() -> Router<Arc<Daemon>> {
 }
 
 /// The paths that the address for reading serves.
-pub fn read_only(daemon: Arc<Daemon>) -> Router {
-    let router = reading()
-        .route("/vms", get(vms::list))
-        .route("/vms/{id}", get(vms::show));
-    finished(router, daemon)
+pub fn read_only(daemon: Arc<Daemon>, web: &WebOptions) -> Router {
+    let router = if web.all {
+        reading()
+            .route("/vms", get(vms::list))
+            .route("/vms/{id}", get(vms::show))
+    } else {
+        Router::new()
+            .route("/", get(page::page))
+            .route("/vms", get(vms::list_for_page))
+    };
+    let hosts: Arc<[String]> = web.hosts.clone().into();
+    finished(router, daemon).layer(middleware::from_fn_with_state(hosts, only_known_hosts))
 }
 
 /// The paths that the socket serves.

@@ -19,6 +19,7 @@ use crate::serve::record::{State, VmSpec};
 use crate::serve::status::VmStatus;
 use crate::serve::task::detached;
 use crate::serve::vm::Vm;
+use crate::serve::web::PageGuest;
 use control::api;
 
 /// Longest time that a guest may be given to shut down, in s.
@@ -93,6 +94,22 @@ pub(in crate::serve) async fn list(
     let vms = daemon.all();
     let vms = vms.iter().map(|vm| vm.status(query.stats, false));
     Json(VmList { vms: vms.collect() })
+}
+
+/// All guests, as the page shows them.
+#[derive(Serialize)]
+pub(in crate::serve) struct PageList {
+    vms: Vec<PageGuest>,
+}
+
+/// As [`list`], without what the page does not show.
+pub(in crate::serve) async fn list_for_page(
+    context: Context,
+    query: Query<StatsQuery>,
+) -> Json<PageList> {
+    let Json(VmList { vms }) = list(context, query).await;
+    let vms = vms.into_iter().map(PageGuest::from).collect();
+    Json(PageList { vms })
 }
 
 /// Makes a guest. A second request that is the same finds the guest that the first has made.
