@@ -1,7 +1,8 @@
 //! The log of a guest's process: a named pipe, which the daemon drains into a file.
 //!
 //! ```text
-//! process ── standard error ──> log.pipe ── at a rate, escaped, line by line ──> log (the older half goes when it is too long)
+//! process ── standard error ──> log.pipe ── at a rate, escaped, line by line ──> log
+//!                                                    (the older half goes when it is too long)
 //! ```
 //!
 //! A guest may have taken over its process, and a file that a process can write to it can make as long as the disk. So
