@@ -490,8 +490,10 @@ fn the_daemon_knows_which_guests_share_a_page_of_a_file() {
     }
     daemon.create_waiting("d");
     // Guests map an unpacked copy of the kernel, which does not change with the file.
+    // The cache has a folder for the owner of the guests.
     let cache = fs::read_dir(daemon.folder().join("cache/coppice/kernels")).unwrap();
     let copy = cache
+        .flat_map(|folder| fs::read_dir(folder.unwrap().path()).unwrap())
         .map(|entry| entry.unwrap().path())
         .find(|path| path.metadata().unwrap().len() == 3 * 4096)
         .unwrap();
