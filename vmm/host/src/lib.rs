@@ -11,6 +11,7 @@ pub mod output;
 pub mod printable;
 pub mod procfs;
 pub mod program;
+pub mod shared_folder;
 pub mod signals;
 pub mod socket;
 pub mod stack;

@@ -1,30 +1,14 @@
 //! Files that a process appends to: the log, the metrics, the output of a serial console.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use rustix::io::Errno;
 
-/// Bits of a folder's mode by which others than its owner can make links in it.
-const OTHERS_WRITE: u32 = 0o022;
-
-/// The path from the folder that this process works in, where the file lies below that folder and others may write
-/// there: a guest's folder, in which the guest's process can put a link in the place of anything.
-fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
-    let folder = std::env::current_dir()?;
-    let inside = match path.strip_prefix(&folder) {
-        Ok(inside) => inside,
-        Err(_) if path.is_relative() => path,
-        Err(_) => return Ok(None),
-    };
-    let metadata = fs::metadata(&folder)?;
-    let is_own = metadata.uid() == rustix::process::geteuid().as_raw();
-    let is_shared = !is_own || metadata.mode() & OTHERS_WRITE != 0;
-    Ok(is_shared.then(|| inside.to_owned()))
-}
+use crate::shared_folder::in_shared_folder;
 
 fn open(path: &Path, inside: Option<&Path>, access: OFlags) -> rustix::io::Result<File> {
     let flags = access
@@ -64,6 +48,7 @@ pub fn open_output(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::Write;
     use std::os::unix::fs::{PermissionsExt, symlink};
 

@@ -30,6 +30,7 @@ mod report;
 pub mod seccomp;
 mod tree;
 
+use std::io;
 use std::path::Path;
 
 use config::VmConfig;
@@ -119,10 +120,17 @@ fn enter_with(jail: &JailConfig, needs: &[Need], report: &mut JailReport) -> Res
         kvm::vm::open_kvm_early();
     }
     namespaces::enter(report).map_err(required(Layer::UserNamespace))?;
-    if report.contains(Layer::MountNamespace) {
-        report.record(Layer::Tree, tree::enter(needs));
+    let tree = if report.contains(Layer::MountNamespace) {
+        tree::enter(needs)
     } else {
-        report.lacks(Layer::Tree, "it takes a mount namespace");
+        Err(io::Error::other("it takes a mount namespace"))
+    };
+    if jail.uid.is_some() {
+        // A process with a user of its own is to see its guest's files alone: it does not start with those of the host.
+        tree.map_err(required(Layer::Tree))?;
+        report.has(Layer::Tree);
+    } else {
+        report.record(Layer::Tree, tree);
     }
     report.record(Layer::Limits, limits::enter());
     // This comes first, as only root may do it, and the process may be about to become another user.

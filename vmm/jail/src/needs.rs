@@ -15,6 +15,7 @@ use super::need::{Access, Need};
 use super::options::JailConfig;
 use config::{DeviceConfig, DriveFormat, HostFile, VmConfig};
 use host::output::open_output;
+use host::shared_folder::is_plain_file;
 use kvm::boot;
 
 /// The longest chain of disks that is followed; a longer one is refused when it is opened.
@@ -91,19 +92,20 @@ impl Needs {
         }
     }
 
-    /// Adds a disk and all its parents.
+    /// Adds a disk and all its parents, which are regular files: a guest writes what names the parent of its disk, and
+    /// may have put a link in the place of a disk in its folder. What is left out is refused where it is opened.
     fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
-        self.add_vital(path, access);
-        if format == Some(DriveFormat::Raw) {
-            return;
-        }
-        let mut next = parent_of(path);
+        let (mut next, mut access) = (Some(path.to_owned()), access);
         for _ in 0..LONGEST_CHAIN {
-            let Some(parent) = next else {
+            let Some(disk) = next.filter(|disk| is_plain_file(disk)) else {
                 return;
             };
-            self.add_vital(&parent, Access::Read);
-            next = parent_of(&parent);
+            self.add_vital(&disk, access);
+            if format == Some(DriveFormat::Raw) {
+                return;
+            }
+            access = Access::Read;
+            next = parent_of(&disk);
         }
     }
 }
@@ -117,8 +119,7 @@ fn folder_of(path: &Path) -> &Path {
 
 /// The parent of a disk; `None` where it is no VHDX, cannot be opened, or has none.
 fn parent_of(path: &Path) -> Option<PathBuf> {
-    let is_file = path.metadata().is_ok_and(|metadata| metadata.is_file());
-    is_file.then(|| Vhdx::info(path).ok()?.parent_path)?
+    Vhdx::info(path).ok()?.parent_path
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
@@ -326,6 +327,37 @@ mod tests {
         assert_eq!(find(&needs, &path("serial")).access, Access::Write);
         assert!(path("serial").exists());
         assert!(needs.iter().all(|need| need.target != folder.path()));
+    }
+
+    #[test]
+    fn what_a_disk_names_as_its_parent_widens_a_jail_by_regular_files_alone() {
+        use storage::vhdx::{ChildOptions, CreateOptions};
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
+        Vhdx::create_child(path("top"), path("base"), &ChildOptions::default()).unwrap();
+        let drives = vec![DriveConfig::new("a", path("top"))];
+        let config = VmConfig {
+            drives,
+            ..VmConfig::default()
+        };
+        let targets = || {
+            let needs = of(&config, &[], &JailConfig::default()).unwrap();
+            let below = needs.into_iter().map(|need| need.target);
+            below
+                .filter(|target| target.starts_with(path("")))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(targets(), [path("base"), path("top")]);
+        fs::remove_file(path("base")).unwrap();
+        fs::create_dir(path("base")).unwrap();
+        assert_eq!(targets(), [path("top")]);
+        fs::remove_dir(path("base")).unwrap();
+        std::os::unix::fs::symlink("/", path("base")).unwrap();
+        assert_eq!(targets(), [path("top")]);
+        std::os::unix::fs::symlink("/dev/null", path("null")).unwrap();
+        fs::rename(path("null"), path("base")).unwrap();
+        assert_eq!(targets(), [path("top")]);
     }
 
     #[test]

@@ -1,0 +1,75 @@
+//! Files below a folder in which others make links: the one that this process works in, where that is a guest's.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
+
+/// Bits of a folder's mode by which others than its owner can make links in it.
+const OTHERS_WRITE: u32 = 0o022;
+
+/// The path from the folder that this process works in, where the file lies below that folder and others may write
+/// there: a guest's folder, in which the guest's process can put a link in the place of anything.
+pub(crate) fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
+    let folder = std::env::current_dir()?;
+    let inside = match path.strip_prefix(&folder) {
+        Ok(inside) => inside,
+        Err(_) if path.is_relative() => path,
+        Err(_) => return Ok(None),
+    };
+    let metadata = fs::metadata(&folder)?;
+    let is_own = metadata.uid() == rustix::process::geteuid().as_raw();
+    let is_shared = !is_own || metadata.mode() & OTHERS_WRITE != 0;
+    Ok(is_shared.then(|| inside.to_owned()))
+}
+
+/// Whether a path leads to a regular file: below a folder in which others make links, by no link. Nothing is read.
+pub fn is_plain_file(path: &Path) -> bool {
+    match in_shared_folder(path) {
+        Ok(None) => path.metadata().is_ok_and(|metadata| metadata.is_file()),
+        Ok(Some(inside)) => {
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            let stat = openat2(CWD, &inside, flags, Mode::empty(), within).and_then(fstat);
+            stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+        }
+        Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    /// It changes the folder that the process works in; each test has a process of its own under nextest.
+    #[test]
+    fn a_plain_file_is_reached_by_no_link_where_others_make_links() {
+        let outer = tempfile::tempdir().unwrap();
+        let outer = outer.path().canonicalize().unwrap();
+        let folder = outer.join("vm");
+        fs::create_dir(&folder).unwrap();
+        fs::create_dir(outer.join("other")).unwrap();
+        for name in ["outside", "other/disk", "vm/disk"] {
+            fs::write(outer.join(name), "").unwrap();
+        }
+        symlink("../outside", folder.join("link")).unwrap();
+        symlink("../other", folder.join("folder")).unwrap();
+        symlink("/", folder.join("root")).unwrap();
+        std::env::set_current_dir(&folder).unwrap();
+        let link = folder.join("link");
+        let links = [Path::new("link"), Path::new("folder/disk"), &link];
+        let never = [".", "root", "missing", "/", "/dev/null"].map(Path::new);
+        let (disk, outside) = (folder.join("disk"), outer.join("outside"));
+        let always = [Path::new("disk"), &disk, &outside];
+        for (mode, follows) in [(0o1770, false), (0o755, true)] {
+            fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
+            assert!(links.iter().all(|path| is_plain_file(path) == follows));
+            assert!(never.iter().all(|path| !is_plain_file(path)));
+            assert!(always.iter().all(|path| is_plain_file(path)));
+        }
+    }
+}
