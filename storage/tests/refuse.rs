@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use storage::foreign::{SourceFormat, SourceOptions};
 use storage::vhdx::{CreateError, CreateOptions, Vhdx};
 use storage::{Format, OpenOptions};
 use support::{MIB, arg, pattern, read, run, write};
@@ -209,12 +210,14 @@ fn a_container_that_peers_made_does_not_pass_for_raw() {
             "{said}"
         );
         if program != "coppice disk convert" {
-            let refused = storage::foreign::open(&path, None).err().unwrap();
+            let refused = storage::foreign::open(&path, &SourceOptions::default())
+                .err()
+                .unwrap();
             let said = report::chain(&refused).to_string();
             assert!(said.contains(name) && said.contains(program), "{said}");
         }
         // Who says that it is raw is believed, also for a source of a length that a disk cannot have.
-        storage::foreign::open(&path, Some(storage::foreign::SourceFormat::Raw)).unwrap();
+        storage::foreign::open(&path, &SourceOptions::named(SourceFormat::Raw)).unwrap();
     }
 }
 

@@ -65,6 +65,7 @@ impl Vhdx {
     pub(crate) fn open_damaged(
         path: &Path,
         file: Arc<File>,
+        options: &OpenOptions,
     ) -> Result<(Self, Vec<ByteRange>), OpenError> {
         let failed = |e| OpenError::new(path, e);
         let identity = identity(&file).map_err(failed)?;
@@ -76,7 +77,7 @@ impl Vhdx {
         let mode = OpenMode::ReadOnly;
         let top = Layer::read_with(Box::new(file), mode, Some(&mut note)).map_err(failed)?;
         let lost = top.layout.ranges(bad, top.metadata.size);
-        let disk = Self::on_parents(path, (top, identity), &OpenOptions::read_only(), mode)?;
+        let disk = Self::on_parents(path, (top, identity), options, mode)?;
         Ok((disk, lost))
     }
 
@@ -505,7 +506,7 @@ fn check_payload_untouched(view: &View, regions: &Regions, found: &Found) -> Res
     for patch in view.patches() {
         let next = described.partition_point(|region| region.offset <= patch.offset());
         let last = next.checked_sub(1).and_then(|last| described.get(last));
-        if !last.is_some_and(|region| patch.end() <= region.end()) {
+        if last.is_none_or(|region| patch.end() > region.end()) {
             return Err(Refusal::Unsupported(format!(
                 "the log changes the payload at file offset {:#x}; open the file once for writing to replay it",
                 patch.offset()
