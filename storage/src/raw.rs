@@ -11,7 +11,7 @@ use crate::disk::{
     SectorSize,
 };
 use crate::lock::OpenMode;
-use crate::medium::{Holes, Medium};
+use crate::medium::{Holes, Medium, make_zero};
 use crate::refusal::Refusal;
 use crate::signature;
 
@@ -194,34 +194,12 @@ impl Disk for Raw {
 
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError> {
         self.check_write(range)?;
-        zero(&self.file, range.offset(), range.len(), may_unmap)
+        make_zero(&self.file, range.offset(), range.len(), may_unmap)
     }
 
     fn close(&self) -> Result<(), DiskError> {
         self.flush()
     }
-}
-
-/// Makes a range of a file read as zeros, giving its space back where allowed and possible.
-pub(crate) fn zero(
-    medium: &dyn Medium,
-    offset: u64,
-    len: u64,
-    may_unmap: bool,
-) -> Result<(), DiskError> {
-    if len == 0 {
-        return Ok(());
-    }
-    let zeroed = || -> std::io::Result<()> {
-        if may_unmap && medium.punch_hole(offset, len)? {
-            return Ok(());
-        }
-        medium.zero(offset, len)
-    };
-    zeroed().map_err(|source| DiskError::Io {
-        operation: format!("write zeros at {offset:#x}+{len:#x}"),
-        source,
-    })
 }
 
 #[cfg(test)]
