@@ -46,10 +46,20 @@ pub fn read_at(disk: &dyn Disk, buffer: &mut [u8], offset: u64) -> Result<(), Di
 /// Writes bytes at an offset of the disk. They are durable after a flush.
 ///
 /// # Errors
-/// As [`Disk::resolve_write`], and `Io`.
+/// As [`Disk::resolve_write`], `Disguise`, and `Io`.
 pub fn write_at(disk: &dyn Disk, bytes: &[u8], offset: u64) -> Result<(), DiskError> {
+    let all = range(offset, bytes.len() as u64)?;
+    // A range outside the disk is refused here, before its sectors are looked at.
     let mut extents = Vec::new();
-    let id = disk.resolve_write(range(offset, bytes.len() as u64)?, &mut extents)?;
+    let id = disk.resolve_write(all, &mut extents)?;
+    let inspected = disk.inspected(all).into_iter().try_for_each(|sector| {
+        let start = (sector.offset() - offset) as usize;
+        disk.inspect(sector, &bytes[start..start + sector.len() as usize])
+    });
+    if let Err(error) = inspected {
+        disk.finish(id, false);
+        return Err(error);
+    }
     let written = extents.iter().try_for_each(|extent| match &extent.kind {
         ExtentKind::Data { file, file_offset } => {
             let start = (extent.offset - offset) as usize;

@@ -201,6 +201,16 @@ pub enum DiskError {
         /// What was expected and what was found.
         expected: String,
     },
+    /// The bytes of a write would make another format of a raw disk whose format was guessed.
+    #[error(
+        "the write at {offset:#x} would make the raw disk {name} when it is opened again, since its format was guessed; if its bytes are to be those of the disk whatever they look like, name the format raw"
+    )]
+    Disguise {
+        /// First byte of the sector.
+        offset: u64,
+        /// What the disk would be taken for, with an article.
+        name: &'static str,
+    },
     /// A size that the disk cannot be given.
     #[error("size {size} {reason}")]
     Size {
@@ -224,8 +234,9 @@ pub enum DiskError {
 ///
 /// All methods take `&self` and may be called from several threads. The contract of a request is to resolve it, then
 /// the caller's own transfer from or to every `Data` extent that was named, then `finish`: until then the space of
-/// those extents is used for nothing else. Nothing a write changed is promised to survive a power cut before a `flush`
-/// that began after its `finish` has returned.
+/// those extents is used for nothing else. A write whose range has sectors that are [`Disk::inspected`] begins only
+/// when the disk has looked at them. Nothing a write changed is promised to survive a power cut before a `flush` that
+/// began after its `finish` has returned.
 ///
 /// It is [`Any`], for the operations that only one format has: see [`Vhdx::of`](crate::vhdx::Vhdx::of).
 pub trait Disk: Any + Send + Sync + fmt::Debug {
@@ -251,6 +262,23 @@ pub trait Disk: Any + Send + Sync + fmt::Debug {
         range: ByteRange,
         out: &mut Vec<Extent>,
     ) -> Result<RequestId, DiskError>;
+
+    /// The sectors of `range` whose bytes the disk wants to see before they are written, in order: none for most disks.
+    /// A writer copies each where others can change it, has [`Disk::inspect`] look at the copy, and writes the copy, so
+    /// that what was inspected is what is written.
+    fn inspected(&self, range: ByteRange) -> Vec<ByteRange> {
+        let _ = range;
+        Vec::new()
+    }
+
+    /// Whether `bytes` may be written to `sector`, which is one of [`Disk::inspected`].
+    ///
+    /// # Errors
+    /// `Disguise`.
+    fn inspect(&self, sector: ByteRange, bytes: &[u8]) -> Result<(), DiskError> {
+        let _ = (sector, bytes);
+        Ok(())
+    }
 
     /// Ends a resolved request: the transfer of all its extents is complete, or has failed (`ok` is false).
     fn finish(&self, id: RequestId, ok: bool);

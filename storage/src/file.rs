@@ -36,7 +36,8 @@ pub(crate) fn open_unlocked(path: &Path, mode: OpenMode) -> Result<File, Refusal
     Ok(file)
 }
 
-fn check_kind(kind: FileType) -> Result<(), Refusal> {
+/// Refuses what is no regular file.
+pub(crate) fn check_kind(kind: FileType) -> Result<(), Refusal> {
     let found = if kind.is_file() {
         return Ok(());
     } else if kind.is_dir() {

@@ -4,6 +4,18 @@
 //! the descriptor, whatever thread or process holds it. A writer locks the whole file for itself. A reader
 //! takes shared locks on the bytes that QEMU's `file-posix` driver gives a meaning, so that QEMU and this
 //! crate respect each other: both may read one file, neither writes what the other has open.
+//!
+//! | holder | bytes | kind |
+//! |---|---|---|
+//! | a writer of this crate | all | exclusive |
+//! | a reader of this crate | 100, 201, 203 | shared |
+//! | a writer of QEMU | 100, 101, 103, and what it keeps from others of 200 to 203 | shared |
+//!
+//! So who has a file open for reading can keep others out, and has to be trusted with that: its shared locks keep
+//! writers out, as they should, and a shared lock on byte 101 or 103, which any reader can take, looks like a writer of
+//! QEMU and keeps all other readers out. An exclusive lock it cannot take, as the kernel wants a descriptor that is
+//! open for writing. A guest's process that was taken over can do so with an image that it shares, until it ends;
+//! guests that have the image open go on.
 
 use std::fs::File;
 use std::io;
@@ -253,5 +265,30 @@ mod tests {
         ));
         drop(copy);
         lock(&other, OpenMode::ReadOnly).unwrap();
+    }
+
+    #[test]
+    fn a_reader_can_pass_for_a_writer_of_qemu_and_takes_no_exclusive_lock() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let reading = || File::open(file.path()).unwrap();
+        let (first, hostile, next) = (reading(), reading(), reading());
+        lock(&first, OpenMode::ReadOnly).unwrap();
+        lock(&hostile, OpenMode::ReadOnly).unwrap();
+        assert!(set(&hostile, Kind::Exclusive, 0, 0).is_err());
+        for byte in WRITES {
+            assert!(set(&hostile, Kind::Shared, byte, 1).unwrap());
+            assert!(matches!(
+                lock(&next, OpenMode::ReadOnly),
+                Err(LockError::Written)
+            ));
+            unlock(&next).unwrap();
+            set(&hostile, Kind::None, byte, 1).unwrap();
+            lock(&next, OpenMode::ReadOnly).unwrap();
+            unlock(&next).unwrap();
+        }
+        // It lasts no longer than its holder.
+        assert!(set(&hostile, Kind::Shared, WRITES[0], 1).unwrap());
+        drop(hostile);
+        lock(&next, OpenMode::ReadOnly).unwrap();
     }
 }

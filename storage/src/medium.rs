@@ -10,6 +10,8 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::Errno;
 
+use crate::disk::DiskError;
+
 /// How much is written at once where zeros have to be written out.
 static ZEROS: [u8; 65536] = [0; 65536];
 
@@ -108,6 +110,28 @@ impl Holes for File {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// Makes a range of a file read as zeros, giving its space back where allowed and possible.
+pub(crate) fn make_zero(
+    medium: &dyn Medium,
+    offset: u64,
+    len: u64,
+    may_unmap: bool,
+) -> Result<(), DiskError> {
+    if len == 0 {
+        return Ok(());
+    }
+    let zeroed = || -> io::Result<()> {
+        if may_unmap && medium.punch_hole(offset, len)? {
+            return Ok(());
+        }
+        medium.zero(offset, len)
+    };
+    zeroed().map_err(|source| DiskError::Io {
+        operation: format!("write zeros at {offset:#x}+{len:#x}"),
+        source,
+    })
 }
 
 /// Writes zeros out, for want of a better way.

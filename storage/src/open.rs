@@ -13,7 +13,9 @@ use crate::refusal::{OpenError, Refusal};
 use crate::signature::{self, Reader, Signature, SourceFormat};
 use crate::vhdx::{self, Vhdx};
 
-/// Opens and locks the disk in the file at `path`. Nothing is written to a file that is refused.
+/// Opens and locks the disk in the file at `path`. Nothing is written to a file that is refused. A raw disk whose
+/// format was guessed refuses writes that would make it one of another format
+/// ([`DiskError::Disguise`](crate::DiskError)).
 ///
 /// # Errors
 /// See [`Refusal`].
@@ -26,7 +28,11 @@ pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Dis
         None => detect_in(&file).and_then(usable).map_err(failed)?,
     };
     Ok(match format {
-        Format::Raw => Arc::new(Raw::new(file, options.mode()).map_err(failed)?),
+        Format::Raw => {
+            let disk = Raw::new(file, options.mode()).map_err(failed)?;
+            let is_named = options.format.is_some();
+            Arc::new(if is_named { disk } else { disk.guessed() })
+        }
         Format::Vhdx => Arc::new(Vhdx::open_chain(path, file, options)?),
     })
 }

@@ -20,7 +20,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// The format. `None` looks for signatures: it knows VHDX, refuses the containers of other formats, and takes
     /// everything else as raw. Right for files that their owner made, but name the format of a raw disk that a
-    /// guest can write, since the guest decides what its first bytes look like.
+    /// guest can write, since the guest decides what its first bytes look like. A disk that was taken for raw refuses
+    /// the writes by which it would be taken for something else.
     pub format: Option<Format>,
     /// Where the parents of a differencing disk may lie.
     pub parents: Parents,

@@ -11,14 +11,18 @@ use crate::disk::{
     SectorSize,
 };
 use crate::lock::OpenMode;
-use crate::medium::{Holes, Medium};
+use crate::medium::{Holes, Medium, make_zero};
 use crate::refusal::Refusal;
+use crate::signature;
 
 /// An open raw disk. Sectors of 512 bytes, as no file says otherwise.
 #[derive(Debug)]
 pub(crate) struct Raw {
     file: Arc<File>,
     geometry: Geometry,
+    /// Where the sectors begin, in order, that must not come to hold the signature of another format: whoever opened
+    /// the disk guessed that it is raw and will guess again, and the guest that writes it would choose the answer.
+    guarded: Vec<u64>,
 }
 
 impl Raw {
@@ -42,7 +46,16 @@ impl Raw {
                 discard_granularity: SectorSize::B4096.bytes(),
                 read_only: mode.is_read_only(),
             },
+            guarded: Vec::new(),
         })
+    }
+
+    /// The same disk, whose format was guessed: it refuses writes after which the guess would be another one.
+    pub(crate) fn guessed(self) -> Self {
+        Self {
+            guarded: signature::marked_sectors(self.geometry.size),
+            ..self
+        }
     }
 
     fn extent(&self, range: ByteRange, out: &mut Vec<Extent>) -> Result<(), DiskError> {
@@ -90,6 +103,25 @@ impl Disk for Raw {
         self.check_write(range)?;
         self.extent(range, out)?;
         Ok(RequestId::new(0))
+    }
+
+    fn inspected(&self, range: ByteRange) -> Vec<ByteRange> {
+        let sector = u64::from(self.geometry.logical_sector.bytes());
+        self.guarded
+            .iter()
+            .filter(|offset| (range.offset()..range.end()).contains(*offset))
+            .filter_map(|offset| ByteRange::new(*offset, sector))
+            .collect()
+    }
+
+    fn inspect(&self, sector: ByteRange, bytes: &[u8]) -> Result<(), DiskError> {
+        match signature::recognise_sector(self.geometry.size, sector.offset(), bytes) {
+            Some(name) => Err(DiskError::Disguise {
+                offset: sector.offset(),
+                name,
+            }),
+            None => Ok(()),
+        }
     }
 
     fn finish(&self, _id: RequestId, _ok: bool) {}
@@ -162,34 +194,12 @@ impl Disk for Raw {
 
     fn write_zeroes(&self, range: ByteRange, may_unmap: bool) -> Result<(), DiskError> {
         self.check_write(range)?;
-        zero(&self.file, range.offset(), range.len(), may_unmap)
+        make_zero(&self.file, range.offset(), range.len(), may_unmap)
     }
 
     fn close(&self) -> Result<(), DiskError> {
         self.flush()
     }
-}
-
-/// Makes a range of a file read as zeros, giving its space back where allowed and possible.
-pub(crate) fn zero(
-    medium: &dyn Medium,
-    offset: u64,
-    len: u64,
-    may_unmap: bool,
-) -> Result<(), DiskError> {
-    if len == 0 {
-        return Ok(());
-    }
-    let zeroed = || -> std::io::Result<()> {
-        if may_unmap && medium.punch_hole(offset, len)? {
-            return Ok(());
-        }
-        medium.zero(offset, len)
-    };
-    zeroed().map_err(|source| DiskError::Io {
-        operation: format!("write zeros at {offset:#x}+{len:#x}"),
-        source,
-    })
 }
 
 #[cfg(test)]

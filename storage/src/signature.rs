@@ -8,6 +8,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use crate::vhdx;
+
 /// A format of disks that a conversion reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceFormat {
@@ -110,15 +112,25 @@ static SIGNATURES: &[Signature] = &[
 ];
 
 impl Mark {
+    fn bytes(&self) -> &'static [u8] {
+        match *self {
+            Self::At(_, bytes) | Self::BeforeEnd(_, bytes) => bytes,
+        }
+    }
+
+    /// Where it begins in a file of `len` bytes; `None` where such a file is too short to have the place.
+    fn offset(&self, len: u64) -> Option<u64> {
+        match *self {
+            Self::At(offset, _) => Some(offset),
+            Self::BeforeEnd(back, _) => len.checked_sub(back),
+        }
+    }
+
     fn is_in(&self, file: &File, len: u64) -> io::Result<bool> {
-        let (offset, bytes) = match *self {
-            Self::At(offset, bytes) => (offset, bytes),
-            Self::BeforeEnd(back, bytes) => match len.checked_sub(back) {
-                Some(offset) => (offset, bytes),
-                None => return Ok(false),
-            },
-        };
-        is_at(file, offset, bytes)
+        match self.offset(len) {
+            Some(offset) => is_at(file, offset, self.bytes()),
+            None => Ok(false),
+        }
     }
 }
 
@@ -147,6 +159,48 @@ pub(crate) fn recognise(file: &File) -> io::Result<Option<&'static Signature>> {
     Ok(None)
 }
 
+/// Bytes of a sector: no mark crosses one.
+const SECTOR: u64 = 512;
+
+/// Where the sectors begin, in a raw disk of `len` bytes, in which a signature is looked for; in order.
+pub(crate) fn marked_sectors(len: u64) -> Vec<u64> {
+    let mut sectors: Vec<u64> = SIGNATURES
+        .iter()
+        .flat_map(|signature| signature.marks)
+        .filter_map(|mark| mark.offset(len))
+        .chain(vhdx::HEADER_OFFSETS)
+        .map(|offset| offset / SECTOR * SECTOR)
+        .filter(|sector| sector + SECTOR <= len)
+        .collect();
+    sectors.sort_unstable();
+    sectors.dedup();
+    sectors
+}
+
+/// What a raw disk of `len` bytes would be taken for if `bytes`, the sector at `offset`, were written. What the other
+/// sectors hold does not matter, as all marks of a format lie in one.
+pub(crate) fn recognise_sector(len: u64, offset: u64, bytes: &[u8]) -> Option<&'static str> {
+    let holds = |at: u64, mark: &[u8]| {
+        at.checked_sub(offset)
+            .and_then(|start| bytes.get(usize::try_from(start).ok()?..)?.get(..mark.len()))
+            .is_some_and(|found| found == mark)
+    };
+    let by_marks = SIGNATURES.iter().find(|signature| {
+        signature
+            .marks
+            .iter()
+            .all(|mark| mark.offset(len).is_some_and(|at| holds(at, mark.bytes())))
+    });
+    let is_header = || {
+        vhdx::HEADER_OFFSETS
+            .iter()
+            .any(|at| holds(*at, vhdx::HEADER_SIGNATURE))
+    };
+    by_marks
+        .map(|signature| signature.name)
+        .or_else(|| is_header().then_some("a VHDX that is damaged"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,10 +222,12 @@ mod tests {
     #[test]
     fn every_format_is_known_by_its_marks_and_by_no_fewer() {
         for signature in SIGNATURES {
-            assert!(signature.marks.iter().all(|mark| {
-                let (Mark::At(_, bytes) | Mark::BeforeEnd(_, bytes)) = mark;
-                (3..=LONGEST).contains(&bytes.len())
-            }));
+            assert!(
+                signature
+                    .marks
+                    .iter()
+                    .all(|mark| (3..=LONGEST).contains(&mark.bytes().len()))
+            );
             let found = recognise(&marked(signature.marks)).unwrap().unwrap();
             assert_eq!(found.name, signature.name);
             let fewer = &signature.marks[1..];
@@ -181,6 +237,28 @@ mod tests {
                 signature.name
             );
         }
+    }
+
+    #[test]
+    fn all_marks_of_a_format_lie_in_one_sector_that_is_looked_at() {
+        // What a guarded disk relies on: each sector of a write can be judged alone.
+        for len in [512, 4096, 65536, 1 << 20, (1 << 30) + 512] {
+            let sectors = marked_sectors(len);
+            assert!(sectors.contains(&0) && sectors.contains(&(len - 512)));
+            for signature in SIGNATURES {
+                let mut of_marks = signature.marks.iter().flat_map(|mark| {
+                    let first = mark.offset(len).unwrap();
+                    [first, first + mark.bytes().len() as u64 - 1].map(|at| at / 512 * 512)
+                });
+                let sector = of_marks.next().unwrap();
+                assert!(of_marks.all(|other| other == sector), "{}", signature.name);
+                assert!(sectors.contains(&sector), "{}", signature.name);
+            }
+        }
+        assert_eq!(
+            marked_sectors(1 << 20),
+            [0, 64 << 10, 128 << 10, (1 << 20) - 512]
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use storage::convert::{ConvertError, ConvertOptions, Converted, Target, convert};
-use storage::foreign::{self, SourceFormat};
+use storage::foreign::{self, Backing, SourceFormat, SourceOptions};
 use storage::{DiskError, Progress, Unwatched};
 use support::MIB;
 
@@ -56,11 +56,11 @@ fn raw(folder: &Path, seed: u64) -> PathBuf {
 
 fn converted(
     from: &Path,
-    format: Option<SourceFormat>,
+    options: &SourceOptions,
     to: &Path,
     target: Target,
 ) -> (SourceFormat, Converted) {
-    let (format, mut source) = foreign::open(from, format).unwrap();
+    let (format, mut source) = foreign::open(from, options).unwrap();
     let done = convert(
         (from, &mut *source),
         to,
@@ -69,6 +69,14 @@ fn converted(
     )
     .unwrap();
     (format, done)
+}
+
+/// To follow what a source of a format names, in its folder.
+fn following(format: SourceFormat) -> SourceOptions {
+    SourceOptions {
+        backing: Some(Backing::Beside),
+        ..SourceOptions::named(format)
+    }
 }
 
 /// The first bytes of a disk that qemu may have made a little larger.
@@ -117,7 +125,15 @@ fn every_format_that_qemu_writes_is_read_to_the_last_byte() {
         qemu(&arguments, &made);
         // A raw disk whose first bytes look like another format is named; nothing here does.
         let (found, to) = (folder.path().join("found"), folder.path().join("to"));
-        let (detected, done) = converted(&made, None, &found, VHDX);
+        assert_eq!(storage::detect(&made).unwrap(), format, "{name} {options}");
+        // A descriptor of VMDK names its extents.
+        let names_files = options.ends_with("Flat") || options.starts_with("subformat=twoGb");
+        let how = if names_files {
+            following(format)
+        } else {
+            SourceOptions::default()
+        };
+        let (detected, done) = converted(&made, &how, &found, VHDX);
         assert_eq!(detected, format, "{name} {options}");
         assert!(done.size >= SIZE);
         let same = format!("{name} {options}");
@@ -135,7 +151,7 @@ fn every_format_that_qemu_writes_is_read_to_the_last_byte() {
                 &found,
             );
         }
-        let again = converted(&found, None, &to, Target::Raw);
+        let again = converted(&found, &SourceOptions::default(), &to, Target::Raw);
         assert_eq!(again.0, Vhdx, "{same}");
         compare(&source, &to);
         let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&to).unwrap());
@@ -176,7 +192,7 @@ fn a_qcow2_image_is_read_through_its_backing_file_where_that_lies_beside_it() {
         &top,
     );
     let to = folder.path().join("to");
-    converted(&top, None, &to, Target::Raw);
+    converted(&top, &following(SourceFormat::Qcow2), &to, Target::Raw);
     compare(&source, &to);
     let outside = folder.path().join("outside.qcow2");
     std::fs::rename(&base, &outside).unwrap();
@@ -194,9 +210,19 @@ fn a_qcow2_image_is_read_through_its_backing_file_where_that_lies_beside_it() {
         ],
         &stray,
     );
-    let error = foreign::open(&stray, None).err().unwrap();
-    let error = report::chain(&error).to_string();
-    assert!(error.contains("only such files are opened"), "{error}");
+    let error = foreign::open(&stray, &following(SourceFormat::Qcow2));
+    let error = report::chain(&error.err().unwrap()).to_string();
+    assert!(
+        error.contains("outside.qcow2, and only what lies in"),
+        "{error}"
+    );
+    std::fs::remove_file(&to).unwrap();
+    let within = SourceOptions {
+        backing: Some(Backing::Within(folder.path().to_owned())),
+        ..SourceOptions::named(SourceFormat::Qcow2)
+    };
+    converted(&stray, &within, &to, Target::Raw);
+    compare(&source, &to);
 }
 
 #[test]
@@ -226,7 +252,9 @@ fn disks_that_lack_what_a_parent_holds_are_refused() {
         ],
         &name("child.vmdk"),
     );
-    let error = foreign::open(&name("child.vmdk"), None).err().unwrap();
+    let error = foreign::open(&name("child.vmdk"), &SourceOptions::default())
+        .err()
+        .unwrap();
     let error = report::chain(&error).to_string();
     assert!(error.contains("with a parent"), "{error}");
 }
@@ -242,10 +270,10 @@ fn a_size_that_is_no_multiple_of_a_sector_is_rounded_up() {
         fixed: false,
     };
     let to = folder.path().join("to");
-    let (_, done) = converted(&path, None, &to, target);
+    let (_, done) = converted(&path, &SourceOptions::default(), &to, target);
     assert_eq!(done.size, 8192);
     let back = folder.path().join("back");
-    converted(&to, None, &back, Target::Raw);
+    converted(&to, &SourceOptions::default(), &back, Target::Raw);
     compare(&path, &back);
 }
 
@@ -274,7 +302,7 @@ fn what_is_cancelled_or_refused_leaves_nothing_behind() {
     let before = names();
     let to = folder.path().join("to");
     let run = |overwrite, progress: &dyn Progress| {
-        let (_, mut disk) = foreign::open(&source, None).unwrap();
+        let (_, mut disk) = foreign::open(&source, &SourceOptions::default()).unwrap();
         let options = ConvertOptions {
             overwrite,
             ..ConvertOptions::new(VHDX)
@@ -304,8 +332,8 @@ fn what_is_cancelled_or_refused_leaves_nothing_behind() {
 }
 
 /// Reads all of a source, as far as it lets itself be read.
-fn read_all(path: &Path) {
-    let Ok((_, mut source)) = foreign::open(path, None) else {
+fn read_all(path: &Path, options: &SourceOptions) {
+    let Ok((_, mut source)) = foreign::open(path, options) else {
         return;
     };
     // A header can claim more than anyone would wait for.
@@ -335,11 +363,11 @@ fn damaged_sources_are_refused_or_read_and_never_harm() {
     let file = std::fs::File::create(&small).unwrap();
     file.set_len(3 * MIB).unwrap();
     file.write_all_at(&vec![0x5A; 200_000], 100_000).unwrap();
-    for (name, options) in [
-        ("qcow2", "compat=1.1"),
-        ("vpc", "subformat=dynamic"),
-        ("vmdk", "subformat=monolithicSparse"),
-        ("vmdk", "subformat=streamOptimized"),
+    for (format, name, options) in [
+        (SourceFormat::Qcow2, "qcow2", "compat=1.1"),
+        (SourceFormat::Vhd, "vpc", "subformat=dynamic"),
+        (SourceFormat::Vmdk, "vmdk", "subformat=monolithicSparse"),
+        (SourceFormat::Vmdk, "vmdk", "subformat=streamOptimized"),
     ] {
         let made = folder.path().join("made");
         let _ = std::fs::remove_file(&made);
@@ -381,7 +409,8 @@ fn damaged_sources_are_refused_or_read_and_never_harm() {
                 }
             }
             std::fs::write(&broken, &bytes).unwrap();
-            read_all(&broken);
+            read_all(&broken, &SourceOptions::default());
+            read_all(&broken, &following(format));
         }
     }
 }

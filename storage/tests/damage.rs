@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use storage::convert::{ConvertOptions, Target, convert};
-use storage::foreign;
+use storage::foreign::{self, SourceOptions};
 use storage::vhdx::{CreateOptions, Vhdx};
 use storage::{ByteRange, Disk, OpenMode, Unwatched};
 use support::{MIB, pattern, read, write};
@@ -486,14 +486,18 @@ fn a_salvage_reads_what_is_there_and_names_the_rest() {
     let file = File::options().write(true).open(&path).unwrap();
     file.set_len(file.metadata().unwrap().len() - MIB / 2)
         .unwrap();
-    assert!(foreign::open(&path, None).is_err());
+    assert!(foreign::open(&path, &SourceOptions::default()).is_err());
     let target = Target::Vhdx {
         block_size: MIB as u32,
         logical_sector: None,
         fixed: false,
     };
     for (to, target) in [(&raw, Target::Raw), (&vhdx, target)] {
-        let (_, mut source) = foreign::open_damaged(&path, None).unwrap();
+        let options = SourceOptions {
+            damaged: true,
+            ..SourceOptions::default()
+        };
+        let (_, mut source) = foreign::open(&path, &options).unwrap();
         let options = ConvertOptions {
             salvage: true,
             ..ConvertOptions::new(target)

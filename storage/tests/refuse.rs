@@ -10,6 +10,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use storage::foreign::{SourceFormat, SourceOptions};
 use storage::vhdx::{CreateError, CreateOptions, Vhdx};
 use storage::{Format, OpenOptions};
 use support::{MIB, arg, pattern, read, run, write};
@@ -213,7 +214,9 @@ fn a_container_that_peers_made_does_not_pass_for_raw() {
             "{printed}"
         );
         if program != "coppice disk convert" {
-            let refused = storage::foreign::open(&path, None).err().unwrap();
+            let refused = storage::foreign::open(&path, &SourceOptions::default())
+                .err()
+                .unwrap();
             let printed = report::chain(&refused).to_string();
             assert!(
                 printed.contains(name) && printed.contains(program),
@@ -222,7 +225,7 @@ fn a_container_that_peers_made_does_not_pass_for_raw() {
         }
         // A format that is given as raw is taken without a check, also for a source of a length that a disk cannot
         // have.
-        storage::foreign::open(&path, Some(storage::foreign::SourceFormat::Raw)).unwrap();
+        storage::foreign::open(&path, &SourceOptions::named(SourceFormat::Raw)).unwrap();
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::blocking::Span;
 use crate::disk::{ByteRange, DiskError, SectorSize};
 use crate::medium::{Holes, Medium};
-use crate::refusal::OpenError;
+use crate::refusal::{OpenError, Refusal};
+use crate::signature::SourceFormat;
 
 /// A disk that can be read, whatever it is.
 pub trait Source {
@@ -55,9 +56,67 @@ pub enum SourceError {
         /// What was expected.
         expected: String,
     },
+    /// It names another file, which is not opened.
+    #[error("the {what} {name:?} that it names is not opened")]
+    Named {
+        /// What the other file is to it, such as `backing file`.
+        what: &'static str,
+        /// As it calls the other file.
+        name: String,
+        /// Why not.
+        #[source]
+        reason: NotFollowed,
+    },
     /// The file is sound as far as can be seen, but uses what cannot be read.
     #[error("{0}")]
     Unsupported(String),
+}
+
+/// How many files may stand one behind the other below a source.
+pub(super) const MAX_DEPTH: usize = 16;
+
+/// Why a file that a source names is not opened.
+#[derive(Debug, thiserror::Error)]
+pub enum NotFollowed {
+    /// The format of the source was guessed.
+    #[error(
+        "the format was found by the signature, and a guest can write one into its raw disk; if no guest wrote this one, `--from {} --backing` follows it",
+        format.name()
+    )]
+    Guessed {
+        /// What was found.
+        format: SourceFormat,
+    },
+    /// The caller did not ask for it.
+    #[error("`--backing` follows it")]
+    NotAsked,
+    /// It lies elsewhere.
+    #[error(
+        "it is {}, and only what lies in {} or below is; `--backing-dir` names another folder",
+        found.display(),
+        folder.display()
+    )]
+    Outside {
+        /// The file, whatever links lead to it.
+        found: PathBuf,
+        /// Where it would have had to lie.
+        folder: PathBuf,
+    },
+    /// The source stands on too many files.
+    #[error("more than {MAX_DEPTH} files stand one behind the other")]
+    TooDeep,
+    /// The file stands on itself.
+    #[error("it is {}, which stands on it: the files name each other in a circle", .0.display())]
+    Circle(PathBuf),
+    /// It is no disk.
+    #[error("it cannot be used")]
+    Refused(#[source] Box<Refusal>),
+}
+
+impl From<Refusal> for NotFollowed {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(Box::new(refusal))
+    }
 }
 
 impl SourceError {
@@ -78,28 +137,6 @@ impl SourceError {
             offset,
             expected: expected.into(),
         }
-    }
-}
-
-/// A file next to another that names it; nowhere else.
-pub(super) fn beside(path: &Path, name: &str) -> Result<PathBuf, SourceError> {
-    let outside = || {
-        SourceError::Unsupported(format!(
-            "names the file {name:?}, which does not lie in its own folder or below; only such files are opened"
-        ))
-    };
-    let io = |e| SourceError::io(format!("find the file {name:?}"), e);
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."))
-        .canonicalize()
-        .map_err(io)?;
-    let found = folder.join(name).canonicalize().map_err(io)?;
-    if found.starts_with(&folder) {
-        Ok(found)
-    } else {
-        Err(outside())
     }
 }
 

@@ -5,17 +5,15 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
 use std::sync::Arc;
 
 use flate2::read::ZlibDecoder;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
-use super::source::{Source, SourceError, beside};
+use super::named::{Chain, NamedFiles};
+use super::source::{Source, SourceError};
 use crate::blocking::Span;
-use crate::file::open_locked;
-use crate::lock::OpenMode;
 
 const SECTOR: u64 = 512;
 /// First bytes of a sparse extent (`SPARSE_MAGICNUMBER`).
@@ -89,7 +87,11 @@ fn corrupt(structure: &'static str, offset: u64, expected: impl Into<String>) ->
 }
 
 impl Vmdk {
-    pub(super) fn open(path: &Path, file: Arc<File>) -> Result<Self, SourceError> {
+    pub(super) fn open(
+        file: Arc<File>,
+        chain: &Chain,
+        files: &NamedFiles,
+    ) -> Result<Self, SourceError> {
         let len = length(&file)?;
         let mut magic = [0; 4];
         file.read_exact_at(&mut magic, 0)
@@ -124,7 +126,7 @@ impl Vmdk {
             {
                 continue;
             }
-            let (len, extent) = extent(path, number + 1, line, at)?;
+            let (len, extent) = extent((chain, files), (number + 1, line), at)?;
             let end = at + len;
             extents.push((at, end, extent));
             at = end;
@@ -148,8 +150,13 @@ impl Vmdk {
     }
 }
 
-/// The extent of a line of the descriptor at `path`, which begins at `at` in the disk; its length in bytes too.
-fn extent(path: &Path, number: usize, line: &str, at: u64) -> Result<(u64, Extent), SourceError> {
+/// The extent of a line, with its number, of the descriptor that ends a chain, which begins at `at` in the disk; its
+/// length in bytes too.
+fn extent(
+    (chain, files): (&Chain, &NamedFiles),
+    (number, line): (usize, &str),
+    at: u64,
+) -> Result<(u64, Extent), SourceError> {
     let bad = |expected: &str| {
         corrupt(
             "VMDK descriptor",
@@ -171,8 +178,8 @@ fn extent(path: &Path, number: usize, line: &str, at: u64) -> Result<(u64, Exten
         return Err(bad("sectors of a disk of up to 64 TiB"));
     }
     let open = |name: Option<&str>| -> Result<Arc<File>, SourceError> {
-        let path = beside(path, name.ok_or_else(|| bad("the name of a file"))?)?;
-        open_locked(&path, OpenMode::ReadOnly).map_err(|e| crate::OpenError::new(&path, e).into())
+        let name = name.ok_or_else(|| bad("the name of a file"))?;
+        Ok(files.open(chain, "extent", name)?.file)
     };
     let len = sectors * SECTOR;
     let extent = match kind {

@@ -118,6 +118,29 @@ pub(super) fn total_len(iovecs: &[iovec]) -> u64 {
     iovecs.iter().map(|iovec| iovec.iov_len as u64).sum()
 }
 
+/// Copies part of a buffer.
+pub(super) fn copy<B: IoBuffer>(buffer: &B, offset: u64, len: u64) -> Vec<u8> {
+    let mut copy = vec![0; len as usize];
+    let mut cursor = Cursor::new(buffer.iovecs());
+    cursor.take(offset as usize);
+    let mut left = &mut copy[..];
+    for part in cursor.take(len as usize) {
+        let (target, rest) = left.split_at_mut(part.iov_len);
+        // SAFETY: `part` lies in a range of the buffer, which is mapped and readable while `buffer` is borrowed, and
+        // `target` is as long and is memory of this function alone. A guest that writes there at the same time gets
+        // some mix of its bytes copied; nothing is concluded from them but by reading the copy.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                part.iov_base.cast::<u8>(),
+                target.as_mut_ptr(),
+                part.iov_len,
+            );
+        }
+        left = rest;
+    }
+    copy
+}
+
 /// Fills part of a buffer with zeros.
 pub(super) fn zero<B: IoBuffer>(buffer: &B, offset: u64, len: u64) {
     let mut cursor = Cursor::new(buffer.iovecs());

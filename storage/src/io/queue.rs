@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use super::buffer::{self, Cursor, IoBuffer, Source};
+use libc::iovec;
+
+use super::buffer::{self, Cursor, IoBuffer, OwnedBuffer, Source};
 use super::engine::{Engine, EngineKind};
 use super::transfer::{Failure, Kind, Transfer};
 use super::worker::Outcome;
@@ -86,8 +88,17 @@ enum Then {
     Finish { id: RequestId, flush: bool },
 }
 
+/// A sector that the disk has looked at: where it begins in the buffer, in bytes, and the bytes that are written.
+struct Inspected {
+    start: u64,
+    bytes: OwnedBuffer,
+}
+
 struct InFlight<B> {
     buffer: B,
+    /// Copies of the sectors that the disk has inspected, which transfers write in place of those of the buffer: they
+    /// live as long as it.
+    _inspected: Vec<Inspected>,
     operation: &'static str,
     transfers: usize,
     error: Option<IoError>,
@@ -145,6 +156,7 @@ impl<B: IoBuffer> DiskQueue<B> {
             Request::Flush => {
                 let slot = self.insert(InFlight {
                     buffer,
+                    _inspected: Vec::new(),
                     operation: "sync",
                     transfers: 0,
                     error: None,
@@ -235,7 +247,7 @@ impl<B: IoBuffer> DiskQueue<B> {
         match self.disk.resolve_read(range, &mut extents) {
             Ok(id) => {
                 let then = Then::Finish { id, flush: false };
-                self.start(Kind::Read, "read", range, &extents, buffer, then);
+                self.start(Kind::Read, range, &extents, (buffer, Vec::new()), then);
             }
             Err(error) => self.fail(buffer, error),
         }
@@ -249,39 +261,64 @@ impl<B: IoBuffer> DiskQueue<B> {
         }
         let mut extents = std::mem::take(&mut self.extents);
         match self.disk.resolve_write(range, &mut extents) {
-            Ok(id) => {
-                self.start(
+            Ok(id) => match self.inspect(range, &buffer) {
+                Ok(inspected) => self.start(
                     Kind::Write,
-                    "write",
                     range,
                     &extents,
-                    buffer,
+                    (buffer, inspected),
                     Then::Finish { id, flush },
-                );
-            }
+                ),
+                Err(error) => {
+                    self.disk.finish(id, false);
+                    self.fail(buffer, error);
+                }
+            },
             Err(error) => self.fail(buffer, error),
         }
         extents.clear();
         self.extents = extents;
     }
 
+    /// Has the disk look at the sectors that it wants to see, in copies, as a guest can change its memory in between.
+    fn inspect(&self, range: ByteRange, buffer: &B) -> Result<Vec<Inspected>, DiskError> {
+        let inspect = |sector: ByteRange| {
+            let start = sector.offset().saturating_sub(range.offset());
+            let bytes = buffer::copy(buffer, start, sector.len());
+            self.disk.inspect(sector, &bytes)?;
+            Ok(Inspected {
+                start,
+                bytes: OwnedBuffer::new(bytes),
+            })
+        };
+        self.disk
+            .inspected(range)
+            .into_iter()
+            .map(inspect)
+            .collect()
+    }
+
     /// Starts a transfer for each extent that has bytes in a file.
     fn start(
         &mut self,
         kind: Kind,
-        operation: &'static str,
         range: ByteRange,
         extents: &[Extent],
-        mut buffer: B,
+        (mut buffer, inspected): (B, Vec<Inspected>),
         then: Then,
     ) {
         self.filled.clear();
-        match kind {
-            Kind::Read => self.fill_without_transfer(range, extents, &mut buffer),
-            Kind::Write | Kind::Sync => {}
-        }
+        let operation = match kind {
+            Kind::Read => {
+                self.fill_without_transfer(range, extents, &mut buffer);
+                "read"
+            }
+            Kind::Write => "write",
+            Kind::Sync => "sync",
+        };
         let mut transfers = Vec::with_capacity(extents.len());
-        let mut cursor = Cursor::new(buffer.iovecs());
+        let replaced = (!inspected.is_empty()).then(|| replaced(buffer.iovecs(), &inspected));
+        let mut cursor = Cursor::new(replaced.as_deref().unwrap_or(buffer.iovecs()));
         for (index, extent) in extents.iter().enumerate() {
             let iovecs = cursor.take(extent.len as usize);
             if self.filled.get(index) == Some(&true) {
@@ -302,6 +339,7 @@ impl<B: IoBuffer> DiskQueue<B> {
         }
         let slot = self.insert(InFlight {
             buffer,
+            _inspected: inspected,
             operation,
             transfers: 0,
             error: None,
@@ -358,6 +396,7 @@ impl<B: IoBuffer> DiskQueue<B> {
     ) {
         let slot = self.insert(InFlight {
             buffer,
+            _inspected: Vec::new(),
             operation,
             transfers: 0,
             error: None,
@@ -437,6 +476,22 @@ impl<B: IoBuffer> DiskQueue<B> {
             });
         }
     }
+}
+
+/// The ranges of a buffer, with the sectors that were inspected, in order, in the place of its own.
+fn replaced(iovecs: &[iovec], inspected: &[Inspected]) -> Vec<iovec> {
+    let mut cursor = Cursor::new(iovecs);
+    let mut all = Vec::new();
+    let mut at = 0;
+    for Inspected { start, bytes } in inspected {
+        all.extend(cursor.take(start.saturating_sub(at) as usize));
+        let len = buffer::total_len(bytes.iovecs());
+        cursor.take(len as usize);
+        all.extend_from_slice(bytes.iovecs());
+        at = start + len;
+    }
+    all.extend(cursor.take(usize::MAX));
+    all
 }
 
 fn check_len<B: IoBuffer>(buffer: &B, range: ByteRange) -> Result<(), IoError> {

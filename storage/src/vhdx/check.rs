@@ -124,7 +124,7 @@ impl Vhdx {
         if layer.headers.current().log_guid != Guid::ZERO {
             checked.notes.push(format!(
                 "the log describes {} changes that are not in place: the file was not closed",
-                layer.view.patches().len()
+                layer.view.changes()
             ));
         }
         checked.free_bytes = layer.found.free.iter().map(|(_, len)| len).sum();

@@ -65,6 +65,7 @@ impl Vhdx {
     pub(crate) fn open_damaged(
         path: &Path,
         file: Arc<File>,
+        options: &OpenOptions,
     ) -> Result<(Self, Vec<ByteRange>), OpenError> {
         let failed = |e| OpenError::new(path, e);
         let identity = identity(&file).map_err(failed)?;
@@ -76,7 +77,7 @@ impl Vhdx {
         let mode = OpenMode::ReadOnly;
         let top = Layer::read_with(Box::new(file), mode, Some(&mut note)).map_err(failed)?;
         let lost = top.layout.ranges(bad, top.metadata.size);
-        let disk = Self::on_parents(path, (top, identity), &OpenOptions::read_only(), mode)?;
+        let disk = Self::on_parents(path, (top, identity), options, mode)?;
         Ok((disk, lost))
     }
 
@@ -209,7 +210,7 @@ impl Layer {
         if log_guid != Guid::ZERO {
             let read = |buffer: &mut [u8], offset| view.medium.read_exact_at(buffer, offset);
             let replay = sequence::read(&read, log, log_guid, file_len)?;
-            view.lay_over(replay.patches, replay.len);
+            view.lay_over(&replay.patches, replay.len);
         }
         let read = |buffer: &mut [u8], offset| view.read(buffer, offset);
         let regions = Regions::read(&read, log, view.len())?;
@@ -495,13 +496,17 @@ fn check_payload_untouched(view: &View, regions: &Regions, found: &Found) -> Res
         offset: 0,
         length: super::format::MIB,
     };
+    // They do not overlap, so that the last one that begins before a patch is the only one that it can lie in.
+    let mut described: Vec<Region> = std::iter::once(&first_mib)
+        .chain(&regions.all)
+        .chain(&found.bitmaps)
+        .copied()
+        .collect();
+    described.sort_unstable_by_key(|region| region.offset);
     for patch in view.patches() {
-        let inside =
-            |region: &Region| region.offset <= patch.offset() && patch.end() <= region.end();
-        if !inside(&first_mib)
-            && !regions.all.iter().any(inside)
-            && !found.bitmaps.iter().any(inside)
-        {
+        let next = described.partition_point(|region| region.offset <= patch.offset());
+        let last = next.checked_sub(1).and_then(|last| described.get(last));
+        if last.is_none_or(|region| patch.end() > region.end()) {
             return Err(Refusal::Unsupported(format!(
                 "the log changes the payload at file offset {:#x}; open the file once for writing to replay it",
                 patch.offset()
@@ -515,7 +520,7 @@ fn check_payload_untouched(view: &View, regions: &Regions, found: &Found) -> Res
 /// only when all is durable.
 fn replay(view: &mut View, headers: &mut Headers) -> Result<(), Refusal> {
     tracing::info!(
-        changes = view.patches().len(),
+        changes = view.changes(),
         "replaying the log of a VHDX that was not closed"
     );
     let refused = |e| match e {

@@ -10,7 +10,7 @@ use super::pages::page_of;
 use super::space::Destination;
 use super::state::{Change, Level, State, Stop};
 use crate::disk::{ByteRange, Disk, DiskError, Extent, ExtentKind};
-use crate::raw;
+use crate::medium;
 
 /// Pages of metadata that may wait for a commit; more are committed before the next change.
 pub(super) const MAX_DIRTY: usize = 64;
@@ -324,7 +324,7 @@ impl Vhdx {
         let id = self.resolve_write(range, &mut extents)?;
         let zeroed = extents.iter().try_for_each(|extent| match extent.kind {
             ExtentKind::Data { file_offset, .. } => {
-                raw::zero(&*self.view.medium, file_offset, extent.len, may_unmap)
+                medium::make_zero(&*self.view.medium, file_offset, extent.len, may_unmap)
             }
             ExtentKind::Zero | ExtentKind::Unmapped => Ok(()),
         });

@@ -205,6 +205,9 @@ pub fn killed(out: &Path) -> Result<Figures, Failure> {
     coppice(&[
         "disk",
         "convert",
+        "--from",
+        "vhdx",
+        "--backing",
         &child,
         &out.join(WHOLE).display().to_string(),
     ])?;

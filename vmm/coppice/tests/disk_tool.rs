@@ -65,14 +65,14 @@ fn the_life_of_a_family_of_disks() {
     let child = json(folder, "create --parent base.vhdx child.vhdx");
     assert_eq!(child["kind"], "differencing");
     // What qemu cannot write, a conversion makes: the child gets something to say by a snapshot of a converted disk.
-    let info = json(folder, "info child.vhdx");
+    let info = json(folder, "info --backing child.vhdx");
     assert_eq!(info["layers"].as_array().unwrap().len(), 2);
     assert_eq!(info["problem"], Value::Null);
     assert_eq!(
         info["layers"][0]["parent"]["linkage"],
         info["layers"][1]["data_write_guid"]
     );
-    let map = json(folder, "map child.vhdx");
+    let map = json(folder, "map --backing child.vhdx");
     let extents = map["extents"].as_array().unwrap();
     assert_eq!(extents[0]["state"], "mapped");
     assert_eq!(extents[0]["layer"], 1);
@@ -85,13 +85,14 @@ fn the_life_of_a_family_of_disks() {
     assert!(printed.contains("--shrink"), "{printed}");
     json(folder, "resize --shrink child.vhdx 64M");
 
-    let hash = |file: &str| json(folder, &format!("check --hash {file}"))["content"].clone();
+    let hash =
+        |file: &str| json(folder, &format!("check --hash --backing {file}"))["content"].clone();
     assert_eq!(hash("child.vhdx"), hash("base.vhdx"));
     let snapshot = json(folder, "snapshot child.vhdx next.vhdx");
     let since = snapshot["data_write_guid"].as_str().unwrap().to_owned();
     let changed = json(folder, &format!("diff --since {since} next.vhdx"));
     assert_eq!(changed["extents"], Value::Array(Vec::new()));
-    let same = json(folder, "diff next.vhdx base.vhdx");
+    let same = json(folder, "diff --backing next.vhdx base.vhdx");
     assert_eq!(same["differences"], Value::Array(Vec::new()));
 
     json(folder, "commit --delete next.vhdx");
@@ -104,7 +105,7 @@ fn the_life_of_a_family_of_disks() {
         "{printed}"
     );
     json(folder, "commit --force child.vhdx");
-    let (_, printed) = refusal(folder, "map other.vhdx");
+    let (_, printed) = refusal(folder, "map --backing other.vhdx");
     assert!(
         printed.contains("has changed since") && printed.contains("rebase --force"),
         "{printed}"
@@ -112,7 +113,7 @@ fn the_life_of_a_family_of_disks() {
     let (_, printed) = refusal(folder, "rebase --parent base.vhdx other.vhdx");
     assert!(printed.contains("has changed since"), "{printed}");
     json(folder, "rebase --force --parent base.vhdx other.vhdx");
-    json(folder, "map other.vhdx");
+    json(folder, "map --backing other.vhdx");
     json(folder, "compact --find-zeros base.vhdx");
     json(folder, "check base.vhdx");
 }
@@ -310,6 +311,85 @@ fn a_container_is_no_disk_unless_the_format_is_given() {
 }
 
 #[test]
+fn what_a_guest_could_have_planted_is_followed_only_when_that_is_asked_for() {
+    let temporary = tempfile::tempdir().unwrap();
+    let guest = temporary.path().join("guest");
+    std::fs::create_dir(&guest).unwrap();
+    let neighbour = temporary.path().join("neighbour.raw");
+    std::fs::write(&neighbour, vec![7; 1 << 20]).unwrap();
+    let made = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .args([&neighbour, &guest.join("disk")])
+        .status();
+    assert!(made.unwrap().success());
+    let refused = |arguments: &str, way: &str| {
+        let before = std::fs::read_dir(&guest).unwrap().count();
+        let (code, printed) = refusal(&guest, arguments);
+        assert!(code == 1 && printed.contains(way), "{arguments}: {printed}");
+        assert_eq!(std::fs::read_dir(&guest).unwrap().count(), before);
+    };
+    refused("convert disk out.raw", "`--from qcow2 --backing`");
+    refused("convert --salvage disk out.raw", "`--from qcow2 --backing`");
+    refused("convert --from qcow2 disk out.raw", "`--backing`");
+    refused(
+        "convert --from qcow2 --backing disk out.raw",
+        "`--backing-dir`",
+    );
+    for command in ["info", "check", "map", "diff disk"] {
+        refused(&format!("{command} disk"), "coppice disk convert");
+    }
+    // Whoever asks for parents has printed that it is a VHDX.
+    for command in ["info", "map", "diff disk"] {
+        refused(&format!("{command} --backing disk"), "vhdxfile");
+    }
+    let allowed = "convert --from qcow2 --backing --backing-dir .. disk out.raw";
+    assert_eq!(json(&guest, allowed)["size"], 1 << 20);
+    assert!(std::fs::read(guest.join("out.raw")).unwrap() == vec![7; 1 << 20]);
+
+    json(&guest, "create --size 8M ../parent.vhdx");
+    json(&guest, "create --parent ../parent.vhdx child.vhdx");
+    for command in ["check --hash", "map", "diff child.vhdx"] {
+        refused(&format!("{command} child.vhdx"), "--backing opens it");
+        refused(&format!("{command} --backing child.vhdx"), "--backing-dir");
+        json(
+            &guest,
+            &format!("{command} --backing --backing-dir .. child.vhdx"),
+        );
+    }
+    refused("convert child.vhdx out.vhdx", "`--from vhdx --backing`");
+    json(
+        &guest,
+        "convert --from vhdx --backing --backing-dir .. child.vhdx out.vhdx",
+    );
+    for (arguments, layers, problem) in [
+        ("", 1, "--backing opens it"),
+        ("--backing", 1, "--backing-dir"),
+        ("--backing --backing-dir ..", 2, ""),
+    ] {
+        let info = json(&guest, &format!("info {arguments} child.vhdx"));
+        assert_eq!(info["layers"].as_array().unwrap().len(), layers);
+        let printed = info["problem"].as_str().unwrap_or_default();
+        assert!(
+            printed.contains(problem) && printed.is_empty() == problem.is_empty(),
+            "{printed}"
+        );
+    }
+    // A raw disk is what its user says it is.
+    for command in ["info", "check", "map"] {
+        json(&guest, &format!("{command} --format raw child.vhdx"));
+    }
+    let to_raw = "diff --format raw --other-format vhdx disk out.vhdx";
+    assert_eq!(coppice(&guest, to_raw).status.code(), Some(1));
+    for arguments in [
+        "convert --backing disk out",
+        "convert --from qcow2 --backing-dir .. disk out",
+        "map --backing-dir .. child.vhdx",
+    ] {
+        assert_eq!(refusal(&guest, arguments).0, 2, "{arguments}");
+    }
+}
+
+#[test]
 fn a_new_file_has_the_form_that_its_name_stands_for() {
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path();
@@ -377,13 +457,18 @@ fn what_guests_cannot_share_is_reported() {
     json(folder, "create --parent small.vhdx child.vhdx");
     for file in ["small.raw", "small.vhdx", "child.vhdx"] {
         for command in ["info", "check"] {
-            let printed = json(folder, &format!("{command} {file}"));
+            let follow = if file == "child.vhdx" {
+                "--backing"
+            } else {
+                ""
+            };
+            let printed = json(folder, &format!("{command} {follow} {file}"));
             let reason = printed["unshared"][0]["reason"].as_str().unwrap();
             assert!(
                 reason.contains("ext2 with blocks of 1024 bytes"),
                 "{reason}"
             );
-            let text = coppice(folder, &format!("{command} {file}")).stdout;
+            let text = coppice(folder, &format!("{command} {follow} {file}")).stdout;
             assert!(String::from_utf8(text).unwrap().contains(reason));
         }
     }

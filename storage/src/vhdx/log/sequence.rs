@@ -10,6 +10,10 @@ use crate::vhdx::format::{
 use crate::vhdx::region::Region;
 use crate::vhdx::view::Patch;
 
+/// Most changes of a log that are replayed: each is kept in memory. A log of 1 MiB, as every program makes them, holds
+/// 255 sectors; this many are 256 MiB of them.
+const MAX_PATCHES: u64 = 65536;
+
 /// What replaying a log means.
 #[derive(Debug)]
 pub(in crate::vhdx) struct Replay {
@@ -57,6 +61,12 @@ pub(in crate::vhdx) fn read(
         ));
     }
     let len = last.max(file_len);
+    let changes: u64 = active.iter().map(|entry| entry.descriptors).sum();
+    if changes > MAX_PATCHES {
+        return Err(Refusal::Unsupported(format!(
+            "the log describes {changes} changes; up to {MAX_PATCHES} are replayed"
+        )));
+    }
     let mut patches = Vec::new();
     for entry in &active {
         let mut data =
@@ -128,37 +138,52 @@ fn valid_entries(ring: &Ring<'_>, guid: Guid) -> std::io::Result<Vec<Entry>> {
 /// The entries to replay: of all runs of adjacent entries with rising numbers whose last one's tail is one of them, the
 /// one with the highest number, from that tail on.
 fn active(entries: &[Entry], log: Region) -> Option<Vec<Entry>> {
-    let by_position: HashMap<u64, &Entry> = entries
+    let by_position: HashMap<u64, usize> = entries
         .iter()
-        .map(|entry| (entry.position, entry))
+        .enumerate()
+        .map(|(index, entry)| (entry.position, index))
         .collect();
-    let mut best: Option<Vec<Entry>> = None;
-    let next = |entry: &Entry| {
-        by_position
-            .get(&((entry.position + entry.length) % log.length))
-            .copied()
-            .filter(|next| Some(next.sequence) == entry.sequence.checked_add(1))
-    };
-    // A run is followed from its tail: the head is where it ends, and each run has one head.
-    for head in entries.iter().filter(|entry| next(entry).is_none()) {
-        if best
-            .as_ref()
-            .and_then(|best| best.last())
-            .is_some_and(|best| best.sequence >= head.sequence)
-        {
-            continue;
-        }
-        let mut run = Vec::new();
-        let mut at = by_position.get(&head.tail).copied();
-        while let Some(entry) = at {
-            run.push(*entry);
-            at = next(entry);
-        }
-        if run.last() == Some(head) {
-            best = Some(run);
+    newest(entries, log, &|position| {
+        by_position.get(&position).copied()
+    })
+}
+
+/// As [`active`]; `at` gives the number of the entry at a position. Each entry is gone on from once, and those of the
+/// run that is found once more: a log can have as many entries without a successor as it has sectors, all of which name
+/// the tail of one long run.
+fn newest(entries: &[Entry], log: Region, at: &dyn Fn(u64) -> Option<usize>) -> Option<Vec<Entry>> {
+    let next: Vec<Option<usize>> = entries
+        .iter()
+        .map(|entry| {
+            at((entry.position + entry.length) % log.length).filter(|next| {
+                let sequence = entries.get(*next).map(|next| next.sequence);
+                sequence.is_some() && sequence == entry.sequence.checked_add(1)
+            })
+        })
+        .collect();
+    // Where the run of each entry ends. Its successor has a higher number, and so is known before it.
+    let mut falling: Vec<usize> = (0..entries.len()).collect();
+    falling.sort_unstable_by_key(|index| std::cmp::Reverse(entries[*index].sequence));
+    let mut heads: Vec<usize> = (0..entries.len()).collect();
+    for index in falling {
+        if let Some(next) = next[index] {
+            heads[index] = heads[next];
         }
     }
-    best
+    let mut best: Option<(usize, usize)> = None;
+    for (head, entry) in entries.iter().enumerate() {
+        let is_better = best.is_none_or(|(best, _)| entries[best].sequence < entry.sequence);
+        if next[head].is_none()
+            && is_better
+            && let Some(tail) = at(entry.tail)
+            && heads.get(tail) == Some(&head)
+        {
+            best = Some((head, tail));
+        }
+    }
+    let (_, tail) = best?;
+    let run = std::iter::successors(Some(tail), |index| next[*index]);
+    Some(run.map(|index| entries[index]).collect())
 }
 
 #[cfg(test)]
@@ -222,5 +247,91 @@ mod tests {
         for (name, entries, expected) in table {
             assert_eq!(sequences(entries), expected, "{name}");
         }
+    }
+
+    #[test]
+    fn every_entry_is_visited_once_whatever_their_tails_say() {
+        // A run over half of the ring, and in the other half entries that end nothing and all name its tail: the higher
+        // the number, the later it is looked at.
+        const ENTRIES: u64 = 4096;
+        let log = Region {
+            offset: MIB,
+            length: 2 * ENTRIES * LOG_SECTOR,
+        };
+        let run = (0..ENTRIES).map(|n| entry(n, 1, n + 1, 0));
+        let others = (0..ENTRIES).map(|n| entry(ENTRIES + n, 1, 3 * ENTRIES + 2 * n, 0));
+        let entries: Vec<Entry> = run.chain(others).collect();
+        let looked = std::cell::Cell::new(0_u64);
+        let found = newest(&entries, log, &|position| {
+            looked.set(looked.get() + 1);
+            let index = (position / LOG_SECTOR) as usize;
+            (index < entries.len()).then_some(index)
+        });
+        assert_eq!(found.unwrap(), entries[..ENTRIES as usize]);
+        // Its successor and its tail.
+        assert!(looked.get() <= 2 * entries.len() as u64, "{}", looked.get());
+    }
+
+    #[test]
+    fn a_log_of_more_changes_than_are_kept_is_refused_before_they_are_read() {
+        use crate::vhdx::log::entry::{descriptor_sectors, length};
+        // Ranges of zeros need no sector of data: one entry can describe any number.
+        let descriptors = MAX_PATCHES + 1;
+        let bytes = descriptor_sectors(descriptors) * LOG_SECTOR;
+        assert!(bytes < length(descriptors));
+        let log = Region {
+            offset: MIB,
+            length: bytes.next_multiple_of(MIB),
+        };
+        let guid = Guid::random();
+        let ring = zeroing(guid, descriptors, bytes);
+        let reads = std::cell::Cell::new(0_u64);
+        let read_ring = |buffer: &mut [u8], offset: u64| {
+            reads.set(reads.get() + 1);
+            let start = (offset - log.offset) as usize;
+            buffer.fill(0);
+            if let Some(bytes) = ring.get(start..start + buffer.len()) {
+                buffer.copy_from_slice(bytes);
+            }
+            Ok(())
+        };
+        let refused = read(&read_ring, log, guid, 64 * MIB).unwrap_err();
+        assert!(refused.to_string().contains("65537 changes"), "{refused}");
+        // Each sector was read once, to find the entry.
+        assert!(reads.get() <= log.length / LOG_SECTOR, "{}", reads.get());
+    }
+
+    /// An entry that describes the same range of zeros again and again.
+    fn zeroing(guid: Guid, descriptors: u64, bytes: u64) -> Vec<u8> {
+        use zerocopy::IntoBytes;
+
+        use crate::vhdx::format::{LOG_ENTRY_SIGNATURE, RawLogEntry, ZERO_SIGNATURE, checksum};
+        let head = RawLogEntry {
+            signature: *LOG_ENTRY_SIGNATURE,
+            checksum: 0.into(),
+            entry_length: (bytes as u32).into(),
+            tail: 0.into(),
+            sequence: 1.into(),
+            descriptor_count: (descriptors as u32).into(),
+            reserved: 0.into(),
+            log_guid: guid,
+            flushed_file_offset: (64 * MIB).into(),
+            last_file_offset: (64 * MIB).into(),
+        };
+        let descriptor = RawDescriptor {
+            signature: *ZERO_SIGNATURE,
+            trailing: [0; 4],
+            leading: LOG_SECTOR.to_le_bytes(),
+            file_offset: (32 * MIB).into(),
+            sequence: 1.into(),
+        };
+        let mut entry = head.as_bytes().to_vec();
+        for _ in 0..descriptors {
+            entry.extend_from_slice(descriptor.as_bytes());
+        }
+        entry.resize(bytes as usize, 0);
+        let sum = checksum(&entry).to_le_bytes();
+        entry[4..8].copy_from_slice(&sum);
+        entry
     }
 }

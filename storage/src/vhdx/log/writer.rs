@@ -146,7 +146,7 @@ mod tests {
             len,
         )
         .unwrap();
-        view.lay_over(replay.patches, replay.len);
+        view.lay_over(&replay.patches, replay.len);
         view
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use storage::convert::{ConvertError, ConvertOptions, Target, convert};
-use storage::foreign::{self, SourceFormat};
+use storage::foreign::{self, Backing, SourceFormat, SourceOptions};
 
 use super::ending::{Form, form};
 use super::error::ToolError;
@@ -25,6 +25,27 @@ enum From {
     Vmdk,
 }
 
+/// The other files that a source names.
+#[derive(Debug, Args)]
+struct NamedFiles {
+    /// Read the other files too that the source names, in its folder or below: backing files, extents, parents, up to
+    /// 16 one behind the other.
+    #[arg(long, requires = "from")]
+    backing: bool,
+    /// Read such files in this folder or below.
+    #[arg(long, value_name = "DIR", requires = "backing")]
+    backing_dir: Option<PathBuf>,
+}
+
+impl NamedFiles {
+    fn backing(&self) -> Option<Backing> {
+        self.backing.then(|| match &self.backing_dir {
+            Some(folder) => Backing::Within(folder.clone()),
+            None => Backing::Beside,
+        })
+    }
+}
+
 /// `coppice disk convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
@@ -35,6 +56,8 @@ pub struct Convert {
     /// Format of the source; found by its signature if not given. Name it for a raw disk that a guest could write.
     #[arg(long, value_enum, value_name = "FORMAT")]
     from: Option<From>,
+    #[command(flatten)]
+    named: NamedFiles,
     /// Format of the new file [default: as its name ends, else vhdx].
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Option<Form>,
@@ -67,19 +90,20 @@ impl Convert {
             From::Vmdk => SourceFormat::Vmdk,
         });
         let form = form(&self.dst, self.to)?;
-        let open = if self.salvage {
-            foreign::open_damaged
-        } else {
-            foreign::open
+        let options = SourceOptions {
+            format,
+            backing: self.named.backing(),
+            damaged: self.salvage,
         };
-        let (format, mut source) = open(&self.src, format).map_err(|error| match error {
-            // This error names its file itself.
-            foreign::SourceError::Open(error) => ToolError::Open(error),
-            error => ToolError::Convert(ConvertError::Source {
-                path: self.src.clone(),
-                error,
-            }),
-        })?;
+        let (format, mut source) =
+            foreign::open(&self.src, &options).map_err(|error| match error {
+                // This error names its file itself.
+                foreign::SourceError::Open(error) => ToolError::Open(error),
+                error => ToolError::Convert(ConvertError::Source {
+                    path: self.src.clone(),
+                    error,
+                }),
+            })?;
         let target = match form {
             Form::Raw => Target::Raw,
             Form::Vhdx => Target::Vhdx {

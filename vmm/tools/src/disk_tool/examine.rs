@@ -10,6 +10,7 @@ use storage::vhdx::{Checked, Guid, Vhdx};
 use storage::{ByteRange, Disk, ExtentState, Format, Mapping, OpenOptions, Refusal, alignment};
 
 use super::error::ToolError;
+use super::format::{FormatArgs, Named, with_hint};
 use super::lost::{lost_json, lost_text};
 use super::outcome::{Outcome, Output, lines};
 use super::size::human;
@@ -24,6 +25,8 @@ const STRIDE: u64 = 1 << 34;
 pub struct Info {
     /// The disk.
     file: PathBuf,
+    #[command(flatten)]
+    format: FormatArgs,
     #[command(flatten)]
     pub(super) output: Output,
 }
@@ -142,7 +145,7 @@ fn unshared(disk: &dyn Disk) -> Result<(Value, String), storage::DiskError> {
 
 impl Info {
     pub(super) fn run(&self) -> Result<Outcome, ToolError> {
-        if storage::detect(&self.file)? == SourceFormat::Vhdx {
+        if self.format.of(&self.file)? == SourceFormat::Vhdx {
             self.vhdx()
         } else {
             self.raw()
@@ -150,7 +153,7 @@ impl Info {
     }
 
     fn raw(&self) -> Result<Outcome, ToolError> {
-        let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+        let disk = storage::open(&self.file, &self.format.options(&self.file))?;
         let metadata = std::fs::metadata(&self.file)
             .map_err(ToolError::io(format!("look at {}", self.file.display())))?;
         let host = std::os::unix::fs::MetadataExt::blocks(&metadata) * 512;
@@ -180,20 +183,22 @@ impl Info {
 
     fn vhdx(&self) -> Result<Outcome, ToolError> {
         let mut layers = vec![Vhdx::info(&self.file)?];
-        // A chain with a cycle is followed once around.
+        // The error of the open is what is wrong with the chain, if anything is.
+        let opened = Vhdx::open(&self.file, &self.format.options(&self.file));
+        // A cycle ends where it begins, and where a file is missing or may not be opened the chain does.
         while let Some(next) = layers.last().and_then(|info| info.parent_path.clone())
+            && self.format.allows(&self.file, &next)
             && !layers.iter().any(|known| same(&known.path, &next))
         {
             layers.push(Vhdx::info(&next)?);
         }
         let mut text = layers.iter().map(describe).collect::<Vec<_>>().join("\n");
-        // The error of the open is what is wrong with the chain, if anything is.
-        let (looked, problem) = match Vhdx::open(&self.file, &OpenOptions::read_only()) {
+        let (looked, problem) = match opened {
             Ok(disk) => match unshared(&disk) {
                 Ok(found) => (Some(found), None),
                 Err(error) => (None, Some(chain(&error).to_string())),
             },
-            Err(error) => (None, Some(chain(&error).to_string())),
+            Err(error) => (None, Some(chain(&with_hint(error)).to_string())),
         };
         let (unshared, reasons) = looked.unwrap_or_default();
         text += &reasons;
@@ -236,8 +241,10 @@ pub(super) fn is_raw(path: &Path) -> Result<bool, ToolError> {
 /// `coppice disk check`.
 #[derive(Debug, Args)]
 pub struct Check {
-    /// The file. Of a chain, this file alone.
+    /// The file. Of a chain, the structures of this file alone.
     file: PathBuf,
+    #[command(flatten)]
+    format: FormatArgs,
     /// Print a digest of what the disk holds, all layers together: the same for every file that holds the same.
     #[arg(long)]
     hash: bool,
@@ -288,16 +295,20 @@ pub(super) fn report(file: &Path, checked: &Checked) -> (Value, String) {
 
 impl Check {
     pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
-        if is_raw(&self.file)? {
+        let is_raw = match self.format.named() {
+            Some(named) => named == Format::Raw,
+            None => is_raw(&self.file)?,
+        };
+        if is_raw {
             return self.raw(watch);
         }
         let checked =
             Vhdx::check(&self.file, watch).map_err(ToolError::chain(&self.file, watch))?;
         let (mut json, mut text) = report(&self.file, &checked);
         if checked.is_sound() {
-            match Vhdx::open(&self.file, &OpenOptions::read_only()) {
+            match Vhdx::open(&self.file, &self.format.options(&self.file)) {
                 Ok(disk) => self.content(&disk, watch, &mut json, &mut text)?,
-                Err(error) if self.hash => return Err(error.into()),
+                Err(error) if self.hash => return Err(with_hint(error)),
                 // Another file of the chain is damaged or missing, and only this file is checked.
                 Err(_) => {}
             }
@@ -309,7 +320,7 @@ impl Check {
 
     /// Checks a raw disk, which has no structures that could be damaged.
     fn raw(&self, watch: &Watch) -> Result<Outcome, ToolError> {
-        let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+        let disk = storage::open(&self.file, &self.format.options(&self.file))?;
         let mut text = format!("{}: a raw disk, without structures\n", self.file.display());
         let mut json = json!({"file": self.file, "sound": true, "problems": [], "notes": []});
         self.content(&*disk, watch, &mut json, &mut text)?;
@@ -346,6 +357,8 @@ impl Check {
 pub struct Map {
     /// The disk.
     file: PathBuf,
+    #[command(flatten)]
+    format: FormatArgs,
     #[command(flatten)]
     pub(super) output: Output,
 }
@@ -395,7 +408,8 @@ fn extents(mappings: &[Mapping]) -> (Vec<Value>, String) {
 impl Map {
     pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         use storage::Progress;
-        let disk = storage::open(&self.file, &OpenOptions::read_only())?;
+        let disk =
+            storage::open(&self.file, &self.format.options(&self.file)).map_err(with_hint)?;
         let size = disk.geometry().size;
         let mut all: Vec<Mapping> = Vec::new();
         let mut at = 0;
@@ -450,13 +464,17 @@ pub struct Diff {
     #[arg(required_unless_present = "since")]
     other: Option<PathBuf>,
     #[command(flatten)]
+    format: FormatArgs,
+    /// Format of the other disk [default: as --format].
+    #[arg(long, value_enum, value_name = "FORMAT", conflicts_with = "since")]
+    other_format: Option<Named>,
+    #[command(flatten)]
     pub(super) output: Output,
 }
 
 impl Diff {
     pub(super) fn run(&self, watch: &Watch) -> Result<Outcome, ToolError> {
         let failed = || ToolError::disk(&self.file, watch);
-        let open = |path| storage::open(path, &OpenOptions::read_only());
         if let Some(since) = &self.since {
             let identifier = Guid::parse(since).ok_or_else(|| {
                 ToolError::Refused(format!(
@@ -478,8 +496,13 @@ impl Diff {
             return Ok(outcome);
         }
         let other = self.other.clone().unwrap_or_default();
-        let found = storage::blocking::differences(&*open(&self.file)?, &*open(&other)?, watch)
-            .map_err(failed())?;
+        let of_other = match self.other_format {
+            Some(named) => self.format.options_as(&other, Some(named.into())),
+            None => self.format.options(&other),
+        };
+        let one = storage::open(&self.file, &self.format.options(&self.file)).map_err(with_hint)?;
+        let second = storage::open(&other, &of_other).map_err(with_hint)?;
+        let found = storage::blocking::differences(&*one, &*second, watch).map_err(failed())?;
         let total: u64 = found.iter().map(|range| range.len()).sum();
         let mut text = String::new();
         for range in &found {

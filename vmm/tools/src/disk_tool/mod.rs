@@ -10,6 +10,7 @@ mod convert;
 mod ending;
 mod error;
 mod examine;
+mod format;
 mod lost;
 mod make;
 mod outcome;
