@@ -3,18 +3,33 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, openat2};
 
 /// Bits of a folder's mode by which others than its owner can make links in it.
 const OTHERS_WRITE: u32 = 0o022;
 
-/// The path from the folder that this process works in, where the file lies below that folder and others may write
-/// there: a guest's folder, in which the guest's process can put a link in the place of anything.
+/// A whole path without `.` and `..`.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => _ = normal.pop(),
+            Component::CurDir => {}
+            Component::RootDir | Component::Normal(_) | Component::Prefix(_) => normal.push(part),
+        }
+    }
+    normal
+}
+
+/// The path from the folder that this process works in, where the file lies below that folder and others may write there:
+/// a guest's folder, in which the guest's process can put a link in the place of anything. That of a relative path that
+/// leads elsewhere, too, as nobody means that.
 pub(crate) fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
     let folder = std::env::current_dir()?;
-    let inside = match path.strip_prefix(&folder) {
+    let whole = normal(&folder.join(path));
+    let inside = match whole.strip_prefix(&folder) {
         Ok(inside) => inside,
         Err(_) if path.is_relative() => path,
         Err(_) => return Ok(None),
@@ -27,7 +42,9 @@ pub(crate) fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
 
 /// Whether a path leads to a regular file: below a folder in which others make links, by no link. Nothing is read.
 pub fn is_plain_file(path: &Path) -> bool {
-    match in_shared_folder(path) {
+    // A path that a file there names may lead elsewhere.
+    let whole = std::env::current_dir().map(|folder| folder.join(path));
+    match whole.and_then(|whole| in_shared_folder(&whole)) {
         Ok(None) => path.metadata().is_ok_and(|metadata| metadata.is_file()),
         Ok(Some(inside)) => {
             let flags = OFlags::PATH | OFlags::CLOEXEC;
@@ -61,10 +78,18 @@ mod tests {
         symlink("/", folder.join("root")).unwrap();
         std::env::set_current_dir(&folder).unwrap();
         let link = folder.join("link");
-        let links = [Path::new("link"), Path::new("folder/disk"), &link];
+        let back = folder.join("../other/../vm/link");
+        let links = [Path::new("link"), Path::new("folder/disk"), &link, &back];
         let never = [".", "root", "missing", "/", "/dev/null"].map(Path::new);
         let (disk, outside) = (folder.join("disk"), outer.join("outside"));
-        let always = [Path::new("disk"), &disk, &outside];
+        let leads_out = folder.join("../other/disk");
+        let always = [
+            Path::new("disk"),
+            Path::new("../other/disk"),
+            &disk,
+            &outside,
+            &leads_out,
+        ];
         for (mode, follows) in [(0o1770, false), (0o755, true)] {
             fs::set_permissions(&folder, fs::Permissions::from_mode(mode)).unwrap();
             assert!(links.iter().all(|path| is_plain_file(path) == follows));

@@ -43,7 +43,7 @@ pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
 pub use surroundings::{OnEnd, Subscriber, Surroundings, VsockHost};
 
-use attach::{Backing, Pc};
+use attach::{HostPart, Pc};
 use sharing::Sharing;
 
 use kvm::vm::{ExitKind, Vcpus};
@@ -64,7 +64,7 @@ pub struct Machine {
     vcpus: Vcpus,
     devices: DeviceList,
     /// What is behind the devices on the host.
-    backings: Vec<Box<dyn Backing>>,
+    host_parts: Vec<Box<dyn HostPart>>,
     /// The last job of each drive.
     jobs: BTreeMap<String, Arc<DriveJob>>,
     pmem: BTreeMap<String, Arc<Pmem>>,
@@ -291,8 +291,8 @@ impl Machine {
             std::thread::sleep(JOB_POLL);
         }
         self.devices.reset();
-        for backing in &self.backings {
-            backing.close();
+        for part in &self.host_parts {
+            part.close();
         }
     }
 }

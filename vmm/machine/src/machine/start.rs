@@ -98,7 +98,7 @@ impl Assembled {
             list,
             devices,
             subscribers,
-            backings,
+            host_parts,
             connects,
             ..
         } = self.attached;
@@ -120,7 +120,7 @@ impl Assembled {
             Ok((sharing, vcpus)) => Ok(Machine {
                 vcpus,
                 devices: list,
-                backings,
+                host_parts,
                 jobs: BTreeMap::new(),
                 pmem: self.pmem.into_iter().collect(),
                 pc: self.pc,

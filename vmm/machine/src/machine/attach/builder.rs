@@ -22,7 +22,7 @@ use kvm::layout;
 use kvm::vm::{Buses, Vm};
 
 /// What is behind a device on the host, and goes with the machine: dropped where it does not start.
-pub(in crate::machine) trait Backing: Send {
+pub(in crate::machine) trait HostPart: Send {
     /// Ends it in good order. The device was reset, so no request of it is in flight. What fails is logged, since the
     /// guest has ended and nobody waits for an answer.
     fn close(&self);
@@ -58,7 +58,7 @@ pub(in crate::machine) struct Attached {
     /// What the event loop is to serve.
     pub(in crate::machine) subscribers: Vec<Subscriber>,
     /// What is behind the devices.
-    pub(in crate::machine) backings: Vec<Box<dyn Backing>>,
+    pub(in crate::machine) host_parts: Vec<Box<dyn HostPart>>,
     /// Whether a device connects to sockets of the host once the guest runs.
     pub(in crate::machine) connects: bool,
     /// Whether the guest is to report its free pages.
@@ -87,7 +87,7 @@ impl<'a> Builder<'a> {
             list: DeviceList::default(),
             devices: Vec::new(),
             subscribers: Vec::new(),
-            backings: Vec::new(),
+            host_parts: Vec::new(),
             connects: false,
             reports_free_pages: false,
         };

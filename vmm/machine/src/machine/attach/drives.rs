@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use devices::lock;
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 
-use super::builder::{Backing, Builder};
+use super::builder::{Builder, HostPart};
 use super::events::new_interrupt;
 use crate::disk::open_disk;
 use crate::machine::error::StartError;
@@ -21,7 +21,7 @@ struct DriveDisk {
     drive: Arc<Mutex<VirtioBlock>>,
 }
 
-impl Backing for DriveDisk {
+impl HostPart for DriveDisk {
     fn close(&self) {
         if let Err(error) = lock(&self.drive).disk().close() {
             tracing::error!(drive = %self.id, error = %chain(&error), "the disk could not be closed cleanly");
@@ -42,7 +42,7 @@ pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(),
         builder.add_virtio(&config.drive_id, drive.clone())?;
         let id = config.drive_id.clone();
         let disk = Box::new(DriveDisk { id, drive });
-        builder.attached.backings.push(disk);
+        builder.attached.host_parts.push(disk);
     }
     Ok(())
 }

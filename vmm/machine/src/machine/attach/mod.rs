@@ -17,7 +17,7 @@ use super::error::StartError;
 use config::VmConfig;
 
 pub(super) use balloon::ID as BALLOON;
-pub(super) use builder::{Attached, Backing, Builder, Pc, SerialEnds};
+pub(super) use builder::{Attached, Builder, HostPart, Pc, SerialEnds};
 pub(super) use pmem::map as map_pmem;
 
 /// Adds the devices of a kind that a configuration asks for, if it asks for any.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::builder::{Backing, Builder};
+use super::builder::{Builder, HostPart};
 use super::events::new_interrupt;
 use crate::machine::domain::SharingDomain;
 use crate::machine::error::StartError;
@@ -17,7 +17,7 @@ struct PmemDisk {
     pmem: Arc<Pmem>,
 }
 
-impl Backing for PmemDisk {
+impl HostPart for PmemDisk {
     fn close(&self) {
         if let Err(error) = self.pmem.close() {
             tracing::error!(pmem = %self.id, error = %chain(&error), "not all that the guest wrote is on the disk");
@@ -62,7 +62,7 @@ pub(super) fn attach(builder: &mut Builder<'_>, _: &VmConfig) -> Result<(), Star
             id: id.clone(),
             pmem: pmem.clone(),
         };
-        builder.attached.backings.push(Box::new(disk));
+        builder.attached.host_parts.push(Box::new(disk));
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::virtio::vsock::{VirtioVsock, VsockConfig as Device};
 
-use super::builder::{Backing, Builder};
+use super::builder::{Builder, HostPart};
 use super::events::new_interrupt;
 use crate::machine::error::{StartError, host};
 use config::{MmdsConfig, VmConfig};
@@ -13,7 +13,7 @@ use host::socket::ApiSocket;
 const NAME: &str = "vsock device";
 
 /// Its file goes with it, when it is dropped.
-impl Backing for ApiSocket {
+impl HostPart for ApiSocket {
     fn close(&self) {}
 }
 
@@ -37,7 +37,7 @@ pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(),
     };
     let device = VirtioVsock::new(device, new_interrupt(NAME)?).map_err(host(NAME))?;
     builder.add_virtio("vsock", Arc::new(Mutex::new(device)))?;
-    builder.attached.backings.push(Box::new(socket));
+    builder.attached.host_parts.push(Box::new(socket));
     builder.attached.connects = true;
     Ok(())
 }
