@@ -23,9 +23,9 @@ fn normal(path: &Path) -> PathBuf {
     normal
 }
 
-/// The path from the folder that this process works in, where the file lies below that folder and others may write there:
-/// a guest's folder, in which the guest's process can put a link in the place of anything. That of a relative path that
-/// leads elsewhere, too, as nobody means that.
+/// The path from the folder that this process works in, where the file lies below that folder and others may write
+/// there: a guest's folder, in which the guest's process can put a link in the place of anything. That of a relative
+/// path that leads elsewhere, too, as nobody means that.
 pub(crate) fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
     let folder = std::env::current_dir()?;
     let whole = normal(&folder.join(path));
