@@ -397,7 +397,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
     };
     daemon.post("/vms/a/pause", &json!(null));
     // The daemon has moved the template away and may delete it, so it cannot be the base of a Diff snapshot.
-    let (status, refused) = save("Diff", "news");
+    let (status, refused) = save("Diff", "delta");
     let text = refused["fault_message"].as_str().unwrap();
     assert!(
         status == 400 && text.contains("make a Full one first"),
@@ -418,7 +418,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
             "{text}"
         );
     }
-    assert_eq!(save("Diff", "news"), (204, Value::Null));
+    assert_eq!(save("Diff", "delta"), (204, Value::Null));
     // A Full snapshot in the place of the first is the base of later Diff snapshots.
     assert_eq!(save("Full", "full"), (204, Value::Null));
     assert_eq!(save("Diff", "later"), (204, Value::Null));

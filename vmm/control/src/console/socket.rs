@@ -333,20 +333,20 @@ mod tests {
             }
         }
 
-        fn settle(&mut self) {
+        fn run_until_idle(&mut self) {
             while self.manager.run_with_timeout(0).unwrap() > 0 {}
         }
 
         fn client(&mut self) -> UnixStream {
             let client = UnixStream::connect(&self.path).unwrap();
-            self.settle();
+            self.run_until_idle();
             client
         }
 
         fn print(&mut self, bytes: &[u8]) {
             for chunk in bytes.chunks(CHUNK) {
                 self.serial.write_all(chunk).unwrap();
-                self.settle();
+                self.run_until_idle();
             }
         }
     }
@@ -363,10 +363,10 @@ mod tests {
             assert_eq!(&shown, b"boot\nlogin: ");
         }
         clients[1].write_all(b"root\n").unwrap();
-        bench.settle();
+        bench.run_until_idle();
         assert_eq!(*bench.port.0.lock().unwrap(), b"root\n");
         drop(clients);
-        bench.settle();
+        bench.run_until_idle();
         bench.print(b"nobody is there");
     }
 
@@ -385,7 +385,7 @@ mod tests {
                 Ok(len) => shown.extend(&chunk[..len]),
                 Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
             }
-            bench.settle();
+            bench.run_until_idle();
         }
         assert!(shown.len() < text.len());
         let mut late = bench.client();
@@ -400,7 +400,7 @@ mod tests {
         let clients: Vec<_> = (0..MAX_CLIENTS).map(|_| bench.client()).collect();
         assert_eq!(bench.client().read(&mut [0]).unwrap(), 0);
         drop(clients);
-        bench.settle();
+        bench.run_until_idle();
         let mut client = bench.client();
         bench.print(b"x");
         client.read_exact(&mut [0]).unwrap();

@@ -63,7 +63,7 @@ impl Bench {
 
     fn connect(&mut self, port: &Port) {
         self.console.lock().unwrap().connect(Box::new(port.clone()));
-        self.settle();
+        self.run_until_idle();
     }
 
     fn make_room(&mut self, port: &Port, room: usize) {
@@ -75,11 +75,11 @@ impl Bench {
             .unwrap()
             .write(1)
             .unwrap();
-        self.settle();
+        self.run_until_idle();
     }
 
     /// Serves all that is there to be served.
-    fn settle(&mut self) {
+    fn run_until_idle(&mut self) {
         while self.manager.run_with_timeout(0).unwrap() > 0 {}
     }
 
@@ -107,7 +107,7 @@ fn a_pipe_is_read_as_fast_as_the_guest_takes_it_and_nothing_is_lost() {
     let mut bench = Bench::new(reader);
     let text: Vec<u8> = (0..5000_u32).map(|n| b'a' + (n % 26) as u8).collect();
     writer.write_all(&text).unwrap();
-    bench.settle();
+    bench.run_until_idle();
     let port = Port::with_room(10);
     bench.connect(&port);
     assert_eq!(port.got(), text[..10]);

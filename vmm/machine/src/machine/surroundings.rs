@@ -12,7 +12,7 @@ use crate::reference::Warmer;
 use host::exit::GuestEnd;
 use host::socket::ApiSocket;
 
-/// Told how the guest ended.
+/// Called when the guest has ended, with how it ended.
 pub type OnEnd = Arc<dyn Fn(GuestEnd) + Send + Sync>;
 
 /// What the event loop serves.
@@ -33,7 +33,7 @@ pub struct Surroundings {
     pub serial_out: OwnedFd,
     /// Becomes readable when the guest has read all input of its console.
     pub serial_drained: EventFd,
-    /// Told once how the guest ended, on a thread that must not be held up.
+    /// Called once, when the guest has ended, on a thread that must not be held up.
     pub on_end: OnEnd,
     /// Who makes a reference image of the guest's kernel, where there is none yet.
     pub warm: Option<Warmer>,
