@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 
-use crate::shared_folder::in_shared_folder;
+use crate::shared_folder::{in_shared_folder, open_beneath};
 
 fn open(path: &Path, inside: Option<&Path>, access: OFlags) -> rustix::io::Result<File> {
     let flags = access
@@ -19,10 +19,7 @@ fn open(path: &Path, inside: Option<&Path>, access: OFlags) -> rustix::io::Resul
         | OFlags::CLOEXEC;
     let mode = Mode::RUSR | Mode::WUSR;
     let opened = match inside {
-        Some(inside) => {
-            let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-            openat2(CWD, inside, flags, mode, within)
-        }
+        Some(inside) => open_beneath(CWD, inside, flags, mode),
         None => openat(CWD, path, flags, mode),
     };
     Ok(opened?.into())

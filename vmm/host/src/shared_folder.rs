@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -40,6 +41,20 @@ pub(crate) fn in_shared_folder(path: &Path) -> io::Result<Option<PathBuf>> {
     Ok(is_shared.then(|| inside.to_owned()))
 }
 
+/// Opens a path from `folder`, which leads to no place outside of it, and by no link.
+///
+/// # Errors
+/// The host's error: `ELOOP` where there is a link, `EXDEV` where the path leads elsewhere (openat2(2)).
+pub fn open_beneath(
+    folder: impl AsFd,
+    path: &Path,
+    flags: OFlags,
+    mode: Mode,
+) -> rustix::io::Result<OwnedFd> {
+    let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    openat2(folder, path, flags | OFlags::CLOEXEC, mode, within)
+}
+
 /// Whether a path leads to a regular file: below a folder in which others make links, by no link. Nothing is read.
 pub fn is_plain_file(path: &Path) -> bool {
     // A path that a file there names may lead elsewhere.
@@ -47,9 +62,7 @@ pub fn is_plain_file(path: &Path) -> bool {
     match whole.and_then(|whole| in_shared_folder(&whole)) {
         Ok(None) => path.metadata().is_ok_and(|metadata| metadata.is_file()),
         Ok(Some(inside)) => {
-            let flags = OFlags::PATH | OFlags::CLOEXEC;
-            let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-            let stat = openat2(CWD, &inside, flags, Mode::empty(), within).and_then(fstat);
+            let stat = open_beneath(CWD, &inside, OFlags::PATH, Mode::empty()).and_then(fstat);
             stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
         }
         Err(_) => false,

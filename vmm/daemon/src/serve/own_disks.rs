@@ -7,10 +7,11 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, linkat, open, openat2};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
 
 use super::store::{self, is_missing, open_without_waiting};
 use config::DeviceId;
+use host::shared_folder::open_beneath;
 
 /// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
@@ -91,8 +92,7 @@ pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &DeviceId, of: &str) -
 pub fn link_inside(folder: &Path, inside: &Path, second: &Path) -> io::Result<()> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let folder = open(folder, flags | OFlags::DIRECTORY, Mode::empty())?;
-    let within = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
-    let file = openat2(&folder, inside, flags, Mode::empty(), within)?;
+    let file = open_beneath(&folder, inside, flags, Mode::empty())?;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     linkat(CWD, path, CWD, second, AtFlags::SYMLINK_FOLLOW)?;
     Ok(())
