@@ -42,6 +42,22 @@ pub struct RequestBody {
     pub is_required: bool,
 }
 
+impl RequestBody {
+    pub(super) fn required<T: ToSchema>() -> Self {
+        Self {
+            schema: Schema::of::<T>(),
+            is_required: true,
+        }
+    }
+
+    pub(super) fn optional<T: ToSchema>() -> Self {
+        Self {
+            is_required: false,
+            ..Self::required::<T>()
+        }
+    }
+}
+
 /// What a request that is done is answered with.
 #[derive(Clone, Copy)]
 pub enum Answer {

@@ -49,10 +49,7 @@ impl<T: DeserializeOwned + ToSchema> Handler for Takes<T> {
     }
 
     fn body(&self) -> Option<RequestBody> {
-        Some(RequestBody {
-            schema: Schema::of::<T>(),
-            is_required: true,
-        })
+        Some(RequestBody::required::<T>())
     }
 }
 
@@ -70,10 +67,7 @@ impl<T: DeserializeOwned + Default + ToSchema> Handler for MayTake<T> {
     }
 
     fn body(&self) -> Option<RequestBody> {
-        Some(RequestBody {
-            schema: Schema::of::<T>(),
-            is_required: false,
-        })
+        Some(RequestBody::optional::<T>())
     }
 }
 
@@ -90,10 +84,7 @@ impl<T: ToSchema> Handler for TakesFields<T> {
     }
 
     fn body(&self) -> Option<RequestBody> {
-        Some(RequestBody {
-            schema: Schema::of::<T>(),
-            is_required: true,
-        })
+        Some(RequestBody::required::<T>())
     }
 }
 
@@ -135,10 +126,7 @@ impl<D: ConfiguredDevice + DeserializeOwned + ToSchema> Handler for AddsDevice<D
     }
 
     fn body(&self) -> Option<RequestBody> {
-        Some(RequestBody {
-            schema: Schema::of::<D>(),
-            is_required: true,
-        })
+        Some(RequestBody::required::<D>())
     }
 }
 

@@ -3,16 +3,14 @@
 
 use std::marker::PhantomData;
 
-use serde_json::Value;
-
 use super::context::Context;
 use super::handler::{
     AddsDevice, Answers, AnswersFields, AnswersMetrics, Handler, MayTake, Takes, TakesFields,
 };
-use super::keep::{Sets, SetsMetadata, SetsNamed};
+use super::keep::{Keep, Sets, SetsFields, SetsMetadata, SetsNamed};
 use super::operation::{DiskEffect, GuestOperation, LifeEffect, RequestMethod, Reservation};
 use super::response::Fault;
-use crate::control::ControlError;
+use crate::control::updated_drive;
 use config::bodies::{
     Action, ActionType, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobEnd,
     JobUpdate, MachineUpdate, Metadata, Version, VmState, VmUpdate,
@@ -45,6 +43,16 @@ const fn patch(
     handler: &'static dyn Handler,
 ) -> GuestOperation {
     GuestOperation::new(RequestMethod::Patch, path, summary, handler)
+}
+
+/// An operation that makes of the guest's process what it makes of settings.
+const fn setting<S: Handler + Keep>(
+    method: RequestMethod,
+    path: &'static str,
+    summary: &'static str,
+    both: &'static S,
+) -> GuestOperation {
+    GuestOperation::new(method, path, summary, both).kept(both)
 }
 
 fn act(context: &Context, action: ActionType) -> Result<(), Fault> {
@@ -85,10 +93,7 @@ fn replace_disk(config: &mut VmConfig, name: &str, update: DriveUpdate) -> Resul
     if update.drive_id != name {
         return Err(Fault::OtherId);
     }
-    let drive = config.drives.iter().find(|drive| drive.drive_id == name);
-    let drive = drive.ok_or_else(|| ControlError::NoDrive(name.to_owned()))?;
-    let updated = update.applied_to(drive).map_err(ControlError::from)?;
-    updated.store(config);
+    updated_drive(config, update)?.store(config);
     Ok(())
 }
 
@@ -154,28 +159,28 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         "Memory and vCPUs.",
         &Answers(|context, _| Ok(context.control().config().machine_config.clone())),
     ),
-    put(
+    setting(
+        RequestMethod::Put,
         "/machine-config",
         "Sets memory and vCPUs, before the start.",
-        &Takes(|context, _, body| Ok(context.control().set_machine_config(body)?)),
+        &Sets(|config, machine: MachineConfig| {
+            config.machine_config = machine;
+            Ok(())
+        }),
     )
-    .kept(&Sets(|config, machine: MachineConfig| {
-        config.machine_config = machine;
-        Ok(())
-    }))
     .reserves(Reservation::Memory),
-    patch(
+    setting(
+        RequestMethod::Patch,
         "/machine-config",
         "Changes memory or vCPUs, before the start.",
-        &TakesFields::<MachineUpdate>(
-            |context, update| Ok(context.control().update_machine_config(&update)?),
+        &SetsFields::<MachineUpdate>(
+            |config, update| {
+                config.machine_config = config.machine_config.updated(update)?;
+                Ok(())
+            },
             PhantomData,
         ),
     )
-    .kept(&Sets(|config, update: Value| {
-        config.machine_config = config.machine_config.updated(&update)?;
-        Ok(())
-    }))
     .reserves(Reservation::Memory),
     put(
         "/boot-source",
@@ -186,12 +191,12 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         config.boot_source = Some(source);
         Ok(())
     })),
-    put(
+    setting(
+        RequestMethod::Put,
         "/drives/{drive}",
         "Adds or replaces a drive, before the start.",
         &AddsDevice::<DriveConfig>(PhantomData),
     )
-    .kept(&AddsDevice::<DriveConfig>(PhantomData))
     .disk(DiskEffect::Changes),
     patch(
         "/drives/{drive}",
@@ -256,26 +261,26 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         }),
     )
     .disk(DiskEffect::Changes),
-    put(
+    setting(
+        RequestMethod::Put,
         "/pmem/{pmem}",
         "Adds or replaces a disk as memory, before the start.",
         &AddsDevice::<PmemConfig>(PhantomData),
     )
-    .kept(&AddsDevice::<PmemConfig>(PhantomData))
     .disk(DiskEffect::Changes),
-    put(
+    setting(
+        RequestMethod::Put,
         "/entropy",
         "Adds the entropy device, before the start.",
         &AddsDevice::<EntropyConfig>(PhantomData),
-    )
-    .kept(&AddsDevice::<EntropyConfig>(PhantomData)),
-    put(
+    ),
+    setting(
+        RequestMethod::Put,
         "/vsock",
         "Adds the socket device, before the start. What is left out is the guest's own: a \
          socket in its folder, and an identifier that no other guest has.",
         &AddsDevice::<VsockConfig>(PhantomData),
     )
-    .kept(&AddsDevice::<VsockConfig>(PhantomData))
     .reserves(Reservation::Cid),
     get(
         "/mmds",
@@ -300,33 +305,33 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         ),
     )
     .kept(&SetsMetadata(|store, patch| Ok(store.patch(patch)?))),
-    put(
+    setting(
+        RequestMethod::Put,
         "/mmds/config",
         "Sets where the guest finds its metadata, before the start.",
-        &Takes(|context, _, body| Ok(context.control().set_mmds_config(body)?)),
-    )
-    .kept(&Sets(|config, mmds: MmdsConfig| {
-        config.mmds_config = Some(mmds);
-        Ok(())
-    })),
-    put(
+        &Sets(|config, mmds: MmdsConfig| {
+            config.mmds_config = Some(mmds);
+            Ok(())
+        }),
+    ),
+    setting(
+        RequestMethod::Put,
         "/sharing",
         "Sets what is shared, before the start.",
-        &Takes(|context, _, body| Ok(context.control().set_sharing(body)?)),
-    )
-    .kept(&Sets(|config, sharing: SharingConfig| {
-        config.sharing = sharing;
-        Ok(())
-    })),
-    put(
+        &Sets(|config, sharing: SharingConfig| {
+            config.sharing = sharing;
+            Ok(())
+        }),
+    ),
+    setting(
+        RequestMethod::Put,
         "/serial",
         "Sets where the serial console writes, before the start.",
-        &Takes(|context, _, body| Ok(context.control().set_serial(body)?)),
-    )
-    .kept(&Sets(|config, serial: SerialConfig| {
-        config.serial = Some(serial);
-        Ok(())
-    })),
+        &Sets(|config, serial: SerialConfig| {
+            config.serial = Some(serial);
+            Ok(())
+        }),
+    ),
     put(
         "/logger",
         "Sets where the log goes and what is in it, before the start.",
@@ -351,12 +356,12 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         "The balloon.",
         &Answers(|context, _| Ok(context.control().balloon()?)),
     ),
-    put(
+    setting(
+        RequestMethod::Put,
         "/balloon",
         "Adds the balloon, before the start.",
         &AddsDevice::<BalloonConfig>(PhantomData),
-    )
-    .kept(&AddsDevice::<BalloonConfig>(PhantomData)),
+    ),
     patch(
         "/balloon",
         "Changes the amount of the balloon.",

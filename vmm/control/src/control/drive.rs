@@ -3,9 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use super::{Control, ControlError, Life};
-use config::{ConfiguredDevice, DeviceConfig, DriveUpdate};
+use config::{ConfiguredDevice, DeviceConfig, DriveConfig, DriveUpdate, VmConfig};
 use jail::Layer;
 use machine::{DriveParent, DriveTask, JobStatus, MachineError};
+
+/// The drive that an update is about, with the update.
+pub(crate) fn updated_drive(
+    config: &VmConfig,
+    update: DriveUpdate,
+) -> Result<DriveConfig, ControlError> {
+    let id = &update.drive_id;
+    let present = config.drives.iter().find(|drive| drive.drive_id == *id);
+    let present = present.ok_or_else(|| ControlError::NoDrive(id.clone()))?;
+    Ok(update.applied_to(present)?)
+}
 
 impl Control {
     /// Takes the files of drives into the configuration to which commits have moved them since the last call.
@@ -33,15 +44,7 @@ impl Control {
     pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
         self.guest()?;
         self.note_commits();
-        let id = &update.drive_id;
-        let present = self
-            .config
-            .drives
-            .iter()
-            .find(|drive| drive.drive_id == *id);
-        let drive = update
-            .clone()
-            .applied_to(present.ok_or_else(|| ControlError::NoDrive(id.clone()))?)?;
+        let drive = updated_drive(&self.config, update.clone())?;
         let seen = drive.check_files();
         if self.jail.contains(Layer::Tree) {
             seen.map_err(ControlError::Jailed)?;

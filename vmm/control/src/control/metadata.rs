@@ -6,20 +6,11 @@ use serde_json::Value;
 
 use super::{Control, ControlError};
 use crate::mmds::Mmds;
-use config::MmdsConfig;
 
 impl Control {
     /// The guest's metadata, which its vsock device answers with.
     pub fn mmds(&self) -> &Arc<Mmds> {
         &self.mmds
-    }
-
-    /// `PUT /mmds/config`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_mmds_config(&mut self, mmds: MmdsConfig) -> Result<(), ControlError> {
-        self.change(|config| config.mmds_config = Some(mmds))
     }
 
     /// `PUT /mmds`, before the start and after it.

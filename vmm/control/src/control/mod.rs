@@ -23,14 +23,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::Value;
 
 use crate::logging::Log;
 use crate::metrics::{self, ApiMetrics, MetricsFile};
 use crate::mmds::Mmds;
-use config::{
-    BootSourceConfig, ConfiguredDevice, MachineConfig, MetricsConfig, SharingConfig, VmConfig,
-};
+use config::{BootSourceConfig, ConfigError, ConfiguredDevice, MetricsConfig, VmConfig};
 use config::{CreateSnapshot, LoadSnapshot};
 use host::report::chain;
 use jail::JailReport;
@@ -38,6 +35,7 @@ use machine::snapshot::Loading;
 use machine::{Address, FilePage, FilePageReport, PageReport, SharingReport};
 
 pub use balloon::{BalloonStatistics, HintingState};
+pub(crate) use drive::updated_drive;
 pub use error::ControlError;
 pub use guest::{Guest, LaunchError, Origin};
 
@@ -186,11 +184,18 @@ impl Control {
         }
     }
 
-    /// Stores a configuration that `change` makes of the present one, if all of it is valid.
-    fn change(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<(), ControlError> {
+    /// Stores a configuration that `change` makes of the present one, if all of it is valid: `PUT /sharing` and all
+    /// that has no effect but this.
+    ///
+    /// # Errors
+    /// `AfterStart`, `Ended`, `Config`.
+    pub fn change_config(
+        &mut self,
+        change: impl FnOnce(&mut VmConfig) -> Result<(), ConfigError>,
+    ) -> Result<(), ControlError> {
         self.not_started()?;
         let mut config = self.config.clone();
-        change(&mut config);
+        change(&mut config)?;
         config.validate()?;
         self.config = config;
         Ok(())
@@ -204,7 +209,10 @@ impl Control {
         self.not_started()?;
         boot_source.validate()?;
         boot_source.check_files()?;
-        self.change(|config| config.boot_source = Some(boot_source))
+        self.change_config(|config| {
+            config.boot_source = Some(boot_source);
+            Ok(())
+        })
     }
 
     /// Adds a device, or replaces the one of the same name: `PUT /drives/{id}`, `/entropy` and the others of a
@@ -216,33 +224,10 @@ impl Control {
         self.not_started()?;
         device.validate(&self.config.machine_config)?;
         device.check_files()?;
-        self.change(|config| device.store(config))
-    }
-
-    /// `PUT /machine-config`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_machine_config(&mut self, machine: MachineConfig) -> Result<(), ControlError> {
-        self.change(|config| config.machine_config = machine)
-    }
-
-    /// `PATCH /machine-config`: changes the fields that are set.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn update_machine_config(&mut self, update: &Value) -> Result<(), ControlError> {
-        self.not_started()?;
-        let machine = self.config.machine_config.updated(update)?;
-        self.set_machine_config(machine)
-    }
-
-    /// `PUT /sharing`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_sharing(&mut self, sharing: SharingConfig) -> Result<(), ControlError> {
-        self.change(|config| config.sharing = sharing)
+        self.change_config(|config| {
+            device.store(config);
+            Ok(())
+        })
     }
 
     /// `GET /vm/sharing`: what of the guest's memory is shared.

@@ -2,17 +2,9 @@
 
 use super::{Control, ControlError, open_metrics};
 use crate::metrics;
-use config::{LoggerConfig, MetricsConfig, SerialConfig, VmConfig};
+use config::{LoggerConfig, MetricsConfig, VmConfig};
 
 impl Control {
-    /// `PUT /serial`.
-    ///
-    /// # Errors
-    /// `AfterStart`, `Ended`, `Config`.
-    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<(), ControlError> {
-        self.change(|config| config.serial = Some(serial))
-    }
-
     /// `PUT /logger`: takes effect at once.
     ///
     /// # Errors

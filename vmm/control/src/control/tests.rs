@@ -4,14 +4,14 @@ use std::sync::Mutex;
 use devices::device_list::DeviceList;
 use devices::virtio::Interrupt;
 use devices::virtio::balloon::{BalloonError, VirtioBalloon};
-use serde_json::json;
+use serde_json::{Value, json};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::logging::{LogFilter, LogFormat};
 use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, EntropyConfig,
-    HintingStart, LoggerConfig, PmemConfig, PmemMode, SerialConfig,
+    HintingStart, LoggerConfig, MachineConfig, PmemConfig, PmemMode, SerialConfig,
 };
 use machine::snapshot::SnapshotError;
 use machine::{
@@ -255,6 +255,27 @@ fn a_guest_that_has_not_started_takes_no_orders() {
     ));
 }
 
+fn set_machine(control: &mut Control, machine: MachineConfig) -> Result<(), ControlError> {
+    control.change_config(|config| {
+        config.machine_config = machine;
+        Ok(())
+    })
+}
+
+fn update_machine(control: &mut Control, update: &Value) -> Result<(), ControlError> {
+    control.change_config(|config| {
+        config.machine_config = config.machine_config.updated(update)?;
+        Ok(())
+    })
+}
+
+fn set_serial(control: &mut Control, serial: SerialConfig) -> Result<(), ControlError> {
+    control.change_config(|config| {
+        config.serial = Some(serial);
+        Ok(())
+    })
+}
+
 fn refuses_to_be_configured(
     control: &mut Control,
     folder: &Path,
@@ -270,11 +291,11 @@ fn refuses_to_be_configured(
         }),
         control.set_device(DriveConfig::new("b", file(folder, "b"))),
         control.set_device(PmemConfig::new("b", file(folder, "b"), PmemMode::Ro)),
-        control.set_machine_config(MachineConfig::default()),
-        control.update_machine_config(&json!({"vcpu_count": 2})),
+        set_machine(control, MachineConfig::default()),
+        update_machine(control, &json!({"vcpu_count": 2})),
         control.set_device(EntropyConfig::default()),
         control.set_device(BalloonConfig::default()),
-        control.set_serial(SerialConfig::default()),
+        set_serial(control, SerialConfig::default()),
         control.set_logger(&LoggerConfig::default()),
         control.set_metrics(&MetricsConfig {
             metrics_path: folder.join("metrics"),
@@ -328,15 +349,12 @@ fn what_is_refused_changes_nothing() {
             ..BalloonConfig::default()
         })
         .unwrap_err();
-    control
-        .set_machine_config(MachineConfig {
-            vcpu_count: 0,
-            ..MachineConfig::default()
-        })
-        .unwrap_err();
-    control
-        .update_machine_config(&json!({"smt": true}))
-        .unwrap_err();
+    let machine = MachineConfig {
+        vcpu_count: 0,
+        ..MachineConfig::default()
+    };
+    set_machine(&mut control, machine).unwrap_err();
+    update_machine(&mut control, &json!({"smt": true})).unwrap_err();
     control
         .set_metrics(&MetricsConfig {
             metrics_path: "/nonexistent/metrics".into(),
@@ -580,12 +598,11 @@ fn a_snapshot_is_loaded_before_a_guest_is_configured_or_not_at_all() {
     let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
     assert!(matches!(error, Err(ControlError::Snapshot(_))));
     // What is no guest's own may be there.
-    control
-        .set_serial(SerialConfig {
-            serial_out_path: Some(folder.path().join("out")),
-            rate_limiter: None,
-        })
-        .unwrap();
+    let serial = SerialConfig {
+        serial_out_path: Some(folder.path().join("out")),
+        rate_limiter: None,
+    };
+    set_serial(&mut control, serial).unwrap();
     let error = control.load_snapshot(&missing, |_, _| panic!("never launched"));
     assert!(matches!(error, Err(ControlError::Snapshot(_))));
     control
