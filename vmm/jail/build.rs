@@ -11,7 +11,7 @@ use seccompiler::{BpfMap, TargetArch, compile_from_json};
 use serde_json::{Value, json};
 
 /// The policies, each a file that holds one filter of its own name.
-const POLICIES: [&str; 5] = ["main", "vcpu", "started", "unconnected", "absent"];
+const POLICIES: [&str; 6] = ["main", "vcpu", "started", "unconnected", "absent", "reader"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let folder = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("../../resources/seccomp");

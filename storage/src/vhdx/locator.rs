@@ -61,13 +61,13 @@ impl ParentLocator {
     }
 
     /// Whether the parent may have this DataWriteGuid.
-    pub(crate) fn links_to(&self, data_write_guid: Guid) -> bool {
+    pub fn links_to(&self, data_write_guid: Guid) -> bool {
         self.linkage == data_write_guid || self.linkage2 == Some(data_write_guid)
     }
 
     /// The files that the parent can be, in the order in which they are to be tried, for a child in `folder`. Paths of
     /// Windows lead nowhere here and are left out.
-    pub(crate) fn candidates(&self, folder: &Path) -> Vec<PathBuf> {
+    pub fn candidates(&self, folder: &Path) -> Vec<PathBuf> {
         let here = |path: &String| path.replace('\\', "/");
         let mut candidates = Vec::new();
         if let Some(path) = self.relative_path.as_ref().map(here) {

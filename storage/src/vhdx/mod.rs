@@ -49,6 +49,7 @@ pub use identifiers::Identifiers;
 pub use info::Info;
 pub use locator::ParentLocator;
 pub use merge::Merged;
+pub use open::{data_write_guid, parent_locator};
 pub use repair::{Repaired, Undone};
 pub use snapshot::{ChainError, children_in};
 

@@ -169,29 +169,18 @@ impl Vhdx {
     }
 }
 
-/// A file whose structures have been read and found sound; nothing is written yet.
-pub(super) struct Layer {
-    pub view: View,
-    pub headers: Headers,
-    pub regions: Regions,
-    pub metadata: Metadata,
-    pub layout: Layout,
-    pub found: Found,
-    pub file_len: u64,
+/// A file whose structures have been read, down to the metadata, and not yet its blocks.
+struct Described {
+    view: View,
+    headers: Headers,
+    regions: Regions,
+    metadata: Metadata,
+    file_len: u64,
 }
 
-impl Layer {
-    /// Reads and checks a file that is open and locked for `mode`.
-    pub(super) fn read(medium: Box<dyn Medium>, mode: OpenMode) -> Result<Self, Refusal> {
-        Self::read_with(medium, mode, None)
-    }
-
-    /// As [`Layer::read`]; `bad` is called with each bad entry of the BAT, if it is given.
-    pub(super) fn read_with(
-        medium: Box<dyn Medium>,
-        mode: OpenMode,
-        bad: Option<bat::Bad<'_>>,
-    ) -> Result<Self, Refusal> {
+impl Described {
+    /// Reads a file as it is once its log has been replayed. Nothing is written.
+    fn read(medium: Box<dyn Medium>) -> Result<Self, Refusal> {
         let file_len = medium
             .len()
             .map_err(|e| Refusal::io("read the length", e))?;
@@ -215,6 +204,68 @@ impl Layer {
         let read = |buffer: &mut [u8], offset| view.read(buffer, offset);
         let regions = Regions::read(&read, log, view.len())?;
         let metadata = Metadata::read(&read, regions.metadata)?;
+        Ok(Self {
+            view,
+            headers,
+            regions,
+            metadata,
+            file_len,
+        })
+    }
+}
+
+/// The parent that the VHDX in a file stands on, as that file describes it, where it stands on one. The file is neither
+/// locked nor written to.
+///
+/// # Errors
+/// See [`Refusal`].
+pub fn parent_locator(file: File) -> Result<Option<ParentLocator>, Refusal> {
+    Ok(Described::read(Box::new(Arc::new(file)))?.metadata.parent)
+}
+
+/// The DataWriteGuid of the VHDX in a file, by which its children know it ([MS-VHDX] 2.2.2). Nothing but the two headers
+/// is read, and their places are the same in all files.
+///
+/// # Errors
+/// See [`Refusal`].
+pub fn data_write_guid(file: File) -> Result<Guid, Refusal> {
+    let len = file
+        .metadata()
+        .map_err(|e| Refusal::io("read the length", e))?
+        .len();
+    Ok(Headers::read(&Arc::new(file), len)?.current().data_write_guid)
+}
+
+/// A file whose structures have been read and found sound; nothing is written yet.
+pub(super) struct Layer {
+    pub view: View,
+    pub headers: Headers,
+    pub regions: Regions,
+    pub metadata: Metadata,
+    pub layout: Layout,
+    pub found: Found,
+    pub file_len: u64,
+}
+
+impl Layer {
+    /// Reads and checks a file that is open and locked for `mode`.
+    pub(super) fn read(medium: Box<dyn Medium>, mode: OpenMode) -> Result<Self, Refusal> {
+        Self::read_with(medium, mode, None)
+    }
+
+    /// As [`Layer::read`]; `bad` is called with each bad entry of the BAT, if it is given.
+    pub(super) fn read_with(
+        medium: Box<dyn Medium>,
+        mode: OpenMode,
+        bad: Option<bat::Bad<'_>>,
+    ) -> Result<Self, Refusal> {
+        let Described {
+            view,
+            headers,
+            regions,
+            metadata,
+            file_len,
+        } = Described::read(medium)?;
         let layout = Layout::new(&metadata, regions.bat)?;
         let found = match bad {
             Some(bad) => bat::check_with(&view, &layout, &regions.all, bad)?,

@@ -26,6 +26,7 @@ mod need;
 mod needs;
 mod options;
 mod process;
+pub mod reader;
 mod report;
 pub mod seccomp;
 mod tree;

@@ -13,7 +13,8 @@
 //! guest needs: to make rings of `io_uring`, whose operations no filter sees. `unconnected` forbids to connect to a
 //! socket, which only a guest with a vsock device needs to do later. `vcpu` lists the system calls of a thread that
 //! serves the guest's accesses, so that no file can be opened there. `absent` has a system call fail as if the kernel
-//! did not have it, so that the C library does without.
+//! did not have it, so that the C library does without. `reader` is for a process of another kind, which reads a file
+//! that a guest may have written: see `reader`.
 //!
 //! A system call that is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the
 //! process.
@@ -138,6 +139,15 @@ pub fn started(connects: bool) -> io::Result<()> {
         apply_filter_all_threads(unconnected).map_err(io::Error::other)?;
     }
     apply_filter_all_threads(program).map_err(io::Error::other)
+}
+
+/// Limits this thread to what reading and writing files takes that are open already. Another system call ends the
+/// process.
+///
+/// # Errors
+/// Where the kernel refuses.
+pub(super) fn reader() -> io::Result<()> {
+    apply_filter(&tables::READER).map_err(io::Error::other)
 }
 
 /// Limits this thread to the system calls that a vCPU needs. Does nothing where the process is not filtered.
