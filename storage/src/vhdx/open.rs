@@ -233,7 +233,9 @@ pub fn data_write_guid(file: File) -> Result<Guid, Refusal> {
         .metadata()
         .map_err(|e| Refusal::io("read the length", e))?
         .len();
-    Ok(Headers::read(&Arc::new(file), len)?.current().data_write_guid)
+    Ok(Headers::read(&Arc::new(file), len)?
+        .current()
+        .data_write_guid)
 }
 
 /// A file whose structures have been read and found sound; nothing is written yet.
