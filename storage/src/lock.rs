@@ -9,13 +9,15 @@
 //! |---|---|---|
 //! | a writer of this crate | all | exclusive |
 //! | a reader of this crate | 100, 201, 203 | shared |
+//! | a guardian of readers | 100, 201, 203 | shared |
+//! | | 300 | exclusive |
 //! | a writer of QEMU | 100, 101, 103, and what it keeps from others of 200 to 203 | shared |
 //!
-//! So who has a file open for reading can keep others out, and has to be trusted with that: its shared locks keep
-//! writers out, as they should, and a shared lock on byte 101 or 103, which any reader can take, looks like a writer of
-//! QEMU and keeps all other readers out. An exclusive lock it cannot take, as the kernel wants a descriptor that is
-//! open for writing. A guest's process that was taken over can do so with an image that it shares, until it ends;
-//! guests that have the image open go on.
+//! So who has a file open for reading can keep others out: its shared locks keep writers out, as they should, and a
+//! shared lock on byte 101 or 103, which any reader can take, looks like a writer of QEMU and keeps all other readers
+//! out. An exclusive lock it cannot take, as the kernel wants a descriptor that is open for writing. Whoever answers for
+//! a file that readers of different owners share, such as a daemon for its guests, guards it ([`guard`]): as long as it
+//! does, readers know by byte 300 that nobody writes, and do not look for writers of QEMU.
 
 use std::fs::File;
 use std::io;
@@ -27,6 +29,9 @@ const READS: u64 = 100;
 const WRITES: [u64; 2] = [101, 103];
 /// Bytes that QEMU holds while nobody else may write or resize the image (200 + the bit of the permission).
 const KEEPS_WRITERS_OUT: [u64; 2] = [201, 203];
+
+/// Byte that a guardian holds.
+const GUARDED: u64 = 300;
 
 /// What a disk is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,12 +103,38 @@ pub fn lock(file: &File, mode: OpenMode) -> Result<(), LockError> {
                 }
             }
             // QEMU's writers hold shared locks only; they are seen by asking.
-            if is_written_by_qemu(file)? {
+            if !is_guarded(file)? && is_written_by_qemu(file)? {
                 return Err(LockError::Written);
             }
         }
     }
     Ok(())
+}
+
+/// Answers for a file that is open for writing, and that others have open for reading: nobody writes it until the last
+/// copy of the descriptor is closed, and no reader can keep another one out. The caller knows that nobody writes it now.
+/// False, with nothing locked, where there is a writer, or another guardian.
+///
+/// # Errors
+/// `Host`: also where the file is open for reading alone.
+pub fn guard(file: &File) -> Result<bool, LockError> {
+    if !set(file, Kind::Exclusive, GUARDED, 1)? {
+        return Ok(false);
+    }
+    for byte in [READS].into_iter().chain(KEEPS_WRITERS_OUT) {
+        if !set(file, Kind::Shared, byte, 1)? {
+            unlock(file)?;
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether somebody answers for the readers of a file.
+fn is_guarded(file: &File) -> Result<bool, LockError> {
+    let held = conflict(file, Kind::Shared, GUARDED, 1)?;
+    // A writer of this crate holds this byte, too, and the others with it.
+    Ok(held.is_some() && conflict(file, Kind::Shared, READS, 1)?.is_none())
 }
 
 /// Turns the lock of a writer into that of a reader; nobody else can get in between.
@@ -135,10 +166,11 @@ fn holder(file: &File) -> Result<LockError, LockError> {
     if is_written_by_qemu(file)? {
         return Ok(LockError::Written);
     }
-    Ok(match conflict(file, Kind::Exclusive, 0, 0)? {
-        Some(Kind::Exclusive) => LockError::Written,
-        // A holder that let go in between was in the way all the same.
-        Some(Kind::Shared | Kind::None) | None => LockError::Read,
+    // A writer is in the way of a reader, and a guardian is not. A holder that let go in between was in the way all the
+    // same.
+    Ok(match conflict(file, Kind::Shared, READS, 1)? {
+        Some(_) => LockError::Written,
+        None => LockError::Read,
     })
 }
 
@@ -265,6 +297,33 @@ mod tests {
         ));
         drop(copy);
         lock(&other, OpenMode::ReadOnly).unwrap();
+    }
+
+    #[test]
+    fn a_guarded_file_is_read_whatever_its_readers_lock_and_written_by_nobody() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let reading = || File::open(file.path()).unwrap();
+        let (hostile, next, guardian) = (reading(), reading(), opened(file.path()));
+        guard(&reading()).unwrap_err();
+        lock(&hostile, OpenMode::ReadOnly).unwrap();
+        assert!(set(&hostile, Kind::Shared, WRITES[0], 1).unwrap());
+        lock(&next, OpenMode::ReadOnly).unwrap_err();
+        unlock(&next).unwrap();
+        assert!(guard(&guardian).unwrap());
+        lock(&next, OpenMode::ReadOnly).unwrap();
+        // There is one guardian, and no reader can pass for it.
+        assert!(!guard(&opened(file.path())).unwrap());
+        assert!(!set(&hostile, Kind::Shared, GUARDED, 1).unwrap());
+        unlock(&hostile).unwrap();
+        unlock(&next).unwrap();
+        let writer = opened(file.path());
+        let refused = lock(&writer, OpenMode::ReadWrite);
+        assert!(matches!(refused, Err(LockError::Read)), "{refused:?}");
+        drop(guardian);
+        lock(&writer, OpenMode::ReadWrite).unwrap();
+        assert!(!guard(&opened(file.path())).unwrap());
+        let refused = lock(&next, OpenMode::ReadOnly);
+        assert!(matches!(refused, Err(LockError::Written)), "{refused:?}");
     }
 
     #[test]
