@@ -194,7 +194,7 @@ fn forbidden(allowed: Option<&Path>) -> String {
             "outside {}, where the parents of this disk have to lie",
             folder.display()
         ),
-        None => "not opened: this disk may not have parents".into(),
+        None => "not opened: this disk may not have parents, as nobody has named its format (of a guest's disk: format=vhdx, or a name that ends in .vhdx)".into(),
     }
 }
 

@@ -158,6 +158,7 @@ mod tests {
             }),
             allow: vec!["/disks".into(), "/a,b".into()],
             require_all: true,
+            shared: None,
         };
         assert_eq!(
             jail(

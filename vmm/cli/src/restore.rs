@@ -15,12 +15,12 @@ pub struct RestoreArgument(pub LoadSnapshot);
 pub enum RestoreError {
     /// The file is missing.
     #[error(
-        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,disk.ID=FILE][,clone.ID=FILE][,vsock=SOCKET][,cid=N][,trust][,paused]"
+        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,below=FILE][,disk.ID=FILE][,clone.ID=FILE][,vsock=SOCKET][,cid=N][,trust][,paused]"
     )]
     NoFile,
     /// An option is unknown.
     #[error(
-        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
+        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, below=FILE, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
     )]
     UnknownOption(String),
     /// An option is given twice.
@@ -61,6 +61,7 @@ impl FromStr for RestoreArgument {
                     });
                 }
                 (_, Some(("uffd", _))) => return Err(RestoreError::Twice("uffd".into())),
+                (_, Some(("below", path))) => load.lower_mem_files.push(path.into()),
                 (_, Some(("vsock", path))) => {
                     let vsock = load.vsock_override.get_or_insert_default();
                     if vsock.uds_path.replace(path.into()).is_some() {
@@ -115,6 +116,12 @@ mod tests {
     fn a_snapshot_is_described_by_its_state_and_options() {
         let parse = |text: &str| text.parse::<RestoreArgument>().map(|argument| argument.0);
         let plain = parse("a,,b").unwrap();
+        assert!(plain.lower_mem_files.is_empty());
+        let difference = parse("s,below=first,below=second").unwrap();
+        assert_eq!(
+            difference.lower_mem_files,
+            ["first", "second"].map(PathBuf::from)
+        );
         assert_eq!(plain.snapshot_path, PathBuf::from("a,b"));
         assert!(plain.verify_memory && plain.resume_vm && plain.drives.is_empty());
         let all = parse("s,memory=m,clone.root=c.vhdx,disk.data=d,trust,paused").unwrap();

@@ -1,7 +1,7 @@
 //! The arguments of `coppice run`, and the options that follow from them together with a configuration file, or with
 //! the launch specification of the host daemon.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use memshare::ShareMode;
@@ -142,14 +142,16 @@ pub struct RunArguments {
     /// pages].
     #[arg(long)]
     pub huge_pages: bool,
-    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, disk.ID=FILE,
-    /// clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused.
+    /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, below=FILE,
+    /// disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are
     /// given beside it. Options:
     /// memory: the memory file, where it is not where it was written;
     /// uffd: have a page-fault handler that listens on this socket give the memory, as Firecracker's do, instead of
     /// mapping the file;
+    /// below: a memory file that this one is a difference to, where it is not where it was; given for each of them, the
+    /// lowest first;
     /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
     /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many
     /// guests;
@@ -157,6 +159,8 @@ pub struct RunArguments {
     /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
     /// trust: do not compare the checksums of all memory before the guest runs;
     /// paused: the guest waits for `PATCH /vm`.
+    /// With --jail, the state is read in the jail: of the files that it names, the guest has those that are named here,
+    /// too, and those below allow=.
     #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "config"])]
     pub restore: Option<RestoreArgument>,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
@@ -264,13 +268,18 @@ impl RunArguments {
             restore: self.restore.take().map(|RestoreArgument(load)| load),
             metadata: self.metadata.take(),
             confinement: self.confinement(),
+            jailed: VmConfig::default(),
         };
         let config = self.into_config()?;
         let has_origin = config.boot_source.is_some() || options.restore.is_some();
         if !has_origin && options.api_socket.is_none() {
             return Err(UsageError::NothingToRun);
         }
-        Ok(RunOptions { config, ..options })
+        Ok(RunOptions {
+            jailed: config.clone(),
+            config,
+            ..options
+        })
     }
 
     /// Joins the arguments of a process that the host daemon has started with the daemon's launch specification, and
@@ -284,10 +293,13 @@ impl RunArguments {
             Purpose::Boot => (false, None),
             Purpose::Restore(load) => (false, Some(load)),
         };
-        if restore.is_none() {
+        let known = if restore.is_some() {
+            Some(VmConfig::from_file(Path::new(CONFIG))?)
+        } else {
             self.config = Some(CONFIG.into());
-        }
-        Ok(RunOptions {
+            None
+        };
+        let options = RunOptions {
             id: self.id.take(),
             api_socket: self.api_sock.take(),
             console_socket: self.console_sock.take(),
@@ -301,7 +313,14 @@ impl RunArguments {
                 jail: spec.jail,
                 seccomp: self.seccomp,
             },
-            config: self.into_config()?,
+            jailed: VmConfig::default(),
+            config: VmConfig::default(),
+        };
+        let config = self.into_config()?;
+        Ok(RunOptions {
+            jailed: known.unwrap_or_else(|| config.clone()),
+            config,
+            ..options
         })
     }
 

@@ -10,6 +10,9 @@ use jail::Confinement;
 pub struct RunOptions {
     /// The guest. It starts at once if it has a boot source, and otherwise waits for `InstanceStart`.
     pub config: VmConfig,
+    /// What the jail is made for: `config`, or that of a guest which goes on from a snapshot, as far as it is known
+    /// without reading that.
+    pub jailed: VmConfig,
     /// The name of the guest.
     pub id: Option<String>,
     /// Where to listen for REST requests.

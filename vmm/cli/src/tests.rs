@@ -2,8 +2,8 @@ use clap::CommandFactory;
 
 use super::*;
 use ::jail::JailConfig;
-use config::{BalloonConfig, DriveConfig, LoadSnapshot, PmemConfig, PmemMode};
-use control::launch_spec::{LaunchSpec, Purpose};
+use config::{BalloonConfig, DriveConfig, LoadSnapshot, PmemConfig, PmemMode, VmConfig};
+use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use host::report::chain;
 
 fn options(arguments: &[&str]) -> Result<RunOptions, String> {
@@ -294,7 +294,18 @@ fn a_process_of_the_daemon_gets_its_guest_by_the_launch_specification_alone() {
         jail: Some(JailConfig::default()),
         metadata: Some("m".into()),
     };
+    // The process works in its guest's folder.
+    let folder = tempfile::tempdir().unwrap();
+    std::env::set_current_dir(folder.path()).unwrap();
+    held(&[]).unwrap().into_launched(spec.clone()).unwrap_err();
+    std::fs::write(
+        CONFIG,
+        r#"{"machine-config": {"vcpu_count": 3, "mem_size_mib": 128}}"#,
+    )
+    .unwrap();
     let options = held(&[]).unwrap().into_launched(spec.clone()).unwrap();
+    assert_eq!(options.config, VmConfig::default());
+    assert_eq!(options.jailed.machine_config.vcpu_count, 3);
     assert_eq!(options.restore, Some(LoadSnapshot::new("a,b".into())));
     assert_eq!(
         (options.confinement.jail, options.metadata),

@@ -279,6 +279,16 @@ impl VmConfig {
         let drive = drive.map(|drive| &mut drive.path_on_host);
         drive.or(pmem.map(|pmem| &mut pmem.path_on_host))
     }
+
+    /// Gives a drive, or the pmem device where no drive has the id, another file, which is a VHDX.
+    pub fn set_vhdx(&mut self, id: &str, path: &Path) {
+        let format = Some(DriveFormat::Vhdx);
+        if let Some(drive) = self.drives.iter_mut().find(|drive| drive.drive_id == id) {
+            (drive.path_on_host, drive.format) = (path.to_owned(), format);
+        } else if let Some(pmem) = self.pmem.iter_mut().find(|pmem| pmem.id == id) {
+            (pmem.path_on_host, pmem.format) = (path.to_owned(), format);
+        }
+    }
 }
 
 #[cfg(test)]

@@ -47,6 +47,11 @@ pub struct LoadSnapshot {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub mem_file_path: Option<PathBuf>,
+    /// The memory files below that one, the lowest first, where the snapshot is a difference; those that the state names
+    /// where empty. Not in Firecracker.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub lower_mem_files: Vec<PathBuf>,
     /// Lets the guest run at once.
     #[serde(default)]
     pub resume_vm: bool,
@@ -72,6 +77,7 @@ impl LoadSnapshot {
             snapshot_path,
             mem_backend: None,
             mem_file_path: None,
+            lower_mem_files: Vec::new(),
             resume_vm: false,
             track_dirty_pages: false,
             verify_memory: true,

@@ -152,6 +152,7 @@ mod tests {
                 }),
                 allow: vec![HOSTILE.into(), ".".into()],
                 require_all: true,
+                shared: Some(HOSTILE.into()),
             }),
             metadata: Some(HOSTILE.into()),
         }

@@ -3,6 +3,7 @@
 //! The main thread serves the event loop: the devices, the console, signals and the end of the guest. The vCPUs have a
 //! thread each, and the REST socket has one for itself and one for each connection, where there is one.
 
+use std::error::Error;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{self, Arc};
@@ -30,9 +31,9 @@ use host::signals::{self, Signals};
 use host::socket::{ApiSocket, SocketError};
 use host::stack;
 use host::terminal::RawMode;
-use jail::{self, JailError};
+use jail::{self, JailError, Layer};
 use machine::reference::{self, Warmer};
-use machine::snapshot::Loading;
+use machine::snapshot::{Loading, SnapshotFiles};
 use machine::{Machine, StartError, Subscriber, Surroundings, VsockHost};
 
 /// Why a guest could not be run.
@@ -50,6 +51,11 @@ pub enum RunError {
     /// The jail.
     #[error(transparent)]
     Jail(#[from] JailError),
+    /// A file that a snapshot names, and that its jail may not have.
+    #[error(
+        "the jail has no file that the snapshot names: give it with memory=, below=, disk.ID= or vsock= of --restore, or with allow= of --jail"
+    )]
+    NotNamed(#[source] Box<ControlError>),
     /// The metadata of the guest.
     #[error(transparent)]
     Metadata(#[from] MetadataFileError),
@@ -222,13 +228,32 @@ struct Prepared {
     console_socket: Option<ApiSocket>,
     vsock_socket: Option<ApiSocket>,
     loading: Option<Loading>,
+    /// Whether the process has a tree of its own.
+    in_tree: bool,
     warm: Option<Warmer>,
+}
+
+/// The error of a load, in a jail with a tree of its own or not.
+fn of_load(error: ControlError, in_tree: bool) -> RunError {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
+    while let Some(error) = cause {
+        let host = error.downcast_ref::<io::Error>();
+        if in_tree && host.is_some_and(|host| host.kind() == io::ErrorKind::NotFound) {
+            break;
+        }
+        cause = error.source();
+    }
+    match cause {
+        Some(_) => RunError::NotNamed(Box::new(error)),
+        None => error.into(),
+    }
 }
 
 /// Configures the guest, opens what is to be opened outside, and enters the jail.
 fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunError> {
     let RunOptions {
         config,
+        jailed,
         id,
         api_socket,
         console_socket,
@@ -246,33 +271,38 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     if let Some(path) = metadata {
         control.mmds().read(&path)?;
     }
-    let loading = restore.as_ref().map(Loading::read).transpose();
-    let loading = loading.map_err(ControlError::from)?;
-    let warm = match &loading {
+    let files = restore.as_ref().map(SnapshotFiles::open).transpose();
+    let files = files.map_err(ControlError::from)?;
+    let warm = match &files {
         Some(_) => None,
         None if only_configure => None,
         None => warmer(&config, held),
     };
-    let wanted = loading.as_ref().map_or(&config, Loading::config);
     let (api_path, console_path) = (api_socket.as_deref(), console_socket.as_deref());
     let socket = api_path.map(ApiSocket::bind).transpose()?;
     let console_socket = console_path.map(ApiSocket::bind).transpose()?;
-    let vsock_path = wanted.vsock.as_ref().map(VsockConfig::path);
+    let vsock = restore
+        .as_ref()
+        .and_then(|load| load.vsock_override.as_ref());
+    let vsock_path = vsock.and_then(|vsock| vsock.uds_path.as_deref());
+    let vsock_path = vsock_path.or(jailed.vsock.as_ref().map(VsockConfig::path));
     // It is bound here because the process can make files anywhere only before it enters the jail.
     let vsock_socket = vsock_path.map(ApiSocket::bind).transpose()?;
     let sockets = api_path.into_iter().chain(console_path).chain(vsock_path);
     let sockets: Vec<_> = sockets.collect();
-    for disk in loading.iter().flat_map(Loading::made) {
-        jail::give(&confinement, disk)?;
-    }
-    let report = jail::enter(&confinement, wanted, &sockets)?;
+    let report = jail::enter(&confinement, &jailed, restore.as_ref(), &sockets)?;
     tracing::info!(uid = report.uid, gid = report.gid, layers = %report, "jail");
+    let in_tree = report.contains(Layer::Tree);
     control.confined(report);
+    // A guest may have made the snapshot, so it is read where no rights are left.
+    let loading = files.map(SnapshotFiles::read).transpose();
+    let loading = loading.map_err(|error| of_load(error.into(), in_tree))?;
     Ok(Prepared {
         socket,
         console_socket,
         vsock_socket,
         loading,
+        in_tree,
         warm,
     })
 }
@@ -317,6 +347,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         console_socket,
         vsock_socket,
         loading,
+        in_tree,
         warm,
     } = prepare(options, &mut control.lock())?;
 
@@ -360,7 +391,8 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
     }
     if let Some(loading) = loading {
         let launch = |config: &VmConfig, origin| launcher.launch(config, origin, &mut manager);
-        control.lock().load(loading, resume, launch)?;
+        let loaded = control.lock().load(loading, resume, launch);
+        loaded.map_err(|error| of_load(error, in_tree))?;
     } else if start {
         control
             .lock()

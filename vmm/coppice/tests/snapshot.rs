@@ -430,6 +430,42 @@ fn writes_to_a_pmem_device_are_on_the_disk_when_a_saved_guest_goes_on() {
 }
 
 #[test]
+fn a_jail_has_none_of_the_files_that_only_the_snapshot_names() {
+    let saved = with_pmem("d.vhdx");
+    let disk = saved.path("d.vhdx");
+    let given = format!(
+        "{},memory={},disk.data={}",
+        saved.state(),
+        saved.memory().display(),
+        disk.display()
+    );
+    let refused = |restore: &str| {
+        let mut run = coppice();
+        let output = run.args(["run", "--restore", restore, "--jail"]).output();
+        let output = output.unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let (without_disk, _) = given.rsplit_once(',').unwrap();
+    for (restore, missing) in [
+        (saved.state().as_str(), saved.memory()),
+        (without_disk, disk.clone()),
+    ] {
+        let why = refused(restore);
+        let names = why.contains(missing.to_str().unwrap()) && why.contains("allow=");
+        assert!(names, "{restore}: {why}");
+    }
+    let guest = Guest::start(&saved.path("b"), &["--restore", &given, "--jail"]);
+    guest.answers(b'g', b'a');
+    drop(guest);
+    let folder = saved.0.path().to_str().unwrap();
+    let jail = format!("allow={folder}");
+    let arguments = ["--restore", &saved.state(), "--jail", &jail];
+    let guest = Guest::start(&saved.path("c"), &arguments);
+    guest.answers(b'g', b'a');
+}
+
+#[test]
 fn a_clone_writes_to_a_child_of_the_disk_and_others_can_be_made() {
     let saved = with_pmem("d.vhdx");
     for name in ["b", "c"] {

@@ -37,6 +37,18 @@ pub enum JailError {
         /// The mode of the file.
         mode: u32,
     },
+    /// What a disk names as its parent is another file than the one that it was made on.
+    #[error(
+        "{} names {} as its parent, which has changed since, or is another disk: the identifier in it (DataWriteGuid) is not the one that the child records; if it is the right file, and its content as it was, record that by `coppice disk rebase --force --parent`",
+        disk.display(),
+        parent.display()
+    )]
+    OtherParent {
+        /// The child.
+        disk: PathBuf,
+        /// What it names.
+        parent: PathBuf,
+    },
     /// What the guest needs cannot be found or made.
     #[error("--jail: {}", path.display())]
     Path {

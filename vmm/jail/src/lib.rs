@@ -34,7 +34,7 @@ mod tree;
 use std::io;
 use std::path::Path;
 
-use config::VmConfig;
+use config::{LoadSnapshot, VmConfig};
 
 pub use cgroup::{CgroupConfig, LimitHits, root as cgroup_root};
 pub use error::JailError;
@@ -46,14 +46,15 @@ pub use seccomp::SeccompMode;
 
 use error::required;
 
-/// Confines this process to what a guest of `config` needs, with its sockets at `sockets`. To be called by the only
-/// thread of the process.
+/// Confines this process to what a guest of `config` needs, which goes on from the snapshot `restored` if that is given,
+/// with its sockets at `sockets`. To be called by the only thread of the process.
 ///
 /// # Errors
 /// [`JailError`].
 pub fn enter(
     confinement: &Confinement,
     config: &VmConfig,
+    restored: Option<&LoadSnapshot>,
     sockets: &[&Path],
 ) -> Result<JailReport, JailError> {
     // The page size is looked up now: with an old kernel, the lookup reads a file (`/proc/self/auxv`) that the jail
@@ -66,7 +67,7 @@ pub fn enter(
         ..JailReport::default()
     };
     if let Some(jail) = &confinement.jail {
-        let needs = needs::of(config, sockets, jail)?;
+        let needs = needs::of(config, restored, sockets, jail)?;
         enter_with(jail, &needs, &mut report)?;
     }
     if confinement.seccomp == SeccompMode::Off {
@@ -94,17 +95,6 @@ pub fn enter(
         });
     }
     Ok(report)
-}
-
-/// Changes the owner of a file that this process has made, before it is jailed, to the user that it is about to become.
-///
-/// # Errors
-/// `Path`.
-pub fn give(confinement: &Confinement, path: &Path) -> Result<(), JailError> {
-    match &confinement.jail {
-        Some(jail) => needs::give(path, jail),
-        None => Ok(()),
-    }
 }
 
 /// Enters all layers but the filters of system calls.

@@ -1,29 +1,40 @@
 //! Which of the host's files a guest needs.
 
-use std::fs;
-use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, fchown, lchown};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{
+    FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown, lchown,
+};
 use std::path::{Component, Path, PathBuf};
 
 use memshare::ShareMode;
 use rustix::fs::{Access as Mode, access};
-use storage::vhdx::Vhdx;
 
 use super::error::JailError;
 use super::landlock;
 use super::need::{Access, Need};
 use super::options::JailConfig;
-use config::{DeviceConfig, DriveFormat, HostFile, VmConfig};
+use super::reader;
+use config::{DeviceConfig, DriveFormat, HostFile, LoadSnapshot, VmConfig};
 use host::output::open_output;
 use host::shared_folder::is_plain_file;
 use kvm::boot;
 
 /// The longest chain of disks that is followed; a longer one is refused when it is opened.
 const LONGEST_CHAIN: usize = 256;
+/// What a VHDX begins with ([MS-VHDX] 2.2.1).
+const VHDX_SIGNATURE: &[u8; 8] = b"vhdxfile";
 
 /// Collects the files that exist, under all names that they are opened by.
 #[derive(Default)]
-struct Needs(Vec<Need>);
+struct Needs {
+    found: Vec<Need>,
+    /// Files that the guest only reads, and that others may have, too.
+    shared: BTreeSet<PathBuf>,
+    /// Who reads disks: the user of the jail.
+    reader: reader::User,
+}
 
 impl Needs {
     /// Adds a path as it is written, and as it is with all links followed. A file that does not exist is left out;
@@ -48,7 +59,7 @@ impl Needs {
                     .any(|part| matches!(part, Component::ParentDir))
         });
         for target in written.into_iter().chain([source.clone()]) {
-            self.0.push(Need {
+            self.found.push(Need {
                 source: source.clone(),
                 target,
                 access,
@@ -58,7 +69,7 @@ impl Needs {
     }
 
     /// Adds what a device uses.
-    fn add_host_file(&mut self, file: HostFile<'_>) {
+    fn add_host_file(&mut self, file: HostFile<'_>) -> Result<(), JailError> {
         match file {
             HostFile::Disk {
                 path,
@@ -70,9 +81,12 @@ impl Needs {
                 } else {
                     Access::Read
                 };
-                self.add_disk(path, format, access);
+                self.add_disk(path, format, access)
             }
-            HostFile::PortSockets(path) => self.add_ports(path),
+            HostFile::PortSockets(path) => {
+                self.add_ports(path);
+                Ok(())
+            }
         }
     }
 
@@ -92,21 +106,51 @@ impl Needs {
         }
     }
 
-    /// Adds a disk and all its parents, which are regular files: a guest writes what names the parent of its disk, and
-    /// may have put a link in the place of a disk in its folder. What is left out is refused where it is opened.
-    fn add_disk(&mut self, path: &Path, format: Option<DriveFormat>, access: Access) {
-        let (mut next, mut access) = (Some(path.to_owned()), access);
-        for _ in 0..LONGEST_CHAIN {
-            let Some(disk) = next.filter(|disk| is_plain_file(disk)) else {
-                return;
-            };
-            self.add_vital(&disk, access);
-            if format == Some(DriveFormat::Raw) {
-                return;
-            }
-            access = Access::Read;
-            next = parent_of(&disk);
+    /// Adds a disk and all its parents. These are regular files: a guest writes what names the parent of its disk, and may
+    /// have put a link in the place of a disk in its folder. What is left out is refused where it is opened.
+    fn add_disk(
+        &mut self,
+        path: &Path,
+        format: Option<DriveFormat>,
+        access: Access,
+    ) -> Result<(), JailError> {
+        if !is_plain_file(path) {
+            return Ok(());
         }
+        self.add_vital(path, access);
+        if access == Access::Read {
+            self.shared.insert(path.to_owned());
+        }
+        if !DriveFormat::may_have_parents(format, path) {
+            return Ok(());
+        }
+        let mut disk = path.to_owned();
+        for _ in 0..LONGEST_CHAIN {
+            let Some(parent) = parent_of(&disk, self.reader)? else {
+                return Ok(());
+            };
+            self.add_vital(&parent, Access::Read);
+            self.shared.insert(parent.clone());
+            disk = parent;
+        }
+        Ok(())
+    }
+
+    /// Adds the disks that a guest which goes on from a snapshot is given in place of those that it had.
+    fn add_restored(&mut self, load: &LoadSnapshot) -> Result<(), JailError> {
+        let memory = load.mem_file_path.iter().chain(&load.lower_mem_files);
+        self.shared.extend(memory.cloned());
+        let (cloned, moved): (Vec<_>, Vec<_>) = load.drives.iter().partition(|drive| drive.clone);
+        for drive in moved {
+            let is_cloned = cloned.iter().any(|clone| clone.drive_id == drive.drive_id);
+            let (format, access) = if is_cloned {
+                (Some(DriveFormat::Vhdx), Access::Read)
+            } else {
+                (None, Access::Write)
+            };
+            self.add_disk(&drive.path_on_host, format, access)?;
+        }
+        Ok(())
     }
 }
 
@@ -117,9 +161,38 @@ fn folder_of(path: &Path) -> &Path {
     }
 }
 
-/// The parent of a disk; `None` where it is no VHDX, cannot be opened, or has none.
-fn parent_of(path: &Path) -> Option<PathBuf> {
-    Vhdx::info(path).ok()?.parent_path
+/// The parent of a disk: the first file that the disk names and that has the identifier of its parent. `None` where the
+/// disk is no VHDX, cannot be opened, or names no file that exists.
+fn parent_of(disk: &Path, reader: reader::User) -> Result<Option<PathBuf>, JailError> {
+    let Ok(file) = File::open(disk) else {
+        return Ok(None);
+    };
+    let mut signature = [0; VHDX_SIGNATURE.len()];
+    if file.read_exact_at(&mut signature, 0).is_err() || signature != *VHDX_SIGNATURE {
+        return Ok(None);
+    }
+    let folder = std::path::absolute(folder_of(disk)).map_err(failed(disk))?;
+    let link = reader::parent_of(&file, &folder, reader).map_err(failed(disk))?;
+    let Some(link) = link else {
+        return Ok(None);
+    };
+    let mut other = None;
+    for candidate in link.paths.iter().filter(|path| is_plain_file(path)) {
+        let Ok(file) = File::open(candidate) else {
+            continue;
+        };
+        if link.is_of(file) {
+            return Ok(Some(candidate.clone()));
+        }
+        other.get_or_insert(candidate);
+    }
+    match other {
+        Some(parent) => Err(JailError::OtherParent {
+            disk: disk.to_owned(),
+            parent: parent.clone(),
+        }),
+        None => Ok(None),
+    }
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
@@ -127,14 +200,20 @@ fn failed(path: &Path) -> impl FnOnce(io::Error) -> JailError {
     move |source| JailError::Path { path, source }
 }
 
-/// All that a guest of `config` needs, with its sockets at `sockets`. Makes the files that it needs to find when it is
+/// All that a guest of `config` needs, which goes on from the snapshot `restored` if that is given, with its sockets at
+/// `sockets`. Makes the files that it needs to find when it is
 /// jailed: its outputs, and the cache of kernels.
 pub(super) fn of(
     config: &VmConfig,
+    restored: Option<&LoadSnapshot>,
     sockets: &[&Path],
     jail: &JailConfig,
 ) -> Result<Vec<Need>, JailError> {
-    let mut needs = Needs::default();
+    let mut needs = Needs {
+        found: Vec::new(),
+        shared: BTreeSet::new(),
+        reader: (jail.uid, jail.gid),
+    };
     needs.add(Path::new("/dev/kvm"), Access::Device);
     // Identifiers of disks are random, and a static program may read this file instead of calling getrandom(2).
     needs.add(Path::new("/dev/random"), Access::Device);
@@ -143,7 +222,7 @@ pub(super) fn of(
     // This file has the limit of mappings of a process.
     needs.add(Path::new("/proc/sys/vm/max_map_count"), Access::Read);
     let process = Path::new("/proc/self");
-    needs.0.push(Need {
+    needs.found.push(Need {
         source: process.canonicalize().map_err(failed(process))?,
         // The process has another number in its PID namespace.
         target: Path::new("/proc").join(std::process::id().to_string()),
@@ -158,7 +237,10 @@ pub(super) fn of(
     }
     add_cache(&mut needs, config, jail);
     for file in config.devices().flat_map(DeviceConfig::host_files) {
-        needs.add_host_file(file);
+        needs.add_host_file(file)?;
+    }
+    if let Some(load) = restored {
+        needs.add_restored(load)?;
     }
     if let Some(path) = config
         .serial
@@ -187,8 +269,8 @@ pub(super) fn of(
         needs.add(path, access);
     }
     // The files in a folder have to come after the folder.
-    needs.0.sort_by(|a, b| a.target.cmp(&b.target));
-    needs.0.dedup_by(|later, first| {
+    needs.found.sort_by(|a, b| a.target.cmp(&b.target));
+    needs.found.dedup_by(|later, first| {
         let is_same = later.target == first.target;
         if is_same && later.access == Access::Write {
             first.access = Access::Write;
@@ -198,7 +280,30 @@ pub(super) fn of(
         }
         is_same
     });
-    Ok(needs.0)
+    if let Some(path) = &jail.shared {
+        write_shared(&needs.shared, path).map_err(failed(path))?;
+    }
+    Ok(needs.found)
+}
+
+/// Writes which files the guest shares, apart from those in the folder that the process works in, which is the guest's.
+fn write_shared(files: &BTreeSet<PathBuf>, path: &Path) -> io::Result<()> {
+    let folder = std::env::current_dir()?;
+    let whole = files.iter().map(|file| folder.join(file));
+    let elsewhere = whole.filter(|file| !file.starts_with(&folder));
+    let text = serde_json::to_vec(&elsewhere.collect::<Vec<_>>())?;
+    // The guest may have put anything in its place, which is neither followed nor written to.
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let mut options = File::options();
+    let mut file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(&text)
 }
 
 /// Changes the owner of a file to the guest process's user.
@@ -298,6 +403,14 @@ fn add_folder_of_socket(needs: &mut Needs, socket: &Path, jail: &JailConfig) {
 mod tests {
     use super::*;
     use config::{DriveConfig, SerialConfig};
+    use storage::vhdx::Vhdx;
+
+    fn vhdx(id: &str, path: PathBuf) -> DriveConfig {
+        DriveConfig {
+            format: Some(DriveFormat::Vhdx),
+            ..DriveConfig::new(id, path)
+        }
+    }
 
     fn find<'a>(needs: &'a [Need], path: &Path) -> &'a Need {
         let found = needs.iter().find(|need| need.target == path);
@@ -313,14 +426,14 @@ mod tests {
         Vhdx::create_child(path("child"), path("base"), &ChildOptions::default()).unwrap();
         Vhdx::create_child(path("top"), path("child"), &ChildOptions::default()).unwrap();
         let config = VmConfig {
-            drives: vec![DriveConfig::new("a", path("top"))],
+            drives: vec![vhdx("a", path("top"))],
             serial: Some(SerialConfig {
                 serial_out_path: Some(path("serial")),
                 rate_limiter: None,
             }),
             ..VmConfig::default()
         };
-        let needs = of(&config, &[], &JailConfig::default()).unwrap();
+        let needs = of(&config, None, &[], &JailConfig::default()).unwrap();
         assert_eq!(find(&needs, &path("top")).access, Access::Write);
         assert_eq!(find(&needs, &path("child")).access, Access::Read);
         assert_eq!(find(&needs, &path("base")).access, Access::Read);
@@ -330,19 +443,92 @@ mod tests {
     }
 
     #[test]
+    fn only_the_disk_that_a_child_was_made_on_is_its_parent_and_only_of_what_is_called_a_vhdx() {
+        use storage::vhdx::{ChildOptions, CreateOptions};
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().canonicalize().unwrap().join(name);
+        Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
+        Vhdx::create_child(path("top"), path("base"), &ChildOptions::default()).unwrap();
+        let needs = |name: &str, format| {
+            let drive = DriveConfig {
+                format,
+                ..DriveConfig::new("a", path(name))
+            };
+            let config = VmConfig {
+                drives: vec![drive],
+                ..VmConfig::default()
+            };
+            of(&config, None, &[], &JailConfig::default())
+        };
+        let has_parent = |name, format| {
+            let needs = needs(name, format).unwrap();
+            needs.iter().any(|need| need.target == path("base"))
+        };
+        let vhdx = Some(DriveFormat::Vhdx);
+        assert!(has_parent("top", vhdx) && !has_parent("top", None));
+        assert!(!has_parent("top", Some(DriveFormat::Raw)));
+        fs::rename(path("top"), path("top.vhdx")).unwrap();
+        assert!(has_parent("top.vhdx", None));
+        // Somebody else's disk, which the guest has written the name of into its own.
+        fs::remove_file(path("base")).unwrap();
+        Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
+        let error = needs("top.vhdx", vhdx).unwrap_err();
+        assert!(matches!(error, JailError::OtherParent { .. }), "{error}");
+        fs::write(path("base"), [1; 1 << 20]).unwrap();
+        let error = needs("top.vhdx", vhdx).unwrap_err();
+        assert!(matches!(error, JailError::OtherParent { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_the_guest_shares_with_others_is_written_down_in_a_new_file() {
+        use std::os::unix::fs::symlink;
+        let folder = tempfile::tempdir().unwrap();
+        let outer = folder.path().canonicalize().unwrap();
+        fs::create_dir(outer.join("vm")).unwrap();
+        for name in ["base", "vm/own", "memory"] {
+            fs::write(outer.join(name), "").unwrap();
+        }
+        std::env::set_current_dir(outer.join("vm")).unwrap();
+        symlink(outer.join("base"), "shared.json").unwrap();
+        let read_only = |path: PathBuf| DriveConfig {
+            is_read_only: true,
+            format: Some(DriveFormat::Raw),
+            ..DriveConfig::new("a", path)
+        };
+        let config = VmConfig {
+            drives: vec![read_only(outer.join("base")), read_only("own".into())],
+            ..VmConfig::default()
+        };
+        let jail = JailConfig {
+            shared: Some("shared.json".into()),
+            ..JailConfig::default()
+        };
+        let load = LoadSnapshot {
+            mem_file_path: Some(outer.join("memory")),
+            ..LoadSnapshot::new("state".into())
+        };
+        of(&config, Some(&load), &[], &jail).unwrap();
+        let written: Vec<PathBuf> =
+            serde_json::from_slice(&fs::read("shared.json").unwrap()).unwrap();
+        assert_eq!(written, [outer.join("base"), outer.join("memory")]);
+        assert!(fs::read(outer.join("base")).unwrap().is_empty());
+        assert!(!fs::symlink_metadata("shared.json").unwrap().is_symlink());
+    }
+
+    #[test]
     fn what_a_disk_names_as_its_parent_widens_a_jail_by_regular_files_alone() {
         use storage::vhdx::{ChildOptions, CreateOptions};
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().canonicalize().unwrap().join(name);
         Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
         Vhdx::create_child(path("top"), path("base"), &ChildOptions::default()).unwrap();
-        let drives = vec![DriveConfig::new("a", path("top"))];
+        let drives = vec![vhdx("a", path("top"))];
         let config = VmConfig {
             drives,
             ..VmConfig::default()
         };
         let targets = || {
-            let needs = of(&config, &[], &JailConfig::default()).unwrap();
+            let needs = of(&config, None, &[], &JailConfig::default()).unwrap();
             let below = needs.into_iter().map(|need| need.target);
             below
                 .filter(|target| target.starts_with(path("")))
@@ -369,11 +555,11 @@ mod tests {
         let mut needs = Needs::default();
         needs.add(&folder.join("link"), Access::Read);
         needs.add(&folder.join("nothing"), Access::Read);
-        let targets: Vec<_> = needs.0.iter().map(|need| need.target.clone()).collect();
+        let targets: Vec<_> = needs.found.iter().map(|need| need.target.clone()).collect();
         assert_eq!(targets, [folder.join("link"), folder.join("disk")]);
         assert!(
             needs
-                .0
+                .found
                 .iter()
                 .all(|need| need.source == folder.join("disk"))
         );

@@ -21,6 +21,9 @@ pub struct JailConfig {
     pub allow: Vec<PathBuf>,
     /// Whether a layer that cannot be entered is an error.
     pub require_all: bool,
+    /// The file that says which files the guest only reads, as others may (JSON, an array of paths): made anew before
+    /// the process has given up any right.
+    pub shared: Option<PathBuf>,
 }
 
 /// How a process is confined before its guest runs.

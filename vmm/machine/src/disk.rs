@@ -2,16 +2,19 @@
 
 use std::sync::Arc;
 
-use config::DriveConfig;
+use config::{DriveConfig, DriveFormat};
 
 /// Opens the disk of a drive with the options of its configuration.
 pub(crate) fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, storage::OpenError> {
     let options = storage::OpenOptions {
         read_only: drive.is_read_only,
         format: drive.format.map(Into::into),
-        parents: match &drive.parents {
-            Some(folder) => storage::Parents::Within(folder.clone()),
-            None => storage::Parents::Anywhere,
+        parents: if !DriveFormat::may_have_parents(drive.format, &drive.path_on_host) {
+            storage::Parents::Nowhere
+        } else if let Some(folder) = &drive.parents {
+            storage::Parents::Within(folder.clone())
+        } else {
+            storage::Parents::Anywhere
         },
         punch_holes: !drive.keep_space,
         ..storage::OpenOptions::default()

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Control, ControlError, Life};
-use config::{ConfiguredDevice, DeviceConfig, DriveConfig, DriveUpdate, VmConfig};
+use config::{ConfiguredDevice, DeviceConfig, DriveConfig, DriveFormat, DriveUpdate, VmConfig};
 use jail::Layer;
 use machine::{DriveParent, DriveTask, JobStatus, MachineError};
 
@@ -32,6 +32,7 @@ impl Control {
                 && self.noted.get(&drive.drive_id) != Some(&path)
             {
                 drive.path_on_host.clone_from(&path);
+                drive.format = Some(DriveFormat::Vhdx);
                 self.noted.insert(drive.drive_id.clone(), path);
             }
         }
@@ -73,11 +74,7 @@ impl Control {
     pub fn snapshot_drive(&mut self, id: &str, new: &Path) -> Result<(), ControlError> {
         let path = self.drive_path(id)?;
         self.guest()?.0.snapshot_drive(id, &path, new)?;
-        for drive in &mut self.config.drives {
-            if drive.drive_id == id {
-                new.clone_into(&mut drive.path_on_host);
-            }
-        }
+        self.config.set_vhdx(id, new);
         Ok(())
     }
 
@@ -94,6 +91,7 @@ impl Control {
         for pmem in &mut self.config.pmem {
             if pmem.id == id {
                 new.clone_into(&mut pmem.path_on_host);
+                pmem.format = Some(DriveFormat::Vhdx);
             }
         }
         Ok(())

@@ -31,7 +31,7 @@ use config::{BootSourceConfig, ConfigError, ConfiguredDevice, MetricsConfig, VmC
 use config::{CreateSnapshot, LoadSnapshot};
 use host::report::chain;
 use jail::JailReport;
-use machine::snapshot::Loading;
+use machine::snapshot::{Loading, SnapshotFiles};
 use machine::{Address, FilePage, FilePageReport, PageReport, SharingReport};
 
 pub use balloon::{BalloonStatistics, HintingState};
@@ -327,7 +327,7 @@ impl Control {
         self.unconfigured()?;
         // The time of a restore includes reading the snapshot.
         let asked = Instant::now();
-        let loading = Loading::read(request)?;
+        let loading = SnapshotFiles::open(request)?.read()?;
         self.load_since(asked, loading, request.resume_vm, launch)
     }
 

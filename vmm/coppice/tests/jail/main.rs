@@ -86,7 +86,7 @@ fn enter(kind: Kind, host: &Host) -> JailReport {
             Kind::RootUnfiltered => SeccompMode::Off,
         },
     };
-    jail::enter(&confinement, &config, &[]).unwrap()
+    jail::enter(&confinement, &config, None, &[]).unwrap()
 }
 
 /// Goes on in a process with one thread, as `coppice run` is before it is jailed; the one there was passes on how that

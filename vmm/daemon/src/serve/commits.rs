@@ -121,6 +121,9 @@ impl Daemon {
             // Asked now, as a process that is killed while it merges cannot be asked any more.
             let base = parent(vm, drive).await?;
             let base = base.filter(|base| self.can_be_base(vm, drive, base));
+            if let Some(base) = &base {
+                self.guarded_files.release(&vm.id, base);
+            }
             let commit = PendingCommit { top, base };
             self.begin(vm, |pending| {
                 pending.commits.insert(drive.clone(), commit);

@@ -14,6 +14,7 @@ use tokio::sync::Mutex as AsyncMutex;
 use super::admission::Limits;
 use super::events::Events;
 use super::fault::Fault;
+use super::guarded_files::GuardedFiles;
 use super::images::Images;
 use super::jail::Jails;
 use super::metrics::DaemonMetrics;
@@ -42,6 +43,8 @@ pub struct Daemon {
     pub jails: Jails,
     /// With whom its guests share, where they do not say.
     pub share_domains: ShareDomains,
+    /// What its guests share.
+    pub guarded_files: GuardedFiles,
     /// Who may call.
     pub allowed: Allowed,
     /// What has happened.
@@ -89,6 +92,7 @@ impl Daemon {
             limits: parts.limits,
             jails: parts.jails,
             share_domains: parts.share_domains,
+            guarded_files: GuardedFiles::default(),
             allowed: parts.allowed,
             events: Events::default(),
             metrics: DaemonMetrics::default(),

@@ -30,6 +30,7 @@ use rustix::process::geteuid;
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::fault::Fault;
+use super::guarded_files::SHARED;
 use super::own_disks::own_disks;
 use super::record::JailResources;
 use super::store::named;
@@ -44,7 +45,14 @@ pub const UIDS: RangeInclusive<u32> = 1_900_000_000..=1_900_065_535;
 const MARGIN: u64 = 64 << 20;
 const MARGIN_PART: u64 = 16;
 /// Files of a guest's folder that are the daemon's own, also with an ending that they have while they are written.
-const RECORDS: [&str; 5] = ["vm.json", "config.json", "pid.json", "metadata.json", "log"];
+const RECORDS: [&str; 6] = [
+    "vm.json",
+    "config.json",
+    "pid.json",
+    "metadata.json",
+    "log",
+    SHARED,
+];
 
 /// How guests are jailed: `coppice serve --jail`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -286,6 +294,7 @@ fn jail_config(policy: &JailPolicy, jailed: &JailResources, own: Vec<PathBuf>) -
         cgroup: jailed.cgroup(),
         allow,
         require_all: policy.require_all,
+        shared: Some(SHARED.into()),
     }
 }
 

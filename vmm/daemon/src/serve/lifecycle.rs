@@ -28,6 +28,7 @@ use super::record::{LaterConfig, Pending, Phase, Record, State, VmSpec};
 use super::spec::Resolved;
 use super::status::now_ms;
 use super::task::blocking;
+use super::templates::Template;
 use super::vm::Vm;
 use config::VmConfig;
 use control::launch_spec::Purpose;
@@ -117,6 +118,7 @@ impl Daemon {
             cid,
             disks: BTreeMap::new(),
             former_disks: BTreeSet::new(),
+            formats: BTreeMap::new(),
             later,
             pending: Pending::default(),
             restarts: 0,
@@ -141,16 +143,20 @@ impl Daemon {
     }
 
     async fn build(self: &Arc<Self>, vm: &Arc<Vm>, config: VmConfig) -> Result<(), Fault> {
-        let (daemon, record, id) = (self.clone(), vm.record(), vm.id.clone());
-        let made = blocking(move || daemon.store.create(&id, &record, &config));
         let built = async {
+            let (config, _) = self.with_formats(vm, config).await?;
+            let (daemon, record, id) = (self.clone(), vm.record(), vm.id.clone());
+            let made = blocking(move || daemon.store.create(&id, &record, &config));
             made.await?.map_err(Fault::Store)?;
             let purpose = match &vm.spec.template {
                 Some(id) => {
-                    let template = self.templates().get(id)?;
+                    let templates = self.templates();
+                    let template = templates.get(id)?;
+                    let below = templates.below(&template).into_iter();
+                    let memory = |other: &Template| self.store.template(&other.id).join("memory");
                     let own = self.store.template(id);
                     Purpose::Restore(template.snapshot(
-                        &own,
+                        (&own, below.map(memory).collect()),
                         &vm.folder,
                         vm.spec.start,
                         vm.now().cid,

@@ -21,9 +21,7 @@ impl Daemon {
         let mut config = self.config_as_asked(vm)?;
         identity::identify(&mut config, vm.now().cid);
         for (id, disk) in &vm.now().disks {
-            if let Some(path) = config.disk_mut(id) {
-                path.clone_from(disk);
-            }
+            config.set_vhdx(id, disk);
         }
         Ok(config)
     }

@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use config::bodies::Metadata;
-use config::{DeviceId, VmConfig};
+use config::{DeviceId, DriveFormat, VmConfig};
 use host::exit::EndReport;
 use jail::CgroupConfig;
 
@@ -241,6 +241,15 @@ pub struct PendingCommit {
     pub base: Option<PathBuf>,
 }
 
+/// The format that a file had when it became the disk of a drive or pmem device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundFormat {
+    /// The file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: DriveFormat,
+}
+
 /// `vm.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -272,6 +281,9 @@ pub struct Record {
     /// Disks that were in this place before, and may be the parents of others.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub former_disks: BTreeSet<PathBuf>,
+    /// The formats of those of its disks of which nobody has named one.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub formats: BTreeMap<DeviceId, FoundFormat>,
     /// What it was configured to over its own API.
     #[serde(default, rename = "told")]
     pub later: LaterConfig,
@@ -312,6 +324,7 @@ impl Record {
             cid: None,
             disks: BTreeMap::new(),
             former_disks: BTreeSet::new(),
+            formats: BTreeMap::new(),
             later: LaterConfig::default(),
             pending: Pending::default(),
             restarts: 0,

@@ -106,6 +106,7 @@ impl Daemon {
         });
         self.watch(vm, &process, before);
         let state = self.first_state(vm, &process, begun).await?;
+        self.guard_shared(vm).await?;
         let took = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let runs = state == State::Running;
         vm.change(|now| now.start_ms = runs.then_some(took));
@@ -170,9 +171,10 @@ impl Daemon {
                 Some(_) => Purpose::Boot,
                 None => Purpose::Configure,
             };
+            let (config, is_new) = self.with_formats(vm, config).await?;
             write_config(vm, config).await?;
             vm.change(|now| now.loaded = false);
-            if self.rejail(vm)? {
+            if self.rejail(vm)? || is_new {
                 self.save(vm).await;
             }
             self.bring_up(vm, purpose).await
@@ -216,7 +218,18 @@ impl Daemon {
         });
         let group = vm.now().jail.as_ref().and_then(JailResources::cgroup);
         let before = group.map(|group| group.hits()).unwrap_or_default();
+        self.guarded_files.guard_all(&vm.id, &vm.folder);
         self.watch(vm, &process, before);
+    }
+
+    /// Guards the files that a guest shares, if its process still runs.
+    async fn guard_shared(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
+        let (daemon, guest) = (self.clone(), vm.clone());
+        blocking(move || daemon.guarded_files.guard_all(&guest.id, &guest.folder)).await?;
+        if vm.now().process.is_none() {
+            self.guarded_files.release_all(&vm.id);
+        }
+        Ok(())
     }
 
     /// Starts a task that waits for the end of a process. `before` is how often its control group had met its limits
@@ -245,6 +258,7 @@ impl Daemon {
         });
         let report = report.await;
         let report = report.unwrap_or_else(|fault| EndReport::failed(&fault));
+        self.guarded_files.release_all(&vm.id);
         tracing::info!(vm = %vm.id, ?report, "a process has ended");
         let decides = vm.change(|now| {
             let ran = now.since.take().map(|since| since.elapsed());

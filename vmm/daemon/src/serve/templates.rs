@@ -100,6 +100,17 @@ impl Templates {
         found.ok_or_else(|| Fault::NoTemplate(id.to_owned()))
     }
 
+    /// The templates that the memory of one is a difference to, the lowest first.
+    pub fn below(&self, template: &Template) -> Vec<&Template> {
+        let parent_of = |template: &&Template| self.0.get(template.parent.as_ref()?);
+        let first = template.parent.as_ref().and_then(|id| self.0.get(id));
+        let mut below: Vec<_> = std::iter::successors(first, parent_of)
+            .take(self.0.len())
+            .collect();
+        below.reverse();
+        below
+    }
+
     /// Whether there is one of that name.
     pub fn has(&self, id: &str) -> bool {
         self.0.contains_key(id)
@@ -149,18 +160,16 @@ impl Template {
             (vsock.guest_cid, vsock.uds_path) = (None, Some(VSOCK_SOCKET.into()));
         }
         for id in self.disks.keys() {
-            if let Some(path) = config.disk_mut(id) {
-                *path = own_disk(folder, id, &self.id);
-            }
+            config.set_vhdx(id, &own_disk(folder, id, &self.id));
         }
         config
     }
 
     /// The snapshot that a clone in `folder` goes on from, with the identifier `cid` if it has a vsock device. `own` is
-    /// the template's folder.
+    /// the template's folder, and `lower` are the memory files that its own is a difference to.
     pub fn snapshot(
         &self,
-        own: &Path,
+        (own, lower): (&Path, Vec<PathBuf>),
         folder: &Path,
         resume: bool,
         cid: Option<u32>,
@@ -178,6 +187,7 @@ impl Template {
         });
         LoadSnapshot {
             mem_file_path: Some(own.join("memory")),
+            lower_mem_files: lower,
             resume_vm: resume,
             // The template's files are the daemon's alone.
             verify_memory: false,
@@ -226,11 +236,18 @@ mod tests {
                 Path::new("/d/base.vhdx")
             ]
         );
-        let clone =
-            |resume, cid| template().snapshot(Path::new("/t,s"), Path::new("/vms/b"), resume, cid);
+        let clone = |resume, cid| {
+            template().snapshot(
+                (Path::new("/t,s"), vec!["/t/p/memory".into()]),
+                Path::new("/vms/b"),
+                resume,
+                cid,
+            )
+        };
         let paused = clone(false, None);
         assert_eq!(paused.snapshot_path, Path::new("/t,s/state"));
         assert_eq!(paused.mem_file_path, Some("/t,s/memory".into()));
+        assert_eq!(paused.lower_mem_files, [Path::new("/t/p/memory")]);
         assert!(!paused.verify_memory && !paused.resume_vm && paused.vsock_override.is_none());
         let drives = paused.drives.iter();
         let drives = drives.map(|d| (&*d.drive_id, &*d.path_on_host, d.clone));

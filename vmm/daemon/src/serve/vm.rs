@@ -14,7 +14,9 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
 use super::process::Process;
-use super::record::{Ended, JailResources, LaterConfig, Pending, Phase, Record, State, VmSpec};
+use super::record::{
+    Ended, FoundFormat, JailResources, LaterConfig, Pending, Phase, Record, State, VmSpec,
+};
 use super::status::{MemorySplit, VmStatus, VsockStatus};
 use super::store::VSOCK_SOCKET;
 use config::{DeviceId, VmConfig};
@@ -73,6 +75,8 @@ pub struct Now {
     pub disks: BTreeMap<DeviceId, PathBuf>,
     /// Disks that were in this place before, and may be the parents of others.
     pub former_disks: BTreeSet<PathBuf>,
+    /// The formats of those of its disks of which nobody has named one.
+    pub formats: BTreeMap<DeviceId, FoundFormat>,
     /// What it was configured to over its own API.
     pub later: LaterConfig,
     /// The operations on it that are not complete.
@@ -167,6 +171,7 @@ impl Vm {
                 cid: record.cid,
                 disks: record.disks,
                 former_disks: record.former_disks,
+                formats: record.formats,
                 later: record.later,
                 pending: record.pending,
                 is_followed: false,
@@ -242,6 +247,7 @@ impl Vm {
             cid: now.cid,
             disks: now.disks.clone(),
             former_disks: now.former_disks.clone(),
+            formats: now.formats.clone(),
             later: now.later.clone(),
             pending: now.pending.clone(),
             restarts: now.restarts,

@@ -40,7 +40,7 @@ impl Daemon {
     pub async fn start_waiting(self: &Arc<Self>, vm: &Arc<Vm>) -> Result<(), Fault> {
         let _reconfiguring = vm.reconfiguring.lock().await;
         let config = self.readmit(vm)?;
-        let ready = self.ready_to_start(vm, &config).await;
+        let ready = self.ready_to_start(vm, config).await;
         if let Err(fault) = ready {
             vm.change(|now| {
                 now.state = State::NotStarted;
@@ -68,19 +68,16 @@ impl Daemon {
     }
 
     /// Does all that can fail before the configuring process is ended, so that the guest keeps it where that fails.
-    async fn ready_to_start(
-        self: &Arc<Self>,
-        vm: &Arc<Vm>,
-        config: &VmConfig,
-    ) -> Result<(), Fault> {
+    async fn ready_to_start(self: &Arc<Self>, vm: &Arc<Vm>, config: VmConfig) -> Result<(), Fault> {
         if config.boot_source.is_none() {
             // The process refuses to start without a kernel, and its reason goes to the caller.
             let body = json!({"action_type": "InstanceStart"});
             proxy::act(vm, Method::PUT, "/actions", &body).await?;
             return Err(Fault::Internal("a guest without a kernel started".into()));
         }
+        let (config, _) = self.with_formats(vm, config).await?;
         self.begin(vm, |pending| pending.start = true).await?;
-        write_config(vm, config.clone()).await
+        write_config(vm, config).await
     }
 
     /// Ends the process of a guest that is `Starting`: what becomes of the guest is decided here, and not by the end of

@@ -6,7 +6,7 @@ use devices::virtio::block::VirtioBlock;
 
 use super::{Machine, lock};
 use crate::snapshot::{
-    self, DiskIdentity, DiskOf, DriveState, GuestState, MemoryState, SnapshotError,
+    self, DiskIdentity, DiskOf, DriveState, GivenLayers, GuestState, MemoryState, SnapshotError,
 };
 use config::{CreateSnapshot, SnapshotType, VmConfig};
 
@@ -93,7 +93,7 @@ impl Machine {
     fn go_on_from(&mut self, saved: MemoryState) -> Result<(), SnapshotError> {
         saved
             .clone()
-            .open(None, false)?
+            .open(GivenLayers::default(), false)?
             .rebase(self.shared_memory())?;
         self.base = Some(saved);
         // No page is left that the page-fault handler has to provide.

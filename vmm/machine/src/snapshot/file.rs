@@ -176,12 +176,11 @@ pub(super) fn write(path: &Path, state: &impl Serialize) -> Result<NewFile, Snap
     Ok(new)
 }
 
-/// Reads a state.
+/// Reads the state in a file that is open, at `path`.
 ///
 /// # Errors
 /// `File`, `NotAState`, `Version`, `Truncated`, `Damaged`, `Json`.
-pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, SnapshotError> {
-    let mut file = File::open(path).map_err(SnapshotError::file("open", path))?;
+pub(super) fn read<T: DeserializeOwned>(mut file: File, path: &Path) -> Result<T, SnapshotError> {
     let mut bytes = Vec::new();
     (&mut file)
         .take(size_of::<Header>() as u64)
@@ -233,6 +232,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    fn read<T: DeserializeOwned>(path: &Path) -> Result<T, SnapshotError> {
+        super::read(File::open(path).unwrap(), path)
+    }
 
     #[test]
     fn a_state_comes_back_and_no_cut_or_flipped_file_is_taken_for_one() {

@@ -120,29 +120,40 @@ impl MemoryState {
         Ok(())
     }
 
-    /// Opens the files, the uppermost at `top` if that is given, checks their lengths, and compares all checksums if
-    /// `verify` is set.
+    /// Opens the files that are not `given`, checks the lengths of all, and compares all checksums if `verify` is set.
     ///
     /// # Errors
     /// `Contradiction`, `File`, `Truncated`, `Damaged`.
     pub(crate) fn open(
         mut self,
-        top: Option<&Path>,
+        given: GivenLayers,
         verify: bool,
     ) -> Result<OpenMemory, SnapshotError> {
         self.validate()?;
         let end = self.own_pages.end(self.bytes)?;
-        if let (Some(path), Some(layer)) = (top, self.layers.last_mut()) {
-            path.clone_into(&mut layer.path);
+        let GivenLayers { lower, top } = given;
+        let below = self.layers.len() - 1;
+        if !lower.is_empty() && lower.len() != below {
+            return Err(SnapshotError::Contradiction(format!(
+                "memory has {below} files below the uppermost, and {} are given",
+                lower.len()
+            )));
         }
+        let mut given: Vec<_> = lower.into_iter().map(Some).collect();
+        given.resize_with(below, || None);
+        given.push(top);
         let mut files = Vec::with_capacity(self.layers.len());
-        for (number, layer) in self.layers.iter().enumerate() {
-            let is_top = number + 1 == self.layers.len();
+        for (number, (layer, given)) in self.layers.iter_mut().zip(given).enumerate() {
+            let is_top = number == below;
             let expected = if is_top { end } else { self.bytes };
+            let file = match given {
+                Some(LayerFile { path, file }) => {
+                    layer.path = path;
+                    file
+                }
+                None => LayerFile::open(&layer.path)?.file,
+            };
             let path = &layer.path;
-            let file = File::open(path).map_err(SnapshotError::file("open", path))?;
-            storage::lock::lock(&file, storage::OpenMode::ReadOnly)
-                .map_err(|error| SnapshotError::file("lock", path)(std::io::Error::other(error)))?;
             let found = file
                 .metadata()
                 .map_err(SnapshotError::file("examine", path))?
@@ -166,6 +177,36 @@ impl MemoryState {
         }
         Ok(OpenMemory { state: self, files })
     }
+}
+
+/// A memory file that is open, and locked against writers. Nothing of it has been read.
+#[derive(Debug)]
+pub(crate) struct LayerFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl LayerFile {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// `File`.
+    pub(super) fn open(path: &Path) -> Result<Self, SnapshotError> {
+        let file = File::open(path).map_err(SnapshotError::file("open", path))?;
+        storage::lock::lock(&file, storage::OpenMode::ReadOnly)
+            .map_err(|error| SnapshotError::file("lock", path)(std::io::Error::other(error)))?;
+        let path = path.to_owned();
+        Ok(Self { path, file })
+    }
+}
+
+/// The memory files that whoever loads a snapshot has named, in place of those that the state names.
+#[derive(Debug, Default)]
+pub(crate) struct GivenLayers {
+    /// All but the uppermost, the lowest first; or none.
+    pub lower: Vec<LayerFile>,
+    /// The uppermost.
+    pub top: Option<LayerFile>,
 }
 
 /// Memory files that are open, and locked against writers.
@@ -369,7 +410,7 @@ mod tests {
                 let path = folder.path().join(number.to_string());
                 let layer = write(&guest, &path, number > 0).unwrap();
                 layers.push(layer);
-                let open = state(&layers).open(None, true).unwrap();
+                let open = state(&layers).open(GivenLayers::default(), true).unwrap();
                 let copy = memory(runs);
                 open.map(&copy).unwrap();
                 prop_assert_eq!(&bytes(&copy), &expected);
@@ -392,7 +433,7 @@ mod tests {
         assert_eq!(metadata.len(), PAGES * PAGE_SIZE);
         assert_eq!(metadata.blocks() * 512, PAGE_SIZE);
         let clone = memory(1000);
-        let open = state(&[layer]).open(None, true).unwrap();
+        let open = state(&[layer]).open(GivenLayers::default(), true).unwrap();
         open.map(&clone).unwrap();
         put(&clone, 5, 9);
         put(&clone, 39, 9);
@@ -410,7 +451,7 @@ mod tests {
         (0..PAGES).for_each(|page| put(&guest, page, 7));
         let layer = write(&guest, &path, false).unwrap();
         let whole = state(std::slice::from_ref(&layer));
-        let open = |state: MemoryState| state.open(None, true).map(drop);
+        let open = |state: MemoryState| state.open(GivenLayers::default(), true).map(drop);
         open(whole.clone()).unwrap();
         let file = File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[6], 17 * PAGE_SIZE + 3).unwrap();
@@ -418,9 +459,13 @@ mod tests {
             open(whole.clone()),
             Err(SnapshotError::Damaged { .. })
         ));
-        whole.clone().open(None, false).map(drop).unwrap();
+        whole
+            .clone()
+            .open(GivenLayers::default(), false)
+            .map(drop)
+            .unwrap();
         file.set_len(PAGES * PAGE_SIZE - 1).unwrap();
-        let cut = whole.clone().open(None, false).map(drop);
+        let cut = whole.clone().open(GivenLayers::default(), false).map(drop);
         assert!(matches!(cut, Err(SnapshotError::Truncated { .. })));
         std::fs::remove_file(&path).unwrap();
         let gone = open(whole.clone()).unwrap_err().to_string();

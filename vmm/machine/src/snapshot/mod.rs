@@ -24,6 +24,7 @@ mod state;
 mod uffd;
 mod version;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use memshare::SharedMemory;
@@ -32,13 +33,14 @@ use storage::vhdx::{ChildOptions, Vhdx};
 use crate::disk::open_disk;
 use crate::pmem::PmemMemory;
 use config::{CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackendType, SnapshotType};
-use config::{DriveConfig, VmConfig};
+use config::{DriveConfig, DriveFormat, PmemConfig, VmConfig};
 use host::report::chain;
 
 pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
 pub(crate) use file::NewFile;
+pub(crate) use memory::GivenLayers;
 pub use memory::{Layer, MemoryState, OpenMemory};
 pub use own_pages::{AllOwnPages, OwnPages};
 pub use runs::SavedRun;
@@ -46,6 +48,7 @@ pub(crate) use state::GuestState;
 pub use uffd::{PageServer, Served, UffdError};
 pub use version::VERSION;
 
+use memory::LayerFile;
 use runs::Blocks;
 
 /// Writes the memory of a guest that is paused, and the pages of its pmem devices that no disk has. A difference is to
@@ -122,21 +125,66 @@ pub(crate) enum MemorySource {
     Handler(PageServer),
 }
 
-/// A snapshot that is being loaded.
-pub struct Loading {
-    pub(crate) state: GuestState,
-    memory: MemorySource,
-    /// Disks that were created for it, which are removed unless the guest starts with them.
-    made: Vec<PathBuf>,
+/// The files of a snapshot that whoever loads it has named. They are open, and nothing of them has been read: a process
+/// that has rights to lose opens them, and reads them when it has none left.
+pub struct SnapshotFiles {
+    request: LoadSnapshot,
+    state: File,
+    memory: GivenMemory,
 }
 
-impl Loading {
-    /// Reads and checks a snapshot, and creates the disks of a clone.
+enum GivenMemory {
+    Files(GivenLayers),
+    Handler(PageServer),
+}
+
+impl SnapshotFiles {
+    /// Opens the files.
+    ///
+    /// # Errors
+    /// `File`, `Unsupported`, `Uffd`.
+    pub fn open(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
+        let path = &request.snapshot_path;
+        let state = File::open(path).map_err(SnapshotError::file("open", path))?;
+        let lower = request.lower_mem_files.iter();
+        let lower = lower.map(|path| LayerFile::open(path));
+        let lower = lower.collect::<Result<_, _>>()?;
+        let files = |top: Option<&PathBuf>| -> Result<_, SnapshotError> {
+            let top = top.map(|path| LayerFile::open(path)).transpose()?;
+            Ok(GivenMemory::Files(GivenLayers { lower, top }))
+        };
+        let memory = match (&request.mem_backend, &request.mem_file_path) {
+            (Some(backend), None) => match backend.backend_type {
+                MemoryBackendType::File => files(Some(&backend.backend_path))?,
+                MemoryBackendType::Uffd => {
+                    GivenMemory::Handler(PageServer::connect(&backend.backend_path)?)
+                }
+            },
+            (None, path) => files(path.as_ref())?,
+            (Some(_), Some(_)) => {
+                let what = "mem_backend and mem_file_path are both given: leave out one";
+                return Err(SnapshotError::Unsupported(what.into()));
+            }
+        };
+        Ok(Self {
+            request: request.clone(),
+            state,
+            memory,
+        })
+    }
+
+    /// Reads and checks the snapshot, opens the files that the state names and nobody has given, and creates the disks
+    /// of a clone.
     ///
     /// # Errors
     /// [`SnapshotError`]; then no disk was created.
-    pub fn read(request: &LoadSnapshot) -> Result<Self, SnapshotError> {
-        let mut state: GuestState = file::read(&request.snapshot_path)?;
+    pub fn read(self) -> Result<Loading, SnapshotError> {
+        let Self {
+            request,
+            state,
+            memory,
+        } = self;
+        let mut state: GuestState = file::read(state, &request.snapshot_path)?;
         if let Some(other) = &request.vsock_override {
             let Some(vsock) = &mut state.config.vsock else {
                 let what = "vsock_override: the guest has no vsock device";
@@ -146,28 +194,19 @@ impl Loading {
             vsock.guest_cid = other.guest_cid.or(vsock.guest_cid);
         }
         state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
-        let open = |top: Option<&Path>| {
-            let files = state.memory.clone().open(top, request.verify_memory);
-            files.map(MemorySource::Files)
-        };
-        let memory = match (&request.mem_backend, &request.mem_file_path) {
-            (Some(backend), None) => match backend.backend_type {
-                MemoryBackendType::File => open(Some(&backend.backend_path)),
-                MemoryBackendType::Uffd => {
-                    if let Some(pmem) = state.memory.own_pages.first() {
-                        return Err(SnapshotError::OwnPagesWithHandler(pmem.to_owned()));
-                    }
-                    let handler = PageServer::connect(&backend.backend_path);
-                    handler.map(MemorySource::Handler).map_err(Into::into)
-                }
-            },
-            (None, path) => open(path.as_deref()),
-            (Some(_), Some(_)) => {
-                let what = "mem_backend and mem_file_path are both given: leave out one";
-                Err(SnapshotError::Unsupported(what.into()))
+        let memory = match memory {
+            GivenMemory::Files(given) => {
+                let files = state.memory.clone().open(given, request.verify_memory)?;
+                MemorySource::Files(files)
             }
-        }?;
-        let mut loading = Self {
+            GivenMemory::Handler(handler) => {
+                if let Some(pmem) = state.memory.own_pages.first() {
+                    return Err(SnapshotError::OwnPagesWithHandler(pmem.to_owned()));
+                }
+                MemorySource::Handler(handler)
+            }
+        };
+        let mut loading = Loading {
             state,
             memory,
             made: Vec::new(),
@@ -177,12 +216,17 @@ impl Loading {
         }
         Ok(loading)
     }
+}
 
-    /// The disks that were created for it.
-    pub fn made(&self) -> &[PathBuf] {
-        &self.made
-    }
+/// A snapshot that is being loaded.
+pub struct Loading {
+    pub(crate) state: GuestState,
+    memory: MemorySource,
+    /// Disks that were created for it, which are removed unless the guest starts with them.
+    made: Vec<PathBuf>,
+}
 
+impl Loading {
     /// The configuration that the guest was started with.
     pub fn config(&self) -> &VmConfig {
         &self.state.config
@@ -226,13 +270,18 @@ impl Loading {
         let GuestState { config, .. } = &mut self.state;
         let drive = config.drives.iter_mut().find(|d| d.drive_id == *id);
         let pmem = config.pmem.iter_mut().find(|pmem| pmem.id == *id);
-        let (device, path, below) = match (drive, pmem) {
+        let (device, path, format, mut below) = match (drive, pmem) {
             (Some(drive), _) => {
                 let below = DriveConfig {
                     is_read_only: true,
                     ..drive.clone()
                 };
-                (DiskOf::Drive(id), &mut drive.path_on_host, below)
+                let DriveConfig {
+                    path_on_host,
+                    format,
+                    ..
+                } = drive;
+                (DiskOf::Drive(id), path_on_host, format, below)
             }
             (None, Some(pmem)) => {
                 let below = DriveConfig {
@@ -241,12 +290,20 @@ impl Loading {
                     parents: pmem.parents.clone(),
                     ..DriveConfig::new(id.clone(), pmem.path_on_host.clone())
                 };
-                (DiskOf::Pmem(id), &mut pmem.path_on_host, below)
+                let PmemConfig {
+                    path_on_host,
+                    format,
+                    ..
+                } = pmem;
+                (DiskOf::Pmem(id), path_on_host, format, below)
             }
             (None, None) => return Err(SnapshotError::NoDrive(id.clone())),
         };
         path.clone_from(&request.path_on_host);
         if request.clone {
+            // What is cloned is a VHDX, and so is its child.
+            *format = Some(DriveFormat::Vhdx);
+            below.format = *format;
             let failed = |error: &dyn std::error::Error| {
                 SnapshotError::Unsupported(format!("{device}: {}", chain(error)))
             };

@@ -199,7 +199,7 @@ mod tests {
 
     use memshare::{Limits, Region, SharedMemory, Window};
 
-    use super::super::memory::{Layer, MemoryState};
+    use super::super::memory::{GivenLayers, Layer, MemoryState};
     use super::*;
 
     const RAM: u64 = 4 * PAGE_SIZE;
@@ -240,7 +240,7 @@ mod tests {
 
     fn load(state: &MemoryState, devices: &[(&str, &PmemMemory)]) -> Result<(), SnapshotError> {
         let state = serde_json::from_str(&serde_json::to_string(state).unwrap()).unwrap();
-        let open = MemoryState::open(state, None, true)?;
+        let open = MemoryState::open(state, GivenLayers::default(), true)?;
         open.map_over(&ram(), devices.iter().copied())
     }
 
