@@ -83,13 +83,18 @@ fn everything(daemon: &Daemon) -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// The configuration of the guest's process, without the domain that the daemon gives a guest which names none when it
-/// starts.
+/// The configuration of the guest's process, without the domain, and the formats of disks, that the daemon adds when a
+/// guest starts for which nobody has named them.
 fn config(daemon: &Daemon) -> Value {
     let mut config = daemon.get("/vms/g/vm/config");
     let owner = format!("uid_{}", rustix::process::geteuid().as_raw());
     let domain = config["sharing"]["domain"].take();
     assert!(domain.is_null() || domain == owner, "{domain}");
+    for kind in ["drives", "pmem"] {
+        for disk in config[kind].as_array_mut().into_iter().flatten() {
+            disk["format"].take();
+        }
+    }
     config
 }
 

@@ -542,7 +542,9 @@ fn a_copy_of_a_disk_that_is_damaged_or_not_in_a_file_is_refused() {
     let saved = Saved::of(folder, &["--pmem", &argument], |guest| {
         guest.answers(b'a', b'a');
     });
+    let listens = saved.handler();
     let handler = saved.refused(&format!(",uffd={}", saved.socket().display()));
+    drop(listens);
     assert!(
         handler.contains("pmem data") && handler.contains("RAM alone"),
         "{handler}"

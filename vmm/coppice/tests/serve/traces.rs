@@ -81,6 +81,7 @@ pub fn nothing_is_left_over(daemon: &Daemon, id: &str, disks: &[&Path]) {
         "config.json",
         "pid.json",
         "end.json",
+        "shared.json",
         "log",
         "log.pipe",
         "api.sock",
