@@ -243,6 +243,26 @@ fn take_capabilities() -> Tried {
     try_call(libc::SYS_capset, &[address(&header), address(&sets)])
 }
 
+/// Has KVM carry out a request on `/dev/kvm`. What fails there has passed the filter, and would succeed with the
+/// descriptor of a VM, which the process of a guest has.
+fn request_of_kvm(number: usize) -> Tried {
+    let arguments = [
+        at_cwd(),
+        text(c"/dev/kvm"),
+        libc::O_RDWR as usize,
+        0,
+        0,
+        0,
+    ];
+    let kvm = call(libc::SYS_openat, arguments)?;
+    // Room for what any of these requests reads.
+    let zeros = [0u64; 16];
+    match try_call(libc::SYS_ioctl, &[kvm as usize, number, address(&zeros)]) {
+        Err(errno) => Ok(Got(format!("KVM's answer: {errno}"))),
+        made => made,
+    }
+}
+
 /// All of it.
 pub static ATTEMPTS: &[Attempt] = &[
     // Files of the host.
@@ -486,6 +506,11 @@ pub static ATTEMPTS: &[Attempt] = &[
     filtered("type into the terminal", |_| {
         try_call(libc::SYS_ioctl, &[0, libc::TIOCSTI as usize, text(c"x")])
     }),
+    // Machines of its own, and other memory for the one it has.
+    filtered("make a VM", |_| request_of_kvm(0xae01)),
+    filtered("make a vCPU", |_| request_of_kvm(0xae41)),
+    filtered("give a VM other memory", |_| request_of_kvm(0x4020_ae46)),
+    filtered("give a VM a capability", |_| request_of_kvm(0x4068_aea3)),
     // Privileges, and the kernel.
     kept("become root", |_| become_root()),
     kept("take capabilities", |_| take_capabilities()),

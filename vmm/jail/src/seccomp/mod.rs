@@ -10,7 +10,8 @@
 //! ```
 //!
 //! `main` lists the system calls that a guest process needs in its life. `started` forbids those that only building a
-//! guest needs: to make rings of `io_uring`, whose operations no filter sees. `unconnected` forbids to connect to a
+//! guest needs: to make rings of `io_uring`, whose operations no filter sees, and to make VMs, vCPUs and memory slots of
+//! KVM. `unconnected` forbids to connect to a
 //! socket, which only a guest with a vsock device needs to do later. `vcpu` lists the system calls of a thread that
 //! serves the guest's accesses, so that no file can be opened there. `absent` has a system call fail as if the kernel
 //! did not have it, so that the C library does without. `reader` is for a process of another kind, which reads a file
