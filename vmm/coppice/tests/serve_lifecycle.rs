@@ -5,9 +5,13 @@
 #[path = "serve/mod.rs"]
 mod serve;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Write;
+use std::mem::MaybeUninit;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::ptr;
 use std::thread;
 use std::time::Duration;
 
@@ -348,6 +352,47 @@ fn guests_are_copies_of_a_process_that_may_end_at_any_time() {
     let zygote = format!("/proc/{}", daemon.zygote());
     drop(daemon);
     until("it ends with its daemon", || !fs::exists(&zygote).unwrap());
+}
+
+/// The stack canary of a process, which lies in the descriptor of its thread (System V ABI, AMD64: `%fs:0x28`).
+fn canary(vm: &Value) -> u64 {
+    let pid = i32::try_from(vm["pid"].as_i64().unwrap()).unwrap();
+    let trace = |request, data: *mut libc::user_regs_struct| {
+        // SAFETY: where the request writes registers, `data` has room for them; it is null otherwise.
+        let done = unsafe { libc::ptrace(request, pid, ptr::null_mut::<u8>(), data) };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    };
+    let mut registers = MaybeUninit::uninit();
+    trace(libc::PTRACE_ATTACH, ptr::null_mut());
+    // SAFETY: waitpid(2) takes a null pointer where the status is not asked for.
+    assert_eq!(unsafe { libc::waitpid(pid, ptr::null_mut(), 0) }, pid);
+    trace(libc::PTRACE_GETREGS, registers.as_mut_ptr());
+    // SAFETY: the request has succeeded, so all registers have been written.
+    let thread = unsafe { registers.assume_init() }.fs_base;
+    let mut word = [0; 8];
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    memory.read_exact_at(&mut word, thread + 0x28).unwrap();
+    trace(libc::PTRACE_DETACH, ptr::null_mut());
+    u64::from_ne_bytes(word)
+}
+
+#[test]
+fn copies_of_one_process_have_stack_canaries_of_their_own() {
+    if !skip::unless_root() {
+        return;
+    }
+    let daemon = Daemon::start(&[]);
+    let (a, b) = (daemon.create_waiting("a"), daemon.create_waiting("b"));
+    let zygote = json!({"pid": daemon.zygote()});
+    let canaries = BTreeSet::from([canary(&zygote), canary(&a), canary(&b)]);
+    assert_eq!(canaries.len(), 3, "{canaries:x?}");
+    assert!(canaries.iter().all(|canary| canary.to_ne_bytes()[0] == 0));
+    // The zygote goes on where it was, and so do the copies, to their end.
+    daemon.create_running("c");
+    for id in ["a", "b", "c"] {
+        let (status, _) = daemon.call("DELETE", &format!("/vms/{id}"), None);
+        assert_eq!(status, 204);
+    }
 }
 
 #[test]

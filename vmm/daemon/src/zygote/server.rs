@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
+use super::canary;
 use super::fork::fork;
 use super::title;
 use super::wire::{DESCRIPTORS, LONGEST, Reply, Request};
@@ -36,6 +37,7 @@ pub fn serve() -> io::Result<Option<Spawned>> {
         };
         match copy(request.own_processes) {
             Ok(None) => {
+                canary::renew()?;
                 begin(&request, descriptors)?;
                 return Ok(Some(Spawned { args: request.args }));
             }
