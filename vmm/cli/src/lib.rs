@@ -24,7 +24,7 @@ use clap::{Args, Parser, Subcommand};
 use config::Mebibytes;
 use control::console;
 use host::exit;
-use values::{domain, utf8_path};
+use values::{domain, utf8_path, with_sources};
 
 pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use disk::{DiskArgument, DiskError};
@@ -122,33 +122,49 @@ pub enum ImageCommand {
     ///
     /// The image lies beside the unpacked kernel in the cache. A guest that finds none has it made in the background:
     /// this makes it before the first guest.
-    Warm {
-        /// The kernel, as guests are given it.
-        #[arg(long, value_name = "FILE", value_parser = utf8_path)]
-        kernel: PathBuf,
-        /// The command line of the guests: of its words, only those matter that change a kernel's text, such as
-        /// mitigations=.
-        #[arg(
-            long,
-            value_name = "TEXT",
-            default_value = "",
-            allow_hyphen_values = true
-        )]
-        cmdline: String,
-        /// vCPUs of the guests: a kernel for one CPU differs from one for several.
-        #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
-        cpus: u8,
-        /// RAM of the guests, with a binary suffix: up to 1G, each size has an image of its own.
-        #[arg(long, value_name = "SIZE", default_value = "128M")]
-        mem: Mebibytes,
-        /// The sharing domain of the guests, if they have one.
-        #[arg(long, value_name = "NAME", value_parser = domain)]
-        share_domain: Option<String>,
-    },
+    Warm(Box<WarmArguments>),
     /// As `warm`, with the request on standard input. `coppice run` starts this process before it gives up the right to
     /// start any.
     #[command(hide = true)]
     WarmWhenTold,
+    /// Boots the guest of an image, in its jail, and tells its memory on standard output. `warm` starts this process.
+    #[command(hide = true)]
+    WarmingGuest,
+}
+
+/// The arguments of `coppice image warm`.
+#[derive(Debug, Args)]
+pub struct WarmArguments {
+    /// The kernel, as guests are given it.
+    #[arg(long, value_name = "FILE", value_parser = utf8_path)]
+    pub kernel: PathBuf,
+    /// The command line of the guests: of its words, only those matter that change a kernel's text, such as
+    /// mitigations=.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    pub cmdline: String,
+    /// vCPUs of the guests: a kernel for one CPU differs from one for several.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub cpus: u8,
+    /// RAM of the guests, with a binary suffix: up to 1G, each size has an image of its own.
+    #[arg(long, value_name = "SIZE", default_value = "128M")]
+    pub mem: Mebibytes,
+    /// The sharing domain of the guests, if they have one.
+    #[arg(long, value_name = "NAME", value_parser = domain)]
+    pub share_domain: Option<String>,
+    /// The jail of the guest, with the options of `coppice run --jail`. It is in one in any case.
+    #[arg(
+        long,
+        value_name = "OPTION[,OPTION...]",
+        num_args = 0..=1,
+        default_missing_value = "",
+        value_parser = with_sources::<JailArgument>
+    )]
+    pub jail: Option<JailArgument>,
 }
 
 fn examples() -> String {

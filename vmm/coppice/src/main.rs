@@ -16,6 +16,7 @@ use coppice::{gate, run};
 use daemon::{remote, serve, zygote};
 use host::report::chain;
 use host::{exit, heap, program};
+use jail::{Confinement, SeccompMode};
 use machine::reference::{Size, WarmRequest};
 
 fn main() -> ExitCode {
@@ -150,23 +151,26 @@ fn make_image(command: ImageCommand) -> ExitCode {
         return code;
     }
     let warmed = match command {
-        ImageCommand::Warm {
-            kernel,
-            cmdline,
-            cpus,
-            mem,
-            share_domain,
-        } => warm::warm(&WarmRequest {
-            kernel,
-            cmdline,
-            size: Size {
-                vcpus: cpus,
-                mem_mib: mem.0,
-            },
-            domain: share_domain,
-        })
-        .map(Some),
+        ImageCommand::Warm(arguments) => {
+            let size = Size {
+                vcpus: arguments.cpus,
+                mem_mib: arguments.mem.0,
+            };
+            let confinement = Confinement {
+                jail: arguments.jail.map(Into::into),
+                seccomp: SeccompMode::Kill,
+            };
+            let (kernel, domain) = (arguments.kernel, arguments.share_domain);
+            let request = WarmRequest::new(kernel, &arguments.cmdline, size, domain);
+            warm::warm(&request, &confinement).map(Some)
+        }
         ImageCommand::WarmWhenTold => warm::warm_when_told(),
+        ImageCommand::WarmingGuest => {
+            return match warm::boot_and_tell() {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail_with(exit::FAILURE, &error),
+            };
+        }
     };
     match warmed {
         Ok(Some(WarmOutcome::Kept(path))) => println!("{} is there", path.display()),

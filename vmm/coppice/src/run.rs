@@ -10,7 +10,6 @@ use std::sync::{self, Arc};
 use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use memshare::ShareMode;
 use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,8 +30,8 @@ use host::signals::{self, Signals};
 use host::socket::{ApiSocket, SocketError};
 use host::stack;
 use host::terminal::RawMode;
-use jail::{self, JailError, Layer};
-use machine::reference::{self, Warmer};
+use jail::{self, Confinement, JailError, Layer};
+use machine::reference::{self, WarmTerms, Warmer};
 use machine::snapshot::{Loading, SnapshotFiles};
 use machine::{Machine, StartError, Subscriber, Surroundings, VsockHost};
 
@@ -276,7 +275,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     let warm = match &files {
         Some(_) => None,
         None if only_configure => None,
-        None => warmer(&config, held),
+        None => warmer(&config, &confinement, held),
     };
     let (api_path, console_path) = (api_socket.as_deref(), console_socket.as_deref());
     let socket = api_path.map(ApiSocket::bind).transpose()?;
@@ -435,15 +434,20 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
 
 /// Starts the process that makes a reference image of the kernel, where one may be wanted that does not exist: in the
 /// jail this process can start no other.
-fn warmer(config: &VmConfig, held: bool) -> Option<Warmer> {
-    let wanted = match &config.boot_source {
-        Some(_) => config.sharing.mode == ShareMode::All && !reference::is_there(config),
-        // The process lives as long as this one waits for its configuration, so that a held guest, of which there may
-        // be thousands, has none.
-        None => !held,
+fn warmer(config: &VmConfig, confinement: &Confinement, held: bool) -> Option<Warmer> {
+    let only = match &config.boot_source {
+        Some(_) => Some(reference::lacking(config)?),
+        // A process that was jailed before it knows its kernel is not to say what is made without its jail. The other
+        // process lives as long as this one waits for its configuration, so that a held guest, of which there may be
+        // thousands, has none.
+        None if held || confinement.jail.is_some() => return None,
+        None => None,
     };
-    let started = wanted.then(Warmer::start)?;
-    started
+    let terms = WarmTerms {
+        confinement: confinement.clone(),
+        only,
+    };
+    Warmer::start(&terms)
         .inspect_err(|error| tracing::warn!(error = %chain(error), "no reference image is made"))
         .ok()
 }

@@ -40,6 +40,9 @@ pub struct LimitHits {
 /// The period of `cpu.max`, in microseconds.
 const PERIOD: u64 = 100_000;
 
+/// The files of all limits.
+const LIMITS: [&str; 4] = ["memory.max", "cpu.max", "pids.max", "io.weight"];
+
 /// How often the removal of a group is tried while its last process ends, and the pause between two attempts.
 const REMOVE_ATTEMPTS: u32 = 50;
 const REMOVE_PAUSE: Duration = Duration::from_millis(20);
@@ -121,6 +124,38 @@ impl CgroupConfig {
             write(&group.join(file), &value)?;
         }
         Ok(group)
+    }
+
+    /// The group beside this one, with its limits, for the guest whose memory becomes a reference image for this one's
+    /// guest. Within this one, it would take memory and threads from it.
+    #[must_use]
+    pub fn for_image(&self) -> Self {
+        let mut name = self.name.clone().into_os_string();
+        // No guest has a name with a colon.
+        name.push(":image");
+        Self {
+            name: name.into(),
+            ..self.clone()
+        }
+    }
+
+    /// Makes the group if it does not exist, with the limits that `other` beside it has in the hierarchy of `root`: who
+    /// has made that may have set limits that are not known here.
+    ///
+    /// # Errors
+    /// The host's error, with the file at fault.
+    pub fn make_like(&self, other: &Self, root: &Path) -> io::Result<()> {
+        let group = self.make(root)?;
+        let other = root.join(other.relative()?);
+        for file in LIMITS {
+            match fs::read_to_string(other.join(file)) {
+                Ok(limit) => write(&group.join(file), &limit)?,
+                // Its controller is not enabled here.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(doing(other.join(file).display().to_string())(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Makes the group, and joins it.
@@ -241,6 +276,27 @@ mod tests {
             group.join().unwrap_err();
             group.remove(Path::new("/nowhere")).unwrap_err();
         }
+    }
+
+    #[test]
+    fn the_group_for_an_image_gets_the_limits_that_the_one_beside_it_has() {
+        let root = tempfile::tempdir().unwrap();
+        let group = CgroupConfig {
+            name: "guests/a".into(),
+            memory: Some(1 << 20),
+            pids: Some(8),
+            ..CgroupConfig::default()
+        };
+        group.make(root.path()).unwrap();
+        let known = CgroupConfig {
+            name: group.name.clone(),
+            ..CgroupConfig::default()
+        };
+        known.for_image().make_like(&known, root.path()).unwrap();
+        let limit = |file: &str| fs::read_to_string(root.path().join("guests/a:image").join(file));
+        assert_eq!(limit("memory.max").unwrap(), "1048576");
+        assert_eq!(limit("pids.max").unwrap(), "8");
+        limit("cpu.max").unwrap_err();
     }
 
     #[test]

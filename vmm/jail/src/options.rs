@@ -27,7 +27,8 @@ pub struct JailConfig {
 }
 
 /// How a process is confined before its guest runs.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Confinement {
     /// The jail, if there is to be one.
     pub jail: Option<JailConfig>,

@@ -1,8 +1,12 @@
 //! The initrd of a guest that boots and powers off: one program of two system calls.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use cpio::newc;
+
+use super::temporary;
 
 /// Where the program is loaded, and runs.
 const ADDRESS: u64 = 0x40_0000;
@@ -49,11 +53,26 @@ fn program() -> Vec<u8> {
     elf
 }
 
+/// Keeps the archive as a file of the cache, which every user may read who is given it, and gives its path. It is
+/// written once, so that what guests make of it in the cache is made once.
+///
+/// # Errors
+/// The host's error.
+pub(super) fn keep(cache: &Path) -> io::Result<PathBuf> {
+    let (path, archive) = (cache.join(".warming.initrd"), archive()?);
+    if !fs::read(&path).is_ok_and(|kept| kept == archive) {
+        let mut file = temporary::make(cache, 0o644)?;
+        file.write_all(&archive)?;
+        file.persist(&path)?;
+    }
+    Ok(path)
+}
+
 /// The archive.
 ///
 /// # Errors
 /// None: writing to memory does not fail.
-pub(super) fn archive() -> io::Result<Vec<u8>> {
+fn archive() -> io::Result<Vec<u8>> {
     const EXECUTABLE: u32 = 0o100_755;
     let (mut archive, program) = (Vec::new(), program());
     let entry = newc::Builder::new("init").mode(EXECUTABLE).nlink(1);

@@ -246,14 +246,7 @@ fn take_capabilities() -> Tried {
 /// Has KVM carry out a request on `/dev/kvm`. What fails there has passed the filter, and would succeed with the
 /// descriptor of a VM, which the process of a guest has.
 fn request_of_kvm(number: usize) -> Tried {
-    let arguments = [
-        at_cwd(),
-        text(c"/dev/kvm"),
-        libc::O_RDWR as usize,
-        0,
-        0,
-        0,
-    ];
+    let arguments = [at_cwd(), text(c"/dev/kvm"), libc::O_RDWR as usize, 0, 0, 0];
     let kvm = call(libc::SYS_openat, arguments)?;
     // Room for what any of these requests reads.
     let zeros = [0u64; 16];

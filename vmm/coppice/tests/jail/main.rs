@@ -7,6 +7,7 @@
 
 mod attempts;
 mod host;
+mod warming;
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -403,6 +404,17 @@ fn a_hostile_guest_process_that_no_filter_stops_gets_nothing_of_the_host_or_of_o
 
 /// A kernel for the PVH entry that writes `J` to the serial port, and powers off.
 fn tiny_kernel() -> Vec<u8> {
+    // SLP_EN and S5 to the sleep control register.
+    let power_off = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x20 | 5 << 2, 0xee];
+    let write = [0x66, 0xba, 0xf8, 0x03, 0xb0, b'J', 0xee];
+    kernel_of(&[&write[..], &power_off, &HANG].concat())
+}
+
+/// Code that goes on for ever.
+const HANG: [u8; 3] = [0xf4, 0xeb, 0xfd];
+
+/// A kernel for the PVH entry of at most 32 bytes of code.
+fn kernel_of(code: &[u8]) -> Vec<u8> {
     const TEXT: u32 = 0x10_0000;
     let header = |kind: u32, flags: u32, offset: u64, address: u64, len: u64| {
         let mut bytes = [kind.to_le_bytes(), flags.to_le_bytes()].concat();
@@ -426,10 +438,7 @@ fn tiny_kernel() -> Vec<u8> {
     bytes.extend(b"Xen\0");
     bytes.extend(TEXT.to_le_bytes());
     bytes.resize(0x1000, 0);
-    bytes.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'J', 0xee]);
-    // SLP_EN and S5 to the sleep control register.
-    bytes.extend([0x66, 0xba, 0x00, 0x06, 0xb0, 0x20 | 5 << 2, 0xee]);
-    bytes.extend([0xf4, 0xeb, 0xfd]);
+    bytes.extend(code);
     bytes.resize(0x1000 + 32, 0);
     bytes
 }

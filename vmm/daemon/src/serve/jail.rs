@@ -298,13 +298,19 @@ fn jail_config(policy: &JailPolicy, jailed: &JailResources, own: Vec<PathBuf>) -
     }
 }
 
-/// Removes the control group of a guest whose process has ended.
+/// Removes the control group of a guest whose process has ended, and the one beside it, if an image was being made.
 ///
 /// # Errors
 /// The host's error.
 pub fn release(jailed: Option<&JailResources>) -> io::Result<()> {
     match jailed.and_then(JailResources::cgroup) {
-        Some(group) => group.remove(&cgroup_root()?),
+        Some(group) => {
+            let root = cgroup_root()?;
+            group.remove(&root)?;
+            // A process that makes an image in the background, after the end of the guest, removes it itself.
+            let _ = group.for_image().remove(&root);
+            Ok(())
+        }
         None => Ok(()),
     }
 }

@@ -11,9 +11,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 /// Gives this process, which has one thread, a canary of its own. Threads that it starts have the same one.
 ///
-/// The word beside it, with which the C library disguises addresses that it keeps (its *pointer guard*), stays: addresses
-/// disguised by the old one are kept already, of the destructors of this thread's variables among others, and where they
-/// are only the library knows.
+/// The word beside it, with which the C library disguises addresses that it keeps (its *pointer guard*), stays:
+/// addresses disguised by the old one are kept already, of the destructors of this thread's variables among others, and
+/// where they are only the library knows.
 ///
 /// # Errors
 /// Where the host gives no random bytes.
@@ -26,11 +26,11 @@ pub(super) fn renew() -> io::Result<()> {
     // As the C library has it: a zero at the lowest address, so that no text that ends with a zero can hold it.
     bytes[0] = 0;
     let canary = u64::from_ne_bytes(bytes);
-    // SAFETY: the place is the C library's, of its thread descriptor (System V ABI, AMD64: `%fs:0x28`), and is written to
-    // by nobody else, because there is one thread. A function that has put the old word on the stack must not return
+    // SAFETY: the place is the C library's, of its thread descriptor (System V ABI, AMD64: `%fs:0x28`), and is written
+    // to by nobody else, because there is one thread. A function that has put the old word on the stack must not return
     // after this. All that are being called are Rust's, which have no such word in a build by a stable compiler, `main`
-    // among them, and those that have called `main`: they end the process and do not return. No function that is called
-    // has put the word there and returned meanwhile, because this is one instruction.
+    // among them, and those that have called `main`: they end the process and do not return. No function begins before
+    // this and ends after it, because it is one instruction.
     unsafe { asm!("mov fs:[0x28], {}", in(reg) canary, options(nostack, preserves_flags)) };
     Ok(())
 }

@@ -10,12 +10,11 @@
 //! ```
 //!
 //! `main` lists the system calls that a guest process needs in its life. `started` forbids those that only building a
-//! guest needs: to make rings of `io_uring`, whose operations no filter sees, and to make VMs, vCPUs and memory slots of
-//! KVM. `unconnected` forbids to connect to a
-//! socket, which only a guest with a vsock device needs to do later. `vcpu` lists the system calls of a thread that
-//! serves the guest's accesses, so that no file can be opened there. `absent` has a system call fail as if the kernel
-//! did not have it, so that the C library does without. `reader` is for a process of another kind, which reads a file
-//! that a guest may have written: see `reader`.
+//! guest needs: to make rings of `io_uring`, whose operations no filter sees, and to make VMs, vCPUs and memory slots
+//! of KVM. `unconnected` forbids to connect to a socket, which only a guest with a vsock device needs to do later.
+//! `vcpu` lists the system calls of a thread that serves the guest's accesses, so that no file can be opened there.
+//! `absent` has a system call fail as if the kernel did not have it, so that the C library does without.
+//! `reader` is for a process of another kind, which reads a file that a guest may have written: see `reader`.
 //!
 //! A system call that is not listed stops the thread with `SIGSYS`, whose handler names the system call and ends the
 //! process.
@@ -30,7 +29,7 @@ use seccompiler::{
     BpfProgram, BpfProgramRef, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch, apply_filter, apply_filter_all_threads,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use handler::log_to;
 
@@ -43,7 +42,16 @@ mod tables {
 
 /// What happens at a system call that is not in the policy.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum, utoipa::ToSchema,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Serialize,
+    Deserialize,
+    clap::ValueEnum,
+    utoipa::ToSchema,
 )]
 #[serde(rename_all = "lowercase")]
 pub enum SeccompMode {

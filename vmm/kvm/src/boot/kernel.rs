@@ -74,7 +74,12 @@ pub(super) fn find_kernel(source: &BootSource, cache: &Path) -> Result<Kernel, B
     }
     let start = &start[..filled];
     if start.starts_with(&elf::MAGIC) {
-        return elf_kernel(source.protocol, path, file, len);
+        let is_cached = unpack::is_cached(path, &file, cache);
+        let kernel = elf_kernel(source.protocol, path, file, len)?;
+        return Ok(Kernel {
+            is_cached,
+            ..kernel
+        });
     }
     if start.ends_with(&bzimage::MAGIC) && filled as u64 == bzimage::MAGIC_OFFSET + 4 {
         return bzimage_kernel(source.protocol, path, file, len, cache);

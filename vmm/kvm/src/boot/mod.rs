@@ -102,7 +102,8 @@ pub fn cache_dir(domain: Option<&str>) -> PathBuf {
 }
 
 /// The file that the kernel at `path` is mapped from, in the cache of a sharing domain; it is made if it does not
-/// exist. `None` for a bzImage that unpacks itself, or where the cache cannot be used.
+/// exist. `None` for a bzImage that unpacks itself, or where the cache cannot be used. For a file of the cache, it is
+/// that file.
 ///
 /// # Errors
 /// Those of [`load`].
@@ -118,6 +119,11 @@ pub fn runtime_kernel(path: &Path, domain: Option<&str>) -> Result<Option<PathBu
     let cached = find_kernel(&source, &cache)?.cached(&cache);
     let shared = cached.and_then(|file| FileRegistry::default().share(&Arc::new(file)).ok());
     Ok(shared.map(|file| file.path().to_owned()))
+}
+
+/// Whether `path` names a file of the cache of a sharing domain, such as one that [`runtime_kernel`] has given.
+pub fn is_in_cache(path: &Path, domain: Option<&str>) -> bool {
+    unpack::is_in(path, &unpack::cache_dir(domain))
 }
 
 /// Fills the cache of a sharing domain with what guests of `source` need, as far as that is possible; with the initrd

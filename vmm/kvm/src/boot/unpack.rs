@@ -199,7 +199,7 @@ fn cache_name(packed: &Packed<'_>) -> io::Result<String> {
     ))
 }
 
-/// Opens a cached kernel that only this user or root can have written. Root's files are accepted because root's daemon
+/// Opens a cached kernel, a [file of its own](is_own). Root's files are accepted because root's daemon
 /// gives the process of a guest, which is another user, the files that it needs of root's cache.
 fn open_cached(path: &Path) -> Option<File> {
     let file = OpenOptions::new()
@@ -207,10 +207,30 @@ fn open_cached(path: &Path) -> Option<File> {
         .custom_flags(libc::O_NOFOLLOW)
         .open(path)
         .ok()?;
-    let metadata = file.metadata().ok()?;
-    let own = [rustix::process::geteuid().as_raw(), 0].contains(&metadata.uid())
-        && metadata.mode() & 0o022 == 0;
-    (metadata.is_file() && own).then_some(file)
+    is_own(&file).then_some(file)
+}
+
+/// Whether a file is one that only this user or root can have written.
+fn is_own(file: &File) -> bool {
+    file.metadata().is_ok_and(|metadata| {
+        metadata.is_file()
+            && [rustix::process::geteuid().as_raw(), 0].contains(&metadata.uid())
+            && metadata.mode() & 0o022 == 0
+    })
+}
+
+/// Whether `file`, opened by `path`, is a file of `cache`.
+pub(super) fn is_cached(path: &Path, file: &File, cache: &Path) -> bool {
+    is_in(path, cache) && is_own(file)
+}
+
+/// Whether `path` names something that is directly in `folder`, by whatever name that is written.
+pub(super) fn is_in(path: &Path, folder: &Path) -> bool {
+    let real = |path: &Path| path.canonicalize().ok();
+    let (Some(parent), Some(_)) = (path.parent(), path.file_name()) else {
+        return false;
+    };
+    real(parent).is_some_and(|parent| Some(parent) == real(folder))
 }
 
 /// The folder of this user's unpacked kernels: `$XDG_CACHE_HOME/coppice/kernels`, by default below `~/.cache`; without

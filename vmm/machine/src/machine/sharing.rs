@@ -233,7 +233,6 @@ impl Plan {
 /// A kernel that is mapped, and what it was booted from: the key of its reference image.
 pub(super) struct MappedFrom {
     mapped: MappedKernel,
-    path: PathBuf,
     cmdline: String,
     size: Size,
     domain: Option<String>,
@@ -243,7 +242,6 @@ impl MappedFrom {
     pub(super) fn new(mapped: MappedKernel, source: BootSource, size: Size) -> Self {
         Self {
             mapped,
-            path: source.kernel,
             cmdline: source.cmdline,
             size,
             domain: source.domain,
@@ -282,12 +280,12 @@ impl MappedFrom {
     /// The kernel's reference image: the one that exists, or one that `warm` begins to make.
     fn reference(self, image: PathBuf, warm: Option<&Warmer>) -> std::io::Result<Reference> {
         let warming = match warm {
-            Some(warm) if !image.exists() => warm.request(&WarmRequest {
-                kernel: std::path::absolute(self.path)?,
-                cmdline: self.cmdline,
-                size: self.size,
-                domain: self.domain,
-            })?,
+            Some(warm) if !image.exists() => warm.request(&WarmRequest::new(
+                self.mapped.file.path().to_owned(),
+                &self.cmdline,
+                self.size,
+                self.domain,
+            ))?,
             Some(_) | None => None,
         };
         Ok(Reference { image, warming })

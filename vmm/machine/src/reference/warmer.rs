@@ -1,8 +1,17 @@
 //! Has a reference image made by another process, which is started while this process may still start one.
 //!
 //! A guest's process gives up the right to execute programs before it reads anything of its guest or a client. So the
-//! program that makes the image is started before that, and waits on its standard input for the request that names the
-//! kernel. It ends if its standard input is closed without one.
+//! program that makes the image is started before that, and is told how it may be made. Then it waits on its standard
+//! input for the word to do so, and ends if that is closed instead.
+//!
+//! ```text
+//! coppice run ── WarmTerms, one line ──> coppice image warm-when-told
+//!   is jailed
+//!   starts its guest ── WarmRequest ───> makes the image
+//! ```
+//!
+//! A guest may have taken over the process that sends the request. So where the terms say what may be asked for, the
+//! request is no more than the word to begin.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -13,14 +22,18 @@ use parking_lot::Mutex;
 
 use serde::{Deserialize, Serialize};
 
-use super::Size;
+use super::key::{Size, text_words};
+use config::SharingConfig;
+use jail::Confinement;
+use kvm::boot;
 
 /// The request for an image: the kernel and the machine that it is made with.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct WarmRequest {
-    /// The kernel, as a guest is given it.
+    /// The kernel.
     pub kernel: PathBuf,
-    /// The command line of the guests that are to use the image.
+    /// What the command line of the guests that are to use the image says of the kernel's text.
     pub cmdline: String,
     /// Their machine.
     pub size: Size,
@@ -28,35 +41,84 @@ pub struct WarmRequest {
     pub domain: Option<String>,
 }
 
+impl WarmRequest {
+    /// The request for guests of `size` with a command line.
+    pub fn new(kernel: PathBuf, cmdline: &str, size: Size, domain: Option<String>) -> Self {
+        Self {
+            kernel,
+            cmdline: text_words(cmdline).join(" "),
+            size: size.representative(),
+            domain,
+        }
+    }
+
+    /// Whether the kernel is a file of the domain's cache, so that no other file is opened for the request.
+    pub fn is_of_cache(&self) -> bool {
+        let sharing = SharingConfig {
+            domain: self.domain.clone(),
+            ..SharingConfig::default()
+        };
+        sharing.validate().is_ok() && boot::is_in_cache(&self.kernel, self.domain.as_deref())
+    }
+}
+
+/// How an image may be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WarmTerms {
+    /// How the process of the guest is confined whose memory becomes the image.
+    pub confinement: Confinement,
+    /// The only image that may be made. `None` for a guest that is to be configured later by a process without a jail,
+    /// which has all rights that there are to take.
+    pub only: Option<WarmRequest>,
+}
+
 /// A process that waits for a request, until it gets one or is dismissed.
 #[derive(Clone, Debug)]
-pub struct Warmer(Arc<Mutex<Option<Child>>>);
+pub struct Warmer {
+    child: Arc<Mutex<Option<Child>>>,
+    only: Option<Arc<WarmRequest>>,
+}
 
 impl Warmer {
     /// Starts the process: this program (`coppice image warm-when-told`), by `/proc/self/exe`, so that its file may
     /// have been replaced.
     ///
     /// # Errors
-    /// Where the host starts no process.
-    pub fn start() -> io::Result<Self> {
-        let child = Command::new("/proc/self/exe")
+    /// Where the host starts no process; where the terms have a path that is no UTF-8.
+    pub fn start(terms: &WarmTerms) -> io::Result<Self> {
+        let mut line = serde_json::to_vec(terms)?;
+        line.push(b'\n');
+        let mut child = Command::new("/proc/self/exe")
             .args(["image", "warm-when-told"])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        Ok(Self(Arc::new(Mutex::new(Some(child)))))
+        // It is in the pipe before this process is confined, and nothing that is written later can come before it.
+        if let Some(stdin) = &mut child.stdin {
+            stdin.write_all(&line)?;
+        }
+        Ok(Self {
+            child: Arc::new(Mutex::new(Some(child))),
+            only: terms.only.clone().map(Arc::new),
+        })
     }
 
     fn take(&self) -> Option<Child> {
-        self.0.lock().take()
+        self.child.lock().take()
     }
 
-    /// Has the process make an image; `None` where it is gone.
+    /// Has the process make an image; `None` where it is gone, or may not make that one.
     ///
     /// # Errors
     /// Where the request cannot be written to the process.
     pub(crate) fn request(&self, request: &WarmRequest) -> io::Result<Option<Warming>> {
+        if self.only.as_ref().is_some_and(|only| **only != *request) {
+            // The guest was configured anew after its process had been jailed.
+            self.dismiss();
+            return Ok(None);
+        }
         let Some(mut child) = self.take() else {
             return Ok(None);
         };
