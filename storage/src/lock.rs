@@ -15,9 +15,9 @@
 //!
 //! So who has a file open for reading can keep others out: its shared locks keep writers out, as they should, and a
 //! shared lock on byte 101 or 103, which any reader can take, looks like a writer of QEMU and keeps all other readers
-//! out. An exclusive lock it cannot take, as the kernel wants a descriptor that is open for writing. Whoever answers for
-//! a file that readers of different owners share, such as a daemon for its guests, guards it ([`guard`]): as long as it
-//! does, readers know by byte 300 that nobody writes, and do not look for writers of QEMU.
+//! out. An exclusive lock it cannot take, as the kernel wants a descriptor that is open for writing. Whoever answers
+//! for a file that readers of different owners share, such as a daemon for its guests, guards it ([`guard`]): as long
+//! as it does, readers know by byte 300 that nobody writes, and do not look for writers of QEMU.
 
 use std::fs::File;
 use std::io;
@@ -112,8 +112,8 @@ pub fn lock(file: &File, mode: OpenMode) -> Result<(), LockError> {
 }
 
 /// Answers for a file that is open for writing, and that others have open for reading: nobody writes it until the last
-/// copy of the descriptor is closed, and no reader can keep another one out. The caller knows that nobody writes it now.
-/// False, with nothing locked, where there is a writer, or another guardian.
+/// copy of the descriptor is closed, and no reader can keep another one out. The caller knows that nobody writes it
+/// now. False, with nothing locked, where there is a writer, or another guardian.
 ///
 /// # Errors
 /// `Host`: also where the file is open for reading alone.

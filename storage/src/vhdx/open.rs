@@ -223,8 +223,8 @@ pub fn parent_locator(file: File) -> Result<Option<ParentLocator>, Refusal> {
     Ok(Described::read(Box::new(Arc::new(file)))?.metadata.parent)
 }
 
-/// The DataWriteGuid of the VHDX in a file, by which its children know it ([MS-VHDX] 2.2.2). Nothing but the two headers
-/// is read, and their places are the same in all files.
+/// The DataWriteGuid of the VHDX in a file, by which its children know it ([MS-VHDX] 2.2.2). Nothing but the two
+/// headers is read, and their places are the same in all files.
 ///
 /// # Errors
 /// See [`Refusal`].

@@ -17,8 +17,8 @@ pub enum DriveFormat {
 }
 
 impl DriveFormat {
-    /// The format of a file by what it begins with, of which nothing else is read; `None` where it cannot be read, or is
-    /// of no format that a guest's disk can have. Whoever opens the disk reports that.
+    /// The format of a file by what it begins with, of which nothing else is read; `None` where it cannot be read, or
+    /// is of no format that a guest's disk can have. Whoever opens the disk reports that.
     pub fn of_file(path: &Path) -> Option<Self> {
         match storage::detect(path).ok()? {
             SourceFormat::Raw => Some(Self::Raw),

@@ -47,8 +47,8 @@ pub struct LoadSnapshot {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub mem_file_path: Option<PathBuf>,
-    /// The memory files below that one, the lowest first, where the snapshot is a difference; those that the state names
-    /// where empty. Not in Firecracker.
+    /// The memory files below that one, the lowest first, where the snapshot is a difference; those that the state
+    /// names where empty. Not in Firecracker.
     #[serde(default)]
     #[schema(value_type = Vec<String>)]
     pub lower_mem_files: Vec<PathBuf>,

@@ -46,8 +46,8 @@ pub use seccomp::SeccompMode;
 
 use error::required;
 
-/// Confines this process to what a guest of `config` needs, which goes on from the snapshot `restored` if that is given,
-/// with its sockets at `sockets`. To be called by the only thread of the process.
+/// Confines this process to what a guest of `config` needs, which goes on from the snapshot `restored` if that is
+/// given, with its sockets at `sockets`. To be called by the only thread of the process.
 ///
 /// # Errors
 /// [`JailError`].

@@ -106,8 +106,8 @@ impl Needs {
         }
     }
 
-    /// Adds a disk and all its parents. These are regular files: a guest writes what names the parent of its disk, and may
-    /// have put a link in the place of a disk in its folder. What is left out is refused where it is opened.
+    /// Adds a disk and all its parents. These are regular files: a guest writes what names the parent of its disk, and
+    /// may have put a link in the place of a disk in its folder. What is left out is refused where it is opened.
     fn add_disk(
         &mut self,
         path: &Path,
@@ -474,7 +474,7 @@ mod tests {
         Vhdx::create(path("base"), &CreateOptions::new(64 << 20)).unwrap();
         let error = needs("top.vhdx", vhdx).unwrap_err();
         assert!(matches!(error, JailError::OtherParent { .. }), "{error}");
-        fs::write(path("base"), [1; 1 << 20]).unwrap();
+        fs::write(path("base"), vec![1; 1 << 20]).unwrap();
         let error = needs("top.vhdx", vhdx).unwrap_err();
         assert!(matches!(error, JailError::OtherParent { .. }), "{error}");
     }

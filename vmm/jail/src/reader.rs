@@ -101,8 +101,8 @@ pub fn confine((uid, gid): User) -> io::Result<()> {
 }
 
 /// The parent that the disk in `file` names, which lies in `folder`. `None` where it names none, or is no VHDX that can
-/// be read: whoever opens the disk reports that. The disk is read by a child of this process, as `user`. To be called by
-/// the only thread of the process.
+/// be read: whoever opens the disk reports that. The disk is read by a child of this process, as `user`. To be called
+/// by the only thread of the process.
 ///
 /// # Errors
 /// Where the host starts no process, or the answer is none.

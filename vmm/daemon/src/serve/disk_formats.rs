@@ -1,6 +1,6 @@
 //! The formats of guests' disks. The daemon finds the format of a disk once, when its operator has just given it to the
-//! guest, and keeps it on record: later on the guest decides what the file looks like, and so could turn a raw disk into
-//! one of a format that names other files.
+//! guest, and keeps it on record: later on the guest decides what the file looks like, and so could turn a raw disk
+//! into one of a format that names other files.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,8 +25,8 @@ fn unnamed(config: &mut VmConfig) -> Vec<(DeviceId, &Path, &mut Option<DriveForm
     named.collect()
 }
 
-/// Fills in the formats that are not named, from those on record and from the files that are new to the guest. Gives the
-/// record from now on.
+/// Fills in the formats that are not named, from those on record and from the files that are new to the guest. Gives
+/// the record from now on.
 fn fill(
     config: &mut VmConfig,
     on_record: &BTreeMap<DeviceId, FoundFormat>,

@@ -1,7 +1,7 @@
 //! Files that guests of different owners read: base images, the disks and memory of templates.
 //!
-//! Each guest's process locks what it reads, so that nobody writes it meanwhile. A process that was taken over could keep
-//! all others out of such a file by its own locks, so the daemon guards the files as long as a guest has them: see
+//! Each guest's process locks what it reads, so that nobody writes it meanwhile. A process that was taken over could
+//! keep all others out of such a file by its own locks, so the daemon guards the files as long as a guest has them: see
 //! [`storage::lock::guard`]. Which files these are, the process writes down while it still is the daemon's: before its
 //! jail, and before anything of the guest is read.
 
