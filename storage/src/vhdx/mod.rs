@@ -51,7 +51,7 @@ pub use locator::ParentLocator;
 pub use merge::Merged;
 pub use open::{data_write_guid, parent_locator};
 pub use repair::{Repaired, Undone};
-pub use snapshot::{ChainError, children_in};
+pub use snapshot::{ChainError, children_in, move_parent};
 
 pub(crate) use format::{HEADER_OFFSETS, HEADER_SIGNATURE};
 

@@ -298,6 +298,34 @@ impl Vhdx {
     }
 }
 
+/// Has the child in an open file name another place of its parent, the path `parent`, for a child that lies in `folder`.
+/// Both are absolute and without links; neither is looked at, and the parent is the same disk, by its identifier. Gives
+/// what the child named before; where it names no parent, that is `None`, and the file is as it was.
+///
+/// # Errors
+/// See [`ChainError`]; the child is as it was.
+pub fn move_parent(
+    file: File,
+    folder: &Path,
+    parent: &Path,
+) -> Result<Option<ParentLocator>, ChainError> {
+    lock::lock(&file, OpenMode::ReadWrite).map_err(|e| ChainError::Refused(Refusal::Locked(e)))?;
+    let layer =
+        Layer::read(Box::new(Arc::new(file)), OpenMode::ReadWrite).map_err(ChainError::Refused)?;
+    let Some(before) = layer.locator().cloned() else {
+        return Ok(None);
+    };
+    let child = layer
+        .finish(OpenMode::ReadWrite, None, true)
+        .map_err(ChainError::Refused)?;
+    child.set_locator(ParentLocator {
+        linkage2: before.linkage2,
+        ..ParentLocator::new(before.linkage, folder, parent)
+    })?;
+    child.close()?;
+    Ok(Some(before))
+}
+
 /// The children of the disk at `parent` among the files of a folder, without the file `but`: those that record it, by
 /// name and whatever its identifier is now. Files that cannot be read, as they are in use, are left out.
 ///

@@ -75,6 +75,20 @@ pub enum Command {
         #[arg(long)]
         room: String,
     },
+    /// The process that `coppice serve` has read which parent a disk names, as the disk is a guest's. The disk is
+    /// standard input, and the answer is JSON.
+    #[command(hide = true)]
+    DiskParent {
+        /// The folder that the disk lies in.
+        #[arg(long)]
+        folder: PathBuf,
+        /// The user and group that the process becomes.
+        #[arg(long)]
+        uid: Option<u32>,
+        /// The path that the disk is to name from now on.
+        #[arg(long)]
+        place: Option<PathBuf>,
+    },
     /// Attach this terminal to the serial console of a guest of the host daemon.
     Console {
         /// The guest.

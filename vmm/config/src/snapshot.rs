@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::digest::Sha256Digest;
+
 /// The body of `PUT /snapshot/create`: Firecracker's, with an additional field.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +42,11 @@ pub struct LoadSnapshot {
     /// The state file.
     #[schema(value_type = String)]
     pub snapshot_path: PathBuf,
+    /// The SHA-256 of the state file, in hexadecimal digits: another file is refused before it is read any further. Not
+    /// in Firecracker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-fA-F]{64}$")]
+    pub state_sha256: Option<Sha256Digest>,
     /// The memory file; the one that the state names where absent.
     #[serde(default)]
     pub mem_backend: Option<MemoryBackend>,
@@ -75,6 +82,7 @@ impl LoadSnapshot {
     pub fn new(snapshot_path: PathBuf) -> Self {
         Self {
             snapshot_path,
+            state_sha256: None,
             mem_backend: None,
             mem_file_path: None,
             lower_mem_files: Vec::new(),

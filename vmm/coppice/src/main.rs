@@ -3,7 +3,9 @@
 use std::env;
 use std::error::Error;
 use std::ffi::OsString;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, ExitCode};
@@ -16,7 +18,7 @@ use coppice::{gate, run};
 use daemon::{remote, serve, zygote};
 use host::report::chain;
 use host::{exit, heap, program};
-use jail::{Confinement, SeccompMode};
+use jail::{Confinement, SeccompMode, reader};
 use machine::reference::{Size, WarmRequest};
 
 fn main() -> ExitCode {
@@ -40,6 +42,12 @@ fn carry_out(command: Command) -> ExitCode {
             Ok(Some(spawned)) => begin(spawned.args.into_iter().map(OsString::from).collect()),
             Err(error) => fail(exit::FAILURE, format_args!("zygote: {}", chain(&error))),
         },
+        Command::DiskParent { folder, uid, place } => {
+            match disk_parent(&folder, uid, place.as_deref()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => fail(exit::FAILURE, format_args!("disk: {}", chain(&error))),
+            }
+        }
         Command::Vm(arguments) => use_guests(*arguments),
         Command::Console { id, connection } => outcome(remote::console(&connection.socket(), &id)),
         Command::Image(command) => make_image(command),
@@ -50,6 +58,14 @@ fn carry_out(command: Command) -> ExitCode {
         | Command::Completions(_)
         | Command::Man(_) => execute_tools(),
     }
+}
+
+/// Answers which parent the disk names that is standard input.
+fn disk_parent(folder: &Path, uid: Option<u32>, place: Option<&Path>) -> io::Result<()> {
+    let disk = io::stdin().as_fd().try_clone_to_owned()?;
+    let answer = reader::answer(File::from(disk), folder, (uid, uid), place)?;
+    io::stdout().write_all(&answer)?;
+    io::stdout().flush()
 }
 
 /// Becomes the program that has the tools, with the words that this one was given.

@@ -35,8 +35,8 @@ fn the_template_can_be_used(daemon: &Daemon) {
         assert_eq!(status, 201, "{made}");
     }
     let mut parts = files(&folder.join("t"));
-    // The guest has a child of its first disk where it became a template before.
-    parts.retain(|name| name != "disk-root");
+    // Where an attempt gave the guest a child of its first disk, that disk is copied as well.
+    parts.retain(|name| !name.starts_with("disk-root"));
     assert_eq!(parts, ["memory", "state", "template.json"]);
     let sealed = daemon.get("/templates/t")["disks"]["root"].clone();
     let sealed = PathBuf::from(sealed.as_str().unwrap());

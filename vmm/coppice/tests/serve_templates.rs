@@ -5,14 +5,15 @@
 #[path = "serve/mod.rs"]
 mod serve;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use serve::daemon::{Daemon, PATIENCE, coppice};
+use serve::daemon::{Daemon, PATIENCE, coppice, until};
 use serve::kernel;
 use serve::traces::{files, make_disk};
 
@@ -39,6 +40,17 @@ fn template(daemon: &Daemon, id: &str, vm: &str) -> Value {
     template
 }
 
+/// The disk of a template that clones have children of.
+fn sealed(daemon: &Daemon, id: &str, drive: &str) -> PathBuf {
+    let folder = daemon.folder().join("state/templates").join(id);
+    folder.canonicalize().unwrap().join(format!("disk-{drive}"))
+}
+
+fn inode(path: &Path) -> (u64, u64) {
+    let metadata = fs::metadata(path).unwrap();
+    (metadata.dev(), metadata.ino())
+}
+
 fn clone(daemon: &Daemon, id: &str, template: &str) -> Value {
     let (status, vm) = daemon.post("/vms", &json!({"id": id, "template": template}));
     assert_eq!((status, &vm["state"]), (201, &json!("running")), "{vm}");
@@ -51,7 +63,8 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
     let disk = source(&daemon, "a");
     let made = template(&daemon, "t", "a");
     assert_eq!(made["mem_size_mib"], 16);
-    assert_eq!(made["disks"]["root"], json!(disk));
+    assert_eq!(made["disks"]["root"], json!(sealed(&daemon, "t", "root")));
+    assert_ne!(inode(&disk), inode(&sealed(&daemon, "t", "root")));
     assert_eq!(
         daemon.post("/templates", &json!({"id": "t", "vm": "a"})).0,
         409
@@ -119,28 +132,269 @@ fn clones_go_on_by_themselves_with_disks_of_their_own_and_so_does_the_source() {
 }
 
 #[test]
-fn no_disk_is_committed_into_that_of_a_template() {
+fn no_clone_commits_its_disk_into_that_of_its_template_and_the_source_commits_into_its_own() {
     let daemon = Daemon::start(&[]);
     let disk = source(&daemon, "a");
     template(&daemon, "t", "a");
     clone(&daemon, "b", "t");
-    let sealed = fs::read(&disk).unwrap();
+    let kept = sealed(&daemon, "t", "root");
+    let before = (fs::read(&kept).unwrap(), fs::read(&disk).unwrap());
     let commit = |id: &str| {
         let path = format!("/vms/{id}/drives/root/commit");
         daemon.call("PUT", &path, Some(&json!({})))
     };
-    for id in ["a", "b"] {
-        let (status, why) = commit(id);
-        assert_eq!(status, 409, "{why}");
-        let text = why["fault_message"].as_str().unwrap();
-        assert!(text.contains("that of template t"), "{text}");
-        assert!(daemon.echoes(id));
-    }
-    assert!(fs::read(&disk).unwrap() == sealed);
-    for path in ["/vms/b", "/templates/t"] {
-        assert_eq!(daemon.call("DELETE", path, None).0, 204);
-    }
+    let (status, why) = commit("b");
+    assert_eq!(status, 409, "{why}");
+    let text = why["fault_message"].as_str().unwrap();
+    assert!(text.contains("that of template t"), "{text}");
+    assert!(daemon.echoes("b"));
     assert_eq!(commit("a").0, 204);
+    until("the commit is over", || {
+        let config = daemon.get("/vms/a/vm/config");
+        config["drives"][0]["path_on_host"] == json!(disk)
+    });
+    assert!(daemon.echoes("a"));
+    assert!(fs::read(&kept).unwrap() == before.0 && fs::read(&disk).unwrap() != before.1);
+    clone(&daemon, "c", "t");
+    assert!(daemon.echoes("c"));
+}
+
+/// The inodes of all files below a folder.
+fn inodes(folder: &Path) -> BTreeSet<(u64, u64)> {
+    let mut found = BTreeSet::new();
+    for entry in fs::read_dir(folder).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            found.extend(inodes(&entry.path()));
+        } else if entry.file_type().unwrap().is_file() {
+            found.insert(inode(&entry.path()));
+        }
+    }
+    found
+}
+
+#[test]
+fn what_clones_have_is_no_file_that_a_guests_process_has_had_and_outlives_the_guest() {
+    let daemon = Daemon::start(&[]);
+    let disk = source(&daemon, "a");
+    let own = daemon.vm_folder("a").canonicalize().unwrap();
+    // The first disk is outside of the guest's folder, and the second inside.
+    let snapshot = |to: &str| {
+        let body = json!({"path_on_host": own.join(to)});
+        let (status, answer) = daemon.call("PUT", "/vms/a/drives/root/snapshot", Some(&body));
+        assert_eq!(status, 204, "{answer}");
+    };
+    snapshot("second.vhdx");
+    // The guest's process keeps such descriptors, whatever becomes of the files' names, modes and locks.
+    let held: Vec<_> = [disk.clone(), own.join("second.vhdx")]
+        .into_iter()
+        .map(|path| fs::File::options().write(true).open(path).unwrap())
+        .collect();
+    let made = template(&daemon, "t", "a");
+    assert_eq!(made["is_copy"], true);
+    let folder = daemon.folder().join("state/templates/t");
+    assert_eq!(
+        files(&folder),
+        [
+            "disk-root",
+            "disk-root-parent-1",
+            "memory",
+            "state",
+            "template.json"
+        ]
+    );
+    let of_guest = || {
+        let mut inodes = inodes(&own);
+        inodes.insert(inode(&disk));
+        inodes
+    };
+    assert!(inodes(&folder).is_disjoint(&of_guest()));
+    assert!(!own.join("template-t").exists());
+    let parts = || {
+        let names = files(&folder);
+        let read = names
+            .iter()
+            .map(|name| fs::read(folder.join(name)).unwrap());
+        read.collect::<Vec<_>>()
+    };
+    let before = parts();
+    for file in &held {
+        file.write_all_at(&[0xee; 64 << 10], 0).unwrap();
+        let len = file.metadata().unwrap().len();
+        file.write_all_at(&[0xee; 64 << 10], len - (64 << 10))
+            .unwrap();
+    }
+    assert!(parts() == before);
+    clone(&daemon, "b", "t");
+    assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
+    fs::remove_file(&disk).unwrap();
+    clone(&daemon, "c", "t");
+    for id in ["b", "c"] {
+        assert!(daemon.echoes(id), "{id}");
+        daemon.post(&format!("/vms/{id}/stop"), &json!({"timeout_s": 0}));
+        let (status, vm) = daemon.post(&format!("/vms/{id}/start"), &json!(null));
+        assert_eq!(status, 200, "{vm}");
+        assert!(daemon.echoes(id), "{id}");
+    }
+    assert!(parts() == before);
+}
+
+#[test]
+fn the_second_template_of_a_guest_stands_on_the_first_which_stays_as_long() {
+    let mut daemon = Daemon::start(&[]);
+    source(&daemon, "a");
+    assert_eq!(template(&daemon, "t", "a")["stands_on"], json!([]));
+    let second = template(&daemon, "u", "a");
+    assert_eq!(second["stands_on"], json!(["t"]));
+    let folder = daemon.folder().join("state/templates/u");
+    let expected = ["disk-root", "memory", "state", "template.json"];
+    assert_eq!(files(&folder), expected);
+    // Two disks below the third, of which each is in one of the templates.
+    assert_eq!(template(&daemon, "v", "a")["stands_on"], json!(["u"]));
+    let (status, refused) = daemon.call("DELETE", "/templates/t", None);
+    assert_eq!(status, 409, "{refused}");
+    assert!(refused.to_string().contains("template u"), "{refused}");
+    assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
+    daemon.kill_and_restart();
+    clone(&daemon, "b", "v");
+    assert!(daemon.echoes("b"));
+    for path in ["/vms/b", "/templates/v", "/templates/u", "/templates/t"] {
+        assert_eq!(daemon.call("DELETE", path, None).0, 204, "{path}");
+    }
+    // Another guest of that name, even one with the same disk, has nothing to do with the first one's templates.
+    let disk = daemon.folder().join("a.vhdx");
+    fs::remove_file(&disk).unwrap();
+    source(&daemon, "a");
+    template(&daemon, "t", "a");
+    assert_eq!(daemon.call("DELETE", "/vms/a", None).0, 204);
+    let mut spec = daemon.spec("a");
+    spec["config"]["drives"] =
+        json!([{"drive_id": "root", "path_on_host": disk, "is_root_device": false}]);
+    assert_eq!(daemon.post("/vms", &spec).0, 201);
+    let body =
+        json!({"path_on_host": daemon.vm_folder("a").canonicalize().unwrap().join("c.vhdx")});
+    let (status, answer) = daemon.call("PUT", "/vms/a/drives/root/snapshot", Some(&body));
+    assert_eq!(status, 204, "{answer}");
+    assert_eq!(template(&daemon, "w", "a")["stands_on"], json!([]));
+    let copy = daemon.folder().join("state/templates/w/disk-root-parent-1");
+    assert!(copy.exists());
+}
+
+#[test]
+fn a_record_or_a_state_that_the_daemon_has_not_written_is_not_cloned() {
+    let mut daemon = Daemon::start(&[]);
+    source(&daemon, "a");
+    let made = template(&daemon, "t", "a");
+    let folder = daemon.folder().join("state/templates/t");
+    let key = daemon.folder().join("state/key");
+    assert_eq!(fs::metadata(&key).unwrap().mode() & 0o7777, 0o600);
+    // A whole state, but another one: that of the same guest a moment later.
+    template(&daemon, "u", "a");
+    let state = fs::read(folder.join("state")).unwrap();
+    fs::copy(
+        daemon.folder().join("state/templates/u/state"),
+        folder.join("state"),
+    )
+    .unwrap();
+    let refused = |daemon: &Daemon, expected: (u16, &str)| {
+        let (status, why) = daemon.post("/vms", &json!({"id": "b", "template": "t"}));
+        let text = why["fault_message"].as_str().unwrap();
+        assert_eq!(status, expected.0, "{text}");
+        assert!(text.contains(expected.1), "{text}");
+        assert!(!daemon.vm_folder("b").exists());
+    };
+    let digest = made["state_sha256"].as_str().unwrap();
+    refused(&daemon, (422, digest));
+    fs::write(folder.join("state"), state).unwrap();
+    clone(&daemon, "b", "t");
+    assert_eq!(daemon.call("DELETE", "/vms/b", None).0, 204);
+
+    let record = folder.join("template.json");
+    let written = fs::read_to_string(&record).unwrap();
+    let changed = written.replace(digest, &"0".repeat(64));
+    assert_ne!(written, changed);
+    fs::write(&record, changed).unwrap();
+    daemon.kill_and_restart();
+    refused(&daemon, (404, "template"));
+    assert_eq!(daemon.get("/templates").as_array().unwrap().len(), 1);
+    // With another key no record is known; without one, each is taken for what it says, with its state as it is.
+    fs::write(&record, written).unwrap();
+    let own = fs::read(&key).unwrap();
+    fs::write(&key, [7; 32]).unwrap();
+    daemon.kill_and_restart();
+    assert_eq!(daemon.get("/templates"), json!([]));
+    fs::write(&key, own).unwrap();
+    daemon.kill_and_restart();
+    clone(&daemon, "b", "t");
+    assert!(daemon.echoes("b"));
+    fs::remove_file(&key).unwrap();
+    daemon.kill_and_restart();
+    assert_eq!(daemon.get("/templates").as_array().unwrap().len(), 2);
+    clone(&daemon, "c", "t");
+    // A key that others may know is none.
+    daemon.kill();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    let mut serve = coppice();
+    serve
+        .arg("serve")
+        .arg("--socket")
+        .arg(daemon.folder().join("s"));
+    let ended = serve
+        .arg("--state")
+        .arg(daemon.folder().join("state"))
+        .output();
+    let text = String::from_utf8(ended.unwrap().stderr).unwrap();
+    assert!(text.contains("state/key: the key has mode 644"), "{text}");
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    daemon.restart();
+}
+
+#[test]
+fn a_guest_goes_on_while_a_large_disk_is_copied_and_shows_how_far_that_is() {
+    let daemon = Daemon::start(&[]);
+    let disk = source(&daemon, "a");
+    daemon.post("/vms/a/stop", &json!({"timeout_s": 0}));
+    // Bytes that the disk does not describe are copied, too.
+    let file = fs::File::options().write(true).open(&disk).unwrap();
+    let len = file.metadata().unwrap().len();
+    let more: u64 = 1 << 30;
+    for at in (0..more).step_by(8 << 20) {
+        file.write_all_at(&vec![1; 8 << 20], len + at).unwrap();
+    }
+    drop(file);
+    assert_eq!(daemon.post("/vms/a/start", &json!(null)).0, 200);
+    let socket = daemon.socket();
+    let making = std::thread::spawn(move || {
+        let body = json!({"id": "t", "vm": "a"});
+        serve::daemon::call(&socket, "POST", "/templates", Some(&body)).unwrap()
+    });
+    let mut seen = Vec::new();
+    while !making.is_finished() {
+        let vm = daemon.get("/vms/a");
+        if vm["template_job"].is_object() {
+            assert_eq!(vm["state"], "running");
+            seen.push(vm["template_job"].clone());
+        }
+    }
+    let (status, made) = making.join().unwrap();
+    assert_eq!(status, 201, "{made}");
+    assert!(daemon.get("/vms/a")["template_job"].is_null());
+    let record = fs::read_to_string(daemon.folder().join("state/templates/t/template.json"));
+    assert!(record.unwrap().contains("hmac_sha256"));
+    let copy = sealed(&daemon, "t", "root");
+    assert!(fs::metadata(&copy).unwrap().blocks() * 512 > more);
+    if seen.is_empty() {
+        return skip::because("the file system shares blocks, so that nothing is copied");
+    }
+    for job in &seen {
+        assert_eq!(job["id"], "t");
+        assert!(job["done"].as_u64() <= job["total"].as_u64(), "{job}");
+        assert!(job["total"].as_u64() > Some(more), "{job}");
+    }
+    let done = |job: &Value| job["done"].as_u64().unwrap();
+    assert!(
+        seen.iter().any(|job| done(job) > 0) && seen.is_sorted_by_key(done),
+        "{seen:?}"
+    );
 }
 
 #[test]
@@ -196,9 +450,21 @@ fn a_template_that_cannot_be_leaves_its_guest_as_it_was() {
     );
     assert_eq!(daemon.get("/vms/r")["state"], "running");
     assert!(daemon.echoes("r"));
+    // Clones would read a disk from the folder of a guest.
+    let disk = daemon.vm_folder("w").join("disk.raw");
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    let mut spec = daemon.spec("s");
+    spec["config"]["drives"] = json!([{"drive_id": "root", "path_on_host": disk,
+        "is_root_device": false, "format": "raw", "is_read_only": true}]);
+    let (status, vm) = daemon.post("/vms", &spec);
+    assert_eq!(status, 201, "{vm}");
+    let (status, refused) = daemon.post("/templates", &json!({"id": "t", "vm": "s"}));
+    assert_eq!(status, 409, "{refused}");
+    assert!(refused.to_string().contains("in the folder of a guest"));
+    assert!(daemon.echoes("s"));
     assert_eq!(daemon.get("/templates"), json!([]));
     assert_eq!(files(&daemon.folder().join("state/templates")), [""; 0]);
-    // A damaged template is not cloned, and nothing of the clone stays.
+    // A template with another state is not cloned, and nothing of the clone stays.
     source(&daemon, "a");
     template(&daemon, "u", "a");
     let state = daemon.folder().join("state/templates/u/state");
@@ -212,7 +478,7 @@ fn a_template_that_cannot_be_leaves_its_guest_as_it_was() {
         refused["fault_message"]
             .as_str()
             .unwrap()
-            .contains("damaged"),
+            .contains("it was changed or replaced"),
         "{refused}"
     );
     assert!(!daemon.vm_folder("b").exists());
@@ -293,8 +559,10 @@ fn clones_and_the_source_go_on_with_children_of_memory_that_is_a_disk_and_that_t
     // The guest does not flush this write.
     tells(&daemon, "a", b'a', b'a');
     let made = template(&daemon, "t", "a");
-    assert_eq!(made["disks"]["data"], json!(disk));
-    let sealed = fs::read(&disk).unwrap();
+    let kept = sealed(&daemon, "t", "data");
+    assert_eq!(made["disks"]["data"], json!(kept));
+    let before = fs::read(&kept).unwrap();
+    assert!(fs::read(&disk).unwrap() == before);
     tells(&daemon, "a", b'g', b'a');
     tells(&daemon, "a", b's', b's');
     for (id, key) in [("b", b'b'), ("c", b'c')] {
@@ -317,7 +585,7 @@ fn clones_and_the_source_go_on_with_children_of_memory_that_is_a_disk_and_that_t
     tells(&daemon, "d", b'g', b'b');
     tells(&daemon, "b", b'x', b'x');
     tells(&daemon, "d", b'g', b'b');
-    assert!(fs::read(&disk).unwrap() == sealed);
+    assert!(fs::read(&kept).unwrap() == before);
     for path in [
         "/vms/a",
         "/vms/b",
@@ -396,7 +664,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
         daemon.call("PUT", "/vms/a/snapshot/create", Some(&body))
     };
     daemon.post("/vms/a/pause", &json!(null));
-    // The daemon has moved the template away and may delete it, so it cannot be the base of a Diff snapshot.
+    // The daemon has removed what it has copied of the guest, so that cannot be the base of a Diff snapshot.
     let (status, refused) = save("Diff", "delta");
     let text = refused["fault_message"].as_str().unwrap();
     assert!(
@@ -432,7 +700,7 @@ fn a_guest_that_became_a_template_is_saved_as_a_difference_to_its_own_snapshots_
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    serve::daemon::until("it is loaded", || {
+    until("it is loaded", || {
         assert_eq!(child.try_wait().unwrap(), None);
         let asked = serve::daemon::call(&daemon.folder().join("r"), "GET", "/", None);
         asked.is_some_and(|(_, info)| info["state"] == "Running")
@@ -465,7 +733,7 @@ fn a_clone_has_an_identifier_a_socket_and_metadata_of_its_own() {
         .map(|vm| vm["vsock"]["guest_cid"].as_u64().unwrap())
         .to_vec();
     assert_eq!(cids, [3, 5, 6]);
-    let mut generations = std::collections::BTreeSet::new();
+    let mut generations = BTreeSet::new();
     for (id, cid, role) in [
         ("a", 3, json!("source")),
         ("b", 5, Value::Null),

@@ -115,6 +115,22 @@ pub fn parent_of(file: &File, folder: &Path, user: User) -> io::Result<Option<Pa
     Ok(serde_json::from_slice(&answer)?)
 }
 
+/// What a process that was started for it alone answers to one of many threads, which cannot be copied: the parent that
+/// the disk in `file`, which lies in `folder`, names, as JSON. Where there is a `place`, the disk names that path from
+/// then on, and the answer is what it named before. This process gives up its rights first.
+///
+/// # Errors
+/// The host's error; where the disk cannot be changed.
+pub fn answer(file: File, folder: &Path, user: User, place: Option<&Path>) -> io::Result<Vec<u8>> {
+    confine(user)?;
+    let locator = match place {
+        Some(place) => vhdx::move_parent(file, folder, place).map_err(io::Error::other)?,
+        None => vhdx::parent_locator(file).ok().flatten(),
+    };
+    let link = locator.map(|locator| ParentLink::new(&locator, folder));
+    Ok(serde_json::to_vec(&link)?)
+}
+
 /// Has a child process work with `file` as `user`, and gives its answer.
 fn ask(file: &File, user: User, work: impl FnOnce(File) -> Vec<u8>) -> io::Result<Vec<u8>> {
     let (answers, answer) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -135,7 +151,10 @@ fn ask(file: &File, user: User, work: impl FnOnce(File) -> Vec<u8>) -> io::Resul
 }
 
 /// Reads until the child closes its end. A child that was taken over may answer anything, or nothing for ever.
-fn read_answer(answers: OwnedFd) -> io::Result<Vec<u8>> {
+///
+/// # Errors
+/// `TimedOut`, `UnexpectedEof` where there is no answer, `FileTooLarge`, and the host's.
+pub fn read_answer(answers: OwnedFd) -> io::Result<Vec<u8>> {
     let end = Instant::now() + PATIENCE;
     let mut answers = File::from(answers);
     let (mut answer, mut buffer) = (Vec::new(), [0; 4 << 10]);

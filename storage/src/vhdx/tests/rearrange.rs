@@ -10,7 +10,7 @@ use crate::disk::{ByteRange, Disk, DiskError, ExtentState, SectorSize};
 use crate::options::OpenOptions;
 use crate::progress::{Progress, Unwatched};
 use crate::vhdx::format::MIB;
-use crate::vhdx::{ChildOptions, CompactOptions, CreateOptions, Vhdx};
+use crate::vhdx::{self, ChildOptions, CompactOptions, CreateOptions, Vhdx};
 
 const BLOCK: u64 = MIB / SECTOR;
 
@@ -592,6 +592,42 @@ fn a_child_is_given_another_place_of_its_parent_and_another_parent_only_by_force
     let child = open(&name("child"), true);
     assert_eq!(get(&child, 3 * BLOCK), 99);
     assert_eq!(before, child.identifiers().data_write_guid);
+}
+
+#[test]
+fn a_copy_of_a_child_names_another_place_of_its_parent_and_keeps_its_identifiers() {
+    let folder = tempfile::tempdir().unwrap();
+    let expected = family(folder.path());
+    let root = folder.path().canonicalize().unwrap();
+    // A name that is longer than the first one, for a parent that is not there yet.
+    let other = root.join("f".repeat(100));
+    std::fs::create_dir(&other).unwrap();
+    let (child, base) = (other.join("child"), other.join("base"));
+    std::fs::copy(root.join("child"), &child).unwrap();
+    let before = open(&root.join("child"), true).identifiers();
+    let move_parent = |path: &Path| {
+        let file = std::fs::File::options().read(true).write(true).open(path);
+        vhdx::move_parent(file.unwrap(), &other, &base)
+    };
+    let named = move_parent(&child).unwrap().unwrap();
+    assert_eq!(named.candidates(&root), [root.join("base")]);
+    std::fs::rename(root.join("base"), &base).unwrap();
+    let disk = open(&child, true);
+    assert_eq!(get(&disk, 3 * BLOCK), expected[3 * BLOCK as usize]);
+    let after = disk.identifiers();
+    assert_eq!(after.data_write_guid, before.data_write_guid);
+    assert_eq!(after.virtual_disk_id, before.virtual_disk_id);
+    let locator = disk.locator().unwrap();
+    assert_eq!(locator.linkage, named.linkage);
+    assert_eq!(locator.candidates(&other), [base.clone()]);
+    drop(disk);
+    // A disk without a parent gets none.
+    let whole = std::fs::read(&base).unwrap();
+    assert_eq!(move_parent(&base).unwrap(), None);
+    assert!(std::fs::read(&base).unwrap() == whole);
+    // Nobody else may have it open.
+    let _reader = open(&child, true);
+    assert!(move_parent(&child).is_err());
 }
 
 fn open_identifiers(path: &Path) -> crate::vhdx::Guid {

@@ -20,6 +20,7 @@ use super::jail::Jails;
 use super::metrics::DaemonMetrics;
 use super::peer::Allowed;
 use super::record::JailResources;
+use super::record_key::RecordKey;
 use super::sharing_domain::ShareDomains;
 use super::status::MemorySplit;
 use super::store::Store;
@@ -37,6 +38,8 @@ pub type Vms = BTreeMap<String, Arc<Vm>>;
 pub struct Daemon {
     /// The state folder.
     pub store: Store,
+    /// Its key, by which it knows its records again.
+    pub key: RecordKey,
     /// How many guests it takes on.
     pub limits: Limits,
     /// The jails of its guests.
@@ -68,6 +71,8 @@ pub struct Daemon {
 pub struct Parts {
     /// The state folder.
     pub store: Store,
+    /// Its key, by which it knows its records again.
+    pub key: RecordKey,
     /// How many guests it takes on.
     pub limits: Limits,
     /// The jails of its guests.
@@ -89,6 +94,7 @@ impl Daemon {
     pub fn new(parts: Parts) -> Self {
         Self {
             store: parts.store,
+            key: parts.key,
             limits: parts.limits,
             jails: parts.jails,
             share_domains: parts.share_domains,

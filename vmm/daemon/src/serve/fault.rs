@@ -100,6 +100,9 @@ pub enum Fault {
         /// What uses it.
         by: String,
     },
+    /// A file of the guest cannot be a part of a template.
+    #[error("the guest cannot become a template")]
+    NotForTemplate(#[source] io::Error),
     /// The disk that a disk would be merged into is a template's.
     #[error(
         "the disk of {drive} stands on that of template {template}, which its clones need as it is: delete the template first"
@@ -215,6 +218,7 @@ impl Fault {
             | Self::WrongState { .. }
             | Self::ImageUsed { .. }
             | Self::TemplateUsed { .. }
+            | Self::NotForTemplate(_)
             | Self::OnTemplate { .. } => StatusCode::CONFLICT,
             Self::Refused(_) | Self::NoUser { .. } => StatusCode::INSUFFICIENT_STORAGE,
             Self::Store(error) | Self::Spawn(error)

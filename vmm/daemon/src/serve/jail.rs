@@ -361,38 +361,6 @@ pub fn make_folder(path: &Path, jailed: Option<&JailResources>) -> io::Result<()
     }
 }
 
-/// Takes back a folder that a guest has written to: it and its files are the daemon's from now on. Files whose names
-/// begin with `shared` can be read by every user, as other guests are to open them, and all others by the daemon alone.
-///
-/// # Errors
-/// The host's error; where there is anything but regular files.
-pub fn take_back(path: &Path, jailed: Option<&JailResources>, shared: &str) -> io::Result<()> {
-    if jailed.is_none_or(|jailed| jailed.uid.is_none()) {
-        return Ok(());
-    }
-    let flags = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let folder = open(path, flags | OFlags::DIRECTORY, Mode::empty())?;
-    let owner = Some((geteuid(), rustix::process::getegid()));
-    let (uid, gid) = owner.unzip();
-    // The folder first, so that the guest can add nothing to it any more.
-    fchown(&folder, uid, gid)?;
-    fchmod(&folder, Mode::from_raw_mode(0o755))?;
-    for entry in fs::read_dir(path)? {
-        let name = entry?.file_name();
-        let file = openat(&folder, &*name, flags | OFlags::RDONLY, Mode::empty())?;
-        if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
-            return Err(named(&path.join(&name))(io::Error::other("it is no file")));
-        }
-        let is_shared = name.as_bytes().starts_with(shared.as_bytes());
-        fchown(&file, uid, gid)?;
-        fchmod(
-            &file,
-            Mode::from_raw_mode(if is_shared { 0o444 } else { 0o600 }),
-        )?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

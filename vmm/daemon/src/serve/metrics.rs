@@ -331,6 +331,7 @@ mod tests {
             }),
             cpu_s: Some(0.5),
             template: None,
+            template_job: None,
             vsock: None,
             guest_uid: None,
             unreadable: None,

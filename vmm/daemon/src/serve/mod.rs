@@ -13,7 +13,8 @@
 //!                     └── proxy, console ────────────> the guest's own sockets
 //! quota, stream, web    places of connections, their deadlines, and what of this is served by TCP
 //! daemon    what the daemon owns: guests (vm), templates, images, jails, events, metrics, store
-//! record    what is on disk of a guest
+//! record    what is on disk of a guest; record_key    by which the daemon knows a record of its own again
+//! template_files ─ file_copy, disk_parent    the files of a template, which are new inodes
 //! ```
 //!
 //! Each module uses those below it, and none above. `recovery` finds the guests of an earlier daemon, `admission`
@@ -30,9 +31,11 @@ mod commits;
 mod console;
 mod daemon;
 mod disk_formats;
+mod disk_parent;
 mod end_reason;
 mod events;
 mod fault;
+mod file_copy;
 mod guarded_files;
 mod guest_api;
 mod guest_log;
@@ -54,6 +57,7 @@ mod proxy;
 mod quota;
 mod readmit;
 mod record;
+mod record_key;
 mod recovery;
 mod routes;
 mod server;
@@ -66,6 +70,7 @@ mod stream;
 mod supervision;
 mod task;
 mod template_creation;
+mod template_files;
 mod templates;
 mod vm;
 mod waiting;

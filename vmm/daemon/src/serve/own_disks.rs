@@ -3,15 +3,11 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
-
 use super::store::{self, is_missing, open_without_waiting};
 use config::DeviceId;
-use host::shared_folder::open_beneath;
 
 /// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
 const SIGNATURE: &[u8; 8] = b"vhdxfile";
@@ -26,8 +22,9 @@ pub fn is_whole(path: &Path) -> bool {
     looked().unwrap_or(false)
 }
 
-/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. The disk of a template
-/// has a second name. Where one of these is the parent of a disk, the guest may merge the disk into it.
+/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. Where one of these is the
+/// parent of a disk, the guest may merge the disk into it. The disk of a template that an older daemon made has a second
+/// name.
 ///
 /// # Errors
 /// The host's error.
@@ -84,20 +81,6 @@ pub fn is_free_disk_of(path: &Path, folder: &Path, drive: &DeviceId, of: &str) -
     name().is_some_and(|number| number.is_empty() || is_number(number))
 }
 
-/// Gives the file at `inside` of a guest's folder a second name. The guest may have put links there, and no file that
-/// is reached through one is linked.
-///
-/// # Errors
-/// The host's error.
-pub fn link_inside(folder: &Path, inside: &Path, second: &Path) -> io::Result<()> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    let folder = open(folder, flags | OFlags::DIRECTORY, Mode::empty())?;
-    let file = open_beneath(&folder, inside, flags, Mode::empty())?;
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    linkat(CWD, path, CWD, second, AtFlags::SYMLINK_FOLLOW)?;
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,29 +123,6 @@ mod tests {
                 !is_free_disk_of(&path, folder.path(), &root(), of),
                 "{name}"
             );
-        }
-    }
-
-    #[test]
-    fn only_what_is_in_a_guests_folder_is_linked() {
-        let outside = tempfile::tempdir().unwrap();
-        let folder = outside.path().join("vm");
-        fs::create_dir_all(folder.join("sub")).unwrap();
-        for name in ["secret", "vm/disk", "vm/sub/disk"] {
-            fs::write(outside.path().join(name), name).unwrap();
-        }
-        std::os::unix::fs::symlink(outside.path(), folder.join("way")).unwrap();
-        std::os::unix::fs::symlink("../secret", folder.join("link")).unwrap();
-        let second = outside.path().join("second");
-        for inside in ["way/secret", "../secret", "sub/../../secret", "link"] {
-            link_inside(&folder, Path::new(inside), &second).unwrap_err();
-            assert!(is_missing(&second).unwrap(), "{inside}");
-        }
-        for inside in ["disk", "sub/disk"] {
-            link_inside(&folder, Path::new(inside), &second).unwrap();
-            let linked = fs::read_to_string(&second).unwrap();
-            assert_eq!(linked, format!("vm/{inside}"));
-            fs::remove_file(&second).unwrap();
         }
     }
 }

@@ -3,7 +3,7 @@
 //! the next one, where this daemon is killed.
 //!
 //! ```text
-//! template: recorded ──> guest paused ──> saved ──> disks given children ──> folder moved ──> resumed, off the record
+//! template: recorded ──> guest paused ──> saved ──> disks given children ──> resumed, off the record ──> files copied
 //! child:    recorded ──> made by the guest's process, which uses it from then on ──> the guest's disk, off the record
 //! commit:   see `commits`
 //! start:    see `waiting`

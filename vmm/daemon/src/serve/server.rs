@@ -19,6 +19,7 @@ use super::jail::{JailPolicy, Jails};
 use super::listen::Connections;
 use super::peer::Allowed;
 use super::record::{RestartPolicy, State};
+use super::record_key::FoundKey;
 use super::routes;
 use super::sharing_domain::ShareDomains;
 use super::store::Store;
@@ -178,9 +179,19 @@ async fn serve(options: Options) -> Result<(), ServeError> {
     let store = once_free(open).await?;
     let images = Images::load(&store.images()).map_err(failed())?;
     let jails = Jails::open(options.jail.clone()).map_err(host("--jail"))?;
-    let templates = Templates::load(&store.templates()).map_err(failed())?;
+    let found = FoundKey::read(&store.key()).map_err(failed())?;
+    let templates = Templates::load(&store.templates(), &found).map_err(failed())?;
+    let key = match found {
+        FoundKey::Kept(key) => key,
+        // Only when all records have its codes: the next daemon takes over none.
+        FoundKey::New(key, path) => {
+            key.save(&path).map_err(failed())?;
+            key
+        }
+    };
     let daemon = Arc::new(Daemon::new(Parts {
         store,
+        key,
         jails,
         limits: options.limits,
         share_domains: options.share_domains,

@@ -33,6 +33,17 @@ pub struct VsockStatus {
     pub uds_path: String,
 }
 
+/// A template that is being made of a guest, which goes on while the files are copied.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct TemplateJob {
+    /// The name of the template.
+    pub id: String,
+    /// Bytes that are copied.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+}
+
 /// A guest.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct VmStatus {
@@ -77,6 +88,9 @@ pub struct VmStatus {
     /// Why its record cannot be read, where it cannot: then what is only known from there is a default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unreadable: Option<String>,
+    /// How far the copies of its files are, while it becomes a template.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template_job: Option<TemplateJob>,
     /// The user of the host that it runs as, in a jail with a user of its own: its disks have to be open to that one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub guest_uid: Option<u32>,

@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/lock                 locked by the one daemon of this folder
 //! DIR/images.json          images by name
+//! DIR/key                  see `record_key`
 //! DIR/templates/NAME       see `templates`
 //! DIR/vms/ID/vm.json       what was asked for, and how far its creation or deletion has come
 //!           /config.json   the configuration that the process starts with
@@ -34,6 +35,8 @@ use host::report::chain;
 pub const VSOCK_SOCKET: &str = "vsock.sock";
 /// The file with the guest's metadata, in the same folder.
 pub const METADATA: &str = "metadata.json";
+/// The record of a template, in the template's folder.
+pub const TEMPLATE: &str = "template.json";
 /// The log of a guest's process, in the same folder.
 pub const LOG: &str = "log";
 
@@ -167,6 +170,14 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     replace_as(path, bytes, false)
 }
 
+/// As [`replace`], also at a power cut.
+///
+/// # Errors
+/// The host's error.
+pub fn replace_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    replace_as(path, bytes, true)
+}
+
 fn replace_as(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let new = unfinished(path);
     // A process in a jail may have put a link of that name there, which must not be written through. A folder of that
@@ -201,17 +212,18 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     synced.map_err(named(folder))
 }
 
-/// Renames a folder durably, with the names in it: after a power cut it is found under the new name.
+/// Removes the folder of a template, if it is there: first the file that makes it a template, so that no half-removed one
+/// is left by a power cut.
 ///
 /// # Errors
 /// The host's error.
-pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    sync_folder(from)?;
-    fs::rename(from, to)?;
-    [to, from]
-        .into_iter()
-        .filter_map(Path::parent)
-        .try_for_each(sync_folder)
+pub fn remove_template(folder: &Path) -> io::Result<()> {
+    match fs::remove_file(folder.join(TEMPLATE)) {
+        Ok(()) => sync_folder(folder)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    remove_folder(folder)
 }
 
 /// Reads JSON; `None` where there is no such file.
@@ -266,6 +278,16 @@ impl Store {
         self.folder.join("images.json")
     }
 
+    /// The file of the daemon's key.
+    pub fn key(&self) -> PathBuf {
+        self.folder.join("key")
+    }
+
+    /// The folder of all guests' folders.
+    pub fn vms(&self) -> PathBuf {
+        self.folder.join("vms")
+    }
+
     /// The folder of the templates.
     pub fn templates(&self) -> PathBuf {
         self.folder.join("templates")
@@ -278,7 +300,7 @@ impl Store {
 
     /// The folder of a guest.
     pub fn vm(&self, id: &str) -> PathBuf {
-        self.folder.join("vms").join(id)
+        self.vms().join(id)
     }
 
     /// Whether the paths of a guest's sockets are short enough.
@@ -291,7 +313,7 @@ impl Store {
     /// # Errors
     /// The host's error.
     pub fn ids(&self) -> io::Result<Vec<String>> {
-        let entries = fs::read_dir(self.folder.join("vms"))?;
+        let entries = fs::read_dir(self.vms())?;
         let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
         names.filter_map(Result::transpose).collect()
     }
@@ -310,7 +332,7 @@ impl Store {
                 .create(&folder)
                 .map_err(named(&folder))?;
             // A record is no more durable than the name of the folder that it is in.
-            sync_folder(&self.folder.join("vms"))?;
+            sync_folder(&self.vms())?;
             write(&folder.join("vm.json"), record, true)?;
             write(&folder.join("config.json"), config, false)
         };

@@ -13,11 +13,12 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Mutex as AsyncMutex, Notify, Semaphore};
 
 use super::admission::Load;
+use super::file_copy::CopyProgress;
 use super::process::Process;
 use super::record::{
     Ended, FoundFormat, JailResources, LaterConfig, Pending, Phase, Record, State, VmSpec,
 };
-use super::status::{MemorySplit, VmStatus, VsockStatus};
+use super::status::{MemorySplit, TemplateJob, VmStatus, VsockStatus};
 use super::store::VSOCK_SOCKET;
 use config::{DeviceId, VmConfig};
 
@@ -85,6 +86,8 @@ pub struct Now {
     pub is_followed: bool,
     /// Why its record cannot be read, where it cannot.
     pub unreadable: Option<String>,
+    /// The template that is being made of it, while its files are copied.
+    pub copying: Option<(String, Arc<CopyProgress>)>,
 }
 
 impl Now {
@@ -176,6 +179,7 @@ impl Vm {
                 pending: record.pending,
                 is_followed: false,
                 unreadable: None,
+                copying: None,
             }),
             changed: Notify::new(),
         }
@@ -308,6 +312,14 @@ impl Vm {
                     .to_string(),
             }),
             unreadable: now.unreadable.clone(),
+            template_job: now.copying.as_ref().map(|(id, progress)| {
+                let (done, total) = progress.bytes();
+                TemplateJob {
+                    id: id.clone(),
+                    done,
+                    total,
+                }
+            }),
             guest_uid: now.jail.as_ref().and_then(|jail| jail.uid),
             config: config
                 .then(|| now.later.shown().or_else(|| self.spec.config.clone()))

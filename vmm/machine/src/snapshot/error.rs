@@ -8,6 +8,7 @@ use devices::lifecycle::SaveError;
 use super::uffd::UffdError;
 use super::version::VERSION;
 use crate::pmem::{OwnPagesError, WritebackError};
+use config::Sha256Digest;
 use kvm::vm::StateError;
 
 /// Why a snapshot was not made, or not loaded.
@@ -26,6 +27,19 @@ pub enum SnapshotError {
     /// The file is not the state of a snapshot.
     #[error("{} is not the state of a snapshot", .0.display())]
     NotAState(PathBuf),
+    /// The file is not the one that was asked for.
+    #[error(
+        "{} has the SHA-256 {found}, and {expected} was asked for (state_sha256): it was changed or replaced; make the snapshot or template again, or load the file that has this digest",
+        path.display()
+    )]
+    OtherState {
+        /// The file.
+        path: PathBuf,
+        /// The digest that was asked for.
+        expected: Sha256Digest,
+        /// The digest of the file.
+        found: Sha256Digest,
+    },
     /// The state was written by another version of Coppice, whose format differs.
     #[error("{} is of version {version}, and this Coppice reads version {}; load it with the one that made it", path.display(), VERSION)]
     Version {

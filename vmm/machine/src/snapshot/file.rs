@@ -16,11 +16,13 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, open};
 use rustix::io::Errno;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
 use tempfile::{NamedTempFile, TempPath};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::error::SnapshotError;
 use super::version::VERSION;
+use config::Sha256Digest;
 
 const MAGIC: [u8; 8] = *b"COPPSNAP";
 /// The longest state that is read, in bytes: many times that of the largest guest.
@@ -176,11 +178,31 @@ pub(super) fn write(path: &Path, state: &impl Serialize) -> Result<NewFile, Snap
     Ok(new)
 }
 
-/// Reads the state in a file that is open, at `path`.
+/// Reads the state in a file that is open, at `path`, and has the digest `expected`, if one is given.
 ///
 /// # Errors
-/// `File`, `NotAState`, `Version`, `Truncated`, `Damaged`, `Json`.
-pub(super) fn read<T: DeserializeOwned>(mut file: File, path: &Path) -> Result<T, SnapshotError> {
+/// `File`, `OtherState`, `NotAState`, `Version`, `Truncated`, `Damaged`, `Json`.
+pub(super) fn read<T: DeserializeOwned>(
+    file: File,
+    path: &Path,
+    expected: Option<Sha256Digest>,
+) -> Result<T, SnapshotError> {
+    let mut whole = Vec::new();
+    file.take(size_of::<Header>() as u64 + MAX_LEN)
+        .read_to_end(&mut whole)
+        .map_err(SnapshotError::file("read", path))?;
+    // Before anything is parsed: the checksum below finds accidents, and no deceit.
+    if let Some(expected) = expected {
+        let found = Sha256Digest::from(<[u8; 32]>::from(Sha256::digest(&whole)));
+        if found != expected {
+            return Err(SnapshotError::OtherState {
+                path: path.to_owned(),
+                expected,
+                found,
+            });
+        }
+    }
+    let mut file = whole.as_slice();
     let mut bytes = Vec::new();
     (&mut file)
         .take(size_of::<Header>() as u64)
@@ -243,11 +265,11 @@ mod tests {
         let path = folder.path().join("state");
         let state = json!({"vcpus": [1, 2, 3], "name": "a"});
         write(&path, &state).unwrap().name().unwrap();
-        assert_eq!(read::<Value>(&path).unwrap(), state);
+        assert_eq!(read::<Value>(&path, None).unwrap(), state);
         let whole = std::fs::read(&path).unwrap();
         for len in 0..whole.len() {
             std::fs::write(&path, &whole[..len]).unwrap();
-            let error = read::<Value>(&path).unwrap_err();
+            let error = read::<Value>(&path, None).unwrap_err();
             let expected = matches!(error, SnapshotError::NotAState(_) if len < 24)
                 || matches!(error, SnapshotError::Truncated { .. } if len >= 24);
             assert!(expected, "{len}: {error}");
@@ -256,7 +278,7 @@ mod tests {
             let mut flipped = whole.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             std::fs::write(&path, &flipped).unwrap();
-            read::<Value>(&path).unwrap_err();
+            read::<Value>(&path, None).unwrap_err();
         }
     }
 
@@ -266,17 +288,40 @@ mod tests {
         let path = folder.path().join("state");
         assert!(write(&path, &json!(1)).unwrap().name().unwrap());
         let second = write(&path, &json!(2)).unwrap();
-        assert_eq!(read::<Value>(&path).unwrap(), json!(1));
+        assert_eq!(read::<Value>(&path, None).unwrap(), json!(1));
         assert!(!second.name().unwrap());
-        assert_eq!(read::<Value>(&path).unwrap(), json!(2));
+        assert_eq!(read::<Value>(&path, None).unwrap(), json!(2));
         assert_eq!(folder.path().read_dir().unwrap().count(), 1);
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[8] = 2;
         std::fs::write(&path, &bytes).unwrap();
-        let error = read::<Value>(&path).unwrap_err();
+        let error = read::<Value>(&path, None).unwrap_err();
         assert!(matches!(error, SnapshotError::Version { version: 2, .. }));
         let error = write(&folder.path().join("none/state"), &json!(1)).unwrap_err();
         assert!(error.to_string().contains("none/state"), "{error}");
+    }
+
+    #[test]
+    fn a_state_of_another_digest_is_refused_before_anything_of_it_is_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("state");
+        write(&path, &json!(1)).unwrap().name().unwrap();
+        let digest = |bytes: &[u8]| Sha256Digest::from(<[u8; 32]>::from(Sha256::digest(bytes)));
+        let own = digest(&std::fs::read(&path).unwrap());
+        assert_eq!(read::<Value>(&path, Some(own)).unwrap(), json!(1));
+        // A whole state with a right checksum, and what is no state at all.
+        write(&path, &json!(2)).unwrap().name().unwrap();
+        for other in [std::fs::read(&path).unwrap(), b"no state".to_vec()] {
+            std::fs::write(&path, &other).unwrap();
+            let error = read::<Value>(&path, Some(own)).unwrap_err();
+            let is_refused = matches!(&error, SnapshotError::OtherState { expected, found, .. }
+                if *expected == own && *found == digest(&other));
+            assert!(is_refused, "{error}");
+            assert!(
+                error.to_string().contains("/state has the SHA-256"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

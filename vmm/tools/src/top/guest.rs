@@ -37,6 +37,7 @@ fn run_arguments(cmdline: &str) -> Option<RunArguments> {
         | Command::Image(_)
         | Command::Serve(_)
         | Command::Zygote { .. }
+        | Command::DiskParent { .. }
         | Command::Vm(_)
         | Command::Console { .. }
         | Command::Completions(_)
