@@ -298,9 +298,9 @@ impl Vhdx {
     }
 }
 
-/// Has the child in an open file name another place of its parent, the path `parent`, for a child that lies in `folder`.
-/// Both are absolute and without links; neither is looked at, and the parent is the same disk, by its identifier. Gives
-/// what the child named before; where it names no parent, that is `None`, and the file is as it was.
+/// Has the child in an open file name another place of its parent, the path `parent`, for a child that lies in
+/// `folder`. Both are absolute and without links; neither is looked at, and the parent is the same disk, by its
+/// identifier. Gives what the child named before; where it names no parent, that is `None`, and the file is as it was.
 ///
 /// # Errors
 /// See [`ChainError`]; the child is as it was.

@@ -487,7 +487,7 @@ fn a_snapshot_of_a_disk_in_use_goes_on_in_a_new_file_and_tells_what_changed() {
     let c = b.snapshot(&name("b"), &name("c")).unwrap();
     put(&c, 2, 1, 3);
     assert_eq!(c.changed_since(then.data_write_guid).unwrap().len(), 3);
-    let unknown = crate::vhdx::Guid::random();
+    let unknown = vhdx::Guid::random();
     assert!(c.changed_since(unknown).is_err());
     // Others may read what is now a parent, and not write it.
     open(&name("a"), true);
@@ -619,7 +619,7 @@ fn a_copy_of_a_child_names_another_place_of_its_parent_and_keeps_its_identifiers
     assert_eq!(after.virtual_disk_id, before.virtual_disk_id);
     let locator = disk.locator().unwrap();
     assert_eq!(locator.linkage, named.linkage);
-    assert_eq!(locator.candidates(&other), [base.clone()]);
+    assert_eq!(locator.candidates(&other), std::slice::from_ref(&base));
     drop(disk);
     // A disk without a parent gets none.
     let whole = std::fs::read(&base).unwrap();
@@ -630,7 +630,7 @@ fn a_copy_of_a_child_names_another_place_of_its_parent_and_keeps_its_identifiers
     assert!(move_parent(&child).is_err());
 }
 
-fn open_identifiers(path: &Path) -> crate::vhdx::Guid {
+fn open_identifiers(path: &Path) -> vhdx::Guid {
     let options = OpenOptions {
         ignore_changed_parents: true,
         ..OpenOptions::read_only()

@@ -70,10 +70,10 @@ impl FileCopy {
     ///
     /// # Errors
     /// The host's error, which names `path`; that of a full disk, too.
-    pub fn begin(source: File, path: PathBuf) -> io::Result<Self> {
+    pub fn begin(source: File, path: &Path) -> io::Result<Self> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create_new(true).mode(0o600);
-        let file = options.open(&path).map_err(named(&path))?;
+        let file = options.open(path).map_err(named(path))?;
         let begun = || -> io::Result<Self> {
             let len = source.metadata()?.len();
             let is_reflink = reflink(&source, &file)?;
@@ -95,13 +95,13 @@ impl FileCopy {
             Ok(Self {
                 source,
                 file,
-                path: path.clone(),
+                path: path.to_owned(),
                 len,
                 bytes,
                 is_reflink,
             })
         };
-        begun().map_err(named(&path))
+        begun().map_err(named(path))
     }
 
     /// The file that is copied.
@@ -243,7 +243,7 @@ mod tests {
     use super::*;
 
     fn copied(source: &Path, path: &Path) -> (FileCopy, CopyProgress) {
-        let copy = FileCopy::begin(File::open(source).unwrap(), path.to_owned()).unwrap();
+        let copy = FileCopy::begin(File::open(source).unwrap(), path).unwrap();
         let progress = CopyProgress::new(copy.bytes());
         copy.fill(&progress).unwrap();
         copy.finish(true).unwrap();
@@ -257,7 +257,7 @@ mod tests {
         let file = File::create(&source).unwrap();
         file.set_len(64 << 20).unwrap();
         for at in [1 << 20, 40 << 20] {
-            file.write_all_at(&[7; 100_000], at).unwrap();
+            file.write_all_at(&vec![7; 100_000], at).unwrap();
         }
         let (copy, progress) = copied(&source, &path);
         assert!(std::fs::read(&source).unwrap() == std::fs::read(&path).unwrap());
@@ -281,7 +281,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         std::fs::write(path("a"), vec![1; 1 << 20]).unwrap();
-        let begin = |name: &str| FileCopy::begin(File::open(path("a")).unwrap(), path(name));
+        let begin = |name: &str| FileCopy::begin(File::open(path("a")).unwrap(), &path(name));
         let (longer, shorter) = (begin("b").unwrap(), begin("c").unwrap());
         if longer.is_reflink() {
             return skip::because("the file system shares blocks, so that nothing is copied later");

@@ -22,9 +22,9 @@ pub fn is_whole(path: &Path) -> bool {
     looked().unwrap_or(false)
 }
 
-/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. Where one of these is the
-/// parent of a disk, the guest may merge the disk into it. The disk of a template that an older daemon made has a second
-/// name.
+/// The VHDX files in a guest's folder that have no second name elsewhere, as paths from there. Where one of these is
+/// the parent of a disk, the guest may merge the disk into it. The disk of a template that an older daemon made has a
+/// second name.
 ///
 /// # Errors
 /// The host's error.

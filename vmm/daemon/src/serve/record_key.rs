@@ -1,7 +1,7 @@
 //! The daemon's key, by which it knows its own records again: HMAC-SHA256 (RFC 2104).
 //!
-//! A record of a template decides what root reads and maps for every clone. A checksum finds an accident in it; only who
-//! has the key can make one, or change one.
+//! A record of a template decides what root reads and maps for every clone. A checksum finds an accident in it; only
+//! who has the key can make one, or change one.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};

@@ -212,8 +212,8 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     synced.map_err(named(folder))
 }
 
-/// Removes the folder of a template, if it is there: first the file that makes it a template, so that no half-removed one
-/// is left by a power cut.
+/// Removes the folder of a template, if it is there: first the file that makes it a template, so that no half-removed
+/// one is left by a power cut.
 ///
 /// # Errors
 /// The host's error.

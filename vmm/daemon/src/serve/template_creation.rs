@@ -6,12 +6,13 @@
 //! ```
 //!
 //! The guest's process saves in a folder in the guest's own, as it may write nowhere else. The record of the guest says
-//! that before it begins: see `pending`. What becomes the template is a copy of it, in new inodes: see `template_files`.
-//! The open files are what is copied, so all that was begun on the guest is ended before that takes its time. A template
-//! that the daemon does not come to complete has no `template.json`, and the next daemon removes its folder.
+//! that before it begins: see `pending`. What becomes the template is a copy of it, in new inodes: see
+//! `template_files`. The open files are what is copied, so all that was begun on the guest is ended before that takes
+//! its time. A template that the daemon does not come to complete has no `template.json`, and the next daemon removes
+//! its folder.
 //!
-//! From then on the guest has a child of each disk that it wrote to, as every clone has of the copies. A clone can become
-//! a template in its turn, of whose memory only the delta to its own template is saved.
+//! From then on the guest has a child of each disk that it wrote to, as every clone has of the copies. A clone can
+//! become a template in its turn, of whose memory only the delta to its own template is saved.
 
 use std::collections::BTreeMap;
 use std::fs;

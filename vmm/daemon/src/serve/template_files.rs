@@ -8,9 +8,9 @@
 //! ```
 //!
 //! A disk names its parent, and who wrote the disk has chosen that. A parent is believed by the DataWriteGuid that its
-//! file has ([MS-VHDX] 2.2.2), which only those know who were given the file; see [`jail::reader`]. It stays where it is
-//! if no guest may write to it. Otherwise it is copied, too, or there is a copy of it already, in an earlier template of
-//! the same guest; and the child, which is a copy as well, is changed to name that.
+//! file has ([MS-VHDX] 2.2.2), which only those know who were given the file; see [`jail::reader`]. It stays where it
+//! is if no guest may write to it. Otherwise it is copied, too, or there is a copy of it already, in an earlier
+//! template of the same guest; and the child, which is a copy as well, is changed to name that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -135,7 +135,7 @@ impl TemplateFiles {
     ) -> io::Result<Self> {
         let begin = |name: &str| {
             let source = places.open(&saved.join(name))?;
-            FileCopy::begin(source, folder.join(name))
+            FileCopy::begin(source, &folder.join(name))
         };
         places.check_shared()?;
         let mut plan = Plan {
@@ -309,16 +309,6 @@ impl Places {
             || self.own_disks.iter().any(is_own)
     }
 
-    /// The file that a link is of, among those that it names, with the path by which it names it.
-    fn parent(&self, link: &ParentLink) -> Option<(File, PathBuf)> {
-        let mut found = link.paths.iter().filter_map(|path| {
-            let file = regular(open(path, HANDLE, Mode::empty()).ok()?).ok()?;
-            let is_it = link.is_of(file.try_clone().ok()?);
-            is_it.then(|| (file, path.clone()))
-        });
-        found.next()
-    }
-
     /// A copy of the file that a link is of, in an earlier template of the guest, and the name of that.
     fn earlier_copy(
         &self,
@@ -372,6 +362,16 @@ fn regular(handle: impl AsFd) -> io::Result<File> {
     Ok(open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?.into())
 }
 
+/// The file that a link is of, among those that it names, with the path by which it names it.
+fn parent_of(link: &ParentLink) -> Option<(File, PathBuf)> {
+    let mut found = link.paths.iter().filter_map(|path| {
+        let file = regular(open(path, HANDLE, Mode::empty()).ok()?).ok()?;
+        let is_it = link.is_of(file.try_clone().ok()?);
+        is_it.then(|| (file, path.clone()))
+    });
+    found.next()
+}
+
 /// The path of an open file, without links.
 fn real_path(file: &File, by: &Path) -> io::Result<PathBuf> {
     let path = by.canonicalize().map_err(named(by))?;
@@ -412,7 +412,7 @@ impl Plan<'_> {
             _ => format!("disk-{drive}-parent-{depth}"),
         };
         let inode = inode_of(&source.metadata().map_err(named(path))?);
-        let copy = FileCopy::begin(source, self.folder.join(name))?;
+        let copy = FileCopy::begin(source, &self.folder.join(name))?;
         let at = copy.path().to_owned();
         self.copied.insert(inode, at.clone());
         self.disks.push(DiskCopy {
@@ -431,7 +431,7 @@ impl Plan<'_> {
         drive: &str,
         depth: usize,
     ) -> io::Result<PathBuf> {
-        let found = self.places.parent(link);
+        let found = parent_of(link);
         let (file, path) = found.ok_or_else(|| {
             let tried = link.paths.clone();
             named(child)(wrong(TemplateFileError::NoParent(tried)))
@@ -572,13 +572,13 @@ mod tests {
                 .into(),
             identifiers: vec![guid.to_string()],
         };
-        let (_, found) = places.parent(&link).unwrap();
+        let (_, found) = parent_of(&link).unwrap();
         assert_eq!(found, base);
         let other = ParentLink {
             identifiers: vec!["0".to_owned()],
             ..link.clone()
         };
-        assert!(places.parent(&other).is_none());
+        assert!(parent_of(&other).is_none());
         // A copy of it in an earlier template is that only where it is another file.
         let inode = inode_of(&fs::metadata(&base).unwrap());
         places.earlier = vec![path("templates/t")];

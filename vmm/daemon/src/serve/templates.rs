@@ -9,8 +9,8 @@
 //!                   /template.json  with an authentication code; without it, the next daemon removes the folder
 //! ```
 //!
-//! All of these are new inodes that no guest's process has ever had: see `template_files`. Only those of a template that
-//! an older daemon made are names of the guest's own files.
+//! All of these are new inodes that no guest's process has ever had: see `template_files`. Only those of a template
+//! that an older daemon made are names of the guest's own files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -69,8 +69,8 @@ pub struct Template {
     /// Other templates, on whose disks these stand.
     #[serde(default)]
     pub stands_on: BTreeSet<String>,
-    /// Whether its files are copies that no guest's process has ever had open. Those of a template that an older version
-    /// made are the guest's own: make it again.
+    /// Whether its files are copies that no guest's process has ever had open. Those of a template that an older
+    /// version made are the guest's own: make it again.
     #[serde(default)]
     pub is_copy: bool,
     /// The SHA-256 of its state file, which clones compare.
@@ -128,8 +128,8 @@ pub fn write(folder: &Path, template: &Template, key: &RecordKey) -> io::Result<
 }
 
 impl Templates {
-    /// Those of a state folder. The folders of templates that were half made or half deleted are removed, and those whose
-    /// record has not the code of the key stay as they are, as do those that cannot be understood.
+    /// Those of a state folder. The folders of templates that were half made or half deleted are removed, and those
+    /// whose record has not the code of the key stay as they are, as do those that cannot be understood.
     ///
     /// # Errors
     /// The host's error.

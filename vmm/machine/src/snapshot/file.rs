@@ -255,8 +255,11 @@ mod tests {
 
     use super::*;
 
-    fn read<T: DeserializeOwned>(path: &Path) -> Result<T, SnapshotError> {
-        super::read(File::open(path).unwrap(), path)
+    fn read<T: DeserializeOwned>(
+        path: &Path,
+        expected: Option<Sha256Digest>,
+    ) -> Result<T, SnapshotError> {
+        super::read(File::open(path).unwrap(), path, expected)
     }
 
     #[test]

@@ -184,7 +184,8 @@ impl SnapshotFiles {
             state,
             memory,
         } = self;
-        let mut state: GuestState = file::read(state, &request.snapshot_path, request.state_sha256)?;
+        let mut state: GuestState =
+            file::read(state, &request.snapshot_path, request.state_sha256)?;
         if let Some(other) = &request.vsock_override {
             let Some(vsock) = &mut state.config.vsock else {
                 let what = "vsock_override: the guest has no vsock device";
