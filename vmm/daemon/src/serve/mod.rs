@@ -59,6 +59,7 @@ mod readmit;
 mod record;
 mod record_key;
 mod recovery;
+mod removal;
 mod routes;
 mod server;
 mod sharing_domain;

@@ -29,6 +29,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::record::Record;
+pub use super::removal::remove_folder;
 use host::report::chain;
 
 /// The socket of a guest's vsock device, in the guest's folder.
@@ -94,17 +95,6 @@ pub fn is_missing(path: &Path) -> io::Result<bool> {
         Ok(_) => Ok(false),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(true),
         Err(error) => Err(error),
-    }
-}
-
-/// Removes a folder and all in it, if it is there.
-///
-/// # Errors
-/// The host's error.
-pub fn remove_folder(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        removed => removed,
     }
 }
 
