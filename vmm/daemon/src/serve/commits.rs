@@ -38,6 +38,9 @@ use machine::{DriveParent, JobState, commit_child};
 const SOON: Duration = Duration::from_millis(50);
 const LATE: Duration = Duration::from_secs(5);
 
+/// Longest answer in bytes that names the parent of a disk.
+const LONGEST_PARENT: usize = 16 << 10;
+
 /// The report of a guest's process on the last job of a drive.
 #[derive(Deserialize)]
 struct Job {
@@ -80,7 +83,7 @@ fn path_of(config: &VmConfig, drive: &DeviceId, folder: &Path) -> Option<PathBuf
 /// too.
 async fn parent(vm: &Vm, drive: &DeviceId) -> Result<Option<PathBuf>, Fault> {
     let path = format!("/drives/{drive}/parent");
-    match proxy::get::<DriveParent>(vm, &path).await {
+    match proxy::get::<DriveParent>(vm, &path, LONGEST_PARENT).await {
         Ok(parent) => Ok(Some(vm.folder.join(parent.path_on_host))),
         Err(Fault::Guest(StatusCode::BAD_REQUEST, _)) => Ok(None),
         Err(fault) => Err(fault),
@@ -252,7 +255,7 @@ impl Daemon {
         let path = format!("/drives/{drive}/job");
         if let Some(response) = ask_until_answered(vm, Method::GET, &path, Bytes::new()).await? {
             if response.status.is_success() {
-                let job: Job = serde_json::from_slice(&response.body)?;
+                let job: Job = proxy::parse(vm, &response)?;
                 if job.operation == "commit" && job.state == JobState::Running {
                     return Ok(Progress::Running);
                 }
@@ -262,7 +265,7 @@ impl Daemon {
             // The commit is over, so the configuration has the disk that it has left.
             let config = ask_until_answered(vm, Method::GET, "/vm/config", Bytes::new());
             if let Some(response) = config.await? {
-                let config: VmConfig = serde_json::from_slice(&response.body)?;
+                let config: VmConfig = proxy::parse(vm, &response)?;
                 let disk = path_of(&config, drive, &vm.folder);
                 return Ok(Progress::Over(disk.filter(|disk| commit.can_leave(disk))));
             }

@@ -151,7 +151,7 @@ impl Daemon {
         let asked = ask_until_answered(vm, Method::GET, "/vm/config", Bytes::new());
         let known: Vec<_> = match asked.await? {
             Some(response) if response.status.is_success() => {
-                let mut config: VmConfig = serde_json::from_slice(&response.body)?;
+                let mut config: VmConfig = proxy::parse(vm, &response)?;
                 let mut has = |id: &DeviceId, child: &Path| {
                     let path = config.disk_mut(id);
                     path.is_some_and(|path| vm.folder.join(path) == child)

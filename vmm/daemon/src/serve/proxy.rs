@@ -16,6 +16,7 @@ use hyper::body::Bytes;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use rustix::fs::{FileType, Mode, OFlags, fstat, open};
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::UnixStream;
@@ -26,12 +27,13 @@ use super::fault::{Failure, Fault};
 use super::record::State;
 use super::vm::{Now, Vm};
 use host::printable::printable;
+use host::report::chain;
 
 /// Longest response in bytes, and longest head of one; longest response that tells the state of a guest.
 const MAX_RESPONSE: usize = 4 << 20;
 const MAX_HEAD: usize = 16 << 10;
 const MAX_STATE: usize = 16 << 10;
-/// Longest reason for a refusal, in characters.
+/// Longest reason for a refusal, and why a response is wrong, in characters.
 const LONGEST_REFUSAL: usize = 4096;
 /// Deadline of a request that only reads.
 pub const LOOK: Duration = Duration::from_secs(5);
@@ -85,9 +87,14 @@ async fn exchange(
     let mut exchanged = std::pin::pin!(async {
         let response = sender.send_request(request).await?;
         let (head, body) = response.into_parts();
+        let status = head.status;
+        // No operation of a guest answers otherwise, and a caller may not have a meaning for it.
+        if !(status.is_success() || status.is_client_error() || status.is_server_error()) {
+            return Err(format!("it answers by the status {}", status.as_u16()).into());
+        }
         let body = Limited::new(body, longest).collect().await?;
         Ok::<_, Failure>(GuestResponse {
-            status: head.status,
+            status,
             content: head.headers.get(CONTENT_TYPE).cloned(),
             body: body.to_bytes(),
         })
@@ -192,16 +199,40 @@ pub async fn ask_until_answered(
     }
 }
 
-/// The response of a guest's process to a `GET`, as a `T`.
+/// The response of a guest's process to a `GET`, as a `T`, which has at most `longest` bytes.
 ///
 /// # Errors
-/// `Guest` where it refuses, `Json`, and those of [`ask`].
-pub async fn get<T: DeserializeOwned>(vm: &Vm, path: &str) -> Result<T, Fault> {
-    let response = ask(vm, Method::GET, path, Bytes::new(), LOOK).await?;
+/// `Guest` where it refuses, `Unreachable` where it answers something else, and those of [`ask`].
+pub async fn get<T: DeserializeOwned>(vm: &Vm, path: &str, longest: usize) -> Result<T, Fault> {
+    let response = ask_for(vm, Method::GET, path, Bytes::new(), LOOK, longest).await?;
     if !response.status.is_success() {
         return Err(refusal(&response));
     }
-    Ok(serde_json::from_slice(&response.body)?)
+    parse(vm, &response)
+}
+
+/// What is in the response of a guest's process.
+///
+/// # Errors
+/// `Unreachable`, where it is something else. The reason has words of the process, and so a limit, and nothing in it is
+/// a command to a terminal.
+pub fn parse<T: DeserializeOwned>(vm: &Vm, response: &GuestResponse) -> Result<T, Fault> {
+    serde_json::from_slice(&response.body).map_err(|error| Fault::Unreachable {
+        id: vm.id.clone(),
+        source: shown(&chain(&error).to_string()).into(),
+    })
+}
+
+/// A text of a guest's process, as it is shown.
+fn shown(text: &str) -> String {
+    let text: String = text.chars().take(LONGEST_REFUSAL).collect();
+    printable(&text).into_owned()
+}
+
+/// The body of a refusal. What else is in it is not kept: a list of numbers would take many times its own length.
+#[derive(Deserialize)]
+struct Refusal {
+    fault_message: String,
 }
 
 /// Guests that are asked at the same time.
@@ -258,11 +289,10 @@ pub async fn act(vm: &Vm, method: Method, path: &str, body: &Value) -> Result<()
 
 /// The reason of a guest's process for refusing a request.
 pub fn refusal(response: &GuestResponse) -> Fault {
-    let body = serde_json::from_slice::<Value>(&response.body).ok();
-    let message = body
-        .as_ref()
-        .and_then(|body| body.get("fault_message")?.as_str())
-        .unwrap_or("the guest's process refuses");
-    let message: String = message.chars().take(LONGEST_REFUSAL).collect();
-    Fault::Guest(response.status, printable(&message).into_owned())
+    let refusal = serde_json::from_slice::<Refusal>(&response.body);
+    let message = match &refusal {
+        Ok(refusal) => &refusal.fault_message,
+        Err(_) => "the guest's process refuses",
+    };
+    Fault::Guest(response.status, shown(message))
 }

@@ -16,6 +16,9 @@ use crate::serve::task::blocking;
 use crate::serve::vm::Vm;
 use machine::FilePageReport;
 
+/// Longest report of a guest in bytes: with thousands of addresses. The reports of all guests are there at once.
+const LONGEST_REPORT: usize = 128 << 10;
+
 /// The query for the guests that share a page.
 #[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
@@ -62,7 +65,7 @@ pub(in crate::serve) async fn sharers(
     let ask = |vm: Arc<Vm>| {
         let page = page.clone();
         async move {
-            let report: FilePageReport = proxy::get(&vm, &page).await.ok()?;
+            let report: FilePageReport = proxy::get(&vm, &page, LONGEST_REPORT).await.ok()?;
             Some((vm.id.clone(), report.addresses))
         }
     };
