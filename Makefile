@@ -22,7 +22,7 @@ help:
 	@echo "make deb           the same as a Debian package, target/coppice.deb"
 	@echo "make bench         figures of the lab, and the benchmarks of the disk engine"
 	@echo "make bench-density memory of many guests in the lab, beside QEMU's; results in target/lab/out/density"
-	@echo "make fuzz          fuzz the disk engine, each target for FUZZ_SECONDS (60)"
+	@echo "make fuzz          fuzz what others write, each target for FUZZ_SECONDS (60)"
 	@echo "make power-cuts    a million power cuts: POWER_CUTS and POWER_SEED say how many and which"
 	@echo "make guest         kernel, initrd and root file systems in target/guest"
 	@echo "make emulator      the emulator of the lab's host in target/emulator"
@@ -74,7 +74,7 @@ lint: setup
 	$(STEP) format cargo fmt --all --check
 	$(STEP) dependencies resources/deny.sh
 	$(STEP) tree cargo run --quiet -p tree
-	$(STEP) clippy cargo clippy --workspace --all-targets --features storage/fuzzing -- -D warnings
+	$(STEP) clippy cargo clippy --workspace --all-targets --features storage/fuzzing,machine/fuzzing,daemon/fuzzing -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(STEP) documentation cargo doc --workspace --no-deps --document-private-items --quiet
 
 # Interop tests call qemu-img and qemu-io; native tests use /dev/kvm. Where either is missing they fail. Tests that

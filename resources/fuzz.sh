@@ -1,19 +1,30 @@
 #!/usr/bin/env bash
 # Fuzzes each target of fuzz/ for FUZZ_SECONDS (60), from the corpus in the repository; fails where one finds a crash, a hang or
-# memory without bounds. New inputs go to target/fuzz/corpus, crashes to fuzz/artifacts.
+# memory without bounds. New inputs go to target/fuzz/corpus, crashes to fuzz/artifacts. With AddressSanitizer where there is a
+# nightly toolchain, which it needs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# libFuzzer needs instrumentation that rustc has behind this switch; no sanitizer, as those need a nightly toolchain.
-export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$PWD/target/fuzz/build
 seconds=${FUZZ_SECONDS:-60} status=0
+# An input may take so many MiB, and 128 at once.
+if rustc +nightly --version >/dev/null 2>&1; then
+    # The sanitizer has records of memory beside it, and holds back what is freed.
+    sanitizer=address memory=1024 fuzz=(cargo +nightly fuzz)
+    export ASAN_OPTIONS=quarantine_size_mb=16
+else
+    echo "fuzz: without AddressSanitizer, which needs a nightly toolchain: rustup toolchain install nightly --profile minimal"
+    # libFuzzer needs instrumentation that rustc has behind this switch.
+    export RUSTC_BOOTSTRAP=1
+    sanitizer=none memory=512 fuzz=(cargo fuzz)
+fi
+export CARGO_TARGET_DIR=$PWD/target/fuzz/build-$sanitizer
 cd fuzz
-cargo fuzz build -s none
-for target in $(cargo fuzz list); do
+"${fuzz[@]}" build -s "$sanitizer"
+for target in $("${fuzz[@]}" list); do
     mkdir -p "../target/fuzz/corpus/$target"
     log=../target/fuzz/$target.log
-    # 512 MiB of memory, 128 MiB at once, 10 s for an input.
-    if cargo fuzz run -s none "$target" "../target/fuzz/corpus/$target" "corpus/$target" -- \
-        -max_total_time="$seconds" -rss_limit_mb=512 -malloc_limit_mb=128 -timeout=10 >"$log" 2>&1; then
+    # 10 s for an input.
+    if "${fuzz[@]}" run -s "$sanitizer" "$target" "../target/fuzz/corpus/$target" "corpus/$target" -- \
+        -max_total_time="$seconds" -rss_limit_mb="$memory" -malloc_limit_mb=128 -timeout=10 >"$log" 2>&1; then
         echo "fuzz: $target: $(grep -o '^Done .*' "$log")"
     else
         echo "fuzz: $target FAILED:" >&2

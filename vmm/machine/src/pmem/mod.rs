@@ -147,7 +147,7 @@ impl PmemMemory {
     }
 
     /// The memory of a raw disk in mode `cow`, without a guest.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(crate) fn cow(disk: &std::path::Path) -> Self {
         let options = OpenOptions {
             read_only: true,

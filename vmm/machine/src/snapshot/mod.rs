@@ -17,6 +17,8 @@
 mod disks;
 mod error;
 mod file;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod memory;
 mod own_pages;
 mod runs;

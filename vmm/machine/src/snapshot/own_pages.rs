@@ -59,6 +59,12 @@ impl AllOwnPages {
         self.0.is_empty()
     }
 
+    /// The own pages of these devices.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn of(pages: BTreeMap<String, OwnPages>) -> Self {
+        Self(pages)
+    }
+
     /// The first device, by id.
     pub(super) fn first(&self) -> Option<&str> {
         self.0.keys().next().map(String::as_str)
