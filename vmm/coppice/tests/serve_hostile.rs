@@ -32,14 +32,6 @@ fn kill(vm: &Value) {
     kill_process(Pid::from_raw(pid(vm)).unwrap(), Signal::KILL).unwrap();
 }
 
-/// The most memory that the daemon has had.
-fn peak_kib(daemon: &Daemon) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
-    let mut words = line.unwrap().split_whitespace();
-    words.nth(1).unwrap().parse().unwrap()
-}
-
 /// The standard error of a process, as the process has it.
 fn standard_error(vm: &Value) -> File {
     OpenOptions::new()
@@ -61,7 +53,7 @@ fn a_process_that_floods_its_log_fills_neither_the_disk_nor_the_daemon() {
     let daemon = Daemon::start(&[]);
     let vm = daemon.create_waiting("a");
     daemon.create_waiting("b");
-    let before = peak_kib(&daemon);
+    let before = daemon.peak_kib();
     let mut pipe = standard_error(&vm);
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(2) {
@@ -78,7 +70,7 @@ fn a_process_that_floods_its_log_fills_neither_the_disk_nor_the_daemon() {
     assert!(end.ends_with("\\u001b]0;owned\\u0007 last words"), "{end}");
     let log = fs::metadata(daemon.vm_folder("a").join("log")).unwrap();
     assert!((1 << 12..1 << 20).contains(&log.len()), "{}", log.len());
-    let grown = peak_kib(&daemon) - before;
+    let grown = daemon.peak_kib() - before;
     assert!(grown < ROOM_KIB, "{grown} KiB");
 }
 
@@ -119,7 +111,7 @@ fn what_a_process_leaves_in_the_place_of_its_files_is_not_waited_for_nor_read_wh
         "huge" => huge(path),
         _ => fs::write(path, "{\"kind\": ").unwrap(),
     };
-    let before = peak_kib(&daemon);
+    let before = daemon.peak_kib();
     for kind in ["fifo", "folder", "link", "huge", "text"] {
         for name in ["end.json", "log"] {
             let id = format!("{kind}-{}", name.replace('.', "-"));
@@ -134,7 +126,7 @@ fn what_a_process_leaves_in_the_place_of_its_files_is_not_waited_for_nor_read_wh
             assert!(end.starts_with("the process was killed"), "{end}");
         }
     }
-    let grown = peak_kib(&daemon) - before;
+    let grown = daemon.peak_kib() - before;
     assert!(grown < ROOM_KIB, "{grown} KiB");
     daemon.kill_and_restart();
     for vm in daemon.get("/vms")["vms"].as_array().unwrap() {
@@ -277,7 +269,7 @@ fn a_process_that_lies_about_its_counters_speaks_for_no_other_guest() {
     take_place(&daemon, "c", |_| {
         b"coppice_api_failures_total 666\n".repeat(1 << 20)
     });
-    let before = peak_kib(&daemon);
+    let before = daemon.peak_kib();
     let text = daemon.call("GET", "/metrics?guests", None).1;
     let text = text.as_str().unwrap();
     assert!(!text.contains("666"), "{text}");
@@ -288,7 +280,7 @@ fn a_process_that_lies_about_its_counters_speaks_for_no_other_guest() {
         text.contains("coppice_daemon_samples_left_out_total 4\n"),
         "{text}"
     );
-    let grown = peak_kib(&daemon) - before;
+    let grown = daemon.peak_kib() - before;
     assert!(grown < ROOM_KIB, "{grown} KiB");
 }
 

@@ -17,8 +17,12 @@ mod hostile;
 mod lifecycle;
 #[path = "serve/lying.rs"]
 mod lying;
+#[path = "serve/lying_at_large.rs"]
+mod lying_at_large;
 #[path = "serve_many.rs"]
 mod many;
+#[path = "serve/planted.rs"]
+mod planted;
 #[path = "serve/mod.rs"]
 mod serve;
 #[path = "serve_shortage.rs"]

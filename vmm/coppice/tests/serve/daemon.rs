@@ -68,6 +68,14 @@ impl Daemon {
         self.child.id()
     }
 
+    /// The most memory that it has had.
+    pub fn peak_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+        let mut words = line.unwrap().split_whitespace();
+        words.nth(1).unwrap().parse().unwrap()
+    }
+
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder().join("log")).unwrap()
     }
@@ -281,8 +289,10 @@ pub fn call(socket: &Path, method: &str, path: &str, body: Option<&Value>) -> Op
         body.len()
     );
     stream.write_all(request.as_bytes()).ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).ok()?;
+    // The process of a guest may have written it.
+    let answer = String::from_utf8_lossy(&answer);
     let (head, body) = answer.split_once("\r\n\r\n")?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
     let body = if body.is_empty() {

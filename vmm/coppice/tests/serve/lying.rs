@@ -2,58 +2,17 @@
 //! Nothing outside of the guest's folder may come of that, the guest's settings stay those of its operator, and the
 //! daemon goes on serving.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::Duration;
 
-use crate::serve::daemon::Daemon;
-use crate::serve::traces::source;
 use serde_json::{Value, json};
 
-/// What the host has outside of the folder of a guest, which no lie may change.
-#[derive(Debug, PartialEq, Eq)]
-struct Outside(BTreeMap<PathBuf, (u32, u32, u32, u64, Vec<u8>)>);
-
-impl Outside {
-    fn of(folders: &[&Path], but: &Path) -> Self {
-        fn walk(
-            folder: &Path,
-            but: &Path,
-            found: &mut BTreeMap<PathBuf, (u32, u32, u32, u64, Vec<u8>)>,
-        ) {
-            for entry in fs::read_dir(folder).unwrap().flatten() {
-                let path = entry.path();
-                let metadata = entry.path().symlink_metadata().unwrap();
-                if path == but || metadata.is_dir() && path.ends_with("cache") {
-                    continue;
-                }
-                let content = if metadata.is_file() {
-                    fs::read(&path).unwrap()
-                } else {
-                    Vec::new()
-                };
-                let owner = (metadata.uid(), metadata.gid());
-                let known = (owner.0, owner.1, metadata.mode(), metadata.ino(), content);
-                found.insert(path.clone(), known);
-                if metadata.is_dir() {
-                    walk(&path, but, found);
-                }
-            }
-        }
-        let mut found = BTreeMap::new();
-        for folder in folders {
-            walk(folder, but, &mut found);
-        }
-        Self(found)
-    }
-}
+use crate::serve::daemon::Daemon;
+use crate::serve::liar::{Answer, Liar};
+use crate::serve::outside::{Canaries, Outside};
+use crate::serve::traces::source;
 
 /// A configuration that names what a guest's process would like to have.
 fn hostile_config(outside: &Path) -> Value {
@@ -101,52 +60,14 @@ fn answers(outside: &Path) -> Vec<(u16, Vec<u8>)> {
     ]
 }
 
-/// Takes the place of a guest's process at its socket.
-struct Liar {
-    socket: PathBuf,
-    asked: Arc<AtomicUsize>,
-}
-
-impl Drop for Liar {
-    /// It ends with its process.
-    fn drop(&mut self) {
-        fs::remove_file(&self.socket).unwrap();
-    }
-}
-
-impl Liar {
-    /// Each answer comes after `skip` others, so that each request meets each of them in some run.
-    fn take_over(folder: &Path, outside: &Path, skip: usize) -> Self {
-        let socket = folder.join("api.sock");
-        fs::rename(&socket, folder.join("api.real")).unwrap();
-        let listener = UnixListener::bind(&socket).unwrap();
-        fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
-        let (asked, answers) = (Arc::<AtomicUsize>::default(), answers(outside));
-        let counter = asked.clone();
-        thread::spawn(move || {
-            for client in listener.incoming() {
-                let Ok(client) = client else { return };
-                let number = counter.fetch_add(1, Ordering::SeqCst) + skip;
-                let (status, body) = answers[number % answers.len()].clone();
-                thread::spawn(move || answer(client, status, &body));
-            }
-        });
-        Self { socket, asked }
-    }
-}
-
-fn answer(mut client: UnixStream, status: u16, body: &[u8]) {
-    client
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
-    // A request of the daemon comes at once, and is short.
-    let _ = client.read(&mut [0; 8 << 10]);
-    let head = format!("HTTP/1.1 {status} OK\r\nContent-Type: application/json\r\n");
-    let length = match status {
-        204 => "\r\n".to_owned(),
-        _ => format!("Content-Length: {}\r\n\r\n", body.len()),
-    };
-    let _ = client.write_all(&[head.as_bytes(), length.as_bytes(), body].concat());
+/// Each answer comes after `skip` others, so that each request meets each of them in some run.
+fn lie(folder: &Path, outside: &Path, skip: usize) -> Liar {
+    let (answers, asked) = (answers(outside), AtomicUsize::new(skip));
+    Liar::take_over(folder, move |_| {
+        let number = asked.fetch_add(1, Ordering::SeqCst);
+        let (status, body) = &answers[number % answers.len()];
+        Answer::new(*status, body)
+    })
 }
 
 /// What the daemon is asked while the process lies: everything that makes it ask the process, or record something of
@@ -184,30 +105,24 @@ fn what_a_lying_process_answers_changes_nothing_but_its_own_guest() {
     if !skip::unless_root() {
         return;
     }
-    let outside = tempfile::tempdir().unwrap();
-    for (name, mode) in [("secret", 0o600), ("open", 0o666)] {
-        fs::write(outside.path().join(name), name).unwrap();
-        let mode = fs::Permissions::from_mode(mode);
-        fs::set_permissions(outside.path().join(name), mode).unwrap();
-    }
+    let canaries = Canaries::new();
+    let outside = canaries.path();
     let mut daemon = Daemon::start(&[]);
     source(&daemon, 16);
     let asked_for = settings(&daemon);
     let folder = daemon.vm_folder("a");
-    let unchanged = |daemon: &Daemon| {
-        let templates = daemon.folder().join("state/templates");
-        Outside::of(&[outside.path(), &templates], &folder)
-    };
+    let not_its_own = [folder.clone(), daemon.folder().join("a.vhdx")];
+    let unchanged = |daemon: &Daemon| Outside::of(&canaries, daemon, &not_its_own);
     let before = unchanged(&daemon);
-    for skip in 0..answers(outside.path()).len() {
-        let liar = Liar::take_over(&folder, outside.path(), skip);
+    for skip in 0..answers(outside).len() {
+        let liar = lie(&folder, outside, skip);
         for (method, path, body) in requests(&daemon) {
             let body = Some(&body).filter(|body| !body.is_null());
             let (status, answer) = daemon.call(method, path, body);
             assert!(status < 600, "{method} {path}: {answer}");
         }
-        assert!(liar.asked.load(Ordering::SeqCst) > 5);
-        assert_eq!(unchanged(&daemon), before, "after {skip}");
+        assert!(liar.asked() > 5);
+        unchanged(&daemon).expect(&before, &format!("after {skip}"));
         // The next daemon finds the guest, whose process goes on lying.
         if skip % 3 == 0 {
             daemon.kill_and_restart();
@@ -227,7 +142,7 @@ fn what_a_lying_process_answers_changes_nothing_but_its_own_guest() {
             asked_for[0]["boot-source"]
         );
         assert_eq!(settings(&daemon)[2], asked_for[2]);
-        assert_eq!(unchanged(&daemon), before, "after {skip}, started again");
+        unchanged(&daemon).expect(&before, &format!("after {skip}, started again"));
         let _ = daemon.call("DELETE", "/templates/t", None);
     }
     let shown = daemon.get("/vms/a").to_string();
@@ -235,7 +150,7 @@ fn what_a_lying_process_answers_changes_nothing_but_its_own_guest() {
         assert!(!shown.contains(planted), "{shown}");
     }
     assert!(daemon.call("DELETE", "/vms/a", None).0 < 300);
-    assert_eq!(unchanged(&daemon), before);
+    unchanged(&daemon).expect(&before, "deleted");
 }
 
 #[test]

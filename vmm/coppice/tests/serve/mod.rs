@@ -4,5 +4,9 @@
 
 pub mod daemon;
 pub mod kernel;
+pub mod liar;
+pub mod lies;
+pub mod outside;
+pub mod plant;
 pub mod steps;
 pub mod traces;
