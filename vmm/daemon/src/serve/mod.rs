@@ -36,6 +36,8 @@ mod end_reason;
 mod events;
 mod fault;
 mod file_copy;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod guarded_files;
 mod guest_api;
 mod guest_log;

@@ -143,7 +143,7 @@ impl Templates {
                 }
                 Ok(None) => {
                     tracing::info!(path = %path.display(), "what was left of a template is removed");
-                    fs::remove_dir_all(&path)?;
+                    store::remove_folder(&path)?;
                 }
                 Err(error) => {
                     tracing::error!(path = %path.display(), error = %chain(&error), "a template is not used, and stays as it is");

@@ -21,7 +21,7 @@ use memshare::{Limits, PAGE_SIZE, Region, SharedMemory, Window};
 use host::report::chain;
 
 use super::disks::DiskOf;
-use super::memory::{Layer, MemoryState};
+use super::memory::{GivenLayers, Layer, MemoryState};
 use super::own_pages::{AllOwnPages, OwnPages};
 use super::runs::SavedRun;
 use super::state::GuestState;
@@ -127,7 +127,8 @@ pub fn state(bytes: &[u8]) {
     let files = Files::get();
     let path = files.folder.path().join("state");
     std::fs::write(&path, &bytes).expect("room for a file");
-    let Ok(mut state) = file::read::<GuestState>(&path) else {
+    let written = File::open(&path).expect("a file that was written");
+    let Ok(mut state) = file::read::<GuestState>(written, &path, None) else {
         return;
     };
     let again = serde_json::to_vec(&state).expect("what was read can be written");
@@ -150,7 +151,7 @@ pub fn state(bytes: &[u8]) {
         layer.path.clone_from(&files.zeros);
     }
     for verify in [true, false] {
-        let Ok(open) = state.memory.clone().open(Some(&files.zeros), verify) else {
+        let Ok(open) = state.memory.clone().open(GivenLayers::default(), verify) else {
             continue;
         };
         let bytes = open.state().bytes;
@@ -339,7 +340,7 @@ pub fn memory_index(input: &Index) {
         layers,
         own_pages: AllOwnPages::of(own_pages.clone()),
     };
-    let opened = state.clone().open(None, input.verify);
+    let opened = state.clone().open(GivenLayers::default(), input.verify);
     let fits = expected && (is_right || !input.verify);
     let open = match opened {
         Ok(open) => open,
