@@ -177,7 +177,11 @@ fn an_output_of_a_guest_is_not_opened_through_a_link_in_its_folder() {
         spec["start"] = json!(false);
         let (status, answer) = daemon.post("/vms", &spec);
         assert_eq!(status, 201, "{answer}");
-        let _ = fs::remove_file(&path);
+        let (status, answer) = daemon.post("/vms/a/start", &json!(null));
+        assert_eq!(status, 200, "{output}: {answer}");
+        assert!(path.symlink_metadata().unwrap().is_file());
+        assert!(daemon.post("/vms/a/stop", &json!({"timeout_s": 0})).0 < 300);
+        fs::remove_file(&path).unwrap();
         symlink(&secret, &path).unwrap();
         let (status, answer) = daemon.post("/vms/a/start", &json!(null));
         assert_ne!(status, 200, "{output}: {answer}");
