@@ -325,13 +325,16 @@ pub fn memory_index(input: &Index) {
     }
     let top = layers.len().saturating_sub(1);
     let (mut own_pages, mut next) = (BTreeMap::new(), Some(bytes));
-    for (device, (bytes, runs)) in &input.own_pages {
+    // The pages of the devices follow each other in the order of their ids.
+    let devices = input.own_pages.iter().map(|(device, own)| {
+        let known = DEVICES.get(usize::from(*device));
+        let id = known.map_or_else(|| device.to_string(), ToString::to_string);
+        (id, own)
+    });
+    for (id, (bytes, runs)) in devices.collect::<BTreeMap<_, _>>() {
         let (runs, are_right) = runs.saved(top, &mut next);
         is_right &= are_right;
         let bytes = bytes.unwrap_or(DEVICE_PAGES * PAGE_SIZE);
-        let id = DEVICES
-            .get(usize::from(*device))
-            .map_or_else(|| device.to_string(), ToString::to_string);
         own_pages.insert(id, OwnPages { bytes, runs });
     }
     let expected = is_sound(bytes, &layers, &own_pages);
@@ -377,9 +380,10 @@ fn is_sound(bytes: u64, layers: &[Layer], own_pages: &BTreeMap<String, OwnPages>
     let layers_fit = layers
         .iter()
         .all(|layer| are_pages(&layer.runs, bytes) && Runs::has_as_many_sums(&layer.runs));
-    let held: u128 = layers.first().map_or(1, |layer| {
-        layer.runs.iter().map(|run| u128::from(run.len)).sum()
-    });
+    let Some(lowest) = layers.first() else {
+        return false;
+    };
+    let held: u128 = lowest.runs.iter().map(|run| u128::from(run.len)).sum();
     let own_fit = own_pages.values().all(|own| {
         own.bytes % PAGE_SIZE == 0
             && are_pages(&own.runs, own.bytes)
