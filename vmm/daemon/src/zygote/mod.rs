@@ -10,7 +10,7 @@
 //! A program that can be loaded at any address has some 200 KiB of pointers that are relocated when it is loaded, which
 //! makes those pages private. A process that is executed has its own copy of them. Copies of the zygote share its
 //! relocated pages (copy on write), and start sooner. In return, all of them have the zygote's addresses of program,
-//! heap, stack and mappings, and its pointer guard; each has a stack [canary] of its own. `coppice serve --own-layout`
+//! heap, stack and mappings, and its pointer guard; each has a stack canary of its own. `coppice serve --own-layout`
 //! has each process executed instead, so that all of these differ.
 //!
 //! The zygote has one thread, no descriptor but the socket and the log, and ends with the daemon.
