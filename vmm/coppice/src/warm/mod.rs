@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The kernel may be anybody's, and may take over the process that boots it. So that process has no more than any guest
-//! has, and the image is a file that it never had: see [`answer`] for what is believed of it.
+//! has, and the image is a file that it never had: see `answer` for what is believed of it.
 
 mod answer;
 mod guest;
