@@ -33,7 +33,7 @@ impl Guid {
     }
 
     /// A new one.
-    pub(crate) fn random() -> Self {
+    pub fn random() -> Self {
         Self(Uuid::new_v4().to_bytes_le())
     }
 }

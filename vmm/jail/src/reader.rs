@@ -15,6 +15,7 @@
 //! given.
 
 use std::fs::File;
+use std::hash::RandomState;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -93,6 +94,8 @@ pub fn confine((uid, gid): User) -> io::Result<()> {
             },
         )?;
     }
+    // A static program may open `/dev/urandom` for the keys of its first hash table, instead of calling getrandom(2).
+    let _ = RandomState::new();
     credentials::close_ways_to_capabilities();
     credentials::become_user(uid, gid)?;
     credentials::drop_capabilities()?;
@@ -122,6 +125,8 @@ pub fn parent_of(file: &File, folder: &Path, user: User) -> io::Result<Option<Pa
 /// # Errors
 /// The host's error; where the disk cannot be changed.
 pub fn answer(file: File, folder: &Path, user: User, place: Option<&Path>) -> io::Result<Vec<u8>> {
+    // A static program opens `/dev/urandom` for its first identifier, and reads on from it for all others.
+    let _ = Guid::random();
     confine(user)?;
     let locator = match place {
         Some(place) => vhdx::move_parent(file, folder, place).map_err(io::Error::other)?,
