@@ -130,11 +130,10 @@ pub fn guard(file: &File) -> Result<bool, LockError> {
     Ok(true)
 }
 
-/// Whether somebody answers for the readers of a file.
+/// Whether somebody answers for the readers of a file, on which the caller has a reader's locks: so what holds that
+/// byte is no writer.
 fn is_guarded(file: &File) -> Result<bool, LockError> {
-    let held = conflict(file, Kind::Shared, GUARDED, 1)?;
-    // A writer of this crate holds this byte, too, and the others with it.
-    Ok(held.is_some() && conflict(file, Kind::Shared, READS, 1)?.is_none())
+    Ok(conflict(file, Kind::Shared, GUARDED, 1)?.is_some())
 }
 
 /// Turns the lock of a writer into that of a reader; nobody else can get in between.

@@ -16,7 +16,7 @@ pub(crate) const TIB: u64 = 1 << 40;
 pub(crate) const LOG_SECTOR: u64 = 4 * KIB;
 
 /// First bytes of a file (2.2.1).
-pub(crate) const SIGNATURE: &[u8; 8] = b"vhdxfile";
+pub const SIGNATURE: &[u8; 8] = b"vhdxfile";
 /// Where the two headers lie (2.2).
 pub(crate) const HEADER_OFFSETS: [u64; 2] = [64 * KIB, 128 * KIB];
 /// First bytes of a header (2.2.2).

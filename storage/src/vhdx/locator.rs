@@ -61,7 +61,7 @@ impl ParentLocator {
     }
 
     /// Whether the parent may have this DataWriteGuid.
-    pub fn links_to(&self, data_write_guid: Guid) -> bool {
+    pub(crate) fn links_to(&self, data_write_guid: Guid) -> bool {
         self.linkage == data_write_guid || self.linkage2 == Some(data_write_guid)
     }
 

@@ -44,7 +44,7 @@ pub use check::Checked;
 pub use compact::{CompactOptions, Compacted};
 pub use create::{ChildOptions, CreateError, CreateOptions};
 pub use disk::Vhdx;
-pub use format::Guid;
+pub use format::{Guid, SIGNATURE};
 pub use identifiers::Identifiers;
 pub use info::Info;
 pub use locator::ParentLocator;

@@ -10,6 +10,7 @@ use std::path::{Component, Path, PathBuf};
 
 use memshare::ShareMode;
 use rustix::fs::{Access as Mode, access};
+use storage::vhdx::SIGNATURE;
 
 use super::error::JailError;
 use super::landlock;
@@ -23,8 +24,6 @@ use kvm::boot;
 
 /// The longest chain of disks that is followed; a longer one is refused when it is opened.
 const LONGEST_CHAIN: usize = 256;
-/// What a VHDX begins with ([MS-VHDX] 2.2.1).
-const VHDX_SIGNATURE: &[u8; 8] = b"vhdxfile";
 
 /// Collects the files that exist, under all names that they are opened by.
 #[derive(Default)]
@@ -167,8 +166,8 @@ fn parent_of(disk: &Path, reader: reader::User) -> Result<Option<PathBuf>, JailE
     let Ok(file) = File::open(disk) else {
         return Ok(None);
     };
-    let mut signature = [0; VHDX_SIGNATURE.len()];
-    if file.read_exact_at(&mut signature, 0).is_err() || signature != *VHDX_SIGNATURE {
+    let mut signature = [0; SIGNATURE.len()];
+    if file.read_exact_at(&mut signature, 0).is_err() || signature != *SIGNATURE {
         return Ok(None);
     }
     let folder = std::path::absolute(folder_of(disk)).map_err(failed(disk))?;

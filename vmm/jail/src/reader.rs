@@ -35,8 +35,7 @@ use super::{credentials, seccomp};
 
 /// The longest answer in bytes: that of a locator with three paths is a few kilobytes long.
 const LONGEST: usize = 64 << 10;
-/// Bytes of memory that a child may have in addition to what it inherits: a log is at most 1 GiB long, but what it
-/// changes in the metadata is not.
+/// Bytes of address space that a child may have, with what it inherits.
 const MEMORY: u64 = 1 << 30;
 /// Seconds of CPU time that a child may use.
 const CPU: u64 = 10;

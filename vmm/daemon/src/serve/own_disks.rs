@@ -8,11 +8,10 @@ use std::path::{Path, PathBuf};
 
 use super::store::{self, is_missing, open_without_waiting};
 use config::DeviceId;
+use storage::vhdx::SIGNATURE;
 
-/// What a VHDX begins with ([MS-VHDX] 2.2.1). It is written last when one is made.
-const SIGNATURE: &[u8; 8] = b"vhdxfile";
-
-/// Whether the disk that a process has begun to make is complete. The process may have put anything under that name.
+/// Whether the disk that a process has begun to make is complete: its signature is written last. The process may have
+/// put anything under that name.
 pub fn is_whole(path: &Path) -> bool {
     let looked = || -> io::Result<bool> {
         let mut file = open_without_waiting(path, File::options().read(true))?;
