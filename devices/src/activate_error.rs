@@ -15,6 +15,14 @@ pub enum ActivateError {
     /// The rings of a balloon say that the device keeps a statistics buffer, and its state does not say which.
     #[error("its statistics buffer is missing")]
     NoStatisticsBuffer,
+    /// The host refuses what the features need.
+    #[error("the host refuses to set {what}")]
+    Host {
+        /// What was to be set.
+        what: &'static str,
+        /// The host's error.
+        source: std::io::Error,
+    },
     /// The state of a balloon says that the device keeps a buffer, and its rings do not.
     #[error("it has a buffer of no queue")]
     StrayBuffer,

@@ -2,17 +2,18 @@
 
 use crate::legacy::{acpi_pm, boot_timer, i8042, pvpanic, rtc, serial};
 use crate::lifecycle::DeviceKind;
-use crate::virtio::{balloon, block, mmio, pmem, rng, vsock};
+use crate::virtio::{balloon, block, mmio, net, pmem, rng, vsock};
 use crate::vmgenid;
 
 /// All kinds. A snapshot with a state of a kind that is not here is refused.
-pub const KINDS: [&DeviceKind; 13] = [
+pub const KINDS: [&DeviceKind; 14] = [
     &acpi_pm::KIND,
     &balloon::KIND,
     &block::KIND,
     &boot_timer::KIND,
     &i8042::KIND,
     &mmio::KIND,
+    &net::KIND,
     &pmem::KIND,
     &pvpanic::KIND,
     &rng::KIND,
@@ -53,6 +54,7 @@ mod tests {
             "entropy",
             "generation",
             "keyboard",
+            "network",
             "pmem",
             "rtc",
             "serial",

@@ -6,6 +6,7 @@ pub mod chain;
 pub mod mmio;
 #[cfg(test)]
 mod mock_ring;
+pub mod net;
 pub mod pmem;
 mod ring_position;
 pub mod rng;
