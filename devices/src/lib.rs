@@ -18,6 +18,7 @@ mod lock;
 pub mod log_limit;
 pub mod metrics;
 pub mod persist;
+pub mod rate_limiter;
 pub mod virtio;
 pub mod vmgenid;
 

@@ -29,6 +29,7 @@ pub mod limits;
 mod machine;
 mod output;
 mod pmem;
+mod rate_limiter;
 mod sharing;
 mod size;
 mod snapshot;
@@ -57,6 +58,7 @@ pub use limits::MAX_FILE_SIZE;
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
+pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use sharing::SharingConfig;
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use snapshot::{
