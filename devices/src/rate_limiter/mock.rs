@@ -34,6 +34,11 @@ impl VirtualTimer {
         Some(wait)
     }
 
+    /// Milliseconds since the clock was made.
+    pub(crate) fn elapsed_ms(&self) -> u64 {
+        self.0.lock().now.as_millis() as u64
+    }
+
     pub(crate) fn has_ended(&self) -> bool {
         let clock = self.0.lock();
         clock.end.is_some_and(|end| end <= clock.now)

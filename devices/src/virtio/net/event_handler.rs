@@ -7,6 +7,9 @@ use super::{Answers, VirtioNet};
 
 /// The event's data for the station's timer.
 const TIMER: u32 = u32::MAX;
+/// The event's data for the limiters' timers.
+const RX_LIMITER: u32 = u32::MAX - 1;
+const TX_LIMITER: u32 = u32::MAX - 2;
 /// The event's data for a frame of the first pair; for a kick it is the number of the queue.
 const FRAMES: u32 = 1 << 16;
 
@@ -34,6 +37,11 @@ impl Answers {
 }
 
 impl VirtioNet {
+    fn watch_limiters(&mut self, ops: &mut EventOps<'_>) {
+        self.limiters.rx.watch(ops, RX_LIMITER);
+        self.limiters.tx.watch(ops, TX_LIMITER);
+    }
+
     pub(super) fn arm(&mut self) {
         if let Some(answers) = &mut self.answers {
             answers.arm();
@@ -42,8 +50,23 @@ impl VirtioNet {
 }
 
 impl MutEventSubscriber for VirtioNet {
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        self.watch_limiters(ops);
         match events.data() {
+            RX_LIMITER => {
+                if self.limiters.rx.on_timer() {
+                    for pair in 0..self.link.pairs() {
+                        self.serve(usize::from(pair) * 2);
+                    }
+                }
+            }
+            TX_LIMITER => {
+                if self.limiters.tx.on_timer() {
+                    for pair in 0..self.link.pairs() {
+                        self.serve(usize::from(pair) * 2 + 1);
+                    }
+                }
+            }
             TIMER => {
                 if let Some(answers) = &mut self.answers {
                     answers.is_armed = false;
@@ -65,6 +88,7 @@ impl MutEventSubscriber for VirtioNet {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.watch_limiters(ops);
         let kicks = (0..)
             .zip(&self.kicks)
             .map(|(queue, kick)| Events::with_data(kick, queue, EventSet::IN));

@@ -25,6 +25,10 @@ pub struct NetMetrics {
     pub malformed_frames: AtomicU64,
     /// Turns of receiving that found no buffer of the guest.
     pub no_buffers: AtomicU64,
+    /// How often a frame to the guest waited for its limiter.
+    pub received_throttled: AtomicU64,
+    /// How often a frame of the guest waited for its limiter.
+    pub sent_throttled: AtomicU64,
     /// Rings that broke.
     pub failures: AtomicU64,
 }
@@ -49,7 +53,18 @@ impl NetMetrics {
                 .label("to", to)
                 .field(field)
         };
+        let throttled = |to, counter, field| {
+            let help = "How often frames waited for a rate limiter";
+            let metric = Metric::counter("net_throttled", help, counter);
+            metric.label("to", to).field(field)
+        };
         vec![
+            throttled(
+                "guest",
+                &self.received_throttled,
+                "rx_rate_limiter_throttled",
+            ),
+            throttled("network", &self.sent_throttled, "tx_rate_limiter_throttled"),
             frames("guest", &self.received_frames, "rx_packets_count"),
             frames("network", &self.sent_frames, "tx_packets_count"),
             bytes("guest", &self.received_bytes, "rx_bytes_count"),

@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::super::mock_ring::{RING_SIZE, Ring};
 use super::header::{HEADER_LEN, NetHeader};
 use super::*;
+pub(super) use crate::rate_limiter::mock::{bucket, limiter};
 
 pub(super) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 pub(super) const NEXT: u16 = 1;
@@ -102,6 +103,7 @@ pub(super) fn device(pairs: usize) -> (VirtioNet, Vec<OwnedFd>, Asked) {
         link: Box::new(link),
         mac: MAC,
         mtu: Some(1500),
+        limits: NetLimits::default(),
         station: Some(Box::<Parrot>::default()),
     };
     let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();

@@ -61,6 +61,7 @@ use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice, re
 use crate::GuestMemory;
 use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
 use crate::metrics::{Metric, add};
+use crate::rate_limiter::{LimitsUpdate, RateLimiter, RateLimits};
 
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 64;
@@ -85,8 +86,24 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// The MTU that the guest is given; its own where absent.
     pub mtu: Option<u16>,
+    /// What limits frames to the guest, and those of it to the network.
+    pub limits: NetLimits,
     /// Who answers some of the guest's frames in this process.
     pub station: Option<Box<dyn Station>>,
+}
+
+/// What limits a network device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NetLimits {
+    /// Frames to the guest.
+    pub rx: RateLimits,
+    /// Frames of the guest.
+    pub tx: RateLimits,
+}
+
+struct Limiters {
+    rx: RateLimiter,
+    tx: RateLimiter,
 }
 
 /// A pair of queues.
@@ -132,6 +149,7 @@ pub struct VirtioNet {
     queue_sizes: Vec<u16>,
     link: Box<dyn Link>,
     answers: Option<Answers>,
+    limiters: Limiters,
     config: ConfigSpace,
     mtu: Option<u16>,
     offered: u64,
@@ -152,6 +170,7 @@ impl VirtioNet {
             link,
             mac,
             mtu,
+            limits,
             station,
         } = config;
         let pairs = link.pairs().max(1);
@@ -184,6 +203,10 @@ impl VirtioNet {
             offered: offered.features(),
             link,
             answers,
+            limiters: Limiters {
+                rx: RateLimiter::new(limits.rx)?,
+                tx: RateLimiter::new(limits.tx)?,
+            },
             active: None,
             restored: None,
             paused: false,
@@ -195,6 +218,20 @@ impl VirtioNet {
     /// Has `on_fault` called for each frame whose guest memory the host cannot reach.
     pub fn on_fault(&mut self, on_fault: Arc<OnFault>) {
         self.on_fault = Some(on_fault);
+    }
+
+    /// Changes its limits.
+    ///
+    /// # Errors
+    /// Where the host has no file descriptor left.
+    pub fn limit(&mut self, rx: LimitsUpdate, tx: LimitsUpdate) -> io::Result<()> {
+        self.limiters.rx.update(rx)?;
+        self.limiters.tx.update(tx)?;
+        // The device thread watches timers that are new.
+        for queue in 0..self.kicks.len() {
+            self.kick(queue);
+        }
+        Ok(())
     }
 
     fn max_pairs(&self) -> u16 {

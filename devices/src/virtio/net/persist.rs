@@ -10,6 +10,7 @@ use super::features::GUEST_OFFLOADS;
 use super::{KIND, Restored, VirtioNet};
 use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same, invalid};
+use crate::rate_limiter::RateLimiterState;
 
 /// What the guest was told of the interface, and what it has set.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,12 @@ pub struct NetState {
     pub serving: u16,
     /// The features of receiving that are on, as bits of features.
     pub offloads: u64,
+    /// What its limiters have left.
+    #[serde(default, skip_serializing_if = "RateLimiterState::is_empty")]
+    pub rx_limiter: RateLimiterState,
+    /// The same, of frames of the guest.
+    #[serde(default, skip_serializing_if = "RateLimiterState::is_empty")]
+    pub tx_limiter: RateLimiterState,
     /// Whether the guest was asked to tell the network where it is, and has not yet.
     pub announces: bool,
 }
@@ -43,6 +50,8 @@ impl VirtioNet {
             pairs: self.max_pairs(),
             serving: active.map_or(1, |active| active.serving),
             offloads: active.map_or(0, |active| active.offloads),
+            rx_limiter: self.limiters.rx.save_state(),
+            tx_limiter: self.limiters.tx.save_state(),
             announces: self.config.announces(),
         }
     }
@@ -88,6 +97,12 @@ impl VirtioNet {
                 reason,
             ));
         }
+        self.limiters
+            .rx
+            .restore_state(KIND.name, &state.rx_limiter)?;
+        self.limiters
+            .tx
+            .restore_state(KIND.name, &state.tx_limiter)?;
         self.restored = Some(Restored {
             serving: state.serving,
             offloads: state.offloads,

@@ -35,8 +35,15 @@ pub(super) struct Rx {
     ring: RxRing,
     /// Whether a frame may take several buffers.
     mergeable: bool,
-    /// A frame, header first, that waits for more buffers of the guest.
-    waiting: Option<Vec<u8>>,
+    /// A frame that waits for more buffers of the guest, or for its turn.
+    waiting: Option<Waiting>,
+}
+
+struct Waiting {
+    /// Header first.
+    bytes: Vec<u8>,
+    /// Whether it takes tokens of the limiter yet: frames of the station do not.
+    is_limited: bool,
 }
 
 /// What became of a frame.
@@ -44,6 +51,8 @@ enum Outcome {
     Done,
     /// The guest has too few buffers for it.
     NoRoom,
+    /// The limiter has too few tokens for it.
+    Throttled,
 }
 
 impl Rx {
@@ -127,9 +136,10 @@ impl Rx {
         memory: &GuestMemory,
         buffers: &mut VecDeque<Buffer>,
     ) -> Result<Outcome, Error> {
-        let Some(frame) = self.waiting.take() else {
+        let Some(waiting) = self.waiting.take() else {
             return Ok(Outcome::Done);
         };
+        let frame = &waiting.bytes;
         if !self.gather(memory, buffers, frame.len())? {
             let never = if self.mergeable {
                 buffers.len() >= usize::from(self.ring.size())
@@ -137,11 +147,11 @@ impl Rx {
                 !buffers.is_empty()
             };
             if !never {
-                self.waiting = Some(frame);
+                self.waiting = Some(waiting);
             }
             return Ok(Outcome::NoRoom);
         }
-        let mut rest: &[u8] = &frame;
+        let mut rest: &[u8] = frame;
         for segment in buffers.iter().flat_map(|buffer| &buffer.segments) {
             let (part, behind) = rest.split_at(rest.len().min(segment.len as usize));
             memory
@@ -201,8 +211,9 @@ impl VirtioNet {
             left -= 1;
             let outcome = if rx.waiting.is_some() {
                 self.deliver_kept(rx, memory, &mut buffers)?
-            } else if let Some(frame) = self.next_answer(pair) {
-                rx.waiting = Some(frame);
+            } else if let Some(bytes) = self.next_answer(pair) {
+                let is_limited = false;
+                rx.waiting = Some(Waiting { bytes, is_limited });
                 self.deliver_kept(rx, memory, &mut buffers)?
             } else {
                 let received = self.receive_one(pair, rx, memory, &mut buffers, longest)?;
@@ -212,6 +223,10 @@ impl VirtioNet {
                 };
                 outcome
             };
+            if let Outcome::Throttled = outcome {
+                more = false;
+                break;
+            }
             if let Outcome::NoRoom = outcome {
                 add(&self.metrics.no_buffers, 1);
                 // Otherwise some came in between.
@@ -231,20 +246,41 @@ impl VirtioNet {
     }
 
     fn deliver_kept(
-        &self,
+        &mut self,
         rx: &mut Rx,
         memory: &GuestMemory,
         buffers: &mut VecDeque<Buffer>,
     ) -> Result<Outcome, Error> {
-        let len = rx.waiting.as_ref().map_or(0, Vec::len);
+        let Some(waiting) = &mut rx.waiting else {
+            return Ok(Outcome::Done);
+        };
+        let len = waiting.bytes.len();
+        if waiting.is_limited {
+            if !self.may_receive(len) {
+                return Ok(Outcome::Throttled);
+            }
+            waiting.is_limited = false;
+        }
         let outcome = rx.deliver_waiting(memory, buffers)?;
         match outcome {
             Outcome::Done => self.count_received(len),
             // It will never fit, and is lost.
             Outcome::NoRoom if rx.waiting.is_none() => add(&self.metrics.received_drops, 1),
-            Outcome::NoRoom => {}
+            Outcome::NoRoom | Outcome::Throttled => {}
         }
         Ok(outcome)
+    }
+
+    /// Whether the limiter lets a frame of `len` bytes, header included, pass now.
+    fn may_receive(&mut self, len: usize) -> bool {
+        let passes = self
+            .limiters
+            .rx
+            .consume((len - HEADER_LEN.min(len)) as u64, 1);
+        if !passes {
+            add(&self.metrics.received_throttled, 1);
+        }
+        passes
     }
 
     fn count_received(&self, len: usize) {
@@ -257,21 +293,25 @@ impl VirtioNet {
 
     /// Moves one frame of the network; `None` where there is none.
     fn receive_one(
-        &self,
+        &mut self,
         pair: u16,
         rx: &mut Rx,
         memory: &GuestMemory,
         buffers: &mut VecDeque<Buffer>,
         longest: usize,
     ) -> Result<Option<Outcome>, Error> {
-        let Some(queue) = self.link.queue(pair) else {
-            return Ok(None);
-        };
+        // The frame that waits is looked at first, so there is none that a blocked limiter has not seen.
+        if self.limiters.rx.is_blocked() {
+            return Ok(Some(Outcome::Throttled));
+        }
         let mut scatter = Scatter::new(memory);
         let fits = rx.gather(memory, buffers, longest)?
             && buffers
                 .iter()
                 .all(|buffer| scatter.push(&buffer.segments).is_ok());
+        let Some(queue) = self.link.queue(pair) else {
+            return Ok(None);
+        };
         let received = if fits {
             scatter.receive(queue)
         } else if buffers.is_empty() {
@@ -284,7 +324,10 @@ impl VirtioNet {
                 Ok(len) if (HEADER_LEN..frame.len()).contains(&len) => {
                     frame.truncate(len);
                     frame.shrink_to_fit();
-                    rx.waiting = Some(frame);
+                    rx.waiting = Some(Waiting {
+                        bytes: frame,
+                        is_limited: true,
+                    });
                     return self.deliver_kept(rx, memory, buffers).map(Some);
                 }
                 read => read.map(|_| None),
@@ -292,6 +335,18 @@ impl VirtioNet {
         };
         match received {
             Ok(Some(len)) if len > HEADER_LEN => {
+                if !self.may_receive(len) {
+                    // The guest has not been given the buffers, and may do with them what it likes meanwhile.
+                    let mut bytes = vec![0; len];
+                    let segments = buffers
+                        .iter()
+                        .flat_map(|buffer| buffer.segments.iter().copied());
+                    chain::read(memory, &segments.collect::<Vec<_>>(), &mut bytes)
+                        .map_err(|_| Error::InvalidChain)?;
+                    let is_limited = true;
+                    rx.waiting = Some(Waiting { bytes, is_limited });
+                    return Ok(Some(Outcome::Throttled));
+                }
                 rx.deliver(memory, buffers, len)?;
                 self.count_received(len);
                 Ok(Some(Outcome::Done))

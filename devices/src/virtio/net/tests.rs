@@ -9,7 +9,7 @@ use zerocopy::little_endian::U16;
 use super::super::INTERRUPT_USED_BUFFER;
 use super::super::mock_ring::RING_SIZE;
 use super::header::{HEADER_LEN, NetHeader};
-use super::mock::{ALL, Driver, MAC, memory};
+use super::mock::{self, ALL, Driver, MAC, memory};
 use super::*;
 
 const PLAIN: NetHeader = NetHeader {
@@ -477,5 +477,68 @@ proptest! {
             driver.send(&PLAIN, &sent);
             prop_assert_eq!(&driver.arrived().unwrap()[HEADER_LEN..], &*sent);
         }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Also frames that are longer than the bucket.
+    #[test]
+    fn limits_hold_frames_back_and_lose_none(
+        lengths in prop::collection::vec(14usize..4000, 2..20),
+        size in 1000u64..5000,
+    ) {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, ALL);
+        let bytes = mock::bucket(size, 0, 100);
+        let (rx, rx_time) = mock::limiter(bytes, None);
+        let (tx, tx_time) = mock::limiter(bytes, mock::bucket(3, 0, 10));
+        driver.device.limiters = Limiters { rx, tx };
+        driver.post(0, RING_SIZE, 4096);
+        for (index, len) in (0..).zip(&lengths) {
+            let mut bytes = frame(*len);
+            bytes[0] = index;
+            driver.network_sends(&bytes);
+        }
+        driver.device.serve(0);
+        let (mut got, mut passed) = (Vec::new(), 0);
+        loop {
+            while let Some((bytes, _)) = driver.received(0) {
+                passed += bytes.len() - HEADER_LEN;
+                got.push((bytes[HEADER_LEN], bytes.len() - HEADER_LEN));
+            }
+            let most = size as usize + rx_time.elapsed_ms() as usize * size as usize / 100 + 4000;
+            prop_assert!(passed <= most, "{passed} of {most}");
+            if rx_time.advance_to_end().is_none() {
+                break;
+            }
+            prop_assert!(driver.device.limiters.rx.on_timer());
+            driver.device.serve(0);
+        }
+        let expected: Vec<_> = (0u8..).zip(lengths.iter().copied()).collect();
+        prop_assert_eq!(&got, &expected);
+
+        let mut sent = 0;
+        for len in &lengths {
+            driver.send(&PLAIN, &frame(*len));
+            loop {
+                match driver.arrived() {
+                    Some(bytes) => {
+                        prop_assert_eq!(bytes.len(), HEADER_LEN + len);
+                        sent += 1;
+                        break;
+                    }
+                    None => {
+                        prop_assert_eq!(driver.used(1), None, "it stays in the ring");
+                        prop_assert!(tx_time.advance_to_end().is_some());
+                        prop_assert!(driver.device.limiters.tx.on_timer());
+                        driver.device.serve(1);
+                    }
+                }
+            }
+            prop_assert_eq!(driver.used(1), Some((0, 0)));
+        }
+        prop_assert_eq!(sent, lengths.len());
     }
 }

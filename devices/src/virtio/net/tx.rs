@@ -16,12 +16,14 @@ use crate::metrics::add;
 /// The shortest frame: the header of Ethernet.
 const MIN_FRAME: usize = 14;
 
-/// Why a frame goes nowhere.
+/// Why a frame does not go.
 enum Dropped {
     /// It breaks a rule.
     Malformed,
     /// The network refused it.
     Refused,
+    /// The limiter has too few tokens for it yet.
+    Throttled,
 }
 
 impl VirtioNet {
@@ -73,6 +75,12 @@ impl VirtioNet {
                 Ok(by_station) => answered |= by_station,
                 Err(Dropped::Malformed) => add(&self.metrics.malformed_frames, 1),
                 Err(Dropped::Refused) => add(&self.metrics.sent_drops, 1),
+                Err(Dropped::Throttled) => {
+                    // It stays in the ring, as do those behind it.
+                    queue.set_next_avail(queue.next_avail().wrapping_sub(1));
+                    more = false;
+                    break;
+                }
             }
             queue.add_used(memory, head, 0)?;
             used = true;
@@ -128,6 +136,10 @@ impl VirtioNet {
             }
         }
         scatter.push(&readable).map_err(|_| Dropped::Malformed)?;
+        if !self.limiters.tx.consume(len as u64, 1) {
+            add(&self.metrics.sent_throttled, 1);
+            return Err(Dropped::Throttled);
+        }
         let queue = self.link.queue(pair).ok_or(Dropped::Refused)?;
         match scatter.send(&header, queue) {
             Ok(()) => {
