@@ -5,6 +5,7 @@
 mod balloon;
 mod disk;
 mod jail;
+mod net;
 mod pmem;
 mod restore;
 mod run;
@@ -29,6 +30,7 @@ use values::{domain, utf8_path, with_sources};
 pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use disk::{DiskArgument, DiskError};
 pub use jail::{JailArgument, JailArgumentError};
+pub use net::{NetArgument, NetError};
 pub use pmem::{PmemArgument, PmemError};
 pub use restore::{RestoreArgument, RestoreError};
 pub use run::RunArguments;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::disk::split;
-use config::{DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType};
+use config::{DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType, NetworkOverride};
 
 /// The value of `--restore`. A comma in a path is written twice.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,12 +15,12 @@ pub struct RestoreArgument(pub LoadSnapshot);
 pub enum RestoreError {
     /// The file is missing.
     #[error(
-        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,below=FILE][,disk.ID=FILE][,clone.ID=FILE][,vsock=SOCKET][,cid=N][,trust][,paused]"
+        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,below=FILE][,disk.ID=FILE][,clone.ID=FILE][,tap.ID=NAME][,vsock=SOCKET][,cid=N][,trust][,paused]"
     )]
     NoFile,
     /// An option is unknown.
     #[error(
-        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, below=FILE, disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
+        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, below=FILE, disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
     )]
     UnknownOption(String),
     /// An option is given twice.
@@ -80,6 +80,10 @@ impl FromStr for RestoreArgument {
                 (_, Some((option, path))) => match option.split_once('.') {
                     Some(("disk", id)) => load.drives.push(drive(id, path, false)),
                     Some(("clone", id)) => load.drives.push(drive(id, path, true)),
+                    Some(("tap", id)) => load.network_overrides.push(NetworkOverride {
+                        iface_id: id.to_owned(),
+                        host_dev_name: path.to_owned(),
+                    }),
                     Some(_) | None => return Err(RestoreError::UnknownOption(part)),
                 },
                 (_, None) => return Err(RestoreError::UnknownOption(part)),

@@ -9,6 +9,7 @@ use memshare::ShareMode;
 use super::balloon::BalloonArgument;
 use super::disk::DiskArgument;
 use super::jail::JailArgument;
+use super::net::NetArgument;
 use super::pmem::PmemArgument;
 use super::restore::RestoreArgument;
 use super::run_options::RunOptions;
@@ -75,6 +76,21 @@ pub struct RunArguments {
         verbatim_doc_comment
     )]
     pub balloon: Option<BalloonArgument>,
+    /// A network interface (virtio-net): tap=NAME or fd=N, and options behind commas: id=ID, mac=MAC, mtu=BYTES,
+    /// rate=SIZE, ops=N, queues=N, ip=ADDRESS/LENGTH, gw=ADDRESS, dns=ADDRESS, host=NAME. Can be repeated.
+    ///
+    /// tap: a tap of the host, which `ip tuntap add dev NAME mode tap` makes, or a macvtap;
+    /// fd: a tap that this process was started with, by its descriptor; one for each pair of queues, with : between;
+    /// mac: the address of the guest's interface [default: made of the names of the tap and of the interface];
+    /// mtu: the MTU that the guest is given;
+    /// rate, ops: most bytes and frames a second, each way;
+    /// queues: pairs of queues, for guests of several vCPUs; the tap is to be multi_queue then [default: 1];
+    /// ip, gw, dns, host: what a DHCP client of the guest is given: its address with the length of its network's
+    /// prefix, its router, its servers of names (up to 3), its name. With an IPv6 network of 64 bits, ip can be given
+    /// once more: the guest takes its addresses of it. Its own process answers the guest, and nothing of that goes to
+    /// the tap. Without ip, the network has to answer.
+    #[arg(long, value_name = "tap=NAME|fd=N[,OPTION...]", verbatim_doc_comment, value_parser = with_sources::<NetArgument>)]
+    pub net: Vec<NetArgument>,
     /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
     ///
     /// Programs of the host connect to the socket (mode 0600), say `CONNECT PORT`, and are answered `OK`; port N of the
@@ -143,7 +159,7 @@ pub struct RunArguments {
     #[arg(long)]
     pub huge_pages: bool,
     /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, below=FILE,
-    /// disk.ID=FILE, clone.ID=FILE, vsock=SOCKET, cid=N, trust, paused.
+    /// disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, trust, paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are
     /// given beside it. Options:
@@ -155,13 +171,14 @@ pub struct RunArguments {
     /// disk.ID: the disk of that drive or pmem device, where it is not where it was;
     /// clone.ID: make this file, a child of that disk, which nobody may write to any more: so one snapshot becomes many
     /// guests;
+    /// tap.ID: the tap of that network interface, where it is to be another: a name, or fd:N for a descriptor;
     /// vsock: the socket of the vsock device, where it is to be another;
     /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
     /// trust: do not compare the checksums of all memory before the guest runs;
     /// paused: the guest waits for `PATCH /vm`.
     /// With --jail, the state is read in the jail: of the files that it names, the guest has those that are named here,
     /// too, and those below allow=.
-    #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "config"])]
+    #[arg(long, value_name = "STATE[,OPTION...]", verbatim_doc_comment, conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "net", "vsock", "config"])]
     pub restore: Option<RestoreArgument>,
     /// Listen for REST requests (Firecracker's API) on this Unix socket.
     ///
@@ -190,12 +207,12 @@ pub struct RunArguments {
     ///
     /// Whoever starts the process records its number before it writes that line, so that a process without a record has
     /// ended.
-    #[arg(long, hide = true, requires = "api_sock", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "vsock", "metadata", "config", "restore", "no_start", "jail"])]
+    #[arg(long, hide = true, requires = "api_sock", conflicts_with_all = ["kernel", "initrd", "cmdline", "disk", "pmem", "mem", "cpus", "balloon", "net", "vsock", "metadata", "config", "restore", "no_start", "jail"])]
     pub held: bool,
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
-    /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk and --pmem add to
-    /// its devices. Where --kernel, --initrd or --cmdline and the file both say the same thing, that is an error.
+    /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk, --pmem and --net
+    /// add to its devices. Where --kernel, --initrd or --cmdline and the file both say the same thing, that is an error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
     /// What to log: off, error, warn, info, debug or trace, also by module [default: warn].
@@ -384,6 +401,12 @@ impl RunArguments {
         }
         if let Some(VsockArgument(vsock)) = self.vsock {
             config.vsock = Some(vsock);
+        }
+        for net in self.net {
+            let interfaces = &config.network_interfaces;
+            let is_taken = |id: &str| interfaces.iter().any(|interface| interface.iface_id == id);
+            let interface = net.into_interface(is_taken);
+            config.network_interfaces.push(interface);
         }
         for pmem in self.pmem {
             let pmem = pmem.into_pmem(|id| config.pmem.iter().any(|pmem| pmem.id == id));

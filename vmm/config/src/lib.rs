@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`,
-//! `keep_space`, `parents` and `share` of a drive, `mode`, `format` and `parents` of a pmem device, `vsock_port` of
+//! `keep_space`, `parents` and `share` of a drive, `num_queue_pairs`, `network` and `lease` of a network interface, `mode`, `format` and `parents` of a pmem device, `vsock_port` of
 //! `mmds-config`, and `sharing`. A field that Coppice does not know is refused, and so is a value that it does not
 //! support, so that no part of a configuration is ignored. Rate limits, CPU templates, SMT and huge pages of hugetlbfs
 //! are such values.
@@ -26,7 +26,9 @@ mod error;
 mod format;
 mod id;
 pub mod limits;
+mod mac;
 mod machine;
+mod network_interface;
 mod output;
 mod pmem;
 mod rate_limiter;
@@ -55,15 +57,17 @@ pub use error::ConfigError;
 pub use format::DriveFormat;
 pub use id::{DeviceId, DeviceIdError, is_guest_id};
 pub use limits::MAX_FILE_SIZE;
+pub use mac::{MacAddress, MacAddressError};
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
+pub use network_interface::{LeaseConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
 pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use sharing::SharingConfig;
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use snapshot::{
-    CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType, SnapshotType,
-    VsockOverride,
+    CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType, NetworkOverride,
+    SnapshotType, VsockOverride,
 };
 pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
 
@@ -82,6 +86,9 @@ pub struct VmConfig {
     /// others.
     #[serde(default)]
     pub pmem: Vec<PmemConfig>,
+    /// Network interfaces, in the order in which the guest sees them.
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterfaceConfig>,
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
@@ -142,6 +149,7 @@ macro_rules! devices {
 devices! {
     drives: DriveConfig,
     pmem: PmemConfig,
+    network_interfaces: NetworkInterfaceConfig,
     entropy: EntropyConfig,
     vsock: VsockConfig,
     balloon: BalloonConfig,
@@ -207,6 +215,7 @@ impl VmConfig {
                 });
             }
         }
+        network_interface::check_distinct(&self.network_interfaces)?;
         if let Some(mmds) = &self.mmds_config {
             mmds.validate()?;
         }

@@ -72,6 +72,9 @@ pub struct LoadSnapshot {
     /// Disks whose files have moved, or that are to be cloned. Not in Firecracker.
     #[serde(default)]
     pub drives: Vec<DriveOverride>,
+    /// Network interfaces whose taps are others than those that they had.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
     /// Another socket for the vsock device, or another CID.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
@@ -90,9 +93,20 @@ impl LoadSnapshot {
             track_dirty_pages: false,
             verify_memory: true,
             drives: Vec::new(),
+            network_overrides: Vec::new(),
             vsock_override: None,
         }
     }
+}
+
+/// Another tap for a network interface of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// The interface.
+    pub iface_id: String,
+    /// Its tap.
+    pub host_dev_name: String,
 }
 
 /// Fields of the vsock device that differ from the saved ones.

@@ -78,7 +78,7 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
     };
     let boot = |args: &str| json!({"boot-source": {"kernel_image_path": "k", "boot_args": args}});
     let cases = [
-        (json!({"network-interfaces": []}), "network-interfaces"),
+        (json!({"network-interfaces": [{}]}), "iface_id"),
         (machine("cpus", json!(1)), "cpus"),
         (machine("smt", json!(true)), "machine-config.smt"),
         (

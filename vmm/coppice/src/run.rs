@@ -33,7 +33,7 @@ use host::terminal::RawMode;
 use jail::{self, Confinement, JailError, Layer};
 use machine::reference::{self, WarmTerms, Warmer};
 use machine::snapshot::{Loading, SnapshotFiles};
-use machine::{Machine, StartError, Subscriber, Surroundings, VsockHost};
+use machine::{InterfaceTapError, Machine, StartError, Subscriber, Surroundings, Taps, VsockHost};
 
 /// Why a guest could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +55,9 @@ pub enum RunError {
         "the jail has no file that the snapshot names: give it with memory=, below=, disk.ID= or vsock= of --restore, or with allow= of --jail"
     )]
     NotNamed(#[source] Box<ControlError>),
+    /// A tap of the guest.
+    #[error(transparent)]
+    Tap(#[from] InterfaceTapError),
     /// The metadata of the guest.
     #[error(transparent)]
     Metadata(#[from] MetadataFileError),
@@ -132,6 +135,8 @@ struct Launcher {
     warm: Option<Warmer>,
     /// The socket of the vsock device, until there is one.
     vsock_socket: Arc<Mutex<Option<ApiSocket>>>,
+    /// The taps of its network interfaces, until there are these.
+    taps: Arc<Mutex<Taps>>,
     metadata: Arc<Mmds>,
     only_configure: bool,
 }
@@ -158,6 +163,7 @@ impl Launcher {
             serial_drained,
             on_end,
             warm: self.warm.clone(),
+            taps: std::mem::take(&mut *self.taps.lock()),
             vsock: VsockHost {
                 socket: self.vsock_socket.lock().take(),
                 metadata: Some(Arc::new(MmdsService {
@@ -226,6 +232,7 @@ struct Prepared {
     socket: Option<ApiSocket>,
     console_socket: Option<ApiSocket>,
     vsock_socket: Option<ApiSocket>,
+    taps: Taps,
     loading: Option<Loading>,
     /// Whether the process has a tree of its own.
     in_tree: bool,
@@ -287,6 +294,11 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     let vsock_path = vsock_path.or(jailed.vsock.as_ref().map(VsockConfig::path));
     // It is bound here because the process can make files anywhere only before it enters the jail.
     let vsock_socket = vsock_path.map(ApiSocket::bind).transpose()?;
+    let mut taps = Taps::default();
+    if !only_configure {
+        taps.open(&config)?;
+        taps.open_overrides(restore.as_ref())?;
+    }
     let sockets = api_path.into_iter().chain(console_path).chain(vsock_path);
     let sockets: Vec<_> = sockets.collect();
     let report = jail::enter(&confinement, &jailed, restore.as_ref(), &sockets)?;
@@ -300,6 +312,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
         socket,
         console_socket,
         vsock_socket,
+        taps,
         loading,
         in_tree,
         warm,
@@ -345,6 +358,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         socket,
         console_socket,
         vsock_socket,
+        taps,
         loading,
         in_tree,
         warm,
@@ -381,6 +395,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         ending: ending.clone(),
         warm,
         vsock_socket: vsock_socket.clone(),
+        taps: Arc::new(Mutex::new(taps)),
         metadata: control.lock().mmds().clone(),
         only_configure,
     };

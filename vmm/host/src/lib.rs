@@ -1,5 +1,5 @@
-//! What every process of Coppice uses of its host: signals, heap and stack, the terminal, listening sockets, files that
-//! it appends to, `/proc`, exit codes, and the reporter of errors.
+//! What every process of Coppice uses of its host: signals, heap and stack, the terminal, listening sockets, inherited
+//! descriptors, files that it appends to, `/proc`, exit codes, and the reporter of errors.
 //!
 //! The reporter of errors is a crate below this one, and can be had from here, as all that writes to a person is here.
 //!
@@ -7,6 +7,7 @@
 
 pub mod exit;
 pub mod heap;
+pub mod inherited;
 pub mod output;
 pub mod printable;
 pub mod procfs;

@@ -17,5 +17,6 @@ mod machine;
 pub mod pmem;
 pub mod reference;
 pub mod snapshot;
+mod station;
 
 pub use machine::*;

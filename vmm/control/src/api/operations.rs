@@ -10,7 +10,7 @@ use super::handler::{
 use super::keep::{Keep, Sets, SetsFields, SetsMetadata, SetsNamed};
 use super::operation::{DiskEffect, GuestOperation, LifeEffect, RequestMethod, Reservation};
 use super::response::Fault;
-use crate::control::updated_drive;
+use crate::control::{updated_drive, updated_interface};
 use config::bodies::{
     Action, ActionType, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobEnd,
     JobUpdate, MachineUpdate, Metadata, Version, VmState, VmUpdate,
@@ -18,7 +18,8 @@ use config::bodies::{
 use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, BootSourceConfig, ConfiguredDevice,
     DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, LoggerConfig, MachineConfig,
-    MetricsConfig, MmdsConfig, PmemConfig, SerialConfig, SharingConfig, VmConfig, VsockConfig,
+    MetricsConfig, MmdsConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate, PmemConfig,
+    SerialConfig, SharingConfig, VmConfig, VsockConfig,
 };
 
 const fn get(
@@ -97,8 +98,21 @@ fn replace_disk(config: &mut VmConfig, name: &str, update: DriveUpdate) -> Resul
     Ok(())
 }
 
+/// Gives a network interface of the configuration other limits.
+fn limit_interface(
+    config: &mut VmConfig,
+    name: &str,
+    update: NetworkInterfaceUpdate,
+) -> Result<(), Fault> {
+    if update.iface_id != name {
+        return Err(Fault::OtherId);
+    }
+    updated_interface(config, &update)?.store(config);
+    Ok(())
+}
+
 /// All operations. No path of one is that of another with the same method.
-pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
+pub static GUEST_OPERATIONS: [GuestOperation; 47] = [
     get(
         "/",
         "The guest's state.",
@@ -268,6 +282,24 @@ pub static GUEST_OPERATIONS: [GuestOperation; 45] = [
         &AddsDevice::<PmemConfig>(PhantomData),
     )
     .disk(DiskEffect::Changes),
+    setting(
+        RequestMethod::Put,
+        "/network-interfaces/{interface}",
+        "Adds or replaces a network interface, before the start.",
+        &AddsDevice::<NetworkInterfaceConfig>(PhantomData),
+    ),
+    patch(
+        "/network-interfaces/{interface}",
+        "Changes the rate limits of a network interface, after the start, and whenever the guest \
+         starts again.",
+        &Takes(|context, name, update: NetworkInterfaceUpdate| {
+            if update.iface_id != name {
+                return Err(Fault::OtherId);
+            }
+            Ok(context.control().update_interface(&update)?)
+        }),
+    )
+    .kept(&SetsNamed(limit_interface)),
     setting(
         RequestMethod::Put,
         "/entropy",

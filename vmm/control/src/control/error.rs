@@ -34,6 +34,9 @@ pub enum ControlError {
     /// There is no drive of that name.
     #[error("there is no drive {0}")]
     NoDrive(String),
+    /// There is no network interface of that name.
+    #[error("there is no network interface {0}")]
+    NoInterface(String),
     /// The guest has no balloon.
     #[error("there is no balloon")]
     NoBalloon,

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use devices::virtio::balloon::VirtioBalloon;
 
-use config::{CreateSnapshot, DriveConfig, VmConfig};
+use config::{CreateSnapshot, DriveConfig, NetworkInterfaceUpdate, VmConfig};
 use machine::snapshot::{Loading, SnapshotError};
 use machine::{
     Address, DriveParent, DriveTask, FilePage, FilePageReport, JobStatus, Machine, MachineError,
@@ -36,6 +36,11 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::replace_drive`].
     fn replace_drive(&mut self, drive: &DriveConfig) -> Result<(), MachineError>;
+    /// Changes the limits of a network interface.
+    ///
+    /// # Errors
+    /// See [`Machine::limit_interface`].
+    fn limit_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError>;
     /// Lets a drive go on in a new file.
     ///
     /// # Errors
@@ -115,6 +120,10 @@ impl Guest for Machine {
 
     fn replace_drive(&mut self, drive: &DriveConfig) -> Result<(), MachineError> {
         Machine::replace_drive(self, drive)
+    }
+
+    fn limit_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {
+        Machine::limit_interface(self, update)
     }
 
     fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {

@@ -13,6 +13,7 @@ mod drive;
 mod error;
 mod guest;
 mod metadata;
+mod network;
 mod output;
 mod scrape;
 mod times;
@@ -38,6 +39,7 @@ pub use balloon::{BalloonStatistics, HintingState};
 pub(crate) use drive::updated_drive;
 pub use error::ControlError;
 pub use guest::{Guest, LaunchError, Origin};
+pub(crate) use network::updated_interface;
 
 use times::Times;
 

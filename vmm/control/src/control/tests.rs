@@ -11,7 +11,8 @@ use super::*;
 use crate::logging::{LogFilter, LogFormat};
 use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, EntropyConfig,
-    HintingStart, LoggerConfig, MachineConfig, PmemConfig, PmemMode, SerialConfig,
+    HintingStart, LoggerConfig, MachineConfig, NetworkInterfaceUpdate, PmemConfig, PmemMode,
+    SerialConfig,
 };
 use machine::snapshot::SnapshotError;
 use machine::{
@@ -46,6 +47,11 @@ impl Guest for Double {
     fn send_ctrl_alt_del(&mut self) -> Result<(), MachineError> {
         self.call("ctrl-alt-del");
         Err(MachineError::KeyboardBusy)
+    }
+
+    fn limit_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {
+        self.call(format!("limit {}", update.iface_id));
+        Ok(())
     }
 
     fn replace_drive(&mut self, drive: &DriveConfig) -> Result<(), MachineError> {

@@ -9,6 +9,7 @@ use devices::vmgenid::VmGenIdError;
 use storage::DiskError;
 use storage::vhdx::ChainError;
 
+use super::taps::InterfaceTapError;
 use crate::pmem::{PmemError, WritebackError};
 use crate::snapshot::SnapshotError;
 use host::socket::SocketError;
@@ -64,6 +65,9 @@ pub enum StartError {
     /// The socket of the vsock device.
     #[error("vsock")]
     Vsock(#[from] SocketError),
+    /// The tap of a network interface.
+    #[error(transparent)]
+    Tap(#[from] InterfaceTapError),
     /// The generation ID.
     #[error(transparent)]
     Generation(#[from] VmGenIdError),
@@ -94,6 +98,17 @@ pub enum MachineError {
     /// There is no drive of that name.
     #[error("there is no drive {0}")]
     NoDrive(String),
+    /// There is no network interface of that name.
+    #[error("there is no network interface {0}")]
+    NoInterface(String),
+    /// The host has no descriptor for the timer of a limit.
+    #[error("the limits of {device} cannot be changed")]
+    Limits {
+        /// Its name.
+        device: String,
+        /// The host's error.
+        source: std::io::Error,
+    },
     /// There is no RAM at that guest physical address.
     #[error("there is no RAM at {0:#x}")]
     NotRam(u64),

@@ -19,6 +19,7 @@ mod sharing;
 mod snapshot;
 mod start;
 mod surroundings;
+mod taps;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -31,17 +32,19 @@ use devices::legacy::{I8042, SerialConsole};
 use devices::lock;
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
+use devices::virtio::net::VirtioNet;
 use memshare::SharedMemory;
 
 use crate::disk::open_disk;
 use crate::pmem::Pmem;
 use crate::snapshot::{MemoryState, Served};
-use config::DriveConfig;
+use config::{DriveConfig, NetworkInterfaceUpdate, RateLimiterConfig};
 pub use drive_job::{DriveJob, DriveParent, DriveTask, JobState, JobStatus, commit_child};
 pub use error::{DriveError, MachineError, StartError};
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
 pub use surroundings::{OnEnd, Subscriber, Surroundings, VsockHost};
+pub use taps::{InterfaceTapError, TapFault, Taps};
 
 use attach::{HostPart, Pc};
 use sharing::Sharing;
@@ -139,6 +142,23 @@ impl Machine {
     fn drive(&self, id: &str) -> Result<Arc<Mutex<VirtioBlock>>, MachineError> {
         let drive = self.devices.get(id);
         drive.ok_or_else(|| MachineError::NoDrive(id.to_owned()))
+    }
+
+    /// Changes the limits of a network interface.
+    ///
+    /// # Errors
+    /// `NoInterface`, `Limits`.
+    pub fn limit_interface(&self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {
+        let id = &update.iface_id;
+        let interface = self.devices.get::<VirtioNet>(id);
+        let interface = interface.ok_or_else(|| MachineError::NoInterface(id.clone()))?;
+        let of = |limiter: Option<RateLimiterConfig>| limiter.unwrap_or_default().update();
+        let limited =
+            lock(&interface).limit(of(update.rx_rate_limiter), of(update.tx_rate_limiter));
+        limited.map_err(|source| MachineError::Limits {
+            device: id.clone(),
+            source,
+        })
     }
 
     /// A drive without a job that is not over.

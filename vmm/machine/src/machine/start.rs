@@ -58,10 +58,11 @@ impl Assembled {
             on_end,
             warm,
             vsock,
+            taps,
         } = surroundings;
         let pmem = map_pmem(config, vm)?;
         let plan = Plan::new(vm, config, &pmem, on_end.clone(), boots)?;
-        let mut builder = Builder::new(vm, &plan, &pmem, vsock);
+        let mut builder = Builder::new(vm, &plan, &pmem, vsock, taps);
         let serial = SerialEnds {
             out: serial_out,
             drained: serial_drained,

@@ -8,6 +8,7 @@ use devices::virtio::vsock::Service;
 use event_manager::MutEventSubscriber;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::taps::Taps;
 use crate::reference::Warmer;
 use host::exit::GuestEnd;
 use host::socket::ApiSocket;
@@ -39,6 +40,8 @@ pub struct Surroundings {
     pub warm: Option<Warmer>,
     /// What its vsock device finds, where it has one.
     pub vsock: VsockHost,
+    /// The taps of its network interfaces, as far as they are open.
+    pub taps: Taps,
 }
 
 impl Surroundings {

@@ -196,6 +196,18 @@ impl SnapshotFiles {
             vsock.uds_path = other.uds_path.clone().or(vsock.uds_path.take());
             vsock.guest_cid = other.guest_cid.or(vsock.guest_cid);
         }
+        for other in &request.network_overrides {
+            let mut interfaces = state.config.network_interfaces.iter_mut();
+            let interface = interfaces.find(|interface| interface.iface_id == other.iface_id);
+            let Some(interface) = interface else {
+                let id = &other.iface_id;
+                let what = format!("network_overrides: the guest has no interface {id:.80?}");
+                return Err(SnapshotError::Unsupported(what));
+            };
+            // An address that was made up belongs to the guest, whatever its tap is.
+            interface.guest_mac = Some(interface.mac());
+            interface.host_dev_name = Some(other.host_dev_name.clone());
+        }
         state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
         let memory = match memory {
             GivenMemory::Files(given) => {

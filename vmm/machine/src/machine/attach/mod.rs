@@ -10,6 +10,7 @@ mod entropy;
 mod events;
 mod generation;
 mod legacy;
+mod network;
 mod pmem;
 mod vsock;
 
@@ -24,9 +25,10 @@ pub(super) use pmem::map as map_pmem;
 type Attach = fn(&mut Builder<'_>, &VmConfig) -> Result<(), StartError>;
 
 /// The virtio devices, in the order in which the guest finds them.
-const VIRTIO: [Attach; 5] = [
+const VIRTIO: [Attach; 6] = [
     drives::attach,
     pmem::attach,
+    network::attach,
     entropy::attach,
     vsock::attach,
     // The last: one that nobody has asked for is left out where there is no interrupt line for it.
