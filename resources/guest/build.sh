@@ -102,11 +102,12 @@ initrd() {
 
 initrd initrd init virtio_ring virtio virtio_mmio virtio_blk:0x0002 virtio-rng:0x0004 pvpanic pvpanic-mmio \
     virtio_balloon:0x0005 libnvdimm:0x001b nd_btt:0x001b nd_pmem:0x001b nd_virtio:0x001b virtio_pmem:0x001b \
+    failover:0x0001 net_failover:0x0001 virtio_net:0x0001 \
     vsock:0x0013 vmw_vsock_virtio_transport_common:0x0013 vmw_vsock_virtio_transport:0x0013
 # KVM's older MMU (tdp_mmu=N): with it guests crashed more seldom while the emulated host had two processors. With one, no guest was seen to crash
 # with it; the newer one was not tried again.
 initrd host-initrd host-init irqbypass kvm:tdp_mmu=N kvm-amd virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev \
-    virtio_pci virtio_blk
+    virtio_pci virtio_blk tun
 
 # rootfs NAME TREE SIZE: an ext4 file system as raw file and as VHDX.
 rootfs() {

@@ -10,6 +10,7 @@ mod disk;
 mod end;
 mod jail;
 mod memory;
+mod network;
 mod package;
 mod pmem;
 mod restore;
@@ -210,6 +211,10 @@ pub const ALL: &[Scenario] = &[
         vsock::talks,
     ),
     test("clones_learn_by_their_metadata_who_they_are", vsock::clones),
+    test(
+        "a_guest_gets_its_address_and_talks_over_a_tap_and_a_saved_one_goes_on_over_another",
+        network::talks,
+    ),
     test(
         "guests_of_the_daemon_are_cloned_outlive_it_and_leave_nothing",
         serve::life,
