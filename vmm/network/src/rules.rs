@@ -1,0 +1,364 @@
+//! The nftables table `inet coppice`, as text for nft(8).
+//!
+//! What is the same for all stands in `table.nft`; a network adds two chains, a guest elements of maps. Every word that
+//! is put into the text is the `Display` of a checked type, none is outside text.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::attachment::Attachment;
+use crate::egress::{Destination, DomainName, Egress};
+use crate::spec::{Access, METADATA, Network, Networks, Outside};
+
+/// The addresses of the names in allow-lists, by name.
+pub(crate) type Names = BTreeMap<DomainName, Vec<IpAddr>>;
+
+const TABLE: &str = include_str!("table.nft");
+
+/// Takes the whole table away, whether it is there or not.
+pub(crate) const REMOVE: &str = "add table inet coppice\ndelete table inet coppice\n";
+
+/// The whole table, which takes the place of one that is there in one step.
+pub(crate) fn table<'a>(
+    networks: &Networks,
+    names: &Names,
+    attachments: impl Iterator<Item = &'a Attachment>,
+) -> String {
+    let mut text = format!("{REMOVE}{TABLE}");
+    for range in METADATA {
+        let family = if range.contains(':') { 6 } else { 4 };
+        line(
+            &mut text,
+            format_args!("add element inet coppice metadata{family} {{ {range} }}"),
+        );
+    }
+    for (number, (_, addresses)) in names.iter().enumerate() {
+        line(
+            &mut text,
+            format_args!("add set inet coppice name_{number}_4 {{ type ipv4_addr; }}"),
+        );
+        line(
+            &mut text,
+            format_args!("add set inet coppice name_{number}_6 {{ type ipv6_addr; }}"),
+        );
+        add_addresses(&mut text, number, addresses);
+    }
+    for (number, network) in networks.iter().enumerate() {
+        network_rules(&mut text, number, network, names);
+    }
+    text.push_str(&add(attachments));
+    text
+}
+
+fn line(text: &mut String, line: std::fmt::Arguments) {
+    // Writing to a String cannot fail.
+    let _ = writeln!(text, "{line}");
+}
+
+fn network_rules(text: &mut String, number: usize, network: &Network, names: &Names) {
+    let name = &network.name;
+    line(text, format_args!("# {name}"));
+    for chain in ["network", "host"] {
+        line(
+            text,
+            format_args!("add chain inet coppice {chain}_{number}"),
+        );
+    }
+    let rule = |text: &mut String, chain: &str, rule: &str| {
+        line(
+            text,
+            format_args!("add rule inet coppice {chain}_{number} {rule}"),
+        );
+    };
+    for server in &network.dns {
+        let (ip, server) = matched(&IpNet::from(*server));
+        for chain in ["network", "host"] {
+            rule(
+                text,
+                chain,
+                &format!("{ip} daddr {server} meta l4proto {{ tcp, udp }} th dport 53 accept"),
+            );
+        }
+    }
+    let ranges = [
+        Some(IpNet::V4(network.range)),
+        network.prefix.map(IpNet::V6),
+    ];
+    for range in ranges.into_iter().flatten() {
+        let (family, (ip, range)) = (version(&range), matched(&range));
+        if network.peers == Access::Allow {
+            rule(
+                text,
+                "network",
+                &format!("oifname \"cop-*\" {ip} daddr {range} accept"),
+            );
+        }
+        let masquerades = network.outside == Outside::Nat && is_private(network, family);
+        let element = |text: &mut String, set: &str, value: &str| {
+            line(
+                text,
+                format_args!("add element inet coppice {set}{family} {{ {range}{value} }}"),
+            );
+        };
+        element(text, "networks", "");
+        element(text, "outward", &format!(" : goto network_{number}"));
+        element(text, "to_host", &format!(" : goto host_{number}"));
+        if masquerades {
+            element(text, "masqueraded", "");
+        }
+    }
+    for (ip, family) in [("ip", 4), ("ip6", 6)] {
+        rule(
+            text,
+            "network",
+            &format!("{ip} daddr @networks{family} goto refuse"),
+        );
+        if network.metadata == Access::Deny {
+            rule(
+                text,
+                "network",
+                &format!("{ip} daddr @metadata{family} goto refuse"),
+            );
+            rule(
+                text,
+                "host",
+                &format!("{ip} daddr @metadata{family} goto refuse"),
+            );
+        }
+    }
+    let end = |is_open: bool| if is_open { "accept" } else { "goto refuse" };
+    if network.outside == Outside::Nat {
+        for entry in &network.allow {
+            for matches in egress(entry, names) {
+                rule(text, "network", &format!("{matches} accept"));
+            }
+        }
+    }
+    rule(
+        text,
+        "network",
+        end(network.outside == Outside::Nat && network.allow.is_empty()),
+    );
+    rule(text, "host", end(network.host == Access::Allow));
+}
+
+/// Whether the addresses of a family mean nothing outside. A global IPv6 prefix is the operator's to route.
+fn is_private(network: &Network, family: u8) -> bool {
+    family == 4
+        || network
+            .prefix
+            .is_some_and(|prefix| prefix.network().is_unique_local())
+}
+
+/// What a packet for an entry of an allow-list looks like: once for each family that the entry has.
+fn egress(entry: &Egress, names: &Names) -> Vec<String> {
+    let ports = match &entry.ports {
+        None => String::new(),
+        Some(ports) => format!(
+            " meta l4proto {{ tcp, udp }} th dport {}-{}",
+            ports.start(),
+            ports.end()
+        ),
+    };
+    match &entry.destination {
+        Destination::Range(range) => {
+            let (ip, range) = matched(range);
+            vec![format!("{ip} daddr {range}{ports}")]
+        }
+        Destination::Name(name) => match number(names, name) {
+            None => Vec::new(),
+            Some(number) => {
+                let of = |(ip, family)| format!("{ip} daddr @name_{number}_{family}{ports}");
+                [("ip", "4"), ("ip6", "6")].map(of).to_vec()
+            }
+        },
+    }
+}
+
+fn number(names: &Names, name: &DomainName) -> Option<usize> {
+    names.keys().position(|known| known == name)
+}
+
+/// The words for a range: `ip` or `ip6`, and the range; nft knows no range of all addresses.
+fn matched(range: &IpNet) -> (&'static str, String) {
+    match range {
+        IpNet::V4(range) if range.prefix_len() == 0 => ("ip", "0.0.0.0-255.255.255.255".to_owned()),
+        IpNet::V6(range) if range.prefix_len() == 0 => (
+            "ip6",
+            "::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff".to_owned(),
+        ),
+        IpNet::V4(range) => ("ip", range.to_string()),
+        IpNet::V6(range) => ("ip6", range.to_string()),
+    }
+}
+
+fn version(range: &IpNet) -> u8 {
+    match range {
+        IpNet::V4(_) => 4,
+        IpNet::V6(_) => 6,
+    }
+}
+
+fn add_addresses(text: &mut String, number: usize, addresses: &[IpAddr]) {
+    for (family, is_of) in [
+        (4, IpAddr::is_ipv4 as fn(&IpAddr) -> bool),
+        (6, IpAddr::is_ipv6),
+    ] {
+        let list: Vec<_> = addresses
+            .iter()
+            .filter(|address| is_of(address))
+            .map(IpAddr::to_string)
+            .collect();
+        if !list.is_empty() {
+            let list = list.join(", ");
+            line(
+                text,
+                format_args!("add element inet coppice name_{number}_{family} {{ {list} }}"),
+            );
+        }
+    }
+}
+
+/// Gives a name other addresses, in one step.
+pub(crate) fn set_name(names: &Names, name: &DomainName, addresses: &[IpAddr]) -> Option<String> {
+    let number = number(names, name)?;
+    let mut text =
+        format!("flush set inet coppice name_{number}_4\nflush set inet coppice name_{number}_6\n");
+    add_addresses(&mut text, number, addresses);
+    Some(text)
+}
+
+/// Lets guests send and receive.
+pub(crate) fn add<'a>(attachments: impl Iterator<Item = &'a Attachment>) -> String {
+    elements("add", attachments)
+}
+
+/// Takes away what [`add`] gave.
+pub(crate) fn delete<'a>(attachments: impl Iterator<Item = &'a Attachment>) -> String {
+    elements("delete", attachments)
+}
+
+/// One line for each map, with the elements of all guests.
+fn elements<'a>(verb: &str, attachments: impl Iterator<Item = &'a Attachment>) -> String {
+    let mut maps: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    let mut element = |map, key: String, value: String| {
+        maps.entry(map)
+            .or_default()
+            .push(format!("{key} : {value}"))
+    };
+    for attachment in attachments {
+        let Attachment {
+            outer,
+            inner,
+            mac,
+            published,
+            ..
+        } = attachment;
+        let tap = attachment.tap();
+        element(
+            "source4",
+            format!("\"{tap}\" . {mac} . {}", inner.v4),
+            outer.v4.to_string(),
+        );
+        element(
+            "inner4",
+            format!("\"{tap}\" . {}", outer.v4),
+            inner.v4.to_string(),
+        );
+        if let (Some(outer), Some(inner)) = (outer.v6, inner.v6) {
+            element(
+                "source6",
+                format!("\"{tap}\" . {mac} . {inner}"),
+                outer.to_string(),
+            );
+            element("inner6", format!("\"{tap}\" . {outer}"), inner.to_string());
+        }
+        for port in published {
+            let key = format!("{} . {}", port.protocol, port.host_port);
+            let to4 = || format!("{} . {}", outer.v4, port.guest_port);
+            let to6 = || {
+                outer
+                    .v6
+                    .map(|outer| format!("{outer} . {}", port.guest_port))
+            };
+            match port.address {
+                None => {
+                    element("published_anywhere4", key.clone(), to4());
+                    if let Some(to) = to6() {
+                        element("published_anywhere6", key, to);
+                    }
+                }
+                Some(IpAddr::V4(address)) => {
+                    element("published4", format!("{address} . {key}"), to4())
+                }
+                Some(IpAddr::V6(address)) => {
+                    if let Some(to) = to6() {
+                        element("published6", format!("{address} . {key}"), to);
+                    }
+                }
+            }
+        }
+    }
+    let mut text = String::new();
+    for (map, elements) in maps {
+        let elements = elements.join(", ");
+        line(
+            &mut text,
+            format_args!("{verb} element inet coppice {map} {{ {elements} }}"),
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::attachment::Addresses;
+    use crate::mac::MacAddress;
+
+    fn guest(address: [u8; 4]) -> Attachment {
+        let address = Ipv4Addr::from(address);
+        let addresses = Addresses {
+            v4: address,
+            v6: None,
+        };
+        Attachment {
+            network: "lan".to_owned(),
+            outer: addresses,
+            inner: addresses,
+            mac: MacAddress::of(address),
+            published: vec!["8080:80".parse().unwrap()],
+        }
+    }
+
+    #[test]
+    fn guests_are_elements_of_one_line_for_each_map() {
+        let guests = [guest([10, 1, 0, 2]), guest([10, 1, 0, 3])];
+        let text = add(guests.iter());
+        assert_eq!(text.lines().count(), 3);
+        assert!(text.contains(
+            "\"cop-0a010002\" . 06:00:0a:01:00:02 . 10.1.0.2 : 10.1.0.2, \"cop-0a010003\""
+        ));
+        assert!(text.contains("published_anywhere4 { tcp . 8080 : 10.1.0.2 . 80, "));
+        assert_eq!(
+            delete(guests.iter()),
+            text.replace("add element", "delete element")
+        );
+    }
+
+    #[test]
+    fn an_isolated_network_is_neither_masqueraded_nor_let_out() {
+        let mut lan = Network::new("lan", "10.1.0.0/16".parse().unwrap());
+        lan.outside = Outside::Isolated;
+        let networks = Networks::new(vec![lan]).unwrap();
+        let text = table(&networks, &Names::new(), std::iter::empty());
+        assert!(!text.contains("add element inet coppice masqueraded"));
+        assert!(!text.contains("network_0 accept"));
+        assert!(text.contains("network_0 goto refuse"));
+    }
+}
