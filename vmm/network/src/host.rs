@@ -13,7 +13,7 @@ use crate::links::{self, Counters, Tap};
 use crate::netlink::{Netlink, NetlinkError, Request};
 use crate::nft::{self, NftError};
 use crate::rules::{self, Names};
-use crate::spec::{Network, Networks};
+use crate::spec::{Network, Networks, ranges};
 use crate::sysctl::{self, SysctlError};
 use crate::tap::{self, TapError};
 
@@ -429,11 +429,6 @@ fn open() -> Result<Netlink, HostError> {
         return Err(HostError::Privilege);
     }
     Ok(Netlink::open()?)
-}
-
-fn ranges(network: &Network) -> impl Iterator<Item = IpNet> + use<> {
-    let prefix = network.prefix.map(IpNet::V6);
-    std::iter::once(IpNet::V4(network.range)).chain(prefix)
 }
 
 fn network_of(networks: &Networks, address: IpAddr) -> Option<(&Network, IpNet)> {

@@ -52,3 +52,6 @@ pub use spec::{
 };
 pub use sysctl::SysctlError;
 pub use tap::{HEADER_SIZE, TUN_DEVICE, TapError};
+
+#[cfg(test)]
+mod tests;

@@ -20,7 +20,7 @@ use crate::mac::{GATEWAY_MAC, MacAddress};
 use crate::netlink::{Netlink, NetlinkError, Request};
 
 /// Routes and addresses of ours carry this number (`/etc/iproute2/rt_protos`), by which the next start finds them.
-const PROTOCOL: u8 = 99;
+const PROTOCOL: u8 = 142;
 /// The name of our addresses for kernels before 5.18, which know no number of an address.
 const LABEL: &str = "lo:coppice";
 /// Every network namespace has it first.

@@ -11,7 +11,7 @@ use ipnet::IpNet;
 
 use crate::attachment::Attachment;
 use crate::egress::{Destination, DomainName, Egress};
-use crate::spec::{Access, METADATA, Network, Networks, Outside};
+use crate::spec::{Access, METADATA, Network, Networks, Outside, ranges};
 
 /// The addresses of the names in allow-lists, by name.
 pub(crate) type Names = BTreeMap<DomainName, Vec<IpAddr>>;
@@ -27,27 +27,30 @@ pub(crate) fn table<'a>(
     names: &Names,
     attachments: impl Iterator<Item = &'a Attachment>,
 ) -> String {
-    let mut text = format!("{REMOVE}{TABLE}");
+    // nft 1.0 makes the chains of a block before the elements behind it only where the block is the first.
+    let fixed = TABLE.trim_end().strip_suffix('}').unwrap_or(TABLE);
+    let mut text = format!("{REMOVE}{fixed}");
+    for number in 0..names.len() {
+        for (family, kind) in [(4, "ipv4_addr"), (6, "ipv6_addr")] {
+            line(
+                &mut text,
+                format_args!("    set name_{number}_{family} {{ type {kind}; }}"),
+            );
+        }
+    }
+    for (number, network) in networks.iter().enumerate() {
+        network_chains(&mut text, number, network, names);
+    }
+    line(&mut text, format_args!("}}"));
     for range in METADATA {
         let family = if range.contains(':') { 6 } else { 4 };
-        line(
-            &mut text,
-            format_args!("add element inet coppice metadata{family} {{ {range} }}"),
-        );
+        add_element(&mut text, &format!("metadata{family}"), range);
     }
-    for (number, (_, addresses)) in names.iter().enumerate() {
-        line(
-            &mut text,
-            format_args!("add set inet coppice name_{number}_4 {{ type ipv4_addr; }}"),
-        );
-        line(
-            &mut text,
-            format_args!("add set inet coppice name_{number}_6 {{ type ipv6_addr; }}"),
-        );
+    for (number, addresses) in names.values().enumerate() {
         add_addresses(&mut text, number, addresses);
     }
     for (number, network) in networks.iter().enumerate() {
-        network_rules(&mut text, number, network, names);
+        network_elements(&mut text, number, network);
     }
     text.push_str(&add(attachments));
     text
@@ -58,91 +61,70 @@ fn line(text: &mut String, line: std::fmt::Arguments) {
     let _ = writeln!(text, "{line}");
 }
 
-fn network_rules(text: &mut String, number: usize, network: &Network, names: &Names) {
-    let name = &network.name;
-    line(text, format_args!("# {name}"));
-    for chain in ["network", "host"] {
-        line(
-            text,
-            format_args!("add chain inet coppice {chain}_{number}"),
-        );
-    }
-    let rule = |text: &mut String, chain: &str, rule: &str| {
-        line(
-            text,
-            format_args!("add rule inet coppice {chain}_{number} {rule}"),
-        );
-    };
+fn add_element(text: &mut String, set: &str, element: &str) {
+    line(
+        text,
+        format_args!("add element inet coppice {set} {{ {element} }}"),
+    );
+}
+
+fn network_chains(text: &mut String, number: usize, network: &Network, names: &Names) {
+    let (mut outward, mut to_host) = (Vec::new(), Vec::new());
     for server in &network.dns {
         let (ip, server) = matched(&IpNet::from(*server));
-        for chain in ["network", "host"] {
-            rule(
-                text,
-                chain,
-                &format!("{ip} daddr {server} meta l4proto {{ tcp, udp }} th dport 53 accept"),
-            );
-        }
+        let rule = format!("{ip} daddr {server} meta l4proto {{ tcp, udp }} th dport 53 accept");
+        outward.push(rule.clone());
+        to_host.push(rule);
     }
-    let ranges = [
-        Some(IpNet::V4(network.range)),
-        network.prefix.map(IpNet::V6),
-    ];
-    for range in ranges.into_iter().flatten() {
-        let (family, (ip, range)) = (version(&range), matched(&range));
-        if network.peers == Access::Allow {
-            rule(
-                text,
-                "network",
-                &format!("oifname \"cop-*\" {ip} daddr {range} accept"),
-            );
-        }
-        let masquerades = network.outside == Outside::Nat && is_private(network, family);
-        let element = |text: &mut String, set: &str, value: &str| {
-            line(
-                text,
-                format_args!("add element inet coppice {set}{family} {{ {range}{value} }}"),
-            );
-        };
-        element(text, "networks", "");
-        element(text, "outward", &format!(" : goto network_{number}"));
-        element(text, "to_host", &format!(" : goto host_{number}"));
-        if masquerades {
-            element(text, "masqueraded", "");
+    if network.peers == Access::Allow {
+        for (ip, range) in ranges(network).map(|range| matched(&range)) {
+            outward.push(format!("oifname \"cop-*\" {ip} daddr {range} accept"));
         }
     }
     for (ip, family) in [("ip", 4), ("ip6", 6)] {
-        rule(
-            text,
-            "network",
-            &format!("{ip} daddr @networks{family} goto refuse"),
-        );
+        outward.push(format!("{ip} daddr @networks{family} goto refuse"));
         if network.metadata == Access::Deny {
-            rule(
-                text,
-                "network",
-                &format!("{ip} daddr @metadata{family} goto refuse"),
-            );
-            rule(
-                text,
-                "host",
-                &format!("{ip} daddr @metadata{family} goto refuse"),
-            );
+            let rule = format!("{ip} daddr @metadata{family} goto refuse");
+            outward.push(rule.clone());
+            to_host.push(rule);
         }
     }
-    let end = |is_open: bool| if is_open { "accept" } else { "goto refuse" };
     if network.outside == Outside::Nat {
-        for entry in &network.allow {
-            for matches in egress(entry, names) {
-                rule(text, "network", &format!("{matches} accept"));
-            }
+        let allowed = network.allow.iter().flat_map(|entry| egress(entry, names));
+        outward.extend(allowed.map(|matches| format!("{matches} accept")));
+    }
+    let end = |is_open: bool| if is_open { "accept" } else { "goto refuse" }.to_owned();
+    let is_open = network.outside == Outside::Nat && network.allow.is_empty();
+    outward.push(end(is_open));
+    to_host.push(end(network.host == Access::Allow));
+    line(text, format_args!("    # {}", network.name));
+    for (chain, rules) in [("network", outward), ("host", to_host)] {
+        let rules = rules.join("\n        ");
+        line(
+            text,
+            format_args!("    chain {chain}_{number} {{\n        {rules}\n    }}"),
+        );
+    }
+}
+
+fn network_elements(text: &mut String, number: usize, network: &Network) {
+    for range in ranges(network) {
+        let (family, (_, range)) = (version(&range), matched(&range));
+        add_element(text, &format!("networks{family}"), &range);
+        add_element(
+            text,
+            &format!("outward{family}"),
+            &format!("{range} : goto network_{number}"),
+        );
+        add_element(
+            text,
+            &format!("to_host{family}"),
+            &format!("{range} : goto host_{number}"),
+        );
+        if network.outside == Outside::Nat && is_private(network, family) {
+            add_element(text, &format!("masqueraded{family}"), &range);
         }
     }
-    rule(
-        text,
-        "network",
-        end(network.outside == Outside::Nat && network.allow.is_empty()),
-    );
-    rule(text, "host", end(network.host == Access::Allow));
 }
 
 /// Whether the addresses of a family mean nothing outside. A global IPv6 prefix is the operator's to route.
@@ -358,7 +340,11 @@ mod tests {
         let networks = Networks::new(vec![lan]).unwrap();
         let text = table(&networks, &Names::new(), std::iter::empty());
         assert!(!text.contains("add element inet coppice masqueraded"));
-        assert!(!text.contains("network_0 accept"));
-        assert!(text.contains("network_0 goto refuse"));
+        let chain = text.split("chain network_0 {").nth(1).unwrap();
+        let chain = chain.split('}').next().unwrap();
+        assert!(
+            chain.trim_end().ends_with("goto refuse") && !chain.contains("accept"),
+            "{chain}"
+        );
     }
 }

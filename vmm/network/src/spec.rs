@@ -237,11 +237,12 @@ impl Network {
         }
         Ok(())
     }
+}
 
-    fn ranges(&self) -> impl Iterator<Item = IpNet> {
-        let prefix = self.prefix.map(IpNet::V6);
-        std::iter::once(IpNet::V4(self.range)).chain(prefix)
-    }
+/// The ranges of a network: one, or one of each family.
+pub(crate) fn ranges(network: &Network) -> impl Iterator<Item = IpNet> + use<> {
+    let prefix = network.prefix.map(IpNet::V6);
+    std::iter::once(IpNet::V4(network.range)).chain(prefix)
 }
 
 fn wrong_range(range: Ipv4Net) -> Option<&'static str> {
@@ -300,9 +301,7 @@ impl Networks {
                 if first.name == second.name {
                     return Err(SpecError::DuplicateName(first.name.clone()));
                 }
-                let pairs = first
-                    .ranges()
-                    .flat_map(|a| second.ranges().map(move |b| (a, b)));
+                let pairs = ranges(first).flat_map(|a| ranges(second).map(move |b| (a, b)));
                 if let Some((first_range, second_range)) = { pairs }.find(|(a, b)| overlap(a, b)) {
                     let (first, second) = (first.name.clone(), second.name.clone());
                     return Err(SpecError::Overlap {
@@ -329,7 +328,7 @@ impl Networks {
 }
 
 /// Whether two ranges have an address in common: then one holds the other.
-pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
+fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 

@@ -1,0 +1,177 @@
+//! Clones: guests that believe themselves to have the addresses of their template.
+
+use std::net::IpAddr;
+
+use super::frames::{Transport, data, data_back, echo, echo_reply, syn, syn_ack, udp};
+use super::reach::large_segments;
+use super::world::{Guest, HOST4, HOST6, SERVER4, SERVER6, World, attachment, in_namespace, lan};
+use crate::spec::{Access, Network};
+
+/// A guest with another's addresses for itself.
+fn clone_of(world: &mut World, lan: &Network, template: &Guest, number: u8) -> Guest {
+    let mut clone = attachment(lan, 0, number);
+    (clone.inner, clone.mac) = (template.attachment.inner, template.attachment.mac);
+    world.guest(clone)
+}
+
+fn outer_like(guest: &Guest, other: IpAddr) -> IpAddr {
+    let outer = guest.attachment.outer;
+    if other.is_ipv4() {
+        outer.v4.into()
+    } else {
+        outer.v6.unwrap().into()
+    }
+}
+
+#[test]
+fn a_template_and_its_clones_talk_to_one_server_at_once() {
+    in_namespace(|| {
+        let lan = lan();
+        let mut world = World::with(vec![lan.clone()]);
+        let template = world.guest(attachment(&lan, 0, 2));
+        let clones = [3, 4].map(|number| clone_of(&mut world, &lan, &template, number));
+        let mut guests: Vec<_> = std::iter::once(template).chain(clones).collect();
+        for (host, server) in [
+            (IpAddr::V4(HOST4), IpAddr::V4(SERVER4)),
+            (HOST6.into(), SERVER6.into()),
+        ] {
+            let own = guests[0].address_like(server);
+            for packet in [
+                udp((own, 4000), (server, 53), b"query"),
+                syn((own, 4001), (server, 80)),
+                echo(own, server, false),
+            ] {
+                // All send the very same packet.
+                let out: Vec<_> = guests
+                    .iter_mut()
+                    .map(|guest| {
+                        guest.send(&packet);
+                        world.outside.one()
+                    })
+                    .collect();
+                let mut ports: Vec<_> = out.iter().map(|out| out.source_port).collect();
+                assert!(
+                    out.iter()
+                        .all(|out| (out.source, out.destination) == (host, server))
+                );
+                ports.sort_unstable();
+                ports.dedup();
+                assert_eq!(ports.len(), guests.len());
+                for (at, out) in out.iter().enumerate() {
+                    let (to, from) = (
+                        (out.source, out.source_port),
+                        (out.destination, out.destination_port),
+                    );
+                    world.arrives(&match out.transport {
+                        Transport::Udp => udp(from, to, &[at as u8]),
+                        Transport::Tcp { .. } => syn_ack(from, to),
+                        _ => echo_reply(from.0, to.0, out.source_port),
+                    });
+                    for (number, guest) in guests.iter_mut().enumerate() {
+                        let back = guest.end.received();
+                        assert_eq!(back.len(), usize::from(number == at));
+                        assert!(
+                            back.iter()
+                                .all(|frame| (frame.source, frame.destination) == (server, own))
+                        );
+                        assert!(back.iter().all(|frame| frame.to_mac == guest.mac()));
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn a_clone_is_reached_by_its_own_addresses_and_ports() {
+    in_namespace(|| {
+        let mut lan = lan();
+        lan.peers = Access::Allow;
+        let mut world = World::with(vec![lan.clone()]);
+        let mut template = world.guest(attachment(&lan, 0, 2));
+        let mut attachment = attachment(&lan, 0, 3);
+        (attachment.inner, attachment.mac) = (template.attachment.inner, template.attachment.mac);
+        attachment.published = vec!["8080:80".parse().unwrap()];
+        let mut clone = world.guest(attachment);
+        for (host, server) in [
+            (IpAddr::V4(HOST4), IpAddr::V4(SERVER4)),
+            (HOST6.into(), SERVER6.into()),
+        ] {
+            let own = clone.address_like(host);
+            world.arrives(&syn((server, 7), (host, 8080)));
+            let frame = clone.end.one();
+            assert_eq!(
+                (frame.source, frame.destination, frame.destination_port),
+                (server, own, 80)
+            );
+            assert_eq!(frame.to_mac, template.mac());
+            clone.send(&syn_ack((own, 80), (server, 7)));
+            let answer = world.outside.one();
+            assert_eq!((answer.source, answer.source_port), (host, 8080));
+            // The template reaches it by the address that is the clone's alone, and is seen by its own.
+            let outer = outer_like(&clone, host);
+            for packet in [
+                udp((own, 1), (outer, 2), b"x"),
+                syn((own, 3), (outer, 4)),
+                echo(own, outer, false),
+            ] {
+                template.send(&packet);
+                let frame = clone.end.one();
+                assert_eq!((frame.source, frame.destination), (own, own));
+            }
+            clone.send(&udp((own, 2), (own, 1), b"y"));
+            assert_eq!(template.end.one().source, outer);
+        }
+    });
+}
+
+#[test]
+fn a_connection_of_the_template_is_none_of_its_clone() {
+    in_namespace(|| {
+        let lan = lan();
+        let mut world = World::with(vec![lan.clone()]);
+        let mut template = world.guest(attachment(&lan, 0, 2));
+        let own = (template.v4(), 4000);
+        template.send(&syn(own, (SERVER4, 80)));
+        let first = world.outside.one();
+        world.arrives(&syn_ack((SERVER4, 80), (HOST4, first.source_port)));
+        template.end.one();
+        let mut clone = clone_of(&mut world, &lan, &template, 3);
+        clone.send(&data(own, (SERVER4, 80), b"as if it were mine"));
+        let stray = world.outside.one();
+        assert_ne!(stray.source_port, first.source_port);
+        // What the server sends on that connection goes to the template only.
+        world.arrives(&data_back(
+            (SERVER4, 80),
+            (HOST4, first.source_port),
+            b"secret",
+        ));
+        assert_eq!(clone.end.received(), []);
+        assert_eq!(template.end.one().payload, b"secret");
+    });
+}
+
+#[test]
+fn large_segments_of_a_clone_have_right_sums() {
+    in_namespace(|| {
+        let lan = lan();
+        let mut world = World::with(vec![lan.clone()]);
+        let template = world.guest(attachment(&lan, 0, 2));
+        let mut clone = clone_of(&mut world, &lan, &template, 3);
+        let payload: Vec<u8> = (0..20_000_u32).map(|at| (at * 7) as u8).collect();
+        large_segments(
+            &mut world,
+            &mut clone,
+            HOST4.into(),
+            SERVER4.into(),
+            &payload,
+        );
+        large_segments(
+            &mut world,
+            &mut clone,
+            HOST6.into(),
+            SERVER6.into(),
+            &payload,
+        );
+    });
+}
