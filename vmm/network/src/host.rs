@@ -179,12 +179,13 @@ impl HostNetworks {
             self.attachments.extend(back);
             return Err(error);
         }
-        let taps = links::taps(&mut self.netlink)?;
-        let of_gone = taps.iter().filter(|tap| gone.contains(&tap.name.address()));
-        let requests = of_gone
-            .map(|tap| links::delete_link(tap.name, tap.index))
-            .collect();
-        Ok(self.netlink.send_all_but_gone(requests)?)
+        // Most taps are gone by now, with the processes of their guests.
+        let left = |address: Ipv4Addr| {
+            let name = TapName::of(address);
+            Some((name, tap::index(name).ok()?))
+        };
+        let left: Vec<_> = gone.into_iter().filter_map(left).collect();
+        Ok(links::delete(&mut self.netlink, &left)?)
     }
 
     /// The names in allow-lists, whose addresses are to be looked up again and again.
@@ -260,8 +261,9 @@ impl HostNetworks {
         match nft::run(text) {
             Ok(_) => Ok(()),
             Err(error @ NftError::Refused { .. }) => {
+                let why = report::chain(&error);
                 tracing::warn!(
-                    "the rules are set anew, as they are not those of the last change: {error}"
+                    "the rules are set anew, as they are not those of the last change: {why}"
                 );
                 self.load_rules()
             }
@@ -381,11 +383,8 @@ impl HostNetworks {
         let (kept, stale): (Vec<Tap>, Vec<Tap>) = taps
             .into_iter()
             .partition(|tap| self.attachments.contains_key(&tap.name.address()));
-        let stale = stale
-            .iter()
-            .map(|tap| links::delete_link(tap.name, tap.index))
-            .collect();
-        self.netlink.send_all_but_gone(stale)?;
+        let stale: Vec<_> = stale.iter().map(Tap::id).collect();
+        links::delete(&mut self.netlink, &stale)?;
         let kept: Vec<_> = kept
             .iter()
             .filter_map(|tap| Some((self.attachments.get(&tap.name.address())?, tap.index)))
@@ -401,12 +400,8 @@ impl HostNetworks {
 /// [`HostError`].
 pub fn remove_all() -> Result<(), HostError> {
     let mut netlink = open()?;
-    let taps = links::taps(&mut netlink)?;
-    netlink.send_all_but_gone(
-        taps.iter()
-            .map(|tap| links::delete_link(tap.name, tap.index))
-            .collect(),
-    )?;
+    let taps: Vec<_> = links::taps(&mut netlink)?.iter().map(Tap::id).collect();
+    links::delete(&mut netlink, &taps)?;
     let routes = links::routes(&mut netlink)?
         .into_iter()
         .filter(links::is_ours);

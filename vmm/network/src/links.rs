@@ -27,6 +27,8 @@ const LABEL: &str = "lo:coppice";
 const LOOPBACK: u32 = 1;
 /// The kernel's own limit of 1000 packets would cost a tap 8 KiB.
 const TX_QUEUE_LEN: u32 = 32;
+/// The group of interfaces that are about to be deleted: a number that nobody else has.
+const LEAVING: u32 = u32::from_be_bytes(*b"copp");
 
 /// Brings a tap up: as the host's end of it has no part in ARP, it is told where the guest is.
 pub(crate) fn bring_up(name: TapName, index: u32, mtu: u16) -> Request {
@@ -41,6 +43,7 @@ pub(crate) fn bring_up(name: TapName, index: u32, mtu: u16) -> Request {
         LinkAttribute::Address(GATEWAY_MAC.bytes().to_vec()),
         LinkAttribute::TxQueueLen(TX_QUEUE_LEN),
         LinkAttribute::Mtu(mtu.into()),
+        LinkAttribute::Group(0),
     ];
     Request::change(
         format!("bring the tap {name} up"),
@@ -48,13 +51,24 @@ pub(crate) fn bring_up(name: TapName, index: u32, mtu: u16) -> Request {
     )
 }
 
-pub(crate) fn delete_link(name: TapName, index: u32) -> Request {
-    let mut link = LinkMessage::default();
-    link.header.index = index;
-    Request::change(
-        format!("delete the tap {name}"),
-        RouteNetlinkMessage::DelLink(link),
-    )
+/// Deletes taps, all of them in one step: the kernel waits for all CPUs at each, which is 18 ms for one as for a
+/// thousand.
+pub(crate) fn delete(netlink: &mut Netlink, taps: &[(TapName, u32)]) -> Result<(), NetlinkError> {
+    if taps.is_empty() {
+        return Ok(());
+    }
+    let leave = |(name, index): &(TapName, u32)| {
+        let mut link = LinkMessage::default();
+        link.header.index = *index;
+        link.attributes.push(LinkAttribute::Group(LEAVING));
+        let what = format!("mark the tap {name} for deletion");
+        Request::change(what, RouteNetlinkMessage::SetLink(link))
+    };
+    netlink.send_all_but_gone(taps.iter().map(leave).collect())?;
+    let mut all = LinkMessage::default();
+    all.attributes.push(LinkAttribute::Group(LEAVING));
+    let delete = Request::change("delete taps", RouteNetlinkMessage::DelLink(all));
+    netlink.send_all_but_gone(vec![delete])
 }
 
 /// Leads packets for one address of a guest to its tap. What the host itself sends there has the gateway's address.
@@ -177,6 +191,12 @@ pub struct Counters {
     pub sent_bytes: u64,
     /// Frames that the guest sent.
     pub sent_packets: u64,
+}
+
+impl Tap {
+    pub(crate) fn id(&self) -> (TapName, u32) {
+        (self.name, self.index)
+    }
 }
 
 /// The taps of ours.

@@ -62,8 +62,9 @@ impl MacAddress {
 
     /// The address that a guest with this interface gives itself in a prefix of 64 bits (RFC 4291, appendix A).
     pub fn address_in(self, prefix: Ipv6Net) -> Ipv6Addr {
-        let [a, b, c, d, e, f] = self.0;
-        let interface = u64::from_be_bytes([a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+        let [first, second, third, fourth, fifth, sixth] = self.0;
+        let interface = [first ^ 2, second, third, 0xff, 0xfe, fourth, fifth, sixth];
+        let interface = u64::from_be_bytes(interface);
         Ipv6Addr::from_bits(prefix.network().to_bits() | u128::from(interface))
     }
 }
@@ -91,8 +92,8 @@ impl FromStr for MacAddress {
 
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        let pairs = self.0.map(|byte| format!("{byte:02x}"));
+        f.write_str(&pairs.join(":"))
     }
 }
 

@@ -224,7 +224,10 @@ impl Netlink {
                 .ok_or(NetlinkError::Answer)?;
             match NetlinkMessage::deserialize(&rest[..length]) {
                 Ok(message) => messages.push(message),
-                Err(error) => tracing::debug!("a message of rtnetlink is left out: {error}"),
+                Err(error) => tracing::debug!(
+                    "a message of rtnetlink is left out: {}",
+                    report::chain(&error)
+                ),
             }
             rest = &rest[aligned(length).min(rest.len())..];
         }

@@ -104,7 +104,7 @@ impl AddressPool {
             return;
         }
         let (mut first, mut last) = (bits, bits);
-        // The addresses of a range begin at 2 and end before the last that there is: neither sum nor difference overflows.
+        // A guest's address is neither the first nor the last that there is: neither sum nor difference overflows.
         if let Some((before, _)) = self.run_of(bits - 1) {
             self.free.remove(&before);
             first = before;
@@ -217,9 +217,10 @@ mod tests {
             for (allocates, number) in steps {
                 let address = Ipv4Addr::new(10, 0, 0, 64 + number);
                 if allocates {
-                    match pool.allocate() {
-                        Ok(address) => prop_assert!(used.insert(address)),
-                        Err(_) => prop_assert_eq!(used.len(), 61),
+                    if let Ok(address) = pool.allocate() {
+                        prop_assert!(used.insert(address));
+                    } else {
+                        prop_assert_eq!(used.len(), 61);
                     }
                 } else if number % 2 == 0 {
                     pool.free(address);

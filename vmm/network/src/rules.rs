@@ -229,7 +229,7 @@ fn elements<'a>(verb: &str, attachments: impl Iterator<Item = &'a Attachment>) -
     let mut element = |map, key: String, value: String| {
         maps.entry(map)
             .or_default()
-            .push(format!("{key} : {value}"))
+            .push(format!("{key} : {value}"));
     };
     for attachment in attachments {
         let Attachment {
@@ -274,7 +274,7 @@ fn elements<'a>(verb: &str, attachments: impl Iterator<Item = &'a Attachment>) -
                     }
                 }
                 Some(IpAddr::V4(address)) => {
-                    element("published4", format!("{address} . {key}"), to4())
+                    element("published4", format!("{address} . {key}"), to4());
                 }
                 Some(IpAddr::V6(address)) => {
                     if let Some(to) = to6() {

@@ -445,7 +445,7 @@ mod tests {
             SpecError::Dns { .. }
         ));
         let isolated = refused(|lan| {
-            (lan.outside, lan.allow) = (Outside::Isolated, vec!["a.b".parse().unwrap()])
+            (lan.outside, lan.allow) = (Outside::Isolated, vec!["a.b".parse().unwrap()]);
         });
         assert!(matches!(isolated, SpecError::AllowOfIsolated { .. }));
         assert!(matches!(

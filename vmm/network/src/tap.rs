@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with
 use crate::attachment::TapName;
 
 /// What a virtio-net device puts before each frame: the header of VIRTIO 1.2, 5.1.6, with `num_buffers`.
-pub const HEADER_SIZE: usize = 12;
+pub const HEADER_SIZE: u8 = 12;
 
 /// The device that taps are made of.
 pub const TUN_DEVICE: &str = "/dev/net/tun";
@@ -67,7 +67,7 @@ pub fn create(name: TapName) -> Result<OwnedFd, TapError> {
     // TUN_EXCL refuses a device that is there: nobody else's becomes a guest's.
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
     request(&device, &name.to_string(), flags).map_err(failed)?;
-    let size = HEADER_SIZE as libc::c_int;
+    let size = libc::c_int::from(HEADER_SIZE);
     // SAFETY: the request reads an int, which lives until the call has returned.
     let set = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
     if set < 0 {
@@ -86,7 +86,7 @@ pub(crate) fn request(device: &File, name: &str, flags: libc::c_int) -> io::Resu
         .take(libc::IFNAMSIZ - 1)
         .zip(name.bytes())
     {
-        *to = from as libc::c_char;
+        *to = from.cast_signed();
     }
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: the request reads and writes an `ifreq`, which lives until the call has returned.

@@ -1,8 +1,11 @@
 //! Clones: guests that believe themselves to have the addresses of their template.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use super::frames::{Transport, data, data_back, echo, echo_reply, syn, syn_ack, udp};
+use super::frames::{
+    Frame, Transport, data, data_back, echo, echo_reply, ethernet, fill_sum, fragments, syn,
+    syn_ack, udp,
+};
 use super::reach::large_segments;
 use super::world::{Guest, HOST4, HOST6, SERVER4, SERVER6, World, attachment, in_namespace, lan};
 use crate::spec::{Access, Network};
@@ -174,4 +177,51 @@ fn large_segments_of_a_clone_have_right_sums() {
             &payload,
         );
     });
+}
+
+#[test]
+fn fragments_of_a_clone_are_translated_both_ways() {
+    in_namespace(|| {
+        let lan = lan();
+        let mut world = World::with(vec![lan.clone()]);
+        let mut template = world.guest(attachment(&lan, 0, 2));
+        let mut clone = clone_of(&mut world, &lan, &template, 3);
+        let own = (template.v4(), 4000);
+        // Of one packet of each, with one identifier, as a template and its clone may well send.
+        let [ours, others] = [1, 2].map(|byte| fragments(&udp(own, (SERVER4, 53), &[byte; 64])));
+        for (mine, other) in ours.iter().zip(&others) {
+            template.send(mine);
+            clone.send(other);
+        }
+        let out = world.outside.received();
+        assert_eq!(out.len(), 4);
+        let (first, second) = (whole(&out[..2], HOST4), whole(&out[2..], HOST4));
+        assert_eq!(
+            (&first.payload[..], &second.payload[..]),
+            (&[1; 64][..], &[2; 64][..])
+        );
+        assert_ne!(first.source_port, second.source_port);
+        for part in fragments(&udp((SERVER4, 53), (HOST4, second.source_port), &[3; 64])) {
+            world.arrives(&part);
+        }
+        let back = whole(&clone.end.received(), SERVER4);
+        assert_eq!(
+            (back.destination, &back.payload[..]),
+            (own.0.into(), &[3; 64][..])
+        );
+        assert_eq!(template.end.received(), []);
+    });
+}
+
+/// Puts the two fragments of a packet together, and checks its sum.
+fn whole(parts: &[Frame], source: Ipv4Addr) -> Frame {
+    let payload: Vec<u8> = parts.iter().flat_map(|part| part.payload.clone()).collect();
+    let mut packet = parts[0].bytes[14..34].to_vec();
+    packet[2..4].copy_from_slice(&(20 + payload.len() as u16).to_be_bytes());
+    packet[6..8].fill(0);
+    packet.extend(payload);
+    fill_sum(&mut packet);
+    let frame = Frame::parse(&ethernet([2; 6], [4; 6], &packet));
+    assert_eq!(frame.source, IpAddr::V4(source));
+    frame
 }

@@ -56,7 +56,7 @@ impl Frame {
                     (
                         header.source_addr().into(),
                         header.destination_addr().into(),
-                        ip.payload().clone().into(),
+                        ip.payload().clone(),
                     )
                 }
                 NetSlice::Arp(_) => panic!("ARP: {bytes:x?}"),
@@ -264,4 +264,30 @@ fn ping(from: IpAddr, to: IpAddr, id: u16, is_reply: bool) -> Vec<u8> {
     };
     written.unwrap();
     packet
+}
+
+/// An IPv4 packet as two fragments, of which the second has no ports.
+pub(super) fn fragments(packet: &[u8]) -> Vec<Vec<u8>> {
+    let make = |offset: u16, is_last: bool, payload: &[u8]| {
+        let more = if is_last { 0 } else { 0x2000 };
+        let mut fragment = packet[..20].to_vec();
+        fragment[2..4].copy_from_slice(&(20 + payload.len() as u16).to_be_bytes());
+        fragment[6..8].copy_from_slice(&((offset / 8) | more).to_be_bytes());
+        fragment.extend_from_slice(payload);
+        fill_sum(&mut fragment);
+        fragment
+    };
+    let (first, second) = packet[20..].split_at(16);
+    vec![make(0, false, first), make(16, true, second)]
+}
+
+/// Sets the checksum of an IPv4 header without options.
+pub(super) fn fill_sum(packet: &mut [u8]) {
+    packet[10..12].fill(0);
+    let words = packet[..20]
+        .chunks(2)
+        .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])));
+    let sum: u32 = words.sum();
+    let sum = (sum & 0xffff) + (sum >> 16);
+    packet[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
 }

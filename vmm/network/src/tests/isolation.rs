@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use super::frames::{data, echo, ethernet, syn, udp};
+use super::frames::{data, echo, ethernet, fragments, syn, udp};
 use super::world::{
     Guest, HOST4, HOST6, OUTSIDE_MAC, SERVER4, SERVER6, World, attachment, in_namespace, lan,
 };
@@ -21,26 +21,6 @@ fn packets(from: IpAddr, to: IpAddr) -> Vec<Vec<u8>> {
         echo(from, to, false),
         echo(from, to, true),
     ]
-}
-
-/// The packet as two fragments, of which the second has no port.
-fn fragments(packet: &[u8]) -> Vec<Vec<u8>> {
-    let make = |offset: u16, is_last: bool, payload: &[u8]| {
-        let mut fragment = packet[..20].to_vec();
-        fragment[2..4].copy_from_slice(&(20 + payload.len() as u16).to_be_bytes());
-        fragment[6..8]
-            .copy_from_slice(&(offset / 8 | if is_last { 0 } else { 0x2000 }).to_be_bytes());
-        fragment[10..12].fill(0);
-        let mut sum: u32 = fragment
-            .chunks(2)
-            .map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]])))
-            .sum();
-        sum = (sum & 0xffff) + (sum >> 16);
-        fragment[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-        [&fragment, payload].concat()
-    };
-    let (first, second) = packet[20..].split_at(16);
-    vec![make(0, false, first), make(16, true, second)]
 }
 
 fn vlan(frame: &[u8], kind: [u8; 2], tag: u16) -> Vec<u8> {

@@ -2,10 +2,12 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+
 use super::frames::udp;
 use super::world::{End, HOST4, SERVER4, World, attachment, in_namespace, ip, lan, state};
 use crate::host::{HostError, HostNetworks, remove_all};
-use crate::spec::{Network, Networks};
+use crate::spec::{Access, Network, Networks, Outside};
 use crate::tap::{self, TapError};
 
 fn networks() -> Networks {
@@ -93,7 +95,7 @@ fn a_daemon_that_is_killed_at_any_step_leaves_nothing_behind() {
                 std::mem::forget(host.attach(std::slice::from_ref(&guest)).unwrap());
             }),
             ("no rules, but all the rest", &|| {
-                drop(crate::nft::run(crate::rules::REMOVE).unwrap())
+                drop(crate::nft::run(crate::rules::REMOVE).unwrap());
             }),
             ("nothing at all", &|| remove_all().unwrap()),
         ];
@@ -230,7 +232,8 @@ fn a_thousand_guests_come_and_go_in_one_step_each() {
             .collect();
         let taps = world.host.attach(&guests).unwrap();
         assert_eq!(world.host.counters().unwrap().len(), 1000);
-        let mut last = End::new(taps.into_iter().last().unwrap());
+        let mut taps: Vec<_> = taps.into_iter().map(End::new).collect();
+        let last = taps.last_mut().unwrap();
         let frame = udp((guests[999].inner.v4, 1), (SERVER4, 1), b"x");
         last.send(&super::frames::ethernet(
             guests[999].mac.bytes(),
@@ -241,5 +244,92 @@ fn a_thousand_guests_come_and_go_in_one_step_each() {
         let addresses: Vec<_> = guests.iter().map(|guest| guest.outer.v4).collect();
         world.host.detach(&addresses).unwrap();
         assert!(world.host.counters().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn every_network_that_passes_the_checks_is_one_that_the_kernel_takes() {
+    in_namespace(|| {
+        let allow = [
+            "0.0.0.0/0:443",
+            "::/0",
+            "[::/0]:1",
+            "10.0.0.0/8",
+            "10.1.2.3:1-65535",
+            "[2001:db8::1]:53",
+        ];
+        let allow: Vec<_> = allow
+            .iter()
+            .filter_map(|entry| entry.parse().ok())
+            .collect();
+        let dns =
+            ["9.9.9.9", "169.254.169.253", "2620:fe::fe"].map(|address| address.parse().unwrap());
+        let access = |is_open| if is_open { Access::Allow } else { Access::Deny };
+        let network = |number: u8| {
+            let is = |bit: u8| number >> bit & 1 == 1;
+            let mut network = Network::new(
+                format!("n-{number}"),
+                format!("10.{number}.0.0/16").parse().unwrap(),
+            );
+            network.prefix = is(0).then(|| format!("fd00:{number}::/64").parse().unwrap());
+            (network.peers, network.host, network.metadata) =
+                (access(is(1)), access(is(2)), access(is(3)));
+            network.outside = if is(4) {
+                Outside::Isolated
+            } else {
+                Outside::Nat
+            };
+            network.dns = if is(5) { dns.to_vec() } else { Vec::new() };
+            network.allow = if is(6) && !is(4) {
+                allow.clone()
+            } else {
+                Vec::new()
+            };
+            network
+        };
+        let _world = World::with((0..128).map(network).collect());
+    });
+}
+
+#[test]
+fn who_may_not_change_the_hosts_network_is_told_so() {
+    in_namespace(|| {
+        let without = |mut sets: CapabilitySets| {
+            sets.effective.remove(CapabilitySet::NET_ADMIN);
+            sets
+        };
+        let all = capabilities(None).unwrap();
+        set_capabilities(None, without(all)).unwrap();
+        let refused = HostNetworks::rebuild(networks(), Vec::new());
+        let removed = remove_all();
+        set_capabilities(None, all).unwrap();
+        assert!(matches!(refused, Err(HostError::Privilege)));
+        assert!(matches!(removed, Err(HostError::Privilege)));
+    });
+}
+
+#[test]
+fn the_host_becomes_a_router_of_guests_and_of_nobody_else() {
+    in_namespace(|| {
+        let setting = |name: &str| {
+            let text = std::fs::read_to_string(format!("/proc/sys/net/{name}")).unwrap();
+            text.trim().to_owned()
+        };
+        let mut v4 = Network::new("v4", "10.3.0.0/16".parse().unwrap());
+        v4.mtu = 1400;
+        let mut world = World::with(vec![v4.clone()]);
+        ip("tuntap add other0 mode tap");
+        let _guest = world.guest(attachment(&v4, 0, 2));
+        assert_eq!(setting("ipv4/ip_forward"), "0");
+        assert_eq!(setting("ipv4/conf/out0/forwarding"), "1");
+        assert_eq!(setting("ipv4/conf/cop-0a030002/forwarding"), "1");
+        assert_eq!(setting("ipv4/conf/other0/forwarding"), "0");
+        // IPv6 can be forwarded by all or none; router advertisements go on to be taken.
+        assert_eq!(setting("ipv6/conf/all/forwarding"), "0");
+        assert_eq!(setting("ipv6/conf/cop-0a030002/disable_ipv6"), "1");
+        assert!(ip("link show cop-0a030002").contains("mtu 1400"));
+        let _ = HostNetworks::rebuild(networks(), Vec::new()).unwrap();
+        assert_eq!(setting("ipv6/conf/all/forwarding"), "1");
+        assert_eq!(setting("ipv6/conf/out0/accept_ra"), "2");
     });
 }

@@ -353,7 +353,7 @@ fn a_guest_reaches_no_address_of_the_host_unless_its_network_says_so() {
             assert!(
                 reaches_host(|lan| lan.dns = vec![to.parse().unwrap()], to),
                 "{to}"
-            )
+            );
         });
     }
     for to in ["10.1.255.255", "255.255.255.255", "224.0.0.1"] {

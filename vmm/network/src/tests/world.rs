@@ -14,8 +14,10 @@ use crate::attachment::{Addresses, Attachment};
 use crate::host::{HostNetworks, remove_all};
 use crate::mac::{GATEWAY_MAC, MacAddress};
 use crate::spec::{Network, Networks};
-use crate::tap::{self, HEADER_SIZE};
+use crate::tap;
 
+/// What stands before a frame.
+const HEADER_SIZE: usize = tap::HEADER_SIZE as usize;
 /// The host outside.
 pub(super) const HOST4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub(super) const HOST6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
@@ -166,7 +168,7 @@ fn outside() -> End {
     let device = tap::open_device().unwrap();
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     tap::request(&device, "out0", flags).unwrap();
-    let size = HEADER_SIZE as libc::c_int;
+    let size = libc::c_int::from(tap::HEADER_SIZE);
     // SAFETY: the request reads an int, which lives until the call has returned.
     let set = unsafe {
         libc::ioctl(
@@ -227,7 +229,7 @@ pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
         return;
     }
     if let Err(error) = tap::open_device() {
-        return skip::because(&error.to_string());
+        return skip::because(&report::chain(&error).to_string());
     }
     for program in ["nft", "ip"] {
         if Command::new(program).arg("-V").output().is_err() {
