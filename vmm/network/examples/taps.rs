@@ -7,7 +7,7 @@ use std::error::Error;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
-use network::{Addresses, Attachment, HostNetworks, MacAddress, Network, Networks};
+use network::{Attachment, HostNetworks, Network, Networks, mac_of};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
     for (what, prefix) in [
         ("IPv4", None),
-        ("IPv4 and IPv6", Some("fd00:1::/64".parse()?)),
+        ("IPv4 and IPv6", Some("fd00:1::/40".parse()?)),
     ] {
         let mut lan = Network::new("lan", "10.0.0.0/12".parse()?);
         lan.prefix = prefix;
@@ -32,11 +32,7 @@ fn measure(what: &str, lan: &Network, count: u32) -> Result<(), Box<dyn Error>> 
     let first = lan.range.network().to_bits() + 2;
     let guest = |number: u32| {
         let v4 = Ipv4Addr::from_bits(first + number);
-        let mac = MacAddress::of(v4);
-        let addresses = Addresses {
-            v4,
-            v6: lan.address6(mac),
-        };
+        let (mac, addresses) = (mac_of(v4), lan.addresses_of(v4));
         Attachment {
             network: lan.name.clone(),
             outer: addresses,

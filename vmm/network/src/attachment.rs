@@ -1,12 +1,12 @@
 //! A guest's interface in a network: what the host needs to know of it, in memory and in the daemon's records.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
+use config::MacAddress;
+use ipnet::{IpNet, Ipv6Net};
 use serde::{Deserialize, Serialize};
-
-use crate::mac::MacAddress;
 
 /// An interface of a guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,9 +31,9 @@ pub struct Attachment {
 pub struct Addresses {
     /// IPv4.
     pub v4: Ipv4Addr,
-    /// IPv6, where the network has it.
+    /// The IPv6 network of 64 bits that the guest alone takes its addresses of (RFC 8273), where its network has IPv6.
     #[serde(default)]
-    pub v6: Option<Ipv6Addr>,
+    pub v6: Option<Ipv6Net>,
 }
 
 /// A port of the host that leads to one of a guest: `8080:80`, `192.0.2.1:53:53/udp`, `[2001:db8::1]:443:443/tcp`.
@@ -107,6 +107,11 @@ impl Attachment {
     /// The name of its tap.
     pub fn tap(&self) -> TapName {
         TapName::of(self.outer.v4)
+    }
+
+    /// What others know it by.
+    pub(crate) fn outer(&self) -> impl Iterator<Item = IpNet> + use<> {
+        std::iter::once(IpNet::from(IpAddr::V4(self.outer.v4))).chain(self.outer.v6.map(IpNet::V6))
     }
 }
 

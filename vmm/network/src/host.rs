@@ -44,13 +44,13 @@ pub enum HostError {
     #[error("the address {address} is none of network {network}")]
     OtherRange {
         /// The address.
-        address: IpAddr,
+        address: IpNet,
         /// The network.
         network: String,
     },
     /// Two guests would have one address.
     #[error("the address {0} is another guest's")]
-    AddressInUse(IpAddr),
+    AddressInUse(IpNet),
     /// Two guests would have one port of the host.
     #[error("the port {port} of the host is published for {holder} already")]
     PortInUse {
@@ -275,7 +275,7 @@ impl HostNetworks {
     fn check(&self, guests: &[Attachment]) -> Result<(), HostError> {
         let all = || self.attachments.values().chain(guests);
         let mut addresses = BTreeSet::new();
-        for address in all().flat_map(outer) {
+        for address in all().flat_map(Attachment::outer) {
             if !addresses.insert(address) {
                 return Err(HostError::AddressInUse(address));
             }
@@ -285,8 +285,9 @@ impl HostNetworks {
                 .networks
                 .get(&guest.network)
                 .ok_or_else(|| HostError::NoNetwork(guest.network.clone()))?;
-            let range =
-                outer(guest).find(|address| !ranges(network).any(|range| range.contains(address)));
+            let range = guest
+                .outer()
+                .find(|address| !ranges(network).any(|range| range.contains(address)));
             if let Some(address) = range {
                 return Err(HostError::OtherRange {
                     address,
@@ -345,8 +346,7 @@ impl HostNetworks {
         let guests: BTreeSet<_> = self
             .attachments
             .values()
-            .flat_map(outer)
-            .map(IpNet::from)
+            .flat_map(Attachment::outer)
             .collect();
         let routes = links::routes(&mut self.netlink)?;
         let is_default = |to: IpNet| to.prefix_len() == 0;
@@ -435,10 +435,6 @@ fn network_of(networks: &Networks, address: IpAddr) -> Option<(&Network, IpNet)>
     })
 }
 
-fn outer(guest: &Attachment) -> impl Iterator<Item = IpAddr> + use<> {
-    std::iter::once(IpAddr::V4(guest.outer.v4)).chain(guest.outer.v6.map(IpAddr::V6))
-}
-
 fn index(name: TapName) -> Result<u32, HostError> {
     Ok(tap::index(name).map_err(|source| TapError::Create { name, source })?)
 }
@@ -458,7 +454,7 @@ fn configure(
         sysctl::set_tap(&name.to_string(), guest.outer.v6.is_some())?;
         requests.push(links::bring_up(name, index, network.mtu));
         requests.push(links::route(
-            guest.outer.v4.into(),
+            IpNet::from(IpAddr::V4(guest.outer.v4)),
             name,
             index,
             Some(network.gateway().into()),
@@ -469,14 +465,15 @@ fn configure(
             index,
             guest.mac,
         ));
-        if let (Some(outer), Some(inner)) = (guest.outer.v6, guest.inner.v6) {
-            requests.push(links::route(
-                outer.into(),
+        if let Some(outer) = guest.outer.v6 {
+            let from = network.gateway6().map(IpAddr::V6);
+            requests.push(links::neighbour(
+                links::GUEST6.into(),
                 name,
                 index,
-                network.gateway6().map(IpAddr::V6),
+                guest.mac,
             ));
-            requests.push(links::neighbour(inner.into(), name, index, guest.mac));
+            requests.push(links::route(outer.into(), name, index, from));
         }
     }
     Ok(netlink.send_all(requests)?)

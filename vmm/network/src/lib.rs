@@ -41,7 +41,7 @@ pub use attachment::{Addresses, Attachment, Protocol, Published, PublishedError,
 pub use egress::{Destination, DomainName, Egress, EgressError, public_addresses};
 pub use host::{HostError, HostNetworks, remove_all};
 pub use links::Counters;
-pub use mac::{GATEWAY_MAC, MacAddress, MacError};
+pub use mac::{address_in, gateway_mac, mac_of};
 pub use netlink::NetlinkError;
 pub use nft::NftError;
 pub use pool::{AddressPool, PoolError};

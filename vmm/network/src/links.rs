@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use config::MacAddress;
 use ipnet::IpNet;
 use netlink_packet_route::address::{
     AddressAttribute, AddressHeaderFlags, AddressMessage, AddressProtocol, AddressScope,
@@ -16,7 +17,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::attachment::TapName;
-use crate::mac::{GATEWAY_MAC, MacAddress};
+use crate::mac::gateway_mac;
 use crate::netlink::{Netlink, NetlinkError, Request};
 
 /// Routes and addresses of ours carry this number (`/etc/iproute2/rt_protos`), by which the next start finds them.
@@ -40,7 +41,7 @@ pub(crate) fn bring_up(name: TapName, index: u32, mtu: u16) -> Request {
         link.header.change_mask,
     ) = (index, flags, flags);
     link.attributes = vec![
-        LinkAttribute::Address(GATEWAY_MAC.bytes().to_vec()),
+        LinkAttribute::Address(gateway_mac().bytes().to_vec()),
         LinkAttribute::TxQueueLen(TX_QUEUE_LEN),
         LinkAttribute::Mtu(mtu.into()),
         LinkAttribute::Group(0),
@@ -71,17 +72,20 @@ pub(crate) fn delete(netlink: &mut Netlink, taps: &[(TapName, u32)]) -> Result<(
     netlink.send_all_but_gone(vec![delete])
 }
 
-/// Leads packets for one address of a guest to its tap. What the host itself sends there has the gateway's address.
-pub(crate) fn route(to: IpAddr, tap: TapName, index: u32, from: Option<IpAddr>) -> Request {
-    let mut route = route_message(to.into(), RouteType::Unicast);
-    route.attributes.push(RouteAttribute::Oif(index));
-    route
-        .attributes
-        .extend(from.map(|from| RouteAttribute::PrefSource(from.into())));
-    Request::put(
-        format!("route {to} to {tap}"),
-        RouteNetlinkMessage::NewRoute(route),
-    )
+/// The guest of a tap, as the way to its IPv6 network: one neighbour stands for all addresses that the guest takes.
+pub(crate) const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 2);
+
+/// Leads packets for what is a guest's to its tap. What the host itself sends there has the gateway's address.
+pub(crate) fn route(to: IpNet, tap: TapName, index: u32, from: Option<IpAddr>) -> Request {
+    let mut route = route_message(to, RouteType::Unicast);
+    let attributes = &mut route.attributes;
+    attributes.push(RouteAttribute::Oif(index));
+    if let IpNet::V6(_) = to {
+        attributes.push(RouteAttribute::Gateway(IpAddr::V6(GUEST6).into()));
+    }
+    attributes.extend(from.map(|from| RouteAttribute::PrefSource(from.into())));
+    let what = format!("route {to} to {tap}");
+    Request::put(what, RouteNetlinkMessage::NewRoute(route))
 }
 
 /// Refuses packets for addresses of a network that no guest has, which the default route would take out of the host.
@@ -115,7 +119,7 @@ fn route_message(to: IpNet, kind: RouteType) -> RouteMessage {
 
 /// Tells the host the Ethernet address of a guest for good.
 ///
-/// The address is the one that the guest has of itself: the kernel looks the neighbour up after the rules have
+/// An IPv4 address is the one that the guest has of itself: the kernel looks the neighbour up after the rules have
 /// translated a packet's destination.
 pub(crate) fn neighbour(address: IpAddr, tap: TapName, index: u32, mac: MacAddress) -> Request {
     let mut neighbour = NeighbourMessage::default();

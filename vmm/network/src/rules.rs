@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv6Net};
 
-use crate::attachment::Attachment;
+use crate::attachment::{Attachment, Published};
 use crate::egress::{Destination, DomainName, Egress};
+use crate::mac::address_in;
 use crate::spec::{Access, METADATA, Network, Networks, Outside, ranges};
 
 /// The addresses of the names in allow-lists, by name.
@@ -25,7 +26,7 @@ pub(crate) const REMOVE: &str = "add table inet coppice\ndelete table inet coppi
 pub(crate) fn table<'a>(
     networks: &Networks,
     names: &Names,
-    attachments: impl Iterator<Item = &'a Attachment>,
+    attachments: impl Iterator<Item = &'a Attachment> + Clone,
 ) -> String {
     // nft 1.0 makes the chains of a block before the elements behind it only where the block is the first.
     let fixed = TABLE.trim_end().strip_suffix('}').unwrap_or(TABLE);
@@ -41,6 +42,7 @@ pub(crate) fn table<'a>(
     for (number, network) in networks.iter().enumerate() {
         network_chains(&mut text, number, network, names);
     }
+    text.extend(attachments.clone().filter_map(clone_chains));
     line(&mut text, format_args!("}}"));
     for range in METADATA {
         let family = if range.contains(':') { 6 } else { 4 };
@@ -52,7 +54,7 @@ pub(crate) fn table<'a>(
     for (number, network) in networks.iter().enumerate() {
         network_elements(&mut text, number, network);
     }
-    text.push_str(&add(attachments));
+    text.push_str(&elements("add", attachments));
     text
 }
 
@@ -214,73 +216,82 @@ pub(crate) fn set_name(names: &Names, name: &DomainName, addresses: &[IpAddr]) -
 }
 
 /// Lets guests send and receive.
-pub(crate) fn add<'a>(attachments: impl Iterator<Item = &'a Attachment>) -> String {
-    elements("add", attachments)
+pub(crate) fn add<'a>(attachments: impl Iterator<Item = &'a Attachment> + Clone) -> String {
+    let mut text = String::new();
+    let mut chains = attachments.clone().filter_map(clone_chains).peekable();
+    if chains.peek().is_some() {
+        line(&mut text, format_args!("table inet coppice {{"));
+        text.extend(chains);
+        line(&mut text, format_args!("}}"));
+    }
+    text + &elements("add", attachments)
 }
 
 /// Takes away what [`add`] gave.
-pub(crate) fn delete<'a>(attachments: impl Iterator<Item = &'a Attachment>) -> String {
-    elements("delete", attachments)
+pub(crate) fn delete<'a>(attachments: impl Iterator<Item = &'a Attachment> + Clone) -> String {
+    let mut text = elements("delete", attachments.clone());
+    for tap in attachments
+        .filter(|guest| is_clone6(guest))
+        .map(Attachment::tap)
+    {
+        line(
+            &mut text,
+            format_args!("delete chain inet coppice from_{tap}"),
+        );
+        line(
+            &mut text,
+            format_args!("delete chain inet coppice to_{tap}"),
+        );
+    }
+    text
+}
+
+/// Whether a guest's IPv6 network is another one for itself.
+fn is_clone6(guest: &Attachment) -> bool {
+    guest.outer.v6 != guest.inner.v6
+}
+
+/// The chains that translate the IPv6 network of a clone: no map can hold a part of an address.
+fn clone_chains(guest: &Attachment) -> Option<String> {
+    let (outer, inner) = (guest.outer.v6?, guest.inner.v6?);
+    let (tap, interface) = (guest.tap(), "::ffff:ffff:ffff:ffff");
+    let chain = |name: &str, field: &str, prefix: Ipv6Net| {
+        let prefix = prefix.network();
+        format!(
+            "    chain {name}_{tap} {{\n        ip6 {field} set ip6 {field} & {interface} | {prefix} accept\n    }}\n"
+        )
+    };
+    is_clone6(guest).then(|| chain("from", "saddr", outer) + &chain("to", "daddr", inner))
 }
 
 /// One line for each map, with the elements of all guests.
 fn elements<'a>(verb: &str, attachments: impl Iterator<Item = &'a Attachment>) -> String {
     let mut maps: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    let mut element = |map, key: String, value: String| {
-        maps.entry(map)
-            .or_default()
-            .push(format!("{key} : {value}"));
-    };
-    for attachment in attachments {
+    for guest in attachments {
+        let mut element = |map, element: String| maps.entry(map).or_default().push(element);
         let Attachment {
-            outer,
-            inner,
-            mac,
-            published,
-            ..
-        } = attachment;
-        let tap = attachment.tap();
+            outer, inner, mac, ..
+        } = guest;
+        let tap = guest.tap();
         element(
             "source4",
-            format!("\"{tap}\" . {mac} . {}", inner.v4),
-            outer.v4.to_string(),
+            format!("\"{tap}\" . {mac} . {} : {}", inner.v4, outer.v4),
         );
-        element(
-            "inner4",
-            format!("\"{tap}\" . {}", outer.v4),
-            inner.v4.to_string(),
-        );
+        element("inner4", format!("\"{tap}\" . {} : {}", outer.v4, inner.v4));
         if let (Some(outer), Some(inner)) = (outer.v6, inner.v6) {
             element(
                 "source6",
-                format!("\"{tap}\" . {mac} . {inner}"),
-                outer.to_string(),
+                format!("\"{tap}\" . {mac} . {}", inner.network()),
             );
-            element("inner6", format!("\"{tap}\" . {outer}"), inner.to_string());
+            element("destination6", format!("\"{tap}\" . {}", outer.network()));
         }
-        for port in published {
-            let key = format!("{} . {}", port.protocol, port.host_port);
-            let to4 = || format!("{} . {}", outer.v4, port.guest_port);
-            let to6 = || {
-                outer
-                    .v6
-                    .map(|outer| format!("{outer} . {}", port.guest_port))
-            };
-            match port.address {
-                None => {
-                    element("published_anywhere4", key.clone(), to4());
-                    if let Some(to) = to6() {
-                        element("published_anywhere6", key, to);
-                    }
-                }
-                Some(IpAddr::V4(address)) => {
-                    element("published4", format!("{address} . {key}"), to4());
-                }
-                Some(IpAddr::V6(address)) => {
-                    if let Some(to) = to6() {
-                        element("published6", format!("{address} . {key}"), to);
-                    }
-                }
+        if is_clone6(guest) {
+            element("from_clone6", format!("\"{tap}\" : goto from_{tap}"));
+            element("to_clone6", format!("\"{tap}\" : goto to_{tap}"));
+        }
+        for port in &guest.published {
+            for (map, published) in published(guest, port) {
+                element(map, published);
             }
         }
     }
@@ -295,13 +306,36 @@ fn elements<'a>(verb: &str, attachments: impl Iterator<Item = &'a Attachment>) -
     text
 }
 
+/// The elements for a port, by their maps. In IPv6, the port is of the address that the guest has by its interface.
+fn published(guest: &Attachment, port: &Published) -> Vec<(&'static str, String)> {
+    let key = format!("{} . {}", port.protocol, port.host_port);
+    let to4 = format!("{} . {}", guest.outer.v4, port.guest_port);
+    let address6 = guest.outer.v6.map(|outer| address_in(outer, guest.mac));
+    let to6 = address6.map(|address| format!("{address} . {}", port.guest_port));
+    match (port.address, to6) {
+        (None, None) => vec![("published_anywhere4", format!("{key} : {to4}"))],
+        (None, Some(to6)) => vec![
+            ("published_anywhere4", format!("{key} : {to4}")),
+            ("published_anywhere6", format!("{key} : {to6}")),
+        ],
+        (Some(IpAddr::V4(address)), _) => {
+            vec![("published4", format!("{address} . {key} : {to4}"))]
+        }
+        (Some(IpAddr::V6(address)), Some(to6)) => {
+            vec![("published6", format!("{address} . {key} : {to6}"))]
+        }
+        // No such guest is reached by IPv6.
+        (Some(IpAddr::V6(_)), None) => Vec::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
     use crate::attachment::Addresses;
-    use crate::mac::MacAddress;
+    use crate::mac::mac_of;
 
     fn guest(address: [u8; 4]) -> Attachment {
         let address = Ipv4Addr::from(address);
@@ -313,7 +347,7 @@ mod tests {
             network: "lan".to_owned(),
             outer: addresses,
             inner: addresses,
-            mac: MacAddress::of(address),
+            mac: mac_of(address),
             published: vec!["8080:80".parse().unwrap()],
         }
     }
@@ -324,7 +358,7 @@ mod tests {
         let text = add(guests.iter());
         assert_eq!(text.lines().count(), 3);
         assert!(text.contains(
-            "\"cop-0a010002\" . 06:00:0a:01:00:02 . 10.1.0.2 : 10.1.0.2, \"cop-0a010003\""
+            "\"cop-0a010002\" . 02:00:0a:01:00:02 . 10.1.0.2 : 10.1.0.2, \"cop-0a010003\""
         ));
         assert!(text.contains("published_anywhere4 { tcp . 8080 : 10.1.0.2 . 80, "));
         assert_eq!(

@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+use crate::attachment::Addresses;
 use crate::egress::Egress;
-use crate::mac::MacAddress;
 
 /// A network of guests: its addresses, and what its guests may reach.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub struct Network {
     pub name: String,
     /// The IPv4 addresses. The first is the gateway's, the last nobody's.
     pub range: Ipv4Net,
-    /// The prefix of the IPv6 addresses, of 64 bits; the network has no IPv6 where `None`.
+    /// The prefix of the IPv6 addresses: each guest has a /64 of it. The network has no IPv6 where `None`.
     pub prefix: Option<Ipv6Net>,
     /// Whether there is a way out.
     pub outside: Outside,
@@ -177,9 +177,14 @@ impl Network {
         Some(Ipv6Addr::from_bits(prefix.to_bits() | 1))
     }
 
-    /// The IPv6 address of the guest that has an Ethernet address.
-    pub fn address6(&self, mac: MacAddress) -> Option<Ipv6Addr> {
-        self.prefix.map(|prefix| mac.address_in(prefix))
+    /// The addresses of the guest that has this IPv4 address.
+    pub fn addresses_of(&self, v4: Ipv4Addr) -> Addresses {
+        let number = v4.to_bits() ^ self.range.network().to_bits();
+        let v6 = self.prefix.and_then(|prefix| {
+            let network = prefix.network().to_bits() | u128::from(number) << 64;
+            Ipv6Net::new(Ipv6Addr::from_bits(network), 64).ok()
+        });
+        Addresses { v4, v6 }
     }
 
     /// Checks each field by itself.
@@ -201,7 +206,7 @@ impl Network {
         }
         if let Some((prefix, reason)) = self
             .prefix
-            .and_then(|prefix| Some((prefix, wrong_prefix(prefix)?)))
+            .and_then(|prefix| Some((prefix, wrong_prefix(prefix, self.range)?)))
         {
             return Err(wrong(prefix.into(), reason));
         }
@@ -267,14 +272,14 @@ fn wrong_range(range: Ipv4Net) -> Option<&'static str> {
     }
 }
 
-fn wrong_prefix(prefix: Ipv6Net) -> Option<&'static str> {
+fn wrong_prefix(prefix: Ipv6Net, range: Ipv4Net) -> Option<&'static str> {
     let address = prefix.network();
     // Unique local (RFC 4193) and global unicast (RFC 4291, 2.4).
     let is_of_hosts = address.is_unique_local() || address.segments()[0] & 0xe000 == 0x2000;
     if prefix != prefix.trunc() {
         Some("its address has bits beyond the prefix")
-    } else if prefix.prefix_len() != 64 {
-        Some("a /64 is needed, as guests make their addresses of their MAC")
+    } else if prefix.prefix_len() > 32 + range.prefix_len() {
+        Some("it is too small: each guest takes a /64, so that the range a.b.c.d/16 needs a /48")
     } else if !is_of_hosts {
         Some("it is neither unique local (fd00::/8) nor global (2000::/3)")
     } else {
@@ -343,10 +348,12 @@ mod tests {
     #[test]
     fn the_gateway_is_the_first_address() {
         let mut lan = network("lan", "10.1.0.0/16");
-        lan.prefix = Some("fd00:1::/64".parse().unwrap());
+        lan.prefix = Some("fd00:1::/48".parse().unwrap());
         assert_eq!(lan.gateway().to_string(), "10.1.0.1");
         assert_eq!(lan.gateway6().unwrap().to_string(), "fd00:1::1");
         assert_eq!(lan.validate(), Ok(()));
+        let of_guest = lan.addresses_of("10.1.3.2".parse().unwrap());
+        assert_eq!(of_guest.v6.unwrap().to_string(), "fd00:1:0:302::/64");
     }
 
     #[test]
@@ -373,12 +380,12 @@ mod tests {
             );
         }
         for prefix in [
-            "fd00:1::/63",
-            "fd00:1::/65",
-            "fd00::1/64",
-            "fe80::/64",
-            "ff02::/64",
-            "::/64",
+            "fd00:1::/49",
+            "fd00:1::/64",
+            "fd00::1/48",
+            "fe80::/48",
+            "ff02::/48",
+            "::/48",
         ] {
             let mut lan = network("lan", "10.1.0.0/16");
             lan.prefix = Some(prefix.parse().unwrap());
@@ -403,7 +410,7 @@ mod tests {
         );
         let mut v6 = [network("a", "10.0.0.0/16"), network("b", "10.1.0.0/16")];
         for network in &mut v6 {
-            network.prefix = Some("fd00:1::/64".parse().unwrap());
+            network.prefix = Some("fd00:1::/48".parse().unwrap());
         }
         assert!(matches!(
             Networks::new(v6.to_vec()),
@@ -435,7 +442,7 @@ mod tests {
             refused(|lan| lan.mtu = 575),
             SpecError::Mtu { min: 576, .. }
         ));
-        let small = refused(|lan| (lan.mtu, lan.prefix) = (1279, "fd00::/64".parse().ok()));
+        let small = refused(|lan| (lan.mtu, lan.prefix) = (1279, "fd00::/48".parse().ok()));
         assert_eq!(
             small.to_string(),
             "network lan: mtu=1279 is none of 1280 to 65535, as IPv6 needs"

@@ -7,8 +7,12 @@ use super::frames::{
     syn_ack, udp,
 };
 use super::reach::large_segments;
-use super::world::{Guest, HOST4, HOST6, SERVER4, SERVER6, World, attachment, in_namespace, lan};
-use crate::spec::{Access, Network};
+use super::world::{
+    Guest, HOST4, HOST6, SERVER4, SERVER6, World, attachment, in_namespace, lan, state,
+};
+use crate::host::HostNetworks;
+use crate::mac::address_in;
+use crate::spec::{Access, Network, Networks};
 
 /// A guest with another's addresses for itself.
 fn clone_of(world: &mut World, lan: &Network, template: &Guest, number: u8) -> Guest {
@@ -22,7 +26,7 @@ fn outer_like(guest: &Guest, other: IpAddr) -> IpAddr {
     if other.is_ipv4() {
         outer.v4.into()
     } else {
-        outer.v6.unwrap().into()
+        address_in(outer.v6.unwrap(), guest.attachment.mac).into()
     }
 }
 
@@ -224,4 +228,35 @@ fn whole(parts: &[Frame], source: Ipv4Addr) -> Frame {
     let frame = Frame::parse(&ethernet([2; 6], [4; 6], &packet));
     assert_eq!(frame.source, IpAddr::V4(source));
     frame
+}
+
+#[test]
+fn a_clone_comes_goes_and_outlives_the_daemon_as_any_guest() {
+    in_namespace(|| {
+        let lan = lan();
+        let mut world = World::with(vec![lan.clone()]);
+        let template = world.guest(attachment(&lan, 0, 2));
+        let before = state();
+        let mut clone = clone_of(&mut world, &lan, &template, 3);
+        let with_clone = state();
+        let guests = [&template, &clone]
+            .map(|guest| guest.attachment.clone())
+            .to_vec();
+        world.host =
+            HostNetworks::rebuild(Networks::new(vec![lan.clone()]).unwrap(), guests).unwrap();
+        assert_eq!(sorted(&state()), sorted(&with_clone));
+        clone.send(&udp((clone.v6(), 1), (SERVER6, 1), b"x"));
+        let out = world.outside.one();
+        world.arrives(&udp((SERVER6, 1), (HOST6, out.source_port), b"y"));
+        assert_eq!(clone.end.one().destination, IpAddr::V6(clone.v6()));
+        world.host.detach(&[clone.attachment.outer.v4]).unwrap();
+        assert_eq!(sorted(&state()), sorted(&before));
+    });
+}
+
+/// The lines of a listing without their order, by which alone the chains of clones differ.
+fn sorted(state: &str) -> Vec<&str> {
+    let mut lines: Vec<_> = state.lines().collect();
+    lines.sort_unstable();
+    lines
 }

@@ -6,7 +6,7 @@ use super::frames::{data, echo, ethernet, fragments, syn, udp};
 use super::world::{
     Guest, HOST4, HOST6, OUTSIDE_MAC, SERVER4, SERVER6, World, attachment, in_namespace, lan,
 };
-use crate::mac::GATEWAY_MAC;
+use crate::mac::gateway_mac;
 use crate::spec::{Access, Network};
 
 const BROADCAST: [u8; 6] = [0xff; 6];
@@ -81,14 +81,14 @@ fn false_sources(own: IpAddr, other: &Guest) -> Vec<IpAddr> {
 /// Every frame of a guest that lies about who it is, or is of another protocol than IP.
 fn spoofed(guest: &Guest, other: &Guest, to: &[IpAddr]) -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
-    let gateway = GATEWAY_MAC.bytes();
+    let gateway = gateway_mac().bytes();
     let false_macs = [
         other.mac(),
         gateway,
         OUTSIDE_MAC,
         BROADCAST,
         [0; 6],
-        [6, 0, 10, 1, 0, 77],
+        [2, 0, 10, 1, 0, 77],
     ];
     for to in to {
         let own = guest.address_like(*to);
@@ -213,7 +213,7 @@ fn guests_of_a_network_do_not_reach_each_other_by_any_frame() {
         for to in &to {
             for packet in packets(guest.address_like(*to), *to) {
                 for to_mac in [
-                    GATEWAY_MAC.bytes(),
+                    gateway_mac().bytes(),
                     others[0].mac(),
                     others[1].mac(),
                     BROADCAST,
@@ -269,7 +269,7 @@ fn a_fragment_of_another_guest_becomes_no_part_of_a_packet() {
         guest.send(&fragments(&packet)[0]);
         hostile.end.send(&ethernet(
             hostile.mac(),
-            GATEWAY_MAC.bytes(),
+            gateway_mac().bytes(),
             &fragments(&forged)[1],
         ));
         assert_eq!(world.outside.received(), []);
@@ -293,5 +293,31 @@ fn a_tap_that_the_rules_do_not_know_can_neither_send_nor_receive() {
         let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
         let _ = socket.send_to(b"x", (guest.v4(), 1));
         assert_eq!(guest.end.received(), []);
+    });
+}
+
+#[test]
+fn a_guest_takes_any_address_of_its_own_ipv6_network_and_none_of_others() {
+    in_namespace(|| {
+        let lan = lan();
+        let mut world = World::with(vec![lan.clone()]);
+        let mut guest = world.guest(attachment(&lan, 0, 2));
+        for (address, is_own) in [
+            ("fd00:1:0:2::1", true),
+            ("fd00:1:0:2:ffff:ffff:ffff:ffff", true),
+            ("fd00:1:0:3::1", false),
+            ("fd00:1:0:1:ffff:ffff:ffff:ffff", false),
+            ("fd00:1:1:2::1", false),
+        ] {
+            let address: IpAddr = address.parse().unwrap();
+            guest.send(&udp((address, 1), (SERVER6, 1), b"x"));
+            let out = world.outside.received();
+            assert_eq!(out.len(), usize::from(is_own), "{address}");
+            for out in out {
+                world.arrives(&udp((SERVER6, 1), (out.source, out.source_port), b"y"));
+                let back = guest.end.one();
+                assert_eq!((back.destination, back.to_mac), (address, guest.mac()));
+            }
+        }
     });
 }

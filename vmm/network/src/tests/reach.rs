@@ -8,7 +8,7 @@ use super::frames::{Frame, Transport, data, echo, syn, syn_ack, udp};
 use super::world::{
     Guest, HOST4, HOST6, ROUTER_MAC, SERVER4, SERVER6, World, attachment, in_namespace, lan,
 };
-use crate::mac::GATEWAY_MAC;
+use crate::mac::gateway_mac;
 use crate::spec::{Access, Network, Outside};
 
 /// What of a packet of the guest is seen outside.
@@ -60,7 +60,7 @@ fn a_guest_reaches_a_server_under_the_hosts_address_and_gets_its_answer() {
                 let back = guest.end.one();
                 assert_eq!((back.source, back.destination), (server, own));
                 assert_eq!(back.to_mac, guest.mac());
-                assert_eq!(back.bytes[6..12], GATEWAY_MAC.bytes());
+                assert_eq!(back.bytes[6..12], gateway_mac().bytes());
             }
         }
         // Of what nobody asked for, nothing arrives.
@@ -285,7 +285,7 @@ fn the_host_reaches_guests_and_their_published_ports_by_each_of_its_addresses() 
             ("0.0.0.0:0", "10.1.0.1:8080"),
             ("0.0.0.0:0", "10.1.0.2:80"),
             ("[::]:0", "[2001:db8::1]:8080"),
-            ("[::]:0", "[fd00:1::400:aff:fe01:2]:80"),
+            ("[::]:0", "[fd00:1:0:2:0:aff:fe01:2]:80"),
         ] {
             let socket = UdpSocket::bind(bound).unwrap();
             socket
@@ -444,7 +444,7 @@ pub(super) fn large_segments(
     for (at, value) in [(2, header_length), (4, size), (6, checksum_start), (8, 16)] {
         header[at..at + 2].copy_from_slice(&value.to_le_bytes());
     }
-    let frame = super::frames::ethernet(guest.mac(), GATEWAY_MAC.bytes(), &packet);
+    let frame = super::frames::ethernet(guest.mac(), gateway_mac().bytes(), &packet);
     guest.end.send_with(header, &frame);
     let segments = world.outside.received();
     assert_eq!(segments.len(), payload.len().div_ceil(1400));

@@ -10,9 +10,9 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::frames::{Frame, is_chatter};
-use crate::attachment::{Addresses, Attachment};
+use crate::attachment::Attachment;
 use crate::host::{HostNetworks, remove_all};
-use crate::mac::{GATEWAY_MAC, MacAddress};
+use crate::mac::{address_in, gateway_mac, mac_of};
 use crate::spec::{Network, Networks};
 use crate::tap;
 
@@ -25,8 +25,8 @@ pub(super) const HOST6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1
 pub(super) const SERVER4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
 pub(super) const SERVER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 7, 0, 0, 0, 0, 7);
 /// The host's Ethernet address outside, and that of its router.
-pub(super) const OUTSIDE_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
-pub(super) const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
+pub(super) const OUTSIDE_MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
+pub(super) const ROUTER_MAC: [u8; 6] = [2, 0, 0, 0, 1, 2];
 
 /// An end of a tap: what is written arrives at the host.
 pub(super) struct End(File);
@@ -89,12 +89,12 @@ impl Guest {
         self.attachment.inner.v4
     }
     pub(super) fn v6(&self) -> Ipv6Addr {
-        self.attachment.inner.v6.unwrap()
+        address_in(self.attachment.inner.v6.unwrap(), self.attachment.mac)
     }
 
     /// Sends what `build` makes of the guest's and the gateway's Ethernet addresses.
     pub(super) fn send(&mut self, packet: &[u8]) {
-        let frame = super::frames::ethernet(self.mac(), GATEWAY_MAC.bytes(), packet);
+        let frame = super::frames::ethernet(self.mac(), gateway_mac().bytes(), packet);
         self.end.send(&frame);
     }
 
@@ -142,7 +142,7 @@ impl World {
 /// A network of IPv4 and IPv6.
 pub(super) fn lan() -> Network {
     let mut lan = Network::new("lan", "10.1.0.0/16".parse().unwrap());
-    lan.prefix = Some("fd00:1::/64".parse().unwrap());
+    lan.prefix = Some("fd00:1::/48".parse().unwrap());
     lan
 }
 
@@ -150,11 +150,7 @@ pub(super) fn lan() -> Network {
 pub(super) fn attachment(network: &Network, c: u8, d: u8) -> Attachment {
     let v4 =
         Ipv4Addr::from_bits(network.range.network().to_bits() | u32::from_be_bytes([0, 0, c, d]));
-    let mac = MacAddress::of(v4);
-    let addresses = Addresses {
-        v4,
-        v6: network.address6(mac),
-    };
+    let (mac, addresses) = (mac_of(v4), network.addresses_of(v4));
     Attachment {
         network: network.name.clone(),
         outer: addresses,
@@ -180,12 +176,12 @@ fn outside() -> End {
     assert_eq!(set, 0);
     for line in [
         "link set lo up",
-        "link set out0 address 02:00:00:00:00:01",
+        "link set out0 address 02:00:00:00:01:01",
         "link set out0 up",
         "address add 192.0.2.1/24 dev out0",
         "address add 2001:db8::1/64 dev out0 nodad",
-        "neighbour add 192.0.2.2 lladdr 02:00:00:00:00:02 dev out0 nud permanent",
-        "neighbour add 2001:db8::2 lladdr 02:00:00:00:00:02 dev out0 nud permanent",
+        "neighbour add 192.0.2.2 lladdr 02:00:00:00:01:02 dev out0 nud permanent",
+        "neighbour add 2001:db8::2 lladdr 02:00:00:00:01:02 dev out0 nud permanent",
         "route add default via 192.0.2.2",
         "route add default via 2001:db8::2",
     ] {
