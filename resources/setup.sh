@@ -8,7 +8,7 @@ PATH=$HOME/.cargo/bin:$PATH:/sbin:/usr/sbin
 declare -A program=(
     [qemu-system-x86]=qemu-system-x86_64-microvm [qemu-utils]=qemu-img [cpio]=cpio [e2fsprogs]=mke2fs
     [build-essential]=cc [make]=make [curl]=curl [ca-certificates]=update-ca-certificates [python3]=python3 [xz-utils]=xz
-    [bzip2]=bzip2 [fdisk]=sfdisk
+    [bzip2]=bzip2 [fdisk]=sfdisk [nftables]=nft [iproute2]=ip
 )
 missing=()
 for package in "${!program[@]}"; do

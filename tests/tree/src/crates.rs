@@ -21,6 +21,7 @@ pub const LAYERS: &[&[&str]] = &[
     &["host", "config"],
     &["kvm"],
     &["jail"],
+    &["network"],
     &["machine"],
     &["control"],
     &["daemon"],
