@@ -23,7 +23,7 @@ ip route add default via $router
 echo LEASE $ip/$mask $router $dns $hostname $mtu END' >/tmp/leased; chmod +x /tmp/leased; ";
 /// The guest asks for its address, serves a file, and then executes the lines that are typed on its console.
 const SCRIPT: &str = "ip link set lo up; ip link set eth0 up; \
-    udhcpc -n -q -i eth0 -O mtu -O hostname -s /tmp/leased >/dev/null 2>&1 </dev/null; \
+    udhcpc -n -q -i eth0 -O mtu -O hostname -s /tmp/leased </dev/null 2>&1; \
     mkdir /tmp/www; dd if=/dev/urandom of=/tmp/www/file bs=1M count=16 2>/dev/null; httpd -h /tmp/www; \
     echo SUM $(md5sum </tmp/www/file) END; echo READY; while read line; do eval \"$line\"; done";
 
@@ -127,7 +127,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     guest
         .type_in("ping -c 2 -W 10 10.9.0.1 >/dev/null && echo PI''NGED; ip addr show dev eth0\n")?;
     guest.wait_from_now("PINGED")?;
-    guest.wait_from_now("inet6 fd00:0:0:9:")?;
+    guest.wait_from_now("inet6 fd00::9:")?;
     guest.wait_from_now("mtu 1400")?;
     figures.insert(
         "to_guest_mib_per_second".into(),

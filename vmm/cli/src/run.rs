@@ -212,7 +212,8 @@ pub struct RunArguments {
     /// Read the guest's configuration from a file (Firecracker's JSON).
     ///
     /// --mem, --cpus, --balloon, --vsock, --log, --serial and --metrics win over the file, and --disk, --pmem and --net
-    /// add to its devices. Where --kernel, --initrd or --cmdline and the file both say the same thing, that is an error.
+    /// add to its devices. Where --kernel, --initrd or --cmdline and the file both say the same thing, that is an
+    /// error.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub config: Option<PathBuf>,
     /// What to log: off, error, warn, info, debug or trace, also by module [default: warn].

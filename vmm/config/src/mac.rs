@@ -45,8 +45,12 @@ impl MacAddress {
     }
 
     /// The address of one interface that ends in these bytes, of those that anybody may give (IEEE 802, 8.4).
-    pub fn local([a, b, c, d, e]: [u8; 5]) -> Self {
-        Self([2, a, b, c, d, e])
+    pub fn local(last: [u8; 5]) -> Self {
+        let mut bytes = [2; 6];
+        for (to, from) in bytes.iter_mut().skip(1).zip(last) {
+            *to = from;
+        }
+        Self(bytes)
     }
 
     /// Its bytes, in the order of the wire.
@@ -96,8 +100,11 @@ impl From<MacAddress> for String {
 
 impl fmt::Display for MacAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        for (index, byte) in self.0.iter().enumerate() {
+            let colon = if index > 0 { ":" } else { "" };
+            write!(f, "{colon}{byte:02x}")?;
+        }
+        Ok(())
     }
 }
 

@@ -139,8 +139,8 @@ impl NetworkInterfaceConfig {
             };
             let tap = self.host_dev_name.as_deref().unwrap_or_default();
             let hash = of(of(0xcbf2_9ce4_8422_2325, &self.iface_id), tap).to_be_bytes();
-            let [a, b, c, d, e, ..] = hash;
-            MacAddress::local([a, b, c, d, e])
+            let [last @ .., _, _, _] = hash;
+            MacAddress::local(last)
         })
     }
 }

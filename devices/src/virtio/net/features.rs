@@ -1,4 +1,5 @@
-//! The features of the device (VIRTIO 1.2, 5.1.3; those of USO are of 1.3), and what the host's side has to do for them.
+//! The features of the device (VIRTIO 1.2, 5.1.3; those of USO are of 1.3), and what the host's side has to do for
+//! them.
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_RX,

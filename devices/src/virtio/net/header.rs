@@ -84,7 +84,8 @@ impl NetHeader {
         Ok(Self {
             flags: self.flags & VIRTIO_NET_HDR_F_NEEDS_CSUM as u8,
             gso_type: self.gso_type,
-            // A hint, which the host's kernel refuses where it is longer than the frame (5.1.6.2.2 has the device cope).
+            // A hint, which the host's kernel refuses where it is longer than the frame (5.1.6.2.2 has the device
+            // cope).
             hdr_len: U16::new(
                 self.hdr_len
                     .get()

@@ -26,14 +26,15 @@ mod metrics;
 #[cfg(test)]
 mod mock;
 mod persist;
+mod receive;
 mod rx;
 mod rx_ring;
 mod scatter;
+mod send;
 mod station;
 mod tap;
 #[cfg(test)]
 mod tests;
-mod tx;
 
 use std::io;
 use std::sync::Arc;

@@ -12,7 +12,8 @@ pub trait Station: Send {
     /// A frame that it takes, without a header of virtio; of 16 KiB at most.
     fn receive(&mut self, frame: &[u8], now: Instant);
 
-    /// The next frame for the guest, into `buffer`, which is 1,514 bytes long: how long it is; `None` where there is none.
+    /// The next frame for the guest, into `buffer`, which is 1,514 bytes long: how long it is; `None` where there is
+    /// none.
     fn send(&mut self, buffer: &mut [u8], now: Instant) -> Option<usize>;
 
     /// In how long [`send`](Self::send) is to be called though nothing came; `None` where only a frame of the guest
