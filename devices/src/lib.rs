@@ -19,6 +19,7 @@ pub mod log_limit;
 pub mod metrics;
 pub mod persist;
 pub mod rate_limiter;
+pub mod service;
 pub mod virtio;
 pub mod vmgenid;
 

@@ -18,12 +18,13 @@ use devices::legacy::{
 };
 use devices::lifecycle::{Device, DeviceKind};
 use devices::metrics::Value;
+use devices::service::{Service, Session};
 use devices::virtio::balloon::{BalloonConfig, VirtioBalloon};
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::pmem::{MappingFigures, PmemConfig, VirtioPmem};
 use devices::virtio::rng::VirtioRng;
-use devices::virtio::vsock::{Service, Session, VirtioVsock, VsockConfig};
+use devices::virtio::vsock::{VirtioVsock, VsockConfig};
 use devices::virtio::{Interrupt, VirtioDevice};
 use devices::vmgenid::VmGenId;
 use storage::io::EngineKind;

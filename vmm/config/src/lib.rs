@@ -28,6 +28,7 @@ mod id;
 pub mod limits;
 mod mac;
 mod machine;
+mod mmds;
 mod network_interface;
 mod output;
 mod pmem;
@@ -59,6 +60,7 @@ pub use id::{DeviceId, DeviceIdError, is_guest_id};
 pub use limits::MAX_FILE_SIZE;
 pub use mac::{MacAddress, MacAddressError};
 pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
+pub use mmds::{MmdsConfig, MmdsVersion};
 pub use network_interface::{LeaseConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode};
@@ -69,7 +71,7 @@ pub use snapshot::{
     CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType, NetworkOverride,
     SnapshotType, VsockOverride,
 };
-pub use vsock::{FIRST_CID, MmdsConfig, MmdsVersion, VsockConfig};
+pub use vsock::{FIRST_CID, VsockConfig};
 
 /// The configuration of one guest.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -104,7 +106,7 @@ pub struct VmConfig {
     /// The socket device (virtio-vsock); none where absent.
     #[serde(default)]
     pub vsock: Option<VsockConfig>,
-    /// How a guest with a socket device gets its metadata; the defaults apply where absent.
+    /// How the guest gets its metadata; where absent, over vsock alone, with the defaults.
     #[serde(default)]
     pub mmds_config: Option<MmdsConfig>,
     /// Where the output of the serial console goes; to standard output where absent.
@@ -217,7 +219,7 @@ impl VmConfig {
         }
         network_interface::check_distinct(&self.network_interfaces)?;
         if let Some(mmds) = &self.mmds_config {
-            mmds.validate()?;
+            mmds.validate(self)?;
         }
         if let Some(serial) = &self.serial {
             serial.validate()?;

@@ -30,7 +30,10 @@ fn a_configuration_of_firecracker_is_taken_as_it_is() {
         "balloon": {"amount_mib": 1024, "deflate_on_oom": true, "stats_polling_interval_s": 1},
         "entropy": {"rate_limiter": null},
         "vsock": {"vsock_id": "1", "guest_cid": 3, "uds_path": "./v.sock"},
-        "mmds-config": {"version": "V1", "network_interfaces": [], "imds_compat": true}
+        "network-interfaces": [
+            {"iface_id": "1", "guest_mac": "06:00:00:00:00:01", "host_dev_name": "tap0", "rx_rate_limiter": null}
+        ],
+        "mmds-config": {"version": "V2", "network_interfaces": ["1"], "ipv4_address": "169.254.170.2", "imds_compat": true}
     }))
     .unwrap();
     assert_eq!(config.machine_config.mem_size_mib, 1024);
@@ -155,7 +158,7 @@ fn is_refused(config: &serde_json::Value, named: &str) {
 }
 
 #[test]
-fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_no_network() {
+fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_an_interface_or_a_port() {
     let cases = [
         (
             json!({"vsock": {"guest_cid": 2, "uds_path": "v"}}),
@@ -177,9 +180,12 @@ fn a_socket_device_has_an_identifier_of_a_guest_and_metadata_no_network() {
             json!({"mmds-config": {"network_interfaces": ["eth0"]}}),
             "mmds-config.network_interfaces",
         ),
-        (json!({"mmds-config": {"version": "V2"}}), "session tokens"),
         (
-            json!({"mmds-config": {"ipv4_address": "169.254.169.254"}}),
+            json!({"mmds-config": {"version": "V2"}}),
+            "mmds-config.network_interfaces",
+        ),
+        (
+            json!({"mmds-config": {"ipv4_address": "169.254.0.1", "vsock_port": 80}}),
             "mmds-config.ipv4_address",
         ),
         (

@@ -1,4 +1,4 @@
-//! The vsock device, and the guest's metadata, which it reads over vsock.
+//! The vsock device.
 
 use std::path::{Path, PathBuf};
 
@@ -9,9 +9,7 @@ use super::{ConfigError, DeviceConfig, HostFile, MachineConfig};
 
 /// The default context identifier of a guest: the first that is not reserved (VIRTIO 1.2, 5.10.4).
 pub const FIRST_CID: u32 = 3;
-/// The default port of the host at which a guest reads its metadata.
-const METADATA_PORT: u32 = 80;
-/// No port and no identifier (`VMADDR_PORT_ANY`, `VMADDR_CID_ANY`).
+/// No identifier (`VMADDR_CID_ANY`).
 const ANY: u32 = u32::MAX;
 /// The longest path of the socket: a path may have 107 bytes (unix(7)), and that of port 4294967294 is 11 bytes longer
 /// than the socket's.
@@ -94,76 +92,5 @@ impl DeviceConfig for VsockConfig {
 
     fn paths_mut(&mut self) -> Vec<&mut PathBuf> {
         self.uds_path.iter_mut().collect()
-    }
-}
-
-/// Firecracker's `mmds-config`. Guests read their metadata over vsock, as they have no network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(deny_unknown_fields)]
-pub struct MmdsConfig {
-    /// The version of the protocol.
-    #[serde(default)]
-    pub version: MmdsVersion,
-    /// Not supported: refused unless empty, as guests have no network.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub network_interfaces: Vec<String>,
-    /// Not supported: refused where given.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub ipv4_address: Option<String>,
-    /// Responds in the text format of IMDS, whatever the guest's request accepts.
-    #[serde(default)]
-    pub imds_compat: bool,
-    /// The port of the host at which the guest reads its metadata. Not in Firecracker.
-    #[serde(default = "metadata_port")]
-    pub vsock_port: u32,
-}
-
-const fn metadata_port() -> u32 {
-    METADATA_PORT
-}
-
-/// The version of the protocol by which a guest reads its metadata.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-pub enum MmdsVersion {
-    /// Requests need no token.
-    #[default]
-    V1,
-    /// Not supported: the guest has to get a token first. Tokens keep others from using a program of the guest to read
-    /// the metadata over the guest's network, which is impossible without a network.
-    V2,
-}
-
-impl MmdsConfig {
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        let unsupported = |field| Err(ConfigError::Unsupported { field });
-        if self.version == MmdsVersion::V2 {
-            return Err(ConfigError::invalid(
-                "mmds-config.version",
-                &"V2",
-                "V1: session tokens guard against requests from a network, and the guest asks over vsock",
-            ));
-        }
-        if !self.network_interfaces.is_empty() {
-            return unsupported("mmds-config.network_interfaces");
-        }
-        if self.ipv4_address.is_some() {
-            return unsupported("mmds-config.ipv4_address");
-        }
-        if self.vsock_port == ANY {
-            let expected = "a port: 0 to 4294967294";
-            return Err(ConfigError::invalid(
-                "mmds-config.vsock_port",
-                &self.vsock_port,
-                expected,
-            ));
-        }
-        Ok(())
-    }
-
-    /// The port that `config` sets, or the default.
-    pub fn port_of(config: Option<&Self>) -> u32 {
-        config.map_or(METADATA_PORT, |config| config.vsock_port)
     }
 }

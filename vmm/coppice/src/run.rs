@@ -14,12 +14,12 @@ use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use cli::RunOptions;
-use config::{VmConfig, VsockConfig};
+use config::{MmdsVersion, VmConfig, VsockConfig};
 use control::api::ApiServer;
 use control::console::{self, Console, ConsoleSocket};
 use control::logging::Log;
 use control::metrics::ApiMetrics;
-use control::mmds::{MetadataFileError, Mmds, MmdsService};
+use control::mmds::{MetadataFileError, Mmds, MmdsService, Protocol, Tokens};
 use control::{Control, ControlError, Guest, LaunchError, Origin};
 use host::exit::GuestEnd;
 use host::exit::{EndReport, ExitReason};
@@ -33,7 +33,9 @@ use host::terminal::RawMode;
 use jail::{self, Confinement, JailError, Layer};
 use machine::reference::{self, WarmTerms, Warmer};
 use machine::snapshot::{Loading, SnapshotFiles};
-use machine::{InterfaceTapError, Machine, StartError, Subscriber, Surroundings, Taps, VsockHost};
+use machine::{
+    InterfaceTapError, Machine, NetworkHost, StartError, Subscriber, Surroundings, Taps, VsockHost,
+};
 
 /// Why a guest could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -138,6 +140,7 @@ struct Launcher {
     /// The taps of its network interfaces, until there are these.
     taps: Arc<Mutex<Taps>>,
     metadata: Arc<Mmds>,
+    tokens: Arc<Tokens>,
     only_configure: bool,
 }
 
@@ -158,21 +161,33 @@ impl Launcher {
         let serial_drained = self.console().drained().map_err(LaunchError::Serial)?;
         let ending = self.ending.clone();
         let on_end = Arc::new(move |end: GuestEnd| ending.request(ExitReason::Guest(end)));
+        let mmds = config.mmds_config.as_ref();
+        let version = mmds.map(|mmds| mmds.version).unwrap_or_default();
         Ok(Surroundings {
             serial_out,
             serial_drained,
             on_end,
             warm: self.warm.clone(),
-            taps: std::mem::take(&mut *self.taps.lock()),
             vsock: VsockHost {
                 socket: self.vsock_socket.lock().take(),
-                metadata: Some(Arc::new(MmdsService {
-                    metadata: self.metadata.clone(),
-                    imds_compat: config
-                        .mmds_config
-                        .as_ref()
-                        .is_some_and(|mmds| mmds.imds_compat),
-                })),
+                metadata: Some(self.metadata_service(config, MmdsVersion::V1)),
+            },
+            network: NetworkHost {
+                taps: std::mem::take(&mut *self.taps.lock()),
+                metadata: Some(self.metadata_service(config, version)),
+            },
+        })
+    }
+
+    /// What answers for the guest's metadata, by a version of the protocol.
+    fn metadata_service(&self, config: &VmConfig, version: MmdsVersion) -> Arc<MmdsService> {
+        let mmds = config.mmds_config.as_ref();
+        Arc::new(MmdsService {
+            metadata: self.metadata.clone(),
+            tokens: self.tokens.clone(),
+            protocol: Protocol {
+                imds_compat: mmds.is_some_and(|mmds| mmds.imds_compat),
+                needs_token: version == MmdsVersion::V2,
             },
         })
     }
@@ -397,6 +412,7 @@ fn run_to_end(options: RunOptions, log: Log, begun: Instant) -> Result<ExitReaso
         vsock_socket: vsock_socket.clone(),
         taps: Arc::new(Mutex::new(taps)),
         metadata: control.lock().mmds().clone(),
+        tokens: Arc::default(),
         only_configure,
     };
 

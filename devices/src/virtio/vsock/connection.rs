@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use super::packet::{Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use super::service::Session;
+use crate::service::Session;
 
 /// The host's side of a connection.
 pub(super) enum Peer {

@@ -9,6 +9,7 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::super::mock_ring::{RING_SIZE, Ring};
 use super::packet::{Header, Key, Op};
 use super::*;
+use crate::service::Session;
 
 pub(super) const CID: u32 = 7;
 pub(super) const SERVICE: u32 = 80;

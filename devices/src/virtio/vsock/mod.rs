@@ -29,7 +29,6 @@ mod mock;
 mod packet;
 mod persist;
 mod serve;
-mod service;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -48,7 +47,6 @@ use self::host::Host;
 pub use self::metrics::VsockMetrics;
 use self::packet::Header;
 pub use self::persist::VsockState;
-pub use self::service::{Service, Session};
 use self::table::Table;
 use super::{
     ActivateError, Activation, Interrupt, RING_FEATURES, RingPosition, VirtioDevice,
@@ -57,6 +55,7 @@ use super::{
 use crate::GuestMemory;
 use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
 use crate::metrics::{Metric, add};
+use crate::service::Service;
 
 /// Linux fills the rx ring with buffers of 4 KiB of its own.
 const QUEUE_SIZE: u16 = 64;

@@ -138,7 +138,7 @@ mod tests {
 
     struct Silent;
 
-    impl super::super::Session for Silent {
+    impl crate::service::Session for Silent {
         fn receive(&mut self, _: &[u8]) {}
         fn send(&mut self, _: &mut [u8]) -> Option<usize> {
             None

@@ -455,7 +455,7 @@ fn a_started_guest_is_not_configured_any_more() {
         ("PATCH", "/machine-config", json!({"vcpu_count": 2})),
         ("PUT", "/entropy", json!({})),
         ("PUT", "/vsock", json!({"guest_cid": 3, "uds_path": "v"})),
-        ("PUT", "/mmds/config", json!({"network_interfaces": []})),
+        ("PUT", "/mmds/config", json!({"vsock_port": 80})),
         (
             "PUT",
             "/balloon",

@@ -17,7 +17,7 @@ use super::answer::{tell_end, tell_page};
 use config::VmConfig;
 use host::exit::GuestEnd;
 use jail::{Confinement, JailError};
-use machine::{Machine, StartError, Subscriber, Surroundings, Taps, VsockHost};
+use machine::{Machine, NetworkHost, StartError, Subscriber, Surroundings, VsockHost};
 
 /// How long a kernel may take to boot and power off; one that takes longer is taken to hang.
 pub(super) const PATIENCE: Duration = Duration::from_mins(2);
@@ -130,7 +130,7 @@ fn boot(
         on_end,
         warm: None,
         vsock: VsockHost::default(),
-        taps: Taps::default(),
+        network: NetworkHost::default(),
     };
     let started = Instant::now();
     let mut machine = Machine::start(config, &mut manager, surroundings)?;

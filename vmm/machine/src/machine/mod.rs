@@ -43,7 +43,7 @@ pub use drive_job::{DriveJob, DriveParent, DriveTask, JobState, JobStatus, commi
 pub use error::{DriveError, MachineError, StartError};
 pub use pages::{Address, FilePage, FilePageReport, PageNameError, PageReport};
 pub use sharing::SharingReport;
-pub use surroundings::{OnEnd, Subscriber, Surroundings, VsockHost};
+pub use surroundings::{NetworkHost, OnEnd, Subscriber, Surroundings, VsockHost};
 pub use taps::{InterfaceTapError, TapFault, Taps};
 
 use attach::{HostPart, Pc};

@@ -58,11 +58,11 @@ impl Assembled {
             on_end,
             warm,
             vsock,
-            taps,
+            network,
         } = surroundings;
         let pmem = map_pmem(config, vm)?;
         let plan = Plan::new(vm, config, &pmem, on_end.clone(), boots)?;
-        let mut builder = Builder::new(vm, &plan, &pmem, vsock, taps);
+        let mut builder = Builder::new(vm, &plan, &pmem, vsock, network);
         let serial = SerialEnds {
             out: serial_out,
             drained: serial_drained,

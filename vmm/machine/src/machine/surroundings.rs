@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use devices::virtio::vsock::Service;
+use devices::service::Service;
 use event_manager::MutEventSubscriber;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -28,6 +28,15 @@ pub struct VsockHost {
     pub metadata: Option<Arc<dyn Service>>,
 }
 
+/// What the network interfaces find in the guest's process and on the host.
+#[derive(Default)]
+pub struct NetworkHost {
+    /// Their taps, as far as they are open.
+    pub taps: Taps,
+    /// What answers at the address of `mmds-config`, where the interface is one of its list.
+    pub metadata: Option<Arc<dyn Service>>,
+}
+
 /// What a machine is given by the program that runs it.
 pub struct Surroundings {
     /// Where the guest's serial console writes.
@@ -40,8 +49,8 @@ pub struct Surroundings {
     pub warm: Option<Warmer>,
     /// What its vsock device finds, where it has one.
     pub vsock: VsockHost,
-    /// The taps of its network interfaces, as far as they are open.
-    pub taps: Taps,
+    /// What its network interfaces find.
+    pub network: NetworkHost,
 }
 
 impl Surroundings {

@@ -4,6 +4,12 @@ use std::net::Ipv4Addr;
 
 use smoltcp::wire::{ArpOperation, ArpPacket, ArpRepr, EthernetAddress};
 
+/// Which address a packet asks for, or is about.
+pub(super) fn target(payload: &[u8]) -> Option<Ipv4Addr> {
+    let target: [u8; 4] = payload.get(24..28)?.try_into().ok()?;
+    Some(target.into())
+}
+
 /// The reply to a request for any address but the guest's `own`, which it asks for to find whether another has it (RFC
 /// 5227). All other addresses of its network are behind the router.
 pub(super) fn answer(

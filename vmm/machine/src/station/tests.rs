@@ -27,7 +27,7 @@ fn lease() -> LeaseConfig {
 }
 
 fn station() -> GuestStation {
-    GuestStation::new(lease(), Some(1400))
+    GuestStation::new(lease(), Some(1400), None)
 }
 
 fn frame(protocol: EthernetProtocol, payload: Vec<u8>) -> Vec<u8> {
@@ -242,7 +242,7 @@ fn every_address_but_the_guests_own_leads_to_the_router() {
         gateway_mac: None,
         ..lease()
     };
-    let station = GuestStation::new(lease, None);
+    let station = GuestStation::new(lease, None, None);
     assert!(!station.takes(&arp_request(own, Ipv4Addr::new(10, 1, 0, 1))));
 }
 

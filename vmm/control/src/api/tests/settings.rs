@@ -71,7 +71,7 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
         "/balloon",
         json!({"amount_mib": 8, "deflate_on_oom": true, "stats_polling_interval_s": 1}),
     );
-    request("PUT", "/mmds/config", json!({"imds_compat": true}));
+    request("PUT", "/mmds/config", json!({"imds_compat": true, "vsock_port": 80}));
     request("PUT", "/sharing", json!({"mode": "read"}));
     request(
         "PUT",

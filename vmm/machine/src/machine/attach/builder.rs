@@ -15,8 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::machine::error::StartError;
 use crate::machine::sharing::Plan;
-use crate::machine::surroundings::{Subscriber, VsockHost};
-use crate::machine::taps::Taps;
+use crate::machine::surroundings::{NetworkHost, Subscriber, VsockHost};
 use crate::pmem::Pmem;
 use kvm::boot::MmioDevice;
 use kvm::layout;
@@ -44,8 +43,7 @@ pub(in crate::machine) struct Builder<'a> {
     /// The pmem devices, whose disks are mapped already.
     pub(in crate::machine) pmem: &'a [(String, Arc<Pmem>)],
     pub(in crate::machine) vsock: VsockHost,
-    /// The taps of its interfaces, as far as they are open.
-    pub(super) taps: Taps,
+    pub(super) network: NetworkHost,
     pub(in crate::machine) attached: Attached,
 }
 
@@ -80,7 +78,7 @@ impl<'a> Builder<'a> {
         plan: &'a Plan,
         pmem: &'a [(String, Arc<Pmem>)],
         vsock: VsockHost,
-        taps: Taps,
+        network: NetworkHost,
     ) -> Self {
         let attached = Attached {
             buses: Buses {
@@ -100,7 +98,7 @@ impl<'a> Builder<'a> {
             plan,
             pmem,
             vsock,
-            taps,
+            network,
             attached,
         }
     }
