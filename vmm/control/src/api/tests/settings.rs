@@ -61,6 +61,12 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
         json!({"id": "base", "path_on_host": at("base")}),
     );
     request("PUT", "/entropy", json!({}));
+    // Nobody opens the tap before the start.
+    request(
+        "PUT",
+        "/network-interfaces/eth0",
+        json!({"iface_id": "eth0", "host_dev_name": "lo", "mtu": 1400}),
+    );
     request(
         "PUT",
         "/vsock",
@@ -71,7 +77,11 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
         "/balloon",
         json!({"amount_mib": 8, "deflate_on_oom": true, "stats_polling_interval_s": 1}),
     );
-    request("PUT", "/mmds/config", json!({"imds_compat": true, "vsock_port": 80}));
+    request(
+        "PUT",
+        "/mmds/config",
+        json!({"imds_compat": true, "vsock_port": 80}),
+    );
     request("PUT", "/sharing", json!({"mode": "read"}));
     request(
         "PUT",
@@ -91,6 +101,12 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
         "PATCH",
         "/drives/root",
         json!({"drive_id": "root", "path_on_host": at("next")}),
+    );
+    let limit = json!({"bandwidth": {"size": 1000, "refill_time": 100}});
+    request(
+        "PATCH",
+        "/network-interfaces/eth0",
+        json!({"iface_id": "eth0", "rx_rate_limiter": limit}),
     );
     request("PATCH", "/balloon", json!({"amount_mib": 16}));
     request(
