@@ -58,7 +58,7 @@ fn serial() -> devices::legacy::SerialConsole {
     let (out, _) = UnixStream::pair().unwrap();
     let (irqfd, drained) = (event(), event());
     let input = SerialInput { irqfd, drained };
-    SerialPort::new(out.into(), input).unwrap().1
+    SerialPort::new(out.into(), None, input).unwrap().1
 }
 
 fn block() -> VirtioBlock {

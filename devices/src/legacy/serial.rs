@@ -3,12 +3,15 @@
 //! The UART itself is vm-superio's. It sits behind its own lock, apart from the one of the bus, because writing to the
 //! host may block (a terminal that is held, a pipe that nobody reads): the guest's vCPU then waits, as it would for a
 //! slow line, but input, and with it the device thread, does not. [`SerialConsole::hang_up`] ends such a wait for good.
+//!
+//! Output beyond a limit, where there is one, is dropped, as with Firecracker: a vCPU that waited for tokens would keep
+//! its guest from all else.
 
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -17,14 +20,23 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
-use crate::lifecycle::{Device, DeviceKind, StateKey, persist_by_type};
+use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
+use crate::metrics::{Metric, Unit, add};
+use crate::rate_limiter::{BucketLimits, TokenBucket, monotonic_now};
 
 mod persist;
 
 pub use persist::SerialState;
 
 /// What is the same of all devices of this kind.
-pub(crate) const KIND: DeviceKind = DeviceKind::unmetered("serial port", StateKey::One("serial"));
+pub(crate) const KIND: DeviceKind = DeviceKind {
+    name: "serial port",
+    state: StateKey::One("serial"),
+    metrics: Some(MetricsGroup {
+        name: "uart",
+        label: None,
+    }),
+};
 
 /// Raises the GSI of the port.
 #[derive(Clone)]
@@ -64,6 +76,8 @@ pub struct SerialPort {
     out: OwnedFd,
     hang_up: Arc<OwnedFd>,
     hung_up: bool,
+    limit: Option<TokenBucket>,
+    dropped_bytes: Arc<AtomicU64>,
 }
 
 /// The host's side of COM1. It is also what a machine pauses and saves: nobody holds it while the guest's side waits
@@ -74,6 +88,8 @@ pub struct SerialConsole {
     hang_up: Arc<OwnedFd>,
     /// The registers are from a saved state: whether the VM knows of their interrupt is not certain.
     restored: Arc<AtomicBool>,
+    /// Output that was dropped because of the limit.
+    dropped_bytes: Arc<AtomicU64>,
 }
 
 /// The events of a serial port that its owner connects.
@@ -88,11 +104,15 @@ impl SerialPort {
     /// Ports taken.
     pub const PORTS: u64 = 8;
 
-    /// A port whose output goes to `out`.
+    /// A port whose output goes to `out`, within a limit of bytes where there is one.
     ///
     /// # Errors
     /// Where the host has no file descriptor left.
-    pub fn new(out: OwnedFd, events: SerialInput) -> io::Result<(Self, SerialConsole)> {
+    pub fn new(
+        out: OwnedFd,
+        limit: Option<BucketLimits>,
+        events: SerialInput,
+    ) -> io::Result<(Self, SerialConsole)> {
         let (irqfd, drained) = (Arc::new(events.irqfd), Arc::new(events.drained));
         let uart = Serial::with_events(Irqfd(irqfd), Drained(drained), Vec::new());
         let uart = Arc::new(Mutex::new(uart));
@@ -101,16 +121,33 @@ impl SerialPort {
             uart: uart.clone(),
             hang_up: hang_up.clone(),
             restored: Arc::default(),
+            dropped_bytes: Arc::default(),
         };
+        let dropped_bytes = console.dropped_bytes.clone();
+        let limit = limit.map(|limits| TokenBucket::new(limits, monotonic_now()));
         Ok((
             Self {
                 uart,
                 out,
                 hang_up,
                 hung_up: false,
+                limit,
+                dropped_bytes,
             },
             console,
         ))
+    }
+
+    /// Takes the tokens of so many bytes. Where they are not there, counts the bytes as dropped.
+    fn is_within_limit(&mut self, bytes: u64) -> bool {
+        let Some(bucket) = self.limit.as_mut().filter(|_| bytes > 0) else {
+            return true;
+        };
+        let passes = bucket.try_take(bytes, monotonic_now());
+        if !passes {
+            add(&self.dropped_bytes, bytes);
+        }
+        passes
     }
 
     /// Writes to the host, and waits where the reader is slow. Drops all further output once there is no reader any
@@ -159,7 +196,9 @@ impl BusDevice for SerialPort {
             let _ = uart.write(register, value);
             std::mem::take(uart.writer_mut())
         };
-        self.transmit(&output);
+        if self.is_within_limit(output.len() as u64) {
+            self.transmit(&output);
+        }
     }
 }
 
@@ -190,6 +229,18 @@ impl Device for SerialConsole {
         }
     }
 
+    fn metrics(&self) -> Vec<Metric> {
+        vec![
+            Metric::counter(
+                "uart_dropped",
+                "Output of the serial console that was dropped because of its rate limit",
+                &self.dropped_bytes,
+            )
+            .unit(Unit::Bytes)
+            .field("rate_limiter_dropped_bytes"),
+        ]
+    }
+
     fn reset(&mut self) {
         let mut uart = self.uart.lock();
         *uart = Serial::with_events(
@@ -214,6 +265,12 @@ mod tests {
     const INTERRUPT_ENABLE: u64 = 1;
 
     pub(super) fn port() -> (SerialPort, SerialConsole, UnixStream, EventFd, EventFd) {
+        limited_port(None)
+    }
+
+    fn limited_port(
+        limit: Option<BucketLimits>,
+    ) -> (SerialPort, SerialConsole, UnixStream, EventFd, EventFd) {
         let (out, reader) = UnixStream::pair().unwrap();
         let irqfd = EventFd::new(EFD_NONBLOCK).unwrap();
         let drained = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -221,7 +278,7 @@ mod tests {
             irqfd: irqfd.try_clone().unwrap(),
             drained: drained.try_clone().unwrap(),
         };
-        let (port, console) = SerialPort::new(out.into(), events).unwrap();
+        let (port, console) = SerialPort::new(out.into(), limit, events).unwrap();
         (port, console, reader, irqfd, drained)
     }
 
@@ -234,6 +291,25 @@ mod tests {
         let mut seen = [0; 7];
         reader.read_exact(&mut seen).unwrap();
         assert_eq!(&seen, b"login: ");
+    }
+
+    #[test]
+    fn output_beyond_the_limit_is_dropped_and_counted() {
+        // Nothing comes back within the life of the test.
+        let limit = BucketLimits::new(5, 2, u64::MAX);
+        let (mut port, console, mut reader, _, _) = limited_port(limit);
+        for byte in b"login: root" {
+            port.write(DATA, &[*byte]);
+        }
+        port.write(INTERRUPT_ENABLE, &[0]);
+        drop(port);
+        let mut seen = Vec::new();
+        reader.read_to_end(&mut seen).unwrap();
+        assert_eq!(seen, b"login: ");
+        let [dropped] = &console.metrics()[..] else {
+            panic!("one metric");
+        };
+        assert_eq!(dropped.value, crate::metrics::Value::Counter(4));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use super::BucketLimits;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenBucket {
     limits: BucketLimits,
-    /// At most the size. Below 0 it is a debt, of one request at most.
+    /// At most the size. Below 0 it is a debt.
     tokens: i128,
     /// What there is of the next token, in parts of 1 / refill time in nanoseconds.
     fraction: u64,
@@ -45,13 +45,11 @@ impl TokenBucket {
         passes
     }
 
-    /// How long a request of `tokens` has to wait from `now` on. It passes at that time and not a nanosecond earlier.
+    /// How long a request of `tokens` has to wait from `now` on. It passes at that time and not a nanosecond earlier. In
+    /// a debt, even one of no tokens waits.
     pub(super) fn wait(&mut self, tokens: u64, now: Duration) -> Duration {
         self.replenish(now);
         let beyond_burst = tokens.saturating_sub(self.burst);
-        if beyond_burst == 0 {
-            return Duration::ZERO;
-        }
         let needed = i128::from(beyond_burst.min(self.limits.size()));
         let Ok(missing) = u128::try_from(needed - self.tokens) else {
             return Duration::ZERO;
@@ -69,6 +67,13 @@ impl TokenBucket {
         let from_burst = tokens.min(self.burst);
         self.burst -= from_burst;
         self.tokens -= i128::from(tokens - from_burst);
+    }
+
+    /// Takes `tokens` whether they are there or not: it comes into debt where they are not.
+    pub(super) fn charge(&mut self, tokens: u64, now: Duration) {
+        // What it gets for the time until now may be more than it can hold.
+        self.replenish(now);
+        self.take(tokens);
     }
 
     /// Gives back `tokens` that were taken. What does not fit goes to the burst that they may be of.

@@ -9,7 +9,7 @@
 //!
 //! A [`RateLimiter`] has a bucket for bytes, one for operations, both or none. Each is full at first and gets as many
 //! tokens in its refill time as it can hold. A one-time burst is spent first, and does not come back. A request that
-//! asks for more tokens than the bucket can hold waits for a full bucket and leaves it in debt, so that what comes
+//! asks for more tokens than the bucket can hold waits for a full bucket and leaves it in debt, so that all that comes
 //! after it waits for the rest. Tokens are counted in integers, with the part of a token that is under way, so that no
 //! time is lost or counted twice: over any time `t` no more than burst + size (or the largest request, where that is
 //! more) + rate x `t` passes, and no less than rate x `t` where requests wait.
@@ -126,6 +126,19 @@ impl RateLimiter {
             }
         }
         true
+    }
+
+    /// Takes the tokens of what is done already, and was not known before. Where they are not there, what comes next
+    /// waits until they are paid.
+    pub fn charge(&mut self, bytes: u64, ops: u64) {
+        let Some(now) = self.timer.as_ref().map(|timer| timer.now()) else {
+            return;
+        };
+        for (bucket, tokens) in [(&mut self.bandwidth, bytes), (&mut self.ops, ops)] {
+            if let Some(bucket) = bucket {
+                bucket.charge(tokens, now);
+            }
+        }
     }
 
     /// Gives back the tokens of a request that was not served after all.

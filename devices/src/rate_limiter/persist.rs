@@ -9,7 +9,7 @@ use super::{RateLimiter, TokenBucket};
 use crate::persist::{RestoreError, invalid};
 
 /// What the buckets of a limiter have left. One that is absent is full, or is none.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterState {
     /// Bytes.

@@ -1,4 +1,4 @@
-//! What wakes the device thread: kicks of the queues and completions of the disk.
+//! What wakes the device thread: kicks of the queues, completions of the disk, and the timer of the rate limiter.
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
@@ -6,9 +6,16 @@ use super::VirtioBlock;
 
 /// The event's data for a completion; a kick has the number of its queue.
 const COMPLETION: u32 = u32::MAX;
+/// The event's data for the timer.
+const TIMER: u32 = u32::MAX - 1;
 
 impl MutEventSubscriber for VirtioBlock {
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        self.limiter.watch(ops, TIMER);
+        if events.data() == TIMER {
+            self.serve_throttled();
+            return;
+        }
         if events.data() == COMPLETION {
             self.disk.acknowledge();
             self.finish();
@@ -24,6 +31,7 @@ impl MutEventSubscriber for VirtioBlock {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.limiter.watch(ops, TIMER);
         let completion = Events::with_data(&self.disk, COMPLETION, EventSet::IN);
         let kicks = (0..)
             .zip(&self.kicks)

@@ -30,6 +30,10 @@ pub struct BlockMetrics {
     pub errors: AtomicU64,
     /// Times that the driver broke a ring, so that the device needed a reset.
     pub failures: AtomicU64,
+    /// Times that the rate limiter had requests wait.
+    pub throttled: AtomicU64,
+    /// Times that such a wait ended.
+    pub limiter_events: AtomicU64,
 }
 
 impl BlockMetrics {
@@ -72,6 +76,18 @@ impl BlockMetrics {
                 &self.failures,
             )
             .field("event_fails"),
+            Metric::counter(
+                "block_throttled",
+                "Times that the rate limiter had requests wait",
+                &self.throttled,
+            )
+            .field("rate_limiter_throttled_events"),
+            Metric::counter(
+                "block_limiter_events",
+                "Times that a wait for the rate limiter ended",
+                &self.limiter_events,
+            )
+            .field("rate_limiter_event_count"),
             duration("read", &self.read_latency),
             duration("write", &self.write_latency),
             duration("flush", &self.flush_latency),

@@ -7,7 +7,8 @@
 //! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and
 //! so on) run on any thread, under the device's mutex, and at most wait for the requests in flight. From a ring no more
 //! requests are taken than it has descriptors, however often the driver makes one available, so that a guest cannot
-//! grow the host's memory.
+//! grow the host's memory. What the rate limiter refuses stays in its ring, and no ring is looked at until the limiter's
+//! timer ends.
 
 mod buffer;
 mod config_space;
@@ -46,6 +47,7 @@ use super::{ActivateError, Activation, Interrupt, RingPosition, VirtioDevice};
 use crate::GuestMemory;
 use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
 use crate::metrics::{Metric, add};
+use crate::rate_limiter::{LimitsUpdate, RateLimiter};
 
 /// What is the same of all devices of this kind.
 pub(crate) const KIND: DeviceKind = DeviceKind {
@@ -113,6 +115,9 @@ pub struct VirtioBlock {
     disk: DiskQueue<RequestInFlight>,
     active: Option<Active>,
     paused: bool,
+    limiter: RateLimiter,
+    /// The queue that is served first when the limiter's timer ends, so that each has its turn.
+    turn: usize,
     metrics: Arc<BlockMetrics>,
     sharing: Option<Arc<DriveSharing>>,
     on_fault: Option<Arc<OnFault>>,
@@ -156,6 +161,8 @@ impl VirtioBlock {
             disk: DiskQueue::new(disk, engine).map_err(BlockError::Engine)?,
             active: None,
             paused: false,
+            limiter: RateLimiter::default(),
+            turn: 0,
             metrics: Arc::default(),
             sharing: None,
             on_fault: None,
@@ -179,6 +186,16 @@ impl VirtioBlock {
     /// error.
     pub fn on_fault(&mut self, on_fault: Arc<OnFault>) {
         self.on_fault = Some(on_fault);
+    }
+
+    /// Changes what the device does at most: bytes of reads and writes, and requests of any kind.
+    ///
+    /// # Errors
+    /// Where the host has no descriptor left for a timer. Then nothing is changed.
+    pub fn update_limits(&mut self, update: LimitsUpdate) -> io::Result<()> {
+        self.limiter.update(update)?;
+        (0..self.kicks.len()).for_each(|queue| self.kick(queue));
+        Ok(())
     }
 
     /// The disk.
@@ -242,7 +259,7 @@ impl VirtioBlock {
 
     /// Takes the requests of a queue, and ends those that are done already.
     fn serve(&mut self, queue: usize) {
-        if self.paused {
+        if self.paused || self.limiter.is_blocked() {
             return;
         }
         if let Err(error) = self.take(queue) {
@@ -250,6 +267,18 @@ impl VirtioBlock {
         }
         self.disk.kick();
         self.finish();
+    }
+
+    /// Serves all queues after their wait for the rate limiter.
+    fn serve_throttled(&mut self) {
+        if !self.limiter.on_timer() {
+            return;
+        }
+        add(&self.metrics.limiter_events, 1);
+        let (first, count) = (self.turn, self.kicks.len());
+        for queue in (first..count).chain(0..first.min(count)) {
+            self.serve(queue);
+        }
     }
 
     /// Takes at most a queue's worth of requests.
@@ -266,10 +295,19 @@ impl VirtioBlock {
             queue_size: ring.size(),
             write_through: active.write_through,
         };
-        for _ in 0..ring.size() {
+        for taken in 0..ring.size() {
+            let mut throttle = |ring: &mut Ring, place| {
+                add(&self.metrics.throttled, 1);
+                // A queue that has had a turn lets the next one go first.
+                self.turn = (queue + usize::from(taken > 0)) % self.queue_sizes.len().max(1);
+                ring.put_back(&active.memory, place)
+            };
             let (place, mut chain) = match ring.next(&active.memory)? {
                 Next::Chain(place, chain) => (place, chain),
                 Next::Outside(place, status) => {
+                    if !self.limiter.consume(0, 1) {
+                        return throttle(ring, place);
+                    }
                     add(&self.metrics.errors, 1);
                     ring.finish(&active.memory, place, status, (VIRTIO_BLK_S_IOERR as u8, 0))?;
                     continue;
@@ -278,7 +316,12 @@ impl VirtioBlock {
             };
             // Without a status byte the device cannot report anything to the driver.
             let status = request::take_status(&mut chain).ok_or(RingFault::NoStatus)?;
-            let ended = match request::parse(&active.memory, chain, &rules) {
+            let command = request::parse(&active.memory, chain, &rules);
+            let bytes = command.as_ref().map_or(0, Command::bandwidth);
+            if !self.limiter.consume(bytes, 1) {
+                return throttle(ring, place);
+            }
+            let ended = match command {
                 Ok(Command::GetId(segments)) => {
                     let written = chain::write(&active.memory, &segments, &self.serial)?;
                     let whole = chain::total_len(&segments) == u64::from(written);

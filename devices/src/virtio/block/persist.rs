@@ -1,7 +1,7 @@
 //! A block device, saved and restored.
 //!
-//! All that changes while a driver uses it are its rings, which the transport has. What is saved here is what the guest
-//! was told of the disk, so that it does not go on with another one. Whether the disk has the same contents is checked
+//! All that changes while a driver uses it are its rings, which the transport has, and what its rate limiter has left.
+//! What else is saved here is what the guest was told of the disk, so that it does not go on with another one. Whether the disk has the same contents is checked
 //! by the caller, who has its file.
 
 use serde::{Deserialize, Serialize};
@@ -10,8 +10,9 @@ use super::request::ID_LEN;
 use super::{KIND, VirtioBlock};
 use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same};
+use crate::rate_limiter::RateLimiterState;
 
-/// What the guest was told of the disk.
+/// What the guest was told of the disk, and what it may do with it at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockState {
@@ -29,6 +30,9 @@ pub struct BlockState {
     pub queues: u16,
     /// Largest size of each queue.
     pub queue_size: u16,
+    /// What the rate limiter has left.
+    #[serde(default, skip_serializing_if = "RateLimiterState::is_empty")]
+    pub rate_limiter: RateLimiterState,
 }
 
 fn access(read_only: bool) -> &'static str {
@@ -54,6 +58,7 @@ impl VirtioBlock {
             serial: self.serial,
             queues: self.queue_sizes.len() as u16,
             queue_size: self.queue_sizes.first().copied().unwrap_or_default(),
+            rate_limiter: self.limiter.save_state(),
         }
     }
 
@@ -105,6 +110,7 @@ impl VirtioBlock {
             &printable(&state.serial),
             &printable(&now.serial),
         )?;
+        self.limiter.restore_state(KIND.name, &state.rate_limiter)?;
         self.pause();
         Ok(())
     }

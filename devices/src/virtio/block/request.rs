@@ -88,6 +88,16 @@ pub(super) enum Command {
     GetId(Vec<Segment>),
 }
 
+impl Command {
+    /// Bytes of data that it moves, as far as a rate limiter counts them.
+    pub(super) fn bandwidth(&self) -> u64 {
+        match self {
+            Self::Disk { data, .. } => chain::total_len(data),
+            Self::GetId(_) => 0,
+        }
+    }
+}
+
 /// Takes the status byte, the last that the device may write, off a chain; `None` where there is none.
 pub(super) fn take_status(chain: &mut Chain) -> Option<GuestAddress> {
     chain::split_last_byte(&mut chain.writable)

@@ -105,6 +105,18 @@ impl Ring {
         }
     }
 
+    /// Leaves to the driver, at its place in the ring, the request that was taken last. The driver need not notify the
+    /// device until all are taken.
+    pub(super) fn put_back(
+        &mut self,
+        memory: &GuestMemory,
+        request: InFlight,
+    ) -> Result<(), RingFault> {
+        drop(request);
+        self.queue.go_to_previous_position();
+        Ok(self.queue.disable_notification(memory)?)
+    }
+
     /// Gives a request back, with its status byte and the count of bytes written.
     pub(super) fn finish(
         &mut self,

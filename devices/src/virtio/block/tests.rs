@@ -21,6 +21,7 @@ use super::super::RING_FEATURES;
 use super::request::{Header, RangeSegment};
 use super::*;
 
+mod limiter;
 mod persist;
 
 pub(super) const DISK_SIZE: u64 = 1 << 20;

@@ -1,15 +1,26 @@
-//! What wakes the device thread: kicks of the queue and the end of a flush.
+//! What wakes the device thread: kicks of the queue, the end of a flush, and the timer of the rate
+//! limiter.
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 
 use super::VirtioPmem;
 use super::flusher::Flusher;
+use crate::metrics::add;
 
 const KICK: u32 = 0;
 const FLUSHED: u32 = 1;
+const TIMER: u32 = 2;
 
 impl MutEventSubscriber for VirtioPmem {
-    fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
+        self.limiter.watch(ops, TIMER);
+        if events.data() == TIMER {
+            if self.limiter.on_timer() {
+                add(&self.metrics.limiter_events, 1);
+                self.serve();
+            }
+            return;
+        }
         if events.data() == FLUSHED {
             // A pause may have waited for this flush, and ended its requests.
             if let Some(outcome) = self.flusher.as_mut().and_then(Flusher::reap) {
@@ -24,6 +35,7 @@ impl MutEventSubscriber for VirtioPmem {
     }
 
     fn init(&mut self, ops: &mut EventOps<'_>) {
+        self.limiter.watch(ops, TIMER);
         let kick = Events::with_data(&self.kick[0], KICK, EventSet::IN);
         let flushed = self
             .flusher

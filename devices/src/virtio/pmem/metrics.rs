@@ -15,6 +15,10 @@ pub struct PmemMetrics {
     pub errors: AtomicU64,
     /// Times that the driver broke the ring, so that the device needed a reset.
     pub failures: AtomicU64,
+    /// Times that the rate limiter had requests wait.
+    pub throttled: AtomicU64,
+    /// Times that such a wait ended.
+    pub limiter_events: AtomicU64,
 }
 
 /// What the memory of a pmem device is made of, from when it was mapped.
@@ -81,6 +85,18 @@ impl PmemMetrics {
                 &self.failures,
             )
             .field("event_fails"),
+            Metric::counter(
+                "pmem_throttled",
+                "Times that the rate limiter had requests wait",
+                &self.throttled,
+            )
+            .field("rate_limiter_throttled_events"),
+            Metric::counter(
+                "pmem_limiter_events",
+                "Times that a wait for the rate limiter ended",
+                &self.limiter_events,
+            )
+            .field("rate_limiter_event_count"),
         ]
     }
 }

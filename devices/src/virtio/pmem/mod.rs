@@ -12,6 +12,10 @@
 //! one, which they share: what they ask for may have been written after the present one looked. The device thread alone
 //! takes requests from the ring, never more than it has descriptors; the others (`activate`, `reset`,
 //! [`VirtioPmem::pause`] and so on) run on any thread, under the device's mutex.
+//!
+//! A rate limiter counts flushes, each with all the requests that share it, and the bytes that they write to the disk.
+//! How many these are is known only after a flush, so that they are charged then, and the next flush waits. What it
+//! refuses stays in the ring.
 
 mod event_handler;
 mod flusher;
@@ -47,6 +51,7 @@ use super::{
 use crate::GuestMemory;
 use crate::lifecycle::{Device, DeviceKind, MetricsGroup, StateKey, persist_by_type};
 use crate::metrics::{Metric, add};
+use crate::rate_limiter::{LimitsUpdate, RateLimiter};
 
 const QUEUE_SIZE: u16 = 64;
 /// What is the same of all devices of this kind.
@@ -120,6 +125,7 @@ pub struct VirtioPmem {
     /// Whether a look for more was put off because of those two.
     stalled: bool,
     paused: bool,
+    limiter: RateLimiter,
     mapping: MappingFigures,
     metrics: Arc<PmemMetrics>,
 }
@@ -149,9 +155,20 @@ impl VirtioPmem {
             covered: Vec::new(),
             stalled: false,
             paused: false,
+            limiter: RateLimiter::default(),
             mapping,
             metrics: Arc::default(),
         })
+    }
+
+    /// Changes what the device does at most: bytes that flushes write, and flushes.
+    ///
+    /// # Errors
+    /// Where the host has no descriptor left for a timer. Then nothing is changed.
+    pub fn update_limits(&mut self, update: LimitsUpdate) -> io::Result<()> {
+        self.limiter.update(update)?;
+        self.kick();
+        Ok(())
     }
 
     /// Makes the device thread look at the queue.
@@ -163,7 +180,7 @@ impl VirtioPmem {
     }
 
     fn serve(&mut self) {
-        if self.paused {
+        if self.paused || self.limiter.is_blocked() {
             return;
         }
         if let Err(error) = self.take().and_then(|()| self.notify()) {
@@ -195,6 +212,12 @@ impl VirtioPmem {
             };
             let chain = Chain::walk(&descriptors, size)?;
             let (command, response) = request::parse(&active.memory, chain)?;
+            let is_shared = command == Command::Flush && !self.waiting.is_empty();
+            if !is_shared && !self.limiter.consume(0, 1) {
+                add(&self.metrics.throttled, 1);
+                active.queue.go_to_previous_position();
+                return Ok(active.queue.disable_notification(&active.memory)?);
+            }
             match command {
                 Command::Flush if self.flusher.is_some() => self.waiting.push(response),
                 Command::Flush => {
@@ -232,6 +255,7 @@ impl VirtioPmem {
             Ok(bytes) => {
                 add(&self.metrics.flushes, 1);
                 add(&self.metrics.written_bytes, bytes);
+                self.limiter.charge(bytes, 0);
                 ResponseCode::Done
             }
             Err(error) => {

@@ -7,8 +7,9 @@ use serde::{Deserialize, Serialize};
 use super::{KIND, VirtioPmem};
 use crate::lifecycle::Device;
 use crate::persist::{RestoreError, check_same};
+use crate::rate_limiter::RateLimiterState;
 
-/// Where the guest knows the memory to be.
+/// Where the guest knows the memory to be, and how often it may flush it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemState {
@@ -16,6 +17,9 @@ pub struct PmemState {
     pub start: u64,
     /// Its length in bytes.
     pub size: u64,
+    /// What the rate limiter has left.
+    #[serde(default, skip_serializing_if = "RateLimiterState::is_empty")]
+    pub rate_limiter: RateLimiterState,
 }
 
 impl VirtioPmem {
@@ -25,6 +29,7 @@ impl VirtioPmem {
         PmemState {
             start: self.config.start.get(),
             size: self.config.size.get(),
+            rate_limiter: self.limiter.save_state(),
         }
     }
 
@@ -42,6 +47,7 @@ impl VirtioPmem {
         let (saved, start) = (address(state.start), address(now.start));
         check_same(KIND.name, "the memory's address", &saved, &start)?;
         check_same(KIND.name, "the memory's size", &state.size, &now.size)?;
+        self.limiter.restore_state(KIND.name, &state.rate_limiter)?;
         self.pause();
         Ok(())
     }

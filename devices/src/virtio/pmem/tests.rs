@@ -9,6 +9,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 
+mod limiter;
 mod persist;
 
 pub(super) const RING_SIZE: u16 = 16;

@@ -96,3 +96,12 @@ fn a_device_in_use_and_rings_with_requests_under_way_are_refused() {
     let error = device.restore_state(&state).unwrap_err();
     assert!(matches!(error, RestoreError::InUse { .. }));
 }
+
+#[test]
+fn the_state_of_a_device_without_limits_is_what_it_was_before_there_were_any() {
+    let state = with(|_, _| {}).save_state();
+    let json = serde_json::to_value(&state).unwrap();
+    assert_eq!(json.get("rate_limiter"), None);
+    let read: BlockState = serde_json::from_value(json).unwrap();
+    with(|_, _| {}).restore_state(&read).unwrap();
+}
