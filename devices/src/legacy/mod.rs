@@ -14,7 +14,7 @@ pub use boot_timer::{BootMark, BootTimer};
 pub use i8042::{I8042, I8042State};
 pub use pvpanic::Pvpanic;
 pub use rtc::{CmosRtc, RtcState};
-pub use serial::{SerialConsole, SerialInput, SerialPort, SerialState};
+pub use serial::{SerialConsole, SerialInput, SerialMetrics, SerialPort, SerialState};
 
 /// What a guest asks for, or reports, through a legacy device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -38,6 +38,28 @@ pub(crate) const KIND: DeviceKind = DeviceKind {
     }),
 };
 
+/// What the port has done since it was made.
+#[derive(Debug, Default)]
+pub struct SerialMetrics {
+    /// Output that was dropped because of the limit, in bytes.
+    pub dropped_bytes: AtomicU64,
+}
+
+impl SerialMetrics {
+    /// The values at this moment.
+    pub fn describe(&self) -> Vec<Metric> {
+        vec![
+            Metric::counter(
+                "uart_dropped",
+                "Output of the serial console that was dropped because of its rate limit",
+                &self.dropped_bytes,
+            )
+            .unit(Unit::Bytes)
+            .field("rate_limiter_dropped_bytes"),
+        ]
+    }
+}
+
 /// Raises the GSI of the port.
 #[derive(Clone)]
 struct Irqfd(Arc<EventFd>);
@@ -77,7 +99,7 @@ pub struct SerialPort {
     hang_up: Arc<OwnedFd>,
     hung_up: bool,
     limit: Option<TokenBucket>,
-    dropped_bytes: Arc<AtomicU64>,
+    metrics: Arc<SerialMetrics>,
 }
 
 /// The host's side of COM1. It is also what a machine pauses and saves: nobody holds it while the guest's side waits
@@ -88,8 +110,7 @@ pub struct SerialConsole {
     hang_up: Arc<OwnedFd>,
     /// The registers are from a saved state: whether the VM knows of their interrupt is not certain.
     restored: Arc<AtomicBool>,
-    /// Output that was dropped because of the limit.
-    dropped_bytes: Arc<AtomicU64>,
+    metrics: Arc<SerialMetrics>,
 }
 
 /// The events of a serial port that its owner connects.
@@ -121,9 +142,9 @@ impl SerialPort {
             uart: uart.clone(),
             hang_up: hang_up.clone(),
             restored: Arc::default(),
-            dropped_bytes: Arc::default(),
+            metrics: Arc::default(),
         };
-        let dropped_bytes = console.dropped_bytes.clone();
+        let metrics = console.metrics.clone();
         let limit = limit.map(|limits| TokenBucket::new(limits, monotonic_now()));
         Ok((
             Self {
@@ -132,7 +153,7 @@ impl SerialPort {
                 hang_up,
                 hung_up: false,
                 limit,
-                dropped_bytes,
+                metrics,
             },
             console,
         ))
@@ -145,7 +166,7 @@ impl SerialPort {
         };
         let passes = bucket.try_take(bytes, monotonic_now());
         if !passes {
-            add(&self.dropped_bytes, bytes);
+            add(&self.metrics.dropped_bytes, bytes);
         }
         passes
     }
@@ -230,15 +251,7 @@ impl Device for SerialConsole {
     }
 
     fn metrics(&self) -> Vec<Metric> {
-        vec![
-            Metric::counter(
-                "uart_dropped",
-                "Output of the serial console that was dropped because of its rate limit",
-                &self.dropped_bytes,
-            )
-            .unit(Unit::Bytes)
-            .field("rate_limiter_dropped_bytes"),
-        ]
+        self.metrics.describe()
     }
 
     fn reset(&mut self) {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use memshare::ShareMode;
 
+use super::rate::{OPS, RATE, limiter, parse_ops, parse_rate};
 use config::{DriveConfig, DriveFormat};
 
 /// The value of `--disk`. A comma in the name of the file is written twice.
@@ -20,6 +21,8 @@ pub struct DiskArgument {
     parents: Option<PathBuf>,
     keep_space: bool,
     share: Option<ShareMode>,
+    rate: Option<u64>,
+    ops: Option<u64>,
 }
 
 /// Why a text is not the description of a disk.
@@ -27,12 +30,12 @@ pub struct DiskArgument {
 pub enum DiskError {
     /// The file is missing.
     #[error(
-        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space][,share=off|read]"
+        "names no file: write FILE[,ro][,root][,format=vhdx|raw][,serial=S][,id=ID][,queues=N][,parents=DIR][,keep-space][,share=off|read][,rate=SIZE][,ops=N]"
     )]
     NoFile,
     /// An option is unknown.
     #[error(
-        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space, share=off|read (a comma in a file name is written twice)"
+        "{0:?} is not an option of a disk: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR, keep-space, share=off|read, rate=SIZE, ops=N (a comma in a file name is written twice)"
     )]
     UnknownOption(String),
     /// An option is given twice.
@@ -81,6 +84,7 @@ impl FromStr for DiskArgument {
             .filter(|path| !path.is_empty())
             .ok_or(DiskError::NoFile)?;
         let (mut parents, mut keep_space, mut share) = (None, None, None);
+        let (mut rate, mut ops) = (None, None);
         let (mut read_only, mut root, mut id, mut format, mut serial, mut queues) =
             (None, None, None, None, None, None);
         for part in parts {
@@ -94,6 +98,14 @@ impl FromStr for DiskArgument {
                 Some(("parents", value)) => set("parents", &mut parents, value.into())?,
                 Some(("share", value)) => set("share", &mut share, parse_share(value)?)?,
                 Some(("queues", value)) => set("queues", &mut queues, parse_queues(value)?)?,
+                Some(("rate", value)) => {
+                    let parsed = parse_rate(value).ok_or_else(|| wrong("rate", value, RATE))?;
+                    set("rate", &mut rate, parsed)?;
+                }
+                Some(("ops", value)) => {
+                    let parsed = parse_ops(value).ok_or_else(|| wrong("ops", value, OPS))?;
+                    set("ops", &mut ops, parsed)?;
+                }
                 None | Some(_) => return Err(DiskError::UnknownOption(part)),
             }
         }
@@ -108,7 +120,17 @@ impl FromStr for DiskArgument {
             parents,
             keep_space: keep_space.is_some(),
             share,
+            rate,
+            ops,
         })
+    }
+}
+
+fn wrong(option: &'static str, value: &str, expected: &'static str) -> DiskError {
+    DiskError::Value {
+        option,
+        value: value.to_owned(),
+        expected,
     }
 }
 
@@ -116,11 +138,7 @@ fn parse_format(value: &str) -> Result<DriveFormat, DiskError> {
     match value {
         "raw" => Ok(DriveFormat::Raw),
         "vhdx" => Ok(DriveFormat::Vhdx),
-        _ => Err(DiskError::Value {
-            option: "format",
-            value: value.to_owned(),
-            expected: "vhdx|raw",
-        }),
+        _ => Err(wrong("format", value, "vhdx|raw")),
     }
 }
 
@@ -128,20 +146,12 @@ fn parse_share(value: &str) -> Result<ShareMode, DiskError> {
     match value {
         "off" => Ok(ShareMode::Off),
         "read" => Ok(ShareMode::Read),
-        _ => Err(DiskError::Value {
-            option: "share",
-            value: value.to_owned(),
-            expected: "off|read",
-        }),
+        _ => Err(wrong("share", value, "off|read")),
     }
 }
 
 fn parse_queues(value: &str) -> Result<u16, DiskError> {
-    value.parse().map_err(|_| DiskError::Value {
-        option: "queues",
-        value: value.to_owned(),
-        expected: "NUMBER",
-    })
+    value.parse().map_err(|_| wrong("queues", value, "NUMBER"))
 }
 
 impl DiskArgument {
@@ -159,6 +169,8 @@ impl DiskArgument {
             parents,
             keep_space,
             share,
+            rate,
+            ops,
         } = self;
         let id = id.unwrap_or_else(|| {
             // There are more numbers than a guest can have drives, so that one is free.
@@ -175,6 +187,7 @@ impl DiskArgument {
             parents,
             keep_space,
             share,
+            rate_limiter: limiter(rate, ops),
             ..drive
         }
     }
@@ -209,14 +222,19 @@ mod tests {
             num_queues: 4,
             keep_space: true,
             parents: Some("/p".into()),
+            rate_limiter: limiter(Some(100 << 20), Some(5)),
             ..DriveConfig::new("root", "/d")
         };
         assert_eq!(
-            drive("/d,ro,root,format=raw,serial=s=1,id=root,queues=4,parents=/p,keep-space"),
+            drive(
+                "/d,ro,root,format=raw,serial=s=1,id=root,queues=4,parents=/p,keep-space,rate=100M,ops=5"
+            ),
             expected
         );
         assert_eq!(
-            drive("/d,keep-space,parents=/p,queues=4,id=root,serial=s=1,format=raw,root,ro"),
+            drive(
+                "/d,ops=5,rate=100M,keep-space,parents=/p,queues=4,id=root,serial=s=1,format=raw,root,ro"
+            ),
             expected
         );
     }
@@ -257,5 +275,16 @@ mod tests {
                 ..
             }
         ));
+        for (text, named) in [
+            ("d,rate=0", "rate"),
+            ("d,rate=x", "rate"),
+            ("d,ops=0", "ops"),
+        ] {
+            assert!(
+                matches!(refused(text), DiskError::Value { option, .. } if option == named),
+                "{text}"
+            );
+        }
+        assert_eq!(refused("d,ops=1,ops=2"), DiskError::Twice("ops"));
     }
 }

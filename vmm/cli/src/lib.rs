@@ -7,6 +7,7 @@ mod disk;
 mod jail;
 mod net;
 mod pmem;
+mod rate;
 mod restore;
 mod run;
 mod run_options;

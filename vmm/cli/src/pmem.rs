@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::disk::split;
+use super::rate::{OPS, RATE, limiter, parse_ops, parse_rate};
 use config::{DriveFormat, PmemConfig, PmemMode};
 
 /// The value of `--pmem`. A comma in the name of the file is written twice.
@@ -15,17 +16,21 @@ pub struct PmemArgument {
     id: Option<String>,
     format: Option<DriveFormat>,
     parents: Option<PathBuf>,
+    rate: Option<u64>,
+    ops: Option<u64>,
 }
 
 /// Why a text is not the description of a pmem device.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PmemError {
     /// The file is missing.
-    #[error("names no file: write FILE[,ro|cow|rw][,root][,id=ID][,format=vhdx|raw][,parents=DIR]")]
+    #[error(
+        "names no file: write FILE[,ro|cow|rw][,root][,id=ID][,format=vhdx|raw][,parents=DIR][,rate=SIZE][,ops=N]"
+    )]
     NoFile,
     /// An option is unknown.
     #[error(
-        "{0:?} is not an option of a pmem device: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR (a comma in a file name is written twice)"
+        "{0:?} is not an option of a pmem device: ro, cow, rw, root, id=ID, format=vhdx|raw, parents=DIR, rate=SIZE, ops=N (a comma in a file name is written twice)"
     )]
     UnknownOption(String),
     /// An option is given twice.
@@ -34,6 +39,24 @@ pub enum PmemError {
     /// The format is unknown.
     #[error("format={0} is not format=vhdx|raw")]
     Format(String),
+    /// A limit is none.
+    #[error("{option}={value} is not {option}={expected}")]
+    Limit {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// The values that it may have.
+        expected: &'static str,
+    },
+}
+
+fn wrong(option: &'static str, value: &str, expected: &'static str) -> PmemError {
+    PmemError::Limit {
+        option,
+        value: value.to_owned(),
+        expected,
+    }
 }
 
 fn set<T>(option: &'static str, slot: &mut Option<T>, value: T) -> Result<(), PmemError> {
@@ -54,6 +77,7 @@ impl FromStr for PmemArgument {
             .filter(|path| !path.is_empty())
             .ok_or(PmemError::NoFile)?;
         let (mut mode, mut root, mut id, mut format, mut parents) = (None, None, None, None, None);
+        let (mut rate, mut ops) = (None, None);
         for part in parts {
             match part.split_once('=') {
                 None if part == "ro" => set(MODE, &mut mode, PmemMode::Ro)?,
@@ -65,6 +89,14 @@ impl FromStr for PmemArgument {
                 Some(("format", "vhdx")) => set("format", &mut format, DriveFormat::Vhdx)?,
                 Some(("format", value)) => return Err(PmemError::Format(value.to_owned())),
                 Some(("parents", value)) => set("parents", &mut parents, value.into())?,
+                Some(("rate", value)) => {
+                    let parsed = parse_rate(value).ok_or_else(|| wrong("rate", value, RATE))?;
+                    set("rate", &mut rate, parsed)?;
+                }
+                Some(("ops", value)) => {
+                    let parsed = parse_ops(value).ok_or_else(|| wrong("ops", value, OPS))?;
+                    set("ops", &mut ops, parsed)?;
+                }
                 None | Some(_) => return Err(PmemError::UnknownOption(part)),
             }
         }
@@ -75,6 +107,8 @@ impl FromStr for PmemArgument {
             id,
             format,
             parents,
+            rate,
+            ops,
         })
     }
 }
@@ -92,6 +126,7 @@ impl PmemArgument {
             root_device: self.root,
             format: self.format,
             parents: self.parents,
+            rate_limiter: limiter(self.rate, self.ops),
             ..PmemConfig::new(id, self.path, self.mode)
         }
     }
@@ -124,10 +159,17 @@ mod tests {
             root_device: true,
             format: Some(DriveFormat::Raw),
             parents: Some("/p".into()),
+            rate_limiter: limiter(Some(1 << 10), Some(7)),
             ..PmemConfig::new("root", "/d", PmemMode::Rw)
         };
-        assert_eq!(pmem("/d,rw,root,id=root,format=raw,parents=/p"), expected);
-        assert_eq!(pmem("/d,parents=/p,format=raw,id=root,root,rw"), expected);
+        assert_eq!(
+            pmem("/d,rw,root,id=root,format=raw,parents=/p,rate=1K,ops=7"),
+            expected
+        );
+        assert_eq!(
+            pmem("/d,ops=7,rate=1K,parents=/p,format=raw,id=root,root,rw"),
+            expected
+        );
         assert_eq!(pmem("/d,cow").mode(), PmemMode::Cow);
     }
 
@@ -141,6 +183,10 @@ mod tests {
         assert_eq!(refused("d,ro=1"), unknown("ro=1"));
         assert_eq!(refused("d,root,root"), PmemError::Twice("root"));
         assert!(refused("d,ro,rw").to_string().contains("mode"));
+        for text in ["d,rate=0", "d,ops=x"] {
+            let refused = refused(text);
+            assert!(matches!(refused, PmemError::Limit { .. }), "{refused}");
+        }
         assert_eq!(refused("d,format=x"), PmemError::Format("x".to_owned()));
     }
 }

@@ -11,15 +11,22 @@ use super::disk::DiskArgument;
 use super::jail::JailArgument;
 use super::net::NetArgument;
 use super::pmem::PmemArgument;
+use super::rate::{RATE, parse_rate};
 use super::restore::RestoreArgument;
 use super::run_options::RunOptions;
 use super::usage_error::UsageError;
 use super::values::{guest_id, utf8_path, with_sources};
 use super::vsock::VsockArgument;
-use config::{BootSourceConfig, HugePageConfig, Mebibytes, MetricsConfig, SerialConfig, VmConfig};
+use config::{
+    BootSourceConfig, HugePageConfig, Mebibytes, MetricsConfig, TokenBucketConfig, VmConfig,
+};
 use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use control::logging::{LogFilter, LogFormat};
 use jail::{Confinement, SeccompMode};
+
+fn serial_rate(text: &str) -> Result<u64, String> {
+    parse_rate(text).ok_or_else(|| format!("not {RATE}"))
+}
 
 /// The arguments of `coppice run`.
 #[derive(Debug, Args)]
@@ -42,7 +49,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub cmdline: Option<String>,
     /// A disk: a file, and options behind commas: ro, root, format=vhdx|raw, serial=S, id=ID, queues=N, parents=DIR,
-    /// keep-space, share=off|read. Can be repeated.
+    /// keep-space, share=off|read, rate=SIZE, ops=N. Can be repeated.
     ///
     /// The guest finds the disks as vda, vdb and so on in this order, after those of the configuration file. Options:
     /// ro: the guest cannot write, and the file can be shared;
@@ -52,7 +59,9 @@ pub struct RunArguments {
     /// queues: request queues, 1 to 32, 1 if not given;
     /// parents: the folder that the parents of a differencing disk have to lie in, or below; anywhere if not given;
     /// keep-space: what the guest trims stays with the file, for its next blocks, rather than go back to the host.
-    /// share: whether its pages are shared with other guests, as --share says if not given.
+    /// share: whether its pages are shared with other guests, as --share says if not given;
+    /// rate: bytes that are read and written in a second, at most: 100M;
+    /// ops: requests in a second, at most. What comes beyond these limits waits.
     /// A comma in a file name is written twice.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub disk: Vec<DiskArgument>,
@@ -109,7 +118,7 @@ pub struct RunArguments {
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub metadata: Option<PathBuf>,
     /// A disk as memory (virtio-pmem): a file, and options behind commas: ro, cow, rw, root, id=ID, format=vhdx|raw,
-    /// parents=DIR. Can be repeated.
+    /// parents=DIR, rate=SIZE, ops=N. Can be repeated.
     ///
     /// The guest finds them as pmem0, pmem1 and so on in this order, after those of the configuration file, and mounts
     /// them with -o dax. Options:
@@ -118,7 +127,8 @@ pub struct RunArguments {
     /// rw: what the guest has flushed is on the disk;
     /// root: the guest mounts this one as its root (it becomes pmem0, and root= with rootflags=dax is added to the
     /// command line);
-    /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given.
+    /// id, format, parents: as for --disk; the ID is pmem0 and so on if not given;
+    /// rate, ops: bytes that flushes write in a second, and flushes in a second, at most.
     #[arg(long, value_name = "FILE[,OPTION...]", verbatim_doc_comment)]
     pub pmem: Vec<PmemArgument>,
     /// RAM of the guest, with a binary suffix: 128M, 1G [default: 128M].
@@ -230,6 +240,9 @@ pub struct RunArguments {
     /// Append the output of the guest's serial console to this file, instead of showing it.
     #[arg(long, value_name = "FILE", value_parser = utf8_path)]
     pub serial: Option<PathBuf>,
+    /// Drop output of the guest's serial console beyond so many bytes a second: 64K.
+    #[arg(long, value_name = "SIZE", value_parser = serial_rate)]
+    pub serial_rate: Option<u64>,
     /// Run the guest in a jail, with options behind commas: uid=N, gid=N, cgroup=NAME, memory=SIZE, cpu=PERCENT,
     /// pids=N, io=WEIGHT, allow=PATH, require=all.
     ///
@@ -441,10 +454,12 @@ impl RunArguments {
             config.metrics = Some(MetricsConfig { metrics_path });
         }
         if let Some(path) = self.serial {
-            config.serial = Some(SerialConfig {
-                serial_out_path: Some(path),
-                rate_limiter: None,
-            });
+            let serial = config.serial.get_or_insert_default();
+            serial.serial_out_path = Some(path);
+        }
+        if let Some(rate) = self.serial_rate {
+            let serial = config.serial.get_or_insert_default();
+            serial.rate_limiter = Some(TokenBucketConfig::per_second(rate));
         }
         config.validate()?;
         Ok(config)

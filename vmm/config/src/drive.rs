@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use storage::io::EngineKind;
 
 use super::error::{check_file, check_id, check_path};
-use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig};
+use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig, RateLimiterConfig};
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
 const SERIAL_MAX: usize = 20;
@@ -38,10 +38,9 @@ pub struct DriveConfig {
     /// How requests are executed.
     #[serde(default)]
     pub io_engine: IoEngine,
-    /// Not supported: refused unless `null`.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub rate_limiter: Option<IgnoredAny>,
+    /// Limits requests, and the bytes of reads and writes; nothing where absent.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiterConfig>,
     /// A vhost-user socket. Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
     #[schema(ignore)]
@@ -114,32 +113,27 @@ pub struct DriveUpdate {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
-    /// Not supported: refused unless `null`.
+    /// What changes of its rate limiter.
     #[serde(default)]
-    #[schema(ignore)]
-    pub rate_limiter: Option<IgnoredAny>,
+    pub rate_limiter: Option<RateLimiterConfig>,
 }
 
 impl DriveUpdate {
     /// `drive` with this update.
     ///
     /// # Errors
-    /// `Unsupported`, `EmptyUpdate`, `Invalid`.
+    /// `EmptyUpdate`, `Invalid`.
     pub fn applied_to(self, drive: &DriveConfig) -> Result<DriveConfig, ConfigError> {
-        let rate_limiter = self.rate_limiter;
-        let Some(path_on_host) = self.path_on_host else {
-            return Err(match rate_limiter {
-                Some(IgnoredAny) => ConfigError::Unsupported {
-                    field: "rate_limiter",
-                },
-                None => ConfigError::EmptyUpdate,
-            });
-        };
-        let updated = DriveConfig {
-            path_on_host,
-            rate_limiter,
-            ..drive.clone()
-        };
+        if self.path_on_host.is_none() && self.rate_limiter.is_none() {
+            return Err(ConfigError::EmptyUpdate);
+        }
+        let mut updated = drive.clone();
+        if let Some(path_on_host) = self.path_on_host {
+            updated.path_on_host = path_on_host;
+        }
+        if let Some(limiter) = self.rate_limiter {
+            updated.rate_limiter = limiter.applied_to(drive.rate_limiter);
+        }
         updated.validate(&MachineConfig::default())?;
         Ok(updated)
     }
@@ -186,11 +180,6 @@ impl DeviceConfig for DriveConfig {
         check_path("drives.path_on_host", &self.path_on_host)?;
         if let Some(parents) = &self.parents {
             check_path("drives.parents", parents)?;
-        }
-        if self.rate_limiter.is_some() {
-            return Err(ConfigError::Unsupported {
-                field: "drives.rate_limiter",
-            });
         }
         if self.socket.is_some() {
             return Err(ConfigError::Unsupported {

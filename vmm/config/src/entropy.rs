@@ -1,18 +1,16 @@
 //! The entropy device.
 
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, DeviceConfig, MachineConfig};
+use super::{ConfigError, DeviceConfig, MachineConfig, RateLimiterConfig};
 
-/// The entropy device. It has nothing to set.
+/// Firecracker's entropy device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EntropyConfig {
-    /// Not supported: refused unless `null`.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub rate_limiter: Option<IgnoredAny>,
+    /// Limits buffers that it fills, and their bytes; nothing where absent.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiterConfig>,
 }
 
 impl DeviceConfig for EntropyConfig {
@@ -21,11 +19,6 @@ impl DeviceConfig for EntropyConfig {
     }
 
     fn validate(&self, _: &MachineConfig) -> Result<(), ConfigError> {
-        match self.rate_limiter {
-            Some(IgnoredAny) => Err(ConfigError::Unsupported {
-                field: "entropy.rate_limiter",
-            }),
-            None => Ok(()),
-        }
+        Ok(())
     }
 }

@@ -13,7 +13,7 @@
 //! `keep_space`, `parents` and `share` of a drive, `num_queue_pairs`, `network` and `lease` of a network interface,
 //! `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field that Coppice
 //! does not know is refused, and so is a value that it does not support, so that no part of a configuration is ignored.
-//! Rate limits, CPU templates, SMT and huge pages of hugetlbfs are such values.
+//! CPU templates, SMT and huge pages of hugetlbfs are such values.
 
 mod balloon;
 pub mod bodies;
@@ -63,7 +63,7 @@ pub use machine::{CpuTemplate, HugePageConfig, MachineConfig};
 pub use mmds::{MmdsConfig, MmdsVersion};
 pub use network_interface::{LeaseConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
-pub use pmem::{PmemConfig, PmemMode};
+pub use pmem::{PmemConfig, PmemMode, PmemUpdate};
 pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use sharing::SharingConfig;
 pub use size::{Bytes, Mebibytes, SizeError};

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use serde::de::IgnoredAny;
+use devices::rate_limiter::BucketLimits;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::ConfigError;
 use super::error::check_path;
+use super::{ConfigError, TokenBucketConfig};
 
 /// Firecracker's `serial`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -16,19 +16,19 @@ pub struct SerialConfig {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub serial_out_path: Option<PathBuf>,
-    /// Not supported: refused unless `null`.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub rate_limiter: Option<IgnoredAny>,
+    /// Limits the bytes of the output. What goes beyond is dropped, and counted by `uart.rate_limiter_dropped_bytes` of
+    /// the metrics. No limit where absent.
+    #[serde(default)]
+    pub rate_limiter: Option<TokenBucketConfig>,
 }
 
 impl SerialConfig {
+    /// How much of the output there is at most; `None` where that is not limited.
+    pub fn limit(&self) -> Option<BucketLimits> {
+        self.rate_limiter.and_then(|bucket| bucket.limits())
+    }
+
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        if self.rate_limiter.is_some() {
-            return Err(ConfigError::Unsupported {
-                field: "serial.rate_limiter",
-            });
-        }
         match &self.serial_out_path {
             Some(path) => check_path("serial.serial_out_path", path),
             None => Ok(()),

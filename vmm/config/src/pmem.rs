@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use super::error::{check_file, check_id, check_path};
-use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig};
+use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig, RateLimiterConfig};
 
 /// Firecracker's pmem device, with additional fields.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -24,10 +23,9 @@ pub struct PmemConfig {
     /// The guest cannot write, and the file may be shared with other guests that cannot either.
     #[serde(default)]
     pub read_only: bool,
-    /// Not supported: refused unless `null`.
-    #[serde(default, skip_serializing)]
-    #[schema(ignore)]
-    pub rate_limiter: Option<IgnoredAny>,
+    /// Limits flushes, and the bytes that they write to the disk; nothing where absent.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiterConfig>,
     /// What becomes of the guest's writes; `ro` or `rw` by `read_only` where absent. Not in Firecracker.
     #[serde(default)]
     pub mode: Option<PmemMode>,
@@ -51,6 +49,29 @@ pub enum PmemMode {
     Cow,
     /// Writes are on the disk when the guest has flushed them.
     Rw,
+}
+
+/// The fields of a pmem device that can change while its guest runs.
+#[derive(Clone, Debug, PartialEq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PmemUpdate {
+    /// The device.
+    pub id: String,
+    /// What changes of its rate limiter.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiterConfig>,
+}
+
+impl PmemUpdate {
+    /// `pmem` with this update.
+    #[must_use]
+    pub fn applied_to(self, pmem: &PmemConfig) -> PmemConfig {
+        let mut updated = pmem.clone();
+        if let Some(limiter) = self.rate_limiter {
+            updated.rate_limiter = limiter.applied_to(pmem.rate_limiter);
+        }
+        updated
+    }
 }
 
 impl PmemMode {
@@ -106,11 +127,6 @@ impl DeviceConfig for PmemConfig {
         check_path("pmem.path_on_host", &self.path_on_host)?;
         if let Some(parents) = &self.parents {
             check_path("pmem.parents", parents)?;
-        }
-        if self.rate_limiter.is_some() {
-            return Err(ConfigError::Unsupported {
-                field: "pmem.rate_limiter",
-            });
         }
         if self.read_only && self.mode().keeps() {
             return Err(ConfigError::invalid(

@@ -18,7 +18,10 @@ fn a_configuration_of_firecracker_is_taken_as_it_is() {
         "boot-source": {"kernel_image_path": "vmlinux.bin", "boot_args": "console=ttyS0 reboot=k", "initrd_path": null},
         "drives": [{
             "drive_id": "rootfs", "partuuid": null, "is_root_device": true, "cache_type": "Unsafe",
-            "is_read_only": false, "path_on_host": "rootfs.ext4", "io_engine": "Sync", "rate_limiter": null,
+            "is_read_only": false, "path_on_host": "rootfs.ext4", "io_engine": "Sync", "rate_limiter": {
+                "bandwidth": {"size": 1000, "one_time_burst": 10, "refill_time": 100},
+                "ops": {"size": 5, "refill_time": 10}
+            },
             "socket": null
         }],
         "machine-config": {
@@ -28,7 +31,8 @@ fn a_configuration_of_firecracker_is_taken_as_it_is() {
         "logger": {"log_path": "/log", "level": "Warning", "show_level": true, "show_log_origin": false},
         "metrics": {"metrics_path": "/metrics"},
         "balloon": {"amount_mib": 1024, "deflate_on_oom": true, "stats_polling_interval_s": 1},
-        "entropy": {"rate_limiter": null},
+        "entropy": {"rate_limiter": {"bandwidth": null, "ops": null}},
+        "serial": {"serial_out_path": null, "rate_limiter": {"size": 1, "one_time_burst": null, "refill_time": 1}},
         "vsock": {"vsock_id": "1", "guest_cid": 3, "uds_path": "./v.sock"},
         "network-interfaces": [
             {"iface_id": "1", "guest_mac": "06:00:00:00:00:01", "host_dev_name": "tap0", "rx_rate_limiter": null}
@@ -103,10 +107,8 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
             "machine-config.mem_size_mib",
         ),
         (machine("mem_size_mib", json!(-1)), "-1"),
-        (
-            with("rate_limiter", json!({"ops": {}})),
-            "drives.rate_limiter",
-        ),
+        (with("rate_limiter", json!({"ops": {}})), "size"),
+        (with("rate_limiter", json!({"iops": null})), "iops"),
         (with("socket", json!("/s")), "drives.socket"),
         (with("drive_id", json!("../etc")), "drives.drive_id"),
         (with("drive_id", json!("")), "drives.drive_id"),
@@ -125,10 +127,7 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
         (with("format", json!("qcow2")), "qcow2"),
         (boot("a\nb"), "boot-source.boot_args"),
         (boot(&"x".repeat(65536)), "boot-source.boot_args"),
-        (
-            json!({"entropy": {"rate_limiter": {}}}),
-            "entropy.rate_limiter",
-        ),
+        (json!({"entropy": {"rate_limiter": {"size": 1}}}), "size"),
         (
             json!({"balloon": {"amount_mib": 129, "deflate_on_oom": true}}),
             "balloon.amount_mib",
@@ -139,8 +138,8 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
             "free_page_poison",
         ),
         (
-            json!({"serial": {"rate_limiter": {}}}),
-            "serial.rate_limiter",
+            json!({"serial": {"rate_limiter": {"bandwidth": null}}}),
+            "bandwidth",
         ),
         (json!({"logger": {"level": "loud"}}), "loud"),
         (json!({"logger": {"module": "a=b,c"}}), "logger.module"),
@@ -252,22 +251,39 @@ fn an_update_of_the_machine_changes_what_it_names() {
 }
 
 #[test]
-fn an_update_of_a_drive_names_another_file() {
-    let drive = DriveConfig::new("a", "/old");
+fn an_update_of_a_drive_names_another_file_or_other_limits() {
+    let bucket = |size| TokenBucketConfig::per_second(size);
+    let limited = |bandwidth, ops| {
+        let limiter = RateLimiterConfig { bandwidth, ops };
+        (limiter != RateLimiterConfig::default()).then_some(limiter)
+    };
+    let drive = DriveConfig {
+        rate_limiter: limited(Some(bucket(5)), None),
+        ..DriveConfig::new("a", "/old")
+    };
     let update = |value| {
         serde_json::from_value::<DriveUpdate>(value)
             .unwrap()
             .applied_to(&drive)
     };
     let updated = update(json!({"drive_id": "a", "path_on_host": "/new"})).unwrap();
+    assert_eq!(updated.path_on_host, PathBuf::from("/new"));
+    assert_eq!(updated.rate_limiter, drive.rate_limiter);
+    let ops = json!({"ops": {"size": 7, "refill_time": 1000}, "bandwidth": null});
+    let updated = update(json!({"drive_id": "a", "rate_limiter": ops})).unwrap();
+    assert_eq!(
+        updated.rate_limiter,
+        limited(Some(bucket(5)), Some(bucket(7)))
+    );
+    assert_eq!(updated.path_on_host, drive.path_on_host);
+    let none = json!({"bandwidth": {"size": 0, "refill_time": 0}});
+    let both = json!({"drive_id": "a", "path_on_host": "/new", "rate_limiter": none});
+    let updated = update(both).unwrap();
     assert_eq!(updated, DriveConfig::new("a", "/new"));
     let refused = |value| update(value).unwrap_err().to_string();
     assert!(refused(json!({"drive_id": "a"})).contains("empty"));
-    assert!(refused(json!({"drive_id": "a", "rate_limiter": {}})).contains("rate_limiter"));
-    assert!(
-        refused(json!({"drive_id": "a", "path_on_host": "/new", "rate_limiter": {}}))
-            .contains("rate_limiter")
-    );
+    assert!(refused(json!({"drive_id": "a", "rate_limiter": null})).contains("empty"));
+    assert!(refused(json!({"drive_id": "a", "path_on_host": ""})).contains("path_on_host"));
 }
 
 #[test]

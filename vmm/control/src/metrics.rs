@@ -125,6 +125,7 @@ pub(crate) fn of_kind(name: &str, id: &str, metrics: Vec<metrics::Metric>) -> De
 
 #[cfg(test)]
 mod tests {
+    use devices::legacy::SerialMetrics;
     use devices::virtio::balloon::BalloonMetrics;
     use devices::virtio::block::BlockMetrics;
     use devices::virtio::pmem::{MappingFigures, PmemMetrics};
@@ -155,6 +156,7 @@ mod tests {
                 "balloon",
                 BalloonMetrics::default().describe(),
             ),
+            of_kind("serial port", "", SerialMetrics::default().describe()),
             of_kind("virtio-vsock", "vsock", vsock.describe()),
         ];
         let machine = MachineMetrics {
@@ -168,19 +170,25 @@ mod tests {
             json!({
                 "read_count": 0, "read_bytes": 1, "write_count": 0, "write_bytes": 0, "flush_count": 0,
                 "discard_count": 0, "execute_fails": 0, "event_fails": 0,
+                "rate_limiter_throttled_events": 0, "rate_limiter_event_count": 0,
             })
         );
         assert_eq!(
             line["pmem_base"],
             json!({
                 "flush_count": 0, "flush_bytes": 0, "flush_fails": 0, "event_fails": 0,
+                "rate_limiter_throttled_events": 0, "rate_limiter_event_count": 0,
                 "mappings": 3, "pages_mapped": 40, "pages_copied": 1,
             })
         );
         assert_eq!(
             line["entropy"],
-            json!({"entropy_bytes": 0, "entropy_event_fails": 0})
+            json!({
+                "entropy_bytes": 0, "entropy_event_fails": 0, "entropy_rate_limiter_throttled": 0,
+                "rate_limiter_event_count": 0,
+            })
         );
+        assert_eq!(line["uart"], json!({"rate_limiter_dropped_bytes": 0}));
         assert_eq!(
             line["balloon"],
             json!({

@@ -36,6 +36,8 @@ pub enum DiskEffect {
     None,
     /// It names another file, or changes the one that there is.
     Changes,
+    /// It names another file where its body has a `path_on_host`.
+    MayReplace,
     /// The disk of a drive goes on in a new file, a child of the one that it has.
     DriveChild,
     /// The disk of a pmem device does.

@@ -10,7 +10,7 @@ use super::handler::{
 use super::keep::{Keep, Sets, SetsFields, SetsMetadata, SetsNamed};
 use super::operation::{DiskEffect, GuestOperation, LifeEffect, RequestMethod, Reservation};
 use super::response::Fault;
-use crate::control::{updated_drive, updated_interface};
+use crate::control::{updated_drive, updated_interface, updated_pmem};
 use config::bodies::{
     Action, ActionType, DriveCommit, DriveCompact, DriveResize, DriveSnapshot, HintingStop, JobEnd,
     JobUpdate, MachineUpdate, Metadata, Version, VmState, VmUpdate,
@@ -19,7 +19,7 @@ use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, BootSourceConfig, ConfiguredDevice,
     DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, LoggerConfig, MachineConfig,
     MetricsConfig, MmdsConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate, PmemConfig,
-    SerialConfig, SharingConfig, VmConfig, VsockConfig,
+    PmemUpdate, SerialConfig, SharingConfig, VmConfig, VsockConfig,
 };
 
 const fn get(
@@ -89,8 +89,15 @@ fn update_drive(context: &Context, name: &str, update: &DriveUpdate) -> Result<(
     Ok(context.control().update_drive(update)?)
 }
 
-/// Gives a drive of the configuration another file.
-fn replace_disk(config: &mut VmConfig, name: &str, update: DriveUpdate) -> Result<(), Fault> {
+fn update_pmem(context: &Context, name: &str, update: PmemUpdate) -> Result<(), Fault> {
+    if update.id != name {
+        return Err(Fault::OtherId);
+    }
+    Ok(context.control().update_pmem(update)?)
+}
+
+/// Gives a drive of the configuration another file, or other limits.
+fn keep_drive(config: &mut VmConfig, name: &str, update: DriveUpdate) -> Result<(), Fault> {
     if update.drive_id != name {
         return Err(Fault::OtherId);
     }
@@ -111,8 +118,17 @@ fn limit_interface(
     Ok(())
 }
 
+/// Gives a pmem device of the configuration other limits.
+fn keep_pmem(config: &mut VmConfig, name: &str, update: PmemUpdate) -> Result<(), Fault> {
+    if update.id != name {
+        return Err(Fault::OtherId);
+    }
+    updated_pmem(config, update)?.store(config);
+    Ok(())
+}
+
 /// All operations. No path of one is that of another with the same method.
-pub static GUEST_OPERATIONS: [GuestOperation; 47] = [
+pub static GUEST_OPERATIONS: [GuestOperation; 48] = [
     get(
         "/",
         "The guest's state.",
@@ -214,11 +230,13 @@ pub static GUEST_OPERATIONS: [GuestOperation; 47] = [
     .disk(DiskEffect::Changes),
     patch(
         "/drives/{drive}",
-        "Gives a drive another file, after the start, and whenever the guest starts again.",
+        "Gives a drive another file or other limits, after the start, and whenever the guest \
+         starts again. A bucket of the limits that is left out stays as it is, and one of size 0 \
+         is no limit.",
         &Takes(|context, name, update: DriveUpdate| update_drive(context, name, &update)),
     )
-    .kept(&SetsNamed(replace_disk))
-    .disk(DiskEffect::Changes),
+    .kept(&SetsNamed(keep_drive))
+    .disk(DiskEffect::MayReplace),
     put(
         "/drives/{drive}/snapshot",
         "Has the disk of a drive go on in a new file. The old one stays as it is.",
@@ -282,6 +300,13 @@ pub static GUEST_OPERATIONS: [GuestOperation; 47] = [
         &AddsDevice::<PmemConfig>(PhantomData),
     )
     .disk(DiskEffect::Changes),
+    patch(
+        "/pmem/{pmem}",
+        "Gives a pmem device other limits, after the start, and whenever the guest starts again. \
+         A bucket that is left out stays as it is, and one of size 0 is no limit.",
+        &Takes(|context, name, update: PmemUpdate| update_pmem(context, name, update)),
+    )
+    .kept(&SetsNamed(keep_pmem)),
     setting(
         RequestMethod::Put,
         "/network-interfaces/{interface}",
@@ -358,7 +383,7 @@ pub static GUEST_OPERATIONS: [GuestOperation; 47] = [
     setting(
         RequestMethod::Put,
         "/serial",
-        "Sets where the serial console writes, before the start.",
+        "Sets where the serial console writes, and how much, before the start.",
         &Sets(|config, serial: SerialConfig| {
             config.serial = Some(serial);
             Ok(())

@@ -284,7 +284,7 @@ fn an_invalid_request_gets_a_fault_and_changes_nothing() {
             "PUT",
             "/drives/a",
             with("rate_limiter", json!({"ops": {"size": 1}})),
-            "rate_limiter: not supported",
+            "refill_time",
         ),
         (
             "PUT",
@@ -338,8 +338,8 @@ fn an_invalid_request_gets_a_fault_and_changes_nothing() {
         (
             "PUT",
             "/entropy",
-            json!({"rate_limiter": {}}).to_string(),
-            "rate_limiter",
+            json!({"rate_limiter": {"size": 1, "refill_time": 1}}).to_string(),
+            "expected `bandwidth` or `ops`",
         ),
         (
             "PUT",
@@ -393,6 +393,12 @@ fn an_invalid_request_gets_a_fault_and_changes_nothing() {
             "PATCH",
             "/drives/a",
             json!({"drive_id": "a", "path_on_host": disk}).to_string(),
+            "before starting",
+        ),
+        (
+            "PATCH",
+            "/pmem/a",
+            json!({"id": "a", "rate_limiter": {}}).to_string(),
             "before starting",
         ),
         ("PUT", "/entropy", "{".to_owned(), "EOF"),

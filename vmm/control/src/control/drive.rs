@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::{Control, ControlError, Life};
-use config::{ConfiguredDevice, DeviceConfig, DriveConfig, DriveFormat, DriveUpdate, VmConfig};
+use config::{
+    ConfiguredDevice, DeviceConfig, DriveConfig, DriveFormat, DriveUpdate, PmemConfig, PmemUpdate,
+    VmConfig,
+};
 use jail::Layer;
 use machine::{DriveParent, DriveTask, JobStatus, MachineError};
 
@@ -16,6 +19,18 @@ pub(crate) fn updated_drive(
     let present = config.drives.iter().find(|drive| drive.drive_id == *id);
     let present = present.ok_or_else(|| ControlError::NoDrive(id.clone()))?;
     Ok(update.applied_to(present)?)
+}
+
+/// The pmem device that an update is about, with the update.
+pub(crate) fn updated_pmem(
+    config: &VmConfig,
+    update: PmemUpdate,
+) -> Result<PmemConfig, ControlError> {
+    let present = config.pmem.iter().find(|pmem| pmem.id == update.id);
+    match present {
+        Some(present) => Ok(update.applied_to(present)),
+        None => Err(MachineError::NoPmem(update.id).into()),
+    }
 }
 
 impl Control {
@@ -38,14 +53,37 @@ impl Control {
         }
     }
 
-    /// `PATCH /drives/{id}`: gives a drive of a started guest another file.
+    /// `PATCH /drives/{id}`: gives a drive of a started guest another file, or other limits.
     ///
     /// # Errors
-    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Jailed`, `Machine`.
+    /// `BeforeStart`, `Ended`, `NoDrive`, `Config`, `Jailed`, `Machine`; what comes before it may be done, and the file
+    /// comes before the limits.
     pub fn update_drive(&mut self, update: &DriveUpdate) -> Result<(), ControlError> {
         self.guest()?;
         self.note_commits();
-        let drive = updated_drive(&self.config, update.clone())?;
+        // All of it is checked before any of it is done.
+        updated_drive(&self.config, update.clone())?;
+        if update.path_on_host.is_some() {
+            self.replace_drive(DriveUpdate {
+                rate_limiter: None,
+                ..update.clone()
+            })?;
+        }
+        let Some(limiter) = update.rate_limiter else {
+            return Ok(());
+        };
+        let (guest, _) = self.guest()?;
+        guest.limit_drive(&update.drive_id, limiter.update())?;
+        let limits = DriveUpdate {
+            path_on_host: None,
+            ..update.clone()
+        };
+        updated_drive(&self.config, limits)?.store(&mut self.config);
+        Ok(())
+    }
+
+    fn replace_drive(&mut self, update: DriveUpdate) -> Result<(), ControlError> {
+        let drive = updated_drive(&self.config, update)?;
         let seen = drive.check_files();
         if self.jail.contains(Layer::Tree) {
             seen.map_err(ControlError::Jailed)?;
@@ -54,6 +92,19 @@ impl Control {
         }
         self.guest()?.0.replace_drive(&drive)?;
         drive.store(&mut self.config);
+        Ok(())
+    }
+
+    /// `PATCH /pmem/{id}`: gives a pmem device of a started guest other limits.
+    ///
+    /// # Errors
+    /// `BeforeStart`, `Ended`, `Machine`.
+    pub fn update_pmem(&mut self, update: PmemUpdate) -> Result<(), ControlError> {
+        self.guest()?;
+        let limiter = update.rate_limiter.unwrap_or_default();
+        let pmem = updated_pmem(&self.config, update)?;
+        self.guest()?.0.limit_pmem(&pmem.id, limiter.update())?;
+        pmem.store(&mut self.config);
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use devices::rate_limiter::LimitsUpdate;
 use devices::virtio::balloon::VirtioBalloon;
 
 use config::{CreateSnapshot, DriveConfig, NetworkInterfaceUpdate, VmConfig};
@@ -41,6 +42,16 @@ pub trait Guest: Send {
     /// # Errors
     /// See [`Machine::limit_interface`].
     fn limit_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError>;
+    /// Changes what a drive does at most.
+    ///
+    /// # Errors
+    /// See [`Machine::limit_drive`].
+    fn limit_drive(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError>;
+    /// Changes what a pmem device does at most.
+    ///
+    /// # Errors
+    /// See [`Machine::limit_pmem`].
+    fn limit_pmem(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError>;
     /// Lets a drive go on in a new file.
     ///
     /// # Errors
@@ -124,6 +135,14 @@ impl Guest for Machine {
 
     fn limit_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<(), MachineError> {
         Machine::limit_interface(self, update)
+    }
+
+    fn limit_drive(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError> {
+        Machine::limit_drive(self, id, update)
+    }
+
+    fn limit_pmem(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError> {
+        Machine::limit_pmem(self, id, update)
     }
 
     fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {

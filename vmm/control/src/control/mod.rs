@@ -36,7 +36,7 @@ use machine::snapshot::{Loading, SnapshotFiles};
 use machine::{Address, FilePage, FilePageReport, PageReport, SharingReport};
 
 pub use balloon::{BalloonStatistics, HintingState};
-pub(crate) use drive::updated_drive;
+pub(crate) use drive::{updated_drive, updated_pmem};
 pub use error::ControlError;
 pub use guest::{Guest, LaunchError, Origin};
 pub(crate) use network::updated_interface;

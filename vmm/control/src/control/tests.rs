@@ -2,6 +2,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use devices::device_list::DeviceList;
+use devices::rate_limiter::{BucketUpdate, LimitsUpdate};
 use devices::virtio::Interrupt;
 use devices::virtio::balloon::{BalloonError, VirtioBalloon};
 use serde_json::{Value, json};
@@ -35,6 +36,16 @@ impl Double {
     }
 }
 
+/// Bytes and operations.
+fn described(LimitsUpdate { bandwidth, ops }: LimitsUpdate) -> String {
+    let described = |update: BucketUpdate| match update {
+        BucketUpdate::Keep => "kept".to_owned(),
+        BucketUpdate::Remove => "free".to_owned(),
+        BucketUpdate::Replace(limits) => limits.size().to_string(),
+    };
+    format!("{} {}", described(bandwidth), described(ops))
+}
+
 impl Guest for Double {
     fn pause(&mut self) {
         self.call("pause");
@@ -61,6 +72,22 @@ impl Guest for Double {
         } else {
             Ok(())
         }
+    }
+
+    fn limit_drive(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError> {
+        self.call(format!("limit {id} {}", described(update)));
+        if id == "broken" {
+            return Err(MachineError::Limits {
+                device: id.to_owned(),
+                source: std::io::ErrorKind::OutOfMemory.into(),
+            });
+        }
+        Ok(())
+    }
+
+    fn limit_pmem(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError> {
+        self.call(format!("limit pmem {id} {}", described(update)));
+        Ok(())
     }
 
     fn snapshot_drive(&mut self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
@@ -437,6 +464,51 @@ fn a_drive_of_a_running_guest_gets_another_file_or_keeps_its_own() {
     assert_eq!(*calls.lock().unwrap(), ["replace broken", "replace a"]);
     assert_eq!(control.config().drives[0].path_on_host, new);
     assert_eq!(control.config().drives[1], before.drives[1]);
+}
+
+#[test]
+fn the_limits_of_a_running_guest_change_with_or_without_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let calls = Calls::default();
+    let mut control = running(folder.path(), &calls);
+    let new = file(folder.path(), "new");
+    let old = control.config().drives[0].path_on_host.clone();
+    let mut update = |body: Value| {
+        let asked = control.update_drive(&serde_json::from_value(body).unwrap());
+        let drives = &control.config().drives;
+        (asked, drives.clone())
+    };
+    let bucket = |size| json!({"size": size, "refill_time": 100});
+    let (done, drives) = update(json!({"drive_id": "a", "rate_limiter": {"ops": bucket(5)}}));
+    done.unwrap();
+    assert_eq!(drives[0].path_on_host, old);
+    assert_eq!(drives[0].rate_limiter.unwrap().ops.unwrap().size, 5);
+    let both = json!({"drive_id": "a", "path_on_host": new, "rate_limiter": {"ops": bucket(0), "bandwidth": bucket(7)}});
+    let (done, drives) = update(both);
+    done.unwrap();
+    assert_eq!(drives[0].path_on_host, new);
+    let limiter = drives[0].rate_limiter.unwrap();
+    assert_eq!((limiter.bandwidth.unwrap().size, limiter.ops), (7, None));
+    let (missing, same) = update(
+        json!({"drive_id": "a", "path_on_host": folder.path().join("missing"), "rate_limiter": {"ops": bucket(1)}}),
+    );
+    assert!(matches!(missing, Err(ControlError::Config(_))));
+    assert_eq!(same, drives);
+    let (refused, same) = update(json!({"drive_id": "broken", "rate_limiter": {"ops": bucket(1)}}));
+    assert!(matches!(refused, Err(ControlError::Machine(_))));
+    assert_eq!(same, drives);
+    let expected = [
+        "limit a kept 5",
+        "replace a",
+        "limit a 7 free",
+        "limit broken kept 1",
+    ];
+    assert_eq!(*calls.lock().unwrap(), expected);
+    let pmem = json!({"id": "none", "rate_limiter": null});
+    assert!(matches!(
+        control.update_pmem(serde_json::from_value(pmem).unwrap()),
+        Err(ControlError::Machine(MachineError::NoPmem(_)))
+    ));
 }
 
 #[test]

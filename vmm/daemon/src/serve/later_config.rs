@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::http::StatusCode;
+use serde_json::Value;
 
 use super::daemon::Daemon;
 use super::fault::Fault;
@@ -34,6 +35,12 @@ pub struct ProposedChange {
     images: Vec<String>,
     /// The drive or pmem device that is given a disk.
     disk: Option<String>,
+}
+
+/// Whether a body names the file of a disk.
+fn names_file(body: &[u8]) -> bool {
+    let body: Value = serde_json::from_slice(body).unwrap_or_default();
+    body.get("path_on_host").is_some_and(|path| !path.is_null())
 }
 
 impl Daemon {
@@ -69,7 +76,15 @@ impl Daemon {
                 .then_some(after.metadata)
                 .or(later.metadata),
         };
-        let disk = (operation.disk == DiskEffect::Changes).then(|| name.to_owned());
+        let names_one = match operation.disk {
+            DiskEffect::Changes => true,
+            DiskEffect::MayReplace => names_file(body),
+            DiskEffect::None
+            | DiskEffect::DriveChild
+            | DiskEffect::PmemChild
+            | DiskEffect::Merge => false,
+        };
+        let disk = names_one.then(|| name.to_owned());
         Ok(ProposedChange {
             later,
             images,

@@ -30,6 +30,7 @@ use std::time::Instant;
 use devices::device_list::{DeviceList, DeviceMetrics};
 use devices::legacy::{I8042, SerialConsole};
 use devices::lock;
+use devices::rate_limiter::LimitsUpdate;
 use devices::virtio::balloon::VirtioBalloon;
 use devices::virtio::block::VirtioBlock;
 use devices::virtio::net::VirtioNet;
@@ -89,6 +90,13 @@ fn changed(drive: &str, source: DriveError) -> MachineError {
     }
 }
 
+fn limits(device: &str, source: std::io::Error) -> MachineError {
+    MachineError::Limits {
+        device: device.to_owned(),
+        source,
+    }
+}
+
 impl Machine {
     /// The host's side of the serial console.
     pub fn console(&self) -> &SerialConsole {
@@ -139,6 +147,31 @@ impl Machine {
             })
     }
 
+    /// Changes what a drive does at most.
+    ///
+    /// # Errors
+    /// `NoDrive`, `Limits`; the drive then keeps its limits.
+    pub fn limit_drive(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError> {
+        lock(&*self.drive(id)?)
+            .update_limits(update)
+            .map_err(|source| limits(id, source))
+    }
+
+    /// Changes what a pmem device does at most.
+    ///
+    /// # Errors
+    /// `NoPmem`, `Limits`; the device then keeps its limits.
+    pub fn limit_pmem(&self, id: &str, update: LimitsUpdate) -> Result<(), MachineError> {
+        lock(self.pmem(id)?.device())
+            .update_limits(update)
+            .map_err(|source| limits(id, source))
+    }
+
+    fn pmem(&self, id: &str) -> Result<&Arc<Pmem>, MachineError> {
+        let pmem = self.pmem.get(id);
+        pmem.ok_or_else(|| MachineError::NoPmem(id.to_owned()))
+    }
+
     fn drive(&self, id: &str) -> Result<Arc<Mutex<VirtioBlock>>, MachineError> {
         let drive = self.devices.get(id);
         drive.ok_or_else(|| MachineError::NoDrive(id.to_owned()))
@@ -155,10 +188,7 @@ impl Machine {
         let of = |limiter: Option<RateLimiterConfig>| limiter.unwrap_or_default().update();
         let limited =
             lock(&interface).limit(of(update.rx_rate_limiter), of(update.tx_rate_limiter));
-        limited.map_err(|source| MachineError::Limits {
-            device: id.clone(),
-            source,
-        })
+        limited.map_err(|source| limits(id, source))
     }
 
     /// A drive without a job that is not over.
@@ -193,11 +223,11 @@ impl Machine {
     /// # Errors
     /// `NoPmem`, `ChangePmem`; the device then keeps its file.
     pub fn snapshot_pmem(&self, id: &str, path: &Path, new: &Path) -> Result<(), MachineError> {
-        let pmem = self.pmem.get(id);
-        let pmem = pmem.ok_or_else(|| MachineError::NoPmem(id.to_owned()))?;
-        let changed = pmem.change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
-            Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
-        });
+        let changed =
+            self.pmem(id)?
+                .change_disk(|disk| -> Result<Arc<dyn storage::Disk>, DriveError> {
+                    Ok(drive_job::vhdx(disk)?.snapshot(path, new)?)
+                });
         changed
             .unwrap_or(Err(DriveError::NotWritten))
             .map_err(|source| MachineError::ChangePmem {

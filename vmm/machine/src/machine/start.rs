@@ -21,7 +21,7 @@ use super::surroundings::{OnEnd, Subscriber, Surroundings};
 use crate::pmem::Pmem;
 use crate::reference::{Size, Warmer};
 use crate::snapshot::{DiskOf, Loading, SnapshotError};
-use config::VmConfig;
+use config::{SerialConfig, VmConfig};
 use host::exit::GuestEnd;
 use kvm::boot::{self, BootSource, Loaded, Protocol};
 use kvm::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
@@ -65,6 +65,7 @@ impl Assembled {
         let mut builder = Builder::new(vm, &plan, &pmem, vsock, network);
         let serial = SerialEnds {
             out: serial_out,
+            limit: config.serial.as_ref().and_then(SerialConfig::limit),
             drained: serial_drained,
         };
         let pc = builder.add_pc(serial, &power_sink(on_end))?;

@@ -34,7 +34,7 @@ pub use self::own_pages::OwnPagesError;
 use self::writeback::Writeback;
 pub use self::writeback::{DirtyPages, WritebackError};
 use crate::bus_error::GuestRange;
-use config::{PmemConfig, PmemMode};
+use config::{PmemConfig, PmemMode, RateLimiterConfig};
 use kvm::vm::{DirtyLog, Vm, VmError, WindowAccess};
 
 /// Why a guest cannot have a pmem device.
@@ -225,7 +225,10 @@ impl Pmem {
                 .map(|writeback| writeback as Arc<dyn Backing>),
             mapping,
         };
-        let device = VirtioPmem::new(device, interrupt).map_err(PmemError::Host)?;
+        let mut device = VirtioPmem::new(device, interrupt).map_err(PmemError::Host)?;
+        device
+            .update_limits(RateLimiterConfig::limits_of(config.rate_limiter).into())
+            .map_err(PmemError::Host)?;
         let guard = match config.mode() {
             PmemMode::Ro => {
                 let dropped = DroppedWrites::new(config.id.clone());

@@ -58,7 +58,14 @@ fn a_pmem_device_that_cannot_be_is_a_fault_and_changes_nothing() {
         ("/pmem/b", pmem("b", &bench.path("missing")), "missing"),
         ("/pmem/a", with("colour", json!("red")), "colour"),
         ("/pmem/a", with("mode", json!("wo")), "wo"),
-        ("/pmem/a", with("rate_limiter", json!({})), "rate_limiter"),
+        (
+            "/pmem/a",
+            with(
+                "rate_limiter",
+                json!({"ops": {"size": -1, "refill_time": 1}}),
+            ),
+            "-1",
+        ),
         (
             "/pmem/a",
             with("root_device", json!(true)),

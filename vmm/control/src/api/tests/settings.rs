@@ -60,7 +60,11 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
         "/pmem/base",
         json!({"id": "base", "path_on_host": at("base")}),
     );
-    request("PUT", "/entropy", json!({}));
+    request(
+        "PUT",
+        "/entropy",
+        json!({"rate_limiter": {"ops": {"size": 1, "refill_time": 5}}}),
+    );
     // Nobody opens the tap before the start.
     request(
         "PUT",
@@ -86,7 +90,7 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
     request(
         "PUT",
         "/serial",
-        json!({"serial_out_path": bench.path("serial")}),
+        json!({"serial_out_path": bench.path("serial"), "rate_limiter": {"size": 1, "refill_time": 5}}),
     );
     request("PUT", "/logger", json!({"level": "Warn"}));
     request(
@@ -108,6 +112,23 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
         "/network-interfaces/eth0",
         json!({"iface_id": "eth0", "rx_rate_limiter": limit}),
     );
+    let bucket = |size| json!({"size": size, "one_time_burst": 3, "refill_time": 100});
+    request(
+        "PATCH",
+        "/drives/data",
+        json!({"drive_id": "data", "rate_limiter": {"ops": bucket(0), "bandwidth": bucket(9)}}),
+    );
+    request(
+        "PATCH",
+        "/drives/root",
+        json!({"drive_id": "root", "path_on_host": at("last"), "rate_limiter": {"bandwidth": null, "ops": bucket(9)}}),
+    );
+    request(
+        "PATCH",
+        "/pmem/base",
+        json!({"id": "base", "rate_limiter": {"ops": bucket(4)}}),
+    );
+    request("PATCH", "/pmem/base", json!({"id": "base"}));
     request("PATCH", "/balloon", json!({"amount_mib": 16}));
     request(
         "PATCH",
@@ -147,6 +168,7 @@ fn what_the_process_refuses_for_what_it_says_is_not_applied_either() {
             "/drives/a",
             json!({"drive_id": "a", "path_on_host": "/d"}),
         ),
+        ("PATCH", "/pmem/a", json!({"id": "a", "rate_limiter": {}})),
         (
             "PUT",
             "/machine-config",

@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 
+use devices::legacy::SerialMetrics;
 use devices::virtio::balloon::BalloonMetrics;
 use devices::virtio::block::BlockMetrics;
 use devices::virtio::pmem::{MappingFigures, PmemMetrics};
@@ -196,6 +197,7 @@ fn full() -> Scrape {
                 of_kind("virtio-blk", "data_1", BlockMetrics::default().describe()),
                 of_kind("virtio-pmem", "base", pmem),
                 of_kind("virtio-rng", "entropy", RngMetrics::default().describe()),
+                of_kind("serial port", "", SerialMetrics::default().describe()),
                 of_kind("virtio-vsock", "vsock", VsockMetrics::default().describe()),
                 of_kind(
                     "virtio-balloon",
@@ -314,7 +316,7 @@ fn what_only_grows_is_a_counter() {
 #[test]
 fn the_families_of_devices_are_named_as_ever() {
     let families = parse(&full().encode().unwrap());
-    let of_devices = ["balloon", "block", "entropy", "pmem", "vsock"];
+    let of_devices = ["balloon", "block", "entropy", "pmem", "uart", "vsock"];
     let names: Vec<_> = families
         .keys()
         .map(|name| name.trim_start_matches("coppice_"))
@@ -333,20 +335,27 @@ fn the_families_of_devices_are_named_as_ever() {
         "block_errors",
         "block_failures",
         "block_flushes",
+        "block_limiter_events",
         "block_read_bytes",
         "block_reads",
         "block_request_duration_seconds",
+        "block_throttled",
         "block_writes",
         "block_written_bytes",
         "entropy_bytes",
         "entropy_failures",
+        "entropy_limiter_events",
+        "entropy_throttled",
         "pmem_copied_pages",
         "pmem_errors",
         "pmem_failures",
         "pmem_flushes",
+        "pmem_limiter_events",
         "pmem_mapped_pages",
         "pmem_mappings",
+        "pmem_throttled",
         "pmem_written_bytes",
+        "uart_dropped_bytes",
         "vsock_bytes",
         "vsock_connections",
         "vsock_failures",

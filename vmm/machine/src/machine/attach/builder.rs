@@ -8,6 +8,7 @@ use devices::device_list::DeviceList;
 use devices::legacy::{BootMark, SerialConsole};
 use devices::lifecycle::Device;
 use devices::lock;
+use devices::rate_limiter::BucketLimits;
 use devices::virtio::VirtioDevice;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
 use event_manager::MutEventSubscriber;
@@ -32,6 +33,8 @@ pub(in crate::machine) trait HostPart: Send {
 pub(in crate::machine) struct SerialEnds {
     /// Where it writes.
     pub(in crate::machine) out: OwnedFd,
+    /// How much it writes at most; what goes beyond is dropped.
+    pub(in crate::machine) limit: Option<BucketLimits>,
     /// Becomes readable when the guest has read all input.
     pub(in crate::machine) drained: EventFd,
 }

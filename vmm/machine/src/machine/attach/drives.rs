@@ -8,8 +8,8 @@ use devices::virtio::block::{BlockConfig, VirtioBlock};
 use super::builder::{Builder, HostPart};
 use super::events::new_interrupt;
 use crate::disk::open_disk;
-use crate::machine::error::StartError;
-use config::{DriveConfig, VmConfig};
+use crate::machine::error::{StartError, host};
+use config::{DriveConfig, RateLimiterConfig, VmConfig};
 use host::report::chain;
 
 /// Long enough that a guest does not wait for a free entry with the engine's ring full.
@@ -35,6 +35,9 @@ pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(),
     let others = config.drives.iter().filter(|drive| !drive.is_root_device);
     for config in root.chain(others) {
         let mut block = new_block(config)?;
+        block
+            .update_limits(RateLimiterConfig::limits_of(config.rate_limiter).into())
+            .map_err(host("drive"))?;
         block.share(builder.plan.of_drive(config));
         let lost_pages = builder.plan.lost_pages().clone();
         block.on_fault(Arc::new(move || lost_pages.request_failed()));

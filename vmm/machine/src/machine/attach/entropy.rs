@@ -7,14 +7,16 @@ use devices::virtio::rng::VirtioRng;
 use super::builder::Builder;
 use super::events::new_interrupt;
 use crate::machine::error::{StartError, host};
-use config::VmConfig;
+use config::{RateLimiterConfig, VmConfig};
 
 const NAME: &str = "entropy device";
 
 pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(), StartError> {
-    if config.entropy.is_none() {
+    let Some(config) = config.entropy else {
         return Ok(());
-    }
-    let rng = VirtioRng::new(new_interrupt(NAME)?).map_err(host(NAME))?;
+    };
+    let mut rng = VirtioRng::new(new_interrupt(NAME)?).map_err(host(NAME))?;
+    rng.update_limits(RateLimiterConfig::limits_of(config.rate_limiter).into())
+        .map_err(host(NAME))?;
     builder.add_virtio("entropy", Arc::new(Mutex::new(rng)))
 }

@@ -38,9 +38,13 @@ impl Builder<'_> {
     fn add_serial(&mut self, serial: SerialEnds) -> Result<SerialConsole, StartError> {
         let irqfd = event("serial port")?;
         self.vm.register_irqfd(&irqfd, layout::SERIAL_GSI)?;
-        let SerialEnds { out, drained } = serial;
-        let (port, console) =
-            SerialPort::new(out, SerialInput { irqfd, drained }).map_err(host("serial port"))?;
+        let SerialEnds {
+            out,
+            limit,
+            drained,
+        } = serial;
+        let (port, console) = SerialPort::new(out, limit, SerialInput { irqfd, drained })
+            .map_err(host("serial port"))?;
         let ports = (layout::SERIAL_PORT, SerialPort::PORTS);
         self.add_port(ports, Arc::new(Mutex::new(port)))?;
         self.attached
