@@ -45,8 +45,8 @@ impl TokenBucket {
         passes
     }
 
-    /// How long a request of `tokens` has to wait from `now` on. It passes at that time and not a nanosecond earlier. In
-    /// a debt, even one of no tokens waits.
+    /// How long a request of `tokens` has to wait from `now` on. It passes at that time and not a nanosecond earlier.
+    /// In a debt, even one of no tokens waits.
     pub(super) fn wait(&mut self, tokens: u64, now: Duration) -> Duration {
         self.replenish(now);
         let beyond_burst = tokens.saturating_sub(self.burst);

@@ -7,8 +7,8 @@
 //! The device thread alone takes requests from the rings. The others (`activate`, `reset`, [`VirtioBlock::pause`] and
 //! so on) run on any thread, under the device's mutex, and at most wait for the requests in flight. From a ring no more
 //! requests are taken than it has descriptors, however often the driver makes one available, so that a guest cannot
-//! grow the host's memory. What the rate limiter refuses stays in its ring, and no ring is looked at until the limiter's
-//! timer ends.
+//! grow the host's memory. What the rate limiter refuses stays in its ring, and no ring is looked at until the
+//! limiter's timer ends.
 
 mod buffer;
 mod config_space;

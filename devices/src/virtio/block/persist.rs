@@ -1,8 +1,8 @@
 //! A block device, saved and restored.
 //!
 //! All that changes while a driver uses it are its rings, which the transport has, and what its rate limiter has left.
-//! What else is saved here is what the guest was told of the disk, so that it does not go on with another one. Whether the disk has the same contents is checked
-//! by the caller, who has its file.
+//! What else is saved here is what the guest was told of the disk, so that it does not go on with another one. Whether
+//! the disk has the same contents is checked by the caller, who has its file.
 
 use serde::{Deserialize, Serialize};
 

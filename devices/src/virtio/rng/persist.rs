@@ -7,9 +7,9 @@ use crate::lifecycle::Device;
 use crate::persist::RestoreError;
 use crate::rate_limiter::RateLimiterState;
 
-/// The device remembers no more than its ring, which the transport has, and what its rate limiter has left. What it gave
-/// before the guest was saved and what it gives after is new each time, also to each of several guests that are restored
-/// from one state.
+/// The device remembers no more than its ring, which the transport has, and what its rate limiter has left. What it
+/// gave before the guest was saved and what it gives after is new each time, also to each of several guests that are
+/// restored from one state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngState {

@@ -37,10 +37,18 @@ pub struct ProposedChange {
     disk: Option<String>,
 }
 
-/// Whether a body names the file of a disk.
-fn names_file(body: &[u8]) -> bool {
-    let body: Value = serde_json::from_slice(body).unwrap_or_default();
-    body.get("path_on_host").is_some_and(|path| !path.is_null())
+/// Whether a request that is kept gives a drive or a pmem device another disk than it has.
+fn gives_disk(effect: DiskEffect, body: &[u8]) -> bool {
+    match effect {
+        DiskEffect::Changes => true,
+        DiskEffect::MayReplace => {
+            let body: Value = serde_json::from_slice(body).unwrap_or_default();
+            body.get("path_on_host").is_some_and(|path| !path.is_null())
+        }
+        DiskEffect::None | DiskEffect::DriveChild | DiskEffect::PmemChild | DiskEffect::Merge => {
+            false
+        }
+    }
 }
 
 impl Daemon {
@@ -76,15 +84,7 @@ impl Daemon {
                 .then_some(after.metadata)
                 .or(later.metadata),
         };
-        let names_one = match operation.disk {
-            DiskEffect::Changes => true,
-            DiskEffect::MayReplace => names_file(body),
-            DiskEffect::None
-            | DiskEffect::DriveChild
-            | DiskEffect::PmemChild
-            | DiskEffect::Merge => false,
-        };
-        let disk = names_one.then(|| name.to_owned());
+        let disk = gives_disk(operation.disk, body).then(|| name.to_owned());
         Ok(ProposedChange {
             later,
             images,
@@ -133,5 +133,30 @@ impl Daemon {
         let whole = |path: &mut PathBuf| *path = vm.folder.join(&path);
         drives.chain(pmem).for_each(whole);
         Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use control::api::find_operation;
+
+    use super::*;
+
+    #[test]
+    fn other_limits_leave_the_disk_on_record_and_another_file_does_not() {
+        let gives = |method, path, body: &str| {
+            let (operation, _) = find_operation(method, path).unwrap();
+            gives_disk(operation.disk, body.as_bytes())
+        };
+        let limits = r#"{"drive_id": "a", "rate_limiter": {}, "path_on_host": null}"#;
+        assert!(!gives("PATCH", "/drives/a", limits));
+        let file = r#"{"drive_id": "a", "rate_limiter": {}, "path_on_host": "/d"}"#;
+        assert!(gives("PATCH", "/drives/a", file));
+        assert!(gives("PUT", "/drives/a", file));
+        assert!(!gives(
+            "PATCH",
+            "/pmem/a",
+            r#"{"id": "a", "rate_limiter": {}}"#
+        ));
     }
 }
