@@ -53,12 +53,8 @@ impl TokenBucketConfig {
 }
 
 impl RateLimiterConfig {
-    /// What the limiter of a new device is made of; without a configuration, of no bucket.
-    pub fn limits_of(config: Option<Self>) -> RateLimits {
-        config.map(|config| config.limits()).unwrap_or_default()
-    }
-
-    fn limits(&self) -> RateLimits {
+    /// What the limiter of a new device is made of.
+    pub fn limits(&self) -> RateLimits {
         let limits = |bucket: Option<TokenBucketConfig>| bucket.and_then(|bucket| bucket.limits());
         RateLimits {
             bandwidth: limits(self.bandwidth),

@@ -34,7 +34,7 @@ pub use self::own_pages::OwnPagesError;
 use self::writeback::Writeback;
 pub use self::writeback::{DirtyPages, WritebackError};
 use crate::bus_error::GuestRange;
-use config::{PmemConfig, PmemMode, RateLimiterConfig};
+use config::{PmemConfig, PmemMode};
 use kvm::vm::{DirtyLog, Vm, VmError, WindowAccess};
 
 /// Why a guest cannot have a pmem device.
@@ -227,7 +227,7 @@ impl Pmem {
         };
         let mut device = VirtioPmem::new(device, interrupt).map_err(PmemError::Host)?;
         device
-            .update_limits(RateLimiterConfig::limits_of(config.rate_limiter).into())
+            .update_limits(config.rate_limiter.unwrap_or_default().limits().into())
             .map_err(PmemError::Host)?;
         let guard = match config.mode() {
             PmemMode::Ro => {

@@ -9,7 +9,7 @@ use super::builder::{Builder, HostPart};
 use super::events::new_interrupt;
 use crate::disk::open_disk;
 use crate::machine::error::{StartError, host};
-use config::{DriveConfig, RateLimiterConfig, VmConfig};
+use config::{DriveConfig, VmConfig};
 use host::report::chain;
 
 /// Long enough that a guest does not wait for a free entry with the engine's ring full.
@@ -36,7 +36,7 @@ pub(super) fn attach(builder: &mut Builder<'_>, config: &VmConfig) -> Result<(),
     for config in root.chain(others) {
         let mut block = new_block(config)?;
         block
-            .update_limits(RateLimiterConfig::limits_of(config.rate_limiter).into())
+            .update_limits(config.rate_limiter.unwrap_or_default().limits().into())
             .map_err(host("drive"))?;
         block.share(builder.plan.of_drive(config));
         let lost_pages = builder.plan.lost_pages().clone();
