@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::api::expect_ok;
+use crate::api::{expect_ok, request_text};
 use crate::guest::{Guest, Start, script_word};
 use crate::programs::{fsck_after_replay, fsck_clean, md5_of, to_raw};
 use crate::result::{Failure, Figures};
@@ -232,6 +232,64 @@ pub fn worker_engine(out: &Path) -> Result<Figures, Failure> {
     }
     fs::remove_file(out.join(DISK)).map_err(Failure::io("remove the disk"))?;
     Ok(Figures::new())
+}
+
+/// A counter of drive `root`.
+fn counter(socket: &Path, name: &str) -> Result<f64, Failure> {
+    let (status, metrics) = request_text(socket, "GET", "/metrics", &Value::Null)?;
+    let prefix = format!("coppice_{name}_total{{drive=\"root\"}} ");
+    let mut lines = metrics.lines();
+    let line = lines.find_map(|line| line.strip_prefix(&prefix));
+    match line.and_then(|value| value.parse().ok()) {
+        Some(value) => Ok(value),
+        None => Failure::claim(format!("no {name}: {status} {metrics}")),
+    }
+}
+
+/// How much a counter grows in a second, while a guest reads as fast as it may.
+fn rate_of(socket: &Path, name: &str) -> Result<f64, Failure> {
+    // What the buckets hold at first is spent by then.
+    std::thread::sleep(Duration::from_secs(3));
+    let (begun, before) = (Instant::now(), counter(socket, name)?);
+    std::thread::sleep(Duration::from_secs(15));
+    let (elapsed, after) = (begun.elapsed(), counter(socket, name)?);
+    Ok((after - before) / elapsed.as_secs_f64())
+}
+
+/// A guest reads a disk over and over, and gets what its limits say, with no more wake-ups than requests.
+pub fn limits(_: &Path) -> Result<Figures, Failure> {
+    const BYTES: f64 = 2_097_152.0;
+    const OPS: f64 = 40.0;
+    let script = "(while true; do cat /dev/vda >/dev/null; echo 3 >/proc/sys/vm/drop_caches; done) & echo READING; \
+                  read go; kill $!; wait";
+    let socket = PathBuf::from("/tmp/limits.sock");
+    let mut guest = Start::new()
+        .args(&["--api-sock", &socket.to_string_lossy()])
+        .args(&["--disk", "guest/root.vhdx,id=root,ro,rate=2M"])
+        .script(script)
+        .spawn()?;
+    guest.wait_for("READING")?;
+    let bytes = rate_of(&socket, "block_read_bytes")?;
+    let limiter = json!({"bandwidth": {"size": 0, "refill_time": 0}, "ops": {"size": 20, "refill_time": 500}});
+    let update = json!({"drive_id": "root", "rate_limiter": limiter});
+    expect_ok(&socket, "PATCH", "/drives/root", &update)?;
+    let reads = rate_of(&socket, "block_reads")?;
+    let wake_ups = counter(&socket, "block_limiter_events")?;
+    let served = counter(&socket, "block_reads")?;
+    guest.type_in("\n")?;
+    guest.expect_exit(0)?;
+    for (name, rate, limit) in [("bytes", bytes, BYTES), ("reads", reads, OPS)] {
+        if (rate / limit - 1.0).abs() > 0.05 {
+            return Failure::claim(format!("{rate} {name} a second, and the limit is {limit}"));
+        }
+    }
+    if wake_ups > served {
+        return Failure::claim(format!("{wake_ups} wake-ups for {served} reads"));
+    }
+    Ok(Figures::from([
+        ("bytes_by_limit".into(), json!(bytes / BYTES)),
+        ("reads_by_limit".into(), json!(reads / OPS)),
+    ]))
 }
 
 /// The guest reads random numbers from `/dev/hwrng`.

@@ -163,6 +163,7 @@ pub const ALL: &[Scenario] = &[
     test("a_read_only_disk_refuses_writes", disk::read_only),
     test("the_worker_engine_serves_disks", disk::worker_engine),
     test("the_entropy_device_gives_bytes", disk::entropy),
+    test("a_limited_drive_serves_what_its_limits_say", disk::limits),
     checked(
         "sigterm_amid_writes_leaves_a_disk_that_opens",
         disk::sigterm,
