@@ -34,7 +34,7 @@ pub use disk::{
 };
 pub use domain::Domain;
 pub use lock::OpenMode;
-pub use open::{detect, open};
-pub use options::{Format, OpenOptions, Parents};
+pub use open::{detect, open, remeasure};
+pub use options::{FileKinds, Format, OpenOptions, Parents};
 pub use progress::{Progress, Unwatched};
 pub use refusal::{OpenError, ParentRefusal, Refusal};

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, SeekFrom};
@@ -47,7 +47,7 @@ impl Medium for Arc<File> {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        length(self)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -106,10 +106,26 @@ impl Holes for File {
         match rustix::fs::seek(self, SeekFrom::Hole(offset)) {
             Ok(found) => Ok(found),
             // A file system without the notion of holes.
-            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(self.metadata()?.len()),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => length(self),
             Err(e) => Err(e.into()),
         }
     }
+}
+
+/// Whether it is a block device. One that the host does not describe is none.
+pub(crate) fn is_block_device(file: &File) -> bool {
+    file.metadata()
+        .is_ok_and(|metadata| metadata.file_type().is_block_device())
+}
+
+/// The length of a file, or the size of a block device, of which `stat` says 0.
+fn length(file: &File) -> io::Result<u64> {
+    let metadata = file.metadata()?;
+    if metadata.file_type().is_block_device() {
+        // The cursor that this moves is used by nobody: all I/O names its offset.
+        return Ok(rustix::fs::seek(file, SeekFrom::End(0))?);
+    }
+    Ok(metadata.len())
 }
 
 /// Makes a range of a file read as zeros, giving its space back where allowed and possible.
@@ -149,6 +165,8 @@ fn fallocate(file: &File, flags: FallocateFlags, offset: u64, len: u64) -> io::R
     match rustix::fs::fallocate(file, flags, offset, len) {
         Ok(()) => Ok(true),
         Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+        // The device's blocks are larger than those of the range.
+        Err(Errno::INVAL) if is_block_device(file) => Ok(false),
         Err(e) => Err(e.into()),
     }
 }

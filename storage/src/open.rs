@@ -1,12 +1,15 @@
 //! Opening a disk, whatever its format.
 
-use std::fs::File;
+use std::any::Any;
+use std::fs::{File, Metadata};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::disk::Disk;
-use crate::file::{open_locked, open_unlocked};
+use crate::file::{open_locked_of, open_unlocked};
 use crate::lock::OpenMode;
+use crate::medium::is_block_device;
 use crate::options::{Format, OpenOptions};
 use crate::raw::Raw;
 use crate::refusal::{OpenError, Refusal};
@@ -22,7 +25,7 @@ use crate::vhdx::{self, Vhdx};
 pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Disk>, OpenError> {
     let path = path.as_ref();
     let failed = |reason| OpenError::new(path, reason);
-    let file = open_locked(path, options.mode()).map_err(failed)?;
+    let file = open_locked_of(path, options.mode(), options.kinds).map_err(failed)?;
     let format = match options.format {
         Some(format) => format,
         None => detect_in(&file).and_then(usable).map_err(failed)?,
@@ -33,8 +36,38 @@ pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Dis
             let is_named = options.format.is_some();
             Arc::new(if is_named { disk } else { disk.guessed() })
         }
+        Format::Vhdx if is_block_device(&file) => {
+            return Err(failed(Refusal::FileKind {
+                found: "a block device, which can be nothing but raw",
+            }));
+        }
         Format::Vhdx => Arc::new(Vhdx::open_chain(path, file, options)?),
     })
+}
+
+/// A raw disk that is open, with the size that its file has now: for a file, or a block device, at `path` that was made
+/// larger or smaller. `None` where the disk is another one, or in another format, which knows its size by itself.
+///
+/// # Errors
+/// `Io`, `Empty`, `RawSize`.
+pub fn remeasure(disk: &Arc<dyn Disk>, path: &Path) -> Result<Option<Arc<dyn Disk>>, OpenError> {
+    let any: Arc<dyn Any + Send + Sync> = disk.clone();
+    let Ok(raw) = any.downcast::<Raw>() else {
+        return Ok(None);
+    };
+    let failed = |reason| OpenError::new(path, reason);
+    let inode = |metadata: Metadata| (metadata.dev(), metadata.ino());
+    let unreadable = |error| failed(Refusal::io("look at the file", error));
+    let named = std::fs::metadata(path).map_err(unreadable)?;
+    let own = disk.files().first().map(|file| file.metadata());
+    let is_same = match own {
+        Some(own) => inode(own.map_err(unreadable)?) == inode(named),
+        None => false,
+    };
+    if !is_same {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(raw.remeasured().map_err(failed)?)))
 }
 
 /// What the file at `path` is, by its signature; raw where it has none that is known. The file is not locked, so that

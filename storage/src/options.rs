@@ -13,6 +13,16 @@ pub enum Format {
     Vhdx,
 }
 
+/// What a disk may be in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FileKinds {
+    /// A regular file.
+    #[default]
+    Regular,
+    /// A regular file, or a block device of the host, which is a raw disk.
+    RegularAndBlock,
+}
+
 /// How to open a disk.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
@@ -30,6 +40,8 @@ pub struct OpenOptions {
     pub ignore_changed_parents: bool,
     /// Give space that is freed back to the host at once, rather than keep it for the next block.
     pub punch_holes: bool,
+    /// What the disk may be in; its parents are regular files.
+    pub kinds: FileKinds,
 }
 
 impl Default for OpenOptions {
@@ -40,6 +52,7 @@ impl Default for OpenOptions {
             parents: Parents::default(),
             ignore_changed_parents: false,
             punch_holes: true,
+            kinds: FileKinds::default(),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Raw disks: the file is the disk.
 //!
-//! Regular files only. A block device is refused when it is opened, since other programs that use the
-//! device do not look at the locks here.
+//! A block device of the host can be one, where that is asked for. Programs that use a device do not look at the locks
+//! here, so its bytes count as those that others may change: no page of it is shared.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::disk::{
     SectorSize,
 };
 use crate::lock::OpenMode;
-use crate::medium::{Holes, Medium, make_zero};
+use crate::medium::{Holes, Medium, is_block_device, make_zero};
 use crate::refusal::Refusal;
 use crate::signature;
 
@@ -19,6 +19,7 @@ use crate::signature;
 #[derive(Debug)]
 pub(crate) struct Raw {
     file: Arc<File>,
+    is_block_device: bool,
     geometry: Geometry,
     /// Where the sectors begin, in order, that must not come to hold the signature of another format: whoever opened
     /// the disk guessed that it is raw and will guess again, and the guest that writes it would choose the answer.
@@ -37,6 +38,7 @@ impl Raw {
             return Err(Refusal::RawSize { size });
         }
         Ok(Self {
+            is_block_device: is_block_device(&file),
             file,
             geometry: Geometry {
                 size,
@@ -47,6 +49,21 @@ impl Raw {
                 read_only: mode.is_read_only(),
             },
             guarded: Vec::new(),
+        })
+    }
+
+    /// The same disk, with the size that its file has now.
+    pub(crate) fn remeasured(&self) -> Result<Self, Refusal> {
+        let mode = if self.geometry.read_only {
+            OpenMode::ReadOnly
+        } else {
+            OpenMode::ReadWrite
+        };
+        let disk = Self::new(self.file.clone(), mode)?;
+        Ok(if self.guarded.is_empty() {
+            disk
+        } else {
+            disk.guessed()
         })
     }
 
@@ -127,7 +144,7 @@ impl Disk for Raw {
     fn finish(&self, _id: RequestId, _ok: bool) {}
 
     fn is_immutable(&self, file: &Arc<File>) -> bool {
-        self.geometry.read_only && Arc::ptr_eq(&self.file, file)
+        self.geometry.read_only && !self.is_block_device && Arc::ptr_eq(&self.file, file)
     }
 
     fn files(&self) -> Vec<Arc<File>> {

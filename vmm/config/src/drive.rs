@@ -7,7 +7,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use storage::io::EngineKind;
 
-use super::error::{check_file, check_id, check_path};
+use super::error::{check_disk, check_id, check_path};
 use super::{ConfigError, DeviceConfig, DriveFormat, HostFile, MachineConfig, RateLimiterConfig};
 
 /// Bytes of a serial number that a guest can see (VIRTIO 1.2, 5.2.6 `VIRTIO_BLK_T_GET_ID`).
@@ -21,7 +21,7 @@ const QUEUES_MAX: u16 = crate::limits::MAX_VCPUS as u16;
 pub struct DriveConfig {
     /// Name of the drive: 1 to 64 letters, digits and underscores.
     pub drive_id: String,
-    /// The file.
+    /// The file, or a block device of the host.
     #[schema(value_type = String)]
     pub path_on_host: PathBuf,
     /// The guest mounts this drive as its root: it becomes the first disk, and `root=` is added to the command line.
@@ -109,7 +109,7 @@ impl From<IoEngine> for EngineKind {
 pub struct DriveUpdate {
     /// The drive.
     pub drive_id: String,
-    /// Its new file.
+    /// Its new file; that which it has already, where that has another size now.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
@@ -218,7 +218,7 @@ impl DeviceConfig for DriveConfig {
     }
 
     fn check_files(&self) -> Result<(), ConfigError> {
-        check_file(
+        check_disk(
             "drives.path_on_host",
             &self.path_on_host,
             !self.is_read_only,

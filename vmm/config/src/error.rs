@@ -1,9 +1,9 @@
 //! Why a configuration cannot be used.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, FileType, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
@@ -130,6 +130,22 @@ pub(super) fn check_id(field: &'static str, id: &str) -> Result<(), ConfigError>
 
 /// Checks that a regular file can be opened as it will be. Does not block if the path names a FIFO.
 pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Result<(), ConfigError> {
+    check_kind(field, path, write, FileType::is_file)
+}
+
+/// As [`check_file`], of a file or a block device.
+pub(super) fn check_disk(field: &'static str, path: &Path, write: bool) -> Result<(), ConfigError> {
+    check_kind(field, path, write, |kind| {
+        kind.is_file() || kind.is_block_device()
+    })
+}
+
+fn check_kind(
+    field: &'static str,
+    path: &Path,
+    write: bool,
+    is_right: impl FnOnce(&FileType) -> bool,
+) -> Result<(), ConfigError> {
     let failed = |source| ConfigError::File {
         field,
         path: path.to_owned(),
@@ -147,11 +163,8 @@ pub(super) fn check_file(field: &'static str, path: &Path, write: bool) -> Resul
         Err(error) if error.kind() == io::ErrorKind::IsADirectory => open(false),
         opened => opened,
     };
-    if file
-        .and_then(|file| file.metadata())
-        .map_err(failed)?
-        .is_file()
-    {
+    let metadata = file.and_then(|file| file.metadata()).map_err(failed)?;
+    if is_right(&metadata.file_type()) {
         Ok(())
     } else {
         Err(ConfigError::NotAFile {

@@ -253,6 +253,45 @@ fn with_dirty_pages_tracked_it_goes_on_from_the_file_and_needs_the_handler_no_mo
     again.echoes();
 }
 
+#[test]
+fn limits_and_a_larger_disk_are_taken_while_it_runs_and_go_with_its_snapshot() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    kernel::write(&path("kernel"));
+    let disk = fs::File::create(path("disk")).unwrap();
+    disk.set_len(1 << 20).unwrap();
+    let (kernel, drive) = (
+        path("kernel").display().to_string(),
+        format!("{},id=data,format=raw,rate=1M", path("disk").display()),
+    );
+    let arguments = ["--kernel", &kernel, "--mem", "16M", "--share", "off"];
+    let serial = ["--serial-rate", "64K", "--disk", &drive];
+    let guest = Guest::start(&path("a"), &[&arguments[..], &serial].concat());
+    guest.echoes();
+    let patch = |body: &Value| guest.try_call("PATCH", "/drives/data", Some(body)).unwrap();
+    let ops = json!({"size": 5, "one_time_burst": 3, "refill_time": 100});
+    let limits = json!({"drive_id": "data", "rate_limiter": {"ops": ops}});
+    assert_eq!(patch(&limits).0, 204);
+    disk.set_len(2 << 20).unwrap();
+    let same = json!({"drive_id": "data", "path_on_host": path("disk")});
+    let (status, answer) = patch(&same);
+    assert_eq!(status, 204, "{answer}");
+    let limiter = |guest: &Guest| {
+        let (_, config) = guest.try_call("GET", "/vm/config", None).unwrap();
+        config["drives"][0]["rate_limiter"].clone()
+    };
+    let bandwidth = json!({"size": 1 << 20, "one_time_burst": null, "refill_time": 1000});
+    let expected = json!({"bandwidth": bandwidth, "ops": ops});
+    assert_eq!(limiter(&guest), expected);
+    guest.set_state("Paused");
+    assert_eq!(guest.save("full", "Full").0, 204);
+    let state = guest.folder.join("full.state");
+    drop(guest);
+    let again = Guest::start(&path("b"), &["--restore", state.to_str().unwrap()]);
+    again.echoes();
+    assert_eq!(limiter(&again), expected);
+}
+
 /// The report of a guest whose handler has ended.
 fn ends_with_a_report(mut guest: Guest, saved: &Saved) {
     let (code, printed) = guest.end();

@@ -57,15 +57,27 @@ pub fn open_beneath(
 
 /// Whether a path leads to a regular file: below a folder in which others make links, by no link. Nothing is read.
 pub fn is_plain_file(path: &Path) -> bool {
+    plain_kind(path) == Some(FileType::RegularFile)
+}
+
+/// As [`is_plain_file`], to a block device.
+pub fn is_plain_block_device(path: &Path) -> bool {
+    plain_kind(path) == Some(FileType::BlockDevice)
+}
+
+fn plain_kind(path: &Path) -> Option<FileType> {
     // A path that a file there names may lead elsewhere.
     let whole = std::env::current_dir().map(|folder| folder.join(path));
     match whole.and_then(|whole| in_shared_folder(&whole)) {
-        Ok(None) => path.metadata().is_ok_and(|metadata| metadata.is_file()),
+        Ok(None) => {
+            let metadata = path.metadata().ok()?;
+            Some(FileType::from_raw_mode(metadata.mode()))
+        }
         Ok(Some(inside)) => {
             let stat = open_beneath(CWD, &inside, OFlags::PATH, Mode::empty()).and_then(fstat);
-            stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+            Some(FileType::from_raw_mode(stat.ok()?.st_mode))
         }
-        Err(_) => false,
+        Err(_) => None,
     }
 }
 

@@ -19,7 +19,7 @@ use super::options::JailConfig;
 use super::reader;
 use config::{DeviceConfig, DriveFormat, HostFile, LoadSnapshot, VmConfig};
 use host::output::open_output;
-use host::shared_folder::is_plain_file;
+use host::shared_folder::{is_plain_block_device, is_plain_file};
 use kvm::boot;
 
 /// The longest chain of disks that is followed; a longer one is refused when it is opened.
@@ -105,14 +105,19 @@ impl Needs {
         }
     }
 
-    /// Adds a disk and all its parents. These are regular files: a guest writes what names the parent of its disk, and
-    /// may have put a link in the place of a disk in its folder. What is left out is refused where it is opened.
+    /// Adds a disk and all its parents, or a block device, which has none. These are files without links in a guest's
+    /// folder: a guest writes what names the parent of its disk, and may have put a link in the place of a disk there.
+    /// What is left out is refused where it is opened.
     fn add_disk(
         &mut self,
         path: &Path,
         format: Option<DriveFormat>,
         access: Access,
     ) -> Result<(), JailError> {
+        if is_plain_block_device(path) {
+            self.add_vital(path, access);
+            return Ok(());
+        }
         if !is_plain_file(path) {
             return Ok(());
         }

@@ -17,6 +17,7 @@ pub(crate) fn open_disk(drive: &DriveConfig) -> Result<Arc<dyn storage::Disk>, s
             storage::Parents::Anywhere
         },
         punch_holes: !drive.keep_space,
+        kinds: storage::FileKinds::RegularAndBlock,
         ..storage::OpenOptions::default()
     };
     storage::open(&drive.path_on_host, &options)

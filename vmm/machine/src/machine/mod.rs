@@ -128,14 +128,20 @@ impl Machine {
         }
     }
 
-    /// Gives a drive another file; the guest is told of the new size.
+    /// Gives a drive another file; the guest is told of the new size. Where it is the file that a raw disk has already,
+    /// it is the size alone.
     ///
     /// # Errors
     /// `NoDrive`, `Drive`, `Replacement`; the drive then keeps its file.
     pub fn replace_drive(&mut self, config: &DriveConfig) -> Result<(), MachineError> {
         let id = &config.drive_id;
-        self.idle_drive(id)?;
-        let disk = open_disk(config).map_err(|source| MachineError::Drive {
+        let present = lock(&*self.idle_drive(id)?).disk().clone();
+        let disk = match storage::remeasure(&present, &config.path_on_host) {
+            Ok(Some(disk)) => Ok(disk),
+            Ok(None) => open_disk(config),
+            Err(error) => Err(error),
+        };
+        let disk = disk.map_err(|source| MachineError::Drive {
             drive: id.clone(),
             source,
         })?;

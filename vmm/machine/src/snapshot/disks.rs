@@ -2,7 +2,7 @@
 //! and no other.
 
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +29,11 @@ pub enum DiskIdentity {
         /// When the file was last written to, in nanoseconds since 1970.
         modified: i64,
     },
+    /// A block device, by its size: the host does not say when it was last written to.
+    BlockDevice {
+        /// Size in bytes.
+        len: u64,
+    },
 }
 
 impl fmt::Display for DiskIdentity {
@@ -41,6 +46,7 @@ impl fmt::Display for DiskIdentity {
                 f,
                 "the VHDX {virtual_disk_id} of data write {data_write_guid}"
             ),
+            Self::BlockDevice { len } => write!(f, "a block device of {len} bytes"),
             Self::Raw { len, modified } => {
                 let (seconds, nanoseconds) = (modified / NANOSECONDS, modified % NANOSECONDS);
                 write!(
@@ -66,6 +72,11 @@ impl DiskIdentity {
             });
         }
         let metadata = disk.files().first()?.metadata().ok()?;
+        if metadata.file_type().is_block_device() {
+            return Some(Self::BlockDevice {
+                len: disk.geometry().size,
+            });
+        }
         Some(Self::Raw {
             len: metadata.len(),
             modified: metadata
