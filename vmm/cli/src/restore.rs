@@ -15,12 +15,12 @@ pub struct RestoreArgument(pub LoadSnapshot);
 pub enum RestoreError {
     /// The file is missing.
     #[error(
-        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,below=FILE][,disk.ID=FILE][,clone.ID=FILE][,tap.ID=NAME][,vsock=SOCKET][,cid=N][,trust][,paused]"
+        "names no file: write STATE[,memory=FILE|,uffd=SOCKET][,below=FILE][,disk.ID=FILE][,clone.ID=FILE][,tap.ID=NAME][,vsock=SOCKET][,cid=N][,clock=kept][,trust][,paused]"
     )]
     NoFile,
     /// An option is unknown.
     #[error(
-        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, below=FILE, disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, trust, paused (a comma in a path is written twice)"
+        "{0:?} is not an option of a snapshot: memory=FILE, uffd=SOCKET, below=FILE, disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, clock=kept, trust, paused (a comma in a path is written twice)"
     )]
     UnknownOption(String),
     /// An option is given twice.
@@ -77,6 +77,8 @@ impl FromStr for RestoreArgument {
                         return Err(RestoreError::Twice("cid".into()));
                     }
                 }
+                (_, Some(("clock", "kept"))) if load.clock_realtime => load.clock_realtime = false,
+                (_, Some(("clock", "kept"))) => return Err(RestoreError::Twice("clock".into())),
                 (_, Some((option, path))) => match option.split_once('.') {
                     Some(("disk", id)) => load.drives.push(drive(id, path, false)),
                     Some(("clone", id)) => load.drives.push(drive(id, path, true)),
@@ -138,6 +140,8 @@ mod tests {
         let vsock = parse("s,vsock=v,cid=9").unwrap().vsock_override.unwrap();
         assert_eq!(vsock.uds_path, Some(PathBuf::from("v")));
         assert_eq!(vsock.guest_cid, Some(9));
+        assert!(plain.clock_realtime);
+        assert!(!parse("s,clock=kept").unwrap().clock_realtime);
         let uffd = parse("s,uffd=h.sock").unwrap().mem_backend.unwrap();
         assert_eq!(uffd.backend_path, PathBuf::from("h.sock"));
         assert_eq!(uffd.backend_type, MemoryBackendType::Uffd);
@@ -151,6 +155,8 @@ mod tests {
             "s,disk=x",
             "s,a.b=c",
             "s,cid=x",
+            "s,clock=",
+            "s,clock=saved",
         ] {
             parse(wrong).unwrap_err();
         }
@@ -159,6 +165,7 @@ mod tests {
             "s,memory=a,memory=b",
             "s,uffd=a,uffd=b",
             "s,cid=3,cid=4",
+            "s,clock=kept,clock=kept",
             "s,clone.a=x,clone.a=y",
         ] {
             assert!(

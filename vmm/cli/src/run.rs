@@ -169,7 +169,8 @@ pub struct RunArguments {
     #[arg(long)]
     pub huge_pages: bool,
     /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, below=FILE,
-    /// disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, trust, paused.
+    /// disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, clock=kept, trust,
+    /// paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are
     /// given beside it. Options:

@@ -75,6 +75,10 @@ pub struct LoadSnapshot {
     /// Network interfaces whose taps are others than those that they had.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
+    /// Whether the guest's clocks go on as if it had run meanwhile, so that its wall clock is right; otherwise they go on
+    /// where they were saved. Firecracker's field, whose default is `false`.
+    #[serde(default = "yes")]
+    pub clock_realtime: bool,
     /// Another socket for the vsock device, or another CID.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
@@ -94,6 +98,7 @@ impl LoadSnapshot {
             verify_memory: true,
             drives: Vec::new(),
             network_overrides: Vec::new(),
+            clock_realtime: true,
             vsock_override: None,
         }
     }

@@ -168,6 +168,7 @@ mod tests {
             resume_vm: true,
             track_dirty_pages: true,
             verify_memory: false,
+            clock_realtime: false,
             drives: vec![DriveOverride {
                 drive_id: HOSTILE.into(),
                 path_on_host: HOSTILE.into(),

@@ -695,13 +695,16 @@ fn a_load_has_the_form_of_firecrackers_and_unknown_fields_are_refused() {
     let parse = |body: Value| serde_json::from_value::<LoadSnapshot>(body);
     let load = parse(json!({
         "snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "File"},
-        "enable_diff_snapshots": true, "resume_vm": true,
+        "enable_diff_snapshots": true, "resume_vm": true, "clock_realtime": false,
     }))
     .unwrap();
-    assert!(load.track_dirty_pages && load.resume_vm && load.verify_memory);
+    assert!(load.track_dirty_pages && load.resume_vm && load.verify_memory && !load.clock_realtime);
+    let plain = parse(json!({"snapshot_path": "s"})).unwrap();
+    assert!(plain.clock_realtime, "the clock follows unless it is to stay");
     for body in [
         json!({}),
         json!({"snapshot_path": "s", "colour": 1}),
+        json!({"snapshot_path": "s", "clock_realtime": "kept"}),
         json!({"snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "Tape"}}),
     ] {
         parse(body).unwrap_err();

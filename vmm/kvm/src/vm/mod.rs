@@ -21,20 +21,24 @@ use config::limits::MAX_VCPUS;
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
+mod clock;
 mod cpuid;
 mod error;
 mod exits;
+mod lapic;
 mod memory;
 mod pmu;
 mod settings;
 mod slots;
 mod state;
 mod threads;
+mod tsc_offset;
 mod vcpu;
 
 #[cfg(test)]
 mod native_kvm;
 
+pub use clock::ClockOnLoad;
 pub use error::{VmError, open_advice};
 pub use exits::{ExitCounters, ExitKind};
 pub use memory::HugePages;
@@ -148,6 +152,7 @@ impl Vm {
                 .set_cpuid2(&of_vcpu)
                 .map_err(VmError::kvm("KVM_SET_CPUID2"))?;
             let vcpu = vcpu::Vcpu {
+                host_tsc_khz: vcpu_fd.get_tsc_khz().ok(),
                 fd: vcpu_fd,
                 index,
                 cpuid: of_vcpu,
@@ -191,12 +196,17 @@ impl Vm {
             .add(&self.fd, (&self.memory, physical_bits), window, access)
     }
 
-    /// Restores the saved state of a VM and of its vCPUs. The VM has not run yet.
+    /// Restores the saved state of a VM and of its vCPUs, whose clocks go on as `clock` says. The VM has not run yet.
     ///
     /// # Errors
     /// [`StateError`]; then the VM must not be started.
-    pub fn restore(&mut self, state: &VmState, vcpus: &[VcpuState]) -> Result<(), StateError> {
-        state.restore(&self.fd, self.has_pit, (&mut self.vcpus, vcpus))?;
+    pub fn restore(
+        &mut self,
+        state: &VmState,
+        vcpus: &[VcpuState],
+        clock: ClockOnLoad,
+    ) -> Result<(), StateError> {
+        state.restore(&self.fd, self.has_pit, (&mut self.vcpus, vcpus), clock)?;
         self.restored = true;
         Ok(())
     }

@@ -13,6 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 
+mod clock;
+
 const CODE: u64 = 0x1000;
 const PORT: u64 = 0x10;
 const MMIO: u64 = MMIO_BASE;
@@ -68,9 +70,8 @@ struct Running {
     exits: Receiver<VcpuExit>,
 }
 
-/// Runs `code` at `CODE`, with a [`Probe`] at `PORT` and at `MMIO`.
-fn run(vm: Vm, code: &[u8], mode: Mode) -> Running {
-    vm.memory().write_slice(code, GuestAddress(CODE)).unwrap();
+/// A [`Probe`] at `PORT` and at `MMIO`, and what it sends.
+fn probed_buses() -> (Buses, Receiver<Access>) {
     let (sender, accesses) = channel();
     let probe: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(Probe(sender)));
     let mut buses = Buses {
@@ -79,6 +80,13 @@ fn run(vm: Vm, code: &[u8], mode: Mode) -> Running {
     };
     buses.pio.insert(PORT, 8, probe.clone()).unwrap();
     buses.mmio.insert(MMIO, 0x1000, probe).unwrap();
+    (buses, accesses)
+}
+
+/// Runs `code` at `CODE`, with a [`Probe`] at `PORT` and at `MMIO`.
+fn run(vm: Vm, code: &[u8], mode: Mode) -> Running {
+    vm.memory().write_slice(code, GuestAddress(CODE)).unwrap();
+    let (buses, accesses) = probed_buses();
     let (sender, exits) = channel();
     let sender = Mutex::new(sender);
     let regs = kvm_regs {

@@ -13,7 +13,12 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
+use host::report::chain;
+
+use super::clock::{self, ClockOnLoad, Moment};
 use super::error::VmError;
+use super::lapic;
+use super::tsc_offset;
 use super::vcpu::Vcpu;
 
 /// Why the state of a guest cannot be saved or restored.
@@ -46,6 +51,16 @@ pub enum StateError {
         /// In the guest.
         present: usize,
     },
+    /// No clock of a guest is that far from its boot.
+    #[error(
+        "the state says that the guest's clock was {clock} ns after its boot when the host's was {realtime} ns after 1970: no guest has run for so long"
+    )]
+    Clock {
+        /// kvm-clock, in nanoseconds.
+        clock: u64,
+        /// The host's time, in nanoseconds since 1970.
+        realtime: u64,
+    },
     /// Either the state or the guest has a PIT, and the other has none.
     #[error("the state has {} PIT, and the guest has {}", if *.0 { "a" } else { "no" }, if *.0 { "none" } else { "one" })]
     Pit(bool),
@@ -70,6 +85,10 @@ pub struct VcpuState {
     cpuid: Vec<kvm_cpuid_entry2>,
     /// `None` where KVM does not report it.
     tsc_khz: Option<u32>,
+    /// What its TSC is ahead of the host's, if both run at the same frequency. Absent where KVM does not report it, and
+    /// in snapshots of versions that did not save it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tsc_offset: Option<u64>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -86,8 +105,6 @@ const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// EFER.SVME (AMD64 APM volume 2, 3.1.7) and CR4.VMXE (SDM volume 3, 2.5).
 const EFER_SVME: u64 = 1 << 12;
 const CR4_VMXE: u64 = 1 << 13;
-/// The flags that `KVM_SET_CLOCK` accepts: `KVM_CLOCK_TSC_STABLE` and others are only returned by `KVM_GET_CLOCK`.
-const CLOCK_FLAGS_TAKEN: u32 = 0;
 
 const XSAVE_BYTES: i32 = 4096;
 
@@ -121,7 +138,7 @@ impl VmState {
     /// The state of a VM whose vCPUs are paused.
     pub(super) fn of(fd: &VmFd, has_pit: bool) -> Result<Self, VmError> {
         Ok(Self {
-            clock: fd.get_clock().map_err(VmError::kvm("KVM_GET_CLOCK"))?,
+            clock: clock::save(fd)?,
             pic_master: irqchip(fd, KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: irqchip(fd, KVM_IRQCHIP_PIC_SLAVE)?,
             ioapic: irqchip(fd, KVM_IRQCHIP_IOAPIC)?,
@@ -201,6 +218,28 @@ fn lacks(saved: &[kvm_cpuid_entry2], host: &[kvm_cpuid_entry2]) -> Option<String
     None
 }
 
+#[cfg(test)]
+impl VmState {
+    /// kvm-clock in nanoseconds.
+    pub(super) fn clock_ns(&self) -> u64 {
+        self.clock.clock
+    }
+
+    pub(super) fn set_clock_ns(&mut self, clock: u64) {
+        self.clock.clock = clock;
+    }
+
+    /// Has it been saved `ns` nanoseconds before its time.
+    pub(super) fn made_earlier_by(&mut self, ns: u64) {
+        self.clock.realtime -= ns;
+    }
+
+    /// As it was saved by versions without a time.
+    pub(super) fn forget_time(&mut self) {
+        (self.clock.flags, self.clock.realtime) = (0, 0);
+    }
+}
+
 impl VmState {
     /// Restores the saved state of a VM and of its vCPUs. The VM has not run yet.
     ///
@@ -211,6 +250,7 @@ impl VmState {
         fd: &VmFd,
         has_pit: bool,
         (vcpus, states): (&mut [Vcpu], &[VcpuState]),
+        clock: ClockOnLoad,
     ) -> Result<(), StateError> {
         if states.len() != vcpus.len() {
             return Err(StateError::Vcpus {
@@ -221,11 +261,24 @@ impl VmState {
         if self.pit.is_some() != has_pit {
             return Err(StateError::Pit(self.pit.is_some()));
         }
-        for (vcpu, state) in vcpus.iter_mut().zip(states) {
+        for (vcpu, state) in vcpus.iter().zip(states) {
             if let Some(lack) = lacks(&state.cpuid, vcpu.cpuid.as_slice()) {
                 return Err(StateError::Processor(lack));
             }
-            vcpu.restore(state)?;
+        }
+        // The timers of the vCPUs are relative to the clock.
+        clock::restore(fd, &self.clock, clock)?;
+        let saved = Moment::of(&self.clock);
+        let gone = Moment::now(fd)?.since(saved);
+        for (vcpu, state) in vcpus.iter_mut().zip(states) {
+            vcpu.restore(state, gone)?;
+        }
+        let now = Moment::now(fd)?;
+        for (vcpu, state) in vcpus.iter().zip(states) {
+            vcpu.restore_tsc(state, saved, now)?;
+        }
+        for (vcpu, state) in vcpus.iter().zip(states) {
+            vcpu.restore_events(state)?;
         }
         for chip in [&self.pic_master, &self.pic_slave, &self.ioapic] {
             fd.set_irqchip(chip)
@@ -234,14 +287,14 @@ impl VmState {
         if let Some(pit) = &self.pit {
             fd.set_pit2(pit).map_err(VmError::kvm("KVM_SET_PIT2"))?;
         }
-        let clock = kvm_clock_data {
-            clock: self.clock.clock,
-            flags: CLOCK_FLAGS_TAKEN,
-            ..Default::default()
-        };
-        fd.set_clock(&clock)
-            .map_err(VmError::kvm("KVM_SET_CLOCK"))?;
         Ok(())
+    }
+}
+
+impl VcpuState {
+    fn msr(&self, index: u32) -> Option<u64> {
+        let found = self.msrs.iter().find(|entry| entry.index == index);
+        found.map(|entry| entry.data)
     }
 }
 
@@ -258,9 +311,13 @@ impl Vcpu {
         let mp_state = fd
             .get_mp_state()
             .map_err(VmError::kvm("KVM_GET_MP_STATE"))?;
+        let tsc_khz = fd.get_tsc_khz().ok();
+        let is_hosts = tsc_khz.is_some() && tsc_khz == self.host_tsc_khz;
+        let tsc_offset = is_hosts.then(|| tsc_offset::get(fd).ok()).flatten();
         Ok(VcpuState {
             cpuid: self.cpuid.as_slice().to_vec(),
-            tsc_khz: fd.get_tsc_khz().ok(),
+            tsc_khz,
+            tsc_offset,
             mp_state,
             regs: fd.get_regs().map_err(VmError::kvm("KVM_GET_REGS"))?,
             sregs,
@@ -315,8 +372,9 @@ impl Vcpu {
         Ok(entries)
     }
 
-    /// Restores the state of a vCPU, which has not run yet.
-    pub(super) fn restore(&mut self, state: &VcpuState) -> Result<(), VmError> {
+    /// Restores the state of a vCPU, which has not run yet and whose clock has gone on for `gone` nanoseconds since it
+    /// was saved. Its TSC follows, and its events, which may depend on that.
+    fn restore(&mut self, state: &VcpuState, gone: u64) -> Result<(), VmError> {
         self.cpuid = CpuId::from_entries(&state.cpuid)
             .map_err(|_| VmError::CpuidTooLong(state.cpuid.len()))?;
         let fd = &self.fd;
@@ -344,13 +402,53 @@ impl Vcpu {
         }
         fd.set_debug_regs(&state.debug_regs)
             .map_err(VmError::kvm("KVM_SET_DEBUGREGS"))?;
-        fd.set_lapic(&state.lapic)
+        let mut lapic = state.lapic;
+        lapic::advance_timer(&mut lapic, gone);
+        fd.set_lapic(&lapic)
             .map_err(VmError::kvm("KVM_SET_LAPIC"))?;
-        let is_deadline = |entry: &kvm_msr_entry| entry.index == IA32_TSC_DEADLINE;
-        let (deadline, msrs): (Vec<_>, Vec<_>) = state.msrs.iter().copied().partition(is_deadline);
-        self.set_msrs(&msrs)?;
-        self.set_msrs(&deadline)?;
-        fd.set_vcpu_events(&state.events)
+        let is_timeless = |entry: &&kvm_msr_entry| {
+            !matches!(entry.index, IA32_TSC | IA32_TSC_DEADLINE)
+        };
+        let msrs: Vec<_> = state.msrs.iter().filter(is_timeless).copied().collect();
+        self.set_msrs(&msrs)
+    }
+
+    /// Has the TSC run on since it was saved for as long as the clock has until `now`.
+    fn restore_tsc(&self, state: &VcpuState, saved: Moment, now: Moment) -> Result<(), VmError> {
+        let at_save = state.tsc_offset.and_then(|offset| saved.tsc(offset));
+        let Some(at_save) = at_save.or_else(|| state.msr(IA32_TSC)) else {
+            return Ok(());
+        };
+        let khz = self.fd.get_tsc_khz().ok();
+        let tsc = clock::advanced(at_save, khz.unwrap_or_default(), now.since(saved));
+        // The offset is exact. A TSC that is written is late by the time until then, the same for all vCPUs, as KVM takes
+        // such writes in succession for one.
+        if khz.is_some() && khz == self.host_tsc_khz
+            && let Some(offset) = now.offset(tsc)
+        {
+            match tsc_offset::set(&self.fd, offset) {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::debug!(error = %chain(&error), "KVM_VCPU_TSC_OFFSET"),
+            }
+        }
+        self.set_msrs(&[kvm_msr_entry {
+            index: IA32_TSC,
+            data: tsc,
+            ..Default::default()
+        }])
+    }
+
+    /// Restores what is due at a time of the TSC, and what is pending.
+    fn restore_events(&self, state: &VcpuState) -> Result<(), VmError> {
+        if let Some(data) = state.msr(IA32_TSC_DEADLINE) {
+            self.set_msrs(&[kvm_msr_entry {
+                index: IA32_TSC_DEADLINE,
+                data,
+                ..Default::default()
+            }])?;
+        }
+        self.fd
+            .set_vcpu_events(&state.events)
             .map_err(VmError::kvm("KVM_SET_VCPU_EVENTS"))
     }
 
@@ -374,7 +472,7 @@ impl Vcpu {
         Ok(())
     }
 
-    fn msr(&self, index: u32) -> Option<u64> {
+    pub(super) fn msr(&self, index: u32) -> Option<u64> {
         let entry = kvm_msr_entry {
             index,
             ..Default::default()

@@ -308,6 +308,12 @@ impl Vcpus {
         Ok((VmState::of(&self.shared.vm, self.has_pit)?, vcpus))
     }
 
+    /// kvm-clock in nanoseconds.
+    #[cfg(test)]
+    pub(super) fn clock_ns(&self) -> u64 {
+        self.shared.vm.get_clock().unwrap().clock
+    }
+
     /// How often the vCPUs have left the guest, by kind of exit.
     pub fn exits(&self) -> Vec<(ExitKind, u64)> {
         let all = |kind| self.exits.iter().map(|vcpu| vcpu.get(kind)).sum();

@@ -12,6 +12,7 @@ use host::report::chain;
 
 use super::error::VmError;
 use super::exits::{ExitCounters, ExitKind};
+use super::lapic;
 use super::settings::Buses;
 
 /// Why a vCPU ends the guest.
@@ -116,6 +117,8 @@ pub(super) struct Vcpu {
     pub(super) cpuid: CpuId,
     /// The MSRs that have to be saved.
     pub(super) msrs: Arc<[u32]>,
+    /// The frequency of its TSC when it was made, which is that of the host's, where KVM reports it.
+    pub(super) host_tsc_khz: Option<u32>,
     /// The counters of its exits.
     pub(super) exits: Arc<ExitCounters>,
 }
@@ -135,9 +138,6 @@ const BOOT_MSRS: [(u32, u64); 11] = [
     (0x2ff, 0x800 | 6), // IA32_MTRR_DEF_TYPE: enabled, write-back
 ];
 
-/// Offsets of local vector table entries in the APIC's register page.
-const LVT_LINT0: usize = 0x350;
-const LVT_LINT1: usize = 0x360;
 /// Delivery mode `ExtINT` in bits 10:8.
 const DELIVERY_EXTINT: u32 = 7 << 8;
 /// Delivery mode NMI.
@@ -160,11 +160,11 @@ impl Vcpu {
         if let Some(refused) = BOOT_MSRS.get(set) {
             return Err(VmError::Msr(refused.0));
         }
-        let mut lapic = self.fd.get_lapic().map_err(VmError::kvm("KVM_GET_LAPIC"))?;
-        set_delivery(&mut lapic, LVT_LINT0, DELIVERY_EXTINT);
-        set_delivery(&mut lapic, LVT_LINT1, DELIVERY_NMI);
+        let mut state = self.fd.get_lapic().map_err(VmError::kvm("KVM_GET_LAPIC"))?;
+        set_delivery(&mut state, lapic::LVT_LINT0, DELIVERY_EXTINT);
+        set_delivery(&mut state, lapic::LVT_LINT1, DELIVERY_NMI);
         self.fd
-            .set_lapic(&lapic)
+            .set_lapic(&state)
             .map_err(VmError::kvm("KVM_SET_LAPIC"))
     }
 
@@ -267,11 +267,8 @@ impl Vcpu {
 }
 
 fn set_delivery(lapic: &mut kvm_lapic_state, register: usize, delivery: u32) {
-    let bytes: [u8; 4] = std::array::from_fn(|i| lapic.regs[register + i].cast_unsigned());
-    let value = (u32::from_le_bytes(bytes) & !DELIVERY_MASK) | delivery;
-    for (at, byte) in value.to_le_bytes().into_iter().enumerate() {
-        lapic.regs[register + at] = byte.cast_signed();
-    }
+    let value = (lapic::register(lapic, register) & !DELIVERY_MASK) | delivery;
+    lapic::set_register(lapic, register, value);
 }
 
 /// Bytes of each element of the port access that the last run ended with: a string instruction brings many in one exit,

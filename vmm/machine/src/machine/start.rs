@@ -233,7 +233,7 @@ impl Machine {
         parts.attached.list.restore(loading.state.devices.clone())?;
         // Another guest may go on from the same state.
         lock(&*parts.generation()?).renew(vm.memory())?;
-        vm.restore(&loading.state.vm, &loading.state.vcpus)
+        vm.restore(&loading.state.vm, &loading.state.vcpus, loading.clock)
             .map_err(SnapshotError::from)?;
         let start = |buses, lost_pages: Arc<LostPages>| {
             vm.start_paused(buses, move |exit| lost_pages.vcpu_left(exit))

@@ -37,6 +37,7 @@ use crate::pmem::PmemMemory;
 use config::{CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackendType, SnapshotType};
 use config::{DriveConfig, DriveFormat, PmemConfig, VmConfig};
 use host::report::chain;
+use kvm::vm::ClockOnLoad;
 
 pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
@@ -221,9 +222,15 @@ impl SnapshotFiles {
                 MemorySource::Handler(handler)
             }
         };
+        let clock = if request.clock_realtime {
+            ClockOnLoad::Follows
+        } else {
+            ClockOnLoad::Kept
+        };
         let mut loading = Loading {
             state,
             memory,
+            clock,
             made: Vec::new(),
         };
         for drive in &request.drives {
@@ -237,6 +244,8 @@ impl SnapshotFiles {
 pub struct Loading {
     pub(crate) state: GuestState,
     memory: MemorySource,
+    /// Where the guest's clocks go on.
+    pub(crate) clock: ClockOnLoad,
     /// Disks that were created for it, which are removed unless the guest starts with them.
     made: Vec<PathBuf>,
 }
