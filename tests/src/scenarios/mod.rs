@@ -3,6 +3,7 @@
 mod balloon;
 mod bench;
 mod boot;
+mod clock;
 mod clone_cost;
 mod control;
 mod density;
@@ -207,6 +208,10 @@ pub const ALL: &[Scenario] = &[
         snapshot::served,
     ),
     test("clones_of_a_guest_go_on_each_by_itself", snapshot::clones),
+    test(
+        "a_guest_loaded_later_has_the_right_time_and_its_timers_fire_once",
+        clock::follows,
+    ),
     test(
         "a_guest_and_its_host_talk_by_vsock_and_a_saved_one_goes_on_as_another",
         vsock::talks,

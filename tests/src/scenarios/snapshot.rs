@@ -24,17 +24,17 @@ const SCRIPT: &str = "dd if=/dev/urandom of=/tmp/memory bs=64k count=64 2>/dev/n
 /// A script that prints lines in the background.
 const TICKS: &str = "( i=0; while true; do i=$((i+1)); echo TICK $i; sleep 0.2; done ) &";
 
-struct Vm {
-    guest: Guest,
+pub(super) struct Vm {
+    pub(super) guest: Guest,
     socket: PathBuf,
 }
 
 impl Vm {
-    fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+    pub(super) fn put(&self, path: &str, body: &Value) -> Result<Value, Failure> {
         expect_ok(&self.socket, "PUT", path, body)
     }
 
-    fn pause(&self) -> Result<(), Failure> {
+    pub(super) fn pause(&self) -> Result<(), Failure> {
         expect_ok(&self.socket, "PATCH", "/vm", &json!({"state": "Paused"}))?;
         Ok(())
     }
@@ -56,13 +56,13 @@ impl Vm {
     }
 
     /// Runs a line in the guest, and waits for `text`.
-    fn run_line(&mut self, line: &str, text: &str) -> Result<(), Failure> {
+    pub(super) fn run_line(&mut self, line: &str, text: &str) -> Result<(), Failure> {
         self.guest.type_in(&format!("{line}\n"))?;
         self.guest.wait_from_now(text)?;
         Ok(())
     }
 
-    fn stop(mut self) -> Result<(), Failure> {
+    pub(super) fn stop(mut self) -> Result<(), Failure> {
         self.guest.signal(Signal::TERM)?;
         self.guest.expect_exit(143)
     }
@@ -75,7 +75,7 @@ fn last_tick(console: &str) -> u64 {
     ticks.rev().find_map(|n| n.trim().parse().ok()).unwrap_or(0)
 }
 
-fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
+pub(super) fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
     let disk = out.join("disk.vhdx");
     fs::copy("guest/root.vhdx", &disk).map_err(Failure::io("copy root.vhdx"))?;
     let (disk, socket) = (disk.display().to_string(), out.join("source.sock"));
@@ -89,7 +89,7 @@ fn booted(out: &Path, args: &[&str]) -> Result<Vm, Failure> {
 }
 
 /// Starts a process that waits for a snapshot.
-fn empty(out: &Path, name: &str) -> Result<Vm, Failure> {
+pub(super) fn empty(out: &Path, name: &str) -> Result<Vm, Failure> {
     let socket = out.join(format!("{name}.sock"));
     let text = socket.display().to_string();
     let guest = Start::bare(&["--api-sock", &text, "--log", "info"]).spawn()?;
@@ -103,14 +103,14 @@ fn empty(out: &Path, name: &str) -> Result<Vm, Failure> {
     Ok(Vm { guest, socket })
 }
 
-fn files(out: &Path, name: &str) -> (PathBuf, PathBuf) {
+pub(super) fn files(out: &Path, name: &str) -> (PathBuf, PathBuf) {
     (
         out.join(format!("{name}.state")),
         out.join(format!("{name}.memory")),
     )
 }
 
-fn create(vm: &Vm, out: &Path, name: &str, kind: &str) -> Result<(), Failure> {
+pub(super) fn create(vm: &Vm, out: &Path, name: &str, kind: &str) -> Result<(), Failure> {
     let (state, memory) = files(out, name);
     vm.put(
         "/snapshot/create",
@@ -119,7 +119,7 @@ fn create(vm: &Vm, out: &Path, name: &str, kind: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn load_body(out: &Path, name: &str) -> Value {
+pub(super) fn load_body(out: &Path, name: &str) -> Value {
     let (state, memory) = files(out, name);
     json!({
         "snapshot_path": state,

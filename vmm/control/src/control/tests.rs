@@ -700,7 +700,10 @@ fn a_load_has_the_form_of_firecrackers_and_unknown_fields_are_refused() {
     .unwrap();
     assert!(load.track_dirty_pages && load.resume_vm && load.verify_memory && !load.clock_realtime);
     let plain = parse(json!({"snapshot_path": "s"})).unwrap();
-    assert!(plain.clock_realtime, "the clock follows unless it is to stay");
+    assert!(
+        plain.clock_realtime,
+        "the clock follows unless it is to stay"
+    );
     for body in [
         json!({}),
         json!({"snapshot_path": "s", "colour": 1}),

@@ -81,7 +81,9 @@ pub(super) fn advanced(tsc: u64, khz: u32, ns: u64) -> u64 {
 
 fn host_time() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    now.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+    now.map_or(0, |since| {
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+    })
 }
 
 /// The clock of a guest that is paused, always with the host's time.
@@ -183,8 +185,7 @@ pub(super) fn restore(
         realtime: setting.realtime.unwrap_or_default(),
         ..Default::default()
     };
-    fd.set_clock(&data)
-        .map_err(VmError::kvm("KVM_SET_CLOCK"))?;
+    fd.set_clock(&data).map_err(VmError::kvm("KVM_SET_CLOCK"))?;
     Ok(())
 }
 
@@ -280,6 +281,12 @@ mod tests {
         let without = Moment::of(&saved(10, 0));
         assert_eq!((without.tsc(5), without.offset(5)), (None, None));
         assert_eq!(moment.since(Moment { clock: 4, ..moment }), 6);
-        assert_eq!(moment.since(Moment { clock: 40, ..moment }), 0);
+        assert_eq!(
+            moment.since(Moment {
+                clock: 40,
+                ..moment
+            }),
+            0
+        );
     }
 }

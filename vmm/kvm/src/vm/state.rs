@@ -406,9 +406,8 @@ impl Vcpu {
         lapic::advance_timer(&mut lapic, gone);
         fd.set_lapic(&lapic)
             .map_err(VmError::kvm("KVM_SET_LAPIC"))?;
-        let is_timeless = |entry: &&kvm_msr_entry| {
-            !matches!(entry.index, IA32_TSC | IA32_TSC_DEADLINE)
-        };
+        let is_timeless =
+            |entry: &&kvm_msr_entry| !matches!(entry.index, IA32_TSC | IA32_TSC_DEADLINE);
         let msrs: Vec<_> = state.msrs.iter().filter(is_timeless).copied().collect();
         self.set_msrs(&msrs)
     }
@@ -423,7 +422,8 @@ impl Vcpu {
         let tsc = clock::advanced(at_save, khz.unwrap_or_default(), now.since(saved));
         // The offset is exact. A TSC that is written is late by the time until then, the same for all vCPUs, as KVM takes
         // such writes in succession for one.
-        if khz.is_some() && khz == self.host_tsc_khz
+        if khz.is_some()
+            && khz == self.host_tsc_khz
             && let Some(offset) = now.offset(tsc)
         {
             match tsc_offset::set(&self.fd, offset) {
