@@ -147,6 +147,14 @@ fn other_devices(what: impl Into<String>) -> RestoreError {
 }
 
 impl DeviceStates {
+    /// Whether there is a state of a kind of which a guest has one device at most.
+    pub fn has(&self, kind: &DeviceKind) -> bool {
+        match kind.state {
+            StateKey::One(key) => self.0.get(key).is_some_and(|state| !state.is_null()),
+            StateKey::Nothing | StateKey::ById(_) | StateKey::InOrder(_) => false,
+        }
+    }
+
     fn put(&mut self, entry: &DeviceEntry, state: DeviceState) {
         let empty_map = || DeviceState::Object(serde_json::Map::new());
         let empty_list = || DeviceState::Array(Vec::new());

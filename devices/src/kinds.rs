@@ -3,10 +3,10 @@
 use crate::legacy::{acpi_pm, boot_timer, i8042, pvpanic, rtc, serial};
 use crate::lifecycle::DeviceKind;
 use crate::virtio::{balloon, block, mmio, net, pmem, rng, vsock};
-use crate::vmgenid;
+use crate::{vmclock, vmgenid};
 
 /// All kinds. A snapshot with a state of a kind that is not here is refused.
-pub const KINDS: [&DeviceKind; 14] = [
+pub const KINDS: [&DeviceKind; 15] = [
     &acpi_pm::KIND,
     &balloon::KIND,
     &block::KIND,
@@ -19,6 +19,7 @@ pub const KINDS: [&DeviceKind; 14] = [
     &rng::KIND,
     &rtc::KIND,
     &serial::KIND,
+    &vmclock::KIND,
     &vmgenid::KIND,
     &vsock::KIND,
 ];
@@ -50,6 +51,7 @@ mod tests {
         // The format of snapshots: what is renamed or left out here cannot be read any more.
         let expected = [
             "balloon",
+            "clock",
             "drives",
             "entropy",
             "generation",

@@ -21,6 +21,7 @@ pub mod persist;
 pub mod rate_limiter;
 pub mod service;
 pub mod virtio;
+pub mod vmclock;
 pub mod vmgenid;
 
 pub use kinds::KINDS;

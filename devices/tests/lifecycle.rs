@@ -26,6 +26,7 @@ use devices::virtio::pmem::{MappingFigures, PmemConfig, VirtioPmem};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::vsock::{VirtioVsock, VsockConfig};
 use devices::virtio::{Interrupt, VirtioDevice};
+use devices::vmclock::VmClock;
 use devices::vmgenid::VmGenId;
 use storage::io::EngineKind;
 use storage::{Format, OpenOptions};
@@ -131,6 +132,8 @@ fn one_of_each() -> DeviceList {
     list.add("", Arc::new(Mutex::new(BootTimer::default())));
     let generation = VmGenId::new(GuestAddress(0x1000)).unwrap();
     list.add("", Arc::new(Mutex::new(generation)));
+    let clock = VmClock::new(GuestAddress(0x2000)).unwrap();
+    list.add("", Arc::new(Mutex::new(clock)));
     add(&mut list, "root", block());
     add(&mut list, "data", block());
     add(&mut list, "base", pmem());

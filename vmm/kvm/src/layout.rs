@@ -27,7 +27,9 @@ pub const CMDLINE: u64 = 0x2_0000;
 pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables, RSDP first.
 pub const ACPI_START: u64 = 0xe_0000;
-/// The generation ID of the VM, 16 bytes: the tables end before it.
+/// The vmclock page: the tables end before it.
+pub const VM_CLOCK: u64 = 0xf_e000;
+/// The generation ID of the VM, 16 bytes.
 pub const VM_GENERATION_ID: u64 = 0xf_f000;
 /// Where a CPU starts after a reset, in real mode.
 pub const RESET_VECTOR: u64 = 0xf_fff0;
@@ -64,7 +66,7 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042_PORT: u16 = 0x60;
 /// GSI of the i8042 keyboard.
 pub const I8042_GSI: u32 = 1;
-/// GSI of the event device that notifies of a new generation ID. It is the GSI of COM2, which guests do not have.
+/// GSI of the event device that notifies of a new generation ID, and of the change of the vmclock page with it. It is the GSI of COM2, which guests do not have.
 pub const GENERATION_GSI: u32 = 3;
 /// Index port of the CMOS RTC; the data port follows.
 pub const RTC_PORT: u16 = 0x70;

@@ -18,6 +18,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use devices::GuestMemory;
 use devices::legacy::{CmosRtc, RESET_VALUE, S5_SLEEP_TYPE, SerialPort};
+use devices::vmclock::VmClock;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::error::BootError;
@@ -35,8 +36,8 @@ const IAPC_NO_VGA: u16 = 1 << 2;
 /// Register of the CMOS RTC that holds the century.
 const RTC_CENTURY: u8 = 0x32;
 
-/// The value of the notification that the generation ID has changed.
-const GENERATION_CHANGED: u8 = 0x80;
+/// The value of the notification that the generation ID, or the vmclock page, has changed.
+const CHANGED: u8 = 0x80;
 
 /// Size in bytes of the header that every table but the RSDP starts with.
 const HEADER_LEN: u32 = 36;
@@ -107,9 +108,9 @@ impl Writer<'_> {
         table.to_aml_bytes(&mut bytes);
         let address = self.next.next_multiple_of(16);
         let end = address + bytes.len() as u64;
-        if end > layout::VM_GENERATION_ID {
+        if end > layout::VM_CLOCK {
             return Err(BootError::AcpiTooLarge {
-                room: layout::VM_GENERATION_ID - layout::ACPI_START,
+                room: layout::VM_CLOCK - layout::ACPI_START,
             });
         }
         self.memory
@@ -190,6 +191,7 @@ fn dsdt(virtio: &[MmioDevice]) -> Vec<u8> {
         isa_device(device, &mut bytes);
     }
     pvpanic(&mut bytes);
+    clock(&mut bytes);
     generation_id(&mut bytes);
     for (uid, device) in virtio.iter().enumerate() {
         virtio_mmio(uid, device, &mut bytes);
@@ -242,8 +244,24 @@ fn pvpanic(sink: &mut Vec<u8>) {
     .to_aml_bytes(sink);
 }
 
+/// The vmclock page, with the IDs that the drivers of Linux and the device of QEMU have.
+fn clock(sink: &mut Vec<u8>) {
+    // The page lies below 4 GiB.
+    let page = Memory32Fixed::new(false, layout::VM_CLOCK as u32, VmClock::SIZE as u32);
+    Device::new(
+        "VCLK".into(),
+        vec![
+            &Name::new("_HID".into(), &"AMZNC10C"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&page])),
+        ],
+    )
+    .to_aml_bytes(sink);
+}
+
 /// The generation ID of the VM (Microsoft, Virtual Machine Generation ID), with the names of QEMU's device, and the
-/// event device that notifies of a new ID (ACPI 6.5, 5.6.9).
+/// event device that notifies of a new ID (ACPI 6.5, 5.6.9). The vmclock page changes whenever the ID does.
 fn generation_id(sink: &mut Vec<u8>) {
     // Microsoft's name for the device; drivers look for it in either case.
     let name = "VM_Gen_Counter";
@@ -272,7 +290,10 @@ fn generation_id(sink: &mut Vec<u8>) {
                 true,
                 vec![&If::new(
                     &Equal::new(&Arg(0), &gsi),
-                    vec![&Notify::new(&Path::new("VGEN"), &GENERATION_CHANGED)],
+                    vec![
+                        &Notify::new(&Path::new("VGEN"), &CHANGED),
+                        &Notify::new(&Path::new("VCLK"), &CHANGED),
+                    ],
                 )],
             ),
         ],
@@ -358,7 +379,9 @@ mod tests {
         );
         let dsdt = table(&memory, u64_at(&tables[0], 140));
         assert_eq!(&dsdt[..4], b"DSDT");
-        assert!(dsdt.windows(8).any(|w| w == b"LNRO0005"));
+        for id in [b"LNRO0005", b"AMZNC10C", b"QEMUVGID"] {
+            assert!(dsdt.windows(8).any(|w| w == id), "{id:?}");
+        }
         assert_eq!(
             tables[1].len(),
             44 + 3 * 8 + 12,

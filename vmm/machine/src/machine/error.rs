@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use devices::bus::BusRangeError;
 use devices::persist::RestoreError;
 use devices::virtio::block::BlockError;
+use devices::vmclock::VmClockError;
 use devices::vmgenid::VmGenIdError;
 use storage::DiskError;
 use storage::vhdx::ChainError;
@@ -71,6 +72,9 @@ pub enum StartError {
     /// The generation ID.
     #[error(transparent)]
     Generation(#[from] VmGenIdError),
+    /// The vmclock page.
+    #[error(transparent)]
+    Clock(#[from] VmClockError),
     /// The saved state of a device does not fit the device.
     #[error(transparent)]
     Restore(#[from] RestoreError),

@@ -5,9 +5,11 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use devices::device_list::DeviceStates;
 use devices::legacy::{PowerEvent, PowerSink};
 use devices::lock;
 use devices::virtio::block::VirtioBlock;
+use devices::vmclock::{self, VmClock};
 use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
 
@@ -50,7 +52,7 @@ impl Assembled {
         config: &VmConfig,
         vm: &mut Vm,
         surroundings: Surroundings,
-        boots: bool,
+        saved: Option<&DeviceStates>,
     ) -> Result<Self, StartError> {
         let Surroundings {
             serial_out,
@@ -61,7 +63,7 @@ impl Assembled {
             network,
         } = surroundings;
         let pmem = map_pmem(config, vm)?;
-        let plan = Plan::new(vm, config, &pmem, on_end.clone(), boots)?;
+        let plan = Plan::new(vm, config, &pmem, on_end.clone(), saved.is_none())?;
         let mut builder = Builder::new(vm, &plan, &pmem, vsock, network);
         let serial = SerialEnds {
             out: serial_out,
@@ -69,7 +71,8 @@ impl Assembled {
             drained: serial_drained,
         };
         let pc = builder.add_pc(serial, &power_sink(on_end))?;
-        attach_configured(&mut builder, config)?;
+        let has_clock = saved.is_none_or(|states| states.has(&vmclock::KIND));
+        attach_configured(&mut builder, config, has_clock)?;
         let attached = builder.attached;
         Ok(Self {
             plan,
@@ -86,6 +89,11 @@ impl Assembled {
             .list
             .get("")
             .ok_or(StartError::Missing("generation ID"))
+    }
+
+    /// The vmclock page, which guests of older snapshots do not have.
+    fn clock(&self) -> Option<Arc<Mutex<VmClock>>> {
+        self.attached.list.get("")
     }
 
     /// Adds the devices to the event loop, has `start` start the vCPUs, and begins to share.
@@ -166,8 +174,11 @@ impl Machine {
     ) -> Result<Self, StartError> {
         let source = config.boot_source.as_ref().ok_or(StartError::NoKernel)?;
         let mut vm = new_vm(config)?;
-        let mut parts = Assembled::new(config, &mut vm, surroundings.ending_once(), true)?;
+        let mut parts = Assembled::new(config, &mut vm, surroundings.ending_once(), None)?;
         lock(&*parts.generation()?).write(vm.memory())?;
+        if let Some(clock) = parts.clock() {
+            lock(&clock).write(vm.memory())?;
+        }
         let boot_source = BootSource {
             kernel: PathBuf::from(&source.kernel_image_path),
             initrd: source.initrd_path.as_ref().map(PathBuf::from),
@@ -219,7 +230,8 @@ impl Machine {
         let mut vm = new_vm(config)?;
         let surroundings = surroundings.ending_once();
         let on_end = surroundings.on_end.clone();
-        let mut parts = Assembled::new(config, &mut vm, surroundings, false)?;
+        let mut parts =
+            Assembled::new(config, &mut vm, surroundings, Some(&loading.state.devices))?;
         for (id, drive) in parts.attached.list.all::<VirtioBlock>() {
             loading.check_disk(DiskOf::Drive(id), lock(&drive).disk())?;
         }
@@ -233,6 +245,9 @@ impl Machine {
         parts.attached.list.restore(loading.state.devices.clone())?;
         // Another guest may go on from the same state.
         lock(&*parts.generation()?).renew(vm.memory())?;
+        if let Some(clock) = parts.clock() {
+            lock(&clock).disrupt(vm.memory())?;
+        }
         vm.restore(&loading.state.vm, &loading.state.vcpus, loading.clock)
             .map_err(SnapshotError::from)?;
         let start = |buses, lost_pages: Arc<LostPages>| {

@@ -5,6 +5,7 @@
 
 mod balloon;
 mod builder;
+mod clock;
 mod drives;
 mod entropy;
 mod events;
@@ -35,13 +36,18 @@ const VIRTIO: [Attach; 6] = [
     balloon::attach,
 ];
 
-/// Adds the virtio devices that `config` asks for, and the generation ID, where the tables of the guest say that it is.
+/// Adds the virtio devices that `config` asks for, and the generation ID and the vmclock page, where the tables of the
+/// guest say that they are. A guest that was booted by a version without a vmclock page has none in its tables.
 pub(super) fn attach_configured(
     builder: &mut Builder<'_>,
     config: &VmConfig,
+    has_clock: bool,
 ) -> Result<(), StartError> {
     for attach in VIRTIO {
         attach(builder, config)?;
+    }
+    if has_clock {
+        clock::attach(builder)?;
     }
     generation::attach(builder)
 }
