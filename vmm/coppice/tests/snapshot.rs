@@ -217,10 +217,10 @@ fn a_guest_goes_on_with_memory_from_a_handler_and_can_be_saved_as_a_whole() {
     assert_eq!(status, 400);
     assert!(why.contains("page-fault handler"), "{why}");
     assert_eq!(guest.save("full", "Full").0, 204);
-    // But for the number of its generation.
+    // But for the pages with the number of its generation and with its clock.
     assert_eq!(
         differences(&saved.memory(), &saved.path("b/full.memory")),
-        1
+        2
     );
     guest.set_state("Resumed");
     guest.echoes();
