@@ -97,6 +97,12 @@ pub enum ConfigError {
         /// All of them together.
         found: usize,
     },
+    /// Two fields that exclude each other.
+    #[error("{} and {} are both given: leave out one", fields[0], fields[1])]
+    Together {
+        /// The fields.
+        fields: [&'static str; 2],
+    },
     /// An update sets no field.
     #[error("the update is empty")]
     EmptyUpdate,

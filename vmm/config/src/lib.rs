@@ -18,6 +18,7 @@
 mod balloon;
 pub mod bodies;
 mod boot_source;
+mod cpu_config;
 mod device;
 mod digest;
 mod drive;
@@ -43,6 +44,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use device::Slot;
@@ -50,6 +52,10 @@ use device::Slot;
 pub use balloon::PAGES_PER_MIB;
 pub use balloon::{BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, HintingStart};
 pub use boot_source::{BootProtocol, BootSourceConfig};
+pub use cpu_config::{
+    Bitmap, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, KvmCapability, MsrModifier,
+    Number, RegisterModifier,
+};
 pub use device::{DeviceConfig, HostFile};
 pub use digest::{DigestError, Sha256Digest};
 pub use drive::{CacheType, DriveConfig, DriveUpdate, IoEngine};
@@ -94,6 +100,11 @@ pub struct VmConfig {
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// What the guest's CPU has otherwise than the host's. In a configuration file it may be the name of a file that has
+    /// it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<CpuConfig>)]
+    pub cpu_config: Option<CpuConfigSource>,
     /// How the guest shares memory with others.
     #[serde(default)]
     pub sharing: SharingConfig,
@@ -157,33 +168,49 @@ devices! {
     balloon: BalloonConfig,
 }
 
+/// Reads a file of [`MAX_FILE_SIZE`] at most.
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let read = |source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let mut text = Vec::new();
+    File::open(path)
+        .map_err(read)?
+        .take(MAX_FILE_SIZE + 1)
+        .read_to_end(&mut text)
+        .map_err(read)?;
+    if text.len() as u64 > MAX_FILE_SIZE {
+        return Err(ConfigError::TooLong {
+            path: path.to_owned(),
+        });
+    }
+    serde_json::from_slice(&text).map_err(|source| ConfigError::Json {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 impl VmConfig {
     /// Reads a configuration file, of [`MAX_FILE_SIZE`] at most, and checks it.
     ///
     /// # Errors
     /// `Read`, `TooLong`, `Json`, and those of [`VmConfig::validate`].
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let read = |source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        };
-        let mut text = Vec::new();
-        File::open(path)
-            .map_err(read)?
-            .take(MAX_FILE_SIZE + 1)
-            .read_to_end(&mut text)
-            .map_err(read)?;
-        if text.len() as u64 > MAX_FILE_SIZE {
-            return Err(ConfigError::TooLong {
-                path: path.to_owned(),
-            });
+        let mut config: Self = read_json(path)?;
+        if let Some(CpuConfigSource::File(path)) = &config.cpu_config {
+            config.cpu_config = Some(CpuConfigSource::Given(read_json(path)?));
         }
-        let config: Self = serde_json::from_slice(&text).map_err(|source| ConfigError::Json {
-            path: path.to_owned(),
-            source,
-        })?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// What the guest's CPU has otherwise than the host's, where that is given bit by bit.
+    pub fn custom_cpu(&self) -> Option<&CpuConfig> {
+        match &self.cpu_config {
+            Some(CpuConfigSource::Given(template)) => Some(template),
+            Some(CpuConfigSource::File(_)) | None => None,
+        }
     }
 
     /// Checks every field by itself and all of them together. Opens no file: see [`VmConfig::check_files`].
@@ -195,6 +222,7 @@ impl VmConfig {
             boot_source.validate()?;
         }
         self.machine_config.validate()?;
+        self.validate_cpu()?;
         self.sharing.validate()?;
         let mut ids = BTreeSet::new();
         let mut root: Option<&str> = None;
@@ -237,6 +265,23 @@ impl VmConfig {
         Ok(())
     }
 
+    fn validate_cpu(&self) -> Result<(), ConfigError> {
+        if let Some(CpuConfigSource::File(path)) = &self.cpu_config {
+            let expected = "a CPU template: only a configuration file can name a file that has one";
+            return Err(ConfigError::invalid(
+                "cpu-config",
+                &path.display(),
+                expected,
+            ));
+        }
+        if self.cpu_config.is_some() && self.machine_config.has_cpu_template() {
+            return Err(ConfigError::Together {
+                fields: ["machine-config.cpu_template", "cpu-config"],
+            });
+        }
+        Ok(())
+    }
+
     /// Checks that the kernel, the initrd and the files of every device can be opened as they are going to be.
     ///
     /// # Errors
@@ -264,6 +309,7 @@ impl VmConfig {
                 self.machine_config != MachineConfig::default(),
                 "machine-config",
             ),
+            (self.cpu_config.is_some(), "cpu-config"),
             (self.sharing != SharingConfig::default(), "sharing"),
             (self.mmds_config.is_some(), "mmds-config"),
         ];

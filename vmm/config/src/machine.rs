@@ -17,11 +17,11 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// RAM in MiB.
     pub mem_size_mib: u32,
-    /// Not supported: refused unless `false`.
+    /// Whether each core has two threads. The number of vCPUs is 1 or even then.
     #[serde(default)]
     pub smt: bool,
-    /// Not supported: refused unless `None`.
-    #[serde(default)]
+    /// The CPU that the guest sees; the host's where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// After a full snapshot the guest goes on from its memory file, so that it can be saved as a difference to that.
     #[serde(default)]
@@ -31,21 +31,22 @@ pub struct MachineConfig {
     pub huge_pages: HugePageConfig,
 }
 
-/// Firecracker's static CPU templates.
+/// Firecracker's static CPU templates: the features that a processor has in common with others, so that a guest can go on
+/// from its snapshot on any of them. Each is for certain processors, and a guest does not start on others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum CpuTemplate {
     /// The host's CPU.
     #[default]
     None,
-    /// Not supported.
+    /// For Intel Skylake, Cascade Lake and Ice Lake: as EC2's C3 instances.
     C3,
-    /// Not supported.
+    /// For Intel Skylake, Cascade Lake and Ice Lake: as EC2's T2 instances.
     T2,
-    /// Not supported.
+    /// For Intel Skylake and Cascade Lake: T2, with the mitigations that both need.
     T2S,
-    /// Not supported.
+    /// For Intel Cascade Lake and Ice Lake: as AMD Milan with T2A.
     T2CL,
-    /// Not supported.
+    /// For AMD Milan: as Intel Cascade Lake with T2CL.
     T2A,
 }
 
@@ -97,21 +98,23 @@ impl MachineConfig {
                 expected,
             ));
         }
-        let unsupported = [
-            (self.smt, "machine-config.smt"),
-            (
-                self.cpu_template.unwrap_or_default() != CpuTemplate::None,
-                "machine-config.cpu_template",
-            ),
-            (
-                self.huge_pages == HugePageConfig::Hugetlbfs2M,
-                "machine-config.huge_pages",
-            ),
-        ];
-        match unsupported.into_iter().find(|(asked, _)| *asked) {
-            Some((_, field)) => Err(ConfigError::Unsupported { field }),
-            None => Ok(()),
+        if self.smt && self.vcpu_count > 1 && !self.vcpu_count.is_multiple_of(2) {
+            return Err(ConfigError::invalid(
+                "machine-config.vcpu_count",
+                &self.vcpu_count,
+                "1 or even, as machine-config.smt is true",
+            ));
         }
+        if self.huge_pages == HugePageConfig::Hugetlbfs2M {
+            let field = "machine-config.huge_pages";
+            return Err(ConfigError::Unsupported { field });
+        }
+        Ok(())
+    }
+
+    /// Whether there is a template other than `None`.
+    pub(crate) fn has_cpu_template(&self) -> bool {
+        self.cpu_template.unwrap_or_default() != CpuTemplate::None
     }
 
     /// This configuration with the fields of `update` that are set. `null` sets nothing.

@@ -87,10 +87,12 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
     let cases = [
         (json!({"network-interfaces": [{}]}), "iface_id"),
         (machine("cpus", json!(1)), "cpus"),
-        (machine("smt", json!(true)), "machine-config.smt"),
+        (machine("cpu_template", json!("V1N1")), "V1N1"),
+        (json!({"cpu-config": "/file"}), "cpu-config"),
+        (json!({"cpu-config": 7}), "CPU template"),
         (
-            machine("cpu_template", json!("T2")),
-            "machine-config.cpu_template",
+            json!({"cpu-config": {}, "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "cpu_template": "T2"}}),
+            "cpu-config",
         ),
         (
             machine("huge_pages", json!("2M")),
@@ -344,4 +346,45 @@ fn a_sharing_domain_is_a_name_and_absent_by_default() {
         let refused = parsed(json!({ "domain": name })).unwrap_err();
         assert!(refused.contains("sharing.domain"), "{name}: {refused}");
     }
+}
+
+#[test]
+fn two_threads_a_core_are_one_vcpu_or_an_even_number() {
+    for (vcpus, is_valid) in [(1, true), (2, true), (3, false), (31, false), (32, true)] {
+        let machine = json!({"vcpu_count": vcpus, "mem_size_mib": 128, "smt": true});
+        let parsed = parse(json!({ "machine-config": machine }));
+        assert_eq!(parsed.is_ok(), is_valid, "{vcpus}");
+        if let Err(error) = parsed {
+            assert!(
+                error.contains("vcpu_count") && error.contains("smt"),
+                "{error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_cpu_template_is_in_the_configuration_or_in_a_file_that_it_names() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, template) = (
+        folder.path().join("vm.json"),
+        folder.path().join("cpu.json"),
+    );
+    let msr = json!({"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b1"}]});
+    std::fs::write(&template, msr.to_string()).unwrap();
+    let read = |cpu: serde_json::Value| {
+        std::fs::write(&path, json!({ "cpu-config": cpu }).to_string()).unwrap();
+        VmConfig::from_file(&path)
+    };
+    let of_file = read(json!(template)).unwrap();
+    assert_eq!(of_file, read(msr).unwrap());
+    assert_eq!(of_file.custom_cpu().unwrap().msr_modifiers.len(), 1);
+    assert_eq!(of_file.of_a_guest(), Some("cpu-config"));
+    let again = serde_json::to_value(&of_file).unwrap();
+    assert_eq!(parse(again).unwrap(), of_file);
+    let missing = read(json!(folder.path().join("none"))).unwrap_err();
+    assert!(missing.to_string().contains("/none"), "{missing}");
+    std::fs::write(&template, "{\"msr_modifiers\": 1}").unwrap();
+    let wrong = read(json!(template)).unwrap_err();
+    assert!(wrong.to_string().contains("cpu.json"), "{wrong}");
 }
