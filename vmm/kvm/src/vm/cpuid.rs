@@ -1,6 +1,6 @@
 //! CPUID of the guest: what the host's KVM supports, with topology and hypervisor bits of this guest.
 //!
-//! The guest sees one socket of `vcpus` cores with one thread each. Leaf numbers and fields: Intel SDM volume 2, CPUID;
+//! The guest sees one socket of cores, each with one thread or, with SMT, with two. Leaf numbers and fields: Intel SDM volume 2, CPUID;
 //! AMD64 APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
@@ -40,14 +40,16 @@ const CMP_LEGACY: u32 = 1 << 1;
 const PERFCTR_CORE: u32 = 1 << 23;
 
 /// The CPUID that all vCPUs share; [`Self::for_vcpu`] makes it that of one.
-pub(super) struct Template {
-    entries: Vec<kvm_cpuid_entry2>,
+pub(super) struct CommonCpuid {
+    pub(super) entries: Vec<kvm_cpuid_entry2>,
     vcpus: u8,
+    /// Whether each core has two threads, where there is more than one vCPU.
+    pub(super) smt: bool,
     /// Whether the local APIC has a TSC-deadline timer: such a guest needs no PIT.
     pub(super) tsc_deadline: bool,
 }
 
-impl Template {
+impl CommonCpuid {
     /// The CPUID that the host supports, for a guest of `vcpus` vCPUs.
     pub(super) fn of_host(kvm: &Kvm, vcpus: u8) -> Result<Self, VmError> {
         let supported = kvm
@@ -58,6 +60,7 @@ impl Template {
         Ok(Self {
             entries: supported.as_slice().to_vec(),
             vcpus,
+            smt: false,
             tsc_deadline,
         })
     }
@@ -99,14 +102,26 @@ impl Template {
         Ok(digest.finalize().to_vec())
     }
 
-    /// Bits of the APIC ID that number the cores of the package.
-    fn core_bits(&self) -> u32 {
+    /// Bits of the APIC ID that number the logical processors of the package.
+    fn package_bits(&self) -> u32 {
         u32::from(self.vcpus).next_power_of_two().trailing_zeros()
+    }
+
+    /// Threads of a core, of which the APIC IDs follow each other.
+    fn threads(&self) -> u32 {
+        if self.smt && self.vcpus > 1 { 2 } else { 1 }
     }
 
     fn adapt(&self, entry: &mut kvm_cpuid_entry2, apic_id: u32) {
         let vcpus = u32::from(self.vcpus);
         let many = vcpus > 1;
+        let threads = self.threads();
+        let cores = vcpus / threads;
+        // Logical processors that share a cache of a level - 1.
+        let sharing = |eax: u32| match (eax >> 5) & 7 {
+            3.. => vcpus - 1,
+            _ => threads - 1,
+        };
         let set = |register: &mut u32, bit: u32, on: bool| {
             *register = if on {
                 *register | bit
@@ -125,9 +140,7 @@ impl Template {
             }
             // EAX 31:26 cores of the package - 1, 25:14 logical processors that share this cache - 1.
             CACHE if entry.eax & 0x1f != 0 => {
-                let level = (entry.eax >> 5) & 7;
-                let sharing = if level >= 3 { vcpus - 1 } else { 0 };
-                entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | ((vcpus - 1) << 26);
+                entry.eax = (entry.eax & 0x3fff) | (sharing(entry.eax) << 14) | ((cores - 1) << 26);
             }
             // No virtual PMU.
             PERFORMANCE_MONITORING | AMD_PERFORMANCE_MONITORING => {
@@ -141,20 +154,23 @@ impl Template {
                 set(&mut entry.ecx, CMP_LEGACY, many);
                 set(&mut entry.ecx, PERFCTR_CORE, false);
             }
-            // ECX 15:12 APIC ID size, 7:0 cores - 1.
-            AMD_SIZES => entry.ecx = (entry.ecx & !0xf0ff) | (self.core_bits() << 12) | (vcpus - 1),
+            // ECX 15:12 APIC ID size, 7:0 logical processors - 1.
+            AMD_SIZES => {
+                entry.ecx = (entry.ecx & !0xf0ff) | (self.package_bits() << 12) | (vcpus - 1)
+            }
             AMD_CACHE if entry.eax & 0x1f != 0 => {
-                let level = (entry.eax >> 5) & 7;
-                let sharing = if level >= 3 { vcpus - 1 } else { 0 };
-                entry.eax = (entry.eax & 0x3fff) | (sharing << 14);
+                entry.eax = (entry.eax & 0x3fff) | (sharing(entry.eax) << 14);
             }
             // EAX extended APIC ID; EBX 15:8 threads of the core - 1, 7:0 core; ECX one node.
-            AMD_TOPOLOGY => (entry.eax, entry.ebx, entry.ecx) = (apic_id, apic_id, 0),
+            AMD_TOPOLOGY => {
+                let core = apic_id / threads;
+                (entry.eax, entry.ebx, entry.ecx) = (apic_id, ((threads - 1) << 8) | core, 0);
+            }
             _ => {}
         }
     }
 
-    /// Leaf `0xb`: thread level of one thread, core level of all cores.
+    /// Leaf `0xb`: the threads of a core, and the logical processors of all cores.
     fn topology(&self, apic_id: u8) -> [kvm_cpuid_entry2; 2] {
         let level = |index: u32, shift: u32, processors: u32, kind: u32| kvm_cpuid_entry2 {
             function: TOPOLOGY,
@@ -167,8 +183,8 @@ impl Template {
             ..Default::default()
         };
         [
-            level(0, 0, 1, 1),
-            level(1, self.core_bits(), u32::from(self.vcpus), 2),
+            level(0, self.threads().trailing_zeros(), self.threads(), 1),
+            level(1, self.package_bits(), u32::from(self.vcpus), 2),
         ]
     }
 }
@@ -189,7 +205,7 @@ mod tests {
         }
     }
 
-    fn template(vcpus: u8) -> Template {
+    fn template(vcpus: u8) -> CommonCpuid {
         let leaves = [
             FEATURES,
             CACHE,
@@ -201,9 +217,10 @@ mod tests {
             AMD_PERFORMANCE_MONITORING,
             AMD_TOPOLOGY_V2,
         ];
-        Template {
+        CommonCpuid {
             entries: leaves.iter().map(|f| entry(*f, 0)).collect(),
             vcpus,
+            smt: false,
             tsc_deadline: false,
         }
     }
@@ -239,6 +256,47 @@ mod tests {
     }
 
     #[test]
+    fn with_smt_two_vcpus_after_each_other_are_the_threads_of_a_core() {
+        let smt = |vcpus| CommonCpuid {
+            smt: true,
+            ..template(vcpus)
+        };
+        for (vcpu, core) in [(0, 0), (1, 0), (4, 2), (5, 2)] {
+            let cpuid = smt(6).for_vcpu(vcpu).unwrap();
+            let apic_id = u32::from(vcpu);
+            let features = find(&cpuid, FEATURES, 0);
+            assert_eq!(features.ebx >> 24, apic_id);
+            assert_eq!((features.ebx >> 16) & 0xff, 8);
+            assert_eq!(features.edx & HTT, HTT);
+            // Level 3 is shared by all 6, and there are three cores.
+            let cache = find(&cpuid, CACHE, 0).eax;
+            assert_eq!(((cache >> 14) & 0xfff, cache >> 26), (5, 2));
+            let (thread, all) = (find(&cpuid, TOPOLOGY, 0), find(&cpuid, TOPOLOGY, 1));
+            assert_eq!((thread.eax, thread.ebx, thread.ecx), (1, 2, 0x100));
+            assert_eq!((all.eax, all.ebx, all.ecx), (3, 6, 0x201));
+            assert_eq!((thread.edx, all.edx), (apic_id, apic_id));
+            let sizes = find(&cpuid, AMD_SIZES, 0);
+            assert_eq!((sizes.ecx & 0xff, (sizes.ecx >> 12) & 0xf), (5, 3));
+            let amd = find(&cpuid, AMD_TOPOLOGY, 0);
+            assert_eq!((amd.eax, amd.ebx), (apic_id, 0x100 | core));
+        }
+        let cpuid = smt(1).for_vcpu(0).unwrap();
+        assert_eq!(find(&cpuid, FEATURES, 0).edx & HTT, 0);
+        let thread = find(&cpuid, TOPOLOGY, 0);
+        assert_eq!((thread.eax, thread.ebx), (0, 1));
+        assert_eq!(find(&cpuid, AMD_TOPOLOGY, 0).ebx, 0);
+        // Caches of levels 1 and 2 are a core's.
+        for (level, shared) in [(1, 1), (2, 1), (3, 5)] {
+            for (function, bits) in [(CACHE, 0xfff), (AMD_CACHE, 0xfff)] {
+                let mut entry = entry(function, 0);
+                entry.eax = (level << 5) | 1;
+                smt(6).adapt(&mut entry, 0);
+                assert_eq!((entry.eax >> 14) & bits, shared, "{function:#x} {level}");
+            }
+        }
+    }
+
+    #[test]
     fn a_single_vcpu_claims_no_siblings() {
         let cpuid = template(1).for_vcpu(0).unwrap();
         assert_eq!(find(&cpuid, FEATURES, 0).edx & HTT, 0);
@@ -265,7 +323,7 @@ mod tests {
             eax: u32::MAX,
             ..entry(KVM_FEATURES, 0)
         };
-        let template = Template {
+        let template = CommonCpuid {
             entries: vec![hosts],
             ..template(1)
         };

@@ -2,6 +2,7 @@
 
 use vmm_sys_util::errno;
 
+use config::CpuTemplate;
 use config::limits::MAX_VCPUS;
 
 /// Why a VM cannot be made.
@@ -16,6 +17,39 @@ pub enum VmError {
     /// The host's KVM lacks a capability.
     #[error("the host's KVM lacks {0}; a newer kernel has it")]
     Capability(&'static str),
+    /// The host's KVM lacks a capability that a CPU template asks for.
+    #[error("cpu-config.kvm_capabilities: the host's KVM lacks capability {0}")]
+    CapabilityNumber(u32),
+    /// A static CPU template is for other processors.
+    #[error(
+        "machine-config.cpu_template: {template:?} is for processors {wanted} (vendor and version of CPUID), and this one is {present}"
+    )]
+    CpuTemplate {
+        /// The template.
+        template: CpuTemplate,
+        /// The processors that it is for.
+        wanted: String,
+        /// The host's.
+        present: String,
+    },
+    /// A CPU template changes a leaf that KVM does not support.
+    #[error(
+        "cpu-config.cpuid_modifiers: KVM supports no CPUID leaf {leaf:#x} with subleaf {subleaf:#x}"
+    )]
+    CpuidLeaf {
+        /// The leaf.
+        leaf: u32,
+        /// The subleaf.
+        subleaf: u32,
+    },
+    /// A CPU template changes an MSR that KVM does not let be read or written so.
+    #[error("the CPU template (cpu-config.msr_modifiers, cpu_template): KVM refuses MSR {msr:#x}{}", value.map(|value| format!(" with the value {value:#x}")).unwrap_or_default())]
+    TemplateMsr {
+        /// The register.
+        msr: u32,
+        /// The value that it was to have; `None` where it cannot be read.
+        value: Option<u64>,
+    },
     /// Too few or too many vCPUs.
     #[error("a guest has 1 to {MAX_VCPUS} vCPUs, not {0}")]
     Vcpus(u8),

@@ -17,11 +17,13 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 use memshare::Window;
 use vmm_sys_util::eventfd::EventFd;
 
+use config::CpuConfig;
 use config::limits::MAX_VCPUS;
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 
 mod clock;
+mod cpu_template;
 mod cpuid;
 mod error;
 mod exits;
@@ -39,6 +41,7 @@ mod vcpu;
 mod native_kvm;
 
 pub use clock::ClockOnLoad;
+pub use cpu_template::GuestCpu;
 pub use error::{VmError, open_advice};
 pub use exits::{ExitCounters, ExitKind};
 pub use memory::HugePages;
@@ -89,7 +92,7 @@ fn open_kvm() -> Result<Kvm, VmError> {
 /// `Open`, and `Kvm` and `CpuidTooLong` where KVM does not report its CPUID.
 pub fn cpu_model(vcpus: u8) -> Result<Vec<u8>, VmError> {
     let kvm = open_kvm()?;
-    cpuid::Template::of_host(&kvm, vcpus)?.digest()
+    cpuid::CommonCpuid::of_host(&kvm, vcpus)?.digest()
 }
 
 /// A virtual machine whose vCPUs do not run yet.
@@ -97,7 +100,7 @@ pub struct Vm {
     fd: Arc<VmFd>,
     memory: GuestMemory,
     windows: slots::Windows,
-    cpuid: cpuid::Template,
+    cpuid: cpuid::CommonCpuid,
     has_pit: bool,
     vcpus: Vec<vcpu::Vcpu>,
     /// Whether its state was restored, so that it has run before.
@@ -111,6 +114,9 @@ impl Vm {
         let VmSettings {
             memory_bytes,
             vcpus,
+            smt,
+            cpu,
+            is_saved,
             huge_pages,
             confine_vcpu,
         } = settings;
@@ -121,13 +127,16 @@ impl Vm {
         if u32::try_from(kvm.get_api_version()) != Ok(KVM_API_VERSION) {
             return Err(VmError::ApiVersion(kvm.get_api_version()));
         }
-        for (capability, name) in REQUIRED_CAPABILITIES {
-            if !kvm.check_extension(capability) {
-                return Err(VmError::Capability(name));
-            }
-        }
+        let mut cpuid = cpuid::CommonCpuid::of_host(&kvm, vcpus)?;
+        let template = if is_saved {
+            cpu.saved_template(&cpuid.entries)
+        } else {
+            cpu.template(&cpuid.entries)?
+        };
+        check_capabilities(&kvm, &template)?;
+        cpu_template::apply(&mut cpuid.entries, &template.cpuid_modifiers)?;
+        cpuid.smt = smt;
         let memory = memory::map(memory_bytes, huge_pages)?;
-        let cpuid = cpuid::Template::of_host(&kvm, vcpus)?;
         let fd = kvm.create_vm().map_err(VmError::kvm("KVM_CREATE_VM"))?;
         // Intel hosts without unrestricted guest need these pages of KVM's; both are in the hole.
         fd.set_identity_map_address(KVM_IDENTITY_MAP)
@@ -140,7 +149,7 @@ impl Vm {
             create_pit(&fd)?;
         }
         pmu::disable(&fd)?;
-        let msrs = state::msrs_to_save(&kvm)?;
+        let msrs = state::msrs_to_save(&kvm, &template)?;
         add_slots(&fd, &memory)?;
         let mut made = Vec::with_capacity(vcpus.into());
         for index in 0..vcpus {
@@ -160,6 +169,9 @@ impl Vm {
                 exits: Arc::default(),
             };
             vcpu.reset()?;
+            if !is_saved {
+                vcpu.apply_template(&template.msr_modifiers)?;
+            }
             made.push(vcpu);
         }
         Ok(Self {
@@ -267,6 +279,13 @@ impl Vm {
         };
         Vcpus::start(parts, buses, Box::new(on_exit))
     }
+}
+
+fn check_capabilities(kvm: &Kvm, template: &CpuConfig) -> Result<(), VmError> {
+    let required = REQUIRED_CAPABILITIES.map(|(capability, name)| (capability as u32, name));
+    cpu_template::check_capabilities(template, required, |number| {
+        kvm.check_extension_raw(number.into()) > 0
+    })
 }
 
 /// Creates the PIT. It costs a kernel thread and timer ticks, and only guests without TSC-deadline timer need it, to

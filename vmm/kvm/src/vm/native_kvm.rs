@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::*;
 
 mod clock;
+mod cpu;
 
 const CODE: u64 = 0x1000;
 const PORT: u64 = 0x10;
@@ -43,6 +44,9 @@ fn vm(vcpus: u8, memory_bytes: u64) -> Vm {
     Vm::new(VmSettings {
         memory_bytes,
         vcpus,
+        smt: false,
+        cpu: GuestCpu::Host,
+        is_saved: false,
         huge_pages: HugePages::Never,
         confine_vcpu: || Ok(()),
     })
@@ -467,10 +471,13 @@ fn impossible_settings_are_refused() {
     let settings = VmSettings {
         memory_bytes: 4 << 20,
         vcpus: 33,
+        smt: false,
+        cpu: GuestCpu::Host,
+        is_saved: false,
         huge_pages: HugePages::Never,
         confine_vcpu: || Ok(()),
     };
-    assert!(matches!(Vm::new(settings), Err(VmError::Vcpus(33))));
+    assert!(matches!(Vm::new(settings.clone()), Err(VmError::Vcpus(33))));
     assert!(matches!(
         Vm::new(VmSettings {
             vcpus: 0,

@@ -13,6 +13,8 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use serde::{Deserialize, Serialize};
 
+use config::{CpuConfig, MsrModifier};
+
 use host::report::chain;
 
 use super::clock::{self, ClockOnLoad, Moment};
@@ -108,12 +110,18 @@ const CR4_VMXE: u64 = 1 << 13;
 
 const XSAVE_BYTES: i32 = 4096;
 
-/// The MSRs that have to be saved, by `KVM_GET_MSR_INDEX_LIST`.
-pub(super) fn msrs_to_save(kvm: &Kvm) -> Result<Arc<[u32]>, VmError> {
+/// The MSRs that have to be saved, by `KVM_GET_MSR_INDEX_LIST`, and those that a CPU template changes.
+pub(super) fn msrs_to_save(kvm: &Kvm, template: &CpuConfig) -> Result<Arc<[u32]>, VmError> {
     let list = kvm
         .get_msr_index_list()
         .map_err(VmError::kvm("KVM_GET_MSR_INDEX_LIST"))?;
-    Ok(list.as_slice().into())
+    let mut msrs = list.as_slice().to_vec();
+    for modifier in &template.msr_modifiers {
+        if !msrs.contains(&modifier.addr.0) {
+            msrs.push(modifier.addr.0);
+        }
+    }
+    Ok(msrs.into())
 }
 
 fn irqchip(fd: &VmFd, chip_id: u32) -> Result<kvm_irqchip, VmError> {
@@ -450,6 +458,27 @@ impl Vcpu {
         self.fd
             .set_vcpu_events(&state.events)
             .map_err(VmError::kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Makes the changes that a CPU template asks for.
+    ///
+    /// # Errors
+    /// `TemplateMsr`, `Kvm`.
+    pub(super) fn apply_template(&self, modifiers: &[MsrModifier]) -> Result<(), VmError> {
+        for MsrModifier { addr, bitmap } in modifiers {
+            let refused = |value| VmError::TemplateMsr { msr: addr.0, value };
+            let value = bitmap.apply(self.msr(addr.0).ok_or_else(|| refused(None))?);
+            let entry = kvm_msr_entry {
+                index: addr.0,
+                data: value,
+                ..Default::default()
+            };
+            self.set_msrs(&[entry]).map_err(|error| match error {
+                VmError::Msr(_) => refused(Some(value)),
+                other => other,
+            })?;
+        }
+        Ok(())
     }
 
     fn set_msrs(&self, entries: &[kvm_msr_entry]) -> Result<(), VmError> {

@@ -26,7 +26,7 @@ use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use config::{SerialConfig, VmConfig};
 use host::exit::GuestEnd;
 use kvm::boot::{self, BootSource, Loaded, Protocol};
-use kvm::vm::{Buses, Vcpus, Vm, VmError, VmSettings};
+use kvm::vm::{Buses, GuestCpu, Vcpus, Vm, VmError, VmSettings};
 
 fn power_sink(on_end: OnEnd) -> PowerSink {
     Arc::new(move |event| {
@@ -149,7 +149,15 @@ impl Assembled {
     }
 }
 
-fn new_vm(config: &VmConfig) -> Result<Vm, StartError> {
+fn cpu(config: &VmConfig) -> GuestCpu {
+    match (config.custom_cpu(), config.machine_config.cpu_template) {
+        (Some(custom), _) => GuestCpu::Custom(custom.clone()),
+        (None, Some(template)) => GuestCpu::Static(template),
+        (None, None) => GuestCpu::Host,
+    }
+}
+
+fn new_vm(config: &VmConfig, is_saved: bool) -> Result<Vm, StartError> {
     if !jail::seccomp::can_build() {
         let error = "a guest failed to start at its last step, and the process has given away what building one takes: start another process";
         return Err(host("seccomp filter")(std::io::Error::other(error)));
@@ -157,6 +165,9 @@ fn new_vm(config: &VmConfig) -> Result<Vm, StartError> {
     Ok(Vm::new(VmSettings {
         memory_bytes: u64::from(config.machine_config.mem_size_mib) << 20,
         vcpus: config.machine_config.vcpu_count,
+        smt: config.machine_config.smt,
+        cpu: cpu(config),
+        is_saved,
         huge_pages: config.machine_config.huge_pages.into(),
         confine_vcpu: jail::seccomp::vcpu,
     })?)
@@ -173,7 +184,7 @@ impl Machine {
         surroundings: Surroundings,
     ) -> Result<Self, StartError> {
         let source = config.boot_source.as_ref().ok_or(StartError::NoKernel)?;
-        let mut vm = new_vm(config)?;
+        let mut vm = new_vm(config, false)?;
         let mut parts = Assembled::new(config, &mut vm, surroundings.ending_once(), None)?;
         lock(&*parts.generation()?).write(vm.memory())?;
         if let Some(clock) = parts.clock() {
@@ -227,7 +238,7 @@ impl Machine {
         ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
         surroundings: Surroundings,
     ) -> Result<Self, StartError> {
-        let mut vm = new_vm(config)?;
+        let mut vm = new_vm(config, true)?;
         let surroundings = surroundings.ending_once();
         let on_end = surroundings.on_end.clone();
         let mut parts =

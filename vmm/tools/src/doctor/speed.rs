@@ -15,7 +15,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::check::Check;
-use kvm::vm::{Buses, HugePages, VcpuExit, Vm, VmError, VmSettings};
+use kvm::vm::{Buses, GuestCpu, HugePages, VcpuExit, Vm, VmError, VmSettings};
 
 const NAME: &str = "guest_speed";
 /// The least speed, in instructions a second, at which stock kernels start within seconds.
@@ -97,6 +97,9 @@ fn measure() -> Result<u64, SpeedError> {
     let vm = Vm::new(VmSettings {
         memory_bytes: MEMORY,
         vcpus: 1,
+        smt: false,
+        cpu: GuestCpu::Host,
+        is_saved: false,
         huge_pages: HugePages::Never,
         confine_vcpu: || Ok(()),
     })?;
