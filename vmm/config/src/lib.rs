@@ -46,6 +46,7 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use device::Slot;
 
@@ -201,8 +202,44 @@ impl VmConfig {
         if let Some(CpuConfigSource::File(path)) = &config.cpu_config {
             config.cpu_config = Some(CpuConfigSource::Given(read_json(path)?));
         }
+        config.machine_config = config.machine_config.without_none();
         config.validate()?;
         Ok(config)
+    }
+
+    /// `PUT /machine-config`. As with Firecracker, a CPU template stays unless another one, or `None`, is given.
+    pub fn set_machine(&mut self, machine: MachineConfig) {
+        if machine.cpu_template.is_some() {
+            self.cpu_config = None;
+        }
+        let cpu_template = machine.cpu_template.or(self.machine_config.cpu_template);
+        let machine = MachineConfig {
+            cpu_template,
+            ..machine
+        };
+        self.machine_config = machine.without_none();
+    }
+
+    /// `PATCH /machine-config`: see [`MachineConfig::updated`].
+    ///
+    /// # Errors
+    /// Those of [`MachineConfig::updated`].
+    pub fn update_machine(&mut self, update: &Value) -> Result<(), ConfigError> {
+        let updated = self.machine_config.updated(update)?;
+        if update
+            .get("cpu_template")
+            .is_some_and(|template| !template.is_null())
+        {
+            self.cpu_config = None;
+        }
+        self.machine_config = updated.without_none();
+        Ok(())
+    }
+
+    /// `PUT /cpu-config`. It takes the place of a static template.
+    pub fn set_cpu(&mut self, template: CpuConfig) {
+        self.machine_config.cpu_template = None;
+        self.cpu_config = Some(CpuConfigSource::Given(template));
     }
 
     /// What the guest's CPU has otherwise than the host's, where that is given bit by bit.

@@ -117,6 +117,15 @@ impl MachineConfig {
         self.cpu_template.unwrap_or_default() != CpuTemplate::None
     }
 
+    /// The same without the template `None`, which Firecracker does not show either.
+    pub(crate) fn without_none(self) -> Self {
+        let cpu_template = self.cpu_template.filter(|_| self.has_cpu_template());
+        Self {
+            cpu_template,
+            ..self
+        }
+    }
+
     /// This configuration with the fields of `update` that are set. `null` sets nothing.
     ///
     /// # Errors

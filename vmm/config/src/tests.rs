@@ -2,13 +2,13 @@ use serde_json::json;
 
 use super::*;
 
-fn parse(value: serde_json::Value) -> Result<VmConfig, String> {
+fn parse(value: Value) -> Result<VmConfig, String> {
     let config: VmConfig = serde_json::from_value(value).map_err(|error| error.to_string())?;
     config.validate().map_err(|error| error.to_string())?;
     Ok(config)
 }
 
-fn drive(id: &str) -> serde_json::Value {
+fn drive(id: &str) -> Value {
     json!({"drive_id": id, "path_on_host": "/disk", "is_root_device": false})
 }
 
@@ -73,12 +73,12 @@ fn an_empty_configuration_is_128_mib_and_one_vcpu() {
 
 #[test]
 fn unknown_and_unsupported_fields_are_refused_by_name() {
-    let machine = |field: &str, value: serde_json::Value| {
+    let machine = |field: &str, value: Value| {
         let mut config = json!({"vcpu_count": 1, "mem_size_mib": 128});
         config[field] = value;
         json!({"machine-config": config})
     };
-    let with = |field: &str, value: serde_json::Value| {
+    let with = |field: &str, value: Value| {
         let mut one = drive("a");
         one[field] = value;
         json!({"drives": [one]})
@@ -152,7 +152,7 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
     }
 }
 
-fn is_refused(config: &serde_json::Value, named: &str) {
+fn is_refused(config: &Value, named: &str) {
     let error = parse(config.clone()).expect_err(&config.to_string());
     assert!(error.contains(named), "{config}: {error}");
     assert!(!error.contains('\n'), "{error}");
@@ -372,7 +372,7 @@ fn a_cpu_template_is_in_the_configuration_or_in_a_file_that_it_names() {
     );
     let msr = json!({"msr_modifiers": [{"addr": "0x10a", "bitmap": "0b1"}]});
     std::fs::write(&template, msr.to_string()).unwrap();
-    let read = |cpu: serde_json::Value| {
+    let read = |cpu: Value| {
         std::fs::write(&path, json!({ "cpu-config": cpu }).to_string()).unwrap();
         VmConfig::from_file(&path)
     };
@@ -387,4 +387,42 @@ fn a_cpu_template_is_in_the_configuration_or_in_a_file_that_it_names() {
     std::fs::write(&template, "{\"msr_modifiers\": 1}").unwrap();
     let wrong = read(json!(template)).unwrap_err();
     assert!(wrong.to_string().contains("cpu.json"), "{wrong}");
+}
+
+#[test]
+fn the_last_cpu_template_that_was_asked_for_counts() {
+    let machine = |template: Value| {
+        let fields = json!({"vcpu_count": 2, "mem_size_mib": 128, "cpu_template": template});
+        serde_json::from_value::<MachineConfig>(fields).unwrap()
+    };
+    let seen = |config: &VmConfig| {
+        config.validate().unwrap();
+        let shown = serde_json::to_value(&config.machine_config).unwrap();
+        (
+            shown.get("cpu_template").cloned(),
+            config.custom_cpu().is_some(),
+        )
+    };
+    let mut config = VmConfig::default();
+    assert_eq!(seen(&config), (None, false));
+    config.set_machine(machine(json!("T2")));
+    assert_eq!(seen(&config), (Some(json!("T2")), false));
+    config.set_machine(machine(json!(null)));
+    assert_eq!(seen(&config), (Some(json!("T2")), false), "it stays");
+    config.set_cpu(CpuConfig::default());
+    assert_eq!(seen(&config), (None, true));
+    config.set_machine(machine(json!(null)));
+    config.update_machine(&json!({"mem_size_mib": 64})).unwrap();
+    assert_eq!(seen(&config), (None, true), "it stays");
+    config
+        .update_machine(&json!({"cpu_template": "T2A"}))
+        .unwrap();
+    assert_eq!(seen(&config), (Some(json!("T2A")), false));
+    config.set_cpu(CpuConfig::default());
+    config
+        .update_machine(&json!({"cpu_template": "T9"}))
+        .unwrap_err();
+    assert_eq!(seen(&config), (None, true));
+    config.set_machine(machine(json!("None")));
+    assert_eq!(seen(&config), (None, false));
 }

@@ -17,7 +17,7 @@ use config::bodies::{
 };
 use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, BootSourceConfig, ConfiguredDevice,
-    DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, LoggerConfig, MachineConfig,
+    CpuConfig, DriveConfig, DriveUpdate, EntropyConfig, LoadSnapshot, LoggerConfig, MachineConfig,
     MetricsConfig, MmdsConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate, PmemConfig,
     PmemUpdate, SerialConfig, SharingConfig, VmConfig, VsockConfig,
 };
@@ -194,7 +194,7 @@ pub static GUEST_OPERATIONS: [GuestOperation; 48] = [
         "/machine-config",
         "Sets memory and vCPUs, before the start.",
         &Sets(|config, machine: MachineConfig| {
-            config.machine_config = machine;
+            config.set_machine(machine);
             Ok(())
         }),
     )
@@ -203,15 +203,19 @@ pub static GUEST_OPERATIONS: [GuestOperation; 48] = [
         RequestMethod::Patch,
         "/machine-config",
         "Changes memory or vCPUs, before the start.",
-        &SetsFields::<MachineUpdate>(
-            |config, update| {
-                config.machine_config = config.machine_config.updated(update)?;
-                Ok(())
-            },
-            PhantomData,
-        ),
+        &SetsFields::<MachineUpdate>(|config, update| config.update_machine(update), PhantomData),
     )
     .reserves(Reservation::Memory),
+    setting(
+        RequestMethod::Put,
+        "/cpu-config",
+        "Sets what the guest's CPU has otherwise than the host's, before the start. What the \
+         host's KVM does not have of it is refused at the start.",
+        &Sets(|config, template: CpuConfig| {
+            config.set_cpu(template);
+            Ok(())
+        }),
+    ),
     put(
         "/boot-source",
         "Sets the kernel, before the start.",

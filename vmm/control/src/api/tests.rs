@@ -307,9 +307,22 @@ fn an_invalid_request_gets_a_fault_and_changes_nothing() {
         (
             "PUT",
             "/machine-config",
-            json!({"vcpu_count": 2, "mem_size_mib": 64, "smt": true}).to_string(),
-            "smt",
+            json!({"vcpu_count": 3, "mem_size_mib": 64, "smt": true}).to_string(),
+            "machine-config.smt is true",
         ),
+        (
+            "PUT",
+            "/machine-config",
+            json!({"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "V1N1"}).to_string(),
+            "V1N1",
+        ),
+        (
+            "PUT",
+            "/cpu-config",
+            json!({"msr_modifiers": [{"addr": "10a", "bitmap": "0b1"}]}).to_string(),
+            "addr",
+        ),
+        ("PUT", "/cpu-config", "\"/file\"".to_owned(), "CpuConfig"),
         ("PATCH", "/machine-config", "{}".to_owned(), "empty"),
         (
             "PATCH",
@@ -459,6 +472,7 @@ fn a_started_guest_is_not_configured_any_more() {
             json!({"vcpu_count": 2, "mem_size_mib": 256}),
         ),
         ("PATCH", "/machine-config", json!({"vcpu_count": 2})),
+        ("PUT", "/cpu-config", json!({})),
         ("PUT", "/entropy", json!({})),
         ("PUT", "/vsock", json!({"guest_cid": 3, "uds_path": "v"})),
         ("PUT", "/mmds/config", json!({"vsock_port": 80})),
@@ -696,4 +710,29 @@ fn clients_beyond_the_limit_wait_for_their_turn() {
     let mut answer = [0; 12];
     late.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
+}
+
+#[test]
+fn threads_and_cpu_templates_are_taken_before_the_start_and_shown_as_firecracker_shows_them() {
+    let bench = Bench::new();
+    let machine = json!({"vcpu_count": 2, "mem_size_mib": 64, "smt": true, "cpu_template": "T2"});
+    assert_eq!(bench.put("/machine-config", &machine).0, 204);
+    let shown = bench.get("/machine-config");
+    assert_eq!(
+        (&shown["smt"], &shown["cpu_template"]),
+        (&json!(true), &json!("T2"))
+    );
+    let template = json!({
+        "kvm_capabilities": ["!56"],
+        "cpuid_modifiers": [{"leaf": "0x1", "subleaf": "0x0", "flags": 0,
+            "modifiers": [{"register": "ecx", "bitmap": "0b0xx"}]}],
+        "msr_modifiers": [{"addr": "0x10a", "bitmap": "0b1"}],
+    });
+    assert_eq!(bench.put("/cpu-config", &template).0, 204);
+    assert_eq!(bench.get("/machine-config").get("cpu_template"), None);
+    let config = bench.get("/vm/config");
+    assert_eq!(config["cpu-config"]["kvm_capabilities"], json!(["!56"]));
+    let update = json!({"cpu_template": "T2A"});
+    assert_eq!(bench.patch("/machine-config", &update).0, 204);
+    assert_eq!(bench.get("/vm/config").get("cpu-config"), None);
 }

@@ -290,16 +290,13 @@ fn a_guest_that_has_not_started_takes_no_orders() {
 
 fn set_machine(control: &mut Control, machine: MachineConfig) -> Result<(), ControlError> {
     control.change_config(|config| {
-        config.machine_config = machine;
+        config.set_machine(machine);
         Ok(())
     })
 }
 
 fn update_machine(control: &mut Control, update: &Value) -> Result<(), ControlError> {
-    control.change_config(|config| {
-        config.machine_config = config.machine_config.updated(update)?;
-        Ok(())
-    })
+    control.change_config(|config| config.update_machine(update))
 }
 
 fn set_serial(control: &mut Control, serial: SerialConfig) -> Result<(), ControlError> {
@@ -387,7 +384,7 @@ fn what_is_refused_changes_nothing() {
         ..MachineConfig::default()
     };
     set_machine(&mut control, machine).unwrap_err();
-    update_machine(&mut control, &json!({"smt": true})).unwrap_err();
+    update_machine(&mut control, &json!({"vcpu_count": 3, "smt": true})).unwrap_err();
     control
         .set_metrics(&MetricsConfig {
             metrics_path: "/nonexistent/metrics".into(),

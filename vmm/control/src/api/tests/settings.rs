@@ -48,6 +48,12 @@ fn a_request_makes_of_settings_what_it_makes_of_the_process() {
     );
     request("PATCH", "/machine-config", json!({"mem_size_mib": 96}));
     request(
+        "PATCH",
+        "/machine-config",
+        json!({"smt": true, "cpu_template": "T2"}),
+    );
+    request("PUT", "/cpu-config", json!({"kvm_capabilities": ["!56"]}));
+    request(
         "PUT",
         "/boot-source",
         json!({"kernel_image_path": at("kernel"), "boot_args": "quiet"}),
