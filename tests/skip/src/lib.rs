@@ -5,11 +5,15 @@
 //! writes a line to the file that `COPPICE_SKIPPED` names; `make unit` prints that file's lines, and their number, when
 //! all tests have ended.
 
+mod huge_pages;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+
+pub use huge_pages::HugePages;
 
 /// Names the file that gets a line for each test that cannot run. An absolute path: tests run in the folders of their
 /// crates.

@@ -44,6 +44,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use memshare::ShareMode;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -205,6 +206,16 @@ impl VmConfig {
         config.machine_config = config.machine_config.without_none();
         config.validate()?;
         Ok(config)
+    }
+
+    /// What the guest shares of its RAM: nothing where that is in huge pages of hugetlbfs, which are mapped whole or not
+    /// at all.
+    pub fn share_mode(&self) -> ShareMode {
+        if self.machine_config.has_hugetlbfs() {
+            ShareMode::Off
+        } else {
+            self.sharing.mode
+        }
     }
 
     /// `PUT /machine-config`. As with Firecracker, a CPU template stays unless another one, or `None`, is given.

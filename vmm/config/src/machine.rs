@@ -26,7 +26,7 @@ pub struct MachineConfig {
     /// After a full snapshot the guest goes on from its memory file, so that it can be saved as a difference to that.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// How RAM is backed; `2M` is not supported.
+    /// How RAM is backed.
     #[serde(default)]
     pub huge_pages: HugePageConfig,
 }
@@ -58,7 +58,8 @@ pub enum HugePageConfig {
     None,
     /// Huge pages where the host gives them: fewer faults and TLB misses, more RAM.
     Transparent,
-    /// Not supported.
+    /// Huge pages of 2 MiB that the host has reserved (hugetlbfs). RAM is then no file's page, so that it is not shared
+    /// with other guests, whatever `sharing` says.
     #[serde(rename = "2M")]
     Hugetlbfs2M,
 }
@@ -105,11 +106,19 @@ impl MachineConfig {
                 "1 or even, as machine-config.smt is true",
             ));
         }
-        if self.huge_pages == HugePageConfig::Hugetlbfs2M {
-            let field = "machine-config.huge_pages";
-            return Err(ConfigError::Unsupported { field });
+        if self.has_hugetlbfs() && !self.mem_size_mib.is_multiple_of(2) {
+            return Err(ConfigError::invalid(
+                "machine-config.mem_size_mib",
+                &self.mem_size_mib,
+                "a multiple of 2, as machine-config.huge_pages is 2M",
+            ));
         }
         Ok(())
+    }
+
+    /// Whether RAM is in huge pages that the host has reserved.
+    pub fn has_hugetlbfs(&self) -> bool {
+        self.huge_pages == HugePageConfig::Hugetlbfs2M
     }
 
     /// Whether there is a template other than `None`.

@@ -95,9 +95,10 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
             "cpu-config",
         ),
         (
-            machine("huge_pages", json!("2M")),
-            "machine-config.huge_pages",
+            json!({"machine-config": {"vcpu_count": 1, "mem_size_mib": 129, "huge_pages": "2M"}}),
+            "machine-config.huge_pages is 2M",
         ),
+        (machine("huge_pages", json!("1G")), "1G"),
         (machine("vcpu_count", json!(0)), "machine-config.vcpu_count"),
         (
             machine("vcpu_count", json!(33)),
@@ -425,4 +426,20 @@ fn the_last_cpu_template_that_was_asked_for_counts() {
     assert_eq!(seen(&config), (None, true));
     config.set_machine(machine(json!("None")));
     assert_eq!(seen(&config), (None, false));
+}
+
+#[test]
+fn ram_in_huge_pages_is_not_shared_whatever_is_asked_for() {
+    for mode in ["off", "boot", "read", "all"] {
+        let of = |huge_pages| {
+            let machine = json!({"vcpu_count": 1, "mem_size_mib": 2, "huge_pages": huge_pages});
+            let config = json!({"machine-config": machine, "sharing": {"mode": mode}});
+            let config: VmConfig = serde_json::from_value(config).unwrap();
+            config.validate().unwrap();
+            (config.share_mode(), config.sharing.mode)
+        };
+        assert_eq!(of("2M").0, ShareMode::Off, "{mode}");
+        let (effective, asked) = of("Transparent");
+        assert_eq!(effective, asked, "{mode}");
+    }
 }

@@ -292,6 +292,118 @@ fn limits_and_a_larger_disk_are_taken_while_it_runs_and_go_with_its_snapshot() {
     assert_eq!(limiter(&again), expected);
 }
 
+#[test]
+fn ram_in_huge_pages_is_saved_whole_and_loaded_from_its_file_or_from_a_handler() {
+    // 16 MiB for each of two guests.
+    let Some(_reserved) = skip::HugePages::reserve(16) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    kernel::write(&path("kernel"));
+    let config = json!({
+        "boot-source": {"kernel_image_path": path("kernel")},
+        "machine-config": {
+            "vcpu_count": 1, "mem_size_mib": 16, "huge_pages": "2M", "track_dirty_pages": true,
+        },
+        "balloon": {"amount_mib": 0, "deflate_on_oom": false},
+    });
+    fs::write(path("vm.json"), config.to_string()).unwrap();
+    let saved = Guest::start(
+        &path("saved"),
+        &[
+            "--log",
+            "info",
+            "--config",
+            path("vm.json").to_str().unwrap(),
+        ],
+    );
+    saved.echoes();
+    let log = saved.log();
+    assert!(log.contains("sharing.mode has no effect"), "{log}");
+    let (_, sharing) = saved.try_call("GET", "/vm/sharing", None).unwrap();
+    assert_eq!(sharing["mode"], "off", "{sharing}");
+    saved.set_state("Paused");
+    for (name, kind) in [("full", "Full"), ("diff", "Diff")] {
+        let (status, answer) = saved.save(name, kind);
+        assert_eq!(status, 204, "{answer}");
+    }
+    assert_eq!(
+        differences(&path("saved/full.memory"), &path("saved/diff.memory")),
+        0
+    );
+    drop(saved);
+    for name in ["full", "diff"] {
+        let state = path(&format!("saved/{name}.state"));
+        let loaded = Guest::start(&path(name), &["--restore", state.to_str().unwrap()]);
+        loaded.echoes();
+        loaded.set_state("Paused");
+        let (status, answer) = loaded.save("again", "Diff");
+        assert_eq!(status, 204, "{answer}");
+    }
+    let (socket, memory) = (path("uffd.sock"), path("saved/full.memory"));
+    let handler = Handler::start(&socket, &memory);
+    let restore = format!(
+        "{},uffd={}",
+        path("saved/full.state").display(),
+        socket.display()
+    );
+    let served = Guest::start(&path("served"), &["--restore", &restore]);
+    served.echoes();
+    let mappings = handler.seen(|seen| seen.mappings.clone());
+    assert_eq!(mappings[0]["page_size"], 2 << 20, "{mappings}");
+    let given = handler.seen(|seen| seen.given.clone());
+    assert!(
+        given.iter().all(|offset| offset % (2 << 20) == 0),
+        "{given:?}"
+    );
+}
+
+#[test]
+fn a_guest_does_not_start_without_the_huge_pages_that_it_asks_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    kernel::write(&kernel);
+    let guest = Guest::start(&folder.path().join("a"), &[]);
+    let tib = json!({"vcpu_count": 1, "mem_size_mib": 1 << 20, "huge_pages": "2M"});
+    assert_eq!(guest.put("/machine-config", &tib).0, 204);
+    let source = json!({"kernel_image_path": kernel});
+    assert_eq!(guest.put("/boot-source", &source).0, 204);
+    let start = json!({"action_type": "InstanceStart"});
+    let (status, answer) = guest.put("/actions", &start);
+    let why = answer["fault_message"].as_str().unwrap();
+    assert_eq!(status, 400, "{answer}");
+    assert!(why.contains("machine-config.huge_pages"), "{why}");
+}
+
+#[test]
+fn a_guest_does_not_start_with_a_cpu_template_of_another_vendor() {
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = folder.path().join("kernel");
+    kernel::write(&kernel);
+    let guest = Guest::start(&folder.path().join("a"), &[]);
+    assert_eq!(
+        guest
+            .put("/boot-source", &json!({"kernel_image_path": kernel}))
+            .0,
+        204
+    );
+    // No processor is of both.
+    let refused = ["T2", "T2A"].map(|template| {
+        let machine =
+            json!({"vcpu_count": 2, "mem_size_mib": 16, "smt": true, "cpu_template": template});
+        assert_eq!(guest.put("/machine-config", &machine).0, 204);
+        guest.put("/actions", &json!({"action_type": "InstanceStart"}))
+    });
+    assert!(
+        refused.iter().any(|(status, answer)| {
+            let why = answer["fault_message"].as_str().unwrap_or_default();
+            *status == 400 && why.contains("machine-config.cpu_template")
+        }),
+        "{refused:?}"
+    );
+}
+
 /// The report of a guest whose handler has ended.
 fn ends_with_a_report(mut guest: Guest, saved: &Saved) {
     let (code, printed) = guest.end();

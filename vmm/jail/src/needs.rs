@@ -347,7 +347,7 @@ pub(super) fn check_access(needs: &[Need], in_tree: bool) -> Result<(), JailErro
 fn add_cache(needs: &mut Needs, config: &VmConfig, jail: &JailConfig) {
     let domain = config.sharing.domain.as_deref();
     let cache = boot::cache_dir(domain);
-    let share = config.sharing.mode >= ShareMode::Boot;
+    let share = config.share_mode() >= ShareMode::Boot;
     let kept = match &config.boot_source {
         Some(source) => boot::fill_cache(source, domain, share),
         None => Vec::new(),

@@ -2,6 +2,7 @@
 
 use vmm_sys_util::errno;
 
+use super::memory::HUGETLBFS_PAGE;
 use config::CpuTemplate;
 use config::limits::MAX_VCPUS;
 
@@ -68,6 +69,25 @@ pub enum VmError {
     /// The host cannot map the RAM.
     #[error("cannot map {size:#x} bytes of guest RAM")]
     MapMemory {
+        /// The size that was requested, in bytes.
+        size: u64,
+        /// The host's error.
+        source: std::io::Error,
+    },
+    /// Guest RAM in huge pages cannot have this size.
+    #[error(
+        "guest RAM of {size:#x} bytes in huge pages (machine-config.huge_pages): it has to be a multiple of 2 MiB"
+    )]
+    HugePageSize {
+        /// The size that was requested, in bytes.
+        size: u64,
+    },
+    /// The host has not so many huge pages.
+    #[error(
+        "cannot set aside {} huge pages of 2 MiB for guest RAM (machine-config.huge_pages): reserve them on the host (vm.nr_hugepages), or let control groups give them (hugetlb.2MB.max); HugePages_Free and HugePages_Rsvd of /proc/meminfo say how many are left",
+        size / HUGETLBFS_PAGE
+    )]
+    MapHugePages {
         /// The size that was requested, in bytes.
         size: u64,
         /// The host's error.

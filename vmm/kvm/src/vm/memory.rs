@@ -8,6 +8,8 @@ use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+use vm_memory::mmap::MmapRegionError;
+
 use super::error::VmError;
 use config::HugePageConfig;
 
@@ -20,7 +22,7 @@ const MIN_SIZE: u64 = 2 * HIGH_RAM_START;
 /// The largest RAM: more than any host has, and small enough that no address computation overflows.
 const MAX_SIZE: u64 = 1 << 44;
 
-/// Whether guest RAM may be backed by transparent huge pages.
+/// Whether guest RAM is backed by huge pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HugePages {
     /// Never: a guest is charged for the 4 KiB pages that it touches. With huge pages, a host set to "always" rounds
@@ -30,14 +32,20 @@ pub enum HugePages {
     /// As the host is configured. A guest that uses most of its RAM then has fewer faults and TLB misses, and gains
     /// from it in its own page tables where the host aligns large mappings (Linux 6.7).
     HostPolicy,
+    /// Huge pages of 2 MiB that the host has reserved (hugetlbfs): all are set aside for the guest when it is made, and
+    /// taken when it touches them.
+    Hugetlbfs,
 }
+
+/// Size in bytes of a page of [`HugePages::Hugetlbfs`].
+pub const HUGETLBFS_PAGE: u64 = 2 << 20;
 
 impl From<HugePageConfig> for HugePages {
     fn from(config: HugePageConfig) -> Self {
         match config {
             HugePageConfig::Transparent => Self::HostPolicy,
-            // The configuration with huge pages of hugetlbfs is refused before a guest is made.
-            HugePageConfig::None | HugePageConfig::Hugetlbfs2M => Self::Never,
+            HugePageConfig::Hugetlbfs2M => Self::Hugetlbfs,
+            HugePageConfig::None => Self::Never,
         }
     }
 }
@@ -61,10 +69,16 @@ pub(super) fn map(size: u64, huge_pages: HugePages) -> Result<GuestMemory, VmErr
             max: MAX_SIZE,
         });
     }
+    if huge_pages == HugePages::Hugetlbfs && !size.is_multiple_of(HUGETLBFS_PAGE) {
+        return Err(VmError::HugePageSize { size });
+    }
     let mut regions = Vec::new();
     for (start, len) in ranges(size) {
         regions.push(
-            region(start, len, huge_pages).map_err(|source| VmError::MapMemory { size, source })?,
+            region(start, len, huge_pages).map_err(|source| match huge_pages {
+                HugePages::Hugetlbfs => VmError::MapHugePages { size, source },
+                HugePages::Never | HugePages::HostPolicy => VmError::MapMemory { size, source },
+            })?,
         );
     }
     GuestMemory::from_regions(regions).map_err(|error| VmError::MapMemory {
@@ -79,16 +93,25 @@ fn region(
     huge_pages: HugePages,
 ) -> std::io::Result<GuestRegionMmap> {
     let len = usize::try_from(len).map_err(std::io::Error::other)?;
+    let how = match huge_pages {
+        HugePages::Never | HugePages::HostPolicy => libc::MAP_NORESERVE,
+        // Without MAP_NORESERVE the host sets the pages aside or refuses them now; otherwise the guest would end by a bus
+        // error when it touches one that there is not.
+        HugePages::Hugetlbfs => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+    };
     let mapping = MmapRegion::build(
         None,
         len,
         libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | how,
     )
-    .map_err(std::io::Error::other)?;
+    .map_err(|error| match error {
+        MmapRegionError::Mmap(error) => error,
+        other => std::io::Error::other(other),
+    })?;
     match huge_pages {
         HugePages::Never => no_huge_pages(&mapping),
-        HugePages::HostPolicy => {}
+        HugePages::HostPolicy | HugePages::Hugetlbfs => {}
     }
     GuestRegionMmap::new(mapping, start)
         .ok_or_else(|| std::io::Error::other("the region passes the end of the address space"))

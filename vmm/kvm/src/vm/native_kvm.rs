@@ -15,6 +15,7 @@ use super::*;
 
 mod clock;
 mod cpu;
+mod huge_pages;
 
 const CODE: u64 = 0x1000;
 const PORT: u64 = 0x10;

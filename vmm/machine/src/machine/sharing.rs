@@ -94,10 +94,15 @@ impl Plan {
     ) -> Result<Self, StartError> {
         let huge_pages = match config.machine_config.huge_pages.into() {
             HugePages::Never => false,
-            HugePages::HostPolicy => true,
+            HugePages::HostPolicy | HugePages::Hugetlbfs => true,
         };
+        let mode = config.share_mode();
         let config = &config.sharing;
-        let mode = config.mode;
+        if mode < config.mode {
+            tracing::info!(
+                "the guest shares none of its RAM, as machine-config.huge_pages is 2M; sharing.mode has no effect"
+            );
+        }
         let limits = Limits {
             // A guest that is loaded gave back its pages of zeros in the process that it was booted in.
             zeros: mode == ShareMode::All && boots,

@@ -32,6 +32,14 @@ impl Machine {
                 ));
             }
         }
+        // Huge pages are not mapped from files, so nothing tells which of them differ from a file: a difference has them
+        // all.
+        let in_huge_pages = config.machine_config.has_hugetlbfs();
+        let whole = CreateSnapshot {
+            snapshot_type: SnapshotType::Full,
+            ..request.clone()
+        };
+        let request = if in_huge_pages { &whole } else { request };
         let (drives, pmem) = self.identify_disks()?;
         let (vm, vcpus) = self.vcpus.save()?;
         let devices = self.devices.save()?;
@@ -54,7 +62,10 @@ impl Machine {
             // The new file has replaced one that the guest's memory is a delta to, so the delta is to be to the new
             // file from now on.
             Some(base) if is_replaced(base) => self.go_on_from(state.memory),
-            None if config.machine_config.track_dirty_pages && request.is_base => {
+            None if config.machine_config.track_dirty_pages
+                && request.is_base
+                && !in_huge_pages =>
+            {
                 self.go_on_from(state.memory)
             }
             Some(_) | None => Ok(()),

@@ -12,6 +12,7 @@ use devices::virtio::block::VirtioBlock;
 use devices::vmclock::{self, VmClock};
 use devices::vmgenid::VmGenId;
 use event_manager::SubscriberOps;
+use memshare::PAGE_SIZE;
 
 use super::Machine;
 use super::attach::{Attached, Builder, Pc, SerialEnds, attach_configured, map_pmem};
@@ -26,7 +27,7 @@ use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use config::{SerialConfig, VmConfig};
 use host::exit::GuestEnd;
 use kvm::boot::{self, BootSource, Loaded, Protocol};
-use kvm::vm::{Buses, GuestCpu, Vcpus, Vm, VmError, VmSettings};
+use kvm::vm::{Buses, GuestCpu, HUGETLBFS_PAGE, Vcpus, Vm, VmError, VmSettings};
 
 fn power_sink(on_end: OnEnd) -> PowerSink {
     Arc::new(move |event| {
@@ -157,6 +158,15 @@ fn cpu(config: &VmConfig) -> GuestCpu {
     }
 }
 
+/// The size in bytes of the pages that RAM is in.
+fn page_size(config: &VmConfig) -> u64 {
+    if config.machine_config.has_hugetlbfs() {
+        HUGETLBFS_PAGE
+    } else {
+        PAGE_SIZE
+    }
+}
+
 fn new_vm(config: &VmConfig, is_saved: bool) -> Result<Vm, StartError> {
     if !jail::seccomp::can_build() {
         let error = "a guest failed to start at its last step, and the process has given away what building one takes: start another process";
@@ -199,7 +209,7 @@ impl Machine {
                 &parts.attached.virtio,
                 LinuxOptions {
                     reporting: parts.attached.reports_free_pages,
-                    lean: Lean::new(source.lean, config.sharing.mode),
+                    lean: Lean::new(source.lean, config.share_mode()),
                 },
             ),
             protocol: Protocol::from(source.boot_protocol),
@@ -252,7 +262,8 @@ impl Machine {
         // Before anything reads the memory: a thread that touches a page of a handler that has ended waits for ever.
         let on_lost = move |why| on_end(GuestEnd::Failed(why));
         let windows = parts.pmem.iter().map(|(id, pmem)| (&**id, pmem.memory()));
-        let served = loading.give_memory(parts.plan.memory(), windows, on_lost)?;
+        let page = page_size(config);
+        let served = loading.give_memory((parts.plan.memory(), page), windows, on_lost)?;
         parts.attached.list.restore(loading.state.devices.clone())?;
         // Another guest may go on from the same state.
         lock(&*parts.generation()?).renew(vm.memory())?;
@@ -268,6 +279,9 @@ impl Machine {
         let kernel = parts.plan.reference(None, parts.warm.take());
         let mut machine = parts.start(ops, start, kernel)?;
         machine.base = loading.base().cloned();
+        if config.machine_config.has_hugetlbfs() {
+            machine.base = None;
+        }
         machine.served = served;
         loading.keep_disks();
         Ok(machine)

@@ -31,7 +31,7 @@ pub use warmer::{WarmRequest, WarmTerms, Warmer};
 /// where there can be none. The kernel is in the cache afterwards.
 pub fn lacking(config: &VmConfig) -> Option<WarmRequest> {
     let source = config.boot_source.as_ref()?;
-    if config.sharing.mode != ShareMode::All {
+    if config.share_mode() != ShareMode::All {
         return None;
     }
     let domain = config.sharing.domain.clone();

@@ -268,11 +268,7 @@ impl OpenMemory {
         Ok(())
     }
 
-    /// Maps the files as RAM, which nobody has touched yet, and makes them its base.
-    ///
-    /// # Errors
-    /// `Contradiction` where the RAM is of another size, `Memory`.
-    pub fn map(&self, memory: &SharedMemory) -> Result<(), SnapshotError> {
+    fn check_size(&self, memory: &SharedMemory) -> Result<(), SnapshotError> {
         let present = memory.bytes();
         if present != self.state.bytes {
             return Err(SnapshotError::Contradiction(format!(
@@ -280,6 +276,43 @@ impl OpenMemory {
                 self.state.bytes
             )));
         }
+        Ok(())
+    }
+
+    /// Copies the files to RAM that nobody has touched yet and no file can be mapped to, as its pages of `page` bytes
+    /// are larger than a file's. Pages of zeros stay untouched.
+    ///
+    /// # Errors
+    /// `Contradiction` where the RAM is of another size, `File`.
+    pub(crate) fn copy_to(&self, memory: &SharedMemory, page: u64) -> Result<(), SnapshotError> {
+        self.check_size(memory)?;
+        let layers = self.state.layers.iter().zip(&self.files);
+        for (number, (layer, file)) in layers.enumerate() {
+            for run in &layer.runs {
+                let mut start = 0;
+                for region in memory.regions() {
+                    let len = region.window.len();
+                    let part = run.offset.max(start)..(run.offset + run.len).min(start + len);
+                    if !part.is_empty() {
+                        let to = (&region.window, part.start - start);
+                        // Nothing is below the first.
+                        let how = (page, number == 0);
+                        copy(file, part.start, to, part.end - part.start, how)
+                            .map_err(SnapshotError::file("read", &layer.path))?;
+                    }
+                    start += len;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps the files as RAM, which nobody has touched yet, and makes them its base.
+    ///
+    /// # Errors
+    /// `Contradiction` where the RAM is of another size, `Memory`.
+    pub fn map(&self, memory: &SharedMemory) -> Result<(), SnapshotError> {
+        self.check_size(memory)?;
         let mut left = memory.limits().runs;
         for (layer, file) in self.state.layers.iter().zip(&self.files) {
             let shared = memory
@@ -300,8 +333,14 @@ impl OpenMemory {
                                 .map_err(SnapshotError::Memory)?;
                         } else {
                             // The limit of mappings is reached, so the rest is copied, and is the guest's own.
-                            copy(file, part.start, &region.window, at, size)
-                                .map_err(SnapshotError::file("read", &layer.path))?;
+                            copy(
+                                file,
+                                part.start,
+                                (&region.window, at),
+                                size,
+                                (PAGE_SIZE, false),
+                            )
+                            .map_err(SnapshotError::file("read", &layer.path))?;
                         }
                     }
                     start += len;
@@ -312,18 +351,27 @@ impl OpenMemory {
     }
 }
 
+/// Copies a part of a file to a window, at most `block` bytes at a time. With `skip_zeros` a block of zeros is not
+/// written, which leaves a page that nobody has touched without memory.
 fn copy(
     file: &File,
     mut offset: u64,
-    window: &memshare::Window,
-    mut at: u64,
+    (window, mut at): (&memshare::Window, u64),
     mut len: u64,
+    (block, skip_zeros): (u64, bool),
 ) -> std::io::Result<()> {
-    let mut page = vec![0; PAGE_SIZE as usize];
+    let mut bytes = vec![0; block as usize];
     while len > 0 {
-        file.read_exact_at(&mut page, offset)?;
-        window.write(at, &page);
-        (offset, at, len) = (offset + PAGE_SIZE, at + PAGE_SIZE, len - PAGE_SIZE);
+        // Blocks end where the window's pages do.
+        let size = (block - at % block).min(len);
+        let Some(bytes) = bytes.get_mut(..size as usize) else {
+            break;
+        };
+        file.read_exact_at(bytes, offset)?;
+        if !(skip_zeros && bytes.iter().all(|byte| *byte == 0)) {
+            window.write(at, bytes);
+        }
+        (offset, at, len) = (offset + size, at + size, len - size);
     }
     Ok(())
 }

@@ -29,7 +29,7 @@ mod version;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memshare::SharedMemory;
+use memshare::{PAGE_SIZE, SharedMemory};
 use storage::vhdx::{ChildOptions, Vhdx};
 
 use crate::disk::open_disk;
@@ -256,7 +256,7 @@ impl Loading {
         &self.state.config
     }
 
-    /// Maps the saved pages into RAM and into pmem devices in mode `cow`, or has the page-fault handler provide them.
+    /// Maps the saved pages into RAM, or copies them where its pages of `page` bytes are larger than a file's, and into pmem devices in mode `cow`, or has the page-fault handler provide them.
     /// Nobody has touched that memory yet. If the handler ends before it has provided all pages, `on_lost` is called
     /// with the reason for the guest's end.
     ///
@@ -264,19 +264,27 @@ impl Loading {
     /// Those of [`OpenMemory::map`] and [`OpenMemory::map_over`], and `Uffd`.
     pub(crate) fn give_memory<'a>(
         &self,
-        memory: &SharedMemory,
+        (memory, page): (&SharedMemory, u64),
         pmem: impl Iterator<Item = (&'a str, &'a PmemMemory)> + Clone,
         on_lost: impl Fn(String) + Send + 'static,
     ) -> Result<Option<Served>, SnapshotError> {
         match &self.memory {
             MemorySource::Files(files) => {
-                files.map(memory)?;
+                if page > PAGE_SIZE {
+                    files.copy_to(memory, page)?;
+                } else {
+                    files.map(memory)?;
+                }
                 files.map_over(memory, pmem)?;
                 Ok(None)
             }
             MemorySource::Handler(handler) => {
                 let bytes = self.state.memory.bytes;
-                Ok(Some(handler.serve(memory, bytes, Box::new(on_lost))?))
+                Ok(Some(handler.serve(
+                    (memory, page),
+                    bytes,
+                    Box::new(on_lost),
+                )?))
             }
         }
     }

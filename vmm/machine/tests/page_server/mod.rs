@@ -141,6 +141,7 @@ fn serve(
         return;
     };
     seen.lock().unwrap().mappings = mappings.clone();
+    let page_size = mappings[0]["page_size"].as_u64().unwrap();
     let uffd = File::from(uffd);
     let mut asked = BTreeSet::new();
     loop {
@@ -158,7 +159,9 @@ fn serve(
             continue;
         }
         while !asked.is_empty() || all[0].revents().contains(PollFlags::IN) {
-            events(&uffd, &mappings, &mut asked, &mut seen.lock().unwrap());
+            let mut faults = BTreeSet::new();
+            events(&uffd, &mappings, &mut faults, &mut seen.lock().unwrap());
+            asked.extend(faults.iter().map(|address| address / page_size * page_size));
             // Events that arrived in the meantime have just been taken.
             if silent.load(Ordering::SeqCst) {
                 break;
@@ -167,7 +170,7 @@ fn serve(
                 break;
             };
             let offset = offset_of(&mappings, address);
-            let mut page = vec![0; PAGE as usize];
+            let mut page = vec![0; page_size as usize];
             let mut seen = seen.lock().unwrap();
             if !seen.removed.contains(&offset) {
                 memory.read_exact_at(&mut page, offset).unwrap();

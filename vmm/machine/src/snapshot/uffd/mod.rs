@@ -27,7 +27,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memshare::{PAGE_SIZE, SharedMemory};
+use memshare::SharedMemory;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::Serialize;
 
@@ -109,7 +109,7 @@ struct Mapping {
     page_size_kib: u64,
 }
 
-fn mappings(memory: &SharedMemory) -> Vec<Mapping> {
+fn mappings(memory: &SharedMemory, page_size: u64) -> Vec<Mapping> {
     let mut offset = 0;
     let regions = memory.regions().iter();
     regions
@@ -119,8 +119,8 @@ fn mappings(memory: &SharedMemory) -> Vec<Mapping> {
                 base_host_virt_addr: region.window.as_ptr() as u64,
                 size,
                 offset,
-                page_size: PAGE_SIZE,
-                page_size_kib: PAGE_SIZE,
+                page_size,
+                page_size_kib: page_size,
             };
             offset += size;
             mapping
@@ -155,7 +155,7 @@ impl PageServer {
         })
     }
 
-    /// Has the handler provide the pages of RAM, which nobody has touched yet, and which is `bytes` long by the state.
+    /// Has the handler provide the pages of RAM, each of `page_size` bytes, which nobody has touched yet, and which is `bytes` long by the state.
     /// If the handler ends while the returned value lives, `on_lost` is called with the reason for the guest's end, and
     /// the process is ended if it has not ended by itself a few seconds later.
     ///
@@ -163,7 +163,7 @@ impl PageServer {
     /// `Size`, `Register`, `Send`, `Watch`.
     pub fn serve(
         &self,
-        memory: &SharedMemory,
+        (memory, page_size): (&SharedMemory, u64),
         bytes: u64,
         on_lost: Box<dyn Fn(String) + Send>,
     ) -> Result<Served, UffdError> {
@@ -180,7 +180,7 @@ impl PageServer {
                 .map_err(UffdError::Register)?;
         }
         memory.untouched_is_unknown();
-        self.send(&mappings(memory))
+        self.send(&mappings(memory, page_size))
             .map_err(|source| UffdError::Send {
                 path: self.path.clone(),
                 source,

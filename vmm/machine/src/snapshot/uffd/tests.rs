@@ -2,7 +2,7 @@ use std::io::Write;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use memshare::{Limits, Region, Window};
+use memshare::{Limits, PAGE_SIZE, Region, Window};
 
 use self::page_server::Handler;
 use super::*;
@@ -47,7 +47,11 @@ impl ServedRegions {
         let server = PageServer::connect(&self.socket()).unwrap();
         let bytes = 2 * PAGES * PAGE_SIZE;
         server
-            .serve(&self.memory, bytes, Box::new(|why| panic!("{why}")))
+            .serve(
+                (&self.memory, PAGE_SIZE),
+                bytes,
+                Box::new(|why| panic!("{why}")),
+            )
             .unwrap()
     }
 
@@ -144,7 +148,9 @@ fn the_end_of_a_handler_is_reported_once_and_missing_pages_are_never_made_up() {
     let server = PageServer::connect(&guest.socket()).unwrap();
     let on_lost = Box::new(move |why| report.send(why).unwrap());
     let bytes = 2 * PAGES * PAGE_SIZE;
-    let served = server.serve(&guest.memory, bytes, on_lost).unwrap();
+    let served = server
+        .serve((&guest.memory, PAGE_SIZE), bytes, on_lost)
+        .unwrap();
     assert!(guest.holds(0, 0, 1));
     handler.stop_answering();
     let (touched, page) = mpsc::channel();
@@ -171,7 +177,7 @@ fn a_socket_that_nobody_listens_at_and_memory_of_another_size_are_refused() {
     assert!(error.to_string().contains("uffd.sock"), "{error}");
     let _handler = guest.handler();
     let server = PageServer::connect(&guest.socket()).unwrap();
-    let error = server.serve(&guest.memory, PAGE_SIZE, Box::new(|_| ()));
+    let error = server.serve((&guest.memory, PAGE_SIZE), PAGE_SIZE, Box::new(|_| ()));
     assert!(matches!(error, Err(UffdError::Size { .. })));
     // A refused handler has no memory registered.
     assert!(guest.holds(0, 0, 0));
