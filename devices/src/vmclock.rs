@@ -1,11 +1,11 @@
 //! The vmclock page, by which a guest learns that its clocks were disrupted: that it was loaded from a snapshot (Linux,
 //! `include/uapi/linux/vmclock-abi.h` and `drivers/ptp/ptp_vmclock.c`; QEMU, `hw/acpi/vmclock.c`).
 //!
-//! It is a page of guest memory that a device in the ACPI tables names. Linux offers it to processes as `/dev/vmclock0`,
-//! which they map: where `disruption_marker` has changed, what a process has measured of a clock (against NTP, for one)
-//! is of another machine's clock; where `vm_generation_counter` has, the guest was loaded from a snapshot. The page does
-//! not say what time it is, as no counter is paired with a time (`VMCLOCK_COUNTER_INVALID`): the clocks of a loaded
-//! guest are right already.
+//! It is a page of guest memory that a device in the ACPI tables names. Linux offers it to processes as
+//! `/dev/vmclock0`, which they map: where `disruption_marker` has changed, what a process has measured of a clock
+//! (against NTP, for one) is of another machine's clock; where `vm_generation_counter` has, the guest was loaded from a
+//! snapshot. The page does not say what time it is, as no counter is paired with a time (`VMCLOCK_COUNTER_INVALID`):
+//! the clocks of a loaded guest are right already.
 //!
 //! ```text
 //! boot:     new ─> write

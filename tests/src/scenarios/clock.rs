@@ -16,8 +16,8 @@ const SAVED_FOR: Duration = Duration::from_secs(20);
 const TOLERANCE: f64 = 0.5;
 /// A sleep that ends while the guest is saved.
 const SLEEP: Duration = Duration::from_secs(15);
-/// How long a guest that was just loaded gets to notice that its sleep is over: less than is left of the sleep where the
-/// clock was kept.
+/// How long a guest that was just loaded gets to notice that its sleep is over: less than is left of the sleep where
+/// the clock was kept.
 const NOTICED: Duration = Duration::from_secs(8);
 
 /// What a guest says of its clocks.
@@ -55,18 +55,21 @@ fn read(vm: &mut Vm, mark: &str) -> Result<Reading, Failure> {
     vm.run_line(&line, &format!("OVERTIME{mark}"))?;
     let after = now()?;
     let text = vm.guest.line(&format!("TIME{mark} "))?;
-    let words: Vec<f64> = text.split(' ').flat_map(str::parse).collect();
-    let [time, uptime, disruptions, complaints] = words[..] else {
-        return Failure::claim(format!("the clocks of {mark} read {text:?}"));
+    let at = f64::midpoint(before, after);
+    let parsed = || {
+        let mut words = text.split(' ');
+        let (time, uptime): (f64, f64) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(Reading {
+            skew: time - at,
+            doubt: (after - before) / 2.0,
+            uptime,
+            at,
+            disruptions: words.next()?.parse().ok()?,
+            complaints: words.next()?.parse().ok()?,
+        })
     };
-    let (at, doubt) = ((before + after) / 2.0, (after - before) / 2.0);
-    let reading = Reading {
-        skew: time - at,
-        doubt,
-        uptime,
-        at,
-        disruptions: disruptions as u32,
-        complaints: complaints as u32,
+    let Some(reading) = parsed() else {
+        return Failure::claim(format!("the clocks of {mark} read {text:?}"));
     };
     println!("lab: {mark}: {reading:?}");
     Ok(reading)

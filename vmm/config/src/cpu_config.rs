@@ -272,7 +272,7 @@ mod tests {
         serde_json::from_value(value).map_err(|error| error.to_string())
     }
 
-    fn cpuid(leaf: Value, modifiers: Value) -> Value {
+    fn cpuid(leaf: &Value, modifiers: &Value) -> Value {
         json!({"cpuid_modifiers": [
             {"leaf": leaf, "subleaf": "0x0", "flags": 0, "modifiers": modifiers}
         ]})
@@ -319,7 +319,7 @@ mod tests {
             let text = format!("0b{}", "1".repeat(bits));
             let register = json!([{"register": "eax", "bitmap": text}]);
             assert_eq!(
-                parse(cpuid(json!("0x1"), register)).is_ok(),
+                parse(cpuid(&json!("0x1"), &register)).is_ok(),
                 bits <= 32,
                 "{bits}"
             );
@@ -334,18 +334,21 @@ mod tests {
     fn what_is_wrong_with_a_template_is_named() {
         let bitmap = |text: &str| json!([{"register": "eax", "bitmap": text}]);
         let cases = [
-            (cpuid(json!("1"), json!([])), "leaf"),
-            (cpuid(json!("0x"), json!([])), "leaf"),
-            (cpuid(json!("0x+1"), json!([])), "leaf"),
-            (cpuid(json!("0x100000000"), json!([])), "32 bits"),
-            (cpuid(json!(1), json!([])), "string"),
-            (cpuid(json!("0x1"), bitmap("0b2")), "bitmap"),
-            (cpuid(json!("0x1"), bitmap("0bX")), "bitmap"),
+            (cpuid(&json!("1"), &json!([])), "leaf"),
+            (cpuid(&json!("0x"), &json!([])), "leaf"),
+            (cpuid(&json!("0x+1"), &json!([])), "leaf"),
+            (cpuid(&json!("0x100000000"), &json!([])), "32 bits"),
+            (cpuid(&json!(1), &json!([])), "string"),
+            (cpuid(&json!("0x1"), &bitmap("0b2")), "bitmap"),
+            (cpuid(&json!("0x1"), &bitmap("0bX")), "bitmap"),
             (
-                cpuid(json!("0x1"), json!([{"register": "rax", "bitmap": "1"}])),
+                cpuid(&json!("0x1"), &json!([{"register": "rax", "bitmap": "1"}])),
                 "rax",
             ),
-            (cpuid(json!("0x1"), json!([{"register": "eax"}])), "bitmap"),
+            (
+                cpuid(&json!("0x1"), &json!([{"register": "eax"}])),
+                "bitmap",
+            ),
             (json!({"cpuid_modifiers": [{"leaf": "0x1"}]}), "subleaf"),
             (json!({"kvm_capabilities": ["x"]}), "kvm_capabilities"),
             (json!({"kvm_capabilities": ["!"]}), "kvm_capabilities"),

@@ -102,8 +102,8 @@ pub struct VmConfig {
     /// Memory and vCPUs.
     #[serde(default)]
     pub machine_config: MachineConfig,
-    /// What the guest's CPU has otherwise than the host's. In a configuration file it may be the name of a file that has
-    /// it.
+    /// What the guest's CPU has otherwise than the host's. In a configuration file it may be the name of a file that
+    /// has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<CpuConfig>)]
     pub cpu_config: Option<CpuConfigSource>,
@@ -208,8 +208,8 @@ impl VmConfig {
         Ok(config)
     }
 
-    /// What the guest shares of its RAM: nothing where that is in huge pages of hugetlbfs, which are mapped whole or not
-    /// at all.
+    /// What the guest shares of its RAM: nothing where that is in huge pages of hugetlbfs, which are mapped whole or
+    /// not at all.
     pub fn share_mode(&self) -> ShareMode {
         if self.machine_config.has_hugetlbfs() {
             ShareMode::Off
@@ -219,15 +219,11 @@ impl VmConfig {
     }
 
     /// `PUT /machine-config`. As with Firecracker, a CPU template stays unless another one, or `None`, is given.
-    pub fn set_machine(&mut self, machine: MachineConfig) {
+    pub fn set_machine(&mut self, mut machine: MachineConfig) {
         if machine.cpu_template.is_some() {
             self.cpu_config = None;
         }
-        let cpu_template = machine.cpu_template.or(self.machine_config.cpu_template);
-        let machine = MachineConfig {
-            cpu_template,
-            ..machine
-        };
+        machine.cpu_template = machine.cpu_template.or(self.machine_config.cpu_template);
         self.machine_config = machine.without_none();
     }
 

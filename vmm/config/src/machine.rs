@@ -31,8 +31,8 @@ pub struct MachineConfig {
     pub huge_pages: HugePageConfig,
 }
 
-/// Firecracker's static CPU templates: the features that a processor has in common with others, so that a guest can go on
-/// from its snapshot on any of them. Each is for certain processors, and a guest does not start on others.
+/// Firecracker's static CPU templates: the features that a processor has in common with others, so that a guest can go
+/// on from its snapshot on any of them. Each is for certain processors, and a guest does not start on others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub enum CpuTemplate {
     /// The host's CPU.

@@ -38,6 +38,10 @@ pub enum SnapshotType {
 /// The body of `PUT /snapshot/load`: Firecracker's, with additional fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "the fields are those of Firecracker's body"
+)]
 pub struct LoadSnapshot {
     /// The state file.
     #[schema(value_type = String)]
@@ -75,8 +79,8 @@ pub struct LoadSnapshot {
     /// Network interfaces whose taps are others than those that they had.
     #[serde(default)]
     pub network_overrides: Vec<NetworkOverride>,
-    /// Whether the guest's clocks go on as if it had run meanwhile, so that its wall clock is right; otherwise they go on
-    /// where they were saved. Firecracker's field, whose default is `false`.
+    /// Whether the guest's clocks go on as if it had run meanwhile, so that its wall clock is right; otherwise they go
+    /// on where they were saved. Firecracker's field, whose default is `false`.
     #[serde(default = "yes")]
     pub clock_realtime: bool,
     /// Another socket for the vsock device, or another CID.

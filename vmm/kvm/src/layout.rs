@@ -38,6 +38,9 @@ pub const ACPI_END: u64 = 0x10_0000;
 /// Start of RAM above the first MiB; kernels load here or higher.
 pub const HIGH_RAM_START: u64 = 0x10_0000;
 
+/// Size in bytes of the huge pages that RAM may be in, and of which its regions are multiples then.
+pub const HUGETLBFS_PAGE: u64 = 2 << 20;
+
 /// Start of the hole in RAM below 4 GiB.
 pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// End of the hole.
@@ -66,7 +69,8 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042_PORT: u16 = 0x60;
 /// GSI of the i8042 keyboard.
 pub const I8042_GSI: u32 = 1;
-/// GSI of the event device that notifies of a new generation ID, and of the change of the vmclock page with it. It is the GSI of COM2, which guests do not have.
+/// GSI of the event device that notifies of a new generation ID, and of the change of the vmclock page with it. It is
+/// the GSI of COM2, which guests do not have.
 pub const GENERATION_GSI: u32 = 3;
 /// Index port of the CMOS RTC; the data port follows.
 pub const RTC_PORT: u16 = 0x70;

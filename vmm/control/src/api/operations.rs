@@ -203,7 +203,7 @@ pub static GUEST_OPERATIONS: [GuestOperation; 48] = [
         RequestMethod::Patch,
         "/machine-config",
         "Changes memory or vCPUs, before the start.",
-        &SetsFields::<MachineUpdate>(|config, update| config.update_machine(update), PhantomData),
+        &SetsFields::<MachineUpdate>(VmConfig::update_machine, PhantomData),
     )
     .reserves(Reservation::Memory),
     setting(

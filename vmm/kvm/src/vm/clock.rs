@@ -3,8 +3,8 @@
 //! A guest reads one or the other: Linux prefers the TSC where the processor says that it never stops, and kvm-clock
 //! elsewhere. So both have to go on from the same moment and by the same time, as Linux's Documentation/virt/kvm/
 //! devices/vcpu.rst (4.1) describes it: KVM reports kvm-clock, the host's TSC and the host's time of one moment, the
-//! guest's TSC at that moment is the host's plus an offset, and at the load the offset is chosen so that the guest's TSC
-//! has run for as long as kvm-clock.
+//! guest's TSC at that moment is the host's plus an offset, and at the load the offset is chosen so that the guest's
+//! TSC has run for as long as kvm-clock.
 //!
 //! ```text
 //! save:  clock ── of one moment ──> host TSC + offset of the vCPU = its TSC
@@ -18,10 +18,27 @@ use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::{Cap, VmFd};
 
 use super::error::VmError;
-use super::state::StateError;
 
 /// The latest time of kvm-clock in nanoseconds after the boot: Linux reckons with signed numbers.
 const LATEST: u64 = i64::MAX.cast_unsigned();
+
+/// Why a clock cannot be restored.
+#[derive(Debug, thiserror::Error)]
+pub enum ClockError {
+    /// No clock of a guest is that far from its boot.
+    #[error(
+        "the state says that the guest's clock was {clock} ns after its boot when the host's was {realtime} ns after 1970: no guest has run for so long"
+    )]
+    Impossible {
+        /// kvm-clock, in nanoseconds.
+        clock: u64,
+        /// The host's time, in nanoseconds since 1970.
+        realtime: u64,
+    },
+    /// KVM refuses it.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+}
 
 /// Where the clocks of a loaded guest go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,8 +129,8 @@ fn setting(
     wanted: ClockOnLoad,
     now: u64,
     kvm_adds: bool,
-) -> Result<Setting, StateError> {
-    let refused = StateError::Clock {
+) -> Result<Setting, ClockError> {
+    let refused = ClockError::Impossible {
         clock: saved.clock,
         realtime: saved.realtime,
     };
@@ -162,12 +179,12 @@ fn setting(
 /// Sets kvm-clock of a VM that has not run.
 ///
 /// # Errors
-/// `Clock`, `Vm`.
+/// `Impossible`, `Vm`.
 pub(super) fn restore(
     fd: &VmFd,
     saved: &kvm_clock_data,
     wanted: ClockOnLoad,
-) -> Result<(), StateError> {
+) -> Result<(), ClockError> {
     // Since Linux 5.16 KVM adds the time itself, at the moment when it sets the clock.
     let flags = fd.check_extension_int(Cap::AdjustClock);
     let kvm_adds = flags > 0 && flags.cast_unsigned() & KVM_CLOCK_REALTIME != 0;
@@ -253,7 +270,10 @@ mod tests {
             saved(LATEST - NOW + 1, 0),
         ] {
             let refused = follow(&data).unwrap_err();
-            assert!(matches!(refused, StateError::Clock { .. }), "{refused}");
+            assert!(
+                matches!(refused, ClockError::Impossible { .. }),
+                "{refused}"
+            );
         }
         let kept = setting(&saved(LATEST, 0), ClockOnLoad::Kept, NOW, true);
         assert_eq!(kept.unwrap().clock, LATEST);

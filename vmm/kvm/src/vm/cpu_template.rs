@@ -98,8 +98,8 @@ const T2CL: [Row; 3] = [
     (0x8000_0008, 0, Ebx, 0x0000_0200, 0),
 ];
 
-/// Hidden, too: SVM, CLZERO. Shown: that error pointers are restored, that IBRS is preferred and of the same mode, and that
-/// there is no EFER.LMSLE.
+/// Hidden, too: SVM, CLZERO. Shown: that error pointers are restored, that IBRS is preferred and of the same mode, and
+/// that there is no EFER.LMSLE.
 const T2A: [Row; 3] = [
     (0x8000_0001, 0, Ecx, 0x2000_01c4, 0),
     (0x8000_0001, 0, Edx, 0x0640_0000, 0),

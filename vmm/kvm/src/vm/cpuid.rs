@@ -1,7 +1,7 @@
 //! CPUID of the guest: what the host's KVM supports, with topology and hypervisor bits of this guest.
 //!
-//! The guest sees one socket of cores, each with one thread or, with SMT, with two. Leaf numbers and fields: Intel SDM volume 2, CPUID;
-//! AMD64 APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
+//! The guest sees one socket of cores, each with one thread or, with SMT, with two. Leaf numbers and fields: Intel SDM
+//! volume 2, CPUID; AMD64 APM volume 3, appendix E; Linux Documentation/virt/kvm/x86/cpuid.rst.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
@@ -156,7 +156,7 @@ impl CommonCpuid {
             }
             // ECX 15:12 APIC ID size, 7:0 logical processors - 1.
             AMD_SIZES => {
-                entry.ecx = (entry.ecx & !0xf0ff) | (self.package_bits() << 12) | (vcpus - 1)
+                entry.ecx = (entry.ecx & !0xf0ff) | (self.package_bits() << 12) | (vcpus - 1);
             }
             AMD_CACHE if entry.eax & 0x1f != 0 => {
                 entry.eax = (entry.eax & 0x3fff) | (sharing(entry.eax) << 14);

@@ -2,9 +2,10 @@
 
 use vmm_sys_util::errno;
 
-use super::memory::HUGETLBFS_PAGE;
 use config::CpuTemplate;
 use config::limits::MAX_VCPUS;
+
+use crate::layout::HUGETLBFS_PAGE;
 
 /// Why a VM cannot be made.
 #[derive(Debug, thiserror::Error)]

@@ -13,7 +13,7 @@ use vm_memory::mmap::MmapRegionError;
 use super::error::VmError;
 use config::HugePageConfig;
 
-use crate::layout::{HIGH_RAM_START, MMIO_HOLE_END, MMIO_HOLE_START};
+use crate::layout::{HIGH_RAM_START, HUGETLBFS_PAGE, MMIO_HOLE_END, MMIO_HOLE_START};
 
 /// The size of RAM is a multiple of this, in bytes.
 const PAGE_SIZE: u64 = 4096;
@@ -36,9 +36,6 @@ pub enum HugePages {
     /// taken when it touches them.
     Hugetlbfs,
 }
-
-/// Size in bytes of a page of [`HugePages::Hugetlbfs`].
-pub const HUGETLBFS_PAGE: u64 = 2 << 20;
 
 impl From<HugePageConfig> for HugePages {
     fn from(config: HugePageConfig) -> Self {
@@ -95,8 +92,8 @@ fn region(
     let len = usize::try_from(len).map_err(std::io::Error::other)?;
     let how = match huge_pages {
         HugePages::Never | HugePages::HostPolicy => libc::MAP_NORESERVE,
-        // Without MAP_NORESERVE the host sets the pages aside or refuses them now; otherwise the guest would end by a bus
-        // error when it touches one that there is not.
+        // Without MAP_NORESERVE the host sets the pages aside or refuses them now; otherwise the guest would end by a
+        // bus error when it touches one that there is not.
         HugePages::Hugetlbfs => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
     };
     let mapping = MmapRegion::build(

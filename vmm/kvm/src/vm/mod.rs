@@ -40,13 +40,13 @@ mod vcpu;
 #[cfg(test)]
 mod native_kvm;
 
-pub use clock::ClockOnLoad;
+pub use clock::{ClockError, ClockOnLoad};
 pub use cpu_template::GuestCpu;
 pub use error::{VmError, open_advice};
 pub use exits::{ExitCounters, ExitKind};
+pub use memory::HugePages;
 #[cfg(test)]
 pub(crate) use memory::shared as shared_memory;
-pub use memory::{HUGETLBFS_PAGE, HugePages};
 pub use settings::{Buses, ConfineThread, VmSettings};
 pub use slots::{DirtyLog, PlacedWindow, WindowAccess};
 pub use state::{StateError, VcpuState, VmState};

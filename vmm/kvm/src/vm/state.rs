@@ -17,7 +17,7 @@ use config::{CpuConfig, MsrModifier};
 
 use host::report::chain;
 
-use super::clock::{self, ClockOnLoad, Moment};
+use super::clock::{self, ClockError, ClockOnLoad, Moment};
 use super::error::VmError;
 use super::lapic;
 use super::tsc_offset;
@@ -53,16 +53,9 @@ pub enum StateError {
         /// In the guest.
         present: usize,
     },
-    /// No clock of a guest is that far from its boot.
-    #[error(
-        "the state says that the guest's clock was {clock} ns after its boot when the host's was {realtime} ns after 1970: no guest has run for so long"
-    )]
-    Clock {
-        /// kvm-clock, in nanoseconds.
-        clock: u64,
-        /// The host's time, in nanoseconds since 1970.
-        realtime: u64,
-    },
+    /// The guest's clock cannot be restored.
+    #[error(transparent)]
+    Clock(#[from] ClockError),
     /// Either the state or the guest has a PIT, and the other has none.
     #[error("the state has {} PIT, and the guest has {}", if *.0 { "a" } else { "no" }, if *.0 { "none" } else { "one" })]
     Pit(bool),
@@ -428,8 +421,8 @@ impl Vcpu {
         };
         let khz = self.fd.get_tsc_khz().ok();
         let tsc = clock::advanced(at_save, khz.unwrap_or_default(), now.since(saved));
-        // The offset is exact. A TSC that is written is late by the time until then, the same for all vCPUs, as KVM takes
-        // such writes in succession for one.
+        // The offset is exact. A TSC that is written is late by the time until then, the same for all vCPUs, as KVM
+        // takes such writes in succession for one.
         if khz.is_some()
             && khz == self.host_tsc_khz
             && let Some(offset) = now.offset(tsc)

@@ -32,8 +32,8 @@ impl Machine {
                 ));
             }
         }
-        // Huge pages are not mapped from files, so nothing tells which of them differ from a file: a difference has them
-        // all.
+        // Huge pages are not mapped from files, so nothing tells which of them differ from a file: a difference has
+        // them all.
         let in_huge_pages = config.machine_config.has_hugetlbfs();
         let whole = CreateSnapshot {
             snapshot_type: SnapshotType::Full,

@@ -27,7 +27,8 @@ use crate::snapshot::{DiskOf, Loading, SnapshotError};
 use config::{SerialConfig, VmConfig};
 use host::exit::GuestEnd;
 use kvm::boot::{self, BootSource, Loaded, Protocol};
-use kvm::vm::{Buses, GuestCpu, HUGETLBFS_PAGE, Vcpus, Vm, VmError, VmSettings};
+use kvm::layout::HUGETLBFS_PAGE;
+use kvm::vm::{Buses, GuestCpu, Vcpus, Vm, VmError, VmSettings};
 
 fn power_sink(on_end: OnEnd) -> PowerSink {
     Arc::new(move |event| {

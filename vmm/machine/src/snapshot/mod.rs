@@ -256,9 +256,9 @@ impl Loading {
         &self.state.config
     }
 
-    /// Maps the saved pages into RAM, or copies them where its pages of `page` bytes are larger than a file's, and into pmem devices in mode `cow`, or has the page-fault handler provide them.
-    /// Nobody has touched that memory yet. If the handler ends before it has provided all pages, `on_lost` is called
-    /// with the reason for the guest's end.
+    /// Maps the saved pages into RAM, or copies them where its pages of `page` bytes are larger than a file's, and into
+    /// pmem devices in mode `cow`, or has the page-fault handler provide them. Nobody has touched that memory yet. If
+    /// the handler ends before it has provided all pages, `on_lost` is called with the reason for the guest's end.
     ///
     /// # Errors
     /// Those of [`OpenMemory::map`] and [`OpenMemory::map_over`], and `Uffd`.

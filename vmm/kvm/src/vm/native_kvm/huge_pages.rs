@@ -1,6 +1,7 @@
 //! Guests whose RAM is in huge pages that the host has reserved.
 
 use super::*;
+use crate::layout::HUGETLBFS_PAGE;
 
 const MEMORY: u64 = 8 << 20;
 

@@ -9,7 +9,7 @@ use super::builder::Builder;
 use super::events::new_interrupt;
 use crate::machine::error::{StartError, host};
 use config::{BalloonConfig, VmConfig};
-use kvm::vm::HUGETLBFS_PAGE;
+use kvm::layout::HUGETLBFS_PAGE;
 use memshare::PAGE_SIZE;
 
 /// Its name among the devices.

@@ -155,9 +155,9 @@ impl PageServer {
         })
     }
 
-    /// Has the handler provide the pages of RAM, each of `page_size` bytes, which nobody has touched yet, and which is `bytes` long by the state.
-    /// If the handler ends while the returned value lives, `on_lost` is called with the reason for the guest's end, and
-    /// the process is ended if it has not ended by itself a few seconds later.
+    /// Has the handler provide the pages of RAM, each of `page_size` bytes, which nobody has touched yet, and which is
+    /// `bytes` long by the state. If the handler ends while the returned value lives, `on_lost` is called with the
+    /// reason for the guest's end, and the process is ended if it has not ended by itself a few seconds later.
     ///
     /// # Errors
     /// `Size`, `Register`, `Send`, `Watch`.
