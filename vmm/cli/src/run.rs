@@ -169,8 +169,7 @@ pub struct RunArguments {
     #[arg(long)]
     pub huge_pages: bool,
     /// Go on from a snapshot: its state file, and options behind commas: memory=FILE, uffd=SOCKET, below=FILE,
-    /// disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, clock=kept, trust,
-    /// paused.
+    /// disk.ID=FILE, clone.ID=FILE, tap.ID=NAME, vsock=SOCKET, cid=N, clock=kept, trust, paused.
     ///
     /// The guest is as it was saved, with its configuration, and only --log, --serial, --metrics and the sockets are
     /// given beside it. Options:
@@ -185,6 +184,7 @@ pub struct RunArguments {
     /// tap.ID: the tap of that network interface, where it is to be another: a name, or fd:N for a descriptor;
     /// vsock: the socket of the vsock device, where it is to be another;
     /// cid: the guest's context identifier, where it is to be another: the guest asks for it again;
+    /// clock=kept: the guest's clocks go on where they were saved, and not as if it had run since;
     /// trust: do not compare the checksums of all memory before the guest runs;
     /// paused: the guest waits for `PATCH /vm`.
     /// With --jail, the state is read in the jail: of the files that it names, the guest has those that are named here,
