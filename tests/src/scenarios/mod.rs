@@ -6,6 +6,7 @@ mod boot;
 mod clock;
 mod clone_cost;
 mod control;
+mod cpu;
 mod density;
 mod disk;
 mod end;
@@ -140,6 +141,10 @@ pub const ALL: &[Scenario] = &[
         boot::every_protocol,
     ),
     test("runs_1_2_and_4_cpus", boot::cpus),
+    test(
+        "threads_share_cores_and_a_cpu_template_hides_a_feature",
+        cpu::threads_and_template,
+    ),
     test("sees_memory_beyond_4_gib", boot::memory_beyond_4_gib),
     test("eight_guests_share_one_read_only_base", boot::eight_guests),
     test(

@@ -76,8 +76,8 @@ pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use sharing::SharingConfig;
 pub use size::{Bytes, Mebibytes, SizeError};
 pub use snapshot::{
-    CreateSnapshot, DriveOverride, LoadSnapshot, MemoryBackend, MemoryBackendType, NetworkOverride,
-    SnapshotType, VsockOverride,
+    CreateSnapshot, DriveOverride, LoadHugePages, LoadSnapshot, MemoryBackend, MemoryBackendType,
+    NetworkOverride, SnapshotType, VsockOverride,
 };
 pub use vsock::{FIRST_CID, VsockConfig};
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::digest::Sha256Digest;
+use super::machine::HugePageConfig;
 
 /// The body of `PUT /snapshot/create`: Firecracker's, with an additional field.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
@@ -83,6 +84,9 @@ pub struct LoadSnapshot {
     /// on where they were saved. Firecracker's field, whose default is `false`.
     #[serde(default = "yes")]
     pub clock_realtime: bool,
+    /// How RAM is backed.
+    #[serde(default)]
+    pub huge_pages: LoadHugePages,
     /// Another socket for the vsock device, or another CID.
     #[serde(default)]
     pub vsock_override: Option<VsockOverride>,
@@ -103,6 +107,7 @@ impl LoadSnapshot {
             drives: Vec::new(),
             network_overrides: Vec::new(),
             clock_realtime: true,
+            huge_pages: LoadHugePages::Snapshot,
             vsock_override: None,
         }
     }
@@ -130,6 +135,33 @@ pub struct VsockOverride {
     /// Firecracker.
     #[serde(default)]
     pub guest_cid: Option<u32>,
+}
+
+/// How the RAM of a loaded guest is backed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub enum LoadHugePages {
+    /// As it was when the guest was saved.
+    #[default]
+    Snapshot,
+    /// Pages of 4 KiB.
+    None,
+    /// Huge pages where the host gives them.
+    Transparent,
+    /// Huge pages of 2 MiB that the host has reserved: the memory file is copied to them.
+    #[serde(rename = "2M")]
+    Hugetlbfs2M,
+}
+
+impl LoadHugePages {
+    /// The one of the two that counts.
+    pub fn or(self, saved: HugePageConfig) -> HugePageConfig {
+        match self {
+            Self::Snapshot => saved,
+            Self::None => HugePageConfig::None,
+            Self::Transparent => HugePageConfig::Transparent,
+            Self::Hugetlbfs2M => HugePageConfig::Hugetlbfs2M,
+        }
+    }
 }
 
 const fn yes() -> bool {

@@ -122,7 +122,7 @@ mod tests {
     use std::os::unix::ffi::OsStrExt;
 
     use super::*;
-    use config::{DriveOverride, MemoryBackend, MemoryBackendType, VsockOverride};
+    use config::{DriveOverride, LoadHugePages, MemoryBackend, MemoryBackendType, VsockOverride};
     use jail::CgroupConfig;
 
     const HOSTILE: &str = "/a,,b=\"c\"\\\n\r\t\u{1}'{}\u{2028},allow=/";
@@ -169,6 +169,7 @@ mod tests {
             track_dirty_pages: true,
             verify_memory: false,
             clock_realtime: false,
+            huge_pages: LoadHugePages::Hugetlbfs2M,
             drives: vec![DriveOverride {
                 drive_id: HOSTILE.into(),
                 path_on_host: HOSTILE.into(),

@@ -341,6 +341,20 @@ fn ram_in_huge_pages_is_saved_whole_and_loaded_from_its_file_or_from_a_handler()
         let (status, answer) = loaded.save("again", "Diff");
         assert_eq!(status, 204, "{answer}");
     }
+    // It goes on in small pages as well, and from those in huge ones again.
+    let small = Guest::start(&path("small"), &[]);
+    let load = |state: PathBuf, huge_pages: &str| json!({"snapshot_path": state, "resume_vm": true, "huge_pages": huge_pages});
+    let (status, answer) = small.put("/snapshot/load", &load(path("saved/full.state"), "None"));
+    assert_eq!(status, 204, "{answer}");
+    small.echoes();
+    small.set_state("Paused");
+    assert_eq!(small.save("diff", "Diff").0, 204);
+    drop(small);
+    let huge = Guest::start(&path("huge"), &[]);
+    let (status, answer) = huge.put("/snapshot/load", &load(path("small/diff.state"), "2M"));
+    assert_eq!(status, 204, "{answer}");
+    huge.echoes();
+    drop(huge);
     let (socket, memory) = (path("uffd.sock"), path("saved/full.memory"));
     let handler = Handler::start(&socket, &memory);
     let restore = format!(

@@ -12,8 +12,8 @@ use super::*;
 use crate::logging::{LogFilter, LogFormat};
 use config::{
     BalloonConfig, BalloonStatisticsUpdate, BalloonUpdate, DriveConfig, EntropyConfig,
-    HintingStart, LoggerConfig, MachineConfig, NetworkInterfaceUpdate, PmemConfig, PmemMode,
-    SerialConfig,
+    HintingStart, HugePageConfig, LoggerConfig, MachineConfig, NetworkInterfaceUpdate, PmemConfig,
+    PmemMode, SerialConfig,
 };
 use machine::snapshot::SnapshotError;
 use machine::{
@@ -701,10 +701,19 @@ fn a_load_has_the_form_of_firecrackers_and_unknown_fields_are_refused() {
         plain.clock_realtime,
         "the clock follows unless it is to stay"
     );
+    for (asked, expected) in [
+        (json!("Snapshot"), HugePageConfig::Transparent),
+        (json!("None"), HugePageConfig::None),
+        (json!("2M"), HugePageConfig::Hugetlbfs2M),
+    ] {
+        let load = parse(json!({"snapshot_path": "s", "huge_pages": asked})).unwrap();
+        assert_eq!(load.huge_pages.or(HugePageConfig::Transparent), expected);
+    }
     for body in [
         json!({}),
         json!({"snapshot_path": "s", "colour": 1}),
         json!({"snapshot_path": "s", "clock_realtime": "kept"}),
+        json!({"snapshot_path": "s", "huge_pages": "1G"}),
         json!({"snapshot_path": "s", "mem_backend": {"backend_path": "m", "backend_type": "Tape"}}),
     ] {
         parse(body).unwrap_err();

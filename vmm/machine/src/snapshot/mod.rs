@@ -209,7 +209,9 @@ impl SnapshotFiles {
             interface.guest_mac = Some(interface.mac());
             interface.host_dev_name = Some(other.host_dev_name.clone());
         }
-        state.config.machine_config.track_dirty_pages |= request.track_dirty_pages;
+        let machine = &mut state.config.machine_config;
+        machine.track_dirty_pages |= request.track_dirty_pages;
+        machine.huge_pages = request.huge_pages.or(machine.huge_pages);
         let memory = match memory {
             GivenMemory::Files(given) => {
                 let files = state.memory.clone().open(given, request.verify_memory)?;
