@@ -13,7 +13,6 @@
 //! `keep_space`, `parents` and `share` of a drive, `num_queue_pairs`, `network` and `lease` of a network interface,
 //! `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field that Coppice
 //! does not know is refused, and so is a value that it does not support, so that no part of a configuration is ignored.
-//! CPU templates, SMT and huge pages of hugetlbfs are such values.
 
 mod balloon;
 pub mod bodies;
