@@ -128,7 +128,7 @@ fn keep_pmem(config: &mut VmConfig, name: &str, update: PmemUpdate) -> Result<()
 }
 
 /// All operations. No path of one is that of another with the same method.
-pub static GUEST_OPERATIONS: [GuestOperation; 48] = [
+pub static GUEST_OPERATIONS: [GuestOperation; 49] = [
     get(
         "/",
         "The guest's state.",
