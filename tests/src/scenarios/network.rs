@@ -99,7 +99,7 @@ fn serve_files(out: &Path) -> Result<String, Failure> {
     sum(&file)
 }
 
-/// A jailed guest gets its address from its own process, moves files both ways, is saved amid a download, and goes on
+/// A jailed guest gets its address and its metadata from its own process, moves files both ways, is saved amid a download, and goes on
 /// with another tap, while a frame of a network that it does not know is no matter to it.
 pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
@@ -108,10 +108,22 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let api = Path::new("/tmp/net.sock");
     let here = std::env::current_dir().map_err(Failure::io("find the folder"))?;
     let jail = format!("allow={}", here.join(out).display());
-    let net =
-        "tap=tap0,ip=10.9.0.2/24,gw=10.9.0.1,dns=9.9.9.9,host=web-1,mtu=1400,ip=fd00:0:0:9::/64";
+    let config = json!({
+        "network-interfaces": [{
+            "iface_id": "eth0", "host_dev_name": "tap0", "mtu": 1400,
+            "lease": {
+                "ipv4": "10.9.0.2/24", "gateway": "10.9.0.1", "ipv6": "fd00:0:0:9::/64",
+                "dns": ["9.9.9.9"], "host_name": "web-1",
+            },
+        }],
+        "mmds-config": {"network_interfaces": ["eth0"]},
+    });
+    let (file, metadata) = (out.join("vm.json"), out.join("metadata.json"));
+    fs::write(&file, config.to_string()).map_err(Failure::io("write the configuration"))?;
+    fs::write(&metadata, r#"{"name": "told"}"#).map_err(Failure::io("write metadata"))?;
     let mut guest = Start::new()
-        .args(&["--net", net, "--jail", &jail])
+        .args(&["--config", &file.display().to_string(), "--jail", &jail])
+        .args(&["--metadata", &metadata.display().to_string()])
         .args(&["--api-sock", &api.display().to_string()])
         .script(&format!("{LEASED}{SCRIPT}"))
         .spawn()?;
@@ -129,6 +141,12 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
     guest.wait_from_now("PINGED")?;
     guest.wait_from_now("inet6 fd00::9:")?;
     guest.wait_from_now("mtu 1400")?;
+    for run in 0..6 {
+        guest.type_in(&format!(
+            "echo N{run} $(wget -q -O - http://169.254.169.254/name) END\n"
+        ))?;
+        guest.wait_from_now(&format!("N{run} told END"))?;
+    }
     figures.insert(
         "to_guest_mib_per_second".into(),
         json!(download(&mut guest, &expected, 1)?),
