@@ -99,8 +99,8 @@ fn serve_files(out: &Path) -> Result<String, Failure> {
     sum(&file)
 }
 
-/// A jailed guest gets its address and its metadata from its own process, moves files both ways, is saved amid a download, and goes on
-/// with another tap, while a frame of a network that it does not know is no matter to it.
+/// A jailed guest gets its address and its metadata from its own process, moves files both ways, is saved amid a
+/// download, and goes on with another tap, while a frame of a network that it does not know is no matter to it.
 pub fn talks(out: &Path) -> Result<Figures, Failure> {
     let mut figures = Figures::new();
     let expected = serve_files(out)?;

@@ -290,7 +290,7 @@ impl VmConfig {
         }
         network_interface::check_distinct(&self.network_interfaces)?;
         if let Some(mmds) = &self.mmds_config {
-            mmds.validate(self)?;
+            mmds.validate(&self.network_interfaces)?;
         }
         if let Some(serial) = &self.serial {
             serial.validate()?;

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, VmConfig};
+use super::{ConfigError, NetworkInterfaceConfig};
 
 /// The default port of the host at which a guest reads its metadata over vsock.
 const METADATA_PORT: u32 = 80;
@@ -49,14 +49,16 @@ pub enum MmdsVersion {
 }
 
 impl MmdsConfig {
-    /// Checks the fields, and that the interfaces are there.
-    pub(super) fn validate(&self, config: &VmConfig) -> Result<(), ConfigError> {
+    /// Checks the fields, and that the interfaces that it names are among `interfaces`.
+    pub(super) fn validate(
+        &self,
+        interfaces: &[NetworkInterfaceConfig],
+    ) -> Result<(), ConfigError> {
         if self.network_interfaces.is_empty() && self.vsock_port.is_none() {
             let expected = "the ids of network interfaces, one at least unless vsock_port is given";
             let field = "mmds-config.network_interfaces";
             return Err(ConfigError::invalid(field, &"an empty list", expected));
         }
-        let interfaces = &config.network_interfaces;
         let is_known = |id: &String| interfaces.iter().any(|interface| interface.iface_id == *id);
         if let Some(unknown) = self.network_interfaces.iter().find(|id| !is_known(id)) {
             return Err(ConfigError::invalid(

@@ -326,7 +326,7 @@ mod tests {
 
     use super::*;
 
-    fn interface(fields: serde_json::Value) -> Result<NetworkInterfaceConfig, String> {
+    fn interface(fields: &serde_json::Value) -> Result<NetworkInterfaceConfig, String> {
         let mut all = json!({"iface_id": "eth0", "host_dev_name": "tap0"});
         all.as_object_mut()
             .unwrap()
@@ -341,7 +341,7 @@ mod tests {
 
     #[test]
     fn what_firecrackers_clients_send_is_taken() {
-        let sent = interface(json!({
+        let sent = interface(&json!({
             "guest_mac": "06:00:AC:10:00:02", "mtu": 1400,
             "rx_rate_limiter": {"bandwidth": {"size": 1000, "refill_time": 100}, "ops": null},
             "tx_rate_limiter": null,
@@ -393,34 +393,34 @@ mod tests {
                 "lease.dns",
             ),
         ] {
-            let error = interface(fields.clone()).unwrap_err();
+            let error = interface(&fields).unwrap_err();
             assert!(error.contains(named), "{fields}: {error}");
         }
     }
 
     #[test]
     fn an_address_is_made_up_where_none_is_given_and_stays_the_same() {
-        let first = interface(json!({})).unwrap();
-        assert_eq!(first.mac(), interface(json!({})).unwrap().mac());
+        let first = interface(&json!({})).unwrap();
+        assert_eq!(first.mac(), interface(&json!({})).unwrap().mac());
         assert_ne!(
             first.mac(),
-            interface(json!({"iface_id": "eth1"})).unwrap().mac()
+            interface(&json!({"iface_id": "eth1"})).unwrap().mac()
         );
         assert_ne!(
             first.mac(),
-            interface(json!({"host_dev_name": "tap1"})).unwrap().mac()
+            interface(&json!({"host_dev_name": "tap1"})).unwrap().mac()
         );
     }
 
     #[test]
     fn two_interfaces_have_no_address_and_no_tap_in_common() {
-        let one = interface(json!({"guest_mac": "06:00:ac:10:00:02"})).unwrap();
+        let one = interface(&json!({"guest_mac": "06:00:ac:10:00:02"})).unwrap();
         let two = |fields| {
             let mut all = json!({"iface_id": "eth1", "host_dev_name": "tap1"});
             all.as_object_mut()
                 .unwrap()
                 .extend(serde_json::Value::as_object(&fields).unwrap().clone());
-            check_distinct(&[one.clone(), interface(all).unwrap()])
+            check_distinct(&[one.clone(), interface(&all).unwrap()])
         };
         two(json!({})).unwrap();
         let error = two(json!({"guest_mac": "06:00:ac:10:00:02"}))
@@ -436,7 +436,7 @@ mod tests {
     #[test]
     fn descriptors_are_numbers_beyond_the_standard_ones() {
         let of = |name: &str, pairs: u16| {
-            interface(json!({"host_dev_name": name, "num_queue_pairs": pairs}))
+            interface(&json!({"host_dev_name": name, "num_queue_pairs": pairs}))
                 .map(|found| found.descriptors())
         };
         assert_eq!(of("fd:3", 1).unwrap(), Some(vec![3]));

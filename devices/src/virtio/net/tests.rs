@@ -522,21 +522,17 @@ proptest! {
         let mut sent = 0;
         for len in &lengths {
             driver.send(&PLAIN, &frame(*len));
-            loop {
-                match driver.arrived() {
-                    Some(bytes) => {
-                        prop_assert_eq!(bytes.len(), HEADER_LEN + len);
-                        sent += 1;
-                        break;
-                    }
-                    None => {
-                        prop_assert_eq!(driver.used(1), None, "it stays in the ring");
-                        prop_assert!(tx_time.advance_to_end().is_some());
-                        prop_assert!(driver.device.limiters.tx.on_timer());
-                        driver.device.serve(1);
-                    }
+            let arrived = loop {
+                if let Some(bytes) = driver.arrived() {
+                    break bytes;
                 }
-            }
+                prop_assert_eq!(driver.used(1), None, "it stays in the ring");
+                prop_assert!(tx_time.advance_to_end().is_some());
+                prop_assert!(driver.device.limiters.tx.on_timer());
+                driver.device.serve(1);
+            };
+            prop_assert_eq!(arrived.len(), HEADER_LEN + len);
+            sent += 1;
             prop_assert_eq!(driver.used(1), Some((0, 0)));
         }
         prop_assert_eq!(sent, lengths.len());

@@ -106,6 +106,10 @@ fn keep_drive(config: &mut VmConfig, name: &str, update: DriveUpdate) -> Result<
 }
 
 /// Gives a network interface of the configuration other limits.
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "the shape of a change of settings"
+)]
 fn limit_interface(
     config: &mut VmConfig,
     name: &str,

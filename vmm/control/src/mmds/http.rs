@@ -1,6 +1,7 @@
 //! One request of a guest: HTTP/1.1 (RFC 9112), `GET` of metadata or `PUT` for a token, and the connection is closed
 //! after the response.
 
+use std::fmt::Write;
 use std::sync::Arc;
 
 use devices::service::Session;
@@ -78,7 +79,9 @@ impl Response {
             more += "Allow: GET, PUT\r\n";
         }
         for name in lifetime.iter().flat_map(|_| TOKEN_LIFETIME) {
-            more += &format!("{name}: {}\r\n", lifetime.unwrap_or_default());
+            let seconds = lifetime.unwrap_or_default();
+            // Writing to a string fails never.
+            let _ = write!(more, "{name}: {seconds}\r\n");
         }
         let len = body.len();
         format!(

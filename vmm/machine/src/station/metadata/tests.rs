@@ -248,7 +248,7 @@ proptest! {
                 prop_assert!(stack.packets.sent.len() <= MAX_PACKETS);
             }
         }
-        let later = now + Duration::from_secs(60);
+        let later = now + Duration::from_mins(1);
         while metadata.send(later).is_some() {}
         let mut client = Client::new(later, 5000);
         prop_assert_eq!(client.ask(&mut metadata, b"hello\n", later).len(), 6000);
