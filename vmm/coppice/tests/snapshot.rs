@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use page_server::Handler;
 use serde_json::{Value, json};
@@ -415,6 +415,96 @@ fn a_guest_does_not_start_with_a_cpu_template_of_another_vendor() {
             *status == 400 && why.contains("machine-config.cpu_template")
         }),
         "{refused:?}"
+    );
+}
+
+/// Of a file, by `losetup`; removed with the value. `None`, with a report, where the host gives none.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn of(file: &Path) -> Option<Self> {
+        if !skip::unless_root() {
+            return None;
+        }
+        let made = Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output();
+        match made {
+            Ok(made) if made.status.success() => {
+                let name = String::from_utf8(made.stdout).unwrap();
+                Some(Self(name.trim().to_owned()))
+            }
+            Ok(made) => {
+                skip::because(&String::from_utf8_lossy(&made.stderr));
+                None
+            }
+            Err(error) => {
+                skip::because(&format!("losetup: {error}"));
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_drive_in_a_jail_too_and_goes_on_with_a_snapshot_of_its_size() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    kernel::write(&path("kernel"));
+    let file = fs::File::create(path("disk")).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let Some(device) = LoopDevice::of(&path("disk")) else {
+        return;
+    };
+    let (kernel, drive) = (
+        path("kernel").display().to_string(),
+        format!("{},id=data", device.0),
+    );
+    let arguments = ["--kernel", &kernel, "--mem", "16M", "--share", "off"];
+    let jailed = [&arguments[..], &["--disk", &drive, "--jail"]].concat();
+    let guest = Guest::start(&path("jailed"), &jailed);
+    guest.echoes();
+    file.set_len(2 << 20).unwrap();
+    let grown = Command::new("losetup").args(["-c", &device.0]).status();
+    assert!(grown.unwrap().success());
+    let same = json!({"drive_id": "data", "path_on_host": device.0});
+    let patch = |guest: &Guest| {
+        guest
+            .try_call("PATCH", "/drives/data", Some(&same))
+            .unwrap()
+    };
+    let (status, answer) = patch(&guest);
+    assert_eq!(status, 204, "{answer}");
+    drop(guest);
+
+    let guest = Guest::start(&path("a"), &[&arguments[..], &["--disk", &drive]].concat());
+    guest.echoes();
+    guest.set_state("Paused");
+    assert_eq!(guest.save("full", "Full").0, 204);
+    let state = guest.folder.join("full.state");
+    drop(guest);
+    let again = Guest::start(&path("b"), &["--restore", state.to_str().unwrap()]);
+    again.echoes();
+    drop(again);
+    file.set_len(4 << 20).unwrap();
+    let grown = Command::new("losetup").args(["-c", &device.0]).status();
+    assert!(grown.unwrap().success());
+    let refused = coppice()
+        .args(["run", "--restore", state.to_str().unwrap()])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        printed.contains("a block device of 2097152 bytes"),
+        "{printed}"
     );
 }
 
