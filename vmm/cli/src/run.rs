@@ -24,6 +24,20 @@ use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use control::logging::{LogFilter, LogFormat};
 use jail::{Confinement, SeccompMode};
 
+/// Sets what is given of the serial console.
+fn set_serial(config: &mut VmConfig, path: Option<PathBuf>, rate: Option<u64>) {
+    if path.is_none() && rate.is_none() {
+        return;
+    }
+    let serial = config.serial.get_or_insert_default();
+    if path.is_some() {
+        serial.serial_out_path = path;
+    }
+    if let Some(rate) = rate {
+        serial.rate_limiter = Some(TokenBucketConfig::per_second(rate));
+    }
+}
+
 fn serial_rate(text: &str) -> Result<u64, String> {
     parse_rate(text).ok_or_else(|| format!("not {RATE}"))
 }
@@ -454,14 +468,7 @@ impl RunArguments {
         if let Some(metrics_path) = self.metrics {
             config.metrics = Some(MetricsConfig { metrics_path });
         }
-        if let Some(path) = self.serial {
-            let serial = config.serial.get_or_insert_default();
-            serial.serial_out_path = Some(path);
-        }
-        if let Some(rate) = self.serial_rate {
-            let serial = config.serial.get_or_insert_default();
-            serial.rate_limiter = Some(TokenBucketConfig::per_second(rate));
-        }
+        set_serial(&mut config, self.serial, self.serial_rate);
         config.validate()?;
         Ok(config)
     }

@@ -34,6 +34,7 @@ impl Compared {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a line or two for each request")]
 fn a_request_makes_of_settings_what_it_makes_of_the_process() {
     let bench = Bench::new();
     let at = |name: &str| file(bench.folder.path(), name);
