@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 
@@ -22,6 +23,7 @@ use devices::service::{Service, Session};
 use devices::virtio::balloon::{BalloonConfig, VirtioBalloon};
 use devices::virtio::block::{BlockConfig, VirtioBlock};
 use devices::virtio::mmio::MmioTransport;
+use devices::virtio::net::{Link, NetConfig, NetLimits, Offloads, VirtioNet};
 use devices::virtio::pmem::{MappingFigures, PmemConfig, VirtioPmem};
 use devices::virtio::rng::VirtioRng;
 use devices::virtio::vsock::{VirtioVsock, VsockConfig};
@@ -112,6 +114,42 @@ fn vsock() -> VirtioVsock {
     VirtioVsock::new(config, interrupt()).unwrap()
 }
 
+/// A network on which nothing happens.
+struct NoNetwork(UnixStream);
+
+impl Link for NoNetwork {
+    fn pairs(&self) -> u16 {
+        1
+    }
+
+    fn queue(&self, _: u16) -> Option<BorrowedFd<'_>> {
+        Some(self.0.as_fd())
+    }
+
+    fn has_uso(&self) -> bool {
+        true
+    }
+
+    fn use_pairs(&self, _: u16) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn set_offloads(&self, _: Offloads) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn net() -> VirtioNet {
+    let config = NetConfig {
+        link: Box::new(NoNetwork(UnixStream::pair().unwrap().0)),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: None,
+        limits: NetLimits::default(),
+        station: None,
+    };
+    VirtioNet::new(config, interrupt()).unwrap()
+}
+
 /// Adds a virtio device and its transport.
 fn add(list: &mut DeviceList, id: &str, device: impl VirtioDevice + 'static) {
     let memory = devices::GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
@@ -140,6 +178,7 @@ fn one_of_each() -> DeviceList {
     add(&mut list, "rng", VirtioRng::new(interrupt()).unwrap());
     add(&mut list, "balloon", balloon());
     add(&mut list, "vsock", vsock());
+    add(&mut list, "eth0", net());
     list
 }
 

@@ -156,6 +156,8 @@ pub struct VirtioNet {
     offered: u64,
     active: Option<Active>,
     restored: Option<Restored>,
+    /// It was restored and has not gone on since: the network may not know where the guest is.
+    is_elsewhere: bool,
     paused: bool,
     metrics: Arc<NetMetrics>,
     on_fault: Option<Arc<OnFault>>,
@@ -210,6 +212,7 @@ impl VirtioNet {
             },
             active: None,
             restored: None,
+            is_elsewhere: false,
             paused: false,
             metrics: Arc::default(),
             on_fault: None,
@@ -323,19 +326,20 @@ impl Device for VirtioNet {
         for queue in 0..self.kicks.len() {
             self.kick(queue);
         }
-        let announces = self.config.announces();
+        self.interrupt.raise_restored();
         let can_announce = self
             .active
             .as_ref()
             .is_some_and(|active| has(active.features, VIRTIO_NET_F_GUEST_ANNOUNCE));
-        self.interrupt.raise_restored();
-        if announces && can_announce {
+        if std::mem::take(&mut self.is_elsewhere) && can_announce {
+            self.config.set_announces(true);
             self.interrupt.signal_config_change();
         }
     }
 
     fn reset(&mut self) {
         self.restored = None;
+        self.is_elsewhere = false;
         self.config.set_announces(false);
         self.stop();
     }

@@ -107,7 +107,8 @@ impl VirtioNet {
             serving: state.serving,
             offloads: state.offloads,
         });
-        self.config.set_announces(true);
+        self.config.set_announces(state.announces);
+        self.is_elsewhere = true;
         self.pause();
         Ok(())
     }
