@@ -4,6 +4,7 @@
 #   vmlinuz              Debian's cloud kernel
 #   initrd.cpio.gz       modules, busybox and `init` (resources/guest/init)
 #   host-initrd.cpio.gz  the same for the lab's host: KVM and PCI modules, `host-init`
+#   modules/             what nft(8) needs of the kernel, and veth, for a scenario that loads them itself
 #   root.raw, root.vhdx  ext4 with busybox
 #   full.vhdx            ext4 with bash, coreutils and python3
 #   bench.vhdx           ext4 with busybox, and 40 MiB to read that do not compress
@@ -108,6 +109,14 @@ initrd initrd init virtio_ring virtio virtio_mmio virtio_blk:0x0002 virtio-rng:0
 # with it; the newer one was not tried again.
 initrd host-initrd host-init irqbypass kvm:tdp_mmu=N kvm-amd virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev \
     virtio_pci virtio_blk tun
+
+rm -rf "$out/modules"
+mkdir -p "$out/modules"
+for module in nfnetlink libcrc32c nf_tables nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_nat nft_chain_nat nft_nat nft_masq nft_ct \
+    nft_fib nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet nf_reject_ipv4 nf_reject_ipv6 nft_reject nft_reject_inet nft_objref veth; do
+    cp "$(find "$modules" -name "$module.ko" | grep .)" "$out/modules/"
+    echo "$module" >>"$out/modules/order"
+done
 
 # rootfs NAME TREE SIZE: an ext4 file system as raw file and as VHDX.
 rootfs() {

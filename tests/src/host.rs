@@ -283,6 +283,15 @@ fn make_disk(root: &Path, lab: &Path, chosen: &[&Scenario]) -> Result<PathBuf, F
     {
         files.push((root.join("target/coppice.deb"), "coppice.deb".to_owned()));
     }
+    if is_chosen("guests_of_a_daemons_network") {
+        files.extend(peer::nft()?);
+        let modules = guest.join("modules");
+        for entry in fs::read_dir(&modules).map_err(io(&modules))? {
+            let entry = entry.map_err(io(&modules))?;
+            let name = entry.file_name().display().to_string();
+            files.push((entry.path(), format!("guest/modules/{name}")));
+        }
+    }
     if is_chosen("disk_bench") {
         files.push((fio_disk(lab)?, "guest/fio.raw".to_owned()));
     }

@@ -1,5 +1,5 @@
 //! Programs of Debian that benchmarks need in the lab's host, which is no Debian: they are copied from this machine
-//! together with their libraries. They are the peer, QEMU with its microvm machine, and fio.
+//! together with their libraries. They are the peer, QEMU with its microvm machine, fio, and nft.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,6 +7,7 @@ use std::process::Command;
 use crate::result::Failure;
 
 const BINARY: &str = "/usr/bin/qemu-system-x86_64-microvm";
+const NFT: &str = "/usr/sbin/nft";
 const FIO: &str = "/usr/bin/fio";
 const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 /// The files that QEMU reads: firmware, and the code that enters a PVH kernel.
@@ -32,6 +33,13 @@ pub fn fio() -> Result<Vec<(PathBuf, String)>, Failure> {
     Ok(files)
 }
 
+/// nft's files on this machine, and their paths on the lab disk.
+pub fn nft() -> Result<Vec<(PathBuf, String)>, Failure> {
+    let mut files = vec![(PathBuf::from(NFT), "nft/nft".to_owned())];
+    files.extend(libraries(NFT, "nft/lib")?);
+    Ok(files)
+}
+
 /// The libraries of a program, and the loader, which gets the path of their folder.
 fn libraries(program: &str, folder: &str) -> Result<Vec<(PathBuf, String)>, Failure> {
     let output = Command::new(LOADER)
@@ -40,7 +48,7 @@ fn libraries(program: &str, folder: &str) -> Result<Vec<(PathBuf, String)>, Fail
         .map_err(Failure::io("list a program's libraries"))?;
     if !output.status.success() {
         return Failure::claim(format!(
-            "{program} is needed (Debian: qemu-system-x86, fio): {}",
+            "{program} is needed (Debian: qemu-system-x86, fio, nftables): {}",
             String::from_utf8_lossy(&output.stderr).trim()
         ));
     }

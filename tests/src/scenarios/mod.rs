@@ -18,6 +18,7 @@ mod pmem;
 mod restore;
 mod serve;
 mod serve_jailed;
+mod serve_network;
 mod share;
 mod snapshot;
 mod soak;
@@ -225,6 +226,10 @@ pub const ALL: &[Scenario] = &[
     test(
         "a_guest_gets_its_address_and_talks_over_a_tap_and_a_saved_one_goes_on_over_another",
         network::talks,
+    ),
+    test(
+        "guests_of_a_daemons_network_reach_what_it_says_and_clones_have_addresses_of_their_own",
+        serve_network::reaches,
     ),
     test(
         "guests_of_the_daemon_are_cloned_outlive_it_and_leave_nothing",

@@ -16,7 +16,7 @@ use crate::result::{Failure, Figures};
 /// MiB that are moved each way.
 const MIB: u32 = 16;
 /// What udhcpc(8) runs with what it was given.
-const LEASED: &str = "echo '#!/bin/sh
+pub(super) const LEASED: &str = "echo '#!/bin/sh
 [ \"$1\" = bound ] || exit 0
 ip addr add $ip/$mask dev $interface
 ip route add default via $router
@@ -28,7 +28,7 @@ const SCRIPT: &str = "ip link set lo up; ip link set eth0 up; \
     echo SUM $(md5sum </tmp/www/file) END; echo READY; while read line; do eval \"$line\"; done";
 
 /// Runs a program of the lab's host.
-fn host(line: &str) -> Result<(), Failure> {
+pub(super) fn host(line: &str) -> Result<(), Failure> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
     command(Command::new(program).args(words))

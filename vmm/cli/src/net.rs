@@ -1,11 +1,11 @@
-//! `--net tap=NAME|fd=N[,option...]`.
+//! `--net tap=NAME|fd=N|network=NAME[,option...]`.
 
 use std::net::IpAddr;
 use std::str::FromStr;
 
 use super::disk::split;
 use config::{
-    Bytes, LeaseConfig, MacAddressError, NetworkInterfaceConfig, RateLimiterConfig,
+    Bytes, LeaseConfig, MacAddressError, NetworkInterfaceConfig, PublishedError, RateLimiterConfig,
     TokenBucketConfig,
 };
 
@@ -19,11 +19,13 @@ pub struct NetArgument {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NetError {
     /// It names no tap.
-    #[error("names no tap: write tap=NAME or fd=N in front of the other options")]
+    #[error(
+        "names no tap: write tap=NAME or fd=N in front of the other options; a guest of the daemon can have network=NAME"
+    )]
     NoTap,
     /// An option is unknown.
     #[error(
-        "{0:?} is not an option of a network interface: tap=NAME, fd=N[:N...], id=ID, mac=MAC, mtu=N, rate=SIZE, ops=N, queues=N, ip=ADDRESS/LENGTH, gw=ADDRESS, dns=ADDRESS, host=NAME"
+        "{0:?} is not an option of a network interface: tap=NAME, fd=N[:N...], network=NAME, publish=[IP:]PORT:GUEST-PORT[/udp], id=ID, mac=MAC, mtu=N, rate=SIZE, ops=N, queues=N, ip=ADDRESS/LENGTH, gw=ADDRESS, dns=ADDRESS, host=NAME"
     )]
     UnknownOption(String),
     /// An option is given twice.
@@ -42,6 +44,9 @@ pub enum NetError {
     /// The address is none.
     #[error("mac")]
     Mac(#[source] MacAddressError),
+    /// The port is none.
+    #[error("publish")]
+    Publish(#[source] PublishedError),
 }
 
 /// Sets an option that is given once.
@@ -78,6 +83,10 @@ impl FromStr for NetArgument {
                     let name = format!("fd:{value}");
                     set("the tap", &mut interface.host_dev_name, name)?;
                 }
+                "network" => set("the network", &mut interface.network, value.to_owned())?,
+                "publish" => interface
+                    .publish
+                    .push(value.parse().map_err(NetError::Publish)?),
                 "id" => set(option, &mut id, value.to_owned())?,
                 "mac" => {
                     let mac = value.parse().map_err(NetError::Mac)?;
@@ -124,7 +133,7 @@ impl FromStr for NetArgument {
                 _ => return Err(NetError::UnknownOption(part)),
             }
         }
-        if interface.host_dev_name.is_none() {
+        if interface.host_dev_name.is_none() && interface.network.is_none() {
             return Err(NetError::NoTap);
         }
         let limiter = RateLimiterConfig { bandwidth, ops };
@@ -186,6 +195,11 @@ mod tests {
             .into_interface(|name| name == "eth0");
         assert_eq!(plain.iface_id, "eth1");
         assert_eq!(plain.descriptors(), Some(vec![7, 8]));
+        let in_network = parse("network=lan,publish=8080:80,publish=127.0.0.1:53:53/udp")
+            .unwrap()
+            .into_interface(|_| false);
+        assert_eq!(in_network.network.as_deref(), Some("lan"));
+        assert_eq!(in_network.publish.len(), 2);
         assert_eq!((plain.lease, plain.rx_rate_limiter), (None, None));
     }
 
@@ -212,6 +226,10 @@ mod tests {
                 "{error}"
             );
         }
+        assert!(matches!(
+            parse("network=a,publish=80"),
+            Err(NetError::Publish(_))
+        ));
         assert!(matches!(
             parse("tap=a,mac=ff:ff:ff:ff:ff:ff"),
             Err(NetError::Mac(_))

@@ -1,6 +1,7 @@
 //! The arguments of `coppice run`, and the options that follow from them together with a configuration file, or with
 //! the launch specification of the host daemon.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -112,7 +113,10 @@ pub struct RunArguments {
     /// prefix, its router, its servers of names (up to 3), its name. With an IPv6 network of 64 bits, ip can be given
     /// once more: the guest takes its addresses of it. Its own process answers the guest, and nothing of that goes to
     /// the tap. Without ip, the network has to answer.
-    #[arg(long, value_name = "tap=NAME|fd=N[,OPTION...]", verbatim_doc_comment, value_parser = with_sources::<NetArgument>)]
+    /// network, publish: for a guest of the daemon (`coppice vm create`), instead of a tap: the network of the daemon
+    /// that it is in, which gives it its addresses; [IP:]PORT:GUEST-PORT[/udp], a port of the host that leads to the
+    /// guest. Can be repeated.
+    #[arg(long, value_name = "tap=NAME|fd=N|network=NAME[,OPTION...]", verbatim_doc_comment, value_parser = with_sources::<NetArgument>)]
     pub net: Vec<NetArgument>,
     /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
     ///
@@ -313,6 +317,7 @@ impl RunArguments {
             held: false,
             restore: self.restore.take().map(|RestoreArgument(load)| load),
             metadata: self.metadata.take(),
+            taps: Vec::new(),
             confinement: self.confinement(),
             jailed: VmConfig::default(),
         };
@@ -329,11 +334,21 @@ impl RunArguments {
     }
 
     /// Joins the arguments of a process that the host daemon has started with the daemon's launch specification, and
-    /// checks the result.
+    /// the taps that came with it, and checks the result.
     ///
     /// # Errors
     /// [`UsageError`].
-    pub fn into_launched(mut self, spec: LaunchSpec) -> Result<RunOptions, UsageError> {
+    pub fn into_launched(
+        mut self,
+        spec: LaunchSpec,
+        taps: Vec<OwnedFd>,
+    ) -> Result<RunOptions, UsageError> {
+        if taps.len() != spec.taps.len() {
+            return Err(UsageError::Taps {
+                named: spec.taps.len(),
+                given: taps.len(),
+            });
+        }
         let (only_configure, restore) = match spec.purpose {
             Purpose::Configure => (true, None),
             Purpose::Boot => (false, None),
@@ -355,6 +370,7 @@ impl RunArguments {
             held: true,
             restore,
             metadata: spec.metadata,
+            taps: spec.taps.into_iter().zip(taps).collect(),
             confinement: Confinement {
                 jail: spec.jail,
                 seccomp: self.seccomp,

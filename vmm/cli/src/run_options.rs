@@ -1,5 +1,6 @@
 //! The options of `coppice run`.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use config::{LoadSnapshot, VmConfig};
@@ -33,4 +34,6 @@ pub struct RunOptions {
     pub restore: Option<LoadSnapshot>,
     /// A file with the guest's metadata.
     pub metadata: Option<PathBuf>,
+    /// Taps that the host daemon has made, by the network interface that each is for.
+    pub taps: Vec<(String, OwnedFd)>,
 }

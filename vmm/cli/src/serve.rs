@@ -8,11 +8,14 @@ use clap::Args;
 use rustix::process::geteuid;
 
 use super::serve_jail::ServeJailArgument;
+use super::serve_network::ServeNetworkArgument;
+use super::values::with_sources;
 use config::Mebibytes;
 use control::logging::{LogFilter, LogFormat};
 use daemon::serve::{
-    Allowed, JailPolicy, Limits, Options, ShareDomains, WebOptions, host_memory_kib,
+    Allowed, JailPolicy, Limits, NetworkPolicy, Options, ShareDomains, WebOptions, host_memory_kib,
 };
+use network::{Networks, SpecError};
 
 /// The variable that names the socket.
 pub const SOCKET_VARIABLE: &str = "COPPICE_SOCKET";
@@ -91,6 +94,33 @@ pub struct ServeArguments {
         verbatim_doc_comment
     )]
     pub jail: Option<ServeJailArgument>,
+    /// A network for guests: its name, its range of IPv4 addresses, and options behind commas: v6=PREFIX, isolated,
+    /// peers=allow, host=allow, metadata=allow, allow=DESTINATION, dns=ADDRESS, mtu=BYTES. Can be repeated.
+    ///
+    /// A guest is in it by `--net network=NAME` of `coppice vm create`, and gets an address, a MAC and a tap from the
+    /// daemon. Guests reach other hosts under the address of this one (NAT), and neither each other, nor this host, nor
+    /// the addresses at which a cloud tells of it. This takes root or `CAP_NET_ADMIN`, nft (package nftables), and
+    /// /dev/net/tun. Options:
+    /// v6: the prefix of IPv6 addresses, of which each guest has a /64: a /48 for a range of /16;
+    /// isolated: no packet leaves this host, but answers by a published port;
+    /// peers, host, metadata: guests reach each other; the addresses of this host; those at which a cloud tells of it;
+    /// allow: the only destinations outside: a range or a domain name, and a port or ports behind a colon
+    /// (`192.0.2.0/24:443`, `crates.io:443`, `[2001:db8::]/32:8000-8999`). Can be repeated;
+    /// dns: a server of names that guests are told and may ask [default: those of this host]. Can be repeated;
+    /// mtu: the longest packet [default: 1500].
+    #[arg(
+        long,
+        value_name = "NAME=RANGE[,OPTION...]",
+        verbatim_doc_comment,
+        value_parser = with_sources::<ServeNetworkArgument>
+    )]
+    pub network: Vec<ServeNetworkArgument>,
+    /// Take all of the networks away when the daemon ends: rules, routes, addresses, and the taps of guests that run on
+    /// [default: they stay, as guests do].
+    ///
+    /// A daemon of the same state folder that is started without --network takes them away at its start.
+    #[arg(long, requires = "network")]
+    pub remove_networks: bool,
     /// Which guests share pages with each other, where their configuration names no domain: those of one owner, or all.
     ///
     /// The owner is the user who made the guest, or the one whom its label `owner` names. Guests that share can learn
@@ -196,12 +226,24 @@ pub fn default_socket() -> PathBuf {
     }
 }
 
+/// Why the arguments of `coppice serve` stand for no options.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeOptionsError {
+    /// The networks cannot be together.
+    #[error("--network")]
+    Networks(#[from] SpecError),
+    /// The host does not report how much memory it has.
+    #[error("the memory of the host")]
+    Memory(#[from] std::io::Error),
+}
+
 impl ServeArguments {
     /// The options that the arguments stand for.
     ///
     /// # Errors
-    /// Where the host does not report how much memory it has.
-    pub fn into_options(self) -> std::io::Result<Options> {
+    /// [`ServeOptionsError`].
+    pub fn into_options(self) -> Result<Options, ServeOptionsError> {
+        let networks = self.network.into_iter().map(Into::into).collect();
         let default_mode = match (self.allow_uid.as_slice(), self.socket_group) {
             ([_, ..], _) => 0o666,
             ([], Some(_)) => 0o660,
@@ -231,6 +273,10 @@ impl ServeArguments {
             jail: self
                 .jail
                 .map_or_else(|| Some(JailPolicy::default()), Into::into),
+            networks: NetworkPolicy {
+                networks: Networks::new(networks)?,
+                remove: self.remove_networks,
+            },
             stop_guests: self.stop_guests.map(Duration::from_secs),
             share_domains: self.share_domains,
             own_layout: self.own_layout,

@@ -293,17 +293,30 @@ fn a_process_of_the_daemon_gets_its_guest_by_the_launch_specification_alone() {
         purpose: Purpose::Restore(LoadSnapshot::new("a,b".into())),
         jail: Some(JailConfig::default()),
         metadata: Some("m".into()),
+        taps: Vec::new(),
     };
     // The process works in its guest's folder.
     let folder = tempfile::tempdir().unwrap();
     std::env::set_current_dir(folder.path()).unwrap();
-    held(&[]).unwrap().into_launched(spec.clone()).unwrap_err();
+    held(&[])
+        .unwrap()
+        .into_launched(spec.clone(), Vec::new())
+        .unwrap_err();
     std::fs::write(
         CONFIG,
         r#"{"machine-config": {"vcpu_count": 3, "mem_size_mib": 128}}"#,
     )
     .unwrap();
-    let options = held(&[]).unwrap().into_launched(spec.clone()).unwrap();
+    let of_a_tap = LaunchSpec {
+        taps: vec!["eth0".into()],
+        ..spec.clone()
+    };
+    let lacking = held(&[]).unwrap().into_launched(of_a_tap, Vec::new());
+    assert!(matches!(lacking, Err(UsageError::Taps { .. })));
+    let options = held(&[])
+        .unwrap()
+        .into_launched(spec.clone(), Vec::new())
+        .unwrap();
     assert_eq!(options.config, VmConfig::default());
     assert_eq!(options.jailed.machine_config.vcpu_count, 3);
     assert_eq!(options.restore, Some(LoadSnapshot::new("a,b".into())));

@@ -25,6 +25,16 @@ pub enum UsageError {
     /// An argument of `coppice run` that `coppice vm create` does not take.
     #[error("{0} is the daemon's to decide")]
     DaemonsOwn(&'static str),
+    /// The host daemon has passed another number of taps than it has named interfaces.
+    #[error(
+        "launch specification: {named} network interfaces are named, and {given} taps were passed"
+    )]
+    Taps {
+        /// The interfaces.
+        named: usize,
+        /// The taps.
+        given: usize,
+    },
     /// A part of a boot source is given without a kernel.
     #[error("{0} needs --kernel, or a --config with a boot-source")]
     NeedsKernel(&'static str),

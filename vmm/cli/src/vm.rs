@@ -1,5 +1,6 @@
 //! The arguments of `coppice vm` and `coppice console`.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf, absolute};
 
 use clap::{Args, Subcommand};
@@ -8,7 +9,8 @@ use serde_json::{Map, Value, json};
 use super::run::RunArguments;
 use super::serve::default_socket;
 use super::usage_error::UsageError;
-use config::VmConfig;
+use super::values::with_sources;
+use config::{Published, VmConfig};
 use control::mmds::Mmds;
 use daemon::remote::GuestCommand;
 
@@ -63,9 +65,13 @@ pub struct CreateArguments {
     #[arg(long, value_name = "WHEN", default_value = "never", value_parser = ["never", "on-failure", "always"])]
     pub restart: String,
     /// Make the guest a clone of a template: it goes on from the saved state, with disks of its own. With --name,
-    /// --label, --metadata, --restart and --no-start alone.
+    /// --label, --metadata, --publish, --restart and --no-start alone.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["kernel", "config"])]
     pub template: Option<String>,
+    /// A port of the host that leads to the clone, by its interface: eth0=8080:80, eth0=192.0.2.1:53:53/udp. A guest
+    /// that is no clone has it in --net. Can be repeated.
+    #[arg(long, value_name = "INTERFACE=[IP:]PORT:GUEST-PORT[/udp]", requires = "template", value_parser = published)]
+    pub publish: Vec<(String, Published)>,
     /// A word to find it by: NAME=VALUE. Can be repeated.
     #[arg(long, value_name = "NAME=VALUE", value_parser = label)]
     pub label: Vec<(String, String)>,
@@ -77,6 +83,13 @@ pub struct CreateArguments {
 fn label(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+fn published(text: &str) -> Result<(String, Published), String> {
+    let (interface, port) = text
+        .split_once('=')
+        .ok_or("not INTERFACE=PORT:GUEST-PORT")?;
+    Ok((interface.to_owned(), with_sources(port)?))
 }
 
 /// Makes a path absolute, because the daemon has another working directory.
@@ -141,6 +154,13 @@ impl CreateArguments {
             .map(|(name, value)| (name, value.into()))
             .collect();
         body.insert("labels".to_owned(), labels.into());
+        if !self.publish.is_empty() {
+            let mut ports = BTreeMap::<_, Vec<_>>::new();
+            for (interface, port) in self.publish {
+                ports.entry(interface).or_default().push(port);
+            }
+            body.insert("publish".to_owned(), json!(ports));
+        }
         if let Some(path) = &run.metadata {
             let metadata = Mmds::default();
             metadata.read(path)?;

@@ -10,9 +10,10 @@
 //! ```
 //!
 //! Beyond Firecracker's fields there are `boot_protocol` of a boot source, `format`, `serial`, `num_queues`,
-//! `keep_space`, `parents` and `share` of a drive, `num_queue_pairs`, `network` and `lease` of a network interface,
-//! `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field that Coppice
-//! does not know is refused, and so is a value that it does not support, so that no part of a configuration is ignored.
+//! `keep_space`, `parents` and `share` of a drive, `num_queue_pairs`, `network`, `publish` and `lease` of a network
+//! interface, `mode`, `format` and `parents` of a pmem device, `vsock_port` of `mmds-config`, and `sharing`. A field
+//! that Coppice does not know is refused, and so is a value that it does not support, so that no part of a
+//! configuration is ignored.
 
 mod balloon;
 pub mod bodies;
@@ -32,6 +33,7 @@ mod mmds;
 mod network_interface;
 mod output;
 mod pmem;
+mod published;
 mod rate_limiter;
 mod sharing;
 mod size;
@@ -71,6 +73,7 @@ pub use mmds::{MmdsConfig, MmdsVersion};
 pub use network_interface::{LeaseConfig, NetworkInterfaceConfig, NetworkInterfaceUpdate};
 pub use output::{LogLevel, LoggerConfig, MetricsConfig, SerialConfig};
 pub use pmem::{PmemConfig, PmemMode, PmemUpdate};
+pub use published::{Protocol, Published, PublishedError};
 pub use rate_limiter::{RateLimiterConfig, TokenBucketConfig};
 pub use sharing::SharingConfig;
 pub use size::{Bytes, Mebibytes, SizeError};

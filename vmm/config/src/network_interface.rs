@@ -11,6 +11,7 @@ use super::error::check_id;
 use super::{ConfigError, DeviceConfig, MachineConfig, RateLimiterConfig};
 use crate::limits::MAX_VCPUS;
 use crate::mac::MacAddress;
+use crate::published::Published;
 
 /// The MTU that a guest can be given: the least of IPv4 (RFC 791), and what VIRTIO 1.2, 5.1.4.2 has room for.
 const MTU: std::ops::RangeInclusive<u16> = 68..=u16::MAX;
@@ -50,6 +51,11 @@ pub struct NetworkInterfaceConfig {
     /// The network of the daemon that it is in. Not in Firecracker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
+    /// Ports of the host that lead to the guest, as `[ADDRESS:]PORT:GUEST-PORT[/tcp|/udp]`; with `network` alone. Not
+    /// in Firecracker.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<String>)]
+    pub publish: Vec<Published>,
     /// What a DHCP client and IPv6's autoconfiguration of the guest get; no answer where absent. Not in Firecracker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeaseConfig>,
@@ -238,6 +244,13 @@ impl DeviceConfig for NetworkInterfaceConfig {
                     "the name of a network interface: 1 to 15 bytes without /, : and spaces",
                 ));
             }
+            (Some(_), Some(network)) => {
+                return Err(ConfigError::invalid(
+                    "network-interfaces.network",
+                    &format_args!("{network:.80?}"),
+                    "left out beside host_dev_name: an interface has a tap of its own, or is in a network",
+                ));
+            }
             (_, Some(network)) if !crate::is_guest_id(network) => {
                 return Err(ConfigError::invalid(
                     "network-interfaces.network",
@@ -246,6 +259,13 @@ impl DeviceConfig for NetworkInterfaceConfig {
                 ));
             }
             _ => {}
+        }
+        if let (None, Some(port)) = (&self.network, self.publish.first()) {
+            return Err(ConfigError::invalid(
+                "network-interfaces.publish",
+                port,
+                "left out where the interface is in no network of the daemon",
+            ));
         }
         if let Some(mtu) = self.mtu
             && !MTU.contains(&mtu)
@@ -264,6 +284,13 @@ impl DeviceConfig for NetworkInterfaceConfig {
                 "network-interfaces.num_queue_pairs",
                 &pairs,
                 expected,
+            ));
+        }
+        if self.network.is_some() && pairs != 1 {
+            return Err(ConfigError::invalid(
+                "network-interfaces.num_queue_pairs",
+                &pairs,
+                "1, as the interface is in a network",
             ));
         }
         if let Some(descriptors) = self.descriptors()
@@ -368,7 +395,17 @@ mod tests {
             (json!({"host_dev_name": "a/b"}), "host_dev_name"),
             (json!({"host_dev_name": "fd:2"}), "host_dev_name"),
             (json!({"host_dev_name": "fd:3:4"}), "host_dev_name"),
-            (json!({"network": "No"}), "network"),
+            (json!({"host_dev_name": null, "network": "No"}), "network"),
+            (json!({"network": "lan"}), "network"),
+            (
+                json!({"host_dev_name": null, "network": "lan", "num_queue_pairs": 2}),
+                "num_queue_pairs",
+            ),
+            (json!({"publish": ["8080:80"]}), "publish"),
+            (
+                json!({"host_dev_name": null, "network": "lan", "publish": ["80"]}),
+                "published port",
+            ),
             (
                 json!({"guest_mac": "01:00:5e:00:00:01"}),
                 "01:00:5e:00:00:01",

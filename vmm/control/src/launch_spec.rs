@@ -5,6 +5,8 @@
 //!        ── pid.json is written, one line of JSON, the end ──> process reads its `LaunchSpec`, and begins
 //! ```
 //!
+//! The taps of its network interfaces come with the first byte of the line, as descriptors (`SCM_RIGHTS`, unix(7)).
+//!
 //! The process is always of the same build as the daemon that starts it, so both sides refuse what they do not know.
 
 use std::io::{self, Read};
@@ -18,8 +20,10 @@ use jail::JailConfig;
 /// The configuration file of a guest that is not restored, in the folder that its process works in.
 pub const CONFIG: &str = "config.json";
 
-/// Longest line in bytes, with its end: what a pipe takes at once.
+/// Longest line in bytes, with its end: what a pipe takes at once, and a socket.
 pub const LONGEST_LINE: usize = 64 << 10;
+/// Most taps that come with it.
+pub const MOST_TAPS: usize = 32;
 
 /// What a process is started for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +47,9 @@ pub struct LaunchSpec {
     pub jail: Option<JailConfig>,
     /// A file with the guest's metadata.
     pub metadata: Option<PathBuf>,
+    /// The network interfaces whose taps the daemon has made, in the order of the descriptors.
+    #[serde(default)]
+    pub taps: Vec<String>,
 }
 
 /// Why a process does not know how to begin.
@@ -155,6 +162,7 @@ mod tests {
                 shared: Some(HOSTILE.into()),
             }),
             metadata: Some(HOSTILE.into()),
+            taps: vec!["eth0".to_owned(), "eth1".to_owned()],
         }
     }
 
@@ -195,6 +203,7 @@ mod tests {
                 purpose: purpose.clone(),
                 jail: None,
                 metadata: None,
+                taps: Vec::new(),
             };
             for spec in [spec(purpose), bare] {
                 let line = spec.to_line().unwrap();

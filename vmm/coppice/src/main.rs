@@ -10,7 +10,10 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, ExitCode};
 
-use cli::{Cli, Command, ImageCommand, RunArguments, ServeArguments, VmArguments, VmCommand};
+use cli::{
+    Cli, Command, ImageCommand, RunArguments, ServeArguments, ServeOptionsError, VmArguments,
+    VmCommand,
+};
 use control::logging::Log;
 use coppice::command_line::{fail, fail_with, log_warnings, parse};
 use coppice::warm::{self, WarmOutcome};
@@ -103,7 +106,7 @@ fn run_guest(arguments: RunArguments) -> ExitCode {
     let end_file = arguments.end_file.clone();
     let options = if arguments.held {
         match gate::wait() {
-            Ok(spec) => arguments.into_launched(spec),
+            Ok((spec, taps)) => arguments.into_launched(spec, taps),
             Err(error) if error.is_abandonment() => return fail_with(exit::FAILURE, &error),
             Err(error) => return refuse(end_file.as_deref(), &error),
         }
@@ -136,6 +139,7 @@ fn serve_guests(arguments: ServeArguments) -> ExitCode {
     }
     let options = match arguments.into_options() {
         Ok(options) => options,
+        Err(error @ ServeOptionsError::Networks(_)) => return fail_with(exit::USAGE, &error),
         Err(error) => return fail_with(exit::FAILURE, &error),
     };
     match serve::run(options) {

@@ -14,7 +14,7 @@ use parking_lot::Mutex;
 use vmm_sys_util::eventfd::EventFd;
 
 use cli::RunOptions;
-use config::{MmdsVersion, VmConfig, VsockConfig};
+use config::{MmdsVersion, NetworkInterfaceConfig, VmConfig, VsockConfig};
 use control::api::ApiServer;
 use control::console::{self, Console, ConsoleSocket};
 use control::logging::Log;
@@ -282,6 +282,7 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
         restore,
         held,
         metadata,
+        taps: given,
         only_configure,
         ..
     } = options;
@@ -310,6 +311,13 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
     // It is bound here because the process can make files anywhere only before it enters the jail.
     let vsock_socket = vsock_path.map(ApiSocket::bind).transpose()?;
     let mut taps = Taps::default();
+    for (iface_id, tap) in given {
+        let interface = NetworkInterfaceConfig {
+            iface_id,
+            ..NetworkInterfaceConfig::default()
+        };
+        taps.give(&interface, vec![tap])?;
+    }
     if !only_configure {
         taps.open(&config)?;
         taps.open_overrides(restore.as_ref())?;

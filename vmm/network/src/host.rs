@@ -4,10 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::OwnedFd;
 
+use config::Published;
 use ipnet::IpNet;
+use netlink_packet_route::route::RouteMessage;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::attachment::{Attachment, Published, TapName};
+use crate::attachment::{Attachment, TapName};
 use crate::egress::{Destination, DomainName};
 use crate::links::{self, Counters, Tap};
 use crate::netlink::{Netlink, NetlinkError, Request};
@@ -255,6 +257,28 @@ impl HostNetworks {
         Ok(())
     }
 
+    /// Lets what arrives at the interfaces of default routes be forwarded: others may have got such a route since.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn follow_default_routes(&mut self) -> Result<(), HostError> {
+        let routes = links::routes(&mut self.netlink)?;
+        let is_default = |route: &&RouteMessage| {
+            links::destination(route).is_some_and(|to| to.prefix_len() == 0)
+        };
+        let outside: BTreeSet<_> = routes
+            .iter()
+            .filter(is_default)
+            .flat_map(links::interfaces)
+            .collect();
+        for index in outside {
+            if let Some(name) = links::interface_name(&mut self.netlink, index)? {
+                sysctl::forward_from(&name)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Changes the table, which `self` describes already. Where the kernel's is another one, as somebody else changed
     /// or removed it, the whole is put in its place.
     fn change_rules(&self, text: &str) -> Result<(), HostError> {
@@ -348,29 +372,17 @@ impl HostNetworks {
             .values()
             .flat_map(Attachment::outer)
             .collect();
-        let routes = links::routes(&mut self.netlink)?;
-        let is_default = |to: IpNet| to.prefix_len() == 0;
-        let mut stale = Vec::new();
-        let mut outside = BTreeSet::new();
-        for route in routes {
-            match links::destination(&route) {
-                Some(to)
-                    if links::is_ours(&route) && !wanted.contains(&to) && !guests.contains(&to) =>
-                {
-                    stale.push(links::delete_route(route));
-                }
-                Some(to) if is_default(to) => outside.extend(links::interfaces(&route)),
-                _ => {}
-            }
-        }
+        let is_stale = |route: &RouteMessage| {
+            let to = links::destination(route);
+            let is_known = to.is_none_or(|to| wanted.contains(&to) || guests.contains(&to));
+            links::is_ours(route) && !is_known
+        };
+        let routes = links::routes(&mut self.netlink)?.into_iter();
+        let stale = routes.filter(is_stale).map(links::delete_route).collect();
         self.netlink.send_all_but_gone(stale)?;
         self.netlink
             .send_all(wanted.into_iter().map(links::unreachable).collect())?;
-        for index in outside {
-            if let Some(name) = links::interface_name(&mut self.netlink, index)? {
-                sysctl::forward_from(&name)?;
-            }
-        }
+        self.follow_default_routes()?;
         if self.networks.iter().any(|network| network.prefix.is_some()) {
             sysctl::forward_ipv6()?;
         }

@@ -37,7 +37,7 @@ mod spec;
 mod sysctl;
 mod tap;
 
-pub use attachment::{Addresses, Attachment, Protocol, Published, PublishedError, TapName};
+pub use attachment::{Addresses, Attachment, TapName};
 pub use egress::{Destination, DomainName, Egress, EgressError, public_addresses};
 pub use host::{HostError, HostNetworks, remove_all};
 pub use links::Counters;

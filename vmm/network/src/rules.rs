@@ -7,9 +7,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::net::IpAddr;
 
+use config::Published;
 use ipnet::{IpNet, Ipv6Net};
 
-use crate::attachment::{Attachment, Published};
+use crate::attachment::Attachment;
 use crate::egress::{Destination, DomainName, Egress};
 use crate::mac::address_in;
 use crate::spec::{Access, METADATA, Network, Networks, Outside, ranges};

@@ -55,6 +55,8 @@ pub enum Reservation {
     Memory,
     /// A context identifier that no other guest has.
     Cid,
+    /// Addresses in a network.
+    Network,
 }
 
 /// What an operation does to the life of a guest.

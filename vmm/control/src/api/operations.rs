@@ -320,7 +320,8 @@ pub static GUEST_OPERATIONS: [GuestOperation; 49] = [
         "/network-interfaces/{interface}",
         "Adds or replaces a network interface, before the start.",
         &AddsDevice::<NetworkInterfaceConfig>(PhantomData),
-    ),
+    )
+    .reserves(Reservation::Network),
     patch(
         "/network-interfaces/{interface}",
         "Changes the rate limits of a network interface, after the start, and whenever the guest \

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 pub mod daemon;
+pub mod host_network;
 pub mod kernel;
 pub mod liar;
 pub mod lies;

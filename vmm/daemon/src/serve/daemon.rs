@@ -18,6 +18,7 @@ use super::guarded_files::GuardedFiles;
 use super::images::Images;
 use super::jail::Jails;
 use super::metrics::DaemonMetrics;
+use super::networks::{GuestNetworks, Others};
 use super::peer::Allowed;
 use super::record::JailResources;
 use super::record_key::RecordKey;
@@ -44,6 +45,8 @@ pub struct Daemon {
     pub limits: Limits,
     /// The jails of its guests.
     pub jails: Jails,
+    /// The networks of its guests.
+    pub networks: Arc<GuestNetworks>,
     /// With whom its guests share, where they do not say.
     pub share_domains: ShareDomains,
     /// What its guests share.
@@ -77,6 +80,8 @@ pub struct Parts {
     pub limits: Limits,
     /// The jails of its guests.
     pub jails: Jails,
+    /// The networks of its guests.
+    pub networks: GuestNetworks,
     /// With whom its guests share, where they do not say.
     pub share_domains: ShareDomains,
     /// Who may call.
@@ -97,6 +102,7 @@ impl Daemon {
             key: parts.key,
             limits: parts.limits,
             jails: parts.jails,
+            networks: Arc::new(parts.networks),
             share_domains: parts.share_domains,
             guarded_files: GuardedFiles::default(),
             allowed: parts.allowed,
@@ -144,6 +150,14 @@ impl Daemon {
     pub fn vm(&self, id: &str) -> Result<Arc<Vm>, Fault> {
         let vm = self.vms().get(id).cloned();
         vm.ok_or_else(|| Fault::NoVm(id.to_owned()))
+    }
+
+    /// What other guests than `id` have in networks. The registry is locked meanwhile.
+    pub fn others_in_networks(id: &str, vms: &Vms) -> Others {
+        let others = vms.values().filter(|vm| vm.id != id);
+        let of = |vm: &Arc<Vm>| (vm.id.clone(), vm.now().interfaces.clone());
+        let in_networks = others.map(of).filter(|(_, own)| !own.is_empty());
+        in_networks.collect()
     }
 
     /// What the jail of a new guest takes of the host, beside those of `others`. The registry is locked meanwhile, so

@@ -10,9 +10,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::admission::Refusal;
+use super::network_fault::NetworkFault;
 use super::record::State;
 use config::{ConfigError, DeviceIdError};
 use host::report::chain;
+use network::HostError;
 
 /// The error of a library, or a text.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -154,6 +156,12 @@ pub enum Fault {
     /// Another guest has the identifier.
     #[error("vsock.guest_cid: another guest has {0}: leave it out, and one is made up")]
     CidTaken(u32),
+    /// An interface cannot be in a network.
+    #[error(transparent)]
+    Network(#[from] NetworkFault),
+    /// The host does not have the network of a guest.
+    #[error("the network of the guest cannot be had")]
+    HostNetwork(#[from] HostError),
     /// The state folder.
     #[error("the state folder")]
     Store(#[source] io::Error),
@@ -203,6 +211,7 @@ impl Fault {
             | Self::Config(_)
             | Self::DeviceId(_)
             | Self::Invalid { .. }
+            | Self::Network(_)
             | Self::LongPath(_) => StatusCode::BAD_REQUEST,
             Self::DidNotStart(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Forbidden(_) | Self::ReadOnly => StatusCode::FORBIDDEN,
@@ -231,7 +240,7 @@ impl Fault {
                 StatusCode::PAYLOAD_TOO_LARGE
             }
             Self::Store(_) | Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Spawn(_) | Self::Busy(_) | Self::TooManyConnections => {
+            Self::Spawn(_) | Self::HostNetwork(_) | Self::Busy(_) | Self::TooManyConnections => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
             Self::Unreachable { .. } => StatusCode::BAD_GATEWAY,

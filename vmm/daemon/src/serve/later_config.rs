@@ -21,7 +21,7 @@ use serde_json::Value;
 use super::daemon::Daemon;
 use super::fault::Fault;
 use super::identity::OWN_PART;
-use super::record::LaterConfig;
+use super::record::{Interfaces, LaterConfig};
 use super::vm::Vm;
 use config::VmConfig;
 use control::api::{DiskEffect, GuestOperation, GuestSettings};
@@ -90,6 +90,33 @@ impl Daemon {
             images,
             disk,
         })
+    }
+
+    /// Has a guest that waits have what its interfaces get by a change. Gives what they had before.
+    ///
+    /// # Errors
+    /// `Network`; the guest is as before then.
+    pub fn plan_interfaces(&self, vm: &Vm, proposed: &ProposedChange) -> Result<Interfaces, Fault> {
+        let vms = self.vms();
+        let before = vm.now().interfaces.clone();
+        if let Some(config) = &proposed.later.config {
+            let own = (&before, &Interfaces::new());
+            let others = Self::others_in_networks(&vm.id, &vms);
+            let planned = self.networks.plan(&vm.id, config, own, &others)?;
+            vm.change(|now| now.interfaces = planned);
+        }
+        Ok(before)
+    }
+
+    /// Ends what [`Daemon::plan_interfaces`] began: the guest has either what that gave it, or what it had `before`.
+    pub fn settle_interfaces(&self, vm: &Vm, before: &Interfaces, is_done: bool) {
+        if is_done {
+            let now = vm.now().interfaces.clone();
+            self.networks.give_back(before, &now);
+        } else {
+            let planned = vm.change(|now| std::mem::replace(&mut now.interfaces, before.clone()));
+            self.networks.give_back(&planned, before);
+        }
     }
 
     /// Records a change that the process of a guest has accepted.

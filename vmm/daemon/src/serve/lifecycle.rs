@@ -19,12 +19,12 @@ use axum::http::Method;
 use serde_json::json;
 use tokio::sync::OwnedMutexGuard;
 
-use super::daemon::Daemon;
+use super::daemon::{Daemon, Vms};
 use super::events::EventKind;
 use super::fault::Fault;
 use super::identity;
 use super::proxy;
-use super::record::{LaterConfig, Pending, Phase, Record, State, VmSpec};
+use super::record::{Interfaces, LaterConfig, Pending, Phase, Record, State, VmSpec};
 use super::spec::Resolved;
 use super::status::now_ms;
 use super::task::blocking;
@@ -106,16 +106,19 @@ impl Daemon {
         let cid = Self::cid_for(spec, &config, vms.values())?;
         identity::identify(&mut config, cid);
         self.share_domains.assign(&mut config, uid, &spec.labels);
+        let jail = self.jail_for(id, &vms)?;
+        let interfaces = self.plan_new(id, spec, &mut config, &vms)?;
         let record = Record {
             spec: spec.clone(),
             uid,
             created_ms: now_ms(),
             phase: Phase::Creating,
             state: State::Creating,
-            jail: self.jail_for(id, &vms)?,
+            jail,
             images,
             loaded: spec.template.is_some(),
             cid,
+            interfaces,
             disks: BTreeMap::new(),
             former_disks: BTreeSet::new(),
             formats: BTreeMap::new(),
@@ -128,6 +131,8 @@ impl Daemon {
         let vm = Vm::new(id.to_owned(), folder, record, &config);
         let others: Vec<_> = vms.values().map(|vm| vm.load()).collect();
         if let Err(refusal) = self.limits.admit(&others, &vm.load()) {
+            self.networks
+                .give_back(&vm.now().interfaces, &Interfaces::new());
             self.events.tell(
                 EventKind::Refused,
                 Some(id),
@@ -140,6 +145,30 @@ impl Daemon {
         let operation = operation.map_err(|error| Fault::Internal(error.into()))?;
         vms.insert(id.to_owned(), vm.clone());
         Ok(Claim::New(vm, operation, Box::new(config)))
+    }
+
+    /// Plans the interfaces of a new guest, and completes its configuration by them.
+    fn plan_new(
+        &self,
+        id: &str,
+        spec: &VmSpec,
+        config: &mut VmConfig,
+        vms: &Vms,
+    ) -> Result<Interfaces, Fault> {
+        let inherited = match &spec.template {
+            Some(template) => self.templates().get(template)?.interfaces,
+            None => Interfaces::new(),
+        };
+        let none = Interfaces::new();
+        let others = Self::others_in_networks(id, vms);
+        let planned = self
+            .networks
+            .plan(id, config, (&none, &inherited), &others)?;
+        if let Err(fault) = self.networks.complete(id, config, &planned) {
+            self.networks.give_back(&planned, &none);
+            return Err(fault.into());
+        }
+        Ok(planned)
     }
 
     async fn build(self: &Arc<Self>, vm: &Arc<Vm>, config: VmConfig) -> Result<(), Fault> {

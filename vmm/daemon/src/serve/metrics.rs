@@ -15,8 +15,9 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use super::networks::NetworkStatus;
 use super::record::State;
-use super::status::VmStatus;
+use super::status::{InterfaceStatus, NetworkCounters, VmStatus};
 use host::procfs::Usage;
 
 type Origin = [(&'static str, &'static str); 1];
@@ -119,6 +120,7 @@ impl DaemonMetrics {
     pub fn encode(
         &self,
         guests: Vec<VmStatus>,
+        networks: NetworkFigures,
         process: Option<Usage>,
     ) -> Result<String, fmt::Error> {
         let mut registry = Registry::with_prefix("coppice");
@@ -160,10 +162,138 @@ impl DaemonMetrics {
             "Lines of guests' processes that were asked for counters and gave something else, or too much",
             self.samples_left_out.clone(),
         );
+        registry.register_collector(Box::new(OfNetworks {
+            figures: networks,
+            interfaces: guests.iter().flat_map(interfaces_of).collect(),
+        }));
         registry.register_collector(Box::new(Guests { guests, process }));
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)
+    }
+}
+
+/// What the daemon knows of its networks at one moment.
+#[derive(Debug, Default)]
+pub struct NetworkFigures {
+    /// All of them.
+    pub networks: Vec<NetworkStatus>,
+    /// How often their rules were put back.
+    pub repairs: u64,
+}
+
+/// An interface, with the name of its guest.
+fn interfaces_of(vm: &VmStatus) -> impl Iterator<Item = (String, InterfaceStatus)> {
+    let own = vm.networks.iter();
+    own.map(|interface| (vm.id.clone(), interface.clone()))
+}
+
+#[derive(Debug)]
+struct OfNetworks {
+    figures: NetworkFigures,
+    interfaces: Vec<(String, InterfaceStatus)>,
+}
+
+/// A figure of a network: its name, its meaning, and its value.
+type OfNetwork = (&'static str, &'static str, fn(&NetworkStatus) -> u64);
+/// A counter of an interface.
+type OfInterface = (
+    &'static str,
+    Option<Unit>,
+    &'static str,
+    fn(&NetworkCounters) -> u64,
+);
+
+const OF_NETWORK: [OfNetwork; 4] = [
+    (
+        "network_addresses_used",
+        "IPv4 addresses of a network that guests have",
+        |network| network.addresses_used,
+    ),
+    (
+        "network_addresses_free",
+        "IPv4 addresses of a network that are left for guests",
+        |network| network.addresses_free,
+    ),
+    (
+        "network_guests",
+        "Interfaces of guests in a network",
+        |network| network.guests.len() as u64,
+    ),
+    (
+        "network_unresolved_names",
+        "Names in the allow-list of a network that have no address",
+        |network| network.unresolved.len() as u64,
+    ),
+];
+
+const OF_INTERFACE: [OfInterface; 5] = [
+    (
+        "vm_network_received",
+        Some(Unit::Bytes),
+        "What a guest has received from its network since its process began",
+        |counters| counters.received_bytes,
+    ),
+    (
+        "vm_network_received_packets",
+        None,
+        "Frames that a guest has received from its network",
+        |counters| counters.received_packets,
+    ),
+    (
+        "vm_network_received_dropped",
+        None,
+        "Frames that were lost as a guest did not take them in time",
+        |counters| counters.received_dropped,
+    ),
+    (
+        "vm_network_sent",
+        Some(Unit::Bytes),
+        "What a guest has sent to its network since its process began",
+        |counters| counters.sent_bytes,
+    ),
+    (
+        "vm_network_sent_packets",
+        None,
+        "Frames that a guest has sent to its network",
+        |counters| counters.sent_packets,
+    ),
+];
+
+impl Collector for OfNetworks {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let networks = &self.figures.networks;
+        if networks.is_empty() {
+            return Ok(());
+        }
+        for (name, help, figure) in OF_NETWORK {
+            let kind = ConstGauge::new(0u64).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for network in networks {
+                let labels = [("network", network.name.as_str())];
+                ConstGauge::new(figure(network)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        let repairs = ConstCounter::new(self.figures.repairs);
+        let help =
+            "Times that the rules of the networks were put back, as somebody had taken them away";
+        let kind = repairs.metric_type();
+        repairs.encode(encoder.encode_descriptor("network_rule_repairs", help, None, kind)?)?;
+        let counted = self.interfaces.iter();
+        let counted = counted.filter_map(|(vm, own)| Some((vm, own, own.counters?)));
+        let counted: Vec<_> = counted.collect();
+        if counted.is_empty() {
+            return Ok(());
+        }
+        for (name, unit, help, figure) in OF_INTERFACE {
+            let kind = ConstCounter::new(0u64).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, unit.as_ref(), kind)?;
+            for (vm, own, counters) in &counted {
+                let labels = [("vm", vm.as_str()), ("interface", own.iface_id.as_str())];
+                ConstCounter::new(figure(counters)).encode(family.encode_family(&labels)?)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -266,7 +396,10 @@ impl Collector for Guests {
 mod tests {
     use std::fmt::Write as _;
 
+    use std::net::Ipv4Addr;
+
     use expect_test::expect_file;
+    use network::{Addresses, Attachment, Network, mac_of};
 
     use super::super::record::RestartPolicy;
     use super::super::status::MemorySplit;
@@ -278,7 +411,9 @@ mod tests {
         own.answered(&Method::GET, 200, Duration::from_millis(2));
         own.made(true, Duration::from_millis(20));
         own.samples_left_out(3);
-        let text = own.encode(Vec::new(), None).unwrap();
+        let text = own
+            .encode(Vec::new(), NetworkFigures::default(), None)
+            .unwrap();
         assert!(
             text.contains("coppice_daemon_requests_total{method=\"GET\",code=\"200\"} 1"),
             "{text}"
@@ -297,7 +432,9 @@ mod tests {
     #[test]
     fn no_metric_of_a_guest_has_the_name_of_one_of_the_daemons() {
         let own = DaemonMetrics::default();
-        let text = own.encode(vec![guest()], Some(Usage::default())).unwrap();
+        let text = own
+            .encode(vec![guest()], networks(), Some(Usage::default()))
+            .unwrap();
         let own: Vec<_> = text
             .lines()
             .filter_map(|line| line.strip_prefix("# TYPE "))
@@ -335,7 +472,32 @@ mod tests {
             vsock: None,
             guest_uid: None,
             unreadable: None,
+            networks: vec![interface()],
             config: None,
+        }
+    }
+
+    fn interface() -> InterfaceStatus {
+        let v4 = Ipv4Addr::new(10, 1, 0, 2);
+        let addresses = Addresses { v4, v6: None };
+        let attachment = Attachment {
+            network: "lan".to_owned(),
+            outer: addresses,
+            inner: addresses,
+            mac: mac_of(v4),
+            published: Vec::new(),
+        };
+        InterfaceStatus {
+            counters: Some(NetworkCounters::default()),
+            ..InterfaceStatus::new("eth0", &attachment)
+        }
+    }
+
+    fn networks() -> NetworkFigures {
+        let lan = Network::new("lan", "10.1.0.0/16".parse().unwrap());
+        NetworkFigures {
+            networks: vec![NetworkStatus::new(&lan, (1, 2), Vec::new(), Vec::new())],
+            repairs: 1,
         }
     }
 
@@ -363,7 +525,9 @@ mod tests {
     fn the_reference_of_the_daemons_metrics_is_current() {
         let own = DaemonMetrics::default();
         own.answered(&Method::GET, 200, Duration::from_millis(2));
-        let text = own.encode(vec![guest()], Some(Usage::default())).unwrap();
+        let text = own
+            .encode(vec![guest()], networks(), Some(Usage::default()))
+            .unwrap();
         let head = "# Metrics of the daemon\n\nWritten here by `make reference`; do not edit. [Metrics](metrics.md) says how they are asked for.\n\n";
         let page = format!("{head}{}", table(&text));
         expect_file!["../../../../docs/reference/metrics-daemon.md"].assert_eq(&page);

@@ -11,6 +11,7 @@
 //!                     │            │  later_config   operations and changes that outlive the process
 //!                     │            └─ persist        the record on disk
 //!                     └── proxy, console ────────────> the guest's own sockets
+//! networks  what guests have of the host's network: addresses, taps, rules
 //! quota, stream, web    places of connections, their deadlines, and what of this is served by TCP
 //! daemon    what the daemon owns: guests (vm), templates, images, jails, events, metrics, store
 //! record    what is on disk of a guest; record_key    by which the daemon knows a record of its own again
@@ -49,6 +50,8 @@ mod later_config;
 mod lifecycle;
 mod listen;
 mod metrics;
+mod network_fault;
+mod networks;
 mod own_disks;
 mod page;
 mod peer;
@@ -81,6 +84,7 @@ mod web;
 
 pub use admission::{HELP as ADMISSION, Limits, host_memory_kib};
 pub use jail::{JailPolicy, UIDS as JAIL_UIDS};
+pub use networks::NetworkPolicy;
 pub use peer::Allowed;
 pub use server::{Options, ServeError, run};
 pub use sharing_domain::ShareDomains;

@@ -10,9 +10,11 @@
 //! the host's boot, and refers to it by a pidfd, which never comes to mean another process.
 
 use std::fs::File;
-use std::io::{self, PipeWriter, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -21,6 +23,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -31,7 +34,7 @@ use super::guest_log;
 use super::record::PidFile;
 use super::store;
 use crate::zygote::{MANAGER, SpawnOptions, Zygote};
-use control::launch_spec::LaunchSpec;
+use control::launch_spec::{LaunchSpec, MOST_TAPS};
 use host::procfs;
 use host::report::chain;
 
@@ -79,7 +82,7 @@ pub struct Process {
 pub struct GatedProcess {
     pid: u32,
     fd: OwnedFd,
-    gate: PipeWriter,
+    gate: UnixStream,
     /// The launch specification that it gets through its gate.
     line: Vec<u8>,
     start_us: u64,
@@ -130,7 +133,7 @@ pub fn spawn(launch: &Launch<'_>, zygote: Option<&Zygote>) -> io::Result<GatedPr
     }
     let log = guest_log::make(launch.folder)?;
     let line = launch.spec.to_line().map_err(io::Error::other)?;
-    let (stdin, gate) = io::pipe()?;
+    let (stdin, gate) = UnixStream::pair()?;
     let folder = File::open(launch.folder).map_err(store::named(launch.folder))?;
     let options = SpawnOptions {
         args: arguments(launch.id),
@@ -193,20 +196,35 @@ fn execute(launch: &Launch<'_>, options: &SpawnOptions<'_>) -> io::Result<u32> {
     Ok(child.id())
 }
 
+/// Sends a line through a gate, and descriptors with its first byte.
+fn tell(gate: &mut UnixStream, line: &[u8], taps: &[OwnedFd]) -> io::Result<()> {
+    let taps: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_TAPS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !taps.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&taps)) {
+        return Err(io::Error::other("a guest has too many taps"));
+    }
+    let parts = [IoSlice::new(line)];
+    let sent =
+        rustix::io::retry_on_intr(|| sendmsg(&*gate, &parts, &mut ancillary, SendFlags::NOSIGNAL))?;
+    gate.write_all(line.get(sent..).unwrap_or_default())
+}
+
 impl GatedProcess {
-    /// Writes `pid.json`, and tells the process how to begin. Where that cannot be written, the process is ended.
+    /// Writes `pid.json`, and tells the process how to begin, with the taps that its specification names. Where that
+    /// cannot be written, the process is ended.
     ///
     /// # Errors
     /// The host's error.
-    pub fn release(mut self, folder: &Path) -> io::Result<Handle> {
+    pub fn release(mut self, folder: &Path, taps: &[OwnedFd]) -> io::Result<Handle> {
         let file = PidFile {
             pid: self.pid,
             start_us: self.start_us,
             boot_id: store::boot_id()?,
         };
-        // The process reads the line in any case, so this does not wait for long where the pipe takes less at once.
+        // The process reads the line in any case, so this does not wait for long where the socket takes less at once.
         let written = store::write(&folder.join("pid.json"), &file, false);
-        if let Err(error) = written.and_then(|()| self.gate.write_all(&self.line)) {
+        if let Err(error) = written.and_then(|()| tell(&mut self.gate, &self.line, taps)) {
             drop(self.gate);
             let _ = pidfd_send_signal(&self.fd, Signal::KILL);
             let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED);

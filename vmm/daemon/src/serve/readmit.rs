@@ -39,14 +39,16 @@ impl Daemon {
         Ok(config)
     }
 
-    /// As [`Daemon::config_of`], with the domain in which the guest shares.
+    /// As [`Daemon::config_of`], with the domain in which the guest shares, and with what its networks give it.
     ///
     /// # Errors
-    /// As [`Daemon::config_of`].
+    /// `Network`, and those of [`Daemon::config_of`].
     pub fn config_to_start(&self, vm: &Vm) -> Result<VmConfig, Fault> {
         let mut config = self.config_of(vm)?;
         let labels = &vm.spec.labels;
         self.share_domains.assign(&mut config, vm.uid, labels);
+        let interfaces = vm.now().interfaces.clone();
+        self.networks.complete(&vm.id, &mut config, &interfaces)?;
         Ok(config)
     }
 

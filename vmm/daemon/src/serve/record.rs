@@ -14,9 +14,10 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use config::bodies::Metadata;
-use config::{DeviceId, DriveFormat, VmConfig};
+use config::{DeviceId, DriveFormat, LeaseConfig, Published, VmConfig};
 use host::exit::EndReport;
 use jail::CgroupConfig;
+use network::Attachment;
 
 /// A guest that is to be made: the body of `POST /vms`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -34,6 +35,11 @@ pub struct VmSpec {
     /// The template that it is a clone of, instead of `config`.
     #[serde(default)]
     pub template: Option<String>,
+    /// Ports of the host that lead to the clone, by interface, as `publish` of a network interface has them. Another
+    /// guest has them in `config`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = BTreeMap<String, Vec<String>>)]
+    pub publish: BTreeMap<String, Vec<Published>>,
     /// What the guest is told of itself over its vsock device, beside what the daemon tells it: `{"coppice": {"id",
     /// "hostname", "cid", "generation"}}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -250,6 +256,18 @@ pub struct FoundFormat {
     pub format: DriveFormat,
 }
 
+/// An interface of a guest in a network of the daemon: what the host has to know of it, and what the guest is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInterface {
+    /// Its addresses.
+    pub attachment: Attachment,
+    /// What the guest is told of them, but for servers and its name, which are those of its next start.
+    pub lease: LeaseConfig,
+}
+
+/// The interfaces of a guest that are in networks, by name.
+pub type Interfaces = BTreeMap<String, GuestInterface>;
+
 /// `vm.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -275,6 +293,9 @@ pub struct Record {
     /// The identifier of its vsock device, if it has one.
     #[serde(default)]
     pub cid: Option<u32>,
+    /// Its interfaces in networks, by name.
+    #[serde(default, skip_serializing_if = "Interfaces::is_empty")]
+    pub interfaces: Interfaces,
     /// Disks that have taken the place of those that it was made with, by drive.
     #[serde(default)]
     pub disks: BTreeMap<DeviceId, PathBuf>,
@@ -309,6 +330,7 @@ impl Record {
                 id: Some(id.to_owned()),
                 config: None,
                 template: None,
+                publish: BTreeMap::new(),
                 metadata: None,
                 start: false,
                 restart: RestartPolicy::Never,
@@ -322,6 +344,7 @@ impl Record {
             images: Vec::new(),
             loaded: false,
             cid: None,
+            interfaces: Interfaces::new(),
             disks: BTreeMap::new(),
             former_disks: BTreeSet::new(),
             formats: BTreeMap::new(),

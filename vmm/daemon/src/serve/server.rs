@@ -17,6 +17,7 @@ use super::events::EventKind;
 use super::images::Images;
 use super::jail::{JailPolicy, Jails};
 use super::listen::Connections;
+use super::networks::{GuestNetworks, NetworkPolicy, NetworksError};
 use super::peer::Allowed;
 use super::record::{RestartPolicy, State};
 use super::record_key::FoundKey;
@@ -54,6 +55,8 @@ pub struct Options {
     pub limits: Limits,
     /// How its guests are jailed; not at all where absent.
     pub jail: Option<JailPolicy>,
+    /// The networks of its guests.
+    pub networks: NetworkPolicy,
     /// With whom its guests share, where they do not say.
     pub share_domains: ShareDomains,
     /// Where guests are to be stopped when it ends: for how long each may take to shut down.
@@ -72,6 +75,9 @@ pub enum ServeError {
     /// Another daemon has the state.
     #[error("--state {}: another daemon uses it", .0.display())]
     InUse(PathBuf),
+    /// The networks.
+    #[error("--network")]
+    Networks(#[from] NetworksError),
     /// Something else of the host.
     #[error("{what}")]
     Host {
@@ -156,9 +162,11 @@ async fn once_free<T>(mut attempt: impl FnMut() -> Result<T, ServeError>) -> Res
     let begun = Instant::now();
     loop {
         match attempt() {
-            Err(ServeError::InUse(_) | ServeError::Socket(SocketError::InUse { .. }))
-                if begun.elapsed() < LEFT_BEHIND =>
-            {
+            Err(
+                ServeError::InUse(_)
+                | ServeError::Socket(SocketError::InUse { .. })
+                | ServeError::Networks(NetworksError::InUse),
+            ) if begun.elapsed() < LEFT_BEHIND => {
                 tokio::time::sleep(RETRY).await;
             }
             done => return done,
@@ -189,10 +197,13 @@ async fn serve(options: Options) -> Result<(), ServeError> {
             key
         }
     };
+    let networks = || Ok(GuestNetworks::open(&options.networks, &store)?);
+    let networks = once_free(networks).await?;
     let daemon = Arc::new(Daemon::new(Parts {
         store,
         key,
         jails,
+        networks,
         limits: options.limits,
         share_domains: options.share_domains,
         allowed: options.allowed.clone(),
@@ -201,6 +212,7 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         zygote: (!options.own_layout).then(Zygote::default),
     }));
     daemon.recover().await.map_err(failed())?;
+    daemon.networks.keep();
     let (_socket, listener) = once_free(|| bind(&options)).await?;
     let (connections, over) = Connections::new();
     let serving = connections
@@ -238,6 +250,9 @@ async fn serve(options: Options) -> Result<(), ServeError> {
         daemon.stop_all(grace).await;
     }
     connections.finish().await;
+    if options.networks.remove {
+        daemon.networks.remove_all()?;
+    }
     Ok(())
 }
 

@@ -145,6 +145,10 @@ impl VmSpec {
         if self.template.is_some() && self.config.is_some() {
             return invalid("config", "an object", "left out, as the template has one");
         }
+        if let (None, Some((interface, _))) = (&self.template, self.publish.first_key_value()) {
+            let expected = "left out: a guest that is no clone has it in config.network-interfaces";
+            return invalid("publish", interface, expected);
+        }
         if let Some(metadata) = &self.metadata {
             // An object of JSON always has a text.
             let len = serde_json::to_vec(metadata).map_or(usize::MAX, |text| text.len());
@@ -178,7 +182,9 @@ impl VmSpec {
             return Ok((**config).clone());
         }
         if let Some(template) = &self.template {
-            return Ok(templates.get(template)?.config_of(folder));
+            let mut config = templates.get(template)?.config_of(folder);
+            self.publish_ports(&mut config)?;
+            return Ok(config);
         }
         let mut config: VmConfig = match &self.config {
             Some(config) => serde_json::from_value(config.clone())?,
@@ -188,6 +194,22 @@ impl VmSpec {
             place_vsock(vsock)?;
         }
         Ok(config)
+    }
+
+    /// Has ports of the host lead to the interfaces of a clone.
+    fn publish_ports(&self, config: &mut VmConfig) -> Result<(), Fault> {
+        for (name, ports) in &self.publish {
+            let mut interfaces = config.network_interfaces.iter_mut();
+            let interface = interfaces
+                .find(|interface| interface.iface_id == *name && interface.network.is_some());
+            let interface = interface.ok_or_else(|| Fault::Invalid {
+                field: "publish",
+                value: name.clone(),
+                expected: "an interface of the template that is in a network",
+            })?;
+            interface.publish.clone_from(ports);
+        }
+        Ok(())
     }
 
     /// As [`VmSpec::named`], with the paths of images, and checked.

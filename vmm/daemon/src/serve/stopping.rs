@@ -15,7 +15,7 @@ use super::fault::Fault;
 use super::jail;
 use super::process::Process;
 use super::proxy;
-use super::record::{Phase, State};
+use super::record::{Interfaces, Phase, State};
 use super::store;
 use super::task::blocking;
 use super::vm::Vm;
@@ -117,12 +117,15 @@ impl Daemon {
         }
         let _saving = vm.saving.lock().await;
         let (folder, jail) = (vm.folder.clone(), vm.now().jail.clone());
+        let interfaces = vm.now().interfaces.clone();
         let removed = blocking(move || {
             jail::release(jail.as_ref())?;
             store::remove_folder(&folder)
         });
         removed.await?.map_err(Fault::Store)?;
         self.vms().remove(&vm.id);
+        // Its record is gone, so that no guest of a record has these addresses.
+        self.networks.give_back(&interfaces, &Interfaces::new());
         vm.change(|_| ());
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! DIR/lock                 locked by the one daemon of this folder
 //! DIR/images.json          images by name
 //! DIR/key                  see `record_key`
+//! DIR/networks             is there as long as the host may have networks of this daemon
 //! DIR/templates/NAME       see `templates`
 //! DIR/vms/ID/vm.json       what was asked for, and how far its creation or deletion has come
 //!           /config.json   the configuration that the process starts with
@@ -271,6 +272,11 @@ impl Store {
     /// The file of the daemon's key.
     pub fn key(&self) -> PathBuf {
         self.folder.join("key")
+    }
+
+    /// The file that is there as long as the host may have networks of this daemon.
+    pub fn networks(&self) -> PathBuf {
+        self.folder.join("networks")
     }
 
     /// The folder of all guests' folders.

@@ -20,7 +20,7 @@ use super::fault::Fault;
 use super::identity;
 use super::process::{self, Exit, Launch, Process};
 use super::proxy;
-use super::record::{Ended, JailResources, RestartPolicy, State};
+use super::record::{Ended, Interfaces, JailResources, RestartPolicy, State};
 use super::status::now_ms;
 use super::store::{self, METADATA};
 use super::task::blocking;
@@ -59,7 +59,7 @@ impl Daemon {
     /// has ended already, in good order, is `Stopped`.
     ///
     /// # Errors
-    /// `Spawn`, `DidNotStart`.
+    /// `Spawn`, `HostNetwork`, `DidNotStart`.
     pub async fn bring_up(
         self: &Arc<Self>,
         vm: &Arc<Vm>,
@@ -67,36 +67,48 @@ impl Daemon {
     ) -> Result<State, Fault> {
         let begun = Instant::now();
         let (id, folder, daemon) = (vm.id.clone(), vm.folder.clone(), self.clone());
-        let (jail, ram_mib, cid) = {
+        let (jail, ram_mib, cid, interfaces) = {
             let now = vm.now();
-            (now.jail.clone(), now.ram_mib, now.cid)
+            let interfaces = now.interfaces.clone();
+            (now.jail.clone(), now.ram_mib, now.cid, interfaces)
         };
         let later = vm.now().later.metadata.clone();
         let asked = later.or_else(|| vm.spec.metadata.clone());
         let spawned = blocking(move || {
-            let metadata = identity::write(&folder, &id, cid, asked.as_ref())?;
+            let metadata =
+                identity::write(&folder, &id, cid, asked.as_ref()).map_err(Fault::Spawn)?;
             let group = jail.as_ref().and_then(JailResources::cgroup);
             let before = group.map(|group| group.hits()).unwrap_or_default();
             let jail = match purpose {
                 Purpose::Configure => None,
                 Purpose::Boot | Purpose::Restore(_) => {
-                    daemon.jails.prepare(jail.as_ref(), &folder, ram_mib)?
+                    let prepared = daemon.jails.prepare(jail.as_ref(), &folder, ram_mib);
+                    prepared.map_err(Fault::Spawn)?
                 }
             };
+            // Such a process never has a guest, and so no tap.
+            let attached = match purpose {
+                Purpose::Configure => Interfaces::new(),
+                Purpose::Boot | Purpose::Restore(_) => interfaces,
+            };
+            let (names, taps) = daemon.networks.attach(&attached)?;
             let spec = LaunchSpec {
                 purpose,
                 jail,
                 metadata: metadata.then(|| METADATA.into()),
+                taps: names,
             };
             let launch = Launch {
                 id: &id,
                 folder: &folder,
                 spec: &spec,
             };
-            let gated = process::spawn(&launch, daemon.zygote.as_ref())?;
-            Ok((gated.release(&folder)?, before))
+            let released = process::spawn(&launch, daemon.zygote.as_ref())
+                .and_then(|gated| gated.release(&folder, &taps))
+                .inspect_err(|_| daemon.networks.detach(&attached));
+            Ok::<_, Fault>((released.map_err(Fault::Spawn)?, before))
         });
-        let (spawned, before) = spawned.await?.map_err(Fault::Spawn)?;
+        let (spawned, before) = spawned.await??;
         let process = Arc::new(Process::new(spawned).map_err(Fault::Spawn)?);
         vm.change(|now| {
             now.process = Some(process.clone());
@@ -246,7 +258,9 @@ impl Daemon {
     pub async fn ended(self: &Arc<Self>, vm: &Arc<Vm>, exit: Exit, before: LimitHits) {
         let folder = vm.folder.clone();
         let group = vm.now().jail.as_ref().and_then(JailResources::cgroup);
+        let (daemon, interfaces) = (self.clone(), vm.now().interfaces.clone());
         let report = blocking(move || {
+            daemon.networks.detach(&interfaces);
             let hits = group.as_ref().map(CgroupConfig::hits).unwrap_or_default();
             let killed = group.as_ref().filter(|_| hits.killed > before.killed);
             let mut report = reason(&folder, exit, killed);

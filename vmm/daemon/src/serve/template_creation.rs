@@ -317,6 +317,7 @@ impl Daemon {
             vcpus: machine.vcpu_count,
             memory_bytes: 0,
             disks: files.tops().clone(),
+            interfaces: vm.now().interfaces.clone(),
             stands_on: files.stands_on().clone(),
             is_copy: true,
             state_sha256: None,

@@ -22,6 +22,7 @@ use utoipa::ToSchema;
 
 use super::fault::Fault;
 use super::own_disks::{is_free_disk_of, own_disk};
+use super::record::Interfaces;
 use super::record_key::{FoundKey, RecordKey, SealedRecord};
 use super::store::{self, TEMPLATE, VSOCK_SOCKET};
 use super::template_files::digest_of;
@@ -66,6 +67,11 @@ pub struct Template {
     /// Disks that guests write to, by drive or pmem device: each clone has a child of it.
     #[schema(value_type = BTreeMap<String, String>)]
     pub disks: BTreeMap<DeviceId, PathBuf>,
+    /// What its guest had in networks, by interface: clones have the same addresses and Ethernet addresses for
+    /// themselves.
+    #[serde(default, skip_serializing_if = "Interfaces::is_empty")]
+    #[schema(value_type = Object)]
+    pub interfaces: Interfaces,
     /// Other templates, on whose disks these stand.
     #[serde(default)]
     pub stands_on: BTreeSet<String>,
@@ -230,6 +236,10 @@ impl Template {
             // A clone has an identifier and a socket of its own.
             (vsock.guest_cid, vsock.uds_path) = (None, Some(VSOCK_SOCKET.into()));
         }
+        for interface in &mut config.network_interfaces {
+            // A port of the host leads to one guest.
+            interface.publish.clear();
+        }
         for id in self.disks.keys() {
             config.set_vhdx(id, &own_disk(folder, id, &self.id));
         }
@@ -294,6 +304,7 @@ mod tests {
             memory_bytes: 0,
             config,
             disks: BTreeMap::from([(DeviceId::new("root").unwrap(), "/d/root.vhdx".into())]),
+            interfaces: Interfaces::new(),
             stands_on: BTreeSet::new(),
             is_copy: true,
             state_sha256: Some(Sha256Digest::from([5; 32])),

@@ -16,9 +16,10 @@ use super::admission::Load;
 use super::file_copy::CopyProgress;
 use super::process::Process;
 use super::record::{
-    Ended, FoundFormat, JailResources, LaterConfig, Pending, Phase, Record, State, VmSpec,
+    Ended, FoundFormat, Interfaces, JailResources, LaterConfig, Pending, Phase, Record, State,
+    VmSpec,
 };
-use super::status::{MemorySplit, TemplateJob, VmStatus, VsockStatus};
+use super::status::{InterfaceStatus, MemorySplit, TemplateJob, VmStatus, VsockStatus};
 use super::store::VSOCK_SOCKET;
 use config::{DeviceId, VmConfig};
 
@@ -72,6 +73,8 @@ pub struct Now {
     pub loaded: bool,
     /// The identifier of its vsock device, if it has one.
     pub cid: Option<u32>,
+    /// Its interfaces in networks, by name.
+    pub interfaces: Interfaces,
     /// Disks that have taken the place of those that it was made with, by drive.
     pub disks: BTreeMap<DeviceId, PathBuf>,
     /// Disks that were in this place before, and may be the parents of others.
@@ -172,6 +175,7 @@ impl Vm {
                 images: record.images,
                 loaded: record.loaded,
                 cid: record.cid,
+                interfaces: record.interfaces,
                 disks: record.disks,
                 former_disks: record.former_disks,
                 formats: record.formats,
@@ -249,6 +253,7 @@ impl Vm {
             images: now.images.clone(),
             loaded: now.loaded,
             cid: now.cid,
+            interfaces: now.interfaces.clone(),
             disks: now.disks.clone(),
             former_disks: now.former_disks.clone(),
             formats: now.formats.clone(),
@@ -311,6 +316,11 @@ impl Vm {
                     .display()
                     .to_string(),
             }),
+            networks: now
+                .interfaces
+                .iter()
+                .map(|(id, interface)| InterfaceStatus::new(id, &interface.attachment))
+                .collect(),
             unreadable: now.unreadable.clone(),
             template_job: now.copying.as_ref().map(|(id, progress)| {
                 let (done, total) = progress.bytes();

@@ -208,6 +208,7 @@ impl SnapshotFiles {
             // An address that was made up belongs to the guest, whatever its tap is.
             interface.guest_mac = Some(interface.mac());
             interface.host_dev_name = Some(other.host_dev_name.clone());
+            (interface.network, interface.publish) = (None, Vec::new());
         }
         let machine = &mut state.config.machine_config;
         machine.track_dirty_pages |= request.track_dirty_pages;

@@ -324,6 +324,11 @@ fn the_host_becomes_a_router_of_guests_and_of_nobody_else() {
         assert_eq!(setting("ipv4/conf/out0/forwarding"), "1");
         assert_eq!(setting("ipv4/conf/cop-0a030002/forwarding"), "1");
         assert_eq!(setting("ipv4/conf/other0/forwarding"), "0");
+        // Another way out, which came later.
+        ip("link set other0 up");
+        ip("route add default dev other0 metric 7");
+        world.host.follow_default_routes().unwrap();
+        assert_eq!(setting("ipv4/conf/other0/forwarding"), "1");
         // IPv6 can be forwarded by all or none; router advertisements go on to be taken.
         assert_eq!(setting("ipv6/conf/all/forwarding"), "0");
         assert_eq!(setting("ipv6/conf/cop-0a030002/disable_ipv6"), "1");

@@ -15,10 +15,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
 use utoipa::ToSchema;
 
+use super::networks;
 use super::request::{Context, Handled, Query, SHOWN, flag};
 use crate::serve::events::{Event, EventKind};
 use crate::serve::fault::{Fault, FaultBody};
 use crate::serve::guest_metrics::{Joined, of_guest};
+use crate::serve::metrics::NetworkFigures;
 use crate::serve::proxy;
 use control::metrics::CONTENT_TYPE as OPENMETRICS;
 use host::procfs;
@@ -111,11 +113,16 @@ pub(in crate::serve) async fn metrics(
         .iter()
         .map(|vm| vm.status(true, false))
         .collect::<Vec<_>>();
+    networks::count(&daemon, &mut vms).await;
+    let networks = NetworkFigures {
+        networks: daemon.networks.all(&vms),
+        repairs: daemon.networks.repairs(),
+    };
     if let Some(id) = &query.vm {
         vms.retain(|vm| vm.id == *id);
     }
     let own = procfs::memory(std::process::id()).ok();
-    let own = daemon.metrics.encode(vms, own);
+    let own = daemon.metrics.encode(vms, networks, own);
     let own = own.map_err(|error| Fault::Internal(error.into()))?;
     let content = [(CONTENT_TYPE, HeaderValue::from_static(OPENMETRICS))];
     Ok((content, joined.after(&own)).into_response())

@@ -124,6 +124,13 @@ async fn pass_on(
     }
     // Worked out first, as the operator's request is what counts, and not what the guest's process makes of it.
     let proposed = kept.map(|kept| daemon.propose(&vm, kept, &body));
+    // What is wrong otherwise, the guest's process refuses.
+    let interfaces_before = match (&proposed, reservation) {
+        (Some(Ok(proposed)), Some(Reservation::Network)) => {
+            Some(daemon.plan_interfaces(&vm, proposed)?)
+        }
+        _ => None,
+    };
     let child = word("path_on_host").map(|path| vm.folder.join(path));
     let request = Request {
         method,
@@ -145,8 +152,12 @@ async fn pass_on(
         });
     }
     // Also where the process has not answered: the change may have been made.
-    if let Some(proposed) = proposed.filter(|_| done || status.is_none()) {
+    let may_be_done = done || status.is_none();
+    if let Some(proposed) = proposed.filter(|_| may_be_done) {
         daemon.accept(&vm, proposed?).await?;
+    }
+    if let Some(before) = interfaces_before {
+        daemon.settle_interfaces(&vm, &before, may_be_done);
     }
     let response = passed_on?;
     let state = match word("state") {

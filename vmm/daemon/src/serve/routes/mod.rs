@@ -4,6 +4,7 @@ mod console;
 mod daemon;
 mod guest;
 mod images;
+mod networks;
 mod openapi;
 mod request;
 mod router;

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use utoipa::OpenApi;
 
 use super::request::Handled;
-use super::{console, daemon, images, sharers, templates, vms};
+use super::{console, daemon, images, networks, sharers, templates, vms};
 use crate::serve::fault::Fault;
 use crate::serve::guest_api;
 
@@ -42,6 +42,7 @@ use crate::serve::guest_api;
         daemon::events,
         daemon::metrics,
         sharers::sharers,
+        networks::networks,
         daemon::health,
         openapi_json,
     )

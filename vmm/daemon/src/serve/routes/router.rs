@@ -12,7 +12,7 @@ use axum::routing::{get, post};
 
 use super::guest::guest;
 use super::request::Context;
-use super::{console, daemon, images, openapi, sharers, templates, vms};
+use super::{console, daemon, images, networks, openapi, sharers, templates, vms};
 use crate::serve::daemon::Daemon;
 use crate::serve::fault::Fault;
 use crate::serve::page;
@@ -100,6 +100,7 @@ pub fn all(daemon: Arc<Daemon>) -> Router {
             "/templates/{id}",
             get(templates::template).delete(templates::delete_template),
         )
+        .route("/networks", get(networks::networks))
         .route("/events", get(daemon::events))
         .route("/sharers", get(sharers::sharers));
     finished(router, daemon)

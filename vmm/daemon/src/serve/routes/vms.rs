@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::networks;
 use super::request::{Context, Handled, JsonBody, Query, SHOWN, flag, raw, uid};
 use crate::serve::fault::{Fault, FaultBody};
 use crate::serve::peer::Caller;
@@ -93,7 +94,11 @@ pub(in crate::serve) async fn list(
     }
     let vms = daemon.all();
     let vms = vms.iter().map(|vm| vm.status(query.stats, false));
-    Json(VmList { vms: vms.collect() })
+    let mut vms: Vec<_> = vms.collect();
+    if query.stats {
+        networks::count(&daemon, &mut vms).await;
+    }
+    Json(VmList { vms })
 }
 
 /// All guests, as the page shows them.
@@ -159,7 +164,10 @@ pub(in crate::serve) async fn show(
     if query.stats {
         daemon.measure(SHOWN).await;
     }
-    Ok(Json(vm.status(query.stats, true)))
+    let mut status = [vm.status(query.stats, true)];
+    networks::count(&daemon, &mut status).await;
+    let [status] = status;
+    Ok(Json(status))
 }
 
 /// Ends a guest, and removes all that is left of it.
