@@ -290,7 +290,7 @@ fn a_process_of_the_daemon_gets_its_guest_by_the_launch_specification_alone() {
     }
     assert!(Cli::try_parse_from(["coppice", "run", "--held"]).is_err());
     let spec = LaunchSpec {
-        purpose: Purpose::Restore(LoadSnapshot::new("a,b".into())),
+        purpose: Purpose::Restore(Box::new(LoadSnapshot::new("a,b".into()))),
         jail: Some(JailConfig::default()),
         metadata: Some("m".into()),
         taps: Vec::new(),

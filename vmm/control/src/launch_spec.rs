@@ -34,7 +34,7 @@ pub enum Purpose {
     /// To run the guest of [`CONFIG`].
     Boot,
     /// To load a snapshot.
-    Restore(LoadSnapshot),
+    Restore(Box<LoadSnapshot>),
 }
 
 /// How a process is to begin, in addition to its command line.
@@ -196,8 +196,8 @@ mod tests {
         for purpose in [
             Purpose::Configure,
             Purpose::Boot,
-            Purpose::Restore(LoadSnapshot::new("s".into())),
-            Purpose::Restore(snapshot()),
+            Purpose::Restore(Box::new(LoadSnapshot::new("s".into()))),
+            Purpose::Restore(Box::new(snapshot())),
         ] {
             let bare = LaunchSpec {
                 purpose: purpose.clone(),
@@ -216,7 +216,9 @@ mod tests {
 
     #[test]
     fn a_line_that_is_cut_anywhere_is_no_specification() {
-        let line = spec(Purpose::Restore(snapshot())).to_line().unwrap();
+        let line = spec(Purpose::Restore(Box::new(snapshot())))
+            .to_line()
+            .unwrap();
         for length in 0..line.len() {
             let mut cut = line.get(..length).unwrap();
             let error = LaunchSpec::read(&mut cut).unwrap_err();

@@ -184,12 +184,12 @@ impl Daemon {
                     let below = templates.below(&template).into_iter();
                     let memory = |other: &Template| self.store.template(&other.id).join("memory");
                     let own = self.store.template(id);
-                    Purpose::Restore(template.snapshot(
+                    Purpose::Restore(Box::new(template.snapshot(
                         (&own, below.map(memory).collect()),
                         &vm.folder,
                         vm.spec.start,
                         vm.now().cid,
-                    ))
+                    )))
                 }
                 None if vm.spec.start => Purpose::Boot,
                 None => Purpose::Configure,
