@@ -16,9 +16,8 @@ const SAVED_FOR: Duration = Duration::from_secs(20);
 const TOLERANCE: f64 = 0.5;
 /// A sleep that ends while the guest is saved.
 const SLEEP: Duration = Duration::from_secs(15);
-/// How long a guest that was just loaded gets to notice that its sleep is over: less than is left of the sleep where
-/// the clock was kept.
-const NOTICED: Duration = Duration::from_secs(8);
+/// How long a guest that was just loaded gets to notice that its sleep is over.
+const NOTICED: Duration = Duration::from_mins(1);
 
 /// What a guest says of its clocks.
 #[derive(Clone, Copy, Debug)]
@@ -101,8 +100,8 @@ fn woke_within(vm: &Vm, patience: Duration) -> bool {
     wakings(vm) > 0
 }
 
-/// A guest is saved, and loaded a while later by two clones. One has the right time, and finds a sleep over that ended
-/// meanwhile; the other, whose clock is to be kept, is late by the time that it was saved.
+/// A guest is saved, and loaded a while later by two clones, one after the other. One has the right time, and finds a
+/// sleep over that ended meanwhile; the other, whose clock is to be kept, is late by the time that it was saved.
 pub fn follows(out: &Path) -> Result<Figures, Failure> {
     let mut source = booted(out, &["--cpus", "2"])?;
     let before = read(&mut source, "SOURCE")?;
@@ -119,23 +118,23 @@ pub fn follows(out: &Path) -> Result<Figures, Failure> {
     std::thread::sleep(SAVED_FOR.saturating_sub(saved.elapsed()));
 
     let mut following = clone(out, "following", &json!({}))?;
-    let shortest = saved.elapsed().as_secs_f64();
-    let mut kept = clone(out, "kept", &json!({"clock_realtime": false}))?;
-    let longest = saving.elapsed().as_secs_f64();
     if !woke_within(&following, NOTICED) {
         return Failure::claim("a sleep that was due meanwhile goes on");
     }
-    if wakings(&kept) > 0 {
-        return Failure::claim("a sleep is over although the clock was kept");
-    }
     let after = read(&mut following, "FOLLOWING")?;
-    let late = read(&mut kept, "KEPT")?;
     if wakings(&following) != 1 {
         return Failure::claim("a sleep that was due meanwhile ended twice");
     }
-    for vm in [following, kept] {
-        vm.stop()?;
+    following.stop()?;
+    let shortest = saved.elapsed().as_secs_f64();
+    let mut kept = clone(out, "kept", &json!({"clock_realtime": false}))?;
+    let longest = saving.elapsed().as_secs_f64();
+    let late = read(&mut kept, "KEPT")?;
+    // Of the sleep there is more left than it takes to read the clocks.
+    if late.uptime - before.uptime < SLEEP.as_secs_f64() && wakings(&kept) > 0 {
+        return Failure::claim("a sleep is over although the clock was kept");
     }
+    kept.stop()?;
     fs::remove_file(files(out, "saved").1).map_err(Failure::io("remove"))?;
 
     if (before.disruptions, after.disruptions, late.disruptions) != (0, 1, 1) {

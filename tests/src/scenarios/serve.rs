@@ -1,7 +1,7 @@
 //! Scenarios of the daemon and its guests.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,10 @@ pub(super) fn console(state: &Path, id: &str, line: &str, text: &str) -> Result<
         }
         let (mut seen, mut bytes) = (String::new(), [0; 4096]);
         while !seen.contains(text) {
-            let len = console.read(&mut bytes)?;
+            let len = match console.read(&mut bytes) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
+                read => read?,
+            };
             if len == 0 {
                 return Ok(Some(seen));
             }

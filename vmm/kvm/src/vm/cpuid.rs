@@ -36,6 +36,8 @@ const HTT: u32 = 1 << 28;
 const ASYNC_PF: u32 = (1 << 4) | (1 << 10) | (1 << 14);
 /// Leaf `0x8000_0001` ECX: the logical processors of the package are cores.
 const CMP_LEGACY: u32 = 1 << 1;
+/// Leaf `0x8000_0001` ECX: leaf `0x8000_001e` has the topology. Without it Linux looks at no leaf of threads.
+const TOPOLOGY_EXTENSIONS: u32 = 1 << 22;
 /// Leaf `0x8000_0001` ECX: six performance counters.
 const PERFCTR_CORE: u32 = 1 << 23;
 
@@ -152,6 +154,11 @@ impl CommonCpuid {
             KVM_FEATURES => set(&mut entry.eax, ASYNC_PF, false),
             AMD_FEATURES => {
                 set(&mut entry.ecx, CMP_LEGACY, many);
+                // The leaf is the guest's own, whatever the host has; only AMD's processors have one of that number.
+                let has_topology = self.entries.iter().any(|e| e.function == AMD_TOPOLOGY);
+                if threads > 1 && has_topology {
+                    set(&mut entry.ecx, TOPOLOGY_EXTENSIONS, true);
+                }
                 set(&mut entry.ecx, PERFCTR_CORE, false);
             }
             // ECX 15:12 APIC ID size, 7:0 logical processors - 1.
@@ -279,6 +286,8 @@ mod tests {
             assert_eq!((sizes.ecx & 0xff, (sizes.ecx >> 12) & 0xf), (5, 3));
             let amd = find(&cpuid, AMD_TOPOLOGY, 0);
             assert_eq!((amd.eax, amd.ebx), (apic_id, 0x100 | core));
+            let features = find(&cpuid, AMD_FEATURES, 0);
+            assert_ne!(features.ecx & TOPOLOGY_EXTENSIONS, 0);
         }
         let cpuid = smt(1).for_vcpu(0).unwrap();
         assert_eq!(find(&cpuid, FEATURES, 0).edx & HTT, 0);
