@@ -11,11 +11,11 @@ use super::snapshot::{Vm, booted, create, empty, files, load_body};
 use crate::result::{Failure, Figures};
 
 /// How long the guest is saved before it is loaded.
-const SAVED_FOR: Duration = Duration::from_secs(20);
+const SAVED_FOR: Duration = Duration::from_secs(13);
 /// How far a clock may be off, beside the time that it takes to read it.
 const TOLERANCE: f64 = 0.5;
 /// A sleep that ends while the guest is saved.
-const SLEEP: Duration = Duration::from_secs(15);
+const SLEEP: Duration = Duration::from_secs(10);
 /// How long a guest that was just loaded gets to notice that its sleep is over.
 const NOTICED: Duration = Duration::from_mins(1);
 

@@ -14,7 +14,7 @@ use crate::programs::command;
 use crate::result::{Failure, Figures};
 
 /// MiB that are moved each way.
-const MIB: u32 = 16;
+const MIB: u32 = 4;
 /// What udhcpc(8) runs with what it was given.
 pub(super) const LEASED: &str = "echo '#!/bin/sh
 [ \"$1\" = bound ] || exit 0
@@ -24,7 +24,7 @@ echo LEASE $ip/$mask $router $dns $hostname $mtu END' >/tmp/leased; chmod +x /tm
 /// The guest asks for its address, serves a file, and then executes the lines that are typed on its console.
 const SCRIPT: &str = "ip link set lo up; ip link set eth0 up; \
     udhcpc -n -q -i eth0 -O mtu -O hostname -s /tmp/leased </dev/null 2>&1; \
-    mkdir /tmp/www; dd if=/dev/urandom of=/tmp/www/file bs=1M count=16 2>/dev/null; httpd -h /tmp/www; \
+    mkdir /tmp/www; dd if=/dev/urandom of=/tmp/www/file bs=1M count=4 2>/dev/null; httpd -h /tmp/www; \
     echo SUM $(md5sum </tmp/www/file) END; echo READY; while read line; do eval \"$line\"; done";
 
 /// Runs a program of the lab's host.
@@ -156,7 +156,7 @@ pub fn talks(out: &Path) -> Result<Figures, Failure> {
         json!(upload(&served, &out.join("got"))?),
     );
 
-    // Limits that are changed while it runs: 16 MiB at 8 MiB a second, less what the bucket has.
+    // Limits that are changed while it runs: 4 MiB at 8 MiB a second, less what the bucket has.
     let limit = json!({"bandwidth": {"size": 1 << 20, "refill_time": 125}});
     let body = json!({"iface_id": "eth0", "rx_rate_limiter": limit});
     expect_ok(api, "PATCH", "/network-interfaces/eth0", &body)?;
