@@ -137,7 +137,7 @@ fn address(daemon: &Daemon, id: &str) -> Result<String, Failure> {
 }
 
 fn fetches_outside(daemon: &Daemon, id: &str) -> Result<(), Failure> {
-    let line = "echo GOT $(wget -T 20 -q -O - http://198.51.100.7:8080/file) E''ND";
+    let line = "echo GOT $(timeout 20 wget -q -O - http://198.51.100.7:8080/file) E''ND";
     daemon.console(id, line, "GOT outside END")
 }
 
@@ -159,20 +159,20 @@ pub fn reaches(out: &Path) -> Result<Figures, Failure> {
         fetches_outside(&daemon, id)?;
         daemon.console(id, &format!("echo {id} >/tmp/www/id; echo DO''NE"), "DONE")?;
     }
-    let reach = "wget -T 5 -q -O - http://10.1.0.2/id && echo REA''CHED || echo RE''FUSED";
+    let reach = "timeout 5 wget -q -O - http://10.1.0.2/id && echo REA''CHED || echo RE''FUSED";
     daemon.console("b", reach, "REFUSED")?;
     let reach = "ping -c 2 -W 2 10.1.0.2 >/dev/null && echo ANS''WERED || echo SIL''ENT";
     daemon.console("b", reach, "SILENT")?;
-    let by_port = outside.run("wget -T 20 -q -O - http://198.51.100.1:8080/id")?;
+    let by_port = outside.run("timeout 20 wget -q -O - http://198.51.100.1:8080/id")?;
     expect("the published port", &by_port, "a")?;
-    if let Ok(got) = outside.run("wget -T 3 -q -O - http://10.1.0.3/id") {
+    if let Ok(got) = outside.run("timeout 3 wget -q -O - http://10.1.0.3/id") {
         return Failure::claim(format!(
             "a guest is reached from outside without a port: {got}"
         ));
     }
     expect(
         "b from the host",
-        &output("wget -T 20 -q -O - http://10.1.0.3/id")?,
+        &output("timeout 20 wget -q -O - http://10.1.0.3/id")?,
         "b",
     )?;
 
@@ -181,7 +181,7 @@ pub fn reaches(out: &Path) -> Result<Figures, Failure> {
         let begun = Instant::now();
         daemon.clone_of("t", id)?;
         let address = address(&daemon, id)?;
-        let first = output(&format!("wget -T 20 -q -O - http://{address}/id"))?;
+        let first = output(&format!("timeout 20 wget -q -O - http://{address}/id"))?;
         figures.insert(
             format!("{id}_answers_after_seconds"),
             json!(begun.elapsed().as_secs_f64()),
@@ -191,12 +191,12 @@ pub fn reaches(out: &Path) -> Result<Figures, Failure> {
     }
     for id in ["c1", "c2"] {
         let address = address(&daemon, id)?;
-        let own = output(&format!("wget -T 20 -q -O - http://{address}/id"))?;
+        let own = output(&format!("timeout 20 wget -q -O - http://{address}/id"))?;
         expect("a clone", &own, id)?;
         fetches_outside(&daemon, id)?;
     }
     // The port is that of the template's guest.
-    let by_port = outside.run("wget -T 20 -q -O - http://198.51.100.1:8080/id")?;
+    let by_port = outside.run("timeout 20 wget -q -O - http://198.51.100.1:8080/id")?;
     expect("the published port", &by_port, "a")?;
     let networks = daemon.expect(200, "GET", "/networks", &Value::Null)?;
     println!("lab: {networks}");
