@@ -109,12 +109,13 @@ pub struct RunArguments {
     /// mtu: the MTU that the guest is given;
     /// rate, ops: most bytes and frames a second, each way;
     /// queues: pairs of queues, for guests of several vCPUs, of a tap made with `multi_queue` [default: 1];
-    /// 1]; ip, gw, dns, host: what a DHCP client of the guest is given: its address with the length of its network's
+    /// ip, gw, dns, host: what a DHCP client of the guest is given: its address with the length of its network's
     /// prefix, its router, its servers of names (up to 3), its name. With an IPv6 network of 64 bits, ip can be given
     /// once more: the guest takes its addresses of it. Its own process answers the guest, and nothing of that goes to
-    /// the tap. Without ip, the network has to answer. network, publish: for a guest of the daemon (`coppice vm
-    /// create`), instead of a tap: the network of the daemon that it is in, which gives it its addresses;
-    /// [IP:]PORT:GUEST-PORT[/udp], a port of the host that leads to the guest. Can be repeated.
+    /// the tap. Without ip, the network has to answer;
+    /// network, publish: for a guest of the daemon (`coppice vm create`), instead of a tap: the network of the daemon
+    /// that it is in, which gives it its addresses; a port of the host that leads to one of the guest, as
+    /// IP:PORT:GUEST-PORT/udp, of which IP: and /udp can be left out. Can be repeated.
     #[arg(long, value_name = "tap=NAME|fd=N|network=NAME[,OPTION...]", verbatim_doc_comment, value_parser = with_sources::<NetArgument>)]
     pub net: Vec<NetArgument>,
     /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
