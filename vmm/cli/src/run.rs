@@ -21,6 +21,7 @@ use super::vsock::VsockArgument;
 use config::{
     BootSourceConfig, HugePageConfig, Mebibytes, MetricsConfig, TokenBucketConfig, VmConfig,
 };
+use control::PayloadLimits;
 use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use control::logging::{LogFilter, LogFormat};
 use jail::{Confinement, SeccompMode};
@@ -109,12 +110,13 @@ pub struct RunArguments {
     /// mtu: the MTU that the guest is given;
     /// rate, ops: most bytes and frames a second, each way;
     /// queues: pairs of queues, for guests of several vCPUs, of a tap made with `multi_queue` [default: 1];
-    /// 1]; ip, gw, dns, host: what a DHCP client of the guest is given: its address with the length of its network's
+    /// ip, gw, dns, host: what a DHCP client of the guest is given: its address with the length of its network's
     /// prefix, its router, its servers of names (up to 3), its name. With an IPv6 network of 64 bits, ip can be given
     /// once more: the guest takes its addresses of it. Its own process answers the guest, and nothing of that goes to
-    /// the tap. Without ip, the network has to answer. network, publish: for a guest of the daemon (`coppice vm
-    /// create`), instead of a tap: the network of the daemon that it is in, which gives it its addresses;
-    /// [IP:]PORT:GUEST-PORT[/udp], a port of the host that leads to the guest. Can be repeated.
+    /// the tap. Without ip, the network has to answer;
+    /// network, publish: for a guest of the daemon (`coppice vm create`), instead of a tap: the network of the daemon
+    /// that it is in, which gives it its addresses; [IP:]PORT:GUEST-PORT[/udp], a port of the host that leads to the
+    /// guest. Can be repeated.
     #[arg(long, value_name = "tap=NAME|fd=N|network=NAME[,OPTION...]", verbatim_doc_comment, value_parser = with_sources::<NetArgument>)]
     pub net: Vec<NetArgument>,
     /// A socket device (virtio-vsock): the guest's context identifier, 3 if not given, and path=SOCKET behind a comma.
@@ -316,6 +318,7 @@ impl RunArguments {
             held: false,
             restore: self.restore.take().map(|RestoreArgument(load)| load),
             metadata: self.metadata.take(),
+            limits: PayloadLimits::default(),
             taps: Vec::new(),
             confinement: self.confinement(),
             jailed: VmConfig::default(),
@@ -369,6 +372,7 @@ impl RunArguments {
             held: true,
             restore,
             metadata: spec.metadata,
+            limits: PayloadLimits::default(),
             taps: spec.taps.into_iter().zip(taps).collect(),
             confinement: Confinement {
                 jail: spec.jail,
