@@ -48,6 +48,9 @@ build: setup
 PREFIX ?= /usr/local
 install:
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(COPPICE) $(COPPICE)-tools
+	# For clients of Firecracker that are told to use it: its folder is in no PATH.
+	mkdir -p $(DESTDIR)$(PREFIX)/lib/coppice/firecracker
+	ln -sf ../../../bin/coppice $(DESTDIR)$(PREFIX)/lib/coppice/firecracker/firecracker
 	mkdir -p $(DESTDIR)$(PREFIX)/share/man/man1
 	$(COPPICE) man $(DESTDIR)$(PREFIX)/share/man/man1
 	mkdir -p $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions \

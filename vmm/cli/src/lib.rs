@@ -4,6 +4,7 @@
 
 mod balloon;
 mod disk;
+mod firecracker;
 mod jail;
 mod net;
 mod pmem;
@@ -31,6 +32,7 @@ use values::{domain, utf8_path, with_sources};
 
 pub use balloon::{BalloonArgument, BalloonArgumentError};
 pub use disk::{DiskArgument, DiskError};
+pub use firecracker::{BAD_ARGUMENTS, FirecrackerArguments, FirecrackerError, FirecrackerRequest};
 pub use jail::{JailArgument, JailArgumentError};
 pub use net::{NetArgument, NetError};
 pub use pmem::{PmemArgument, PmemError};

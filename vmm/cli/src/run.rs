@@ -21,6 +21,7 @@ use super::vsock::VsockArgument;
 use config::{
     BootSourceConfig, HugePageConfig, Mebibytes, MetricsConfig, TokenBucketConfig, VmConfig,
 };
+use control::PayloadLimits;
 use control::launch_spec::{CONFIG, LaunchSpec, Purpose};
 use control::logging::{LogFilter, LogFormat};
 use jail::{Confinement, SeccompMode};
@@ -317,6 +318,7 @@ impl RunArguments {
             held: false,
             restore: self.restore.take().map(|RestoreArgument(load)| load),
             metadata: self.metadata.take(),
+            limits: PayloadLimits::default(),
             taps: Vec::new(),
             confinement: self.confinement(),
             jailed: VmConfig::default(),
@@ -370,6 +372,7 @@ impl RunArguments {
             held: true,
             restore,
             metadata: spec.metadata,
+            limits: PayloadLimits::default(),
             taps: spec.taps.into_iter().zip(taps).collect(),
             confinement: Confinement {
                 jail: spec.jail,

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use config::{LoadSnapshot, VmConfig};
+use control::PayloadLimits;
 use jail::Confinement;
 
 /// The options of `coppice run`.
@@ -34,6 +35,8 @@ pub struct RunOptions {
     pub restore: Option<LoadSnapshot>,
     /// A file with the guest's metadata.
     pub metadata: Option<PathBuf>,
+    /// How much is taken of clients.
+    pub limits: PayloadLimits,
     /// Taps that the host daemon has made, by the network interface that each is for.
     pub taps: Vec<(String, OwnedFd)>,
 }

@@ -18,7 +18,10 @@ const PARSER_STACK: usize = 1 << 20;
 
 /// Parses the command line on a stack that goes with its thread: it is deep, and would stay with a guest's process for
 /// ever.
-pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitCode> {
+///
+/// # Errors
+/// What is wrong has been said then, and this is the code to end with: `usage` where the arguments are wrong.
+pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>, usage: u8) -> Result<C, ExitCode> {
     let parsed = || {
         let parser = std::thread::Builder::new().stack_size(PARSER_STACK);
         let parser = parser.spawn(|| C::try_parse_from(args))?;
@@ -27,7 +30,7 @@ pub fn parse<C: Parser + Send + 'static>(args: Vec<OsString>) -> Result<C, ExitC
     };
     match parsed() {
         Ok(Ok(cli)) => Ok(cli),
-        Ok(Err(error)) => Err(parser_error(&error)),
+        Ok(Err(error)) => Err(parser_error(&error, usage)),
         Err(error) => Err(fail(
             exit::FAILURE,
             format_args!("parser of arguments: {}", chain(&error)),
@@ -50,7 +53,7 @@ pub fn fail_with(code: u8, error: &dyn Error) -> ExitCode {
 }
 
 /// Help and version go to standard output; an error is printed in one line, as every other one.
-fn parser_error(error: &clap::Error) -> ExitCode {
+fn parser_error(error: &clap::Error, usage: u8) -> ExitCode {
     if !error.use_stderr() {
         return match error.print() {
             Ok(()) => ExitCode::SUCCESS,
@@ -67,7 +70,7 @@ fn parser_error(error: &clap::Error) -> ExitCode {
         .collect::<Vec<_>>()
         .join(" ");
     fail(
-        exit::USAGE,
+        usage,
         format_args!(
             "{}; see --help",
             said.strip_prefix("error: ").unwrap_or(&said)

@@ -17,7 +17,7 @@ use cli::{
 use control::logging::Log;
 use coppice::command_line::{fail, fail_with, log_warnings, parse};
 use coppice::warm::{self, WarmOutcome};
-use coppice::{gate, run};
+use coppice::{firecracker, gate, run};
 use daemon::{remote, serve, zygote};
 use host::report::chain;
 use host::{exit, heap, program};
@@ -26,11 +26,16 @@ use machine::reference::{Size, WarmRequest};
 
 fn main() -> ExitCode {
     heap::share();
-    begin(env::args_os().collect())
+    let words: Vec<_> = env::args_os().collect();
+    if firecracker::is_called(&words) {
+        firecracker::carry_out(words)
+    } else {
+        begin(words)
+    }
 }
 
 fn begin(words: Vec<OsString>) -> ExitCode {
-    match parse::<Cli>(words) {
+    match parse::<Cli>(words, exit::USAGE) {
         Ok(cli) => carry_out(cli.command),
         Err(code) => code,
     }

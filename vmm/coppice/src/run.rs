@@ -284,11 +284,13 @@ fn prepare(options: RunOptions, control: &mut Control) -> Result<Prepared, RunEr
         metadata,
         taps: given,
         only_configure,
+        limits,
         ..
     } = options;
     if let Some(id) = id {
         control.set_id(id);
     }
+    control.set_limits(limits);
     control.configure(config.clone())?;
     if let Some(path) = metadata {
         control.mmds().read(&path)?;

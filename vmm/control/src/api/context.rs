@@ -18,6 +18,8 @@ pub(super) struct Context {
     pub(super) control: Arc<Mutex<Control>>,
     pub(super) metrics: Arc<ApiMetrics>,
     pub(super) launch: Launch,
+    /// The longest body of a request, in bytes.
+    pub(super) longest_body: usize,
 }
 
 impl Context {

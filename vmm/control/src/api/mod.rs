@@ -69,10 +69,12 @@ impl ApiServer {
     ) -> io::Result<Self> {
         let connections = Arc::new(Connections::default());
         let listener = socket.listener()?;
+        let longest_body = control.lock().longest_body();
         let context = Context {
             control,
             metrics,
             launch,
+            longest_body,
         };
         let accepting = connections.clone();
         thread::Builder::new()

@@ -8,7 +8,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use config::limits::MAX_BODY;
 use machine::PageNameError;
 
 use crate::control::ControlError;
@@ -17,8 +16,8 @@ use crate::metrics;
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Fault {
-    #[error("Request payload is larger than the limit of {MAX_BODY} bytes.")]
-    TooLong,
+    #[error("Request payload is larger than the limit of {0} bytes.")]
+    TooLong(usize),
     #[error("The body of the request cannot be read")]
     Body(#[source] Box<dyn std::error::Error + Send + Sync>),
     #[error("Invalid request method and/or path: {0} {1:.200}.")]
@@ -44,7 +43,7 @@ pub(super) enum Fault {
 impl Fault {
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::TooLong => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::TooLong(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Body(_)
             | Self::Unknown(..)
             | Self::NeedlessBody(_)

@@ -13,7 +13,6 @@ use super::context::Context;
 use super::operation::segments_of;
 use super::operations::find_operation;
 use super::response::{Content, Fault, response};
-use config::limits::MAX_BODY;
 use host::report::chain;
 
 use crate::metrics::count;
@@ -32,7 +31,7 @@ pub(super) async fn respond(
         _ => {}
     }
     let path = head.uri.path();
-    let done = match read(body).await {
+    let done = match read(body, context.longest_body).await {
         Ok(body) => route(context, &head.method, path, &body),
         Err(fault) => Err(fault),
     };
@@ -56,14 +55,14 @@ pub(super) async fn respond(
     }
 }
 
-async fn read(body: Incoming) -> Result<Bytes, Fault> {
+async fn read(body: Incoming, longest: usize) -> Result<Bytes, Fault> {
     // A body whose head says that it is too long is refused before any of it is read.
-    if body.size_hint().lower() > MAX_BODY as u64 {
-        return Err(Fault::TooLong);
+    if body.size_hint().lower() > longest as u64 {
+        return Err(Fault::TooLong(longest));
     }
-    match Limited::new(body, MAX_BODY).collect().await {
+    match Limited::new(body, longest).collect().await {
         Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(Fault::TooLong),
+        Err(error) if error.is::<LengthLimitError>() => Err(Fault::TooLong(longest)),
         Err(error) => Err(Fault::Body(error)),
     }
 }

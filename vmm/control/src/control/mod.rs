@@ -12,6 +12,7 @@ mod balloon;
 mod drive;
 mod error;
 mod guest;
+mod limits;
 mod metadata;
 mod network;
 mod output;
@@ -39,6 +40,7 @@ pub use balloon::{BalloonStatistics, HintingState};
 pub(crate) use drive::{updated_drive, updated_pmem};
 pub use error::ControlError;
 pub use guest::{Guest, LaunchError, Origin};
+pub use limits::PayloadLimits;
 pub(crate) use network::updated_interface;
 
 use times::Times;
@@ -89,6 +91,7 @@ pub struct Control {
     noted: BTreeMap<String, PathBuf>,
     times: Times,
     mmds: Arc<Mmds>,
+    longest_body: usize,
 }
 
 fn open_metrics(config: &MetricsConfig) -> Result<MetricsFile, ControlError> {
@@ -109,7 +112,19 @@ impl Control {
             noted: BTreeMap::new(),
             times: Times::default(),
             mmds: Arc::default(),
+            longest_body: PayloadLimits::default().body,
         }
+    }
+
+    /// Sets how much is taken of clients. The metadata that there are go.
+    pub fn set_limits(&mut self, limits: PayloadLimits) {
+        self.mmds = Arc::new(Mmds::with_limit(limits.metadata));
+        self.longest_body = limits.body;
+    }
+
+    /// The longest body of a REST request, in bytes.
+    pub fn longest_body(&self) -> usize {
+        self.longest_body
     }
 
     /// Gives the guest a name.

@@ -16,8 +16,8 @@ pub enum MmdsError {
     #[error("The metadata are not an object of JSON.")]
     NotAnObject,
     /// They would take too much memory of the guest's process.
-    #[error("The metadata would be larger than the limit of {MAX_BODY} bytes.")]
-    TooLarge,
+    #[error("The metadata would be larger than the limit of {0} bytes.")]
+    TooLarge(usize),
     /// There is nothing to change yet.
     #[error("The MMDS data store is not initialized: PUT /mmds comes before PATCH /mmds.")]
     NotInitialized,
@@ -32,8 +32,19 @@ pub struct MetadataFileError {
 }
 
 /// The metadata of a guest.
-#[derive(Debug, Default)]
-pub struct Mmds(Mutex<Option<Map<String, Value>>>);
+#[derive(Debug)]
+pub struct Mmds {
+    held: Mutex<Option<Map<String, Value>>>,
+    /// The most bytes that they may have as JSON.
+    limit: usize,
+}
+
+impl Default for Mmds {
+    /// An empty store that takes [`MAX_BODY`] bytes.
+    fn default() -> Self {
+        Self::with_limit(MAX_BODY)
+    }
+}
 
 fn object(value: Value) -> Result<Map<String, Value>, MmdsError> {
     match value {
@@ -44,29 +55,40 @@ fn object(value: Value) -> Result<Map<String, Value>, MmdsError> {
     }
 }
 
-fn bounded(metadata: Map<String, Value>) -> Result<Map<String, Value>, MmdsError> {
-    // An object of JSON always has a text.
-    let len = serde_json::to_vec(&metadata).map_or(usize::MAX, |text| text.len());
-    if len <= MAX_BODY {
-        Ok(metadata)
-    } else {
-        Err(MmdsError::TooLarge)
-    }
-}
-
 impl Mmds {
+    /// An empty store that takes so many bytes of JSON.
+    pub fn with_limit(limit: usize) -> Self {
+        Self {
+            held: Mutex::new(None),
+            limit,
+        }
+    }
+
     /// A store that has an object.
     pub fn holding(metadata: Map<String, Value>) -> Self {
-        Self(Mutex::new(Some(metadata)))
+        Self {
+            held: Mutex::new(Some(metadata)),
+            ..Self::default()
+        }
     }
 
     /// What it has; an empty object where it has nothing.
     pub fn into_object(self) -> Map<String, Value> {
-        self.0.into_inner().unwrap_or_default()
+        self.held.into_inner().unwrap_or_default()
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Option<Map<String, Value>>> {
-        self.0.lock()
+        self.held.lock()
+    }
+
+    fn bounded(&self, metadata: Map<String, Value>) -> Result<Map<String, Value>, MmdsError> {
+        // An object of JSON always has a text.
+        let len = serde_json::to_vec(&metadata).map_or(usize::MAX, |text| text.len());
+        if len <= self.limit {
+            Ok(metadata)
+        } else {
+            Err(MmdsError::TooLarge(self.limit))
+        }
     }
 
     /// All of them; an empty object where there are none.
@@ -79,7 +101,7 @@ impl Mmds {
     /// # Errors
     /// `NotAnObject`, `TooLarge`; they are as they were then.
     pub fn put(&self, metadata: Value) -> Result<(), MmdsError> {
-        let metadata = bounded(object(metadata)?)?;
+        let metadata = self.bounded(object(metadata)?)?;
         *self.lock() = Some(metadata);
         Ok(())
     }
@@ -94,7 +116,7 @@ impl Mmds {
         let mut changed = Value::Object(present.clone().ok_or(MmdsError::NotInitialized)?);
         // The parser bounds how deep a patch is.
         json_patch::merge(&mut changed, &patch);
-        *present = Some(bounded(object(changed)?)?);
+        *present = Some(self.bounded(object(changed)?)?);
         Ok(())
     }
 
@@ -105,10 +127,10 @@ impl Mmds {
     pub fn read(&self, path: &Path) -> Result<(), MetadataFileError> {
         let read = || -> io::Result<()> {
             let mut text = Vec::new();
-            let longest = MAX_BODY as u64 + 1;
+            let longest = (self.limit as u64).saturating_add(1);
             File::open(path)?.take(longest).read_to_end(&mut text)?;
-            if text.len() > MAX_BODY {
-                return Err(io::Error::other(MmdsError::TooLarge));
+            if text.len() > self.limit {
+                return Err(io::Error::other(MmdsError::TooLarge(self.limit)));
             }
             let metadata = serde_json::from_slice(&text)?;
             self.put(metadata).map_err(io::Error::other)
@@ -187,12 +209,27 @@ mod tests {
         }
         mmds.put(json!({"a": "x".repeat(30_000)})).unwrap();
         let more = json!({"b": "x".repeat(30_000)});
-        assert!(matches!(mmds.patch(more.clone()), Err(MmdsError::TooLarge)));
+        assert!(matches!(
+            mmds.patch(more.clone()),
+            Err(MmdsError::TooLarge(MAX_BODY))
+        ));
         assert!(mmds.get()["b"].is_null());
         assert!(matches!(
             mmds.put(json!({"b": more, "c": "x".repeat(30_000)})),
-            Err(MmdsError::TooLarge)
+            Err(MmdsError::TooLarge(MAX_BODY))
         ));
+    }
+
+    #[test]
+    fn a_store_takes_as_much_as_it_was_made_for() {
+        let mmds = Mmds::with_limit(9);
+        mmds.put(json!({"a": "12"})).unwrap_err();
+        mmds.put(json!({"a": "1"})).unwrap();
+        assert!(matches!(
+            mmds.patch(json!({"a": "12"})),
+            Err(MmdsError::TooLarge(9))
+        ));
+        assert_eq!(mmds.get(), json!({"a": "1"}));
     }
 
     #[test]

@@ -62,7 +62,7 @@ enum Tool {
 }
 
 fn main() -> ExitCode {
-    match parse::<Tools>(std::env::args_os().collect()) {
+    match parse::<Tools>(std::env::args_os().collect(), exit::USAGE) {
         Ok(tools) => carry_out(tools.command),
         Err(code) => code,
     }
@@ -213,6 +213,9 @@ mod tests {
         let mut command = whole_command();
         command.build();
         reference(&mut command, &mut page);
+        let mut firecracker = cli::FirecrackerArguments::command();
+        firecracker.build();
+        reference(&mut firecracker.bin_name("firecracker"), &mut page);
         expect_file!["../../../../docs/reference/command-line.md"].assert_eq(&page);
     }
 

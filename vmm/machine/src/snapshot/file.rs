@@ -178,6 +178,25 @@ pub(super) fn write(path: &Path, state: &impl Serialize) -> Result<NewFile, Snap
     Ok(new)
 }
 
+fn header_of(bytes: &[u8], path: &Path) -> Result<Header, SnapshotError> {
+    let header = Header::read_from_bytes(bytes).ok();
+    let header = header.filter(|header| header.magic == MAGIC);
+    header.ok_or_else(|| SnapshotError::NotAState(path.to_owned()))
+}
+
+/// The version of the state at `path`, which this version of Coppice may be unable to read.
+///
+/// # Errors
+/// `File`, `NotAState`.
+pub fn version_of(path: &Path) -> Result<u32, SnapshotError> {
+    let file = File::open(path).map_err(SnapshotError::file("open", path))?;
+    let mut bytes = Vec::new();
+    file.take(size_of::<Header>() as u64)
+        .read_to_end(&mut bytes)
+        .map_err(SnapshotError::file("read", path))?;
+    Ok(u32::from_le_bytes(header_of(&bytes, path)?.version))
+}
+
 /// Reads the state in a file that is open, at `path`, and has the digest `expected`, if one is given.
 ///
 /// # Errors
@@ -208,9 +227,7 @@ pub(super) fn read<T: DeserializeOwned>(
         .take(size_of::<Header>() as u64)
         .read_to_end(&mut bytes)
         .map_err(SnapshotError::file("read", path))?;
-    let header = Header::read_from_bytes(&bytes).ok();
-    let header = header.filter(|header| header.magic == MAGIC);
-    let header = header.ok_or_else(|| SnapshotError::NotAState(path.to_owned()))?;
+    let header = header_of(&bytes, path)?;
     let version = u32::from_le_bytes(header.version);
     if version != VERSION {
         return Err(SnapshotError::Version {
@@ -300,6 +317,10 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let error = read::<Value>(&path, None).unwrap_err();
         assert!(matches!(error, SnapshotError::Version { version: 2, .. }));
+        assert_eq!(version_of(&path).unwrap(), 2);
+        std::fs::write(&path, &bytes[..23]).unwrap();
+        let error = version_of(&path).unwrap_err();
+        assert!(matches!(error, SnapshotError::NotAState(_)), "{error}");
         let error = write(&folder.path().join("none/state"), &json!(1)).unwrap_err();
         assert!(error.to_string().contains("none/state"), "{error}");
     }

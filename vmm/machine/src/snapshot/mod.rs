@@ -43,6 +43,7 @@ pub use disks::DiskIdentity;
 pub(crate) use disks::{DiskOf, DriveState};
 pub use error::SnapshotError;
 pub(crate) use file::NewFile;
+pub use file::version_of;
 pub(crate) use memory::GivenLayers;
 pub use memory::{Layer, MemoryState, OpenMemory};
 pub use own_pages::{AllOwnPages, OwnPages};
