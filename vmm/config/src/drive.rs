@@ -40,6 +40,7 @@ pub struct DriveConfig {
     pub io_engine: IoEngine,
     /// Limits requests, and the bytes of reads and writes; nothing where absent.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// A vhost-user socket. Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
@@ -115,6 +116,7 @@ pub struct DriveUpdate {
     pub path_on_host: Option<PathBuf>,
     /// What changes of its rate limiter.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 

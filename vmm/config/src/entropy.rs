@@ -10,6 +10,7 @@ use super::{ConfigError, DeviceConfig, MachineConfig, RateLimiterConfig};
 pub struct EntropyConfig {
     /// Limits buffers that it fills, and their bytes; nothing where absent.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 

@@ -31,6 +31,7 @@ mod mac;
 mod machine;
 mod mmds;
 mod network_interface;
+mod object;
 mod output;
 mod pmem;
 mod published;

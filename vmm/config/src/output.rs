@@ -19,6 +19,7 @@ pub struct SerialConfig {
     /// Limits the bytes of the output. What goes beyond is dropped, and counted by `uart.rate_limiter_dropped_bytes` of
     /// the metrics. No limit where absent.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<TokenBucketConfig>,
 }
 

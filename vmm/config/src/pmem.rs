@@ -25,6 +25,7 @@ pub struct PmemConfig {
     pub read_only: bool,
     /// Limits flushes, and the bytes that they write to the disk; nothing where absent.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// What becomes of the guest's writes; `ro` or `rw` by `read_only` where absent. Not in Firecracker.
     #[serde(default)]
@@ -59,6 +60,7 @@ pub struct PmemUpdate {
     pub id: String,
     /// What changes of its rate limiter.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 

@@ -12,9 +12,11 @@ use serde::{Deserialize, Serialize};
 pub struct RateLimiterConfig {
     /// Limits bytes; not limited where absent.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub bandwidth: Option<TokenBucketConfig>,
     /// Limits operations; not limited where absent.
     #[serde(default)]
+    #[serde(deserialize_with = "crate::object::optional")]
     pub ops: Option<TokenBucketConfig>,
 }
 

@@ -135,6 +135,9 @@ fn unknown_and_unsupported_fields_are_refused_by_name() {
             json!({"balloon": {"amount_mib": 129, "deflate_on_oom": true}}),
             "balloon.amount_mib",
         ),
+        // An array is no object, whose fields it would have in order.
+        (json!({"entropy": {"rate_limiter": [null, null]}}), "map"),
+        (with("rate_limiter", json!({"ops": [1, null, 100]})), "map"),
         (json!({"balloon": {"amount_mib": 1}}), "deflate_on_oom"),
         (
             json!({"balloon": {"amount_mib": 1, "deflate_on_oom": true, "free_page_poison": true}}),
