@@ -4,10 +4,8 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use super::disk::split;
-use config::{
-    Bytes, LeaseConfig, MacAddressError, NetworkInterfaceConfig, PublishedError, RateLimiterConfig,
-    TokenBucketConfig,
-};
+use super::rate::limiter;
+use config::{Bytes, LeaseConfig, MacAddressError, NetworkInterfaceConfig, PublishedError};
 
 /// The value of `--net`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,11 +101,10 @@ impl FromStr for NetArgument {
                 }
                 "rate" => {
                     let Bytes(rate) = parse(option, value, "BYTES a second, as 10M")?;
-                    set(option, &mut bandwidth, TokenBucketConfig::per_second(rate))?;
+                    set(option, &mut bandwidth, rate)?;
                 }
                 "ops" => {
-                    let rate = parse(option, value, "FRAMES a second")?;
-                    set(option, &mut ops, TokenBucketConfig::per_second(rate))?;
+                    set(option, &mut ops, parse(option, value, "FRAMES a second")?)?;
                 }
                 "ip" if value.contains(':') => {
                     set(
@@ -136,8 +133,7 @@ impl FromStr for NetArgument {
         if interface.host_dev_name.is_none() && interface.network.is_none() {
             return Err(NetError::NoTap);
         }
-        let limiter = RateLimiterConfig { bandwidth, ops };
-        let limiter = Some(limiter).filter(|limiter| *limiter != RateLimiterConfig::default());
+        let limiter = limiter(bandwidth, ops);
         interface.rx_rate_limiter = limiter;
         interface.tx_rate_limiter = limiter;
         interface.lease = Some(lease).filter(|lease| *lease != LeaseConfig::default());
@@ -163,6 +159,8 @@ impl NetArgument {
 
 #[cfg(test)]
 mod tests {
+    use config::TokenBucketConfig;
+
     use super::*;
 
     fn parse(text: &str) -> Result<NetArgument, NetError> {

@@ -39,8 +39,7 @@ pub struct DriveConfig {
     #[serde(default)]
     pub io_engine: IoEngine,
     /// Limits requests, and the bytes of reads and writes; nothing where absent.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// A vhost-user socket. Not supported: refused unless `null`.
     #[serde(default, skip_serializing)]
@@ -115,8 +114,7 @@ pub struct DriveUpdate {
     #[schema(value_type = Option<String>)]
     pub path_on_host: Option<PathBuf>,
     /// What changes of its rate limiter.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 

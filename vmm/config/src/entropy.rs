@@ -9,8 +9,7 @@ use super::{ConfigError, DeviceConfig, MachineConfig, RateLimiterConfig};
 #[serde(deny_unknown_fields)]
 pub struct EntropyConfig {
     /// Limits buffers that it fills, and their bytes; nothing where absent.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 

@@ -39,12 +39,18 @@ pub struct NetworkInterfaceConfig {
     #[schema(minimum = 68)]
     pub mtu: Option<u16>,
     /// Limits what the guest receives.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "crate::object::optional"
+    )]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// Limits what the guest sends.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "crate::object::optional"
+    )]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
     /// Number of pairs of queues, 1 to 32; 1 where absent. Not in Firecracker.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -59,8 +65,11 @@ pub struct NetworkInterfaceConfig {
     #[schema(value_type = Vec<String>)]
     pub publish: Vec<Published>,
     /// What a DHCP client and IPv6's autoconfiguration of the guest get; no answer where absent. Not in Firecracker.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "crate::object::optional"
+    )]
     pub lease: Option<LeaseConfig>,
 }
 
@@ -100,12 +109,10 @@ pub struct NetworkInterfaceUpdate {
     /// The interface.
     pub iface_id: String,
     /// The new limits of what the guest receives.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rx_rate_limiter: Option<RateLimiterConfig>,
     /// The new limits of what the guest sends.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub tx_rate_limiter: Option<RateLimiterConfig>,
 }
 

@@ -18,8 +18,7 @@ pub struct SerialConfig {
     pub serial_out_path: Option<PathBuf>,
     /// Limits the bytes of the output. What goes beyond is dropped, and counted by `uart.rate_limiter_dropped_bytes` of
     /// the metrics. No limit where absent.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<TokenBucketConfig>,
 }
 

@@ -24,8 +24,7 @@ pub struct PmemConfig {
     #[serde(default)]
     pub read_only: bool,
     /// Limits flushes, and the bytes that they write to the disk; nothing where absent.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
     /// What becomes of the guest's writes; `ro` or `rw` by `read_only` where absent. Not in Firecracker.
     #[serde(default)]
@@ -59,8 +58,7 @@ pub struct PmemUpdate {
     /// The device.
     pub id: String,
     /// What changes of its rate limiter.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub rate_limiter: Option<RateLimiterConfig>,
 }
 

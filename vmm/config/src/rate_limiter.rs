@@ -11,12 +11,10 @@ use serde::{Deserialize, Serialize};
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
     /// Limits bytes; not limited where absent.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub bandwidth: Option<TokenBucketConfig>,
     /// Limits operations; not limited where absent.
-    #[serde(default)]
-    #[serde(deserialize_with = "crate::object::optional")]
+    #[serde(default, deserialize_with = "crate::object::optional")]
     pub ops: Option<TokenBucketConfig>,
 }
 

@@ -232,9 +232,7 @@ impl VirtioNet {
         self.limiters.rx.update(rx)?;
         self.limiters.tx.update(tx)?;
         // The device thread watches timers that are new.
-        for queue in 0..self.kicks.len() {
-            self.kick(queue);
-        }
+        self.kick_all();
         Ok(())
     }
 
@@ -258,6 +256,13 @@ impl VirtioNet {
         {
             // Only a counter that is full refuses, and then it is readable already.
             tracing::debug!(error = %report::chain(&error), "virtio-net kick");
+        }
+    }
+
+    /// Makes the device thread look at all queues.
+    fn kick_all(&self) {
+        for queue in 0..self.kicks.len() {
+            self.kick(queue);
         }
     }
 
@@ -323,9 +328,7 @@ impl Device for VirtioNet {
 
     fn resume(&mut self) {
         self.paused = false;
-        for queue in 0..self.kicks.len() {
-            self.kick(queue);
-        }
+        self.kick_all();
         self.interrupt.raise_restored();
         let can_announce = self
             .active
@@ -427,9 +430,7 @@ impl VirtioDevice for VirtioNet {
             serving,
             offloads,
         });
-        for queue in 0..self.kicks.len() {
-            self.kick(queue);
-        }
+        self.kick_all();
         Ok(())
     }
 
